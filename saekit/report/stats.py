@@ -1,0 +1,82 @@
+"""The finished numbers that reporters see: plain floats and ints, never tensors, never the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer over the optimiser steps since the last report."""
+
+    fvu: float
+    """Fraction of variance unexplained: summed squared error over summed squared deviation from the mean."""
+    l0: float
+    """Mean number of latents per token whose value is above zero."""
+    dead: int
+    """Latents that fired for none of the last `dead_feature_threshold` tokens, at the end of the step."""
+    num_latents: int
+    """All latents of the layer; `dead / num_latents` is the dead fraction."""
+    loss: float
+    """The training loss per token (main + weighted AuxK + weighted Multi-TopK), in units of the layer's variance."""
+    auxk_loss: float
+    """The AuxK term before its weight, in the same units; 0 when no latent was dead."""
+    multi_topk_fvu: float | None = None
+    """FVU of the reconstruction from 4k latents; None without Multi-TopK."""
+
+    @property
+    def dead_fraction(self) -> float:
+        """Dead latents over all latents, from 0 to 1."""
+        return self.dead / self.num_latents
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Everything that is reported about the optimiser steps since the last report."""
+
+    step: int
+    """Optimiser steps done, from 1."""
+    tokens: int
+    """Tokens that trained the SAEs so far (excluded tokens are not counted)."""
+    tokens_per_second: float
+    """Rate since the last report."""
+    learning_rate: float
+    """Learning rate of the last step, after warm-up and decay, of the first layer."""
+    memory_bytes: int
+    """Peak memory: allocated by the GPU's allocator where there is one, else the process's resident set."""
+    layers: dict[str, LayerStats]
+    """By hookpoint, in model order."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known before the first step."""
+
+    run_dir: Path
+    model: str
+    dataset: str
+    hookpoints: tuple[str, ...]
+    d_in: int
+    num_latents: int
+    k: int
+    total_steps: int
+    total_sequences: int
+    """Sequences that the run will see."""
+    ctx_len: int
+    """Tokens per sequence."""
+    start_step: int
+    """0, or the step that a resumed run goes on from."""
+    device: str
+    placement: str
+    dtype: str
+    """The language model's dtype."""
+    global_batch: int
+    """Sequences per optimiser step over all ranks."""
+    config: dict[str, object]
+    """The resolved configuration, without secrets."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens the run will read, excluded ones included: an upper bound of what trains the SAEs."""
+        return self.total_sequences * self.ctx_len
