@@ -1,0 +1,134 @@
+"""How a config field is documented: once, at the field, for `--help`, the YAML file and the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+"""Shared by all configs: an unknown name is an error, not an option that does nothing."""
+
+
+def option(default: Any, help: str, *, panel: str, unit: str | None = None, **constraints: Any) -> Any:
+    """A field that is also a command-line option.
+
+    Args:
+        default: Its default; None where the default depends on something else, which `help` then says.
+        help: One or two sentences.
+        panel: The group under which `--help` lists it.
+        unit: What a number counts, in square brackets in `--help`.
+        constraints: Handed to pydantic (`gt`, `ge`, ...).
+    """
+    extra = {"panel": panel, "unit": unit}
+    return Field(default=default, description=help, json_schema_extra=extra, **constraints)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field as the command line sees it."""
+
+    name: str
+    type: Any
+    """The annotation without None and without pydantic's wrappers."""
+    default: Any
+    help: str
+    panel: str
+    unit: str | None
+
+
+def options_of(config: type) -> Iterator[Option]:
+    """The fields of a config that are options, in order; nested configs and others without a panel are left out."""
+    hints = get_type_hints(config, include_extras=True)
+    fields: dict[str, FieldInfo] = config.__pydantic_fields__  # type: ignore[attr-defined]
+    for name, info in fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and "panel" in extra:
+            unit = extra["unit"]
+            yield Option(
+                name,
+                _plain_type(hints[name]),
+                info.default,
+                info.description or "",
+                str(extra["panel"]),
+                None if unit is None else str(unit),
+            )
+
+
+def _plain_type(hint: Any) -> Any:
+    """`Annotated[int, ...] | None` → `int`."""
+    if get_origin(hint) is Annotated:
+        return _plain_type(get_args(hint)[0])
+    arguments = [argument for argument in get_args(hint) if argument is not type(None)]
+    if type(None) in get_args(hint) and len(arguments) == 1:
+        return _plain_type(arguments[0])
+    return hint
+
+
+def problems(error: ValidationError) -> list[str]:
+    """A line per problem that pydantic found, each naming the option and what it was given."""
+    lines = []
+    for item in error.errors(include_url=False):
+        name = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "unexpected_keyword_argument":
+            lines.append(f"there is no option {name!r}")
+        elif name:
+            lines.append(f"--{name.replace('_', '-')} {item['input']!r}: {message[0].lower()}{message[1:]}")
+        else:
+            lines.append(message)
+    return lines
+
+
+def _parse_layers(value: Any) -> Any:
+    """`"3,7,10-20:2"` → `(3, 7, 10, 12, 14, 16, 18, 20)`; ranges include their end."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, str):
+        return value
+    numbers: list[int] = []
+    for part in value.replace(" ", "").split(","):
+        span, _, stride = part.partition(":")
+        first, dash, last = span.partition("-")
+        try:
+            start, stop, step = int(first), int(last if dash else first), int(stride or 1)
+        except ValueError:
+            raise ValueError("expected numbers and ranges such as 16,24 or 0-31:2") from None
+        if step < 1 or stop < start:
+            raise ValueError(f"the range {part!r} is empty")
+        numbers.extend(range(start, stop + 1, step))
+    return tuple(numbers)
+
+
+def _parse_ids(value: Any) -> Any:
+    """`"0,50256"` → `(0, 50256)`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ValueError("expected token ids such as 0,50256") from None
+
+
+def _parse_mapping(value: Any) -> Any:
+    """`"name=en,streaming=true"` → `{"name": "en", "streaming": True}`, values read as YAML."""
+    if not isinstance(value, str):
+        return value
+    mapping = {}
+    for part in filter(None, value.split(",")):
+        name, equals, text = part.partition("=")
+        if not equals or not name.strip():
+            raise ValueError("expected pairs such as name=en,streaming=true")
+        mapping[name.strip()] = yaml.safe_load(text)
+    return mapping
+
+
+LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
+TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids)]
+Mapping = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]

@@ -1,0 +1,222 @@
+"""What a user can choose. Validated and serialisable, with no side effects; each option documented once, here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from saekit.config.options import CONFIG, LayerList, Mapping, TokenIds, option
+
+DEFAULT_EXPANSION_FACTOR = 32
+
+SAE = "Sparse autoencoder"
+DATA = "Data"
+MODEL = "Language model"
+BATCH = "Batches"
+OPTIMIZER = "Optimiser"
+DEAD = "Dead latents"
+SAVING = "Saving"
+LOGGING = "Logging"
+
+
+@dataclass(frozen=True, config=CONFIG)
+class SaeConfig:
+    """The shape of one SAE (the same for every layer)."""
+
+    d_in: int | None = None
+    """D, the width of the residual stream; None takes it from the model."""
+    expansion_factor: int | None = option(
+        None,
+        f"Latents per dimension of the residual stream; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
+        panel=SAE,
+        ge=1,
+    )
+    num_latents: int | None = option(
+        None, "Size of the dictionary, instead of --expansion-factor.", panel=SAE, unit="latents", ge=1
+    )
+    k: int = option(32, "Latents that are active for each token.", panel=SAE, unit="latents", ge=1)
+    normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
+    multi_topk: bool = option(
+        False, "Add the loss at 4k latents with weight 1/8, so that the code also works at other k.", panel=SAE
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SaeConfig:
+        if self.num_latents is not None and self.expansion_factor is not None:
+            raise ValueError(
+                f"--num-latents {self.num_latents} and --expansion-factor {self.expansion_factor} both set the size of "
+                "the dictionary: give one of them"
+            )
+        if self.num_latents is not None or self.d_in is not None:
+            self.resolve_num_latents(self.d_in or 1)
+        return self
+
+    def resolve_num_latents(self, d_in: int) -> int:
+        """M for a residual stream of width `d_in`.
+
+        Raises:
+            ValueError: If `d_in` contradicts the config's own, or `k` is larger than M.
+        """
+        if self.d_in is not None and self.d_in != d_in:
+            raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the model's residual stream is {d_in} wide")
+        num_latents = self.num_latents or d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+        if self.k > num_latents:
+            raise ValueError(
+                f"--k {self.k} is larger than the dictionary of {num_latents} latents: "
+                "choose a smaller --k or more latents"
+            )
+        return num_latents
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ModelConfig:
+    """Which language model, and how it is loaded."""
+
+    model: str
+    """A hub id or a local folder."""
+    revision: str | None = option(None, "Branch, tag or commit of the model on the hub.", panel=MODEL)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Type of the language model's weights; auto is bfloat16 on a GPU that computes in it and float32 elsewhere. "
+        "The SAEs are always float32.",
+        panel=MODEL,
+    )
+    load_in_8bit: bool = option(False, "Load the language model in 8 bits (bitsandbytes; needs a GPU).", panel=MODEL)
+    hf_token: SecretStr | None = option(
+        None, "Token for private or gated repositories on the hub; never written to disk.", panel=MODEL
+    )
+
+
+@dataclass(frozen=True, config=CONFIG)
+class DataConfig:
+    """Which tokens, in which order."""
+
+    dataset: str
+    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or pre-tokenised (also .bin)."""
+    split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
+    text_column: str = option("text", "Column with the text, where the data set is not tokenised yet.", panel=DATA)
+    data_args: Mapping = option(
+        {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
+    )
+    ctx_len: int | None = option(
+        None, "Length of each sequence; 2048, or the model's limit if that is less.", panel=DATA, unit="tokens", ge=2
+    )
+    max_tokens: int | None = option(
+        None, "Read at most so many tokens; needed for a streamed data set.", panel=DATA, unit="tokens", ge=1
+    )
+    max_examples: int | None = option(
+        None, "Read at most so many rows of the data set, from its start.", panel=DATA, unit="rows", ge=1
+    )
+    num_proc: int | None = option(
+        None, "Processes that tokenise; one per core by default.", panel=DATA, unit="processes", ge=1
+    )
+
+
+@dataclass(frozen=True, config=CONFIG)
+class TrainConfig:
+    """How SAEs are trained, whatever the model and data."""
+
+    sae: SaeConfig = SaeConfig()
+    layers: LayerList | None = option(
+        None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
+    )
+    layer_stride: int = option(1, "Train on every so-manieth layer.", panel=SAE, unit="layers", ge=1)
+    init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
+    finetune: Path | None = option(
+        None, "Start from the SAEs in this run, checkpoint or folder instead of random ones.", panel=SAE
+    )
+
+    batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)
+    grad_acc_steps: int = option(
+        1,
+        "Micro-batches per optimiser step; the global batch is batch-size × grad-acc-steps × ranks.",
+        panel=BATCH,
+        unit="micro-batches",
+        ge=1,
+    )
+    micro_acc_steps: int = option(
+        1,
+        "Chunks into which each micro-batch's activations are cut before the encoder: less memory, same result.",
+        panel=BATCH,
+        unit="chunks",
+        ge=1,
+    )
+    shuffle: bool = option(True, "Visit the sequences in a random order.", panel=BATCH)
+    data_seed: int = option(42, "Seed of that order.", panel=BATCH)
+    exclude_tokens: TokenIds = option(
+        (), "More token ids to leave out of the SAEs' training, such as 0,50256.", panel=BATCH
+    )
+    exclude_special_tokens: bool = option(
+        True, "Leave the tokenizer's special tokens (BOS, EOS, padding, ...) out of the SAEs' training.", panel=BATCH
+    )
+
+    optimizer: Literal["adam", "adam8bit", "signum", "muon"] = option(
+        "adam",
+        "adam (fused), adam8bit (bitsandbytes), signum (schedule-free) or muon (matrices; Adam for the biases).",
+        panel=OPTIMIZER,
+    )
+    lr: float | None = option(
+        None,
+        "Learning rate. By default adam and adam8bit 2e-4 / √(latents / 2¹⁴), signum 5e-3 / √(latents / 2¹⁴), "
+        "muon 2e-3.",
+        panel=OPTIMIZER,
+        gt=0,
+    )
+    lr_warmup_steps: int | None = option(
+        None,
+        "Steps of linear warm-up, after which the rate falls linearly to zero at the end of the run (signum: stays). "
+        "1000, or a tenth of the run if that is less.",
+        panel=OPTIMIZER,
+        unit="optimiser steps",
+        ge=0,
+    )
+
+    auxk_alpha: float = option(1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0)
+    dead_feature_threshold: int = option(
+        10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
+    )
+
+    save_dir: Path = option(Path("checkpoints"), "Folder that holds the runs.", panel=SAVING)
+    run_name: str | None = option(
+        None, "Folder of this run inside --save-dir; by default made of the model's and the data set's name.", panel=SAVING
+    )
+    save_every: int = option(1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimiser steps", ge=1)
+    keep_last: int = option(1, "Checkpoints to keep, besides the best.", panel=SAVING, unit="checkpoints", ge=1)
+    save_best: bool = option(
+        False, "Also keep the checkpoint with the lowest mean FVU since the one before it, as `best`.", panel=SAVING
+    )
+    overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
+    resume: bool = option(False, "Go on with an existing run of that name from its latest checkpoint.", panel=SAVING)
+
+    log_every: int = option(1, "Steps between reports; numbers are means over them.", panel=LOGGING, unit="optimiser steps", ge=1)
+    log_with: str | None = option(
+        None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and not layers:
+            raise ValueError("no layer is named: give at least one, or leave it out for all")
+        return layers
+
+    @field_validator("run_name")
+    @classmethod
+    def _check_run_name(cls, name: str | None) -> str | None:
+        if name is not None and (not name.strip("./ ") or "/" in name or "\\" in name):
+            raise ValueError("a run's name is one folder's name, without slashes")
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.layers is not None and self.layer_stride != 1:
+            raise ValueError(
+                f"--layers and --layer-stride {self.layer_stride} both choose layers: give one of them "
+                "(a range such as 0-31:2 has a stride of its own)"
+            )
+        if self.overwrite and self.resume:
+            raise ValueError("--overwrite and --resume contradict each other: give one of them")
+        return self

@@ -1,0 +1,146 @@
+"""The run's record: one JSON object per report in `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from saekit.errors import UserError
+from saekit.report.stats import LayerStats, RunInfo, StepStats
+
+
+class JsonlReporter:
+    """Appends one line per report and flushes it, so that a killed run loses at most the line being written.
+
+    A run that starts afresh empties the file. A resumed run first drops the lines of steps it is going to repeat, so
+    each step stands there once.
+
+    Args:
+        path: The file, usually `RUN/metrics.jsonl`; its folder is made when training starts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._file: TextIO | None = None
+
+    def status(self, message: str) -> None:
+        """Nothing: the file holds numbers only."""
+
+    def start(self, info: RunInfo) -> None:
+        """Bring the file to the state it had at `info.start_step`."""
+        self._close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_up_to(self.path, info.start_step) if info.start_step > 0 and self.path.exists() else ""
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text(kept, encoding="utf-8")
+        # A crash leaves the old file or the new one, never half of either.
+        os.replace(temporary, self.path)
+
+    def step(self, stats: StepStats) -> None:
+        """Write one line."""
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(as_record(stats, time.time()), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def saved(self, path: Path, step: int) -> None:
+        """Nothing: the checkpoint speaks for itself."""
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def as_record(stats: StepStats, now: float) -> dict[str, Any]:
+    """One report as JSON types.
+
+    Args:
+        stats: The report.
+        now: Unix time, in seconds.
+
+    Returns:
+        The fields of `StepStats` flat, with `time`; `layers` maps each hookpoint to the fields of `LayerStats` and its
+        `dead_fraction`. JSON has no NaN and no infinity: they become None.
+    """
+    return {
+        "step": stats.step,
+        "tokens": stats.tokens,
+        "tokens_per_second": finite(stats.tokens_per_second),
+        "learning_rate": finite(stats.learning_rate),
+        "memory_bytes": stats.memory_bytes,
+        "time": now,
+        "layers": {hookpoint: _layer_record(layer) for hookpoint, layer in stats.layers.items()},
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file, in the order in which it was written.
+
+    A last line that was torn off by a crash is left out.
+
+    Args:
+        path: A file that `JsonlReporter` wrote.
+
+    Returns:
+        One dictionary per report, see `as_record`.
+
+    Raises:
+        UserError: If any other line is not a record: the file was damaged or is no metrics file.
+    """
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number}: this is not a record of metrics; remove the line or the file")
+    return records
+
+
+def _lines_up_to(path: Path, step: int) -> str:
+    """The file's whole records of steps up to `step`; what cannot be read is dropped, so a run can always go on."""
+    return "".join(line + "\n" for line, record in _records(path) if record["step"] <= step)
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in path.read_bytes().splitlines():
+        record = _parse(line)
+        if record is not None:
+            yield line.decode("utf-8"), record
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what undecodable bytes raise
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _layer_record(layer: LayerStats) -> dict[str, float | int | None]:
+    return {
+        "fvu": finite(layer.fvu),
+        "l0": finite(layer.l0),
+        "dead": layer.dead,
+        "dead_fraction": layer.dead_fraction,
+        "num_latents": layer.num_latents,
+        "loss": finite(layer.loss),
+        "auxk_loss": finite(layer.auxk_loss),
+        "multi_topk_fvu": finite(layer.multi_topk_fvu),
+    }

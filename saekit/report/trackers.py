@@ -1,0 +1,94 @@
+"""Hands the numbers to Weights & Biases, TensorBoard, Trackio, ... through accelerate's trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saekit.report.stats import RunInfo, StepStats
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class TrackerReporter:
+    """Logs every report to the trackers that `accelerator` was made with (`Accelerator(log_with=...)`).
+
+    Metric names are flat, `fvu/layers.0`, and the same as sparsify's where both have the number, so that runs of
+    either can be drawn in one chart.
+
+    Args:
+        accelerator: Accelerate's object; trackers run on its main process only.
+        project_name: What the trackers file the run under.
+    """
+
+    def __init__(self, accelerator: Accelerator, project_name: str) -> None:
+        self._accelerator = accelerator
+        self._project_name = project_name
+        self._running = False
+
+    def status(self, message: str) -> None:
+        """Nothing: trackers take numbers."""
+
+    def start(self, info: RunInfo) -> None:
+        """Open the trackers and store the configuration."""
+        self._accelerator.init_trackers(self._project_name, config=flat_config(info.config))
+        self._running = True
+
+    def step(self, stats: StepStats) -> None:
+        """Log one report under its step."""
+        self._accelerator.log(metrics(stats), step=stats.step)
+
+    def saved(self, path: Path, step: int) -> None:
+        """Nothing: uploading checkpoints is left to the user."""
+
+    def finish(self) -> None:
+        """Close the trackers.
+
+        `Accelerator.end_training` would do so too, but it also destroys the process group, which other ranks may
+        still be using; a reporter changes nothing.
+        """
+        if self._running:
+            self._running = False
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+
+
+def metrics(stats: StepStats) -> dict[str, float | int]:
+    """One report as flat names: run-wide numbers, means over the layers, and `name/hookpoint` per layer."""
+    layers = stats.layers
+    flat: dict[str, float | int] = {
+        "tokens": stats.tokens,
+        "tokens_per_second": stats.tokens_per_second,
+        "learning_rate": stats.learning_rate,
+        "memory_bytes": stats.memory_bytes,
+    }
+    if layers:
+        flat["fvu_mean"] = sum(layer.fvu for layer in layers.values()) / len(layers)
+        flat["dead_pct_mean"] = 100 * sum(layer.dead_fraction for layer in layers.values()) / len(layers)
+    for hookpoint, layer in layers.items():
+        flat[f"fvu/{hookpoint}"] = layer.fvu
+        flat[f"dead_pct/{hookpoint}"] = 100 * layer.dead_fraction
+        flat[f"l0/{hookpoint}"] = layer.l0
+        flat[f"loss/{hookpoint}"] = layer.loss
+        flat[f"auxk/{hookpoint}"] = layer.auxk_loss
+        if layer.multi_topk_fvu is not None:
+            flat[f"multi_topk_fvu/{hookpoint}"] = layer.multi_topk_fvu
+    return flat
+
+
+def flat_config(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """A nested configuration as `section.option` → scalar or string, which is all that every tracker takes."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flat_config(value, f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float, str)):
+            flat[f"{prefix}{key}"] = value
+        elif isinstance(value, Sequence):
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
+        else:
+            # TensorBoard's hparams refuse None
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

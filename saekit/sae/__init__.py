@@ -1,0 +1,10 @@
+"""The sparse autoencoder itself: torch only, and no idea of ranks.
+
+Shape suffixes here and in the rest of the package: N tokens, D model width, M latents, K active latents, B sequences,
+T positions. `x_ND` is a tensor of N rows and D columns.
+"""
+
+from saekit.sae.losses import Losses, sae_losses
+from saekit.sae.model import Encoded, Sae, SaeOutput, normalize_decoder_, project_decoder_gradient_
+
+__all__ = ["Encoded", "Losses", "Sae", "SaeOutput", "normalize_decoder_", "project_decoder_gradient_", "sae_losses"]

@@ -1,0 +1,62 @@
+"""The training loss: a sum over tokens, divided by numbers that are fixed before the backward pass.
+
+Because of that, any split of a batch into chunks, micro-batches or ranks gives the same gradient: the pieces' losses
+simply add up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from saekit.sae.model import SaeOutput
+
+MULTI_TOPK_WEIGHT = 1 / 8
+"""Weight of the loss at 4k (Gao et al. 2024, section 5.4)."""
+
+
+class Losses(NamedTuple):
+    """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
+
+    total: Tensor
+    """What is differentiated: `mse + auxk_alpha · auxk + multi_topk / 8`."""
+    mse: Tensor
+    """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
+    auxk: Tensor | None
+    """`Σ_t ‖e_t − ê_t‖² / (N σ²) · min(1, dead / k_aux)` with the detached residual `e = x − x̂`."""
+    multi_topk: Tensor | None
+    """As `mse`, for the reconstruction from 4k latents."""
+
+
+def sae_losses(x_ND: Tensor, out: SaeOutput, *, scale: float, auxk_alpha: float, num_dead: int) -> Losses:
+    """The loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
+
+    Args:
+        x_ND: `[N, D]`, the SAE's input in the parameters' type.
+        out: What the SAE made of it.
+        scale: `1 / (N σ²)`, with N the tokens of the whole optimiser step over all ranks and σ² the layer's total
+            variance (trace of the covariance) from calibration.
+        auxk_alpha: Weight of the AuxK term.
+        num_dead: Latents that were dead when the step began.
+
+    Returns:
+        The terms; those that are off are None.
+    """
+    error_ND = x_ND - out.recon
+    mse = error_ND.square().sum() * scale
+    total = mse
+
+    auxk = None
+    if out.aux_recon is not None:
+        k_aux = x_ND.shape[-1] // 2
+        # Few dead latents cannot explain much of the residual: their loss counts less.
+        auxk = (error_ND.detach() - out.aux_recon).square().sum() * (scale * min(1.0, num_dead / k_aux))
+        total = total + auxk_alpha * auxk
+
+    multi_topk = None
+    if out.multi_recon is not None:
+        multi_topk = (x_ND - out.multi_recon).square().sum() * scale
+        total = total + MULTI_TOPK_WEIGHT * multi_topk
+
+    return Losses(total, mse, auxk, multi_topk)

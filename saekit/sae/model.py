@@ -1,0 +1,212 @@
+"""The k-sparse autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saekit.sae.kernels import sparse
+
+
+class Encoded(NamedTuple):
+    """A k-sparse code: which latents are active for each token, and how much."""
+
+    acts: Tensor
+    """`[..., K]`, largest first; zero where fewer than `k` latents are positive."""
+    indices: Tensor
+    """`[..., K]`, int64: the latents' numbers."""
+
+
+class SaeOutput(NamedTuple):
+    """What one forward pass gives; leading dimensions are those of the input."""
+
+    recon: Tensor
+    """`[..., D]`: the reconstruction `x̂`."""
+    acts: Tensor
+    """`[..., K]`: values of the active latents."""
+    indices: Tensor
+    """`[..., K]`, int64."""
+    aux_recon: Tensor | None = None
+    """`[..., D]`: what dead latents predict of `x - x̂`, without `b_dec`; None when AuxK is off."""
+    multi_recon: Tensor | None = None
+    """`[..., D]`: the reconstruction from `4k` latents; None when Multi-TopK is off."""
+
+
+class Sae(nn.Module):
+    """A TopK sparse autoencoder (Gao et al. 2024, arXiv 2406.04093, sections 2.1 and 2.3).
+
+    With `x ∈ R^D`:
+
+        z = TopK(ReLU(W_enc (x − b_dec) + b_enc))        k of M latents are kept
+        x̂ = W_decᵀ z + b_dec
+
+    Args:
+        d_in: D, the width of the residual stream.
+        num_latents: M, the size of the dictionary.
+        k: Active latents per token, at most `num_latents`.
+        normalize_decoder: Whether the rows of `W_dec` are kept at unit norm while training.
+        multi_topk: Whether the forward pass in training also reconstructs from `4k` latents (section 5.4 of the paper).
+        generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
+        device: Where the parameters live.
+
+    Raises:
+        ValueError: If a size is not positive or `k` is larger than `num_latents`.
+
+    The parameters sit on this module itself (a sharded placement gathers them around `forward`):
+    `W_enc [M, D]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        num_latents: int,
+        k: int,
+        *,
+        normalize_decoder: bool = True,
+        multi_topk: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if d_in < 1 or num_latents < 1 or k < 1:
+            raise ValueError(f"d_in, num_latents and k must be positive, got {d_in}, {num_latents} and {k}")
+        if k > num_latents:
+            raise ValueError(f"k = {k} is larger than num_latents = {num_latents}: choose a smaller k or more latents")
+        self.d_in = d_in
+        self.num_latents = num_latents
+        self.k = k
+        self.normalize_decoder = normalize_decoder
+        self.multi_topk = multi_topk
+        # U(−1/√D, 1/√D), the field's usual start for a linear layer; the decoder is its transpose with unit rows.
+        W_MD = torch.empty(num_latents, d_in).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
+        self.W_enc = nn.Parameter(W_MD.to(device))
+        self.b_enc = nn.Parameter(torch.zeros(num_latents, device=device))
+        self.W_dec = nn.Parameter(unit_rows(W_MD).to(device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, device=device))
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(sae)`."""
+        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' type; inputs are cast to it."""
+        return self.W_enc.dtype
+
+    def encode(self, x: Tensor) -> Encoded:
+        """The k-sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
+        acts_NK, indices_NK = sparse.encode_topk(self._centred(x), self.W_enc, self.b_enc, self.k)
+        shape = (*x.shape[:-1], self.k)
+        return Encoded(acts_NK.view(shape), indices_NK.view(shape))
+
+    def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
+        """The reconstruction from a code, two tensors `[..., K]` → `[..., D]`. Any `K` will do."""
+        k = acts.shape[-1]
+        out_ND = sparse.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
+        return out_ND.view(*acts.shape[:-1], self.d_in)
+
+    def forward(self, x: Tensor, dead: Tensor | None = None) -> SaeOutput:
+        """Encode and decode, with what the auxiliary losses need.
+
+        Args:
+            x: `[..., D]`, residual-stream activations as the language model gives them, in any float type.
+            dead: Numbers of the dead latents, int64 `[dead]`, for AuxK; None or empty turns it off.
+
+        Returns:
+            The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK is computed
+            only in training mode.
+        """
+        centred_ND = self._centred(x)
+        with_multi = self.multi_topk and self.training
+        widest = min(4 * self.k, self.num_latents) if with_multi else self.k
+        acts, indices = sparse.encode_topk(centred_ND, self.W_enc, self.b_enc, widest)
+        # Largest first, so the code at k is a prefix of the code at 4k.
+        acts_NK, indices_NK = acts[:, : self.k], indices[:, : self.k]
+        recon_ND = sparse.decode(acts_NK, indices_NK, self.W_dec) + self.b_dec
+        multi_ND = sparse.decode(acts, indices, self.W_dec) + self.b_dec if with_multi else None
+        aux_ND = None if dead is None or len(dead) == 0 else self._predict_with_dead(centred_ND, dead)
+
+        lead = x.shape[:-1]
+        return SaeOutput(
+            recon_ND.view(x.shape),
+            acts_NK.reshape(*lead, self.k),
+            indices_NK.reshape(*lead, self.k),
+            None if aux_ND is None else aux_ND.view(x.shape),
+            None if multi_ND is None else multi_ND.view(x.shape),
+        )
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """`x − b_dec` as `[N, D]` in the parameters' type."""
+        return x.reshape(-1, self.d_in).to(self.dtype) - self.b_dec
+
+    def _predict_with_dead(self, centred_ND: Tensor, dead: Tensor) -> Tensor:
+        """AuxK's prediction of `x − x̂` from the top D/2 dead latents, without `b_dec` (appendix A.2 of the paper)."""
+        k_aux = min(self.d_in // 2, len(dead))
+        acts_NK, positions_NK = sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)
+        return sparse.decode(acts_NK, positions_NK, self.W_dec[dead])
+
+    @classmethod
+    def load_from_disk(cls, path: str | Path, device: torch.device | str = "cpu") -> Sae:
+        """See `saekit.sae.storage.load_from_disk`."""
+        from saekit.sae import storage
+
+        return storage.load_from_disk(path, device)
+
+    @classmethod
+    def load_many(cls, path: str | Path, device: torch.device | str = "cpu") -> dict[str, Sae]:
+        """See `saekit.sae.storage.load_many`."""
+        from saekit.sae import storage
+
+        return storage.load_many(path, device)
+
+    @classmethod
+    def load_from_hub(
+        cls, repo_id: str, hookpoint: str | None = None, device: torch.device | str = "cpu", **kwargs: Any
+    ) -> Sae:
+        """See `saekit.sae.storage.load_from_hub`."""
+        from saekit.sae import storage
+
+        return storage.load_from_hub(repo_id, hookpoint, device, **kwargs)
+
+    def save_to_disk(self, path: str | Path) -> None:
+        """See `saekit.sae.storage.save_to_disk`."""
+        from saekit.sae import storage
+
+        storage.save_to_disk(self, path)
+
+
+def unit_rows(W_MD: Tensor) -> Tensor:
+    """`W` with every row scaled to norm 1; a zero row stays zero."""
+    return W_MD / row_norms(W_MD)
+
+
+@torch.no_grad()
+def normalize_decoder_(sae: Sae) -> None:
+    """Scale the rows of `W_dec` to norm 1, in place."""
+    sae.W_dec.div_(row_norms(sae.W_dec))
+
+
+@torch.no_grad()
+def project_decoder_gradient_(sae: Sae) -> None:
+    """Take the part parallel to each decoder row out of its gradient, in place.
+
+    Renormalising would undo a step along the row anyway; without the projection that part would still enter Adam's
+    moments (Bricken et al. 2023, "Towards Monosemanticity", appendix on training; Gao et al. 2024 do the same).
+    """
+    grad_MD = sae.W_dec.grad
+    if grad_MD is not None:
+        unit_MD = unit_rows(sae.W_dec)
+        grad_MD.sub_((grad_MD * unit_MD).sum(dim=1, keepdim=True) * unit_MD)
+
+
+def row_norms(W_MD: Tensor) -> Tensor:
+    """Norms of the rows, `[M, 1]`, at least the smallest normal number, so that they can be divided by."""
+    return W_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_MD.dtype).tiny)
