@@ -105,10 +105,10 @@ class DataConfig:
         None, "Length of each sequence; 2048, or the model's limit if that is less.", panel=DATA, unit="tokens", ge=2
     )
     max_tokens: int | None = option(
-        None, "Read at most so many tokens; needed for a streamed data set.", panel=DATA, unit="tokens", ge=1
+        None, "Read at most so many tokens.", panel=DATA, unit="tokens", ge=1
     )
     max_examples: int | None = option(
-        None, "Read at most so many rows of the data set, from its start.", panel=DATA, unit="rows", ge=1
+        None, "Read at most so many rows of the data set, from its start; needed for a streamed one.", panel=DATA, unit="rows", ge=1
     )
     num_proc: int | None = option(
         None, "Processes that tokenise; one per core by default.", panel=DATA, unit="processes", ge=1

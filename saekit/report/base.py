@@ -33,10 +33,19 @@ class Reporter(Protocol):
 
 
 class Reporters:
-    """Hands every event on to each of several reporters; with none it is the null object."""
+    """Hands every event on to each of several reporters; with none it is the null object.
+
+    As a context manager it sees to it that `finish` is called, whatever happens.
+    """
 
     def __init__(self, reporters: Sequence[Reporter] = ()) -> None:
         self.reporters = tuple(reporters)
+
+    def __enter__(self) -> Reporters:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
 
     def status(self, message: str) -> None:
         """See `Reporter.status`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 GAP = "·"
@@ -13,7 +14,21 @@ MIN_RATIO = 1.1
 """A trend whose largest value is less than this times its smallest one does not fill the height: noise stays low."""
 
 TO_ASCII = str.maketrans(
-    {**dict(zip(BLOCKS, "_.,-=+*#", strict=True)), **dict(zip("–…·×≤→‖━─│┤┴┼╺╸✓⁻", "-~.x<>|--||+++--v-", strict=False))}
+    dict(zip(BLOCKS, "_.,-=+*#", strict=True))
+    | {
+        GAP: ".",
+        "–": "-",
+        "…": "...",
+        "×": "x",
+        "≤": "<=",
+        "→": "->",
+        "─": "-",
+        "┼": "+",
+        "├": "+",
+        "┤": "+",
+        "✓": "*",
+        "‖": "|",
+    }
 )
 """Stand-ins for output whose encoding knows none of these characters."""
 
@@ -34,7 +49,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     logs = [_log(value) for value in values]
     if len(logs) > width:
         edges = [round(i * len(logs) / width) for i in range(width + 1)]
-        logs = [_mean(logs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        logs = [_mean(logs[a:b]) for a, b in pairwise(edges)]
     known = [x for x in logs if x is not None]
     if not known:
         return GAP * len(logs)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saekit.errors import UserError
 from saekit.report.stats import RunInfo, StepStats
 
 if TYPE_CHECKING:
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 class TrackerReporter:
     """Logs every report to the trackers that `accelerator` was made with (`Accelerator(log_with=...)`).
 
-    Metric names are flat, `fvu/layers.0`, and the same as sparsify's where both have the number, so that runs of
-    either can be drawn in one chart.
+    Metric names are flat, `fvu/layers.0`, so that a tracker puts one chart's worth of layers under one heading.
 
     Args:
         accelerator: Accelerate's object; trackers run on its main process only.
@@ -92,3 +92,26 @@ def flat_config(config: Mapping[str, object], prefix: str = "") -> dict[str, boo
             # TensorBoard's hparams refuse None
             flat[f"{prefix}{key}"] = str(value)
     return flat
+
+
+def tracker_reporter(name: str, run_dir: Path) -> TrackerReporter:
+    """A reporter for one of accelerate's trackers.
+
+    Args:
+        name: As accelerate knows it: `wandb`, `tensorboard`, ...
+        run_dir: The run's folder; trackers that write files put them into its folder `trackers`.
+
+    Raises:
+        UserError: If there is no such tracker, or its package is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import LoggerType
+
+    known = sorted(str(kind) for kind in LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise UserError(f"--log-with {name!r}: there is no such tracker; accelerate has {', '.join(known)}")
+    accelerator = Accelerator(log_with=LoggerType(name), project_dir=run_dir / "trackers")
+    if not accelerator.log_with:
+        raise UserError(f"--log-with {name}: its package is not installed here: pip install {name}")
+    return TrackerReporter(accelerator, run_dir.name)

@@ -77,3 +77,8 @@ def duration(seconds: float | None) -> str:
     if whole < 86400:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def tail(name: str, width: int) -> str:
+    """A hookpoint's name in at most `width` characters; what is cut off is its beginning, as its number is its end."""
+    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]

@@ -1,0 +1,103 @@
+"""Where the residual stream is read: the blocks of any HuggingFace model, found by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The list of transformer blocks of a model, and what it is called."""
+
+    prefix: str
+    """Path of the list relative to the base model: `layers`, `h`, `encoder.layer`, `language_model.layers`."""
+    modules: nn.ModuleList
+
+    def hookpoint(self, layer: int) -> str:
+        """Name of a block, which also names its SAE's folder: `layers.3`."""
+        return f"{self.prefix}.{layer}"
+
+
+def find_blocks(model: PreTrainedModel) -> Blocks:
+    """Find the list of blocks of a model's text part.
+
+    It is the `ModuleList` with one entry per layer of the text config, owned by the text model itself (a vision tower
+    beside it has a config, and so a width, of its own). Nothing is known by architecture.
+
+    Raises:
+        UserError: If there is none, or more than one (an encoder-decoder).
+    """
+    base = model.base_model
+    text_config = text_config_of(model.config)
+    depth = num_layers(text_config)
+    found = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _owned_by_text_model(base, name, text_config)
+    ]
+    # A list inside a block (experts, say) can have the same length: keep the outermost.
+    outermost = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
+    if len(outermost) != 1:
+        names = ", ".join(name for name, _ in outermost) or "none"
+        raise UserError(
+            f"{type(model).__name__}: expected one list of {depth} blocks, found {names}; "
+            "decoder-only and encoder-only models are supported"
+        )
+    return Blocks(*outermost[0])
+
+
+def select_layers(depth: int, layers: Sequence[int] | None, stride: int) -> list[int]:
+    """The layers to train on, in order, without repeats.
+
+    Raises:
+        UserError: If one of them is not a layer of the model.
+    """
+    if layers is None:
+        return list(range(0, depth, stride))
+    wrong = sorted({layer for layer in layers if not 0 <= layer < depth})
+    if wrong:
+        raise UserError(
+            f"--layers {','.join(map(str, wrong))}: out of range; the model has {depth} layers, 0 to {depth - 1}"
+        )
+    return sorted(set(layers))
+
+
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes the text model; the config itself for a text-only model."""
+    return config.get_text_config(decoder=True)
+
+
+def num_layers(text_config: PretrainedConfig) -> int:
+    """Blocks in the text model."""
+    depth = getattr(text_config, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise UserError(f"{type(text_config).__name__} does not say how many layers it has (num_hidden_layers)")
+    return depth
+
+
+def width(text_config: PretrainedConfig) -> int:
+    """D, the width of the residual stream."""
+    hidden = getattr(text_config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise UserError(f"{type(text_config).__name__} does not say how wide it is (hidden_size)")
+    return hidden
+
+
+def _owned_by_text_model(base: nn.Module, name: str, text_config: PretrainedConfig) -> bool:
+    """Whether the innermost module around `name` that has a config is the text model, not a tower beside it."""
+    path = name.split(".")
+    for end in range(len(path) - 1, -1, -1):
+        config = getattr(base.get_submodule(".".join(path[:end])), "config", None)
+        if config is not None:
+            owner = text_config_of(config)
+            return type(owner) is type(text_config) and getattr(owner, "hidden_size", None) == width(text_config)
+    return False

@@ -1,0 +1,167 @@
+"""Load a language model, no deeper than its last tapped layer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from saekit.activations.hookpoints import num_layers, select_layers, text_config_of, width
+from saekit.config import ModelConfig
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_CTX_LEN = 2048
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the model's config says, before any weight is loaded."""
+
+    config: PretrainedConfig
+    num_layers: int
+    d_in: int
+    """D, the width of the residual stream."""
+    max_ctx_len: int | None
+    """The model's limit in tokens, None where it has none."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen language model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def model_shape(cfg: ModelConfig) -> ModelShape:
+    """Read the config of a model.
+
+    Raises:
+        UserError: If the model is neither a local folder nor on the hub.
+    """
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, cfg)
+    text = text_config_of(config)
+    return ModelShape(config, num_layers(text), width(text), context_length(config))
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence in tokens that the model's positions allow, None if the config names no limit."""
+    limit = getattr(text_config_of(config), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
+    """Tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
+
+    Raises:
+        UserError: If more was asked for than the model can read.
+    """
+    if asked is None:
+        return min(DEFAULT_CTX_LEN, limit or DEFAULT_CTX_LEN)
+    if limit is not None and asked > limit:
+        raise UserError(f"--ctx-len {asked} is more than the {limit} tokens that this model can read: give {limit} or less")
+    return asked
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, cfg)
+
+
+def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: torch.device) -> PreTrainedModel:
+    """Load a model up to its last layer in `layers`, frozen, in eval mode, on `device`.
+
+    Blocks after the last tapped one are neither loaded nor run: the config is cut before the weights are read.
+
+    Raises:
+        UserError: If 8 bits are asked for without a device for them, or weights are missing from the checkpoint.
+    """
+    from transformers import AutoModel
+
+    kwargs: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
+    if cfg.load_in_8bit:
+        kwargs |= {"quantization_config": _eight_bit(device), "device_map": {"": device}}
+    config = cut_config(shape.config, max(layers) + 1)
+    with _quiet_about_cut_layers():
+        model, info = _from_pretrained(AutoModel, cfg, config=config, output_loading_info=True, **kwargs)
+    # A pooler or another head that the checkpoint lacks does not matter here; a block that it lacks does.
+    missing = [name for name in info["missing_keys"] if any(part.isdigit() for part in name.split("."))]
+    if missing:
+        raise UserError(f"model {cfg.model!r}: its checkpoint lacks weights such as {sorted(missing)[0]!r}")
+    if not cfg.load_in_8bit:
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """A copy of a config whose text model has only its first `depth` layers."""
+    cut = copy.deepcopy(config)
+    text = text_config_of(cut)
+    full = num_layers(text)
+    for name, value in list(vars(text).items()):
+        # Lists with an entry per layer (kinds of attention, say) are validated against the depth.
+        if isinstance(value, (list, tuple)) and len(value) == full and full != depth:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+    return cut
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the language model's weights that `--dtype` means on this device."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _eight_bit(device: torch.device) -> Any:
+    if device.type != "cuda":
+        raise UserError(
+            f"--load-in-8bit needs a CUDA GPU, and the device is {device.type}: leave it out, or use --dtype bfloat16"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
+    """Call an Auto class and say in one line what went wrong, if something did."""
+    path = Path(cfg.model).expanduser()
+    if cfg.model.startswith((".", "/", "~")) and not path.is_dir():
+        raise UserError(f"model {cfg.model!r}: there is no such folder")
+    token = cfg.hf_token.get_secret_value() if cfg.hf_token else None
+    name = str(path) if path.is_dir() else cfg.model
+    try:
+        return auto.from_pretrained(name, revision=cfg.revision or "main", token=token, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model {cfg.model!r} could not be loaded: it is neither a complete local folder nor a model on the hub that "
+            f"can be reached ({reason})"
+        ) from error
+
+
+@contextmanager
+def _quiet_about_cut_layers() -> Iterator[None]:
+    """Keep transformers from listing the cut layers' weights as unexpected: they are left out on purpose."""
+    names = ("transformers.modeling_utils", "transformers.utils.loading_report")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

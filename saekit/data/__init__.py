@@ -1,0 +1,7 @@
+"""Text to token ids to batches."""
+
+from saekit.data.batches import Sequences, StepBatches, sequences
+from saekit.data.load import load_sequences
+from saekit.data.pack import chunk_and_tokenize
+
+__all__ = ["Sequences", "StepBatches", "chunk_and_tokenize", "load_sequences", "sequences"]

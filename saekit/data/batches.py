@@ -1,0 +1,156 @@
+"""The batch of optimiser step *s*, as a function of *s*, the seed and the global batch size alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Sequences(Protocol):
+    """Token sequences of one length, by number."""
+
+    ctx_len: int
+    """Tokens per sequence."""
+
+    def __len__(self) -> int:
+        """How many sequences there are."""
+
+    def read(self, numbers: np.ndarray) -> Tensor:
+        """Token ids `[len(numbers), ctx_len]`, int64, on the CPU."""
+
+
+class DatasetSequences:
+    """Rows of a data set with a column `input_ids` of one length."""
+
+    def __init__(self, data: Dataset, ctx_len: int) -> None:
+        self.data = data.select_columns(["input_ids"]).with_format("numpy")
+        self.ctx_len = ctx_len
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, numbers: np.ndarray) -> Tensor:
+        """See `Sequences.read`."""
+        if len(numbers) == 0:
+            return torch.empty(0, self.ctx_len, dtype=torch.int64)
+        rows = np.asarray(self.data[numbers.tolist()]["input_ids"])
+        return torch.from_numpy(rows.astype(np.int64))
+
+
+class MemmapSequences:
+    """A flat file of token ids, cut into sequences; it is never read as a whole."""
+
+    def __init__(self, file: Path, dtype: str, ctx_len: int) -> None:
+        if dtype not in ("uint16", "uint32"):
+            raise UserError(f"--data-args dtype={dtype}: a .bin file holds uint16 or uint32")
+        if file.stat().st_size % np.dtype(dtype).itemsize:
+            raise UserError(f"{file}: {file.stat().st_size} bytes is not a whole number of {dtype} token ids")
+        count = file.stat().st_size // np.dtype(dtype).itemsize // ctx_len
+        if count == 0:
+            raise UserError(f"{file} holds less than one sequence of --ctx-len {ctx_len}: give a smaller one")
+        self.rows = np.memmap(file, dtype=dtype, mode="r", shape=(count, ctx_len))
+        self.ctx_len = ctx_len
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, numbers: np.ndarray) -> Tensor:
+        """See `Sequences.read`."""
+        return torch.from_numpy(self.rows[numbers].astype(np.int64))
+
+
+def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
+    """Make `Sequences` of a tokenised data set; rows of other lengths than `ctx_len` are joined and cut anew.
+
+    Args:
+        data: A `datasets.Dataset` with a column `input_ids`, or `Sequences` already.
+        ctx_len: Tokens per sequence; by default the length of the first row.
+
+    Raises:
+        UserError: If there is no such column, or less than one sequence.
+    """
+    if not hasattr(data, "column_names"):
+        return data
+    if "input_ids" not in data.column_names:
+        raise UserError(
+            f"the data set is not tokenised: it has no column input_ids but {', '.join(data.column_names)}; "
+            "saekit.data.chunk_and_tokenize makes one"
+        )
+    if len(data) == 0:
+        raise UserError("the data set is empty")
+    from saekit.data.pack import pack
+
+    length = ctx_len or len(data.with_format(None)[0]["input_ids"])
+    return DatasetSequences(data if _all_of_length(data, length) else pack(data, length), length)
+
+
+def _all_of_length(data: Dataset, length: int) -> bool:
+    """Whether every row has so many tokens; read from Arrow's offsets, not from the tokens."""
+    import pyarrow.compute as pc
+
+    for batch in data.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000):
+        lengths = pc.list_value_length(batch.column("input_ids"))
+        if pc.any(pc.not_equal(lengths, length)).as_py():
+            return False
+    return True
+
+
+class StepBatches:
+    """Cuts a seeded order of all sequences into optimiser steps, and a step into ranks and micro-batches.
+
+    Args:
+        data: The sequences.
+        global_batch: Sequences per optimiser step over all ranks.
+        seed: Seed of the order; None keeps the data set's own.
+        max_tokens: Stop after so many tokens (excluded ones counted).
+
+    Raises:
+        UserError: If there is less than one global batch.
+    """
+
+    def __init__(self, data: Sequences, global_batch: int, seed: int | None, max_tokens: int | None = None) -> None:
+        count = len(data)
+        if max_tokens is not None:
+            count = min(count, max_tokens // data.ctx_len)
+        if count < global_batch:
+            limit = "" if max_tokens is None else f" (--max-tokens {max_tokens})"
+            raise UserError(
+                f"there are {count} sequences of {data.ctx_len} tokens{limit}, fewer than one optimiser step of "
+                f"{global_batch}: give more text, or a smaller --batch-size, --grad-acc-steps or --ctx-len"
+            )
+        self.data = data
+        self.global_batch = global_batch
+        order = np.arange(len(data)) if seed is None else np.random.default_rng(seed).permutation(len(data))
+        self.order = order[:count]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that a whole run sees."""
+        return len(self.order)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps in a whole run; the last may have fewer sequences than the others."""
+        return -(-len(self.order) // self.global_batch)
+
+    def step(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[Tensor]:
+        """This rank's micro-batches of token ids `[B, T]` of optimiser step `step`, which counts from 0.
+
+        The step's sequences are dealt out in equal contiguous slices, first to micro-batches, then to ranks, so their
+        union does not depend on either number; in the last step of a run slices can be short or empty.
+        """
+        numbers = self.order[step * self.global_batch : (step + 1) * self.global_batch]
+        size = self.global_batch // (world_size * micro_batches)
+        for micro in range(micro_batches):
+            start = (micro * world_size + rank) * size
+            yield self.data.read(numbers[start : start + size])

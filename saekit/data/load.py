@@ -1,0 +1,120 @@
+"""A data set by name: from the hub, from local files, or pre-tokenised."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.config import DataConfig
+from saekit.data.batches import MemmapSequences, Sequences, sequences
+from saekit.data.pack import chunk_and_tokenize
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+"""File name endings and the name that `datasets.load_dataset` has for their format."""
+
+
+def load_sequences(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int, token: str | None = None
+) -> Sequences:
+    """Find the data set, tokenise it unless it is tokenised already, and cut it into sequences of `ctx_len` tokens.
+
+    Args:
+        cfg: Which data set.
+        tokenizer: The language model's.
+        ctx_len: Tokens per sequence.
+        token: For a private or gated data set on the hub.
+
+    Raises:
+        UserError: If the data set is not found, has no usable column, or is too short for one sequence.
+    """
+    if cfg.dataset.endswith(".bin"):
+        return MemmapSequences(_existing(cfg.dataset), str(cfg.data_args.get("dtype", "uint16")), ctx_len)
+    data = load_rows(cfg, token)
+    if cfg.max_examples is not None:
+        data = data.select(range(min(cfg.max_examples, len(data))))
+    if "input_ids" in data.column_names:
+        return sequences(data, ctx_len)
+    packed = chunk_and_tokenize(
+        data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc
+    )
+    return sequences(packed, ctx_len)
+
+
+def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
+    """The rows of a data set as they are, before any tokenising."""
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(cfg.dataset).expanduser()
+    if (path / "state.json").is_file():
+        return load_from_disk(str(path))
+    if (path / "dataset_dict.json").is_file():
+        return _one_split(load_from_disk(str(path)), cfg.split)
+
+    files = sorted(glob.glob(str(path), recursive=True)) if Path(path).suffix in FILE_FORMATS else []
+    arguments: dict[str, Any] = {"split": cfg.split, **cfg.data_args}
+    if files:
+        kind = FILE_FORMATS[path.suffix]
+        if kind == "text":
+            # A text file is one document, not one per line.
+            arguments.setdefault("sample_by", "document")
+        return _load(load_dataset, cfg, kind, data_files={cfg.split.split("[")[0]: files}, **arguments)
+    if not path.is_dir() and _looks_like_a_path(cfg.dataset):
+        raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
+    return _load(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, token=token, **arguments)
+
+
+def _load(load_dataset: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Dataset:
+    """Call `load_dataset` and say in one line what went wrong, if something did."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        data = load_dataset(*args, **kwargs)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise UserError(
+            f"data set {cfg.dataset!r} was found neither on this machine nor on the hub ({_first_line(error)})"
+        ) from error
+    except (ValueError, TypeError, DatasetGenerationError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {_first_line(reason)}") from error
+    return _materialise(data, cfg) if kwargs.get("streaming") else data
+
+
+def _materialise(stream: Any, cfg: DataConfig) -> Dataset:
+    """Take as much of a streamed data set as the run needs, so that every step can be read again by its number."""
+    from datasets import Dataset
+
+    if cfg.max_examples is None:
+        raise UserError("--data-args streaming=true needs --max-examples, to know how many rows to take")
+    return Dataset.from_generator(_rows, gen_kwargs={"stream": stream.take(cfg.max_examples)})
+
+
+def _rows(stream: Any) -> Any:
+    yield from stream
+
+
+def _one_split(splits: Any, split: str) -> Dataset:
+    if split not in splits:
+        raise UserError(f"--split {split!r}: the data set has no such split; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def _existing(name: str) -> Path:
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(f"data set {name!r}: there is no such file")
+    return file
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Hub ids are `name` or `owner/name`; anything else can only have been meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_FORMATS
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,151 @@
+"""Documents to chunks of exactly `ctx_len` token ids, with nothing lost in between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS_PER_PROCESS = 2000
+"""Below so many documents another process costs more to start than it saves."""
+
+
+def chunk_and_tokenize(
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_key: str = "text",
+    max_seq_len: int | None = None,
+    num_proc: int | None = None,
+    load_from_cache_file: bool = True,
+) -> Dataset:
+    """Tokenise documents and pack them, one after the other, into chunks of one length.
+
+    The stream is `EOS doc EOS doc EOS ...`: an end-of-text token before every document, the first included. It is cut
+    into chunks without a gap, across the borders of `map`'s batches too; only what is left at the very end of the
+    data set, less than one chunk, is dropped. Both stages are cached by `datasets`.
+
+    Args:
+        data: Rows with text.
+        tokenizer: Its EOS token (for an encoder without one, its separator) is put between documents.
+        text_key: The column with the text.
+        max_seq_len: Tokens per chunk; by default 2048, or the tokenizer's limit if that is less.
+        num_proc: Processes that tokenise; by default one per core, as far as there are documents for them.
+        load_from_cache_file: Whether a cached result may be used.
+
+    Returns:
+        A data set of one column, `input_ids`, each row `max_seq_len` token ids, in torch format.
+
+    Raises:
+        UserError: If there is no such column, no token to put between documents, or too little text for one chunk.
+    """
+    if text_key not in data.column_names:
+        raise UserError(
+            f"--text-column {text_key!r}: the data set has no such column; it has {', '.join(data.column_names)}"
+        )
+    ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
+    separator = separator_id(tokenizer)
+    wanted = num_proc or os.cpu_count() or 1
+    processes = max(1, min(wanted, len(data) // DOCUMENTS_PER_PROCESS))
+
+    with _one_kind_of_parallelism(processes):
+        tokens = data.map(
+            _tokenize,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "text_key": text_key, "separator": separator},
+            num_proc=processes if processes > 1 else None,
+            remove_columns=data.column_names,
+            load_from_cache_file=load_from_cache_file,
+            desc="Tokenising",
+        )
+    return pack(tokens, ctx_len, load_from_cache_file=load_from_cache_file)
+
+
+def pack(tokens: Dataset, ctx_len: int, *, load_from_cache_file: bool = True) -> Dataset:
+    """Join the rows of `input_ids`, of any lengths, into one stream and cut it into rows of `ctx_len`.
+
+    Raises:
+        UserError: If all rows together are shorter than one chunk.
+    """
+    packed = (
+        tokens.select_columns(["input_ids"])
+        .with_format("arrow")
+        .map(
+            _Packer(ctx_len),
+            batched=True,
+            load_from_cache_file=load_from_cache_file,
+            desc=f"Packing into chunks of {ctx_len}",
+        )
+    )
+    if len(packed) == 0:
+        have = sum(len(row) for row in tokens.with_format(None)["input_ids"])
+        raise UserError(
+            f"the data set has {have} tokens, less than one sequence of --ctx-len {ctx_len}: "
+            "give more text or a smaller --ctx-len"
+        )
+    return packed.with_format("torch")
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before each document: EOS, or an encoder's separator."""
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise UserError(
+        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenise the data set yourself and give "
+        "it with a column input_ids"
+    )
+
+
+def _tokenize(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text_key: str, separator: int
+) -> dict[str, Any]:
+    # A module-level function of plain arguments, so that its hash, the cache's key, is the same in every process.
+    texts = [text or "" for text in batch[text_key]]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return {"input_ids": [np.asarray([separator, *ids], dtype=np.int32) for ids in encoded["input_ids"]]}
+
+
+class _Packer:
+    """Cuts batches of token rows into chunks and carries what is left over into the next batch.
+
+    It is mapped in one process, in order; a fresh one has nothing carried, so the cache's key does not depend on use.
+    """
+
+    def __init__(self, ctx_len: int) -> None:
+        self.ctx_len = ctx_len
+        self.carried = np.empty(0, dtype=np.int32)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        column = table.column("input_ids").combine_chunks()
+        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+        stream = np.concatenate([self.carried, values])
+        whole = len(stream) // self.ctx_len * self.ctx_len
+        self.carried = stream[whole:].copy()
+        offsets = np.arange(0, whole + 1, self.ctx_len, dtype=np.int32)
+        return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, stream[:whole])})
+
+
+@contextmanager
+def _one_kind_of_parallelism(processes: int) -> Iterator[None]:
+    """Either the tokenizer's own threads or several processes: forking a process that has such threads can hang."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true" if processes == 1 else "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,6 @@
+"""Where SAE parameters live. The only room that may know of ranks."""
+
+from saekit.placement.base import LayerOptimizer, OptimizerFactory, Placement
+from saekit.placement.single import Single
+
+__all__ = ["LayerOptimizer", "OptimizerFactory", "Placement", "Single"]

@@ -1,0 +1,19 @@
+"""Reporters: who watches a run, and `inspect`, who looks at what it left."""
+
+from saekit.report.base import Reporter, Reporters
+from saekit.report.jsonl import JsonlReporter
+from saekit.report.stats import LayerStats, RunInfo, StepStats
+from saekit.report.terminal import terminal_reporter
+from saekit.report.trackers import TrackerReporter, tracker_reporter
+
+__all__ = [
+    "JsonlReporter",
+    "LayerStats",
+    "Reporter",
+    "Reporters",
+    "RunInfo",
+    "StepStats",
+    "TrackerReporter",
+    "terminal_reporter",
+    "tracker_reporter",
+]

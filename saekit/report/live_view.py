@@ -1,0 +1,203 @@
+"""What the live view looks like: a function from the state of a run to something rich can draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from saekit.report import units
+from saekit.report.pace import Pace
+from saekit.report.sparkline import sparkline
+from saekit.report.stats import LayerStats, RunInfo, StepStats
+
+TREND_REPORTS = 24
+"""Reports that a trend shows, the newest last."""
+
+ALL_LAYERS = ""
+"""Key of the mean over layers in `RunState.trends`; no hookpoint is called that."""
+
+ROOMY = 20
+"""Terminal lines from which the view has blank lines and its whole header."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that the view shows. Immutable, because the refresh thread reads it while training replaces it."""
+
+    info: RunInfo
+    pace: Pace
+    stats: StepStats | None = None
+    """The newest report; None before the first one."""
+    trends: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """FVU of the last `TREND_REPORTS` reports by hookpoint, and their mean over layers under `ALL_LAYERS`."""
+    saved: tuple[Path, int] | None = None
+    """Folder and step of the newest checkpoint."""
+    finished: bool = False
+
+    def after(self, stats: StepStats) -> RunState:
+        """The state once `stats` has been reported."""
+        fvus = {hookpoint: layer.fvu for hookpoint, layer in stats.layers.items()}
+        if fvus:
+            fvus[ALL_LAYERS] = fmean(fvus.values())
+        trends = {name: (*self.trends.get(name, ()), fvu)[-TREND_REPORTS:] for name, fvu in fvus.items()}
+        return replace(self, stats=stats, trends=trends)
+
+
+def run_view(state: RunState, width: int, height: int) -> RenderableType:
+    """The whole view, in at most `height` lines of `width` columns, unless the run has finished: then every layer.
+
+    Args:
+        state: What to show.
+        width: Columns of the terminal.
+        height: Lines of the terminal.
+    """
+    roomy = height >= ROOMY
+    above: list[RenderableType] = [*_header(state.info, width)] if roomy else [_header(state.info, width)[0]]
+    blank = [Text()] if roomy else []
+    above += [*blank, _progress(state), _numbers(state), *blank]
+    below: list[RenderableType] = [*blank, _saved(state)]
+    # The table's own heading takes one line, and the terminal's last line stays free.
+    room = height - len(above) - len(below) - 2
+    return Group(*above, *_layers(state, width, len(state.info.hookpoints) + 2 if state.finished else room), *below)
+
+
+def spread(n: int, room: int) -> list[int]:
+    """Which `room` of `n` rows to show: evenly spread, the first and the last among them, the same ones each time."""
+    if n <= room:
+        return list(range(n))
+    if room <= 1:
+        return [0][:room]
+    return [round(i * (n - 1) / (room - 1)) for i in range(room)]
+
+
+def line(*parts: str | tuple[str, str]) -> Text:
+    """One line that is cut off at the terminal's edge, never wrapped."""
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+
+def _header(info: RunInfo, width: int) -> list[Text]:
+    layers = len(info.hookpoints)
+    shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.num_latents:,} latents · k {info.k}"
+    shape_and_place = f"{shape} · width {info.d_in:,} · {info.device}, {info.placement}, {info.dtype}"
+    batch = f" · {info.global_batch:,} × {info.ctx_len:,} tokens a step"
+    return [
+        line(("saekit  ", "bold cyan"), (info.model, "bold"), (" on ", "dim"), (info.dataset, "bold")),
+        line(shape_and_place if len(shape_and_place) + len(batch) > width else shape_and_place + batch),
+        line((str(info.run_dir), "dim")),
+    ]
+
+
+def _progress(state: RunState) -> Table:
+    step = state.stats.step if state.stats else state.info.start_step
+    total = state.info.total_steps
+    if not state.finished:
+        label, seconds = "ETA ", state.pace.seconds_left()
+    else:
+        label, seconds = "done in " if step >= total else "stopped after ", state.pace.seconds_gone()
+    row = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    row.add_column(ratio=1)
+    # Widths that do not change as the numbers grow keep the bar's length steady.
+    for columns in (len(f"{total:,}/{total:,} steps"), len("100.0%"), len("ETA 59m 59s")):
+        row.add_column(no_wrap=True, justify="right", min_width=columns)
+    bar = ProgressBar(total=max(total, 1), completed=step, complete_style="cyan", finished_style="green")
+    time_left = Text.assemble((label, "dim"), units.duration(seconds))
+    row.add_row(bar, f"{step:,}/{total:,} steps", f"{100 * step / max(total, 1):.1f}%", time_left)
+    return row
+
+
+def _numbers(state: RunState) -> Text:
+    stats = state.stats
+    if stats is None:
+        return line(("waiting for the first report", "dim"))
+    dot = (" · ", "dim")
+    return line(
+        f"{units.short_count(stats.tokens)} tokens",
+        (f" of ≤ {units.short_count(state.info.total_tokens)}", "dim"),
+        dot,
+        f"{units.short_count(state.pace.tokens_per_second)} tokens/s",
+        dot,
+        f"lr {units.scientific(stats.learning_rate)}",
+        dot,
+        f"{units.size(stats.memory_bytes)} peak",
+    )
+
+
+def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
+    """The table, and below it a line about the layers there was no room for; `room` lines without the heading."""
+    names = state.info.hookpoints
+    layers = dict(state.stats.layers) if state.stats else {}
+    with_mean = len(names) > 1
+    fits = len(names) + with_mean <= room
+    rows = spread(len(names), max(0, room - with_mean - (not fits)))
+    # The numbers and the gaps between columns take 42 columns.
+    longest = max(len("layer"), *map(len, names), len(f"all {len(names)}"))
+    name_width = min(longest, max(len("layers.10"), width - 42 - len("FVU trend")))
+    trend_room = width - name_width - 42
+    trend_width = max(4, min(TREND_REPORTS, trend_room))
+    title = "FVU trend (log, own scale)" if trend_room >= len("FVU trend (log, own scale)") else "FVU trend"
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("layer", width=name_width, no_wrap=True, overflow="ellipsis")
+    for heading, columns in (("FVU", 7), ("dead", 7), ("", 5), ("L0", 5), ("AuxK", 6)):
+        table.add_column(heading, width=columns, justify="right", no_wrap=True)
+    table.add_column(title, min_width=trend_width, no_wrap=True, overflow="crop", style="cyan")
+    for name in (names[row] for row in rows):
+        table.add_row(
+            units.tail(name, name_width), *_cells(layers.get(name)), sparkline(state.trends.get(name, ()), trend_width)
+        )
+    if with_mean:
+        trend = sparkline(state.trends.get(ALL_LAYERS, ()), trend_width)
+        table.add_row(f"all {len(names)}", *_cells(mean_layer(list(layers.values()))), trend, style="bold")
+    if fits:
+        return [table]
+    shown = {names[row] for row in rows}
+    return [table, _not_shown({name: layer for name, layer in layers.items() if name not in shown})]
+
+
+def mean_layer(layers: list[LayerStats]) -> LayerStats | None:
+    """Means over layers, and sums of the counts; None of nothing."""
+    if not layers:
+        return None
+    return LayerStats(
+        fvu=fmean(layer.fvu for layer in layers),
+        l0=fmean(layer.l0 for layer in layers),
+        dead=sum(layer.dead for layer in layers),
+        num_latents=sum(layer.num_latents for layer in layers),
+        loss=fmean(layer.loss for layer in layers),
+        auxk_loss=fmean(layer.auxk_loss for layer in layers),
+    )
+
+
+def _cells(layer: LayerStats | None) -> list[str | Text]:
+    if layer is None:
+        return [units.UNKNOWN] * 5
+    worry = "red" if layer.dead_fraction >= 0.5 else "yellow" if layer.dead_fraction >= 0.1 else ""
+    return [
+        Text(units.decimal(layer.fvu), "bold red" if units.unknown(layer.fvu) else ""),
+        Text(units.count(layer.dead) if layer.dead < 1_000_000 else units.short_count(layer.dead), worry),
+        Text(units.percent(layer.dead_fraction), worry or "dim"),
+        units.decimal(layer.l0, 1),
+        units.decimal(layer.auxk_loss, 3),
+    ]
+
+
+def _not_shown(layers: dict[str, LayerStats]) -> Text:
+    if not layers:
+        return line(("… more layers than fit", "dim"))
+    mean = units.decimal(fmean(layer.fvu for layer in layers.values()))
+    worst = max(layers, key=lambda name: (layers[name].fvu != layers[name].fvu, layers[name].fvu))
+    rest = f"… and {len(layers)} between these: mean FVU {mean}, worst {worst} {units.decimal(layers[worst].fvu)}"
+    return line((rest, "dim"))
+
+
+def _saved(state: RunState) -> Text:
+    if state.saved is None:
+        return line(("no checkpoint yet", "dim"))
+    path, step = state.saved
+    return line(("✓ ", "green"), (f"saved step {step:,} in {path.name}", "dim"))

@@ -1,0 +1,162 @@
+"""Checkpoints: whole tensors per layer, in files any reader of the field knows, put in place by one rename.
+
+    RUN/config.yaml, metrics.jsonl
+    RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
+    RUN/step_00000200/checkpoint.json    step, tokens, versions, configuration, size and SHA-256 of every file
+    RUN/step_00000200/layers.0/          one folder per hookpoint:
+        cfg.json, sae.safetensors        the SAE, in sparsify's format
+        saekit.json                      what it was trained on
+        state.safetensors                counters, calibration, optimiser state
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saekit.errors import UserError
+from saekit.sae import Sae
+from saekit.sae.storage import save_to_disk
+
+FORMAT = 1
+INDEX_FILE = "checkpoint.json"
+STATE_FILE = "state.safetensors"
+ABOUT_FILE = "saekit.json"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What is kept of one layer."""
+
+    sae: Sae
+    """For its sizes."""
+    weights: dict[str, Tensor]
+    """Whole tensors by parameter name."""
+    state: dict[str, Tensor]
+    """Counters, calibration and optimiser state."""
+    about: dict[str, Any]
+    """The content of `saekit.json`."""
+
+
+def write_checkpoint(run_dir: Path, step: int, layers: Mapping[str, LayerRecord], index: Mapping[str, Any]) -> Path:
+    """Write one checkpoint, make `latest` point to it, and return its folder.
+
+    A reader sees the folder whole or not at all: it is written under another name, flushed to the disk and renamed.
+    """
+    final = run_dir / f"step_{step:08d}"
+    partial = run_dir / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for hookpoint, record in layers.items():
+        folder = partial / hookpoint
+        save_to_disk(record.sae, folder, record.weights)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in record.state.items()}, folder / STATE_FILE)
+        (folder / ABOUT_FILE).write_text(json.dumps(record.about, indent=2) + "\n", encoding="utf-8")
+    files = {file.relative_to(partial).as_posix(): file for file in sorted(partial.rglob("*")) if file.is_file()}
+    fingerprints = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
+    content = {"format": FORMAT, "step": step, **index, "hookpoints": list(layers), "files": fingerprints}
+    (partial / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in (*files.values(), partial / INDEX_FILE, *{file.parent for file in files.values()}, partial):
+        _flush(path)
+    if final.exists():  # a resumed run that passes the same step again
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _flush(run_dir)
+    point(run_dir / "latest", final)
+    return final
+
+
+def point(link: Path, folder: Path) -> None:
+    """Make a link to a sibling folder, replacing an old one in a single step."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    os.replace(fresh, link)
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints; what `best` points to stays."""
+    best = (run_dir / "best").resolve() if (run_dir / "best").is_symlink() else None
+    for folder in sorted(run_dir.glob("step_*"))[:-keep_last]:
+        if folder.resolve() != best:
+            shutil.rmtree(folder)
+
+
+def read_index(checkpoint: Path) -> dict[str, Any]:
+    """The content of `checkpoint.json`, after checking that every file it names is there and whole.
+
+    Raises:
+        UserError: If the index or a file is missing or damaged; the message names it.
+    """
+    try:
+        index = json.loads((checkpoint / INDEX_FILE).read_text(encoding="utf-8"))
+        files = dict(index["files"])
+    except OSError as error:
+        raise UserError(f"no checkpoint in {checkpoint}: {INDEX_FILE} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{checkpoint / INDEX_FILE} is damaged: use another checkpoint") from None
+    for name, expected in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"checkpoint {checkpoint} is incomplete: {name} is missing; use another checkpoint")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise UserError(f"checkpoint {checkpoint} is damaged: {name} has changed; use another checkpoint")
+    return index
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """A layer's counters, calibration and optimiser state, on the CPU."""
+    try:
+        return load_file(folder / STATE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / STATE_FILE} cannot be read ({error}): use another checkpoint") from None
+
+
+def open_run_folder(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """Make the folder of a run, after `check_run_folder`."""
+    check_run_folder(path, overwrite=overwrite, resume=resume)
+    if overwrite and path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def check_run_folder(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse a run folder that exists without permission, or that does not exist although it should."""
+    if resume:
+        if not (path / "latest" / INDEX_FILE).is_file():
+            raise UserError(f"--resume: there is no checkpoint to go on from in {path}")
+    elif path.exists() and not overwrite and any(path.iterdir()):
+        raise UserError(
+            f"the run folder {path} exists already: --resume goes on with it, --overwrite replaces it, "
+            "--run-name chooses another"
+        )
+    elif overwrite and path.exists() and any(path.iterdir()) and not (path / "config.yaml").is_file():
+        raise UserError(f"--overwrite: {path} does not look like a run (it has no config.yaml); nothing was deleted")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+

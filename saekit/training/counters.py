@@ -1,0 +1,58 @@
+"""Which latents are dead, and how often each fires."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerCounters:
+    """What is counted for one layer's latents; whole tensors, the same on every rank that has the layer.
+
+    A latent *fires* on a token when its value is above zero there; being among the top k with a value of zero is not
+    firing. It is *dead* when it fired for none of the last `dead_feature_threshold` tokens.
+    """
+
+    tokens_since_fired_M: Tensor
+    """int64 `[M]`: tokens of training since the optimiser step in which the latent last fired."""
+    fire_count_M: Tensor
+    """int64 `[M]`: tokens on which the latent fired, over the whole run."""
+    fired_now_M: Tensor
+    """int64 `[M]`: the same, over the current optimiser step and this rank's tokens."""
+
+    @classmethod
+    def fresh(cls, num_latents: int, device: torch.device) -> LayerCounters:
+        """All zero: nothing has had the time to die."""
+        return cls(*(torch.zeros(num_latents, dtype=torch.int64, device=device) for _ in range(3)))
+
+    def observe(self, acts_NK: Tensor, indices_NK: Tensor) -> None:
+        """Note which latents fired in a chunk of tokens."""
+        self.fired_now_M.scatter_add_(0, indices_NK.flatten(), (acts_NK > 0).flatten().long())
+
+    def advance(self, fired_M: Tensor, tokens: int) -> None:
+        """End an optimiser step.
+
+        Args:
+            fired_M: `fired_now_M`, summed over all ranks that share the layer.
+            tokens: Tokens of the step over all those ranks.
+        """
+        self.fire_count_M += fired_M
+        self.tokens_since_fired_M += tokens
+        self.tokens_since_fired_M.masked_fill_(fired_M > 0, 0)
+        self.fired_now_M.zero_()
+
+    def dead(self, threshold: int) -> Tensor:
+        """Numbers of the dead latents, int64 `[dead]`, given the threshold in tokens. On a GPU this synchronises."""
+        return (self.tokens_since_fired_M >= threshold).nonzero().squeeze(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, taken between two optimiser steps."""
+        return {"tokens_since_fired": self.tokens_since_fired_M, "fire_count": self.fire_count_M}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.tokens_since_fired_M.copy_(state["tokens_since_fired"])
+        self.fire_count_M.copy_(state["fire_count"])

@@ -1,0 +1,145 @@
+"""The optimisers a layer can be trained with, behind `LayerOptimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from saekit.config import TrainConfig
+from saekit.errors import UserError
+from saekit.sae import Sae
+from saekit.sae.model import unit_rows
+from saekit.training.signum import ScheduleFreeSignum
+
+REFERENCE_LATENTS = 2**14
+"""The dictionary size at which the default learning rates are quoted."""
+TRAINED_WEIGHTS = "trained"
+"""Under this name the state holds the weights that gradients are taken at, where others are exported."""
+
+
+def base_lr(cfg: TrainConfig, num_latents: int) -> float:
+    """`--lr`, or the optimiser's default for a dictionary of this size.
+
+    The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3).
+    """
+    if cfg.lr is not None:
+        return cfg.lr
+    size = (num_latents / REFERENCE_LATENTS) ** 0.5
+    return {"adam": 2e-4 / size, "adam8bit": 2e-4 / size, "signum": 5e-3 / size, "muon": 2e-3}[cfg.optimizer]
+
+
+def decays(cfg: TrainConfig) -> bool:
+    """Whether the learning rate falls to zero over the run; a schedule-free optimiser averages instead."""
+    return cfg.optimizer != "signum"
+
+
+def make_optimizer(cfg: TrainConfig, sae: Sae) -> TorchOptimizer:
+    """The configured optimiser for one SAE.
+
+    Raises:
+        UserError: If the optimiser's library is missing or too old.
+    """
+    lr = base_lr(cfg, sae.num_latents)
+    everything = list(sae.parameters())
+    if cfg.optimizer == "adam":
+        return TorchOptimizer(sae, [torch.optim.Adam(everything, lr=lr, fused=True)])
+    if cfg.optimizer == "adam8bit":
+        return TorchOptimizer(sae, [_adam_8bit(everything, lr)])
+    if cfg.optimizer == "signum":
+        return TorchOptimizer(sae, [ScheduleFreeSignum(everything, lr=lr)])
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
+    matrices = [parameter for parameter in everything if parameter.ndim == 2]
+    vectors = [parameter for parameter in everything if parameter.ndim < 2]
+    # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
+    muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
+    return TorchOptimizer(sae, [muon, torch.optim.Adam(vectors, lr=lr, fused=True)])
+
+
+class TorchOptimizer:
+    """One or more `torch.optim` optimisers that share the parameters of one SAE. Implements `LayerOptimizer`."""
+
+    def __init__(self, sae: Sae, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.sae = sae
+        self.optimizers = optimizers
+        self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def step(self, lr_scale: float) -> None:
+        """See `LayerOptimizer.step`."""
+        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * lr_scale
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """See `LayerOptimizer.zero_grad`."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `LayerOptimizer.state`: `W_enc.exp_avg` and so on; a plain number gets the ending `.number`."""
+        found: dict[str, Tensor] = {}
+        for name, optimizer, parameter, _ in self._parameters():
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    found[f"{name}.{key}"] = value.detach()
+                else:
+                    found[f"{name}.{key}.number"] = torch.tensor(value, dtype=torch.float64)
+            if isinstance(optimizer, ScheduleFreeSignum):  # what is exported is the average, not these weights
+                found[f"{name}.{TRAINED_WEIGHTS}"] = parameter.detach()
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `LayerOptimizer.load_state`."""
+        loaded: dict[torch.optim.Optimizer, dict[int, dict[str, object]]] = {each: {} for each in self.optimizers}
+        for name, optimizer, parameter, number in self._parameters():
+            own: dict[str, object] = {}
+            for full_name, value in state.items():
+                key = full_name.removeprefix(f"{name}.")
+                if key == full_name:
+                    continue
+                if key == TRAINED_WEIGHTS:
+                    parameter.copy_(value)
+                elif key.endswith(".number"):
+                    own[key.removesuffix(".number")] = _plain_number(value)
+                else:
+                    own[key] = value
+            loaded[optimizer][number] = own
+        for optimizer, values in loaded.items():
+            optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def export(self) -> dict[str, Tensor]:
+        """See `LayerOptimizer.export`."""
+        weights: dict[str, Tensor] = {}
+        for name, optimizer, parameter, _ in self._parameters():
+            averages = isinstance(optimizer, ScheduleFreeSignum)
+            weights[name] = optimizer.average(parameter) if averages else parameter.detach()
+            if averages and name == "W_dec" and self.sae.normalize_decoder:
+                weights[name] = unit_rows(weights[name])  # the mean of unit rows is shorter than one
+        return weights
+
+    def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter, int]]:
+        """Each parameter's name, its optimiser, itself, and its number inside that optimiser."""
+        names = {parameter: name for name, parameter in self.sae.named_parameters()}
+        for optimizer in self.optimizers:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for number, parameter in enumerate(parameters):
+                yield names[parameter], optimizer, parameter, number
+
+
+def _plain_number(value: Tensor) -> int | float:
+    number = float(value.item())
+    return int(number) if number.is_integer() else number
+
+
+def _adam_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer adam8bit needs bitsandbytes, which cannot be imported here ({error}): use --optimizer adam"
+        ) from error
+    return bitsandbytes.optim.Adam8bit(parameters, lr=lr)

@@ -1,0 +1,182 @@
+"""What follows from the configuration, the model and the data, before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations import context_length, find_blocks, resolve_ctx_len, select_layers
+from saekit.activations.hookpoints import text_config_of, width
+from saekit.config import RunConfig, TrainConfig
+from saekit.config.run import to_flat
+from saekit.data import StepBatches, sequences
+from saekit.errors import UserError
+from saekit.placement import Placement
+from saekit.report import RunInfo
+from saekit.training.optimizers import base_lr, decays
+from saekit.training.schedule import lr_scale, warmup_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, resolved: every default filled in, every contradiction found."""
+
+    cfg: TrainConfig
+    layers: tuple[int, ...]
+    """Layer numbers, ascending."""
+    hookpoints: tuple[str, ...]
+    """Their names, in the same order."""
+    d_in: int
+    num_latents: int
+    batches: StepBatches
+    excluded: Tensor
+    """int64: ids of the tokens that do not train the SAEs."""
+    model_name: str
+    dataset_name: str
+    run_dir: Path
+    source: RunConfig | None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.batches.num_steps
+
+    @property
+    def ctx_len(self) -> int:
+        """Tokens per sequence."""
+        return self.batches.data.ctx_len
+
+    @cached_property
+    def warmup(self) -> int:
+        """Optimiser steps of warm-up."""
+        return warmup_steps(self.cfg.lr_warmup_steps, self.total_steps)
+
+    @cached_property
+    def base_lr(self) -> float:
+        """The learning rate that warm-up rises to."""
+        return base_lr(self.cfg, self.num_latents)
+
+    def lr_scale(self, step: int) -> float:
+        """Factor on `base_lr` in optimiser step `step`, which counts from 0."""
+        return lr_scale(step, warmup=self.warmup, total_steps=self.total_steps, decay=decays(self.cfg))
+
+    def kept(self, input_ids: Tensor) -> Tensor:
+        """Which tokens train the SAEs: bool, of the shape of `input_ids`, on the CPU."""
+        return ~torch.isin(input_ids, self.excluded)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as plain values, without secrets."""
+        known = self.source.to_flat() if self.source else {"model": self.model_name, "dataset": self.dataset_name}
+        resolved = {
+            "ctx_len": self.ctx_len,
+            "lr": self.base_lr,
+            "lr_warmup_steps": self.warmup,
+            "run_name": self.run_dir.name,
+        }
+        return {**known, **to_flat(self.cfg), **resolved}
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of its origin."""
+        return {
+            "model": self.model_name,
+            "dataset": self.dataset_name,
+            "ctx_len": self.ctx_len,
+            "dead_feature_threshold": self.cfg.dead_feature_threshold,
+        }
+
+    def info(self, placement: Placement, dtype: torch.dtype, start_step: int) -> RunInfo:
+        """What reporters are told before the first step."""
+        return RunInfo(
+            run_dir=self.run_dir,
+            model=self.model_name,
+            dataset=self.dataset_name,
+            hookpoints=self.hookpoints,
+            d_in=self.d_in,
+            num_latents=self.num_latents,
+            k=self.cfg.sae.k,
+            total_steps=self.total_steps,
+            total_sequences=self.batches.num_sequences,
+            ctx_len=self.ctx_len,
+            start_step=start_step,
+            device=str(placement.device),
+            placement=placement.name,
+            dtype=str(dtype).removeprefix("torch."),
+            global_batch=self.batches.global_batch,
+            config=self.config(),
+        )
+
+
+def plan_run(
+    cfg: TrainConfig,
+    dataset: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: RunConfig | None,
+    world_size: int,
+) -> RunPlan:
+    """Resolve a run; the arguments are `SaeTrainer`'s.
+
+    Raises:
+        UserError: If the configuration does not fit the model or the data.
+    """
+    blocks = find_blocks(model)
+    layers = select_layers(len(blocks.modules), cfg.layers, cfg.layer_stride)
+    d_in = width(text_config_of(model.config))
+    try:
+        num_latents = cfg.sae.resolve_num_latents(d_in)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    data = sequences(dataset, source.data.ctx_len if source else None)
+    resolve_ctx_len(data.ctx_len, context_length(model.config))
+    batches = StepBatches(
+        data,
+        cfg.batch_size * cfg.grad_acc_steps * world_size,
+        cfg.data_seed if cfg.shuffle else None,
+        source.data.max_tokens if source else None,
+    )
+    model_name = source.model.model if source else model.name_or_path or type(model).__name__
+    dataset_name = source.data.dataset if source else "tokenised data"
+    return RunPlan(
+        cfg=cfg,
+        layers=tuple(layers),
+        hookpoints=tuple(blocks.hookpoint(layer) for layer in layers),
+        d_in=d_in,
+        num_latents=num_latents,
+        batches=batches,
+        excluded=torch.tensor(excluded_tokens(cfg, model, tokenizer), dtype=torch.int64),
+        model_name=model_name,
+        dataset_name=dataset_name,
+        run_dir=cfg.save_dir / (cfg.run_name or default_run_name(model_name, source)),
+        source=source,
+    )
+
+
+def excluded_tokens(
+    cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> list[int]:
+    """Ids of the tokens to leave out: the user's, and unless switched off the special ones, ascending."""
+    ids = set(cfg.exclude_tokens)
+    if cfg.exclude_special_tokens and tokenizer is not None:
+        ids |= set(tokenizer.all_special_ids)
+    elif cfg.exclude_special_tokens:
+        config = text_config_of(model.config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"):
+            value = getattr(config, name, None)
+            ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+    return sorted(ids)
+
+
+def default_run_name(model_name: str, source: RunConfig | None) -> str:
+    """A folder name such as `pythia-70m-fineweb`, made of the model's and the data set's."""
+    parts = [Path(model_name).name] + ([Path(source.data.dataset).name.split("*")[0]] if source else [])
+    name = "-".join("".join(c if c.isalnum() or c in "-_." else "-" for c in part).strip("-.") for part in parts)
+    return name.strip("-.") or "run"

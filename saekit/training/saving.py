@@ -1,0 +1,82 @@
+"""When a run saves: the checkpoint, `latest`, `best`, and what is deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saekit import versions
+from saekit.errors import UserError
+from saekit.placement import Placement
+from saekit.report import StepStats
+from saekit.training import checkpoint
+from saekit.training.plan import RunPlan
+from saekit.training.state import RunState, records
+
+HARMLESS = frozenset(
+    {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
+    | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
+)
+"""Options that a resumed run may change, because the training does not depend on them."""
+
+
+class Saver:
+    """Writes the checkpoints of one run and knows which was the best."""
+
+    def __init__(self, plan: RunPlan, placement: Placement, run: RunState) -> None:
+        self.plan = plan
+        self.placement = placement
+        self.run = run
+        self.fvu: dict[str, float] = {}
+        """By hookpoint, of the last report."""
+        self.mean_fvus: list[float] = []
+        """Means over layers, of the reports since the last checkpoint."""
+
+    def note(self, stats: StepStats) -> None:
+        """Take in a report: `best` is chosen by the FVU between two checkpoints."""
+        self.fvu = {name: layer.fvu for name, layer in stats.layers.items()}
+        self.mean_fvus.append(sum(self.fvu.values()) / len(self.fvu))
+
+    def save(self) -> Path:
+        """Write a checkpoint of the step that was just finished and return its folder."""
+        run, plan = self.run, self.plan
+        mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
+        self.mean_fvus.clear()
+        improved = mean_fvu < run.best_fvu
+        run.best_fvu = min(run.best_fvu, mean_fvu)
+        about = {**plan.about(), "saekit_version": versions.SAEKIT}
+        index = {
+            "tokens": run.tokens,
+            "total_steps": plan.total_steps,
+            "best_fvu": run.best_fvu if run.best_fvu < float("inf") else None,
+            **about,
+            "versions": versions.libraries(),
+            "excluded_tokens": plan.excluded.tolist(),
+            "config": plan.config(),
+        }
+        layers = records(run, self.placement, about, self.fvu)
+        folder = checkpoint.write_checkpoint(plan.run_dir, run.step, layers, index)
+        if plan.cfg.save_best and improved:
+            checkpoint.point(plan.run_dir / "best", folder)
+        checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
+        return folder
+
+
+def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
+    """See that a resumed run would go on with the same training.
+
+    Raises:
+        UserError: If an option that the training depends on has changed; the message lists all that did.
+    """
+    before, now = index["config"], plan.config()
+    changed = [
+        f"--{name.replace('_', '-')} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted({*before, *now} - HARMLESS)
+        if before.get(name) != now.get(name)
+    ]
+    if index["excluded_tokens"] != plan.excluded.tolist():
+        changed.append("the excluded tokens differ")
+    if not changed and index["total_steps"] != plan.total_steps:
+        changed.append(f"the data made {index['total_steps']} steps and makes {plan.total_steps}")
+    if changed:
+        raise UserError(f"--resume would go on with another training: {'; '.join(changed)}")

@@ -1,0 +1,62 @@
+"""Sign descent with schedule-free averaging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ScheduleFreeSignum(torch.optim.Optimizer):
+    """Schedule-free sign descent (Defazio et al. 2024, "The Road Less Scheduled", arXiv 2405.15682, equations 3-5).
+
+    Three sequences: `z` takes the steps, `x` is their weighted mean, and gradients are taken at `y` between them:
+
+        z' = z − lr · sign(∇f(y))
+        x' = (1 − c) x + c z'        c = lr² / Σ lr²
+        y' = (1 − β) z' + β x'
+
+    The parameters hold `y`; `x`, which is what should be used and saved, follows from `y` and `z`: see `average`.
+    Momentum is the averaging itself, which is why no decay of the learning rate is needed.
+
+    Args:
+        params: Parameters, all of float type.
+        lr: Learning rate.
+        beta: β, how near the mean the gradients are taken.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, beta: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step; parameters without a gradient stay."""
+        for group in self.param_groups:
+            lr, beta = group["lr"], group["beta"]
+            for y in group["params"]:
+                if y.grad is None:
+                    continue
+                state = self.state[y]
+                if not state:
+                    state["z"] = y.clone()
+                    state["weight_sum"] = 0.0
+                x = self._mean(y, state["z"], beta)
+                z = state["z"].sub_(y.grad.sign(), alpha=lr)
+                state["weight_sum"] += lr**2
+                x.lerp_(z, lr**2 / state["weight_sum"] if state["weight_sum"] else 0.0)
+                torch.lerp(z, x, beta, out=y)
+
+    def average(self, parameter: nn.Parameter) -> Tensor:
+        """`x`, the weights to use, for a parameter that holds `y`."""
+        state = self.state[parameter]
+        if not state:
+            return parameter.detach()
+        beta = next(group["beta"] for group in self.param_groups if any(p is parameter for p in group["params"]))
+        return self._mean(parameter.detach(), state["z"], beta)
+
+    @staticmethod
+    def _mean(y: Tensor, z: Tensor, beta: float) -> Tensor:
+        """`x = z + (y − z) / β`."""
+        return torch.lerp(z, y, 1 / beta)

@@ -1,0 +1,143 @@
+"""The state of a run between two optimiser steps, besides the parameters: calibration, counters, step and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.errors import UserError
+from saekit.placement import Placement
+from saekit.sae import Sae
+from saekit.sae.storage import find_sae_folders, load_from_disk
+from saekit.training.checkpoint import LayerRecord, read_index, read_state
+from saekit.training.counters import LayerCounters
+from saekit.training.plan import RunPlan
+from saekit.training.statistics import Moments
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the first global batch said about a layer; fixed for the run."""
+
+    mean_D: Tensor
+    """`[D]`, float32: the initial `b_dec`."""
+    variance: float
+    """σ², the total variance (trace of the covariance), by which the loss is divided."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    tokens: int = 0
+    """Tokens that trained the SAEs, over all ranks."""
+    calibration: dict[str, Calibration] = field(default_factory=dict)
+    counters: dict[str, LayerCounters] = field(default_factory=dict)
+    best_fvu: float = float("inf")
+    """The lowest mean FVU between two checkpoints so far."""
+
+
+def new_bank(plan: RunPlan) -> dict[str, Sae]:
+    """Fresh SAEs on the CPU. A layer's weights depend on the seed and its number only, not on the other layers."""
+    bank = {}
+    for hookpoint, layer in zip(plan.hookpoints, plan.layers, strict=True):
+        sae = plan.cfg.sae
+        bank[hookpoint] = Sae(
+            plan.d_in,
+            plan.num_latents,
+            sae.k,
+            normalize_decoder=sae.normalize_decoder,
+            multi_topk=sae.multi_topk,
+            generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
+        )
+    return bank
+
+
+def load_finetune(path: Path, bank: dict[str, Sae]) -> None:
+    """Replace the weights of fresh SAEs by those of earlier ones, in place.
+
+    Args:
+        path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
+        bank: SAEs by hookpoint.
+
+    Raises:
+        UserError: If an SAE is missing there, is damaged or has another size.
+    """
+    try:
+        single = (path / "sae.safetensors").is_file() and len(bank) == 1
+        folders = dict.fromkeys(bank, path) if single else find_sae_folders(path)
+        for hookpoint, sae in bank.items():
+            if hookpoint not in folders:
+                raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
+            source = load_from_disk(folders[hookpoint])
+            if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
+                raise ValueError(
+                    f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
+                    f"this run {sae.num_latents} for width {sae.d_in}"
+                )
+            sae.load_state_dict(source.state_dict())
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--finetune {path}: {error}") from error
+
+
+def calibrate(name: str, moments: Moments) -> Calibration:
+    """Mean and variance of one layer from the sums over the first global batch.
+
+    Raises:
+        UserError: If the activations hold NaN or Inf, or do not vary.
+    """
+    check_finite(name, moments.sum_squares, step=0)
+    variance = float(moments.total_variance())
+    if not variance > 0:
+        raise UserError(f"{name}: its activations on the first batch do not vary, so there is nothing to learn")
+    return Calibration(moments.mean_D().float(), variance)
+
+
+def check_finite(name: str, sum_squares: Tensor, step: int) -> None:
+    """Stop on NaN or Inf among activations; a float64 sum of squares of float32 values is finite if they all are."""
+    if not bool(torch.isfinite(sum_squares)):
+        raise UserError(
+            f"{name}: NaN or Inf in the activations at step {step}: the language model overflows; "
+            "try --dtype bfloat16 or float32"
+        )
+
+
+def records(state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]) -> dict[str, LayerRecord]:
+    """What a checkpoint keeps of each layer of this rank."""
+    found = {}
+    for name in placement.layers():
+        calibration = state.calibration[name]
+        optimizer = {f"optim.{key}": value for key, value in placement.optimizer_state(name).items()}
+        tensors = {
+            **state.counters[name].state(),
+            "mean": calibration.mean_D,
+            "variance": torch.tensor(calibration.variance, dtype=torch.float64),
+            **optimizer,
+        }
+        layer_about = {"hookpoint": name, "step": state.step, "tokens": state.tokens, **about, "fvu": fvu.get(name)}
+        found[name] = LayerRecord(placement.sae(name), placement.weights(name), tensors, layer_about)
+    return found
+
+
+def restore(checkpoint: Path, state: RunState, placement: Placement) -> None:
+    """Put a run back to where a checkpoint left it.
+
+    Raises:
+        UserError: If a file is missing or damaged.
+    """
+    index = read_index(checkpoint)
+    state.step, state.tokens = index["step"], index["tokens"]
+    state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
+    for name in placement.layers():
+        tensors = read_state(checkpoint / name)
+        placement.sae(name).load_state_dict(load_from_disk(checkpoint / name).state_dict())
+        state.calibration[name] = Calibration(tensors["mean"].to(placement.device), float(tensors["variance"]))
+        state.counters[name].load_state(tensors)
+        optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
+        placement.load_optimizer_state(name, optimizer)

@@ -1,0 +1,110 @@
+"""Sums over tokens, which become means only when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saekit.report.stats import LayerStats
+from saekit.sae import Losses, SaeOutput
+
+
+@dataclass
+class Moments:
+    """First and second moments of one layer's activations, in float64, so that large means do no harm."""
+
+    sum_D: Tensor
+    """`Σ_t x_t`, `[D]`."""
+    sum_squares: Tensor
+    """`Σ_t ‖x_t‖²`, a scalar."""
+    count: Tensor
+    """Tokens, a scalar."""
+
+    @classmethod
+    def zero(cls, d_in: int, device: torch.device) -> Moments:
+        """Of no token."""
+        zeros = torch.zeros(d_in + 2, dtype=torch.float64, device=device)
+        return cls(zeros[:d_in], zeros[d_in], zeros[d_in + 1])
+
+    def add(self, x_ND: Tensor) -> None:
+        """Count a chunk of tokens."""
+        x_ND = x_ND.to(torch.float64)
+        self.sum_D += x_ND.sum(0)
+        self.sum_squares += x_ND.square().sum()
+        self.count += x_ND.shape[0]
+
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Moments:
+        """The same over all ranks, in one reduction."""
+        together = reduce(torch.cat([self.sum_D, self.sum_squares.view(1), self.count.view(1)]))
+        return Moments(together[:-2], together[-2], together[-1])
+
+    def mean_D(self) -> Tensor:
+        """`[D]`, float64."""
+        return self.sum_D / self.count
+
+    def deviation(self) -> Tensor:
+        """`Σ_t ‖x_t − mean‖²`, a float64 scalar."""
+        return self.sum_squares - self.sum_D.square().sum() / self.count
+
+    def total_variance(self) -> Tensor:
+        """σ², the trace of the covariance, a float64 scalar."""
+        return self.deviation() / self.count
+
+
+NUM_SUMS = 5
+
+
+@dataclass
+class LayerWindow:
+    """One layer's sums over the optimiser steps since the last report."""
+
+    moments: Moments
+    sums: Tensor
+    """float64 `[5]`: squared error, squared error at 4k, firings, loss, AuxK loss. The last two are already divided
+    by their step's tokens, so their mean is over steps."""
+    steps: int = 0
+
+    @classmethod
+    def empty(cls, d_in: int, device: torch.device) -> LayerWindow:
+        """Over no step."""
+        return cls(Moments.zero(d_in, device), torch.zeros(NUM_SUMS, dtype=torch.float64, device=device))
+
+    def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float) -> None:
+        """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again."""
+        self.moments.add(x_ND)
+        zero = losses.total.new_zeros(())
+        self.sums += torch.stack(
+            [
+                losses.mse.detach() / scale,
+                zero if losses.multi_topk is None else losses.multi_topk.detach() / scale,
+                (out.acts > 0).sum(),
+                losses.total.detach(),
+                zero if losses.auxk is None else losses.auxk.detach(),
+            ]
+        ).double()
+
+    def read(
+        self, reduce: Callable[[Tensor], Tensor], *, dead: int, num_latents: int, with_multi_topk: bool
+    ) -> LayerStats:
+        """The finished numbers over all ranks. Start an `empty` window afterwards, so that both parts of every ratio are
+        cleared together."""
+        moments = self.moments.reduced(reduce)
+        squared_error, multi_error, firings, loss, auxk = reduce(self.sums).tolist()
+        deviation, tokens = float(moments.deviation()), float(moments.count)
+        return LayerStats(
+            fvu=_ratio(squared_error, deviation),
+            l0=_ratio(firings, tokens),
+            dead=dead,
+            num_latents=num_latents,
+            loss=_ratio(loss, self.steps),
+            auxk_loss=_ratio(auxk, self.steps),
+            multi_topk_fvu=_ratio(multi_error, deviation) if with_multi_topk else None,
+        )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """`part / whole`, NaN where there is no whole (a window without a token)."""
+    return part / whole if whole else float("nan")

@@ -1,0 +1,210 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from saekit.activations import tap
+from saekit.config import RunConfig, TrainConfig
+from saekit.errors import UserError
+from saekit.placement import Placement, Single
+from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
+from saekit.sae import sae_losses
+from saekit.training import state
+from saekit.training.checkpoint import check_run_folder, open_run_folder, read_index
+from saekit.training.counters import LayerCounters
+from saekit.training.interrupt import Interrupted, graceful_interrupt
+from saekit.training.optimizers import make_optimizer
+from saekit.training.plan import plan_run
+from saekit.training.resources import peak_memory_bytes
+from saekit.training.saving import Saver, refuse_other_run
+from saekit.training.statistics import LayerWindow, Moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ReadResidual = Callable[[Tensor], dict[str, Tensor]]
+
+
+class SaeTrainer:
+    """Trains one SAE per chosen layer of a language model, all layers at once.
+
+    Args:
+        cfg: How to train.
+        dataset: A data set with a column `input_ids`, as `saekit.data.chunk_and_tokenize` makes it.
+        model: Any HuggingFace causal language model or encoder; it is only read, and left as it was.
+        tokenizer: Where the special tokens to leave out come from; without it, the ids in the model's config.
+        source: The whole run's configuration where there is one (the command line's); it is saved with the run.
+        reporter: Who watches; by default the live view, or plain lines where there is no terminal.
+
+    Raises:
+        UserError: If the configuration does not fit the model or the data, or the run folder is in use.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        dataset: Any,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        source: RunConfig | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.placement: Placement = Single(model.device)
+        self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
+        check_run_folder(self.plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
+        watchers = [reporter or terminal_reporter(), JsonlReporter(self.plan.run_dir / "metrics.jsonl")]
+        if cfg.log_with is not None:
+            watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
+        self.report = Reporters(watchers)
+
+    def fit(self) -> Path:
+        """Train to the end of the data and return the folder of the last checkpoint.
+
+        Raises:
+            UserError: If the activations hold NaN or Inf, or a checkpoint to start from cannot be used.
+            Interrupted: After Ctrl-C, once the step is finished and the checkpoint is in place.
+        """
+        cfg, plan, placement, report = self.cfg, self.plan, self.placement, self.report
+        with report, graceful_interrupt() as interruption, tap(self.model, plan.hookpoints) as read_residual:
+            run = self._start(read_residual)
+            saver = Saver(plan, placement, run)
+            windows = self._fresh_windows()
+            clock, tokens_at_report = time.perf_counter(), run.tokens
+
+            for step in range(run.step, plan.total_steps):
+                batches = list(plan.batches.step(step, placement.rank, placement.world_size, cfg.grad_acc_steps))
+                # The loss is a sum over tokens divided by numbers that are fixed here, before any backward pass.
+                tokens = self._count_tokens(batches)
+                scale = {name: 1 / (max(1, tokens) * run.calibration[name].variance) for name in placement.layers()}
+                dead = {name: run.counters[name].dead(cfg.dead_feature_threshold) for name in placement.layers()}
+
+                for input_ids in batches:
+                    acts = self._activations(read_residual, input_ids)
+                    for name, x_ND in placement.route(acts):
+                        for chunk in x_ND.tensor_split(cfg.micro_acc_steps):
+                            chunk_ND = chunk.float()
+                            out = placement.sae(name)(chunk_ND, dead[name] if cfg.auxk_alpha > 0 else None)
+                            losses = sae_losses(
+                                chunk_ND,
+                                out,
+                                scale=scale[name],
+                                auxk_alpha=cfg.auxk_alpha,
+                                num_dead=len(dead[name]),
+                            )
+                            placement.backward(name, losses.total)
+                            run.counters[name].observe(out.acts, out.indices)
+                            windows[name].observe(chunk_ND, out, losses, scale[name])
+
+                for name, window in windows.items():
+                    state.check_finite(name, window.moments.sum_squares, step + 1)
+                placement.apply(plan.lr_scale(step))
+                for name, window in windows.items():
+                    run.counters[name].advance(placement.sum(run.counters[name].fired_now_M), tokens)
+                    window.steps += 1
+                run.step, run.tokens = step + 1, run.tokens + tokens
+
+                last = run.step == plan.total_steps or interruption.requested
+                save = last or run.step % cfg.save_every == 0
+                if save or run.step % cfg.log_every == 0:
+                    rate = (run.tokens - tokens_at_report) / (time.perf_counter() - clock)
+                    stats = self._read(run, windows, rate)
+                    report.step(stats)
+                    saver.note(stats)
+                    windows = self._fresh_windows()
+                    clock, tokens_at_report = time.perf_counter(), run.tokens
+                if save:
+                    report.saved(saver.save(), run.step)
+                if interruption.requested:
+                    break
+        if run.step < plan.total_steps:
+            raise Interrupted(run.step, plan.run_dir)
+        return (plan.run_dir / "latest").resolve()
+
+    def _start(self, read_residual: ReadResidual) -> state.RunState:
+        """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""
+        cfg, plan, placement = self.cfg, self.plan, self.placement
+        run = state.RunState()
+        bank = state.new_bank(plan)
+        if not cfg.resume:
+            self.report.status("Calibrating on the first batch")
+            run.calibration = self._calibrate(read_residual)
+            for name, sae in bank.items():
+                sae.b_dec.data.copy_(run.calibration[name].mean_D)
+            if cfg.finetune is not None:
+                state.load_finetune(cfg.finetune, bank)
+        placement.place(bank, lambda sae: make_optimizer(cfg, sae))
+        for name in placement.layers():
+            run.counters[name] = LayerCounters.fresh(plan.num_latents, placement.device)
+        if cfg.resume:
+            latest = (plan.run_dir / "latest").resolve()
+            self.report.status(f"Going on from {latest}")
+            refuse_other_run(read_index(latest), plan)
+            state.restore(latest, run, placement)
+
+        open_run_folder(plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
+        (plan.run_dir / "config.yaml").write_text(yaml.safe_dump(plan.config(), sort_keys=False), encoding="utf-8")
+        self.report.start(plan.info(placement, self.model.dtype, run.step))
+        return run
+
+    def _calibrate(self, read_residual: ReadResidual) -> dict[str, state.Calibration]:
+        """Mean and variance of every layer over the first global batch."""
+        placement = self.placement
+        moments = {name: Moments.zero(self.plan.d_in, placement.device) for name in self.plan.hookpoints}
+        batches = list(
+            self.plan.batches.step(0, placement.rank, placement.world_size, self.cfg.grad_acc_steps)
+        )
+        if self._count_tokens(batches) == 0:
+            raise UserError("--exclude-tokens leaves no token of the first batch to train on")
+        for input_ids in batches:
+            for name, x_ND in self._activations(read_residual, input_ids).items():
+                moments[name].add(x_ND)
+        return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}
+
+    def _count_tokens(self, batches: list[Tensor]) -> int:
+        """Tokens of an optimiser step that train the SAEs, over all ranks."""
+        kept = sum(int(self.plan.kept(input_ids).sum()) for input_ids in batches)
+        return int(self.placement.sum(torch.tensor(kept, device=self.placement.device)))
+
+    def _activations(self, read_residual: ReadResidual, input_ids: Tensor) -> dict[str, Tensor]:
+        """Each hookpoint's activations of the kept tokens, `[N, D]`, in the language model's type."""
+        device = self.placement.device
+        if input_ids.shape[0] == 0:  # a rank's share of the run's last step can be empty
+            return {name: torch.empty(0, self.plan.d_in, device=device) for name in self.plan.hookpoints}
+        raw = read_residual(input_ids.to(device))
+        kept = self.plan.kept(input_ids).to(device)
+        # Indexing copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
+        return {name: raw.pop(name)[kept] for name in self.plan.hookpoints}
+
+    def _fresh_windows(self) -> dict[str, LayerWindow]:
+        return {name: LayerWindow.empty(self.plan.d_in, self.placement.device) for name in self.placement.layers()}
+
+    def _read(self, run: state.RunState, windows: dict[str, LayerWindow], tokens_per_second: float) -> StepStats:
+        """The finished numbers since the last report."""
+        layers = {
+            name: window.read(
+                self.placement.sum,
+                dead=len(run.counters[name].dead(self.cfg.dead_feature_threshold)),
+                num_latents=self.plan.num_latents,
+                with_multi_topk=self.cfg.sae.multi_topk,
+            )
+            for name, window in windows.items()
+        }
+        return StepStats(
+            step=run.step,
+            tokens=run.tokens,
+            tokens_per_second=tokens_per_second,
+            learning_rate=self.plan.base_lr * self.plan.lr_scale(run.step - 1),
+            memory_bytes=peak_memory_bytes(self.placement.device),
+            layers=layers,
+        )
