@@ -1,4 +1,8 @@
-"""The one exception that is meant for a person's eyes."""
+"""What can end a run besides a fault of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -7,3 +11,12 @@ class UserError(ValueError):
     The message is one sentence that names the option or path, the value it had, and what to do. The command line
     prints it without a traceback and exits with code 2; a Python caller catches it as a `ValueError`.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run after a whole optimiser step, and its checkpoint is in place."""
+
+    def __init__(self, step: int, run_dir: Path) -> None:
+        super().__init__(f"stopped after step {step}; `resume` goes on from {run_dir}")
+        self.step = step
+        self.run_dir = run_dir

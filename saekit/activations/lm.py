@@ -34,14 +34,6 @@ class ModelShape:
     """The model's limit in tokens, None where it has none."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A frozen language model with its tokenizer."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
 def model_shape(cfg: ModelConfig) -> ModelShape:
     """Read the config of a model.
 
@@ -92,8 +84,11 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
     from transformers import AutoModel
 
     kwargs: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
+    check_device(cfg, device)
     if cfg.load_in_8bit:
-        kwargs |= {"quantization_config": _eight_bit(device), "device_map": {"": device}}
+        from transformers import BitsAndBytesConfig
+
+        kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     config = cut_config(shape.config, max(layers) + 1)
     with _quiet_about_cut_layers():
         model, info = _from_pretrained(AutoModel, cfg, config=config, output_loading_info=True, **kwargs)
@@ -126,14 +121,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _eight_bit(device: torch.device) -> Any:
-    if device.type != "cuda":
+def check_device(cfg: ModelConfig, device: torch.device) -> None:
+    """See that the device can hold the model as it is asked for.
+
+    Raises:
+        UserError: If 8 bits are asked for without a device for them.
+    """
+    if cfg.load_in_8bit and device.type != "cuda":
         raise UserError(
             f"--load-in-8bit needs a CUDA GPU, and the device is {device.type}: leave it out, or use --dtype bfloat16"
         )
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:

@@ -58,7 +58,7 @@ def _origin(inspection: Inspection) -> Table:
     grid.add_row("model", Text(inspection.model or units.UNKNOWN, "bold"))
     grid.add_row("dataset", Text(inspection.dataset or units.UNKNOWN, "bold"))
     grid.add_row("trained", " · ".join(trained) or units.UNKNOWN)
-    grid.add_row("SAEs", shape)
+    grid.add_row("SAEs", Text(shape))
     return grid
 
 
@@ -82,7 +82,7 @@ def _overview(layers: Sequence[LayerInspection], width: int) -> RenderableType:
     for one in layers:
         fires, near = one.density, one.neighbours
         table.add_row(
-            one.hookpoint,
+            Text(one.hookpoint),
             Text(units.decimal(one.fvu), "bold"),
             sparkline([fvu for _, fvu in one.trend], trend_width) or units.UNKNOWN,
             _share(one.dead, one.num_latents),

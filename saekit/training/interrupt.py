@@ -6,17 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a run after a whole optimiser step, and its checkpoint is in place."""
-
-    def __init__(self, step: int, run_dir: Path) -> None:
-        super().__init__(f"stopped after step {step}; `resume` goes on from {run_dir}")
-        self.step = step
-        self.run_dir = run_dir
 
 
 class Interruption:

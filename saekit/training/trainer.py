@@ -13,14 +13,14 @@ from torch import Tensor
 
 from saekit.activations import tap
 from saekit.config import RunConfig, TrainConfig
-from saekit.errors import UserError
+from saekit.errors import Interrupted, UserError
 from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.sae import sae_losses
 from saekit.training import state
 from saekit.training.checkpoint import check_run_folder, open_run_folder, read_index
 from saekit.training.counters import LayerCounters
-from saekit.training.interrupt import Interrupted, graceful_interrupt
+from saekit.training.interrupt import graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.resources import peak_memory_bytes

@@ -1,0 +1,49 @@
+"""The Typer app and its commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from saekit._version import __version__
+from saekit.cli.demo import demo
+from saekit.cli.inspect import inspect
+from saekit.cli.output import run
+from saekit.cli.train import train
+
+app = typer.Typer(
+    name="saekit",
+    help="Train k-sparse autoencoders on every layer of a language model's residual stream, all layers at once.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    # `--grad_acc_steps` is as good as `--grad-acc-steps`.
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["--help", "-h"],
+    },
+)
+app.command()(train)
+app.command()(inspect)
+app.command()(demo)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"saekit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _callback(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of `saekit` and `python -m saekit`."""
+    run(app)

@@ -1,0 +1,31 @@
+"""`saekit inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")],
+    layer: Annotated[
+        str | None, typer.Option("--layer", metavar="L", help="One layer, by its number or its hookpoint's name.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+) -> None:
+    """Show what was learned: per layer FVU, dead latents, firing densities, duplicates, norms. Needs no model."""
+    from saekit.cli.output import messages, results
+
+    with messages().status(f"Reading {path}"):
+        from saekit.report.inspect import inspect_path, to_json
+        from saekit.report.inspect_view import render
+
+        inspection = inspect_path(path, layer)
+    if as_json:
+        typer.echo(json.dumps(to_json(inspection), indent=2))
+    else:
+        render(inspection, results())

@@ -1,0 +1,76 @@
+"""Command-line options made from the configuration, so that `--help` cannot disagree with it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, get_origin
+
+import typer
+
+from saekit.config import DataConfig, ModelConfig, SaeConfig, TrainConfig
+from saekit.config.options import Option, options_of
+
+PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's `**options` by one option per configuration field.
+
+    Every option defaults to None, which means that it was not given: the command sees only what the user typed, and
+    can lay it over a file's values. The real defaults stand in the help.
+    """
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    from_config = [_parameter(option) for part in PARTS for option in options_of(part)]
+
+    def call(**values: Any) -> None:
+        known = {parameter.name: values.pop(parameter.name) for parameter in own}
+        command(**known, **{name: value for name, value in values.items() if value is not None})
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*own, *from_config)]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    flag = "--" + option.name.replace("_", "-")
+    is_switch = option.type is bool
+    name = f"{flag}/--no-{flag.removeprefix('--')}" if is_switch else flag
+    unit = f" \\[{option.unit}]" if option.unit else ""
+    shown = _shown_default(option)
+    info = typer.Option(
+        name,
+        help=option.help + unit + (f" [dim]\\[default: {shown}][/dim]" if shown else ""),
+        rich_help_panel=option.panel,
+        show_default=False,
+        metavar="" if is_switch else _metavar(option),
+    )
+    annotation = Annotated[Optional[_option_type(option)], info]  # type: ignore[valid-type]  # noqa: UP045
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option_type(option: Option) -> Any:
+    """What Typer parses; texts with a grammar of their own (layers, ids, mappings) are parsed by the configuration."""
+    if option.type in (bool, int, float, str, Path) or get_origin(option.type) is Literal:
+        return option.type
+    return str
+
+
+def _metavar(option: Option) -> str | None:
+    if get_origin(option.type) is Literal:
+        return None
+    if isinstance(option.type, types.GenericAlias):
+        return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
+    return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")
+
+
+def _shown_default(option: Option) -> str:
+    if option.default in (None, (), {}):
+        return ""
+    if option.type is bool:
+        return "on" if option.default else "off"
+    return f"{option.default:,}" if option.type is int else str(option.default)

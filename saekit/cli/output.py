@@ -1,0 +1,73 @@
+"""What the command line prints and how it ends: results on stdout, everything else on stderr, no tracebacks.
+
+Exit codes: 0 done, 2 something the user gave cannot be used, 130 stopped by Ctrl-C, 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from saekit.errors import Interrupted, UserError
+
+EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def results() -> Console:
+    """Where results go."""
+    return Console()
+
+
+def messages() -> Console:
+    """Where progress, hints and errors go."""
+    return Console(stderr=True)
+
+
+def run(app: Callable[[], Any]) -> None:
+    """Run the app; whatever goes wrong becomes one line and an exit code, unless `--debug` is among the arguments."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except UserError as error:
+        if debug:
+            raise
+        fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt as interruption:
+        if isinstance(interruption, Interrupted):
+            messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {how_to_resume()}"), soft_wrap=True)
+        leave(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        leave(EXIT_FAULT)  # `saekit inspect ... | head` has read enough
+    except Exception as error:
+        if debug:
+            raise
+        text = (str(error).strip() or "no message").splitlines()[0]
+        fail(f"{type(error).__name__}: {text} (this is not expected: run it again with --debug for details)", EXIT_FAULT)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line that starts with `Error:` and leave."""
+    line = Text("Error: ", style="bold red").append(Text(message, style="default"))
+    messages().print(line, soft_wrap=True)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with a code, also when stdout is a closed pipe."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)
+
+
+def how_to_resume() -> str:
+    """The command line that goes on with the run that this process was."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+    return shlex.join(["saekit", *arguments, "--resume"])

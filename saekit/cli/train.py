@@ -1,0 +1,58 @@
+"""`saekit train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saekit.cli.options import with_config_options
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from saekit.config import RunConfig
+    from saekit.report import Reporter
+
+
+@with_config_options
+def train(
+    model: Annotated[str | None, typer.Argument(help="Language model: a hub id or a local folder.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Argument(
+            help="Data set: a hub id, a folder made by save_to_disk, a .jsonl, .parquet or .txt file or glob; "
+            "pre-tokenised with a column input_ids, or a .bin file of uint16 or uint32 token ids."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="PATH", help="YAML file with defaults for all options, MODEL and DATASET too."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    **options: Any,
+) -> None:
+    """Train one sparse autoencoder per layer of MODEL's residual stream on DATASET, all layers at once."""
+    from saekit.config import RunConfig
+    from saekit.config.run import read_yaml
+
+    typed = {name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None}
+    values = {**(read_yaml(config) if config else {}), **typed}
+    for name in ("model", "dataset"):
+        if name not in values:
+            raise UserError(f"{name.upper()} is missing: saekit train MODEL DATASET, or a --config that names both")
+    # Two ways to size the dictionary: the one that was typed replaces the one in the file.
+    if "num_latents" in typed and "expansion_factor" not in typed:
+        values.pop("expansion_factor", None)
+    if "expansion_factor" in typed and "num_latents" not in typed:
+        values.pop("num_latents", None)
+    run_training(RunConfig.from_flat(values))
+
+
+def run_training(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
+    """Load the model and the data that a run names, and train; returns the last checkpoint's folder."""
+    from saekit.cli.output import messages
+
+    with messages().status("Loading libraries"):
+        from saekit.training.launch import train_from_config
+    return train_from_config(cfg, reporter)

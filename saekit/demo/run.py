@@ -1,0 +1,57 @@
+"""`saekit demo`: from text to SAEs to what is in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.text import Text
+
+from saekit.cli.output import messages, results
+from saekit.config import RunConfig
+from saekit.demo import MODEL_DIR
+from saekit.demo.text import standard_library
+from saekit.report.inspect import inspect_path
+from saekit.report.inspect_view import render
+from saekit.training.launch import train_from_config
+
+
+def run_demo(save_dir: Path, max_tokens: int) -> None:
+    """Write the standard library's text to a file, train on it, inspect the result, and say what to try next.
+
+    Args:
+        save_dir: Holds the text and a numbered run folder, so that nothing of an earlier demo is lost.
+        max_tokens: Tokens to train on.
+    """
+    save_dir.mkdir(parents=True, exist_ok=True)
+    text = save_dir / "stdlib.jsonl"
+    lines = (json.dumps({"text": document}) + "\n" for document in standard_library())
+    text.write_text("".join(lines), encoding="utf-8")
+
+    number = 1 + sum(1 for path in save_dir.glob("run-*") if path.is_dir())
+    cfg = RunConfig.from_flat(
+        {
+            "model": str(MODEL_DIR),
+            "dataset": str(text),
+            "ctx_len": 256,
+            "max_tokens": max_tokens,
+            "lr": 2e-3,
+            # A latent that slept through a fifth of so short a run is worth reviving.
+            "dead_feature_threshold": max(1, max_tokens // 5),
+            "save_dir": save_dir,
+            "run_name": f"run-{number}",
+        }
+    )
+    train_from_config(cfg)
+    run_dir = save_dir / f"run-{number}"
+    render(inspect_path(run_dir), results())
+    messages().print(
+        Text(
+            "\nWhat to try next:\n"
+            f"  saekit inspect {run_dir} --layer 3          one layer in detail\n"
+            f"  saekit train {MODEL_DIR} {text} --k 16      fewer active latents\n"
+            "  saekit train MODEL DATASET                  your own model and text\n"
+            "  saekit train --help                         all options"
+        ),
+        soft_wrap=True,
+    )

@@ -1,0 +1,69 @@
+"""A run from its configuration alone: check, load, train."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import transformers
+from accelerate import Accelerator
+
+from saekit.activations import check_device, load_model, load_tokenizer, model_shape, resolve_ctx_len, select_layers
+from saekit.config import RunConfig
+from saekit.data import load_sequences
+from saekit.errors import UserError
+from saekit.report import Reporter, terminal_reporter
+from saekit.training.checkpoint import check_run_folder
+from saekit.training.plan import default_run_name
+from saekit.training.trainer import SaeTrainer
+
+
+def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
+    """Load what the configuration names and train; returns the folder of the last checkpoint.
+
+    What can be refused is refused before anything large is loaded: first the run's folder, then what the model's
+    config says of layers and context, then the data, and only then the weights.
+
+    Raises:
+        UserError: If something in the configuration cannot be used.
+    """
+    _no_bars_in_a_log()
+    watcher = reporter or terminal_reporter()
+    try:
+        train = cfg.train
+        run_dir = train.save_dir / (train.run_name or default_run_name(cfg.model.model, cfg))
+        check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)
+        device = Accelerator().device
+        check_device(cfg.model, device)
+        token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+
+        watcher.status(f"Reading the configuration of {cfg.model.model}")
+        shape = model_shape(cfg.model)
+        layers = select_layers(shape.num_layers, train.layers, train.layer_stride)
+        try:
+            train.sae.resolve_num_latents(shape.d_in)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
+        tokenizer = load_tokenizer(cfg.model)
+
+        watcher.status(f"Reading and tokenising {cfg.data.dataset}")
+        data = load_sequences(cfg.data, tokenizer, ctx_len, token)
+        watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
+        watcher.status(f"Loading {cfg.model.model} up to layer {layers[-1]} of {shape.num_layers}")
+        model = load_model(cfg.model, shape, layers, device)
+        trainer = SaeTrainer(train, data, model, tokenizer=tokenizer, source=cfg, reporter=watcher)
+        return trainer.fit()
+    finally:
+        watcher.finish()
+
+
+def _no_bars_in_a_log() -> None:
+    """Switch off the progress bars of the libraries where nobody watches a terminal: there they are noise."""
+    if sys.stderr.isatty():
+        return
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()

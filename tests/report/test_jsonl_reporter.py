@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from saekit.errors import UserError
+from saekit.report.jsonl import JsonlReporter, read_metrics
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "metrics.jsonl"
+
+
+def record_run(path, info, stats):
+    reporter = JsonlReporter(path)
+    reporter.start(info)
+    for one in stats:
+        reporter.step(one)
+    reporter.finish()
+
+
+def test_record(path, make_info, make_stats):
+    reporter = JsonlReporter(path)
+    reporter.status("nothing")
+    reporter.start(make_info())
+    reporter.step(make_stats(3))
+    (record,) = read_metrics(path)  # there before the run ends
+    reporter.finish()
+    reporter.finish()
+    assert record.pop("time") > 1.6e9
+    assert record == {
+        "step": 3,
+        "tokens": 48_000,
+        "tokens_per_second": 12_345.6,
+        "learning_rate": 2e-4,
+        "memory_bytes": 3 * 2**30,
+        "layers": {
+            "layers.0": layer(fvu=0.5, dead=0, dead_fraction=0.0, auxk_loss=0.0),
+            "layers.1": layer(fvu=0.51, dead=41, dead_fraction=41 / 4096, auxk_loss=0.8),
+        },
+    }
+
+
+def layer(**numbers):
+    return {"l0": 31.5, "num_latents": 4096, "loss": 0.6, "multi_topk_fvu": None, **numbers}
+
+
+def test_a_fresh_run_starts_an_empty_file(path, make_info, make_stats):
+    record_run(path, make_info(), [make_stats(1), make_stats(2)])
+    record_run(path, make_info(), [make_stats(7)])
+    assert [record["step"] for record in read_metrics(path)] == [7]
+
+
+def test_a_resumed_run_has_each_step_once(path, make_info, make_stats):
+    record_run(path, make_info(), [make_stats(step) for step in (10, 20, 30)])
+    with path.open("ab") as file:
+        file.write(b'{"step": 40, "tok\xc3')  # killed while writing
+    record_run(path, make_info(start_step=20), [make_stats(step) for step in (30, 40)])
+    assert [record["step"] for record in read_metrics(path)] == [10, 20, 30, 40]
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_without_a_file(path, make_info, make_stats):
+    record_run(path, make_info(start_step=20), [make_stats(30)])
+    assert [record["step"] for record in read_metrics(path)] == [30]
+
+
+def test_nan_and_infinity_are_null(path, make_info, make_stats):
+    record_run(path, make_info(), [make_stats(1, fvu=math.nan), make_stats(2, fvu=math.inf)])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in path.read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["layers"]["layers.0"]["fvu"] is None
+
+
+def test_a_torn_last_line_is_left_out_but_no_other(path, make_info, make_stats):
+    record_run(path, make_info(), [make_stats(1), make_stats(2)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    path.write_bytes(b"not json\n" + whole)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
+        read_metrics(path)

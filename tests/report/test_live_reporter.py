@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from saekit.report.live import LiveReporter
+from saekit.report.live_view import RunState, run_view, spread
+from saekit.report.pace import Pace
+
+
+def terminal(width=80, height=24):
+    return Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+
+
+def picture(state, width=80, height=24):
+    console = terminal(width, height)
+    console.print(run_view(state, width, height))
+    return console.file.getvalue().splitlines()
+
+
+@pytest.fixture
+def make_state(make_info, make_stats, clock):
+    def make(layers, reports=30, names=None, fvu=0.5):
+        info = make_info(layers, names=names)
+        state = RunState(info, Pace(info, clock))
+        for step in range(1, reports + 1):
+            clock.now += 2
+            stats = make_stats(step, layers, fvu / step, names=names)
+            state.pace.update(stats)
+            state = state.after(stats)
+        return state
+
+    return make
+
+
+@pytest.mark.parametrize("reports", [0, 1, 30])
+@pytest.mark.parametrize("layers", [1, 6, 12, 32, 200])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (60, 12), (200, 10)])
+def test_view_never_leaves_the_terminal(make_state, layers, reports, width, height):
+    lines = picture(make_state(layers, reports), width, height)
+    assert len(lines) < height
+    assert max(map(len, lines)) <= width
+    # The layer that a person looks for first, and the header, are there in every size.
+    assert lines[0].startswith("saekit  EleutherAI/pythia-14m on wikitext [train]")
+    assert any(line.startswith("layers.0 ") for line in lines)
+
+
+def test_view_keeps_its_height_while_reports_come_in(make_state):
+    assert len({len(picture(make_state(32, reports))) for reports in (0, 1, 2, 30)}) == 1
+
+
+def test_32_layers_on_24_lines_show_a_spread_and_sum_up_the_rest(make_state):
+    lines = picture(make_state(32))
+    shown = [line.split()[0] for line in lines if line.startswith("layers.")]
+    assert (shown[0], shown[-1]) == ("layers.0", "layers.31")
+    assert f"… and {32 - len(shown)} between these: mean FVU" in "\n".join(lines)
+    assert any(line.startswith("all 32 ") for line in lines)
+
+
+def test_finished_view_has_every_layer(make_state):
+    from dataclasses import replace
+
+    lines = picture(replace(make_state(32), finished=True))
+    assert sum(line.startswith("layers.") for line in lines) == 32
+    assert "stopped after" in "\n".join(lines)
+
+
+def test_numbers(make_state):
+    lines = picture(make_state(2, reports=10), 100)
+    text = "\n".join(lines)
+    assert "2 layers × 4,096 latents · k 32" in text
+    assert "10/1,000 steps" in text
+    assert "1.0%" in text
+    assert "ETA 33m 00s" in text  # 990 steps of 2 s
+    assert "160k tokens of ≤ 16.4M · 12.3k tokens/s · lr 2.0e-04 · 3.0 GiB peak" in text
+    row = next(line for line in lines if line.startswith("layers.1"))
+    assert row.split()[:6] == ["layers.1", "0.0600", "41", "1.0%", "31.5", "0.800"]
+
+
+def test_long_names_lose_their_beginning(make_state):
+    names = [f"model.language_model.transformer.encoder.layers.{i}" for i in range(3)]
+    rows = [line for line in picture(make_state(3, names=names)) if "yers.2" in line]
+    assert len(rows) == 1
+    assert rows[0].startswith("…")
+
+
+def test_nan_is_shown_not_hidden(make_state):
+    lines = picture(make_state(32, fvu=math.nan))
+    assert "nan" in next(line for line in lines if line.startswith("layers.0"))
+
+
+def test_spread_is_even_and_without_repeats():
+    for n in range(1, 50):
+        for room in range(1, 60):
+            rows = spread(n, room)
+            assert rows == sorted(set(rows))
+            assert len(rows) == min(n, room)
+            assert room == 1 or (rows[0], rows[-1]) == (0, n - 1)
+    assert spread(3, 0) == []
+
+
+def test_whole_life(make_info, make_stats, tmp_path):
+    console = terminal()
+    reporter = LiveReporter(console)
+    reporter.status("Loading [the] model")
+    reporter.start(make_info(32))
+    reporter.step(make_stats(1, 32))
+    reporter.saved(tmp_path / "step_00000001", 1)
+    reporter.status("a line above")
+    reporter.finish()
+    reporter.finish()
+    written = console.file.getvalue()
+    assert "Loading [the] model" not in written.rsplit("a line above", 1)[1]
+    assert "✓ saved step 1 in step_00000001" in written
+    # The last picture has every layer, and the cursor is back.
+    last = written.rsplit("saekit  Eleuther", 1)[1]
+    assert all(f"layers.{i} " in last for i in range(32))
+    assert written.rstrip("\n").endswith("\x1b[?25h")
+
+
+def test_finish_without_start_leaves_nothing(make_stats):
+    console = terminal()
+    reporter = LiveReporter(console)
+    reporter.finish()
+    assert console.file.getvalue() == ""
+    reporter = LiveReporter(console)
+    reporter.step(make_stats(1))
+    reporter.status("loading")
+    reporter.finish()
+    reporter.finish()
+    assert console.file.getvalue().endswith("\x1b[2K")  # the spinner's line is wiped
+
+
+def test_warning_before_the_start_stays(make_info):
+    console = terminal()
+    reporter = LiveReporter(console)
+    reporter.status("Warning: short dataset")
+    reporter.finish()
+    assert console.file.getvalue() == "Warning: short dataset\n"
+
+
+def test_pace_smooths_and_counts_down(make_info, make_stats, clock):
+    pace = Pace(make_info(start_step=100), clock)
+    assert pace.seconds_left() is None
+    assert pace.tokens_per_second is None
+    clock.now += 10
+    pace.update(make_stats(110))
+    assert pace.seconds_left() == pytest.approx(890)
+    clock.now += 5
+    assert pace.seconds_left() == pytest.approx(885)
+    clock.now += 15
+    pace.update(make_stats(120))  # 2 s a step now: the mean is 1.5
+    assert pace.seconds_left() == pytest.approx(880 * 1.5)
+    assert pace.seconds_gone() == pytest.approx(30)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from saekit.report.live import LiveReporter
+from saekit.report.plain import PlainReporter
+from saekit.report.terminal import terminal_reporter
+
+
+def test_lines_are_rare_and_the_last_one_is_there(make_info, make_stats, clock, tmp_path):
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, every=5, clock=clock)
+    reporter.status("loading")
+    reporter.start(make_info())
+    for step in range(1, 13):
+        clock.now += 1
+        reporter.step(make_stats(step))
+    reporter.saved(tmp_path / "step_00000012", 12)
+    reporter.finish()
+    reporter.finish()
+    lines = stream.getvalue().splitlines()
+    steps = [line.split()[1] for line in lines if line.startswith("step ")]
+    assert steps == ["1/1,000", "6/1,000", "11/1,000", "12/1,000"]
+    assert lines[0] == "loading"
+    assert lines[2] == (
+        "step 1/1,000 | 16.0k tokens | 12.3k tok/s | ETA 16m 39s | lr 2.0e-04 | FVU 0.5050 | "
+        "worst layers.1 0.5100 | dead 0.5%"
+    )
+    assert f"saved step 12 in {tmp_path / 'step_00000012'}" in lines
+    assert [line.split() for line in lines[-4:-1]] == [
+        ["layer", "FVU", "dead", "L0", "AuxK"],
+        ["layers.0", "0.5000", "0", "0.0%", "31.5", "0.0000"],
+        ["layers.1", "0.5100", "41", "1.0%", "31.5", "0.8000"],
+    ]
+    assert lines[-1] == "stopped after 12s"
+
+
+def test_a_report_that_was_written_is_not_repeated(make_info, make_stats):
+    stream = io.StringIO()
+    reporter = PlainReporter(stream)
+    reporter.start(make_info())
+    reporter.step(make_stats(1000))
+    reporter.finish()
+    assert stream.getvalue().count("step 1,000/1,000") == 1
+    assert "done in 0s" in stream.getvalue()
+
+
+def test_no_escape_codes_and_no_exotic_characters(make_info, make_stats):
+    buffer = io.BytesIO()
+    ascii_stream = io.TextIOWrapper(buffer, encoding="ascii", write_through=True)
+    reporter = PlainReporter(Console(file=ascii_stream, force_terminal=True))
+    reporter.status("bölük…")
+    reporter.start(make_info(names=["schicht.ä"]))
+    reporter.step(make_stats(1, names=["schicht.ä"], fvu=math.nan))
+    reporter.finish()
+    written = buffer.getvalue()
+    assert b"\x1b" not in written
+    assert b"b\\xf6l\\xfck..." in written
+    assert b"worst schicht.\\xe4 nan" in written
+
+
+def test_finish_without_anything():
+    stream = io.StringIO()
+    PlainReporter(stream).finish()
+    assert stream.getvalue() == ""
+
+
+class Tty(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def no_ci(monkeypatch):
+    for name in ("CI", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def test_live_on_a_terminal(no_ci):
+    assert isinstance(terminal_reporter(Console(file=Tty())), LiveReporter)
+
+
+@pytest.mark.parametrize("setting", [("CI", "true"), ("TERM", "dumb")])
+def test_plain_where_nobody_watches(no_ci, monkeypatch, setting):
+    monkeypatch.setenv(*setting)
+    assert isinstance(terminal_reporter(Console(file=Tty())), PlainReporter)
+
+
+def test_plain_for_a_pipe_even_with_forced_colours(no_ci, monkeypatch):
+    assert isinstance(terminal_reporter(Console(file=io.StringIO())), PlainReporter)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(terminal_reporter(Console(file=io.StringIO())), PlainReporter)
+
+
+def test_plain_for_an_encoding_without_blocks(no_ci):
+    stream = Tty()
+    stream.encoding = "ascii"
+    assert isinstance(terminal_reporter(Console(file=stream)), PlainReporter)
+
+
+def test_progress_goes_to_stderr(no_ci, capsys, make_info):
+    terminal_reporter().start(make_info())
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("training 2 x 4,096 latents")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+
+from saekit.report.trackers import TrackerReporter, flat_config, metrics
+
+
+class Recorder(GeneralTracker):
+    name = "recorder"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.logged, self.finished = None, [], 0
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def recorder():
+    yield Recorder()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_through_accelerate(recorder, make_info, make_stats, tmp_path):
+    reporter = TrackerReporter(Accelerator(cpu=True, log_with=recorder), "saekit")
+    reporter.status("nothing")
+    reporter.start(make_info())
+    reporter.step(make_stats(5))
+    reporter.saved(tmp_path, 5)
+    reporter.finish()
+    reporter.finish()
+    assert recorder.config == {
+        "lr": "None",
+        "sae.k": 32,
+        "sae.multi_topk": False,
+        "layers": "0, 1",
+        "dataset": "wikitext",
+    }
+    assert recorder.logged == [(5, metrics(make_stats(5)))]
+    assert recorder.finished == 1
+
+
+def test_finish_without_start(recorder):
+    TrackerReporter(Accelerator(cpu=True, log_with=recorder), "saekit").finish()
+    assert recorder.finished == 0
+
+
+def test_metric_names(make_stats):
+    flat = metrics(make_stats(5))
+    assert flat["fvu/layers.1"] == 0.51
+    assert flat["dead_pct/layers.1"] == pytest.approx(100 * 41 / 4096)
+    assert flat["fvu_mean"] == pytest.approx(0.505)
+    assert flat["tokens_per_second"] == 12_345.6
+    assert "multi_topk_fvu/layers.1" not in flat
+    assert all(isinstance(value, (int, float)) for value in flat.values())
+
+
+def test_flat_config_has_scalars_and_strings_only(tmp_path):
+    flat = flat_config({"a": {"b": {"c": 1.5}}, "path": tmp_path, "none": None, "names": ("x", "y")})
+    assert flat == {"a.b.c": 1.5, "path": str(tmp_path), "none": "None", "names": "x, y"}
