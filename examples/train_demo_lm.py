@@ -6,6 +6,8 @@ and writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load offline
 
     python examples/train_demo_lm.py --minutes 25
 
+`--start-from` trains a folder's model further, with its own tokenizer, and adds to the folder's model card.
+
 Shape suffixes: B sequences in a batch, T tokens of context, S tokens in a packed stream.
 """
 
@@ -25,19 +27,19 @@ import torch
 import torch.nn.functional as F
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("train_demo_lm")
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048  # tokens
 CONTEXT = 256  # tokens in a training sequence
-LONG_CONTEXT = 512  # tokens in a sequence of the last stretch, and the longest the model is meant for
-LONG_CONTEXT_FROM = 0.85  # fraction of training after which sequences are long: they cost a fifth more per token
+LONG_CONTEXT = 512  # tokens in a sequence of the last stretch, which costs a fifth more per token
 BATCH_TOKENS = 16 * CONTEXT  # tokens in an optimizer step; 32 sequences learn more slowly for the same time
 WARMUP = 0.02  # fraction of training
 WEIGHT_DECAY = 0.1
 HELD_OUT_PER_MILLE = 30  # share of the files kept out of training
+MADE_WITH = "Made with, in this order:\n"  # the card's last section: a continued model's card carries it over
 
 # Tables and generated text rather than code; the build's own settings also hold paths of the machine that built it.
 NOT_CODE = (
@@ -206,9 +208,13 @@ def train(
     minutes: float,
     steps: int | None,
     peak_lr: float,
+    long_from: float,
     generator: torch.Generator,
 ) -> Iterator[Progress]:
-    """Train `model` in place for `steps` optimizer steps, or else for `minutes`; yield after each step."""
+    """Train `model` in place for `steps` optimizer steps, or else for `minutes`; yield after each step.
+
+    `peak_lr` is the highest learning rate; `long_from` is the fraction of training after which sequences are long.
+    """
     short, long = (batches(documents, context, generator) for context in (CONTEXT, LONG_CONTEXT))
     optimizer = build_optimizer(model)
     start, step, done, average = time.monotonic(), 0, 0.0, 0.0
@@ -216,7 +222,7 @@ def train(
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, peak_lr)
-        ids = next(long if done >= LONG_CONTEXT_FROM else short)
+        ids = next(long if done >= long_from else short)
         with torch.autocast("cpu", torch.bfloat16):  # 1.6 times as fast as float32 where the CPU has AVX512-BF16
             loss = next_token_loss(model, ids)
         loss.backward()
@@ -247,14 +253,16 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out
             os.replace(file, out / file.name)
 
 
-def model_card(corpus: Corpus, progress: Progress, losses: dict[int, Loss], n_parameters: int, command: str) -> str:
-    """Return the text of README.md; `losses` maps the context in tokens to the held-out loss of the saved file."""
+def model_card(corpus: Corpus, losses: dict[int, Loss], n_parameters: int, history: str) -> str:
+    """Return the text of README.md.
+
+    `losses` maps the context in tokens to the held-out loss of the saved file; `history` lists the runs, oldest first.
+    """
     rows = "\n".join(
         f"| {context} tokens | {loss.nats_per_token:.3f} | {loss.bits_per_byte:.3f} |"
         for context, loss in losses.items()
     )
     text = f"{len(corpus.train)} files ({sum(len(text.encode()) for text in corpus.train) / 1e6:.1f} MB)"
-    trained = f"{progress.tokens / 1e6:.1f} M tokens in {progress.steps} steps of {BATCH_TOKENS} tokens"
     return f"""---
 license: psf-2.0
 language: code
@@ -274,8 +282,7 @@ the training of sparse autoencoders, and for nothing else.
   {LONG_CONTEXT} tokens of context, in bfloat16.
 - **Tokenizer:** byte-level BPE, {VOCAB_SIZE} tokens. `{END_OF_TEXT}` precedes each document in training. It serves as
   `bos`, `eos` and `pad`; the tokenizer does not add it by itself.
-- **Training:** {trained}, {progress.minutes:.1f} minutes on a CPU; AdamW, warm-up and
-  cosine. Sequences of {CONTEXT} tokens, and of {LONG_CONTEXT} for the last {1 - LONG_CONTEXT_FROM:.0%} of the time.
+- **Training:** AdamW with a warm-up and a cosine, on sequences of {CONTEXT} tokens and then of {LONG_CONTEXT}.
 
 Held-out loss of this file, computed in float32:
 
@@ -283,9 +290,15 @@ Held-out loss of this file, computed in float32:
 |---|---|---|
 {rows}
 
-Made with:
+{MADE_WITH}{history}"""
 
+
+def history_entry(command: str, progress: Progress) -> str:
+    """Return the model card's lines about one run of this script."""
+    return f"""
     {command}
+
+{progress.tokens / 1e6:.1f} M tokens in {progress.steps} steps of {BATCH_TOKENS} tokens, {progress.minutes:.1f} minutes on a CPU.
 """
 
 
@@ -295,6 +308,8 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps to train for, instead of minutes.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of the text.")] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
+    long_from: Annotated[float, typer.Option(help="Fraction of training after which sequences are long.")] = 0.85,
+    start_from: Annotated[Path | None, typer.Option(help="Folder of a model to train further.", exists=True)] = None,
     save_every: Annotated[float, typer.Option(help="Minutes between checkpoints, written to the same folder.")] = 5.0,
     threads: Annotated[int, typer.Option(help="CPU threads to compute with.", min=1)] = 2,
 ) -> None:
@@ -304,18 +319,24 @@ def main(
     torch.manual_seed(seed)
 
     corpus = read_library()
-    tokenizer = train_tokenizer(corpus.train)
+    if start_from:
+        tokenizer = AutoTokenizer.from_pretrained(start_from)
+        model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+        history = (start_from / "README.md").read_text(encoding="utf-8").partition(MADE_WITH)[2]
+    else:
+        tokenizer = train_tokenizer(corpus.train)
+        model, history = build_model(tokenizer), ""
     check_round_trip(corpus.held_out, tokenizer)
     documents = tokenize(corpus.train, tokenizer)
     held_out = tokenize(corpus.held_out, tokenizer)
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
     log.info("%d tokens to train on, %d held out", sum(map(len, documents)), sum(map(len, held_out)))
 
-    model = build_model(tokenizer)
     n_parameters = sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(seed)
     saved = 0.0
-    for progress in train(model, documents, minutes=minutes, steps=steps, peak_lr=lr, generator=generator):
+    schedule = {"minutes": minutes, "steps": steps, "peak_lr": lr, "long_from": long_from}
+    for progress in train(model, documents, **schedule, generator=generator):
         if progress.minutes - saved > save_every:
             write_model(model, tokenizer, out)
             saved = progress.minutes
@@ -327,8 +348,10 @@ def main(
     losses = {T: held_out_loss(reloaded, held_out, held_out_bytes, T) for T in (CONTEXT, LONG_CONTEXT)}
     log.info("held-out loss: %s; of the saved file: %s", before, losses)
     budget = f"--steps {steps}" if steps else f"--minutes {minutes:g}"
-    command = f"python examples/train_demo_lm.py {budget} --seed {seed} --lr {lr:g}"
-    (out / "README.md").write_text(model_card(corpus, progress, losses, n_parameters, command), encoding="utf-8")
+    start = f"--start-from {start_from} " if start_from else ""
+    command = f"python examples/train_demo_lm.py {start}{budget} --seed {seed} --lr {lr:g} --long-from {long_from:g}"
+    card = model_card(corpus, losses, n_parameters, history + history_entry(command, progress))
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

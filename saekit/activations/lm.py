@@ -153,12 +153,16 @@ def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
 @contextmanager
 def _quiet_about_cut_layers() -> Iterator[None]:
     """Keep transformers from listing the cut layers' weights as unexpected: they are left out on purpose."""
-    names = ("transformers.modeling_utils", "transformers.utils.loading_report")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+
+    # A filter and not a level: transformers reads this level to decide on more checks, and warns about those.
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    for logger in loggers:
+        logger.addFilter(errors_only)
     try:
         yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(errors_only)

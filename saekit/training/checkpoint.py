@@ -60,7 +60,7 @@ def write_checkpoint(run_dir: Path, step: int, layers: Mapping[str, LayerRecord]
     for hookpoint, record in layers.items():
         folder = partial / hookpoint
         save_to_disk(record.sae, folder, record.weights)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in record.state.items()}, folder / STATE_FILE)
+        save_file(_apart(record.state), folder / STATE_FILE)
         (folder / ABOUT_FILE).write_text(json.dumps(record.about, indent=2) + "\n", encoding="utf-8")
     files = {file.relative_to(partial).as_posix(): file for file in sorted(partial.rglob("*")) if file.is_file()}
     fingerprints = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
@@ -142,6 +142,17 @@ def check_run_folder(path: Path, *, overwrite: bool, resume: bool) -> None:
         )
     elif overwrite and path.exists() and any(path.iterdir()) and not (path / "config.yaml").is_file():
         raise UserError(f"--overwrite: {path} does not look like a run (it has no config.yaml); nothing was deleted")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each with memory of its own (8-bit Adam shares its tables between parameters)."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
+        own[name] = flat.clone() if flat.data_ptr() in seen else flat
+        seen.add(flat.data_ptr())
+    return own
 
 
 def _sha256(file: Path) -> str:

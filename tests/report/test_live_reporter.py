@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -61,8 +62,6 @@ def test_32_layers_on_24_lines_show_a_spread_and_sum_up_the_rest(make_state):
 
 
 def test_finished_view_has_every_layer(make_state):
-    from dataclasses import replace
-
     lines = picture(replace(make_state(32), finished=True))
     assert sum(line.startswith("layers.") for line in lines) == 32
     assert "stopped after" in "\n".join(lines)

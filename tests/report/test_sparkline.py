@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -12,7 +13,7 @@ def test_equal_ratios_are_equal_drops():
     line = sparkline([0.8, 0.4, 0.2, 0.1], 24)
     heights = [BLOCKS.index(block) for block in line]
     assert (heights[0], heights[-1]) == (7, 0)
-    assert [a - b for a, b in zip(heights, heights[1:], strict=False)] == pytest.approx([7 / 3] * 3, abs=0.7)
+    assert [a - b for a, b in pairwise(heights)] == pytest.approx([7 / 3] * 3, abs=0.7)
 
 
 def test_noise_does_not_fill_the_height():
@@ -53,7 +54,14 @@ def test_short_counts(value, shown):
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0.4, "0s"), (59.7, "1m 00s"), (3599, "59m 59s"), (7620, "2h 07m"), (4 * 86400 + 3600 * 11, "4d 11h"), (None, "–")],
+    [
+        (0.4, "0s"),
+        (59.7, "1m 00s"),
+        (3599, "59m 59s"),
+        (7620, "2h 07m"),
+        (4 * 86400 + 3600 * 11, "4d 11h"),
+        (None, "–"),
+    ],
 )
 def test_durations(seconds, shown):
     assert units.duration(seconds) == shown
