@@ -1,0 +1,135 @@
+"""Every loss term and its gradients against the formulas, written out densely and differentiated by autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from saekit.sae import Sae, sae_losses
+
+N, D, M, K = 40, 12, 48, 3
+SCALE = 1 / (N * 7.5)
+DEAD = torch.tensor([1, 5, 8, 13, 30, 31, 40])
+
+
+def make_sae(multi_topk=False):
+    sae = Sae(D, M, K, multi_topk=multi_topk, generator=torch.Generator().manual_seed(1)).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in sae.parameters():  # away from the special start: biases at zero, a tied decoder
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return sae
+
+
+def make_x():
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 + 1
+
+
+def dense_topk(scores, k):
+    """`[N, M]` with all but the k largest entries of each row set to zero."""
+    kept = torch.zeros_like(scores).scatter(1, scores.topk(k, dim=1).indices, 1.0)
+    return scores * kept
+
+
+def reference(sae, x, *, auxk_alpha, dead, multi_topk, k_aux=D // 2):
+    """Gao et al. 2024: sections 2.3, 2.4 and 5.4, as one would write them on a blackboard."""
+    scores = F.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    recon = dense_topk(scores, K) @ sae.W_dec + sae.b_dec
+    terms = {"mse": (x - recon).square().sum() * SCALE}
+    total = terms["mse"]
+    if dead is not None:
+        alive = torch.ones(M, dtype=torch.bool)
+        alive[dead] = False
+        k = min(k_aux, len(dead))
+        predicted = dense_topk(scores.masked_fill(alive, 0.0), k) @ sae.W_dec
+        residual = (x - recon).detach()
+        terms["auxk"] = (residual - predicted).square().sum() * SCALE * min(1.0, len(dead) / k_aux)
+        total = total + auxk_alpha * terms["auxk"]
+    if multi_topk:
+        wide = dense_topk(scores, 4 * K) @ sae.W_dec + sae.b_dec
+        terms["multi_topk"] = (x - wide).square().sum() * SCALE
+        total = total + terms["multi_topk"] / 8
+    return total, terms
+
+
+def gradients(sae, loss):
+    return dict(zip(dict(sae.named_parameters()), torch.autograd.grad(loss, list(sae.parameters())), strict=True))
+
+
+CASES = {
+    "main": (0.0, None, False),
+    "auxk": (1 / 32, DEAD, False),
+    "auxk, heavy": (3.0, DEAD, False),
+    "auxk, two dead": (1.0, DEAD[:2], False),
+    "multi-topk": (0.0, None, True),
+    "all": (0.5, DEAD, True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_terms_and_gradients_equal_the_formulas(case):
+    auxk_alpha, dead, multi_topk = CASES[case]
+    sae, x = make_sae(multi_topk), make_x()
+    num_dead = 0 if dead is None else len(dead)
+    losses = sae_losses(x, sae(x, dead), scale=SCALE, auxk_alpha=auxk_alpha, num_dead=num_dead)
+    expected_total, expected = reference(sae, x, auxk_alpha=auxk_alpha, dead=dead, multi_topk=multi_topk)
+
+    for name in ("mse", "auxk", "multi_topk"):
+        term = getattr(losses, name)
+        assert (term is None) == (name not in expected)
+        if term is not None:
+            torch.testing.assert_close(term, expected[name], rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.total, expected_total, rtol=1e-12, atol=0)
+
+    found, wanted = gradients(sae, losses.total), gradients(sae, expected_total)
+    for name in found:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("term", "multi_topk"), [("auxk", False), ("multi_topk", True)])
+def test_auxiliary_gradients_reach_the_encoder(term, multi_topk):
+    sae, x = make_sae(multi_topk), make_x()
+    losses = sae_losses(x, sae(x, DEAD), scale=SCALE, auxk_alpha=1.0, num_dead=len(DEAD))
+    dW_enc, db_enc = torch.autograd.grad(getattr(losses, term), [sae.W_enc, sae.b_enc])
+    assert dW_enc.abs().sum() > 0
+    assert db_enc.abs().sum() > 0
+    if term == "auxk":
+        touched = dW_enc.abs().sum(1).nonzero().squeeze(1)
+        assert set(touched.tolist()) <= set(DEAD.tolist())
+
+
+def test_auxk_does_not_add_the_decoder_bias_again():
+    # Dead latents that all stay at zero predict zero, whatever b_dec is.
+    sae, x = make_sae(), make_x()
+    with torch.no_grad():
+        sae.b_dec.fill_(100.0)
+        sae.b_enc[DEAD] = -1e6
+    out = sae(x, DEAD)
+    assert not out.aux_recon.any()
+
+
+def test_auxk_residual_is_detached():
+    sae, x = make_sae(), make_x()
+    losses = sae_losses(x, sae(x, DEAD), scale=SCALE, auxk_alpha=1.0, num_dead=len(DEAD))
+    (dW_dec,) = torch.autograd.grad(losses.auxk, [sae.W_dec])
+    alive = torch.ones(M, dtype=torch.bool)
+    alive[DEAD] = False
+    assert not dW_dec[alive].any()
+
+
+def test_a_batch_in_pieces_gives_the_same_gradient():
+    sae, x = make_sae(multi_topk=True), make_x()
+    whole = sae_losses(x, sae(x, DEAD), scale=SCALE, auxk_alpha=0.5, num_dead=len(DEAD)).total
+    pieces = sum(
+        sae_losses(part, sae(part, DEAD), scale=SCALE, auxk_alpha=0.5, num_dead=len(DEAD)).total
+        for part in (x[:1], x[1:17], x[17:17], x[17:])
+    )
+    found, wanted = gradients(sae, pieces), gradients(sae, whole)
+    for name in found:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-14)
+
+
+def test_no_dead_latents_means_no_auxk():
+    sae, x = make_sae(), make_x()
+    out = sae(x, torch.empty(0, dtype=torch.int64))
+    assert out.aux_recon is None
+    assert sae_losses(x, out, scale=SCALE, auxk_alpha=1.0, num_dead=0).auxk is None

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saekit import Sae
+
+
+@pytest.fixture
+def sae():
+    made = Sae(8, 32, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made.b_enc.normal_()
+        made.b_dec.normal_()
+    return made
+
+
+def test_files_are_named_and_shaped_as_sparsify_does(sae, tmp_path):
+    sae.save_to_disk(tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        "encoder.weight": [32, 8],
+        "encoder.bias": [32],
+        "W_dec": [32, 8],
+        "b_dec": [8],
+    }
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config == {
+        "activation": "topk",
+        "expansion_factor": 4,
+        "normalize_decoder": True,
+        "num_latents": 32,
+        "k": 4,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": 8,
+    }
+
+
+def test_round_trip(sae, tmp_path):
+    sae.save_to_disk(tmp_path)
+    loaded = Sae.load_from_disk(tmp_path)
+    for name, parameter in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter)
+    x = torch.randn(5, 8)
+    assert torch.equal(loaded(x).recon, sae(x).recon)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_reads_what_sparsify_writes(sae, tmp_path):
+    # Its defaults: num_latents 0 means d_in × expansion_factor, and newer versions may add fields.
+    config = {"activation": "topk", "expansion_factor": 4, "normalize_decoder": True, "num_latents": 0, "k": 4}
+    config |= {"multi_topk": False, "skip_connection": False, "transcode": False, "d_in": 8, "something_new": 1}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    tensors = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    save_file({name: tensor.detach() for name, tensor in tensors.items()}, tmp_path / "sae.safetensors")
+    x = torch.randn(5, 8)
+    assert torch.equal(Sae.load_from_disk(tmp_path)(x).recon, sae(x).recon)
+
+
+def test_load_many_sorts_naturally_and_follows_latest(sae, tmp_path):
+    for layer in (10, 2, 1):
+        sae.save_to_disk(tmp_path / "step_00000001" / f"layers.{layer}")
+    assert list(Sae.load_many(tmp_path / "step_00000001")) == ["layers.1", "layers.2", "layers.10"]
+    (tmp_path / "latest").symlink_to("step_00000001")
+    assert list(Sae.load_many(tmp_path)) == ["layers.1", "layers.2", "layers.10"]
+
+
+def test_load_from_hub_asks_for_one_hookpoint(sae, tmp_path, monkeypatch):
+    sae.save_to_disk(tmp_path / "layers.3")
+    asked = {}
+
+    def snapshot_download(repo_id, allow_patterns, **kwargs):
+        asked.update(repo_id=repo_id, allow_patterns=allow_patterns, **kwargs)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    loaded = Sae.load_from_hub("someone/saes", hookpoint="layers.3", revision="v2")
+    assert torch.equal(loaded.W_enc, sae.W_enc)
+    assert asked == {"repo_id": "someone/saes", "allow_patterns": "layers.3/*", "revision": "v2"}
+
+
+def damage_truncated(folder):
+    weights = folder / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def damage_config(folder, **changes):
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (lambda f: (f / "sae.safetensors").unlink(), FileNotFoundError, "sae.safetensors is missing"),
+        (lambda f: (f / "cfg.json").unlink(), FileNotFoundError, "cfg.json is missing"),
+        (lambda f: (f / "cfg.json").write_text("{"), ValueError, "not valid JSON"),
+        (damage_truncated, ValueError, "sae.safetensors is damaged or cut short"),
+        (lambda f: damage_config(f, num_latents=33), ValueError, r"has shape \[32, 8\], but cfg.json says \[33, 8\]"),
+        (lambda f: damage_config(f, k=None), ValueError, "no whole number 'k'"),
+        (lambda f: damage_config(f, activation="groupmax"), ValueError, "not TopK"),
+        (lambda f: damage_config(f, transcode=True), ValueError, "transcoder"),
+    ],
+)
+def test_damaged_folders_are_named(sae, tmp_path, damage, error, says):
+    sae.save_to_disk(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=says):
+        Sae.load_from_disk(tmp_path)
+
+
+def test_a_folder_without_saes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no SAE in"):
+        Sae.load_many(tmp_path)
