@@ -295,10 +295,11 @@ Held-out loss of this file, computed in float32:
 
 def history_entry(command: str, progress: Progress) -> str:
     """Return the model card's lines about one run of this script."""
+    run = f"{progress.tokens / 1e6:.1f} M tokens in {progress.steps} steps of {BATCH_TOKENS} tokens"
     return f"""
     {command}
 
-{progress.tokens / 1e6:.1f} M tokens in {progress.steps} steps of {BATCH_TOKENS} tokens, {progress.minutes:.1f} minutes on a CPU.
+{run}, {progress.minutes:.1f} minutes on a CPU.
 """
 
 

@@ -149,7 +149,10 @@ def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
     table.add_column(title, min_width=trend_width, no_wrap=True, overflow="crop", style="cyan")
     for name in (names[row] for row in rows):
         table.add_row(
-            units.tail(name, name_width), *_cells(layers.get(name)), sparkline(state.trends.get(name, ()), trend_width)
+            # As a Text, a name in brackets is no markup.
+            Text(units.tail(name, name_width)),
+            *_cells(layers.get(name)),
+            sparkline(state.trends.get(name, ()), trend_width),
         )
     if with_mean:
         trend = sparkline(state.trends.get(ALL_LAYERS, ()), trend_width)

@@ -48,6 +48,11 @@ class StepStats:
     layers: dict[str, LayerStats]
     """By hookpoint, in model order."""
 
+    @property
+    def mean_fvu(self) -> float:
+        """Mean over the layers."""
+        return sum(layer.fvu for layer in self.layers.values()) / len(self.layers)
+
 
 @dataclass(frozen=True)
 class RunInfo:

@@ -35,7 +35,7 @@ class Saver:
     def note(self, stats: StepStats) -> None:
         """Take in a report: `best` is chosen by the FVU between two checkpoints."""
         self.fvu = {name: layer.fvu for name, layer in stats.layers.items()}
-        self.mean_fvus.append(sum(self.fvu.values()) / len(self.fvu))
+        self.mean_fvus.append(stats.mean_fvu)
 
     def save(self) -> Path:
         """Write a checkpoint of the step that was just finished and return its folder."""

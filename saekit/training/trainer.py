@@ -114,8 +114,8 @@ class SaeTrainer:
                     window.steps += 1
                 run.step, run.tokens = step + 1, run.tokens + tokens
 
-                last = run.step == plan.total_steps or interruption.requested
-                save = last or run.step % cfg.save_every == 0
+                stop = interruption.requested  # read once: Ctrl-C from here on ends the next step, not this one unsaved
+                save = stop or run.step == plan.total_steps or run.step % cfg.save_every == 0
                 if save or run.step % cfg.log_every == 0:
                     rate = (run.tokens - tokens_at_report) / (time.perf_counter() - clock)
                     stats = self._read(run, windows, rate)
@@ -125,7 +125,7 @@ class SaeTrainer:
                     clock, tokens_at_report = time.perf_counter(), run.tokens
                 if save:
                     report.saved(saver.save(), run.step)
-                if interruption.requested:
+                if stop:
                     break
         if run.step < plan.total_steps:
             raise Interrupted(run.step, plan.run_dir)

@@ -86,6 +86,10 @@ def test_long_names_lose_their_beginning(make_state):
     assert rows[0].startswith("…")
 
 
+def test_brackets_in_a_name_are_no_markup(make_state):
+    assert any(line.startswith("[red]layers[/red] ") for line in picture(make_state(1, names=["[red]layers[/red]"])))
+
+
 def test_nan_is_shown_not_hidden(make_state):
     lines = picture(make_state(32, fvu=math.nan))
     assert "nan" in next(line for line in lines if line.startswith("layers.0"))

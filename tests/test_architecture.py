@@ -1,0 +1,60 @@
+"""The rooms of docs/design.md: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import saekit
+
+ROOT = Path(saekit.__file__).parent
+ANYWHERE = {"errors", "_version", "versions"}
+MAY_IMPORT = {
+    "sae": set(),
+    "config": set(),
+    "data": {"config"},
+    "activations": {"config"},
+    "placement": {"config", "sae"},
+    "report": {"sae"},
+    "training": {"config", "sae", "data", "activations", "placement", "report"},
+    "demo": {"config", "cli", "report", "training"},
+    "cli": {"config", "demo", "report", "training"},
+}
+"""Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if len(path.relative_to(ROOT).parts) > 1)
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            if node.module == "saekit":
+                yield from (f"saekit.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_rooms_import_what_they_may(file):
+    room = file.relative_to(ROOT).parts[0]
+    allowed = MAY_IMPORT[room] | ANYWHERE | {room}
+    ours = {name.split(".")[1] for name in imports_of(file) if name.startswith("saekit.")}
+    assert ours <= allowed, f"{room} may not import {ours - allowed}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_only_placement_knows_of_ranks(file):
+    if file.relative_to(ROOT).parts[0] == "placement":
+        return
+    forbidden = [name for name in imports_of(file) if name.split(".")[0] == "deepspeed" or name.startswith("torch.distributed")]
+    assert not forbidden
+
+
+def test_the_maths_needs_torch_only():
+    allowed = {"torch", "safetensors", "huggingface_hub", "saekit", "__future__"}
+    standard = {"json", "re", "pathlib", "typing", "collections"}
+    for file in (ROOT / "sae").rglob("*.py"):
+        found = {name.split(".")[0] for name in imports_of(file)}
+        assert found <= allowed | standard, file

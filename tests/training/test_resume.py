@@ -1,0 +1,113 @@
+"""A run that stops and goes on ends where the uninterrupted one does, bit for bit."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from saekit import UserError
+from saekit.errors import Interrupted
+from tests.training.conftest import Recorder
+from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
+
+
+class StopAfter(Recorder):
+    """Presses Ctrl-C during a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.stop_at = step
+
+    def step(self, stats):
+        super().step(stats)
+        if stats.step == self.stop_at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at):
+    options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100}
+    whole = make_trainer("whole", **options).fit()
+    with pytest.raises(Interrupted) as stopped:
+        make_trainer("parts", reporter=StopAfter(stop_at), **options).fit()
+    assert stopped.value.step == stop_at
+    assert (tmp_path / "parts" / "latest").resolve().name == f"step_{stop_at:08d}"
+    watcher = Recorder()
+    resumed = make_trainer("parts", resume=True, reporter=watcher, **options).fit()
+    assert [stats.step for stats in watcher.steps] == list(range(stop_at + 1, 8))
+    assert watcher.infos[0].start_step == stop_at
+    assert_same_tensors(tensors_of(resumed), tensors_of(whole))
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+def test_resume_of_a_finished_run_changes_nothing(make_trainer, tmp_path):
+    whole = make_trainer().fit()
+    before = tensors_of(whole)
+    again = make_trainer(resume=True).fit()
+    assert again == whole
+    assert_same_tensors(tensors_of(again), before)
+
+
+def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_trainer):
+    make_trainer().fit()
+    with pytest.raises(UserError) as refused:
+        make_trainer(resume=True, lr=0.5, auxk_alpha=0.0, save_every=3).fit()
+    message = str(refused.value)
+    assert "--lr was 0.01 and is 0.5" in message
+    assert "--auxk-alpha was 0.03125 and is 0.0" in message
+    assert "save-every" not in message
+    make_trainer(resume=True, save_every=3, micro_acc_steps=2, log_every=2).fit()
+
+
+def test_the_index_says_what_it_should(make_trainer, tmp_path):
+    checkpoint = make_trainer().fit()
+    index = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert (index["step"], index["total_steps"], index["format"]) == (7, 7, 1)
+    assert index["hookpoints"] == ["layers.0", "layers.1", "layers.2"]
+    assert index["excluded_tokens"] == [0, 1]
+    assert index["config"]["k"] == 4
+    assert index["versions"]["torch"]
+    on_disk = {f.relative_to(checkpoint).as_posix() for f in checkpoint.rglob("*") if f.is_file()} - {"checkpoint.json"}
+    assert set(index["files"]) == on_disk
+    assert not [name for name in on_disk if name.endswith((".pt", ".bin", ".pkl"))]
+
+
+@pytest.mark.parametrize("file", ["layers.1/state.safetensors", "layers.0/sae.safetensors", "layers.2/cfg.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_a_damaged_checkpoint_is_named(make_trainer, file, damage):
+    checkpoint = make_trainer().fit()
+    target = checkpoint / file
+    content = target.read_bytes()
+    if damage == "missing":
+        target.unlink()
+    else:
+        target.write_bytes(content[:-10] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=file):
+        make_trainer(resume=True).fit()
+
+
+def test_a_save_that_dies_midway_leaves_the_last_checkpoint(make_trainer, tmp_path, monkeypatch):
+    """The process dies while the second checkpoint is written: the first is still `latest`, and is whole."""
+    from saekit.training import checkpoint
+
+    saved = []
+    write = checkpoint.save_file
+
+    def dies(tensors, file):
+        saved.append(file)
+        if len(saved) == 5:  # three layers in the first checkpoint, the second layer of the second one
+            raise OSError(28, "No space left on device")
+        write(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", dies)
+    with pytest.raises(OSError, match="No space left"):
+        make_trainer(save_every=2).fit()
+    run = tmp_path / "run"
+    assert (run / "latest").resolve().name == "step_00000002"
+    checkpoint.read_index(run / "latest")
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    resumed = make_trainer(resume=True, save_every=2).fit()
+    assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
+    assert not list(run.glob(".*"))
