@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("train_demo_lm")
 
@@ -110,6 +110,11 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer)
+    return wrap_tokenizer(bpe)
+
+
+def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return the tokenizer as Transformers knows it, with the end-of-text mark as `bos`, `eos` and `pad`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
@@ -321,7 +326,7 @@ def main(
 
     corpus = read_library()
     if start_from:
-        tokenizer = AutoTokenizer.from_pretrained(start_from)
+        tokenizer = wrap_tokenizer(Tokenizer.from_file(str(start_from / "tokenizer.json")))
         model = AutoModelForCausalLM.from_pretrained(start_from, dtype=torch.float32)
         history = (start_from / "README.md").read_text(encoding="utf-8").partition(MADE_WITH)[2]
     else:

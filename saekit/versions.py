@@ -5,7 +5,10 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from saekit._version import __version__ as SAEKIT  # noqa: N812
+from saekit._version import __version__
+
+SAEKIT = __version__
+"""Our own."""
 
 
 def libraries() -> dict[str, str]:

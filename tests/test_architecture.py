@@ -48,7 +48,9 @@ def test_rooms_import_what_they_may(file):
 def test_only_placement_knows_of_ranks(file):
     if file.relative_to(ROOT).parts[0] == "placement":
         return
-    forbidden = [name for name in imports_of(file) if name.split(".")[0] == "deepspeed" or name.startswith("torch.distributed")]
+    forbidden = [
+        name for name in imports_of(file) if name.split(".")[0] == "deepspeed" or name.startswith("torch.distributed")
+    ]
     assert not forbidden
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit.activations.hookpoints import num_layers, select_layers, text_config_of, width
+from saekit.activations.hookpoints import num_layers, text_config_of, width
 from saekit.config import ModelConfig
 from saekit.errors import UserError
 
@@ -62,7 +62,9 @@ def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
     if asked is None:
         return min(DEFAULT_CTX_LEN, limit or DEFAULT_CTX_LEN)
     if limit is not None and asked > limit:
-        raise UserError(f"--ctx-len {asked} is more than the {limit} tokens that this model can read: give {limit} or less")
+        raise UserError(
+            f"--ctx-len {asked} is more than the {limit} tokens that this model can read: give {limit} or less"
+        )
     return asked
 
 
@@ -145,8 +147,8 @@ def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model {cfg.model!r} could not be loaded: it is neither a complete local folder nor a model on the hub that "
-            f"can be reached ({reason})"
+            f"model {cfg.model!r} could not be loaded: it is neither a complete local folder nor a model on the hub "
+            f"that can be reached ({reason})"
         ) from error
 
 

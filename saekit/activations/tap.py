@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,10 +46,8 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
     @torch.inference_mode()
     def run(input_ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         captured.clear()
-        try:
+        with suppress(_LastTapReached):
             base(input_ids=input_ids, **kwargs)
-        except _LastTapReached:
-            pass
         taken = {name: captured[name] for name in hookpoints}
         captured.clear()
         return taken

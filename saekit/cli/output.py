@@ -40,7 +40,9 @@ def run(app: Callable[[], Any]) -> None:
         fail(str(error), EXIT_USAGE)
     except KeyboardInterrupt as interruption:
         if isinstance(interruption, Interrupted):
-            messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {how_to_resume()}"), soft_wrap=True)
+            messages().print(
+                Text(f"Stopped after step {interruption.step}. Go on with:\n  {how_to_resume()}"), soft_wrap=True
+            )
         leave(EXIT_INTERRUPTED)
     except BrokenPipeError:
         leave(EXIT_FAULT)  # `saekit inspect ... | head` has read enough
@@ -48,7 +50,9 @@ def run(app: Callable[[], Any]) -> None:
         if debug:
             raise
         text = (str(error).strip() or "no message").splitlines()[0]
-        fail(f"{type(error).__name__}: {text} (this is not expected: run it again with --debug for details)", EXIT_FAULT)
+        fail(
+            f"{type(error).__name__}: {text} (this is not expected: run it again with --debug for details)", EXIT_FAULT
+        )
 
 
 def fail(message: str, code: int) -> NoReturn:

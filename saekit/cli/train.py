@@ -27,7 +27,9 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="PATH", help="YAML file with defaults for all options, MODEL and DATASET too."),
+        typer.Option(
+            "--config", metavar="PATH", help="YAML file with defaults for all options, MODEL and DATASET too."
+        ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
     **options: Any,
@@ -36,7 +38,9 @@ def train(
     from saekit.config import RunConfig
     from saekit.config.run import read_yaml
 
-    typed = {name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None}
+    typed = {
+        name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
+    }
     values = {**(read_yaml(config) if config else {}), **typed}
     for name in ("model", "dataset"):
         if name not in values:

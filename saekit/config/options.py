@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
@@ -24,7 +25,7 @@ def option(default: Any, help: str, *, panel: str, unit: str | None = None, **co
         unit: What a number counts, in square brackets in `--help`.
         constraints: Handed to pydantic (`gt`, `ge`, ...).
     """
-    extra = {"panel": panel, "unit": unit}
+    extra: JsonDict = {"panel": panel, "unit": unit}
     return Field(default=default, description=help, json_schema_extra=extra, **constraints)
 
 

@@ -35,7 +35,9 @@ class RunConfig:
         """
         parts: dict[type, Any] = {}
         found: list[str] = []
-        unknown = set(values) - set().union(*(_names(part) for part in (ModelConfig, DataConfig, SaeConfig, TrainConfig)))
+        unknown = set(values) - set().union(
+            *(_names(part) for part in (ModelConfig, DataConfig, SaeConfig, TrainConfig))
+        )
         found += [f"there is no option {name!r}" for name in sorted(unknown)]
         for part in (ModelConfig, DataConfig, SaeConfig, TrainConfig):
             own = {name: values[name] for name in _names(part) if name in values}

@@ -104,11 +104,13 @@ class DataConfig:
     ctx_len: int | None = option(
         None, "Length of each sequence; 2048, or the model's limit if that is less.", panel=DATA, unit="tokens", ge=2
     )
-    max_tokens: int | None = option(
-        None, "Read at most so many tokens.", panel=DATA, unit="tokens", ge=1
-    )
+    max_tokens: int | None = option(None, "Read at most so many tokens.", panel=DATA, unit="tokens", ge=1)
     max_examples: int | None = option(
-        None, "Read at most so many rows of the data set, from its start; needed for a streamed one.", panel=DATA, unit="rows", ge=1
+        None,
+        "Read at most so many rows of the data set, from its start; needed for a streamed one.",
+        panel=DATA,
+        unit="rows",
+        ge=1,
     )
     num_proc: int | None = option(
         None, "Processes that tokenise; one per core by default.", panel=DATA, unit="processes", ge=1
@@ -174,16 +176,22 @@ class TrainConfig:
         ge=0,
     )
 
-    auxk_alpha: float = option(1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0)
+    auxk_alpha: float = option(
+        1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0
+    )
     dead_feature_threshold: int = option(
         10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
     )
 
     save_dir: Path = option(Path("checkpoints"), "Folder that holds the runs.", panel=SAVING)
     run_name: str | None = option(
-        None, "Folder of this run inside --save-dir; by default made of the model's and the data set's name.", panel=SAVING
+        None,
+        "Folder of this run inside --save-dir; by default made of the model's and the data set's name.",
+        panel=SAVING,
     )
-    save_every: int = option(1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimiser steps", ge=1)
+    save_every: int = option(
+        1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimiser steps", ge=1
+    )
     keep_last: int = option(1, "Checkpoints to keep, besides the best.", panel=SAVING, unit="checkpoints", ge=1)
     save_best: bool = option(
         False, "Also keep the checkpoint with the lowest mean FVU since the one before it, as `best`.", panel=SAVING
@@ -191,7 +199,9 @@ class TrainConfig:
     overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
     resume: bool = option(False, "Go on with an existing run of that name from its latest checkpoint.", panel=SAVING)
 
-    log_every: int = option(1, "Steps between reports; numbers are means over them.", panel=LOGGING, unit="optimiser steps", ge=1)
+    log_every: int = option(
+        1, "Steps between reports; numbers are means over them.", panel=LOGGING, unit="optimiser steps", ge=1
+    )
     log_with: str | None = option(
         None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
     )

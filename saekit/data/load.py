@@ -40,9 +40,7 @@ def load_sequences(
         data = data.select(range(min(cfg.max_examples, len(data))))
     if "input_ids" in data.column_names:
         return sequences(data, ctx_len)
-    packed = chunk_and_tokenize(
-        data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc
-    )
+    packed = chunk_and_tokenize(data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc)
     return sequences(packed, ctx_len)
 
 

@@ -6,7 +6,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"})
+LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"}
+)
 """Folders without prose or ordinary code: other packages, tests, tables."""
 
 

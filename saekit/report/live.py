@@ -11,12 +11,9 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.segment import Segments
-from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
-from saekit.report import units
-from saekit.report.live_view import RunState, line, run_view
+from saekit.report.live_view import RunState, run_view
 from saekit.report.pace import Pace
 from saekit.report.stats import RunInfo, StepStats
 
@@ -26,8 +23,9 @@ REFRESH_PER_SECOND = 4
 class LiveReporter:
     """Keeps one calm picture of the run on the terminal, and leaves its last state behind.
 
-    Until training starts it shows a spinner with the newest status; after that a status is printed above the view,
-    where it stays. A thread of rich's redraws the view; it reads immutable states only, which training replaces.
+    The view appears when training starts. Before that each status is a line of its own, so that downloading, tokenising
+    and loading can show the progress bars that their libraries have; after that it is printed above the view. A thread
+    of rich's redraws the view; it reads immutable states only, which training replaces.
 
     Args:
         console: A terminal.
@@ -38,7 +36,6 @@ class LiveReporter:
         self._console = console
         self._clock = clock
         self._state: RunState | None = None
-        self._waiting: tuple[Spinner, float] | None = None
         self._finished = False
         self._drawn: tuple[RunState, tuple[object, ...], Segments] | None = None
         self._live = Live(
@@ -52,19 +49,13 @@ class LiveReporter:
         )
 
     def status(self, message: str) -> None:
-        """Replace the spinner's line, or print above the view once it is there. A warning is always printed."""
+        """Print a line: above the view once it is there, before that above the libraries' own progress bars."""
         warning = message.lower().startswith("warning")
-        if warning or self._state is not None or self._finished:
-            self._console.print(Text(message, style="yellow" if warning else ""), soft_wrap=True)
-        else:
-            # One frame per refresh.
-            spinner = Spinner("dots", style="cyan", speed=0.08 * REFRESH_PER_SECOND)
-            self._waiting = (spinner, self._clock())
-            spinner.text = line(message)
-            self._live.start()
+        style = "yellow" if warning else "dim" if self._state is None else ""
+        self._console.print(Text(message, style=style), soft_wrap=True)
 
     def start(self, info: RunInfo) -> None:
-        """Put the view in the spinner's place."""
+        """Show the view."""
         self._state = RunState(info, Pace(info, self._clock))
         self._live.start(refresh=True)
 
@@ -84,21 +75,12 @@ class LiveReporter:
         if self._finished:
             return
         self._finished = True
-        if self._state is None:
-            self._live.transient = True
-        else:
+        if self._state is not None:
             self._state = replace(self._state, finished=True)
-        self._live.stop()
+            self._live.stop()
 
     def _picture(self) -> RenderableType:
-        if self._state is not None:
-            return self._draw(self._state)
-        if self._waiting is None:
-            return ""
-        spinner, since = self._waiting
-        row = Table.grid(padding=(0, 2, 0, 0))
-        row.add_row(spinner, Text(units.duration(self._clock() - since), style="dim"))
-        return row
+        return "" if self._state is None else self._draw(self._state)
 
     def _draw(self, state: RunState) -> Segments:
         """The view as finished characters: laid out anew for new numbers, another size, or the ETA's next second.

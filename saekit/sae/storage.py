@@ -118,9 +118,7 @@ def load_many(path: str | Path, device: torch.device | str = "cpu") -> dict[str,
     return {name: load_from_disk(folder, device) for name, folder in find_sae_folders(path).items()}
 
 
-def load_from_hub(
-    repo_id: str, hookpoint: str | None = None, device: torch.device | str = "cpu", **kwargs: Any
-) -> Sae:
+def load_from_hub(repo_id: str, hookpoint: str | None = None, device: torch.device | str = "cpu", **kwargs: Any) -> Sae:
     """Download one SAE from the hub.
 
     Args:
@@ -153,7 +151,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), int):
             raise ValueError(f"{file} has no whole number {key!r}")
     if config.get("activation", "topk") != "topk" or config.get("signed"):
-        raise ValueError(f"{file}: activation {config.get('activation')!r} (signed: {config.get('signed')}) is not TopK")
+        raise ValueError(
+            f"{file}: activation {config.get('activation')!r} (signed: {config.get('signed')}) is not TopK"
+        )
     if config.get("transcode") or config.get("skip_connection"):
         raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
     return config

@@ -1,12 +1,12 @@
 """Checkpoints: whole tensors per layer, in files any reader of the field knows, put in place by one rename.
 
-    RUN/config.yaml, metrics.jsonl
-    RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
-    RUN/step_00000200/checkpoint.json    step, tokens, versions, configuration, size and SHA-256 of every file
-    RUN/step_00000200/layers.0/          one folder per hookpoint:
-        cfg.json, sae.safetensors        the SAE, in sparsify's format
-        saekit.json                      what it was trained on
-        state.safetensors                counters, calibration, optimiser state
+RUN/config.yaml, metrics.jsonl
+RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
+RUN/step_00000200/checkpoint.json    step, tokens, versions, configuration, size and SHA-256 of every file
+RUN/step_00000200/layers.0/          one folder per hookpoint:
+    cfg.json, sae.safetensors        the SAE, in sparsify's format
+    saekit.json                      what it was trained on
+    state.safetensors                counters, calibration, optimiser state
 """
 
 from __future__ import annotations
@@ -170,4 +170,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-

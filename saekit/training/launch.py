@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import transformers
 from accelerate import Accelerator
+from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 
 from saekit.activations import check_device, load_model, load_tokenizer, model_shape, resolve_ctx_len, select_layers
 from saekit.config import RunConfig
@@ -65,5 +65,5 @@ def _no_bars_in_a_log() -> None:
     if sys.stderr.isatty():
         return
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
+    disable_hub_bars()
     transformers.utils.logging.disable_progress_bar()

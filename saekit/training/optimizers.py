@@ -115,10 +115,11 @@ class TorchOptimizer:
         """See `LayerOptimizer.export`."""
         weights: dict[str, Tensor] = {}
         for name, optimizer, parameter, _ in self._parameters():
-            averages = isinstance(optimizer, ScheduleFreeSignum)
-            weights[name] = optimizer.average(parameter) if averages else parameter.detach()
-            if averages and name == "W_dec" and self.sae.normalize_decoder:
-                weights[name] = unit_rows(weights[name])  # the mean of unit rows is shorter than one
+            weights[name] = parameter.detach()
+            if isinstance(optimizer, ScheduleFreeSignum):
+                weights[name] = optimizer.average(parameter)
+                if name == "W_dec" and self.sae.normalize_decoder:
+                    weights[name] = unit_rows(weights[name])  # the mean of unit rows is shorter than one
         return weights
 
     def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter, int]]:

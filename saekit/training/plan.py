@@ -160,9 +160,7 @@ def plan_run(
     )
 
 
-def excluded_tokens(
-    cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> list[int]:
+def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Ids of the tokens to leave out: the user's, and unless switched off the special ones, ascending."""
     ids = set(cfg.exclude_tokens)
     if cfg.exclude_special_tokens and tokenizer is not None:

@@ -108,7 +108,9 @@ def check_finite(name: str, sum_squares: Tensor, step: int) -> None:
         )
 
 
-def records(state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]) -> dict[str, LayerRecord]:
+def records(
+    state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]
+) -> dict[str, LayerRecord]:
     """What a checkpoint keeps of each layer of this rank."""
     found = {}
     for name in placement.layers():

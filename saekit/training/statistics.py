@@ -89,8 +89,10 @@ class LayerWindow:
     def read(
         self, reduce: Callable[[Tensor], Tensor], *, dead: int, num_latents: int, with_multi_topk: bool
     ) -> LayerStats:
-        """The finished numbers over all ranks. Start an `empty` window afterwards, so that both parts of every ratio are
-        cleared together."""
+        """The finished numbers over all ranks.
+
+        Start an `empty` window afterwards, so that both parts of every ratio are cleared together.
+        """
         moments = self.moments.reduced(reduce)
         squared_error, multi_error, firings, loss, auxk = reduce(self.sums).tolist()
         deviation, tokens = float(moments.deviation()), float(moments.count)

@@ -161,9 +161,7 @@ class SaeTrainer:
         """Mean and variance of every layer over the first global batch."""
         placement = self.placement
         moments = {name: Moments.zero(self.plan.d_in, placement.device) for name in self.plan.hookpoints}
-        batches = list(
-            self.plan.batches.step(0, placement.rank, placement.world_size, self.cfg.grad_acc_steps)
-        )
+        batches = list(self.plan.batches.step(0, placement.rank, placement.world_size, self.cfg.grad_acc_steps))
         if self._count_tokens(batches) == 0:
             raise UserError("--exclude-tokens leaves no token of the first batch to train on")
         for input_ids in batches:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 from rich.console import Console
@@ -131,18 +132,18 @@ def test_finish_without_start_leaves_nothing(make_stats):
     assert console.file.getvalue() == ""
     reporter = LiveReporter(console)
     reporter.step(make_stats(1))
-    reporter.status("loading")
     reporter.finish()
     reporter.finish()
-    assert console.file.getvalue().endswith("\x1b[2K")  # the spinner's line is wiped
+    assert console.file.getvalue() == ""
 
 
-def test_warning_before_the_start_stays(make_info):
-    console = terminal()
+def test_lines_before_the_start_stay_and_move_no_cursor():
+    console = Console(file=StringIO(), width=80, force_terminal=True, color_system=None)
     reporter = LiveReporter(console)
+    reporter.status("Loading [the] model")
     reporter.status("Warning: short dataset")
     reporter.finish()
-    assert console.file.getvalue() == "Warning: short dataset\n"
+    assert console.file.getvalue() == "Loading [the] model\nWarning: short dataset\n"
 
 
 def test_pace_smooths_and_counts_down(make_info, make_stats, clock):

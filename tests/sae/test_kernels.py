@@ -11,7 +11,8 @@ SIZES = [(7, 5, 33, 4), (64, 16, 128, 8), (1, 3, 9, 1), (5, 8, 6, 6), (0, 4, 10,
 def values_and_gradients(kernels, N, D, M, k, shift=0.0):
     generator = torch.Generator().manual_seed(N * 1000 + M)
     x, W_enc, b_enc, W_dec, out_grad = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (M, D), (M,), (M, D), (N, D))
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((N, D), (M, D), (M,), (M, D), (N, D))
     )
     leaves = [x, W_enc, b_enc + shift, W_dec]
     for leaf in leaves:

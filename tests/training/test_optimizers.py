@@ -23,9 +23,7 @@ def step_some(sae, optimizer, steps, seed):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("adam", 2e-4), ("adam8bit", 2e-4), ("signum", 5e-3), ("muon", 2e-3)]
-)
+@pytest.mark.parametrize(("name", "expected"), [("adam", 2e-4), ("adam8bit", 2e-4), ("signum", 5e-3), ("muon", 2e-3)])
 def test_default_rates(name, expected):
     cfg = TrainConfig(optimizer=name)
     assert base_lr(cfg, 2**14) == pytest.approx(expected)

@@ -9,7 +9,9 @@ def test_shape():
 
 
 def test_no_warmup_and_no_decay():
-    assert [lr_scale(step, warmup=0, total_steps=3, decay=True) for step in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert [lr_scale(step, warmup=0, total_steps=3, decay=True) for step in range(3)] == pytest.approx(
+        [1, 2 / 3, 1 / 3]
+    )
     assert [lr_scale(step, warmup=1, total_steps=3, decay=False) for step in range(3)] == [0.5, 1, 1]
 
 
@@ -17,6 +19,8 @@ def test_warmup_longer_than_the_run_never_divides_by_zero():
     assert [lr_scale(step, warmup=9, total_steps=2, decay=True) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize(("asked", "total", "expected"), [(None, 50_000, 1000), (None, 200, 20), (7, 200, 7), (0, 9, 0)])
+@pytest.mark.parametrize(
+    ("asked", "total", "expected"), [(None, 50_000, 1000), (None, 200, 20), (7, 200, 7), (0, 9, 0)]
+)
 def test_default_warmup(asked, total, expected):
     assert warmup_steps(asked, total) == expected

@@ -252,7 +252,7 @@ def test_the_model_is_left_as_it_was(make_trainer, tiny_llama):
 
 
 def test_not_a_number_names_layer_and_step(make_trainer, tiny_llama, tmp_path):
-    """An activation that overflows in the fourth step only: everything before it is kept, nothing after it is written."""
+    """An activation that overflows in the fourth step only: what was before it is kept, nothing after it is written."""
     calls = []
 
     def poison(module, args, output):

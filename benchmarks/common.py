@@ -1,0 +1,176 @@
+"""What the benchmarks share: data made of text that is at hand, an environment for the peer, subprocesses, hardware."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import venv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+HERE = Path(__file__).parent
+PEER_FOLDER = HERE / ".venv-peers"
+TORCH = "torch>=2.6,<2.14"
+PEER = "eai-sparsify==1.3.3"
+LOG_LINES = 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run; the same file of settings is handed to either toolkit's script."""
+
+    model: str
+    """Folder of the language model."""
+    data: str
+    """Folder of the training sequences (`save_to_disk`), in the order in which they are to be visited."""
+    out: str
+    """Folder for the SAEs, one folder per hookpoint."""
+    hookpoints: list[str]
+    num_latents: int
+    k: int
+    optimizer: str
+    lr: float
+    warmup: int
+    """Optimiser steps of warm-up."""
+    batch_size: int
+    """Sequences per optimiser step."""
+    auxk_alpha: float
+    dead_feature_threshold: int
+    """In tokens."""
+    exclude_tokens: list[int]
+    seed: int
+    """Of the initial weights."""
+
+
+def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:
+    """Tokenise Python's own standard library, split by documents, and save `train` and `heldout` below `folder`.
+
+    A random twentieth of the documents is held out. The sequences of each part are shuffled once, here; whoever
+    trains on them must not shuffle again.
+
+    Args:
+        tokenizer: The language model's.
+        ctx_len: Tokens per sequence.
+        train: Sequences to train on.
+        held_out: Sequences to evaluate on, at most.
+        folder: Where the two data sets go.
+        seed: Of the split and of both orders.
+
+    Raises:
+        ValueError: If the standard library is too short for so many training sequences.
+    """
+    from datasets import Dataset
+
+    from saekit.data import chunk_and_tokenize
+    from saekit.demo.text import standard_library
+
+    documents = Dataset.from_dict({"text": list(standard_library())}).shuffle(seed=seed)
+    border = len(documents) // 20
+    parts = {
+        "heldout": (documents.select(range(border)), held_out),
+        "train": (documents.select(range(border, len(documents))), train),
+    }
+    for name, (part, wanted) in parts.items():
+        packed = chunk_and_tokenize(part, tokenizer, max_seq_len=ctx_len, num_proc=1).shuffle(seed=seed)
+        if name == "train" and len(packed) < wanted:
+            raise ValueError(f"the standard library gives {len(packed)} sequences, fewer than {wanted}: lower --tokens")
+        packed.select(range(min(wanted, len(packed)))).flatten_indices().save_to_disk(folder / name)
+    return folder
+
+
+def peer_python(given: Path | None, say: Any) -> Path:
+    """The Python that has the peer: the one given, or that of an environment beside this file, made where missing."""
+    if given is not None:
+        return given
+    python = PEER_FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    finished = PEER_FOLDER / ".complete"
+    if not finished.exists():
+        say(f"Making an environment for the peer in {PEER_FOLDER.relative_to(HERE.parent)} (once; minutes)")
+        venv.create(PEER_FOLDER, with_pip=True, clear=True)
+        import transformers
+
+        # torch first, so that the peer's own looser bound does not choose it; transformers as here, so that both read
+        # the same activations.
+        for packages in ([TORCH], [PEER, f"transformers=={transformers.__version__}", "numpy"]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        finished.touch()
+    return python
+
+
+def run_script(python: Path | str, script: str, *arguments: str | Path) -> float:
+    """Run a script of this folder in a process of its own, offline and on the CPU; returns its wall time in seconds.
+
+    Raises:
+        RuntimeError: With the end of its output, if it fails.
+    """
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "SPARSIFY_DISABLE_TRITON": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(python), str(HERE / script), *map(str, arguments)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-LOG_LINES:])
+        raise RuntimeError(f"{script} ended with code {done.returncode}:\n{tail}")
+    return time.perf_counter() - start
+
+
+def train(python: Path | str, script: str, job: Job) -> float:
+    """Run a training script on `job`; returns its wall time in seconds, start-up included."""
+    out = Path(job.out)
+    out.mkdir(parents=True)
+    file = out.with_suffix(".job.json")
+    file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    return run_script(python, script, file)
+
+
+def versions(python: Path | str) -> dict[str, str]:
+    """Versions of Python and of the packages that matter, in the environment of `python`."""
+    code = (
+        "import json, platform\n"
+        "from importlib.metadata import PackageNotFoundError, version\n"
+        "found = {'python': platform.python_version()}\n"
+        "for name in ('saekit', 'eai-sparsify', 'schedulefree', 'torch', 'transformers', 'bitsandbytes'):\n"
+        "    try: found[name] = version(name)\n"
+        "    except PackageNotFoundError: pass\n"
+        "import sys; sys.stdout.write(json.dumps(found))\n"
+    )
+    return json.loads(subprocess.check_output([str(python), "-c", code], text=True))
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on; nothing that names the machine."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or sys.platform
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

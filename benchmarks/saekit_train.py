@@ -1,0 +1,46 @@
+"""Trains saekit's SAEs as a job file says: `python saekit_train.py JOB.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import load_from_disk
+from transformers import AutoModel
+
+from saekit import SaeConfig, SaeTrainer, TrainConfig
+
+NEVER = 10**9
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    model = AutoModel.from_pretrained(job["model"], dtype="float32").eval()
+    out = Path(job["out"])
+    out.rmdir()  # the trainer wants to make its run folder itself
+    cfg = TrainConfig(
+        sae=SaeConfig(num_latents=job["num_latents"], k=job["k"]),
+        init_seed=job["seed"],
+        batch_size=job["batch_size"],
+        shuffle=False,
+        exclude_tokens=job["exclude_tokens"],
+        exclude_special_tokens=False,
+        optimizer=job["optimizer"],
+        lr=job["lr"],
+        lr_warmup_steps=job["warmup"],
+        auxk_alpha=job["auxk_alpha"],
+        dead_feature_threshold=job["dead_feature_threshold"],
+        save_dir=out.parent,
+        run_name=out.name,
+        save_every=NEVER,
+        log_every=50,
+    )
+    trainer = SaeTrainer(cfg, load_from_disk(job["data"]), model)
+    if list(trainer.plan.hookpoints) != job["hookpoints"]:
+        raise SystemExit(f"expected the hookpoints {job['hookpoints']}, found {trainer.plan.hookpoints}")
+    trainer.fit()
+
+
+if __name__ == "__main__":
+    main()

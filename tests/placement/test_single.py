@@ -1,0 +1,50 @@
+import torch
+
+from saekit import Sae, TrainConfig
+from saekit.placement import Single
+from saekit.training.optimizers import make_optimizer
+
+
+def place(**options):
+    sae = Sae(8, 32, 4, generator=torch.Generator().manual_seed(0), **options)
+    placement = Single(torch.device("cpu"))
+    placement.place({"h.0": sae}, lambda module: make_optimizer(TrainConfig(lr=0.01), module))
+    return placement, sae
+
+
+def backward(placement, sae):
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    placement.backward("h.0", (sae(x).recon - x).square().sum())
+
+
+def test_apply_projects_steps_normalises_and_clears():
+    placement, sae = place()
+    rows = sae.W_dec.detach().clone()
+    backward(placement, sae)
+    placement.apply(1.0)
+    # Adam's first moment is a tenth of the gradient it was given: nothing of it lies along the rows as they were.
+    moment = placement.optimizer_state("h.0")["W_dec.exp_avg"]
+    assert moment.abs().max() > 0
+    torch.testing.assert_close((moment * rows).sum(1), torch.zeros(32), atol=1e-5, rtol=0)
+    assert not torch.equal(sae.W_dec, rows)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
+    assert all(parameter.grad is None for parameter in sae.parameters())
+
+
+def test_apply_leaves_a_free_decoder_free():
+    placement, sae = place(normalize_decoder=False)
+    rows = sae.W_dec.detach().clone()
+    backward(placement, sae)
+    gradient = sae.W_dec.grad.clone()
+    placement.apply(1.0)
+    torch.testing.assert_close(placement.optimizer_state("h.0")["W_dec.exp_avg"], 0.1 * gradient)
+    assert (sae.W_dec.norm(dim=1) - rows.norm(dim=1)).abs().max() > 1e-4
+
+
+def test_route_hands_over_and_lets_go():
+    placement, _ = place()
+    acts = {"h.0": torch.ones(2, 8), "h.1": torch.ones(3, 8)}
+    for name, x in placement.route(acts):
+        assert name not in acts
+        assert x.shape[1] == 8
+    assert not acts
