@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types clean
+.PHONY: demo test quick check lint format types mutants clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: lint types test  ## everything that has to be green before a commit is shared
+
+mutants: $(STAMP)  ## put known faults back and see that a test notices each
+	$(BIN)/python -m tests.mutants
 
 format: $(STAMP)
 	$(BIN)/ruff format .

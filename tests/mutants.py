@@ -1,0 +1,111 @@
+"""Put known faults back, one by one, and see that a test notices each: `make mutants`.
+
+Not part of the test suite: it runs the suite's quick core once per fault, in copies of the committed tree.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
+TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
+TAP = "saekit/activations/tap.py"
+ADVANCE = "run.counters[name].advance(placement.sum(run.counters[name].fired_now_M), tokens)"
+DEAD_CODE = "sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)"
+
+FAULTS = [
+    ("AuxK adds b_dec again", MODEL, "self.W_dec[dead])\n", "self.W_dec[dead]) + self.b_dec\n"),
+    ("AuxK's gradient does not reach the encoder", MODEL, DEAD_CODE, DEAD_CODE.replace("[dead]", "[dead].detach()")),
+    (
+        "Multi-TopK's gradient does not reach the encoder",
+        MODEL,
+        "decode(acts, indices",
+        "decode(acts.detach(), indices",
+    ),
+    ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
+    ("the residual is not detached", LOSSES, "error_ND.detach() - out", "error_ND - out"),
+    ("AuxK is not scaled by the number of dead latents", LOSSES, "(scale * min(1.0, num_dead / k_aux))", "scale"),
+    ("selected counts as fired", COUNTERS, "(acts_NK > 0)", "(acts_NK >= 0)"),
+    ("counters count micro-batches", TRAINER, ADVANCE, ADVANCE.replace("tokens)", "len(batches))")),
+    ("micro_acc_steps cuts nothing", TRAINER, "x_ND.tensor_split(cfg.micro_acc_steps)", "[x_ND]"),
+    ("micro_acc_steps divides the loss", TRAINER, "losses.total)", "losses.total / cfg.micro_acc_steps)"),
+    (
+        "N is a micro-batch's",
+        TRAINER,
+        "self._count_tokens(batches)\n                scale",
+        "self._count_tokens(batches[:1])\n                scale",
+    ),
+    (
+        "decay is planned in micro-batches",
+        "saekit/training/plan.py",
+        "total_steps=self.total_steps, decay",
+        "total_steps=self.total_steps * self.cfg.grad_acc_steps, decay",
+    ),
+    (
+        "averages are cleared at another rhythm",
+        TRAINER,
+        "windows = self._fresh_windows()\n                    clock",
+        "windows = self._fresh_windows() if run.step % 5 == 0 else windows\n                    clock",
+    ),
+    ("resume is off by one", "saekit/training/state.py", 'index["step"], index', 'index["step"] + 1, index'),
+    (
+        "reporting moves the counters",
+        TRAINER,
+        "report.step(stats)\n",
+        "report.step(stats)\n                    [run.counters[n].observe(out.acts, out.indices) for n in windows]\n",
+    ),
+    ("a block's input is taken for its output", TAP, "residual(output)", "residual(_args)"),
+    (
+        "the last layer is read after the final norm",
+        TAP,
+        "        return taken",
+        "        taken[hookpoints[-1]] = base.norm(taken[hookpoints[-1]])\n        return taken",
+    ),
+    (
+        "FVU forgets the mean",
+        "saekit/training/statistics.py",
+        "return self.sum_squares - self.sum_D.square().sum() / self.count",
+        "return self.sum_squares",
+    ),
+    (
+        "the gradient is not projected",
+        "saekit/placement/single.py",
+        "                project_decoder_gradient_(sae)\n",
+        "                pass\n",
+    ),
+]
+
+
+def notices(file: str, good: str, bad: str) -> bool:
+    """Whether the tests fail in a copy of the tree with `good` replaced by `bad`."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "saekit"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
+        text = (copy / file).read_text(encoding="utf-8")
+        if text.count(good) != 1:
+            sys.exit(f"{file}: expected exactly one {good!r}")
+        (copy / file).write_text(text.replace(good, bad), encoding="utf-8")
+        tests = ["tests/sae", "tests/placement", "tests/training"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 1
+
+
+def main() -> None:
+    console = Console()
+    if shutil.which("git") is None:
+        sys.exit("needs git")
+    missed = 0
+    for name, file, good, bad in FAULTS:
+        noticed = notices(file, good, bad)
+        missed += not noticed
+        console.print(f"{'noticed' if noticed else '[red]MISSED [/red]'}  {name}")
+    sys.exit(missed)
+
+
+if __name__ == "__main__":
+    main()
