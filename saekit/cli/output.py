@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -38,11 +39,7 @@ def run(app: Callable[[], Any]) -> None:
         if debug:
             raise
         fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt as interruption:
-        if isinstance(interruption, Interrupted):
-            messages().print(
-                Text(f"Stopped after step {interruption.step}. Go on with:\n  {how_to_resume()}"), soft_wrap=True
-            )
+    except KeyboardInterrupt:
         leave(EXIT_INTERRUPTED)
     except BrokenPipeError:
         leave(EXIT_FAULT)  # `saekit inspect ... | head` has read enough
@@ -71,7 +68,13 @@ def leave(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def how_to_resume() -> str:
-    """The command line that goes on with the run that this process was."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
-    return shlex.join(["saekit", *arguments, "--resume"])
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Training inside: when Ctrl-C has stopped and saved it, say how to go on."""
+    try:
+        yield
+    except Interrupted as interruption:
+        # Caught here and not in `run`: Typer would take it for an ordinary Ctrl-C.
+        command = shlex.join(["saekit", "train", "--config", str(interruption.run_dir / "config.yaml"), "--resume"])
+        messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {command}"), soft_wrap=True)
+        leave(EXIT_INTERRUPTED)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from saekit.cli.options import with_config_options
 from saekit.errors import UserError
-
-if TYPE_CHECKING:
-    from saekit.config import RunConfig
-    from saekit.report import Reporter
 
 
 @with_config_options
@@ -35,6 +31,7 @@ def train(
     **options: Any,
 ) -> None:
     """Train one sparse autoencoder per layer of MODEL's residual stream on DATASET, all layers at once."""
+    from saekit.cli.output import messages, resumable
     from saekit.config import RunConfig
     from saekit.config.run import read_yaml
 
@@ -50,13 +47,8 @@ def train(
         values.pop("expansion_factor", None)
     if "expansion_factor" in typed and "num_latents" not in typed:
         values.pop("num_latents", None)
-    run_training(RunConfig.from_flat(values))
-
-
-def run_training(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
-    """Load the model and the data that a run names, and train; returns the last checkpoint's folder."""
-    from saekit.cli.output import messages
-
+    cfg = RunConfig.from_flat(values)
     with messages().status("Loading libraries"):
         from saekit.training.launch import train_from_config
-    return train_from_config(cfg, reporter)
+    with resumable():
+        train_from_config(cfg)

@@ -50,33 +50,35 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
 
     path = Path(cfg.dataset).expanduser()
     if (path / "state.json").is_file():
-        return load_from_disk(str(path))
+        return _load(load_from_disk, cfg, str(path))
     if (path / "dataset_dict.json").is_file():
-        return _one_split(load_from_disk(str(path)), cfg.split)
+        return _one_split(_load(load_from_disk, cfg, str(path)), cfg.split)
 
-    files = sorted(glob.glob(str(path), recursive=True)) if Path(path).suffix in FILE_FORMATS else []
+    files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
     arguments: dict[str, Any] = {"split": cfg.split, **cfg.data_args}
     if files:
-        kind = FILE_FORMATS[path.suffix]
+        kind = _format_of(files)
         if kind == "text":
             # A text file is one document, not one per line.
             arguments.setdefault("sample_by", "document")
-        return _load(load_dataset, cfg, kind, data_files={cfg.split.split("[")[0]: files}, **arguments)
+        return _load(load_dataset, cfg, kind, data_files={"train": files}, **arguments)
     if not path.is_dir() and _looks_like_a_path(cfg.dataset):
         raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
     return _load(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, token=token, **arguments)
 
 
-def _load(load_dataset: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Dataset:
-    """Call `load_dataset` and say in one line what went wrong, if something did."""
+def _load(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Dataset:
+    """Call `load_dataset` or `load_from_disk` and say in one line what went wrong, if something did."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
-        data = load_dataset(*args, **kwargs)
+        data = load(*args, **kwargs)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"data set {cfg.dataset!r} was found neither on this machine nor on the hub ({_first_line(error)})"
         ) from error
+    except IndexError as error:  # what `load_from_disk` makes of a data set without a row
+        raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
     except (ValueError, TypeError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {_first_line(reason)}") from error
@@ -107,6 +109,18 @@ def _existing(name: str) -> Path:
     if not file.is_file():
         raise UserError(f"data set {name!r}: there is no such file")
     return file
+
+
+def _format_of(files: list[str]) -> str:
+    """The format that all files share, as `datasets.load_dataset` calls it."""
+    endings = sorted({Path(file).suffix for file in files})
+    formats = {FILE_FORMATS.get(ending) for ending in endings}
+    if len(formats) != 1 or None in formats:
+        raise UserError(
+            f"data set files end in {', '.join(ending or 'nothing' for ending in endings)}: "
+            f"give files of one format, {', '.join(FILE_FORMATS)}"
+        )
+    return FILE_FORMATS[endings[0]]
 
 
 def _looks_like_a_path(name: str) -> bool:

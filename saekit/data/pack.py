@@ -47,12 +47,14 @@ def chunk_and_tokenize(
         A data set of one column, `input_ids`, each row `max_seq_len` token ids, in torch format.
 
     Raises:
-        UserError: If there is no such column, no token to put between documents, or too little text for one chunk.
+        UserError: If there is no such column, no token to put between documents, no row, or less text than one chunk.
     """
     if text_key not in data.column_names:
         raise UserError(
             f"--text-column {text_key!r}: the data set has no such column; it has {', '.join(data.column_names)}"
         )
+    if len(data) == 0:
+        raise UserError("the data set is empty: it has no row")
     ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
     separator = separator_id(tokenizer)
     wanted = num_proc or os.cpu_count() or 1

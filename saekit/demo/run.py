@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from saekit.cli.output import messages, results
+from saekit.cli.output import messages, results, resumable
 from saekit.config import RunConfig
 from saekit.demo import MODEL_DIR
 from saekit.demo.text import standard_library
@@ -42,7 +42,8 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
             "run_name": f"run-{number}",
         }
     )
-    train_from_config(cfg)
+    with resumable():
+        train_from_config(cfg)
     run_dir = save_dir / f"run-{number}"
     render(inspect_path(run_dir), results())
     messages().print(

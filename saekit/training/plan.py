@@ -81,7 +81,9 @@ class RunPlan:
             "lr_warmup_steps": self.warmup,
             "run_name": self.run_dir.name,
         }
-        return {**known, **to_flat(self.cfg), **resolved}
+        values = {**known, **to_flat(self.cfg), **resolved}
+        # What to do with an existing folder was said for this time only.
+        return {name: value for name, value in values.items() if name not in ("overwrite", "resume")}
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of its origin."""

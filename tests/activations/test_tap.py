@@ -1,0 +1,197 @@
+"""Tapping real architectures with random weights."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    BertConfig,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from saekit import UserError
+from saekit.activations import find_blocks, load_model, model_shape, resolve_ctx_len, select_layers, tap
+from saekit.activations.hookpoints import text_config_of
+from saekit.activations.lm import check_device, cut_config
+from saekit.config import ModelConfig
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+
+ARCHITECTURES = {
+    "layers": [
+        LlamaConfig(**SMALL),
+        GPTNeoXConfig(**SMALL),
+        Gemma2Config(**GROUPED),
+        Qwen3Config(**GROUPED),
+        MixtralConfig(**GROUPED, num_local_experts=3),
+    ],
+    "h": [GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=4)],
+    "encoder.layer": [BertConfig(**SMALL)],
+    "language_model.layers": [
+        Gemma3Config(
+            text_config=GROUPED, vision_config={**TOWER, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+        )
+    ],
+}
+CASES = [
+    pytest.param(prefix, config, id=type(config).__name__) for prefix, all in ARCHITECTURES.items() for config in all
+]
+
+
+def build(config):
+    torch.manual_seed(0)
+    auto = AutoModelForImageTextToText if isinstance(config, Gemma3Config) else AutoModel
+    return auto.from_config(config).eval()
+
+
+@pytest.fixture
+def input_ids():
+    return torch.randint(5, 99, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("prefix", "config"), CASES)
+def test_a_tap_gives_the_blocks_own_output(prefix, config, input_ids):
+    model = build(config)
+    blocks = find_blocks(model)
+    assert blocks.prefix == prefix
+    names = [blocks.hookpoint(layer) for layer in range(3)]
+    expected = {}
+    handles = [
+        block.register_forward_hook(
+            lambda m, a, out, n=name: expected.update({n: out[0] if isinstance(out, tuple) else out})
+        )
+        for name, block in zip(names, blocks.modules, strict=True)
+    ]
+    with torch.no_grad():
+        hidden_states = model.base_model(input_ids=input_ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    with tap(model, names) as run:
+        found = run(input_ids)
+    assert list(found) == names
+    for layer, name in enumerate(names):
+        assert found[name].shape == (2, 8, 32)
+        assert torch.equal(found[name], expected[name])
+        if layer < 2:
+            torch.testing.assert_close(found[name], hidden_states[layer + 1])
+    if prefix != "encoder.layer":  # behind the last block comes the final norm: that is not the residual stream
+        assert not torch.allclose(found[names[2]], hidden_states[3])
+
+
+@pytest.mark.parametrize(("prefix", "config"), CASES)
+def test_a_cut_model_gives_the_same(prefix, config, input_ids):
+    model, cut = build(config), build(cut_config(config, 2))
+    assert len(find_blocks(cut).modules) == 2
+    assert text_config_of(config).num_hidden_layers == 3
+    cut.load_state_dict({k: v for k, v in model.state_dict().items() if k in cut.state_dict()})
+    names = [f"{prefix}.0", f"{prefix}.1"]
+    with tap(model, names) as run, tap(cut, names) as run_cut:
+        for name, value in run(input_ids).items():
+            assert torch.equal(run_cut(input_ids)[name], value)
+
+
+def test_nothing_runs_after_the_last_tap(input_ids):
+    model = build(LlamaConfig(**SMALL))
+    ran = []
+    for number, block in enumerate(model.layers):
+        block.register_forward_pre_hook(lambda m, a, n=number: ran.append(n))
+    with tap(model, ["layers.0", "layers.1"]) as run:
+        run(input_ids)
+    assert ran == [0, 1]
+
+
+def test_the_model_is_restored_also_after_an_error(input_ids):
+    model = build(LlamaConfig(**SMALL)).train()
+    handle = model.layers[0].register_forward_pre_hook(lambda m, a: 1 / 0)
+    with pytest.raises(ZeroDivisionError), tap(model, ["layers.0"]) as run:
+        run(input_ids)
+    handle.remove()
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model(input_ids).last_hidden_state.requires_grad
+
+
+def test_taps_are_inference_tensors_and_indexing_makes_them_ordinary(input_ids):
+    model = build(LlamaConfig(**SMALL))
+    with tap(model, ["layers.0"]) as run:
+        x = run(input_ids)["layers.0"]
+    assert x.is_inference()
+    assert not x[torch.ones(2, 8, dtype=torch.bool)].is_inference()
+
+
+def test_encoder_decoders_are_refused():
+    model = build(T5Config(vocab_size=100, d_model=32, num_layers=3, num_heads=4, d_ff=64, d_kv=8))
+    with pytest.raises(UserError, match=r"encoder\.block, decoder\.block"):
+        find_blocks(model)
+
+
+def test_only_what_is_needed_is_loaded(model_dir, input_ids):
+    cfg = ModelConfig(str(model_dir))
+    shape = model_shape(cfg)
+    assert (shape.num_layers, shape.d_in, shape.max_ctx_len) == (3, 16, 64)
+    cut = load_model(cfg, shape, [0, 1], torch.device("cpu"))
+    assert len(find_blocks(cut).modules) == 2
+    assert not cut.training
+    assert not any(parameter.requires_grad for parameter in cut.parameters())
+    whole = AutoModel.from_pretrained(model_dir)
+    with tap(cut, ["layers.1"]) as run, tap(whole, ["layers.1"]) as run_whole:
+        assert torch.equal(run(input_ids)["layers.1"], run_whole(input_ids)["layers.1"])
+
+
+def test_dtype(model_dir):
+    cfg = ModelConfig(str(model_dir), dtype="bfloat16")
+    assert load_model(cfg, model_shape(cfg), [0], torch.device("cpu")).dtype == torch.bfloat16
+    assert load_model(ModelConfig(str(model_dir)), model_shape(cfg), [0], torch.device("cpu")).dtype == torch.float32
+
+
+def test_loading_says_nothing(model_dir, capfd):
+    cfg = ModelConfig(str(model_dir))
+    load_model(cfg, model_shape(cfg), [0], torch.device("cpu"))
+    captured = capfd.readouterr()
+    assert "UNEXPECTED" not in captured.out + captured.err
+    assert "not sharded" not in captured.out + captured.err
+
+
+def test_eight_bits_need_a_gpu(model_dir):
+    with pytest.raises(UserError, match="needs a CUDA GPU, and the device is cpu"):
+        check_device(ModelConfig(str(model_dir), load_in_8bit=True), torch.device("cpu"))
+
+
+def test_select_layers():
+    assert select_layers(6, None, 1) == [0, 1, 2, 3, 4, 5]
+    assert select_layers(6, None, 4) == [0, 4]
+    assert select_layers(6, (5, 1, 1), 1) == [1, 5]
+    with pytest.raises(UserError, match="--layers -1,6: out of range"):
+        select_layers(6, (6, -1, 2), 1)
+
+
+def test_resolve_ctx_len():
+    assert resolve_ctx_len(None, 512) == 512
+    assert resolve_ctx_len(None, None) == resolve_ctx_len(None, 10**6) == 2048
+    assert resolve_ctx_len(100, 512) == 100
+    with pytest.raises(UserError, match="--ctx-len 513 is more than the 512 tokens"):
+        resolve_ctx_len(513, 512)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_eight_bits_on_a_gpu(model_dir, input_ids):
+    cfg = ModelConfig(str(model_dir), load_in_8bit=True)
+    model = load_model(cfg, model_shape(cfg), [1], torch.device("cuda", 0))
+    with tap(model, ["layers.1"]) as run:
+        assert torch.isfinite(run(input_ids.cuda())["layers.1"]).all()

@@ -1,0 +1,71 @@
+import pytest
+
+from saekit import RunConfig, SaeConfig, TrainConfig, UserError
+
+BASE = {"model": "m", "dataset": "d"}
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("3", (3,)), ("16,24", (16, 24)), ("0-6:2", (0, 2, 4, 6)), ("1, 3-5", (1, 3, 4, 5)), (7, (7,)), ([1, 2], (1, 2))],
+)
+def test_layers(text, layers):
+    assert TrainConfig(layers=text).layers == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "0-4:0", [], "1-"])
+def test_layers_that_mean_nothing(text):
+    with pytest.raises(ValueError, match="layers"):
+        TrainConfig(layers=text)
+
+
+def test_the_field_knows_its_recipe():
+    cfg = TrainConfig(SaeConfig(768), batch_size=16)
+    assert cfg.sae.resolve_num_latents(768) == 32 * 768
+    assert (cfg.auxk_alpha, cfg.dead_feature_threshold, cfg.sae.k) == (1 / 32, 10_000_000, 32)
+
+
+def test_sizes():
+    assert SaeConfig(num_latents=100).resolve_num_latents(7) == 100
+    assert SaeConfig(expansion_factor=4).resolve_num_latents(16) == 64
+    with pytest.raises(ValueError, match="both set the size"):
+        SaeConfig(num_latents=100, expansion_factor=2)
+    with pytest.raises(ValueError, match="--k 101 is larger"):
+        SaeConfig(num_latents=100, k=101)
+    with pytest.raises(ValueError, match="d_in = 8"):
+        SaeConfig(8).resolve_num_latents(16)
+
+
+def test_flat_and_back():
+    values = {
+        **BASE,
+        "layers": "0-2",
+        "data_args": "name=en,streaming=true",
+        "k": 5,
+        "exclude_tokens": "1,2",
+        "lr": 0.1,
+    }
+    cfg = RunConfig.from_flat(values)
+    flat = cfg.to_flat()
+    assert flat["layers"] == [0, 1, 2]
+    assert flat["data_args"] == {"name": "en", "streaming": True}
+    assert flat["exclude_tokens"] == [1, 2]
+    assert RunConfig.from_flat(flat) == cfg
+
+
+def test_secrets_are_not_shown():
+    cfg = RunConfig.from_flat({**BASE, "hf_token": "hf_secret"})
+    assert cfg.model.hf_token.get_secret_value() == "hf_secret"
+    assert "hf_secret" not in repr(cfg) + str(cfg.to_flat())
+
+
+def test_everything_that_is_wrong_is_said():
+    with pytest.raises(UserError) as refused:
+        RunConfig.from_flat({**BASE, "k": 0, "lr": "fast", "nosuch": 1, "layers": "x"})
+    for part in ("--k 0", "--lr 'fast'", "no option 'nosuch'", "--layers 'x'"):
+        assert part in str(refused.value)
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        TrainConfig().batch_size = 3

@@ -1,0 +1,36 @@
+"""The demo: what ships, and that it runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from saekit.demo import MODEL_DIR
+from saekit.demo.text import standard_library
+
+
+def test_the_package_data_is_small():
+    files = [path for path in MODEL_DIR.rglob("*") if path.is_file()]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) <= 3_000_000
+    assert "nats per token" in (MODEL_DIR / "README.md").read_text()
+
+
+def test_there_is_text_on_every_machine():
+    documents = list(standard_library())
+    assert len(documents) > 200
+    assert sum(map(len, documents)) > 2_000_000
+
+
+@pytest.mark.slow
+def test_the_demo_from_start_to_end(tmp_path):
+    command = [sys.executable, "-m", "saekit", "demo", "--max-tokens", "20000"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "What to try next" in done.stderr
+    assert "layers.5" in done.stdout
+    run = tmp_path / "saekit-demo" / "run-1"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(layer["fvu"] < 0.5 for layer in records[-1]["layers"].values())
+    assert records[0]["layers"]["layers.3"]["fvu"] > 1.3 * records[-1]["layers"]["layers.3"]["fvu"]
