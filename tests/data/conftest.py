@@ -1,0 +1,11 @@
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """`Dataset.map` in several processes leaves a copy in `os.environ`, which those who hold the original never see."""
+    before = os.environ
+    yield
+    os.environ = before
