@@ -4,8 +4,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _same_environment():
+def _same_environment(monkeypatch):
     """`Dataset.map` in several processes leaves a copy in `os.environ`, which those who hold the original never see."""
-    before = os.environ
-    yield
-    os.environ = before
+    monkeypatch.setattr(os, "environ", os.environ)
