@@ -14,7 +14,7 @@ def demo(
     ] = Path("saekit-demo"),
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=2048, help="Tokens to train on.")
-    ] = 250_000,
+    ] = 350_000,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Train on all layers of the small model that comes with saekit, and look at the result; under two minutes.
