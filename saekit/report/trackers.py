@@ -105,13 +105,13 @@ def tracker_reporter(name: str, run_dir: Path) -> TrackerReporter:
         UserError: If there is no such tracker, or its package is not installed.
     """
     from accelerate import Accelerator
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
     known = sorted(str(kind) for kind in LOGGER_TYPE_TO_CLASS)
     if name not in known:
         raise UserError(f"--log-with {name!r}: there is no such tracker; accelerate has {', '.join(known)}")
-    accelerator = Accelerator(log_with=LoggerType(name), project_dir=run_dir / "trackers")
-    if not accelerator.log_with:
+    if LoggerType(name) not in get_available_trackers():
         raise UserError(f"--log-with {name}: its package is not installed here: pip install {name}")
+    accelerator = Accelerator(log_with=LoggerType(name), project_dir=run_dir / "trackers")
     return TrackerReporter(accelerator, run_dir.name)
