@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from saekit import RunConfig, SaeConfig, TrainConfig, UserError
+from saekit.config.run import read_yaml
 
 BASE = {"model": "m", "dataset": "d"}
 
@@ -69,3 +72,8 @@ def test_everything_that_is_wrong_is_said():
 def test_configs_cannot_be_changed():
     with pytest.raises(AttributeError):
         TrainConfig().batch_size = 3
+
+
+def test_the_example_file_is_a_configuration():
+    values = read_yaml(Path(__file__).parents[2] / "examples" / "run.yaml")
+    assert RunConfig.from_flat(values).train.layers == (0, 2, 4, 6, 8, 10)
