@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from accelerate import Accelerator
 from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
@@ -35,7 +36,7 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
         train = cfg.train
         run_dir = train.save_dir / (train.run_name or default_run_name(cfg.model.model, cfg))
         check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)
-        device = Accelerator().device
+        device = _device(watcher)
         check_device(cfg.model, device)
         token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
 
@@ -58,6 +59,24 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
         return trainer.fit()
     finally:
         watcher.finish()
+
+
+def _device(watcher: Reporter) -> torch.device:
+    """Where to compute: what accelerate finds, in one process.
+
+    Raises:
+        UserError: If there are several processes: each would train the same SAEs into the same folder.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"launched with {accelerator.num_processes} processes, but this version trains in one: "
+            "launch it with --num_processes 1"
+        )
+    if accelerator.device.type == "mps":
+        watcher.status("Warning: computing on the CPU, because Apple's GPU has no float64 for the statistics")
+        return torch.device("cpu")
+    return accelerator.device
 
 
 def _no_bars_in_a_log() -> None:

@@ -60,6 +60,8 @@ class SaeTrainer:
     ) -> None:
         self.cfg = cfg
         self.model = model
+        if model.device.type == "mps":
+            raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement: Placement = Single(model.device)
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
         check_run_folder(self.plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
