@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -137,7 +138,7 @@ def train(python: Path | str, script: str, job: Job) -> float:
     """Run a training script on `job`; returns its wall time in seconds, start-up included."""
     out = Path(job.out)
     out.mkdir(parents=True)
-    file = out.with_suffix(".job.json")
+    file = out.parent / f"{out.name}.job.json"
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     return run_script(python, script, file)
 
@@ -153,7 +154,15 @@ def versions(python: Path | str) -> dict[str, str]:
         "    except PackageNotFoundError: pass\n"
         "import sys; sys.stdout.write(json.dumps(found))\n"
     )
-    return json.loads(subprocess.check_output([str(python), "-c", code], text=True))
+    return json.loads(subprocess.check_output([str(python), "-I", "-c", code], text=True))
+
+
+def fingerprint(model: Path) -> str:
+    """Which weights a model folder holds: the start of their SHA-256."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def hardware() -> dict[str, Any]:

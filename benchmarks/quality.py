@@ -50,11 +50,10 @@ def main(
     grid = DEFAULT_GRID
     if quick or optimizer or lr:
         grid = tuple((name, rate) for name in optimizer or ["adam"] for rate in lr or ["default"])
-    record: dict[str, Any] = {
+    origin = {
         "date": date.today().isoformat(),
         "hardware": hardware(),
         "versions": {OURS: versions(sys.executable), THEIRS: versions(python)},
-        "models": {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="saekit-quality-") as work:
@@ -71,19 +70,17 @@ def main(
             for number in seed or [0]:
                 for bench in benches:
                     console.print(table(bench.subject.name, bench.compare(name, rate, number)))
-                    write(out, record, bench)  # each time, so that nothing is lost if the rest is stopped
+                    write(out, bench, origin)  # each time, so that nothing is lost if the rest is stopped
         for bench in benches:
             report_interop(bench)
     console.print(f"The numbers are in {out.name}.")
 
 
-def write(out: Path, record: dict[str, Any], bench: Bench) -> None:
-    """Put what one model's bench has so far into `record`, and that into the file."""
-    record["models"][bench.subject.name] = {
-        "settings": bench.settings(),
-        "runs": bench.runs,
-        "interop": bench.interop,
-    }
+def write(out: Path, bench: Bench, origin: dict[str, Any]) -> None:
+    """Put what one model's bench has so far into the file, which may hold other models' numbers."""
+    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    done = {"settings": bench.settings(), "runs": bench.runs, "interop": bench.interop}
+    record[bench.subject.name] = {**origin, **done}
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -92,7 +89,7 @@ def table(name: str, run: dict[str, Any]) -> Table:
     title = f"{name}: {run['optimizer']}, learning rate {run['lr']:.2g}, seed {run['seed']} (held-out tokens)"
     caption = ", ".join(f"{toolkit} {seconds:.0f} s" for toolkit, seconds in run["seconds"].items())
     shown = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    shown.add_column("layer", no_wrap=True)
+    shown.add_column("layer")
     for column in (
         "FVU\nsaekit",
         "FVU\nsparsify",
@@ -103,11 +100,11 @@ def table(name: str, run: dict[str, Any]) -> Table:
         "L0\nsparsify",
     ):
         shown.add_column(column, justify="right")
-    for hook, by_run in run["layers"].items():
+    for layer, by_run in enumerate(run["layers"].values()):
         a, b = by_run[OURS], by_run[THEIRS]
         numbers = [f"{a['fvu']:.4f}", f"{b['fvu']:.4f}", f"{a['fvu'] / b['fvu']:.4f}"]
         shares = [f"{100 * a['dead']:.2f}", f"{100 * b['dead']:.2f}", f"{a['l0']:.2f}", f"{b['l0']:.2f}"]
-        shown.add_row(hook, *numbers, *shares)
+        shown.add_row(str(layer), *numbers, *shares)
     return shown
 
 

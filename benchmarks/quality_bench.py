@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import Job, prepare_tokens, run_script, train
+from common import Job, fingerprint, prepare_tokens, run_script, train
 from evaluate import Reading, disagreement, first_activations, held_out_quality
 
 from saekit import TrainConfig
@@ -94,6 +95,7 @@ class Bench:
         shared = ("hookpoints", "num_latents", "k", "batch_size", "auxk_alpha", "dead_feature_threshold")
         return {
             **{key: getattr(job, key) for key in (*shared, "exclude_tokens")},
+            "model_sha256": fingerprint(self.subject.folder),
             "ctx_len": self.subject.ctx_len,
             "steps": self.steps,
             "training_tokens": self.steps * TOKENS_PER_STEP,
@@ -108,6 +110,8 @@ def prepare(subject: Subject, work: Path, peer: Path) -> Bench:
 
     from saekit.activations import find_blocks
 
+    # A copy, so that every process reads the same weights even if somebody replaces the model meanwhile.
+    subject = replace(subject, folder=Path(shutil.copytree(subject.folder, work / "model")))
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
     steps = max(1, subject.tokens // TOKENS_PER_STEP)
     sequences = steps * (TOKENS_PER_STEP // subject.ctx_len)  # whole steps only: the toolkits treat a rest differently

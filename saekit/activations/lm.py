@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
-from saekit.activations.hookpoints import num_layers, text_config_of, width
+from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
 from saekit.config import ModelConfig
 from saekit.errors import UserError
 
@@ -81,7 +82,8 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
     Blocks after the last tapped one are neither loaded nor run: the config is cut before the weights are read.
 
     Raises:
-        UserError: If 8 bits are asked for without a device for them, or weights are missing from the checkpoint.
+        UserError: If 8 bits are asked for without a device for them, or weights are missing from the checkpoint,
+            damaged, or of another shape than its config says.
     """
     from transformers import AutoModel
 
@@ -93,14 +95,27 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
         kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     config = cut_config(shape.config, max(layers) + 1)
     with _quiet_about_cut_layers():
-        model, info = _from_pretrained(AutoModel, cfg, config=config, output_loading_info=True, **kwargs)
-    # A pooler or another head that the checkpoint lacks does not matter here; a block that it lacks does.
-    missing = [name for name in info["missing_keys"] if any(part.isdigit() for part in name.split("."))]
-    if missing:
-        raise UserError(f"model {cfg.model!r}: its checkpoint lacks weights such as {sorted(missing)[0]!r}")
+        # Other shapes are let through here to be refused by name below.
+        asked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+        model, info = _from_pretrained(AutoModel, cfg, **asked)
+    _check_weights(cfg, model, info)
     if not cfg.load_in_8bit:
         model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def _check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """See that all weights up to the end of the blocks came from the checkpoint; what is behind does not matter."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"model {cfg.model!r}: {name!r} has shape {list(found)} in the checkpoint, but by config.json "
+            f"{list(expected)}"
+        )
+    names, prefix = list(model.state_dict()), f"{find_blocks(model).prefix}."
+    end = 1 + max(number for number, name in enumerate(names) if name.startswith(prefix))
+    missing = [name for name in names[:end] if name in info["missing_keys"]]
+    if missing:
+        raise UserError(f"model {cfg.model!r}: its checkpoint lacks weights such as {missing[0]!r}")
 
 
 def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
@@ -144,7 +159,7 @@ def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
     name = str(path) if path.is_dir() else cfg.model
     try:
         return auto.from_pretrained(name, revision=cfg.revision or "main", token=token, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model {cfg.model!r} could not be loaded: it is neither a complete local folder nor a model on the hub "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         autograd (indexing copies).
     """
     base = model.base_model
+    # A cache of keys and values would take memory that nobody reads.
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     captured: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -47,7 +50,7 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
     def run(input_ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         captured.clear()
         with suppress(_LastTapReached):
-            base(input_ids=input_ids, **kwargs)
+            base(input_ids=input_ids, **{**no_cache, **kwargs})
         taken = {name: captured[name] for name in hookpoints}
         captured.clear()
         return taken

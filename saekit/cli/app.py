@@ -15,7 +15,6 @@ from saekit.cli.train import train
 app = typer.Typer(
     name="saekit",
     help="Train k-sparse autoencoders on every layer of a language model's residual stream, all layers at once.",
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     # `--grad_acc_steps` is as good as `--grad-acc-steps`.

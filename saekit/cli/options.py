@@ -54,8 +54,8 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _option_type(option: Option) -> Any:
-    """What Typer parses; texts with a grammar of their own (layers, ids, mappings) are parsed by the configuration."""
-    if option.type in (bool, int, float, str, Path) or get_origin(option.type) is Literal:
+    """What Typer parses; the rest the configuration parses, which names every wrong value, and all of them together."""
+    if option.type in (bool, Path) or get_origin(option.type) is Literal:
         return option.type
     return str
 

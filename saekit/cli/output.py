@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from saekit.errors import Interrupted, UserError
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+TyperUsageError: Any = typer.BadParameter.__bases__[0]
+"""What Typer raises for an unknown option and the like: click's class, of which newer Typers carry a copy."""
 
 
 def results() -> Console:
@@ -30,16 +34,22 @@ def messages() -> Console:
     return Console(stderr=True)
 
 
-def run(app: Callable[[], Any]) -> None:
+def run(app: Callable[..., Any]) -> None:
     """Run the app; whatever goes wrong becomes one line and an exit code, unless `--debug` is among the arguments."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        # Standalone, Typer would end by itself: with a box around the line, and with its own code after Ctrl-C.
+        code = app(None if sys.argv[1:] else ["--help"], prog_name="saekit", standalone_mode=False)
+    except TyperUsageError as error:
+        if debug:
+            raise
+        command = error.ctx.command_path if error.ctx else "saekit"
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help", EXIT_USAGE)
     except UserError as error:
         if debug:
             raise
         fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         leave(EXIT_INTERRUPTED)
     except BrokenPipeError:
         leave(EXIT_FAULT)  # `saekit inspect ... | head` has read enough
@@ -50,6 +60,8 @@ def run(app: Callable[[], Any]) -> None:
         fail(
             f"{type(error).__name__}: {text} (this is not expected: run it again with --debug for details)", EXIT_FAULT
         )
+    if code:
+        leave(code)
 
 
 def fail(message: str, code: int) -> NoReturn:

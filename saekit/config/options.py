@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
-CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
-"""Shared by all configs: an unknown name is an error, not an option that does nothing."""
+CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
+"""Shared by all configs: an unknown name is an error, not an option that does nothing; numbers are finite."""
 
 
 def option(default: Any, help: str, *, panel: str, unit: str | None = None, **constraints: Any) -> Any:
@@ -126,7 +126,10 @@ def _parse_mapping(value: Any) -> Any:
         name, equals, text = part.partition("=")
         if not equals or not name.strip():
             raise ValueError("expected pairs such as name=en,streaming=true")
-        mapping[name.strip()] = yaml.safe_load(text)
+        try:
+            mapping[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"the value {text!r} cannot be read as YAML") from None
     return mapping
 
 

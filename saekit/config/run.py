@@ -78,6 +78,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a text file") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if values is None:

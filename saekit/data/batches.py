@@ -77,7 +77,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
         ctx_len: Tokens per sequence; by default the length of the first row.
 
     Raises:
-        UserError: If there is no such column, or less than one sequence.
+        UserError: If there is no such column, it holds something else, or there is less than one sequence.
     """
     if not hasattr(data, "column_names"):
         return data
@@ -88,6 +88,10 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
         )
     if len(data) == 0:
         raise UserError("the data set is empty")
+    column = data.features["input_ids"]
+    kind = getattr(getattr(column, "feature", column), "dtype", "lists of lists")
+    if not hasattr(column, "feature") or "int" not in kind:
+        raise UserError(f"the column input_ids holds {kind}, not lists of token ids")
     from saekit.data.pack import pack
 
     length = ctx_len or len(data.with_format(None)[0]["input_ids"])
@@ -100,7 +104,7 @@ def _all_of_length(data: Dataset, length: int) -> bool:
 
     for batch in data.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000):
         lengths = pc.list_value_length(batch.column("input_ids"))
-        if pc.any(pc.not_equal(lengths, length)).as_py():
+        if pc.any(pc.fill_null(pc.not_equal(lengths, length), True)).as_py():
             return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,21 +51,26 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
 
     path = Path(cfg.dataset).expanduser()
     if (path / "state.json").is_file():
-        return _load(load_from_disk, cfg, str(path))
+        # One split, whose name the folder does not tell: it is the one that was asked for.
+        return _one_split({cfg.split.partition("[")[0]: _load(load_from_disk, cfg, str(path))}, cfg.split)
     if (path / "dataset_dict.json").is_file():
         return _one_split(_load(load_from_disk, cfg, str(path)), cfg.split)
 
-    files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+    # A file whose own name looks like a pattern is meant as it is.
+    pattern = glob.escape(str(path)) if path.is_file() else str(path)
+    files = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
     arguments: dict[str, Any] = {"split": cfg.split, **cfg.data_args}
     if files:
         kind = _format_of(files)
         if kind == "text":
             # A text file is one document, not one per line.
             arguments.setdefault("sample_by", "document")
-        return _load(load_dataset, cfg, kind, data_files={"train": files}, **arguments)
+        # The library takes each name for a pattern once more.
+        data_files = {"train": [glob.escape(file) for file in files]}
+        return _load(load_dataset, cfg, kind, **{"data_files": data_files, **arguments})
     if not path.is_dir() and _looks_like_a_path(cfg.dataset):
         raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
-    return _load(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, token=token, **arguments)
+    return _load(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, **{"token": token, **arguments})
 
 
 def _load(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Dataset:
@@ -98,10 +104,17 @@ def _rows(stream: Any) -> Any:
     yield from stream
 
 
-def _one_split(splits: Any, split: str) -> Dataset:
-    if split not in splits:
-        raise UserError(f"--split {split!r}: the data set has no such split; it has {', '.join(splits)}")
-    return splits[split]
+def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
+    """What `--split` means of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    if split in splits:
+        return splits[split]
+    try:
+        spans = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except ValueError:
+        raise UserError(f"--split {split!r}: the data set has no such split; it has {', '.join(splits)}") from None
+    return concatenate_datasets([splits[span.splitname].select(range(span.from_, span.to)) for span in spans])
 
 
 def _existing(name: str) -> Path:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+TEXT_TYPES = ("string", "large_string", "null")
+"""Types of a column with text; null is one without any."""
+
 DOCUMENTS_PER_PROCESS = 2000
 """Below so many documents another process costs more to start than it saves."""
 
@@ -55,6 +58,12 @@ def chunk_and_tokenize(
         )
     if len(data) == 0:
         raise UserError("the data set is empty: it has no row")
+    kind = getattr(data.features[text_key], "dtype", "")
+    if kind not in TEXT_TYPES:
+        raise UserError(
+            f"--text-column {text_key!r} holds {kind or 'no single values'}, not text; "
+            f"the data set has {', '.join(data.column_names)}"
+        )
     ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
     separator = separator_id(tokenizer)
     wanted = num_proc or os.cpu_count() or 1

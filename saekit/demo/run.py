@@ -28,7 +28,8 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
     lines = (json.dumps({"text": document}) + "\n" for document in standard_library())
     text.write_text("".join(lines), encoding="utf-8")
 
-    number = 1 + sum(1 for path in save_dir.glob("run-*") if path.is_dir())
+    taken = (path.name.removeprefix("run-") for path in save_dir.glob("run-*"))
+    number = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
     cfg = RunConfig.from_flat(
         {
             "model": str(MODEL_DIR),

@@ -33,7 +33,10 @@ class TrackerReporter:
 
     def start(self, info: RunInfo) -> None:
         """Open the trackers and store the configuration."""
-        self._accelerator.init_trackers(self._project_name, config=flat_config(info.config))
+        try:
+            self._accelerator.init_trackers(self._project_name, config=flat_config(info.config))
+        except Exception as error:  # each tracker has its own errors: no login, no network, a bad setting
+            raise UserError(f"--log-with: the tracker did not start ({error})") from error
         self._running = True
 
     def step(self, stats: StepStats) -> None:

@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,23 +49,28 @@ class LayerRecord:
     """The content of `saekit.json`."""
 
 
-def write_checkpoint(run_dir: Path, step: int, layers: Mapping[str, LayerRecord], index: Mapping[str, Any]) -> Path:
+def write_checkpoint(
+    run_dir: Path, step: int, layers: Iterable[tuple[str, LayerRecord]], index: Mapping[str, Any]
+) -> Path:
     """Write one checkpoint, make `latest` point to it, and return its folder.
 
     A reader sees the folder whole or not at all: it is written under another name, flushed to the disk and renamed.
+    Layers are taken one at a time, so that no more than one layer's copies exist at once.
     """
     final = run_dir / f"step_{step:08d}"
     partial = run_dir / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for hookpoint, record in layers.items():
+    hookpoints = []
+    for hookpoint, record in layers:
+        hookpoints.append(hookpoint)
         folder = partial / hookpoint
         save_to_disk(record.sae, folder, record.weights)
         save_file(_apart(record.state), folder / STATE_FILE)
         (folder / ABOUT_FILE).write_text(json.dumps(record.about, indent=2) + "\n", encoding="utf-8")
     files = {file.relative_to(partial).as_posix(): file for file in sorted(partial.rglob("*")) if file.is_file()}
     fingerprints = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
-    content = {"format": FORMAT, "step": step, **index, "hookpoints": list(layers), "files": fingerprints}
+    content = {"format": FORMAT, "step": step, **index, "hookpoints": hookpoints, "files": fingerprints}
     (partial / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for path in (*files.values(), partial / INDEX_FILE, *{file.parent for file in files.values()}, partial):
         _flush(path)
@@ -84,12 +90,19 @@ def point(link: Path, folder: Path) -> None:
     os.replace(fresh, link)
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; what `best` points to stays."""
-    best = (run_dir / "best").resolve() if (run_dir / "best").is_symlink() else None
-    for folder in sorted(run_dir.glob("step_*"))[:-keep_last]:
-        if folder.resolve() != best:
+def prune(run_dir: Path, keep_last: int, newest: Path) -> None:
+    """Delete checkpoints before `newest`, the one just written, but for the last `keep_last`, it included.
+
+    What `latest` and `best` point to stays. So does what has a higher step (the user went back to an earlier one):
+    it is replaced when the run passes that step again. Remains of saves that were killed go.
+    """
+    linked = {(run_dir / link).resolve() for link in ("latest", "best") if (run_dir / link).is_symlink()}
+    earlier = [folder for folder in sorted(run_dir.glob("step_*")) if folder.name <= newest.name]
+    for folder in earlier[:-keep_last]:
+        if folder.resolve() not in linked:
             shutil.rmtree(folder)
+    for partial in run_dir.glob(".step_*.partial"):
+        shutil.rmtree(partial)
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
@@ -122,26 +135,56 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder / STATE_FILE} cannot be read ({error}): use another checkpoint") from None
 
 
-def open_run_folder(path: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the folder of a run, after `check_run_folder`."""
+@contextmanager
+def new_run_folder(path: Path, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    """Make the folder of a run; inside the context the run gets ready in it.
+
+    If that fails, the folder is taken away again, and a run that was to be overwritten is back in its place.
+
+    Raises:
+        UserError: If `check_run_folder` refuses it, or the folder cannot be made.
+    """
     check_run_folder(path, overwrite=overwrite, resume=resume)
-    if overwrite and path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()  # through a link: the run itself is replaced, not the link
+    replaced = path.with_name(f".{path.name}.replaced")
+    try:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if overwrite and path.exists():
+            path.rename(replaced)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {path} cannot be made ({error.strerror}): see --save-dir") from error
+    try:
+        yield
+    except BaseException:
+        if not resume:
+            shutil.rmtree(path)
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_run_folder(path: Path, *, overwrite: bool, resume: bool) -> None:
     """Refuse a run folder that exists without permission, or that does not exist although it should."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the run folder {path} is a file: see --save-dir and --run-name")
     if resume:
         if not (path / "latest" / INDEX_FILE).is_file():
             raise UserError(f"--resume: there is no checkpoint to go on from in {path}")
-    elif path.exists() and not overwrite and any(path.iterdir()):
+        return
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise UserError(
             f"the run folder {path} exists already: --resume goes on with it, --overwrite replaces it, "
             "--run-name chooses another"
         )
-    elif overwrite and path.exists() and any(path.iterdir()) and not (path / "config.yaml").is_file():
-        raise UserError(f"--overwrite: {path} does not look like a run (it has no config.yaml); nothing was deleted")
+    if not (path / "config.yaml").is_file() or not (path / "metrics.jsonl").is_file():
+        raise UserError(
+            f"--overwrite: {path} does not look like a run (no config.yaml or no metrics.jsonl in it); "
+            "nothing was deleted"
+        )
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ def make_optimizer(cfg: TrainConfig, sae: Sae) -> TorchOptimizer:
     matrices = [parameter for parameter in everything if parameter.ndim == 2]
     vectors = [parameter for parameter in everything if parameter.ndim < 2]
     # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
-    muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
+    # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalised.
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return TorchOptimizer(sae, [muon, torch.optim.Adam(vectors, lr=lr, fused=True)])
 
 

@@ -73,17 +73,19 @@ class RunPlan:
         return ~torch.isin(input_ids, self.excluded)
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration as plain values, without secrets."""
+        """The whole configuration as plain values, without secrets; as `run.yaml` it starts the same run again."""
         known = self.source.to_flat() if self.source else {"model": self.model_name, "dataset": self.dataset_name}
-        resolved = {
-            "ctx_len": self.ctx_len,
-            "lr": self.base_lr,
-            "lr_warmup_steps": self.warmup,
-            "run_name": self.run_dir.name,
-        }
-        values = {**known, **to_flat(self.cfg), **resolved}
+        values = {**known, **to_flat(self.cfg), "ctx_len": self.ctx_len, "run_name": self.run_dir.name}
         # What to do with an existing folder was said for this time only.
         return {name: value for name, value in values.items() if name not in ("overwrite", "resume")}
+
+    def resolved(self) -> dict[str, Any]:
+        """What the defaults that depend on something else came to.
+
+        Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
+        for the next.
+        """
+        return {"lr": self.base_lr, "lr_warmup_steps": self.warmup, "num_latents": self.num_latents, "d_in": self.d_in}
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of its origin."""

@@ -53,12 +53,13 @@ class Saver:
             "versions": versions.libraries(),
             "excluded_tokens": plan.excluded.tolist(),
             "config": plan.config(),
+            "resolved": plan.resolved(),
         }
         layers = records(run, self.placement, about, self.fvu)
         folder = checkpoint.write_checkpoint(plan.run_dir, run.step, layers, index)
         if plan.cfg.save_best and improved:
             checkpoint.point(plan.run_dir / "best", folder)
-        checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
+        checkpoint.prune(plan.run_dir, plan.cfg.keep_last, folder)
         return folder
 
 
@@ -68,7 +69,7 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     Raises:
         UserError: If an option that the training depends on has changed; the message lists all that did.
     """
-    before, now = index["config"], plan.config()
+    before, now = {**index["config"], **index["resolved"]}, {**plan.config(), **plan.resolved()}
     changed = [
         f"--{name.replace('_', '-')} was {before.get(name)} and is {now.get(name)}"
         for name in sorted({*before, *now} - HARMLESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
 from saekit.sae.storage import find_sae_folders, load_from_disk
-from saekit.training.checkpoint import LayerRecord, read_index, read_state
+from saekit.training.checkpoint import LayerRecord, read_state
 from saekit.training.counters import LayerCounters
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
@@ -108,11 +109,19 @@ def check_finite(name: str, sum_squares: Tensor, step: int) -> None:
         )
 
 
+def check_losses(name: str, sums: Tensor, step: int) -> None:
+    """Stop on NaN or Inf in what an SAE made of finite activations: it has diverged."""
+    if not bool(torch.isfinite(sums).all()):
+        raise UserError(
+            f"{name}: NaN or Inf in the SAE's loss at step {step}: it diverges; try a smaller --lr or more "
+            "--lr-warmup-steps"
+        )
+
+
 def records(
     state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]
-) -> dict[str, LayerRecord]:
-    """What a checkpoint keeps of each layer of this rank."""
-    found = {}
+) -> Iterator[tuple[str, LayerRecord]]:
+    """What a checkpoint keeps of each layer of this rank, made one layer at a time."""
     for name in placement.layers():
         calibration = state.calibration[name]
         optimizer = {f"optim.{key}": value for key, value in placement.optimizer_state(name).items()}
@@ -123,17 +132,15 @@ def records(
             **optimizer,
         }
         layer_about = {"hookpoint": name, "step": state.step, "tokens": state.tokens, **about, "fvu": fvu.get(name)}
-        found[name] = LayerRecord(placement.sae(name), placement.weights(name), tensors, layer_about)
-    return found
+        yield name, LayerRecord(placement.sae(name), placement.weights(name), tensors, layer_about)
 
 
-def restore(checkpoint: Path, state: RunState, placement: Placement) -> None:
-    """Put a run back to where a checkpoint left it.
+def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement: Placement) -> None:
+    """Put a run back to where a checkpoint left it; `index` is what `read_index` said of it.
 
     Raises:
         UserError: If a file is missing or damaged.
     """
-    index = read_index(checkpoint)
     state.step, state.tokens = index["step"], index["tokens"]
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():

@@ -18,7 +18,7 @@ from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.sae import sae_losses
 from saekit.training import state
-from saekit.training.checkpoint import check_run_folder, open_run_folder, read_index
+from saekit.training.checkpoint import check_run_folder, new_run_folder, read_index
 from saekit.training.counters import LayerCounters
 from saekit.training.interrupt import graceful_interrupt
 from saekit.training.optimizers import make_optimizer
@@ -63,6 +63,7 @@ class SaeTrainer:
         if model.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement: Placement = Single(model.device)
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
         check_run_folder(self.plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
         watchers = [reporter or terminal_reporter(), JsonlReporter(self.plan.run_dir / "metrics.jsonl")]
@@ -110,6 +111,7 @@ class SaeTrainer:
 
                 for name, window in windows.items():
                     state.check_finite(name, window.moments.sum_squares, step + 1)
+                    state.check_losses(name, window.sums, step + 1)
                 placement.apply(plan.lr_scale(step))
                 for name, window in windows.items():
                     run.counters[name].advance(placement.sum(run.counters[name].fired_now_M), tokens)
@@ -151,12 +153,13 @@ class SaeTrainer:
         if cfg.resume:
             latest = (plan.run_dir / "latest").resolve()
             self.report.status(f"Going on from {latest}")
-            refuse_other_run(read_index(latest), plan)
-            state.restore(latest, run, placement)
+            index = read_index(latest)
+            refuse_other_run(index, plan)
+            state.restore(latest, index, run, placement)
 
-        open_run_folder(plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
-        (plan.run_dir / "config.yaml").write_text(yaml.safe_dump(plan.config(), sort_keys=False), encoding="utf-8")
-        self.report.start(plan.info(placement, self.model.dtype, run.step))
+        with new_run_folder(plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume):
+            (plan.run_dir / "config.yaml").write_text(yaml.safe_dump(plan.config(), sort_keys=False), encoding="utf-8")
+            self.report.start(plan.info(placement, self.model.dtype, run.step))
         return run
 
     def _calibrate(self, read_residual: ReadResidual) -> dict[str, state.Calibration]:
@@ -181,10 +184,15 @@ class SaeTrainer:
         device = self.placement.device
         if input_ids.shape[0] == 0:  # a rank's share of the run's last step can be empty
             return {name: torch.empty(0, self.plan.d_in, device=device) for name in self.plan.hookpoints}
+        if int(input_ids.max()) >= self.vocabulary or int(input_ids.min()) < 0:
+            raise UserError(
+                f"the data has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
+                f"{self.vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
+            )
         raw = read_residual(input_ids.to(device))
         kept = self.plan.kept(input_ids).to(device)
         # Indexing copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
-        return {name: raw.pop(name)[kept] for name in self.plan.hookpoints}
+        return {name: raw.pop(name).to(device)[kept] for name in self.plan.hookpoints}
 
     def _fresh_windows(self) -> dict[str, LayerWindow]:
         return {name: LayerWindow.empty(self.plan.d_in, self.placement.device) for name in self.placement.layers()}

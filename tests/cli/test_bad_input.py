@@ -95,7 +95,7 @@ def test_yaml(train, tmp_path, tmp_path_factory, text, says):
 
 def test_all_problems_at_once(train, tmp_path):
     assert_refused(
-        train("--k", "-1", "--layers", "x", "--lr", "0"), "--k -1", "--layers 'x'", "--lr 0", folder=tmp_path
+        train("--k", "-1", "--layers", "x", "--lr", "0"), "--k '-1'", "--layers 'x'", "--lr '0'", folder=tmp_path
     )
 
 

@@ -40,18 +40,22 @@ def _gather_sum(weights_NK: Tensor, indices_NK: Tensor, rows_MD: Tensor) -> Tens
     return F.embedding_bag(indices_NK, rows_MD, per_sample_weights=weights_NK, mode="sum")
 
 
-def _sum_by_latent(coefficients_NK: Tensor, indices_NK: Tensor, rows_ND: Tensor, num_latents: int) -> Tensor:
-    """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n]`: `[M, D]`."""
-    if indices_NK.numel() == 0:
-        return rows_ND.new_zeros(num_latents, rows_ND.shape[1])
-    latents, order = indices_NK.flatten().sort(stable=True)
-    counts_M = torch.zeros(num_latents, dtype=torch.int64, device=latents.device)
-    counts_M.scatter_add_(0, latents, torch.ones_like(latents))
-    starts_M = counts_M.cumsum(0) - counts_M
-    tokens = order.div(indices_NK.shape[1], rounding_mode="floor")
-    return F.embedding_bag(
-        tokens, rows_ND, starts_M, per_sample_weights=coefficients_NK.flatten()[order].to(rows_ND.dtype), mode="sum"
-    )
+class _ByLatent:
+    """The pairs (latent, token) of a k-sparse code, sorted by latent once for all sums over them."""
+
+    def __init__(self, indices_NK: Tensor, num_latents: int) -> None:
+        latents, self.order = indices_NK.flatten().sort(stable=True)
+        counts_M = torch.zeros(num_latents, dtype=torch.int64, device=latents.device)
+        counts_M.scatter_add_(0, latents, torch.ones_like(latents))
+        self.starts_M = counts_M.cumsum(0) - counts_M
+        self.tokens = self.order.div(max(1, indices_NK.shape[1]), rounding_mode="floor")
+
+    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor) -> Tensor:
+        """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n]`: `[M, D]`."""
+        if coefficients_NK.numel() == 0:
+            return rows_ND.new_zeros(len(self.starts_M), rows_ND.shape[1])
+        weights = coefficients_NK.flatten()[self.order].to(rows_ND.dtype)
+        return F.embedding_bag(self.tokens, rows_ND, self.starts_M, per_sample_weights=weights, mode="sum")
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -74,10 +78,10 @@ class _EncodeTopK(torch.autograd.Function):
         grad_NK = grad_NK * (acts_NK > 0)
         need_x, need_W, need_b, _ = ctx.needs_input_grad
         dx_ND = _gather_sum(grad_NK, indices_NK, W_MD) if need_x else None
-        dW_MD = _sum_by_latent(grad_NK, indices_NK, x_ND, W_MD.shape[0]) if need_W else None
-        db_M = None
-        if need_b:
-            db_M = grad_NK.new_zeros(W_MD.shape[0]).index_add_(0, indices_NK.flatten(), grad_NK.flatten())
+        pairs = _ByLatent(indices_NK, W_MD.shape[0])
+        dW_MD = pairs.sum(grad_NK, x_ND) if need_W else None
+        # Not `index_add_`, which adds in any order on a GPU.
+        db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1)).squeeze(1) if need_b else None
         return dx_ND, dW_MD, db_M, None
 
 
@@ -94,4 +98,4 @@ class _AttachRowGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         acts_NK, indices_NK = ctx.saved_tensors
-        return grad_ND, _sum_by_latent(acts_NK, indices_NK, grad_ND, ctx.num_latents), None, None
+        return grad_ND, _ByLatent(indices_NK, ctx.num_latents).sum(acts_NK, grad_ND), None, None

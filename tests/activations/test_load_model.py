@@ -1,0 +1,129 @@
+"""Language models on disk that are whole, cut, damaged or not what their config says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, Gemma3Config, Qwen3NextConfig
+
+from saekit import UserError
+from saekit.activations import find_blocks, load_model, load_tokenizer, model_shape, tap
+from saekit.config import ModelConfig
+from tests.activations.test_tap import CASES, GROUPED, SMALL, TOWER, build
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(model_dir, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(model_dir, tmp_path / "copy")
+
+
+def load(folder, layers=(1,)):
+    cfg = ModelConfig(str(folder))
+    return load_model(cfg, model_shape(cfg), list(layers), CPU)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("prefix", "config"), CASES)
+def test_every_architecture_from_disk(tmp_path, prefix, config, layer):
+    """Saved whole, loaded up to one layer: no deeper, under the same names, with the same activations."""
+    whole = build(config)
+    whole.save_pretrained(tmp_path)
+    cut = load(tmp_path, [layer])
+    blocks = find_blocks(cut)
+    assert (blocks.prefix, len(blocks.modules)) == (prefix, layer + 1)
+    input_ids = torch.randint(5, 90, (2, 8), generator=torch.Generator().manual_seed(1))
+    name = blocks.hookpoint(layer)
+    with tap(whole, [name]) as run, tap(cut, [name]) as run_cut:
+        assert torch.equal(run_cut(input_ids)[name], run(input_ids)[name])
+
+
+def test_lists_with_an_entry_per_layer_are_cut_too(tmp_path):
+    """Without the text part's full-attention layer, and beside a vision tower of another width."""
+    text = {**GROUPED, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    vision = {**TOWER, "hidden_size": 24, "image_size": 28, "patch_size": 14}
+    build(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)).save_pretrained(tmp_path)
+    cut = load(tmp_path, [0])
+    assert cut.config.get_text_config().layer_types == ["sliding_attention"]
+    assert cut.config.vision_config.num_hidden_layers == 3
+
+
+def test_no_keys_and_values_are_kept(model_dir):
+    """They would fill memory that nobody reads."""
+    model = AutoModel.from_pretrained(model_dir)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda m, a, k: seen.append(k.get("past_key_values")), with_kwargs=True)
+    with tap(model, ["layers.1"]) as run:
+        run(torch.ones(1, 4, dtype=torch.int64))
+    assert seen == [None]
+
+
+def test_a_hybrid_cut_before_its_first_attention(tmp_path):
+    """Its cache cannot be made from linear attention alone; nothing here needs one."""
+    config = Qwen3NextConfig(
+        **GROUPED,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    build(config).save_pretrained(tmp_path)
+    with tap(load(tmp_path, [1]), ["layers.1"]) as run:
+        found = run(torch.ones(1, 8, dtype=torch.int64))["layers.1"]
+    assert found.shape == (1, 8, SMALL["hidden_size"])
+
+
+@pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
+def test_lost_weights(copy, lost):
+    weights = load_file(copy / "model.safetensors")
+    del weights[lost]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"lacks weights such as '{lost.removeprefix('model.')}'"):
+        load(copy)
+
+
+def test_lost_weights_behind_the_last_layer_do_not_matter(copy):
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.norm.weight"], weights["model.layers.2.input_layernorm.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    load(copy)
+
+
+@pytest.mark.parametrize("size", [0, 20, -100])
+def test_cut_short(copy, size):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"model '.*copy' could not be loaded"):
+        load(copy)
+
+
+def test_weights_of_another_shape(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(UserError, match=r"'layers\.0\.mlp\.\w+\.weight'.*\[(32, 16|16, 32)\].*\[(48, 16|16, 48)\]"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "nosuch"}'])
+def test_damaged_config(copy, content):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"model '.*copy' could not be loaded") as refused:
+        load(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_tokenizer(copy):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"model '.*copy'.*tokenizer") as refused:
+        load_tokenizer(ModelConfig(str(copy)))
+    assert "\n" not in str(refused.value)
