@@ -51,7 +51,20 @@ def model_shape(cfg: ModelConfig) -> ModelShape:
 def context_length(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the model's positions allow, None if the config names no limit."""
     limit = getattr(text_config_of(config), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if getattr(config, "pad_token_id", None) is None:
+        return limit
+    # RoBERTa and its relatives count positions from the padding's number on, so their tables have rows that no token
+    # reaches. The module says so, the config does not; on the meta device it costs no memory.
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(cut_config(config, 1))
+    for name, module in model.named_modules():
+        if "position" in name and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+    return limit
 
 
 def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
@@ -125,7 +138,8 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     full = num_layers(text)
     for name, value in list(vars(text).items()):
         # Lists with an entry per layer (kinds of attention, say) are validated against the depth.
-        if isinstance(value, (list, tuple)) and len(value) == full and full != depth:
+        per_layer = isinstance(value, (list, tuple)) and len(value) == full and not name.endswith("token_id")
+        if per_layer and full != depth:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = depth
     return cut

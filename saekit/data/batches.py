@@ -92,6 +92,11 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
     kind = getattr(getattr(column, "feature", column), "dtype", "lists of lists")
     if not hasattr(column, "feature") or "int" not in kind:
         raise UserError(f"the column input_ids holds {kind}, not lists of token ids")
+    if "attention_mask" in data.column_names and _has_padding(data):
+        raise UserError(
+            "the data set has padded rows (zeros in attention_mask): give rows without padding; they may differ in "
+            "length, and are joined and cut"
+        )
     from saekit.data.pack import pack
 
     length = ctx_len or len(data.with_format(None)[0]["input_ids"])
@@ -107,6 +112,16 @@ def _all_of_length(data: Dataset, length: int) -> bool:
         if pc.any(pc.fill_null(pc.not_equal(lengths, length), True)).as_py():
             return False
     return True
+
+
+def _has_padding(data: Dataset) -> bool:
+    """Whether any token is masked out."""
+    import pyarrow.compute as pc
+
+    for batch in data.with_format("arrow").select_columns(["attention_mask"]).iter(batch_size=10_000):
+        if pc.any(pc.equal(pc.list_flatten(batch.column("attention_mask")), 0)).as_py():
+            return True
+    return False
 
 
 class StepBatches:

@@ -35,7 +35,7 @@ def load_sequences(
         UserError: If the data set is not found, has no usable column, or is too short for one sequence.
     """
     if cfg.dataset.endswith(".bin"):
-        return MemmapSequences(_existing(cfg.dataset), str(cfg.data_args.get("dtype", "uint16")), ctx_len)
+        return _memmap(cfg, tokenizer, ctx_len)
     data = load_rows(cfg, token)
     if cfg.max_examples is not None:
         data = data.select(range(min(cfg.max_examples, len(data))))
@@ -43,6 +43,18 @@ def load_sequences(
         return sequences(data, ctx_len)
     packed = chunk_and_tokenize(data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc)
     return sequences(packed, ctx_len)
+
+
+def _memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> MemmapSequences:
+    """A `.bin` file, as far as what it holds is beyond doubt."""
+    if cfg.max_examples is not None:
+        raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
+    if "dtype" not in cfg.data_args and len(tokenizer) > 2**16:
+        raise UserError(
+            f"data set {cfg.dataset!r}: with {len(tokenizer):,} tokens in the vocabulary, say what the file holds: "
+            "--data-args dtype=uint32 (or uint16)"
+        )
+    return MemmapSequences(_existing(cfg.dataset), str(cfg.data_args.get("dtype", "uint16")), ctx_len)
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:

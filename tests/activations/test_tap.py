@@ -13,11 +13,12 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen3Config,
+    RobertaConfig,
     T5Config,
 )
 
 from saekit import UserError
-from saekit.activations import find_blocks, load_model, model_shape, resolve_ctx_len, select_layers, tap
+from saekit.activations import context_length, find_blocks, load_model, model_shape, resolve_ctx_len, select_layers, tap
 from saekit.activations.hookpoints import text_config_of
 from saekit.activations.lm import check_device, cut_config
 from saekit.config import ModelConfig
@@ -186,6 +187,22 @@ def test_resolve_ctx_len():
     assert resolve_ctx_len(100, 512) == 100
     with pytest.raises(UserError, match="--ctx-len 513 is more than the 512 tokens"):
         resolve_ctx_len(513, 512)
+
+
+def test_positions_that_start_behind_the_padding_are_not_counted():
+    config = RobertaConfig(**SMALL, max_position_embeddings=66, pad_token_id=1)
+    assert context_length(config) == 64
+    model = build(config)
+    names = [find_blocks(model).hookpoint(2)]
+    with tap(model, names) as run:
+        assert run(torch.full((1, 64), 5))[names[0]].shape == (1, 64, 32)
+    assert context_length(BertConfig(**SMALL, max_position_embeddings=66)) == 66
+    assert context_length(GPT2Config(vocab_size=100, n_positions=50)) == 50
+
+
+def test_the_cut_leaves_token_ids_alone():
+    config = LlamaConfig(**SMALL, eos_token_id=[1, 2, 3])
+    assert cut_config(config, 2).eos_token_id == [1, 2, 3]
 
 
 @pytest.mark.gpu

@@ -115,3 +115,20 @@ def test_the_library_raises_what_we_expect_offline():
     """If this changes, the one-line error of an unknown data set has to follow."""
     with pytest.raises((ConnectionError, FileNotFoundError)):
         load_dataset("someone/no-such-data")
+
+
+def test_padded_rows_are_refused():
+    rows = {"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]}
+    with pytest.raises(UserError, match="padded rows"):
+        sequences(Dataset.from_dict(rows))
+    assert len(sequences(Dataset.from_dict({**rows, "attention_mask": [[1, 1], [1, 1]]}))) == 2
+
+
+def test_a_bin_file_that_could_be_either_type_needs_to_be_told(tmp_path, tokenizer, monkeypatch):
+    np.arange(64, dtype="uint32").tofile(tmp_path / "t.bin")
+    with pytest.raises(UserError, match="--max-examples 3"):
+        tokens_of(tokenizer, tmp_path / "t.bin", max_examples=3)
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: 2**17)
+    with pytest.raises(UserError, match="--data-args dtype=uint32"):
+        tokens_of(tokenizer, tmp_path / "t.bin")
+    assert tokens_of(tokenizer, tmp_path / "t.bin", data_args="dtype=uint32").flatten().tolist() == list(range(64))

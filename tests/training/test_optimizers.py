@@ -70,6 +70,18 @@ def test_state_round_trip_continues_bit_for_bit(name):
         assert torch.equal(value, other.export()[key]), key
 
 
+@pytest.mark.parametrize("name", ["adam", "signum", "muon"])
+def test_no_optimizer_decays_weights(name):
+    sae = make_sae()
+    before = [parameter.detach().clone() for parameter in sae.parameters()]
+    optimizer = make_optimizer(TrainConfig(optimizer=name, lr=0.1), sae)
+    for parameter in sae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(1.0)
+    for parameter, old in zip(sae.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
 def test_muon_steps_matrices_and_adam_biases():
     sae = make_sae()
     optimizer = make_optimizer(TrainConfig(optimizer="muon"), sae)

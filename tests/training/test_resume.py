@@ -111,3 +111,83 @@ def test_a_save_that_dies_midway_leaves_the_last_checkpoint(make_trainer, tmp_pa
     resumed = make_trainer(resume=True, save_every=2).fit()
     assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
     assert not list(run.glob(".*"))
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(make_trainer, tmp_path):
+    """A higher-numbered checkpoint from before is neither counted as the newest nor deleted for nothing."""
+    make_trainer(save_every=3, keep_last=9).fit()
+    run = tmp_path / "run"
+    assert sorted(path.name[-1] for path in run.glob("step_*")) == ["3", "6", "7"]
+    (run / "latest").unlink()
+    (run / "latest").symlink_to("step_00000003")
+    with pytest.raises(Interrupted):
+        make_trainer(resume=True, keep_last=1, reporter=StopAfter(5)).fit()
+    assert (run / "latest").resolve().name == "step_00000005"
+    assert (run / "latest" / "checkpoint.json").is_file()
+    assert sorted(path.name[-1] for path in run.glob("step_*")) == ["5", "6", "7"]
+    resumed = make_trainer(resume=True).fit()
+    assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
+
+
+class FailsToStart(Recorder):
+    """A tracker without a login, say."""
+
+    def start(self, info):
+        raise UserError("--log-with: no login")
+
+
+def test_a_run_that_fails_to_start_leaves_nothing_and_puts_the_old_one_back(make_trainer, tmp_path):
+    with pytest.raises(UserError, match="no login"):
+        make_trainer("fresh", reporter=FailsToStart()).fit()
+    assert not (tmp_path / "fresh").exists()
+    before = tensors_of(make_trainer("old").fit())
+    with pytest.raises(UserError, match="no login"):
+        make_trainer("old", overwrite=True, init_seed=3, reporter=FailsToStart()).fit()
+    assert_same_tensors(tensors_of(tmp_path / "old" / "latest"), before)
+    with pytest.raises(UserError, match="no login"):
+        make_trainer("old", resume=True, reporter=FailsToStart()).fit()
+    assert_same_tensors(tensors_of(tmp_path / "old" / "latest"), before)
+    make_trainer("old", overwrite=True, init_seed=3).fit()
+    assert not list(tmp_path.glob(".*"))
+    assert not list((tmp_path / "old").glob(".*"))
+
+
+def test_a_linked_run_folder_is_replaced_behind_the_link(make_trainer, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to("scratch")
+    make_trainer().fit()
+    make_trainer(overwrite=True).fit()
+    assert (tmp_path / "run").is_symlink()
+    assert (tmp_path / "scratch" / "latest" / "checkpoint.json").is_file()
+
+
+def test_a_folder_with_a_config_of_its_own_is_not_a_run(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine: true")
+    with pytest.raises(UserError, match="does not look like a run"):
+        make_trainer(overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        make_trainer("file")
+
+
+def test_what_the_defaults_came_to_is_kept_apart(make_trainer):
+    checkpoint = make_trainer(lr=None, lr_warmup_steps=None).fit()
+    index = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert "lr" not in index["config"]
+    assert index["resolved"]["lr"] == pytest.approx(2e-4 * (2**14 / 64) ** 0.5)
+    assert index["resolved"] == {**index["resolved"], "lr_warmup_steps": 0, "num_latents": 64, "d_in": 16}
+
+
+def test_layers_are_saved_one_at_a_time(make_trainer, monkeypatch):
+    """Copies of every layer at once would be a second model in memory."""
+    from saekit.training import checkpoint
+
+    order = []
+    save, weights = checkpoint.save_to_disk, type(make_trainer("x").placement).weights
+    monkeypatch.setattr(checkpoint, "save_to_disk", lambda *a: (order.append("write"), save(*a)))
+    monkeypatch.setattr(
+        "saekit.placement.single.Single.weights", lambda self, name: (order.append("make"), weights(self, name))[1]
+    )
+    make_trainer(optimizer="signum").fit()
+    assert order == ["make", "write"] * 3

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from saekit import Sae, SaeConfig, UserError
 from tests.training.conftest import CTX_LEN, WIDTH, Recorder
@@ -271,6 +271,30 @@ def test_not_a_number_names_layer_and_step(make_trainer, tiny_llama, tmp_path):
     assert watcher.finished == 1
     assert (tmp_path / "run" / "latest").resolve().name == "step_00000002"
     assert all(torch.isfinite(t).all() for t in tensors_of(tmp_path / "run" / "latest").values())
+
+
+def test_a_diverging_sae_is_noticed_and_not_saved(make_trainer, tmp_path):
+    with pytest.raises(UserError, match=r"layers\.0: NaN or Inf in the SAE's loss at step \d.*--lr"):
+        make_trainer(save_every=1, lr=1e30, optimizer="signum").fit()
+    latest = tmp_path / "run" / "latest"
+    if latest.exists():
+        assert all(torch.isfinite(t).all() for t in tensors_of(latest).values())
+
+
+def test_foreign_token_ids_are_refused(make_trainer, tokens):
+    foreign = concatenate_datasets([tokens, Dataset.from_dict({"input_ids": [[64] * CTX_LEN] * 8})])
+    with pytest.raises(UserError, match="token ids from 0 to 64, but the model knows 64"):
+        make_trainer(data=foreign, shuffle=False).fit()
+
+
+def test_activations_that_do_not_vary_are_refused(make_trainer, tiny_llama):
+    constant = torch.full((16,), 0.1)
+    handle = tiny_llama.model.layers[0].register_forward_hook(lambda m, a, out: constant.expand_as(out))
+    try:
+        with pytest.raises(UserError, match=r"layers\.0: .*do not vary"):
+            make_trainer().fit()
+    finally:
+        handle.remove()
 
 
 def test_bad_calibration_leaves_no_folder(make_trainer, tiny_llama, tmp_path):
