@@ -147,7 +147,7 @@ class TrainConfig:
         ge=1,
     )
     shuffle: bool = option(True, "Visit the sequences in a random order.", panel=BATCH)
-    data_seed: int = option(42, "Seed of that order.", panel=BATCH)
+    data_seed: int = option(42, "Seed of that order.", panel=BATCH, ge=0)
     exclude_tokens: TokenIds = option(
         (), "More token ids to leave out of the SAEs' training, such as 0,50256.", panel=BATCH
     )

@@ -42,6 +42,7 @@ def assert_refused(result, *says, folder=None):
         (["--overwrite", "--resume"], ["--overwrite and --resume"]),
         (["--resume"], ["--resume", "no checkpoint"]),
         (["--lr", "-1"], ["--lr", "greater than 0"]),
+        (["--data-seed", "-1"], ["--data-seed", "greater than or equal to 0"]),
         (["--layer-stride", "2", "--layers", "1"], ["--layers and --layer-stride"]),
         (["--finetune", "nosuch"], ["--finetune nosuch"]),
         (["--run-name", "a/b"], ["--run-name 'a/b'"]),
