@@ -24,8 +24,8 @@ from saekit.training.trainer import SaeTrainer
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
     """Load what the configuration names and train; returns the folder of the last checkpoint.
 
-    What can be refused is refused before anything large is loaded: first the run's folder, then what the model's
-    config says of layers and context, then the data, and only then the weights.
+    The order is from cheap to dear: first the run's folder, then what the model's config says of layers and context,
+    then the data, and only then the weights. What `SaeTrainer` refuses besides (trackers, `--finetune`) comes last.
 
     Raises:
         UserError: If something in the configuration cannot be used.

@@ -75,7 +75,8 @@ class SaeTrainer:
         """Train to the end of the data and return the folder of the last checkpoint.
 
         Raises:
-            UserError: If the activations hold NaN or Inf, or a checkpoint to start from cannot be used.
+            UserError: If the activations or a loss hold NaN or Inf, the tokens are not the model's, or a checkpoint to
+                start from cannot be used.
             Interrupted: After Ctrl-C, once the step is finished and the checkpoint is in place.
         """
         cfg, plan, placement, report = self.cfg, self.plan, self.placement, self.report
