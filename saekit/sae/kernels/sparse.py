@@ -4,7 +4,8 @@ Both weight gradients are sums over the N·K pairs (latent, token) of a scalar t
 `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent, and then each
 gradient is a weighted sum of rows per group: an embedding bag with latents as bags and tokens as the table. That is
 N·K·D multiply-adds instead of the N·M·D of a dense product, and the order of summation is fixed, so that the result
-is the same on every run (tested on the CPU; on a GPU not tried yet). Only autograd's treatment differs from `eager`; the values are the same formulas.
+is the same on every run (tested on the CPU; on a GPU not tried yet). Only autograd's treatment differs from `eager`;
+the values are the same formulas.
 """
 
 from __future__ import annotations
