@@ -18,6 +18,7 @@ MODEL = "Language model"
 BATCH = "Batches"
 OPTIMIZER = "Optimiser"
 DEAD = "Dead latents"
+PLACEMENT = "Several ranks"
 SAVING = "Saving"
 LOGGING = "Logging"
 
@@ -183,6 +184,18 @@ class TrainConfig:
         10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
     )
 
+    placement: Literal["auto", "ddp", "layer-map"] = option(
+        "auto",
+        "Where SAEs live: ddp, on every rank; layer-map, each layer on one rank. auto takes what the launch file says, "
+        "or ddp.",
+        panel=PLACEMENT,
+    )
+    layer_map: str | None = option(
+        None,
+        "Which rank trains which layers under layer-map, such as 0-5:0,6-11:1; by default as even as possible.",
+        panel=PLACEMENT,
+    )
+
     save_dir: Path = option(Path("checkpoints"), "Folder that holds the runs.", panel=SAVING)
     run_name: str | None = option(
         None,
@@ -227,6 +240,8 @@ class TrainConfig:
                 f"--layers and --layer-stride {self.layer_stride} both choose layers: give one of them "
                 "(a range such as 0-31:2 has a stride of its own)"
             )
+        if self.layer_map is not None and self.placement == "ddp":
+            raise ValueError(f"--layer-map {self.layer_map} contradicts --placement ddp: give one of them")
         if self.overwrite and self.resume:
             raise ValueError("--overwrite and --resume contradict each other: give one of them")
         return self

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from saekit.sae import Sae
 
 class LayerOptimizer(Protocol):
     """What updates one layer's parameters."""
+
+    optimizers: list[torch.optim.Optimizer]
+    """The torch optimisers behind it."""
 
     def step(self, lr_scale: float) -> None:
         """One optimiser step at `lr_scale` times the base learning rate; reads `.grad` of the SAE's parameters."""
@@ -30,53 +33,81 @@ class LayerOptimizer(Protocol):
         """The weights to keep, by parameter name: an averaging optimiser trains on others than it delivers."""
 
 
+SaeFactory = Callable[[str], Sae]
+"""From a hookpoint to its SAE with initial weights, on the CPU; the same weights on every rank."""
 OptimizerFactory = Callable[[Sae], LayerOptimizer]
 
 
 class Placement(Protocol):
     """Holds the bank of SAEs, brings activations to them and their gradients together.
 
-    The training loop runs the same lines under every placement; nothing else knows of ranks.
+    The training loop runs the same lines under every placement; nothing else knows of ranks. All ranks call every
+    method that a docstring calls *collective*, in the same order.
     """
 
     name: str
-    """As in `--placement`."""
+    """As in `--placement`; `single` where there is one process."""
     device: torch.device
     """Where this rank computes."""
     rank: int
-    """Which slice of the data this process takes."""
+    """Which slice of the data this process takes, over all machines. Rank 0 reports and makes the run's folder."""
     world_size: int
     """How many slices there are."""
 
-    def place(self, bank: dict[str, Sae], make_optimizer: OptimizerFactory) -> None:
-        """Take the SAEs by hookpoint, on the CPU, and make them trainable here."""
+    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+        """Make the SAEs trainable where they belong; no rank makes more of them at a time than it must. Collective."""
 
     def layers(self) -> tuple[str, ...]:
-        """Hookpoints whose tokens this rank trains on."""
+        """Hookpoints whose SAEs this rank has a part in, in model order."""
+
+    def leads(self, hookpoint: str) -> bool:
+        """Whether this rank speaks for a layer: exactly one does, and writes its files."""
+
+    def owners(self) -> dict[str, int]:
+        """The rank that holds each layer, where each is held by one of several; else empty."""
 
     def sae(self, hookpoint: str) -> Sae:
         """The module to call for a layer of this rank."""
 
-    def route(self, acts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Hand each layer's activations `[N, D]` to where it trains; yields what this rank trains on.
+    def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
+        """Hand each layer's activations `[N, D]` to where it trains; yields what this rank trains on. Collective.
 
-        Entries of `acts` are removed as they are consumed, so that their memory is free again.
+        Entries of `acts` are removed as they are consumed, so that their memory is free again. A layer's gradient is
+        complete when the loop comes back after it; with `last`, the step's last micro-batch, it may then travel.
         """
 
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """Add the gradient of one chunk's loss to the layer's."""
+        """Add the gradient of one chunk's loss to the layer's. Collective under zero3."""
 
     def apply(self, lr_scale: float) -> None:
-        """Bring gradients together, project, step the optimisers, renormalise decoders, drop the gradients."""
+        """Bring gradients together, project, step the optimisers, renormalise decoders, drop the gradients.
+
+        Collective.
+        """
 
     def sum(self, value: Tensor) -> Tensor:
-        """A statistic of one layer, or of the batch, summed over the ranks that have a part of it."""
+        """A tensor summed over all ranks. Collective."""
+
+    def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Integer counts per layer, summed over the ranks that train the layer. Collective."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
 
     def weights(self, hookpoint: str) -> dict[str, Tensor]:
-        """The layer's whole tensors to keep, by parameter name."""
+        """The layer's whole tensors to keep, by parameter name. Collective among the layer's ranks."""
 
     def optimizer_state(self, hookpoint: str) -> dict[str, Tensor]:
-        """The layer's whole optimiser state."""
+        """The layer's whole optimiser state. Collective among the layer's ranks."""
 
-    def load_optimizer_state(self, hookpoint: str, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `optimizer_state`."""
+    def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """The inverse of `weights` and `optimizer_state`."""
+
+    def held_bytes(self) -> int:
+        """Bytes of parameters, gradients and optimiser state on this rank."""
+
+    def close(self) -> None:
+        """Part from the other ranks at the end of a run that went well. Collective."""
+
+    def shard_bytes(self) -> int | None:
+        """Bytes of one layer's parameters on this rank, where they are sharded; else None."""

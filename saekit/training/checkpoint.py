@@ -49,30 +49,53 @@ class LayerRecord:
     """The content of `saekit.json`."""
 
 
-def write_checkpoint(
-    run_dir: Path, step: int, layers: Iterable[tuple[str, LayerRecord]], index: Mapping[str, Any]
-) -> Path:
-    """Write one checkpoint, make `latest` point to it, and return its folder.
+Fingerprints = dict[str, dict[str, Any]]
+"""Size and SHA-256 of files, by their path inside the checkpoint."""
 
-    A reader sees the folder whole or not at all: it is written under another name, flushed to the disk and renamed.
-    Layers are taken one at a time, so that no more than one layer's copies exist at once.
-    """
+
+def checkpoint_folders(run_dir: Path, step: int) -> tuple[Path, Path]:
+    """A checkpoint's folder, and the one in which it is written until it is whole."""
     final = run_dir / f"step_{step:08d}"
-    partial = run_dir / f".{final.name}.partial"
+    return final, run_dir / f".{final.name}.partial"
+
+
+def begin_checkpoint(run_dir: Path, step: int) -> None:
+    """Make the folder that layers are written to; what an interrupted save left in it goes."""
+    partial = checkpoint_folders(run_dir, step)[1]
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hookpoints = []
+
+
+def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerRecord]]) -> Fingerprints:
+    """Write layers' files, flush them to the disk, and say what they are.
+
+    Layers are taken one at a time, so that no more than one layer's copies exist at once. Several ranks may write
+    different layers of one checkpoint at the same time.
+    """
+    partial = checkpoint_folders(run_dir, step)[1]
+    fingerprints = {}
     for hookpoint, record in layers:
-        hookpoints.append(hookpoint)
         folder = partial / hookpoint
         save_to_disk(record.sae, folder, record.weights)
         save_file(_apart(record.state), folder / STATE_FILE)
         (folder / ABOUT_FILE).write_text(json.dumps(record.about, indent=2) + "\n", encoding="utf-8")
-    files = {file.relative_to(partial).as_posix(): file for file in sorted(partial.rglob("*")) if file.is_file()}
-    fingerprints = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
-    content = {"format": FORMAT, "step": step, **index, "hookpoints": hookpoints, "files": fingerprints}
+        for file in sorted(folder.iterdir()):
+            _flush(file)
+            name = file.relative_to(partial).as_posix()
+            fingerprints[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        _flush(folder)
+    return fingerprints
+
+
+def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, index: Mapping[str, Any]) -> Path:
+    """Write the index, put the checkpoint in place, make `latest` point to it, and return its folder.
+
+    A reader sees the folder whole or not at all: it is renamed when everything in it is on the disk.
+    """
+    final, partial = checkpoint_folders(run_dir, step)
+    content = {"format": FORMAT, "step": step, **index, "files": fingerprints}
     (partial / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in (*files.values(), partial / INDEX_FILE, *{file.parent for file in files.values()}, partial):
+    for path in (partial / INDEX_FILE, partial):
         _flush(path)
     if final.exists():  # a resumed run that passes the same step again
         shutil.rmtree(final)

@@ -6,16 +6,15 @@ import sys
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
-from accelerate import Accelerator
 from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 
 from saekit.activations import check_device, load_model, load_tokenizer, model_shape, resolve_ctx_len, select_layers
 from saekit.config import RunConfig
 from saekit.data import load_sequences
-from saekit.errors import UserError
-from saekit.report import Reporter, terminal_reporter
+from saekit.errors import Interrupted, UserError
+from saekit.placement import connect
+from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.training.checkpoint import check_run_folder
 from saekit.training.plan import default_run_name
 from saekit.training.trainer import SaeTrainer
@@ -34,10 +33,13 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
     watcher = reporter or terminal_reporter()
     try:
         train = cfg.train
+        placement = connect(train.placement, train.layer_map)
+        if placement.rank > 0:
+            watcher = Reporters()
         run_dir = train.save_dir / (train.run_name or default_run_name(cfg.model.model, cfg))
-        check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)
-        device = _device(watcher)
-        check_device(cfg.model, device)
+        if placement.rank == 0:
+            check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)
+        check_device(cfg.model, placement.device)
         token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
 
         watcher.status(f"Reading the configuration of {cfg.model.model}")
@@ -51,32 +53,25 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
         tokenizer = load_tokenizer(cfg.model)
 
         watcher.status(f"Reading and tokenising {cfg.data.dataset}")
+        # One rank tokenises, the others read what it left in the cache.
+        if placement.rank > 0:
+            placement.gather(None)
         data = load_sequences(cfg.data, tokenizer, ctx_len, token)
+        if placement.rank == 0:
+            placement.gather(None)
         watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
         watcher.status(f"Loading {cfg.model.model} up to layer {layers[-1]} of {shape.num_layers}")
-        model = load_model(cfg.model, shape, layers, device)
-        trainer = SaeTrainer(train, data, model, tokenizer=tokenizer, source=cfg, reporter=watcher)
-        return trainer.fit()
+        model = load_model(cfg.model, shape, layers, placement.device)
+        trainer = SaeTrainer(train, data, model, tokenizer=tokenizer, source=cfg, reporter=watcher, placement=placement)
+        try:
+            last = trainer.fit()
+        except Interrupted:
+            placement.close()
+            raise
+        placement.close()
+        return last
     finally:
         watcher.finish()
-
-
-def _device(watcher: Reporter) -> torch.device:
-    """Where to compute: what accelerate finds, in one process.
-
-    Raises:
-        UserError: If there are several processes: each would train the same SAEs into the same folder.
-    """
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"launched with {accelerator.num_processes} processes, but this version trains in one: "
-            "launch it with --num_processes 1"
-        )
-    if accelerator.device.type == "mps":
-        watcher.status("Warning: computing on the CPU, because Apple's GPU has no float64 for the statistics")
-        return torch.device("cpu")
-    return accelerator.device
 
 
 def _no_bars_in_a_log() -> None:

@@ -85,7 +85,13 @@ class RunPlan:
         Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
         for the next.
         """
-        return {"lr": self.base_lr, "lr_warmup_steps": self.warmup, "num_latents": self.num_latents, "d_in": self.d_in}
+        return {
+            "lr": self.base_lr,
+            "lr_warmup_steps": self.warmup,
+            "num_latents": self.num_latents,
+            "d_in": self.d_in,
+            "global_batch": self.batches.global_batch,
+        }
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of its origin."""

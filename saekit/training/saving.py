@@ -16,8 +16,11 @@ from saekit.training.state import RunState, records
 HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
+    | {"placement", "layer_map", "batch_size", "grad_acc_steps"}
 )
-"""Options that a resumed run may change, because the training does not depend on them."""
+"""Options that a resumed run may change, because the training does not depend on them.
+
+Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
 
 
 class Saver:
@@ -50,17 +53,32 @@ class Saver:
             "total_steps": plan.total_steps,
             "best_fvu": run.best_fvu if run.best_fvu < float("inf") else None,
             **about,
+            "hookpoints": list(plan.hookpoints),
             "versions": versions.libraries(),
             "excluded_tokens": plan.excluded.tolist(),
             "config": plan.config(),
             "resolved": plan.resolved(),
         }
-        layers = records(run, self.placement, about, self.fvu)
-        folder = checkpoint.write_checkpoint(plan.run_dir, run.step, layers, index)
+        # All ranks come here. Each writes the layers it speaks for; the first begins and ends.
+        first = self.placement.rank == 0
+        folder = checkpoint.checkpoint_folders(plan.run_dir, run.step)[0]
+        if first:
+            checkpoint.begin_checkpoint(plan.run_dir, run.step)
+        self.placement.gather(None)
+        written = checkpoint.write_layers(plan.run_dir, run.step, records(run, self.placement, about, self.fvu))
+        everything = self.placement.gather(written)
+        if first:
+            files = {name: each for part in everything for name, each in part.items()}
+            checkpoint.finish_checkpoint(plan.run_dir, run.step, files, index)
+            self._tidy(folder, improved)
+        self.placement.gather(None)
+        return folder
+
+    def _tidy(self, folder: Path, improved: bool) -> None:
+        plan = self.plan
         if plan.cfg.save_best and improved:
             checkpoint.point(plan.run_dir / "best", folder)
         checkpoint.prune(plan.run_dir, plan.cfg.keep_last, folder)
-        return folder
 
 
 def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:

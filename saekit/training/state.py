@@ -44,45 +44,44 @@ class RunState:
     """The lowest mean FVU between two checkpoints so far."""
 
 
-def new_bank(plan: RunPlan) -> dict[str, Sae]:
-    """Fresh SAEs on the CPU. A layer's weights depend on the seed and its number only, not on the other layers."""
-    bank = {}
-    for hookpoint, layer in zip(plan.hookpoints, plan.layers, strict=True):
-        sae = plan.cfg.sae
-        bank[hookpoint] = Sae(
-            plan.d_in,
-            plan.num_latents,
-            sae.k,
-            normalize_decoder=sae.normalize_decoder,
-            multi_topk=sae.multi_topk,
-            generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
-        )
-    return bank
+def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
+    """A fresh SAE on the CPU. Its weights depend on the seed and the layer's number only, not on the other layers."""
+    layer = plan.layers[plan.hookpoints.index(hookpoint)]
+    sae = plan.cfg.sae
+    return Sae(
+        plan.d_in,
+        plan.num_latents,
+        sae.k,
+        normalize_decoder=sae.normalize_decoder,
+        multi_topk=sae.multi_topk,
+        generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
+    )
 
 
-def load_finetune(path: Path, bank: dict[str, Sae]) -> None:
-    """Replace the weights of fresh SAEs by those of earlier ones, in place.
+def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:
+    """Replace the weights of a fresh SAE by those of an earlier one, in place.
 
     Args:
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
-        bank: SAEs by hookpoint.
+        hookpoint: Whose SAE it is.
+        sae: The fresh one.
+        alone: Whether the bank has this layer only.
 
     Raises:
-        UserError: If an SAE is missing there, is damaged or has another size.
+        UserError: If the SAE is missing there, is damaged or has another size.
     """
     try:
-        single = (path / "sae.safetensors").is_file() and len(bank) == 1
-        folders = dict.fromkeys(bank, path) if single else find_sae_folders(path)
-        for hookpoint, sae in bank.items():
-            if hookpoint not in folders:
-                raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
-            source = load_from_disk(folders[hookpoint])
-            if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
-                raise ValueError(
-                    f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
-                    f"this run {sae.num_latents} for width {sae.d_in}"
-                )
-            sae.load_state_dict(source.state_dict())
+        single = (path / "sae.safetensors").is_file() and alone
+        folders = {hookpoint: path} if single else find_sae_folders(path)
+        if hookpoint not in folders:
+            raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
+        source = load_from_disk(folders[hookpoint])
+        if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
+            raise ValueError(
+                f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
+                f"this run {sae.num_latents} for width {sae.d_in}"
+            )
+        sae.load_state_dict(source.state_dict())
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--finetune {path}: {error}") from error
 
@@ -124,16 +123,19 @@ def records(
 ) -> Iterator[tuple[str, LayerRecord]]:
     """What a checkpoint keeps of each layer of this rank, made one layer at a time."""
     for name in placement.layers():
+        # Every rank of a layer helps to make its whole tensors; one of them keeps them.
+        weights, optimizer_state = placement.weights(name), placement.optimizer_state(name)
+        if not placement.leads(name):
+            continue
         calibration = state.calibration[name]
-        optimizer = {f"optim.{key}": value for key, value in placement.optimizer_state(name).items()}
         tensors = {
             **state.counters[name].state(),
             "mean": calibration.mean_D,
             "variance": torch.tensor(calibration.variance, dtype=torch.float64),
-            **optimizer,
+            **{f"optim.{key}": value for key, value in optimizer_state.items()},
         }
         layer_about = {"hookpoint": name, "step": state.step, "tokens": state.tokens, **about, "fvu": fvu.get(name)}
-        yield name, LayerRecord(placement.sae(name), placement.weights(name), tensors, layer_about)
+        yield name, LayerRecord(placement.sae(name), weights, tensors, layer_about)
 
 
 def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement: Placement) -> None:
@@ -146,8 +148,7 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():
         tensors = read_state(checkpoint / name)
-        placement.sae(name).load_state_dict(load_from_disk(checkpoint / name).state_dict())
         state.calibration[name] = Calibration(tensors["mean"].to(placement.device), float(tensors["variance"]))
         state.counters[name].load_state(tensors)
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
-        placement.load_optimizer_state(name, optimizer)
+        placement.load(name, load_from_disk(checkpoint / name).state_dict(), optimizer)

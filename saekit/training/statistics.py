@@ -86,25 +86,30 @@ class LayerWindow:
             ]
         ).double()
 
-    def read(
-        self, reduce: Callable[[Tensor], Tensor], *, dead: int, num_latents: int, with_multi_topk: bool
-    ) -> LayerStats:
-        """The finished numbers over all ranks.
+    def row(self, dead: int, steps: int) -> Tensor:
+        """Everything that is to be summed over ranks, in one float64 row that `read_row` understands.
 
         Start an `empty` window afterwards, so that both parts of every ratio are cleared together.
         """
-        moments = self.moments.reduced(reduce)
-        squared_error, multi_error, firings, loss, auxk = reduce(self.sums).tolist()
-        deviation, tokens = float(moments.deviation()), float(moments.count)
-        return LayerStats(
-            fvu=_ratio(squared_error, deviation),
-            l0=_ratio(firings, tokens),
-            dead=dead,
-            num_latents=num_latents,
-            loss=_ratio(loss, self.steps),
-            auxk_loss=_ratio(auxk, self.steps),
-            multi_topk_fvu=_ratio(multi_error, deviation) if with_multi_topk else None,
-        )
+        moments = self.moments
+        known = self.sums.new_tensor([dead, steps])
+        return torch.cat([self.sums, known, moments.sum_D, moments.sum_squares.view(1), moments.count.view(1)])
+
+
+def read_row(row: Tensor, *, num_latents: int, with_multi_topk: bool) -> LayerStats:
+    """The finished numbers of one layer, from the sum of its ranks' rows."""
+    squared_error, multi_error, firings, loss, auxk, dead, steps = row[: NUM_SUMS + 2].tolist()
+    moments = Moments(row[NUM_SUMS + 2 : -2], row[-2], row[-1])
+    deviation, tokens = float(moments.deviation()), float(moments.count)
+    return LayerStats(
+        fvu=_ratio(squared_error, deviation),
+        l0=_ratio(firings, tokens),
+        dead=int(dead),
+        num_latents=num_latents,
+        loss=_ratio(loss, steps),
+        auxk_loss=_ratio(auxk, steps),
+        multi_topk_fvu=_ratio(multi_error, deviation) if with_multi_topk else None,
+    )
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -16,7 +16,7 @@ from saekit.config import RunConfig, TrainConfig
 from saekit.errors import Interrupted, UserError
 from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
-from saekit.sae import sae_losses
+from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.checkpoint import check_run_folder, new_run_folder, read_index
 from saekit.training.counters import LayerCounters
@@ -25,7 +25,7 @@ from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.resources import peak_memory_bytes
 from saekit.training.saving import Saver, refuse_other_run
-from saekit.training.statistics import LayerWindow, Moments
+from saekit.training.statistics import LayerWindow, Moments, read_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,8 @@ class SaeTrainer:
         tokenizer: Where the special tokens to leave out come from; without it, the ids in the model's config.
         source: The whole run's configuration where there is one (the command line's); it is saved with the run.
         reporter: Who watches; by default the live view, or plain lines where there is no terminal.
+        placement: Where the SAEs live; by default all on the model's device, in this process. Under a launcher,
+            `saekit.placement.connect()` gives the others.
 
     Raises:
         UserError: If the configuration does not fit the model or the data, or the run folder is in use.
@@ -57,19 +59,22 @@ class SaeTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
         source: RunConfig | None = None,
         reporter: Reporter | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.cfg = cfg
         self.model = model
         if model.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
-        self.placement: Placement = Single(model.device)
+        self.placement: Placement = placement or Single(model.device)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
-        check_run_folder(self.plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
-        watchers = [reporter or terminal_reporter(), JsonlReporter(self.plan.run_dir / "metrics.jsonl")]
-        if cfg.log_with is not None:
-            watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
-        self.report = Reporters(watchers)
+        self.report = Reporters()
+        if self.placement.rank == 0:  # the others train in silence: the numbers are global
+            check_run_folder(self.plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
+            watchers = [reporter or terminal_reporter(), JsonlReporter(self.plan.run_dir / "metrics.jsonl")]
+            if cfg.log_with is not None:
+                watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
+            self.report = Reporters(watchers)
 
     def fit(self) -> Path:
         """Train to the end of the data and return the folder of the last checkpoint.
@@ -93,9 +98,9 @@ class SaeTrainer:
                 scale = {name: 1 / (max(1, tokens) * run.calibration[name].variance) for name in placement.layers()}
                 dead = {name: run.counters[name].dead(cfg.dead_feature_threshold) for name in placement.layers()}
 
-                for input_ids in batches:
+                for micro, input_ids in enumerate(batches, 1):
                     acts = self._activations(read_residual, input_ids)
-                    for name, x_ND in placement.route(acts):
+                    for name, x_ND in placement.route(acts, last=micro == len(batches)):
                         for chunk in x_ND.tensor_split(cfg.micro_acc_steps):
                             chunk_ND = chunk.float()
                             out = placement.sae(name)(chunk_ND, dead[name] if cfg.auxk_alpha > 0 else None)
@@ -114,12 +119,14 @@ class SaeTrainer:
                     state.check_finite(name, window.moments.sum_squares, step + 1)
                     state.check_losses(name, window.sums, step + 1)
                 placement.apply(plan.lr_scale(step))
+                fired = placement.share({name: run.counters[name].fired_now_M for name in windows})
                 for name, window in windows.items():
-                    run.counters[name].advance(placement.sum(run.counters[name].fired_now_M), tokens)
+                    run.counters[name].advance(fired[name], tokens)
                     window.steps += 1
                 run.step, run.tokens = step + 1, run.tokens + tokens
 
-                stop = interruption.requested  # read once: Ctrl-C from here on ends the next step, not this one unsaved
+                # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
+                stop = any(placement.gather(interruption.requested))
                 save = stop or run.step == plan.total_steps or run.step % cfg.save_every == 0
                 if save or run.step % cfg.log_every == 0:
                     rate = (run.tokens - tokens_at_report) / (time.perf_counter() - clock)
@@ -140,15 +147,19 @@ class SaeTrainer:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""
         cfg, plan, placement = self.cfg, self.plan, self.placement
         run = state.RunState()
-        bank = state.new_bank(plan)
         if not cfg.resume:
             self.report.status("Calibrating on the first batch")
             run.calibration = self._calibrate(read_residual)
-            for name, sae in bank.items():
-                sae.b_dec.data.copy_(run.calibration[name].mean_D)
-            if cfg.finetune is not None:
-                state.load_finetune(cfg.finetune, bank)
-        placement.place(bank, lambda sae: make_optimizer(cfg, sae))
+
+        def make_sae(hookpoint: str) -> Sae:
+            sae = state.new_sae(plan, hookpoint)
+            if not cfg.resume:
+                sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
+            if cfg.finetune is not None and not cfg.resume:
+                state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
+            return sae
+
+        placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae))
         for name in placement.layers():
             run.counters[name] = LayerCounters.fresh(plan.num_latents, placement.device)
         if cfg.resume:
@@ -158,10 +169,16 @@ class SaeTrainer:
             refuse_other_run(index, plan)
             state.restore(latest, index, run, placement)
 
+        if placement.rank == 0:
+            self._open_run_folder(run.step)
+        placement.gather(None)  # nobody goes on before the folder is there
+        return run
+
+    def _open_run_folder(self, step: int) -> None:
+        cfg, plan, placement = self.cfg, self.plan, self.placement
         with new_run_folder(plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume):
             (plan.run_dir / "config.yaml").write_text(yaml.safe_dump(plan.config(), sort_keys=False), encoding="utf-8")
-            self.report.start(plan.info(placement, self.model.dtype, run.step))
-        return run
+            self.report.start(plan.info(placement, self.model.dtype, step))
 
     def _calibrate(self, read_residual: ReadResidual) -> dict[str, state.Calibration]:
         """Mean and variance of every layer over the first global batch."""
@@ -183,15 +200,16 @@ class SaeTrainer:
     def _activations(self, read_residual: ReadResidual, input_ids: Tensor) -> dict[str, Tensor]:
         """Each hookpoint's activations of the kept tokens, `[N, D]`, in the language model's type."""
         device = self.placement.device
-        if input_ids.shape[0] == 0:  # a rank's share of the run's last step can be empty
-            return {name: torch.empty(0, self.plan.d_in, device=device) for name in self.plan.hookpoints}
+        empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
+        if empty:  # its activations must have the type that the other ranks' have: the model tells it
+            input_ids = torch.zeros(1, self.plan.ctx_len, dtype=torch.int64)
         if int(input_ids.max()) >= self.vocabulary or int(input_ids.min()) < 0:
             raise UserError(
                 f"the data has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
                 f"{self.vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
             )
         raw = read_residual(input_ids.to(device))
-        kept = self.plan.kept(input_ids).to(device)
+        kept = (self.plan.kept(input_ids) & (not empty)).to(device)
         # Indexing copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
         return {name: raw.pop(name).to(device)[kept] for name in self.plan.hookpoints}
 
@@ -200,20 +218,28 @@ class SaeTrainer:
 
     def _read(self, run: state.RunState, windows: dict[str, LayerWindow], tokens_per_second: float) -> StepStats:
         """The finished numbers since the last report."""
+        placement, plan = self.placement, self.plan
+        rows = {}
+        for name, window in windows.items():
+            # One rank speaks for what all ranks of a layer know, so that sums over ranks count it once.
+            dead = len(run.counters[name].dead(self.cfg.dead_feature_threshold)) if placement.leads(name) else 0
+            steps = window.steps if placement.leads(name) else 0
+            rows[name] = window.row(dead, steps)
+        memory = torch.zeros(placement.world_size, dtype=torch.float64, device=placement.device)
+        memory[placement.rank] = peak_memory_bytes(placement.device)
+        blank = LayerWindow.empty(plan.d_in, placement.device).row(0, 0)
+        mine = torch.cat([*(rows.get(name, blank) for name in plan.hookpoints), memory])
+        together = placement.sum(mine)
+        parts = together[: -placement.world_size].view(len(plan.hookpoints), -1)
         layers = {
-            name: window.read(
-                self.placement.sum,
-                dead=len(run.counters[name].dead(self.cfg.dead_feature_threshold)),
-                num_latents=self.plan.num_latents,
-                with_multi_topk=self.cfg.sae.multi_topk,
-            )
-            for name, window in windows.items()
+            name: read_row(part, num_latents=plan.num_latents, with_multi_topk=self.cfg.sae.multi_topk)
+            for name, part in zip(plan.hookpoints, parts, strict=True)
         }
         return StepStats(
             step=run.step,
             tokens=run.tokens,
             tokens_per_second=tokens_per_second,
             learning_rate=self.plan.base_lr * self.plan.lr_scale(run.step - 1),
-            memory_bytes=peak_memory_bytes(self.placement.device),
+            memory_bytes=int(together[-placement.world_size :].max()),
             layers=layers,
         )

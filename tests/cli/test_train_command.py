@@ -172,14 +172,3 @@ def test_launchers(tmp_path, model_dir, text_file, launcher):
     done = subprocess.run([*command, "--run-name", "r"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path / "checkpoints/r/latest/layers.2/sae.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_several_processes_are_refused(tmp_path, model_dir, text_file):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "saekit", "train", model_dir, text_file]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, launch), *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "launched with 2 processes" in done.stderr
-    assert not (tmp_path / "checkpoints").exists()

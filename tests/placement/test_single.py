@@ -8,7 +8,7 @@ from saekit.training.optimizers import make_optimizer
 def place(**options):
     sae = Sae(8, 32, 4, generator=torch.Generator().manual_seed(0), **options)
     placement = Single(torch.device("cpu"))
-    placement.place({"h.0": sae}, lambda module: make_optimizer(TrainConfig(lr=0.01), module))
+    placement.place(["h.0"], lambda _: sae, lambda module: make_optimizer(TrainConfig(lr=0.01), module))
     return placement, sae
 
 
@@ -44,7 +44,7 @@ def test_apply_leaves_a_free_decoder_free():
 def test_route_hands_over_and_lets_go():
     placement, _ = place()
     acts = {"h.0": torch.ones(2, 8), "h.1": torch.ones(3, 8)}
-    for name, x in placement.route(acts):
+    for name, x in placement.route(acts, last=True):
         assert name not in acts
         assert x.shape[1] == 8
     assert not acts

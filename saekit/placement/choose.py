@@ -1,0 +1,66 @@
+"""From `--placement` and what the launcher said to a placement."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+
+from saekit.errors import UserError
+from saekit.placement.base import Placement
+from saekit.placement.single import Single
+
+
+def connect(asked: str = "auto", layer_map: str | None = None) -> Placement:
+    """Join the other processes of this run, if there are any.
+
+    Args:
+        asked: `auto`, `ddp` or `layer-map`.
+        layer_map: Which rank trains which layers under layer-map, such as `0-5:0,6-11:1`; None balances them.
+
+    Raises:
+        UserError: If what is asked for contradicts how the process was launched; the message names both.
+    """
+    name = choose(asked, os.environ)
+    if name == "single":
+        device = Accelerator().device
+        # Apple's GPU has no float64 for the statistics.
+        return Single(torch.device("cpu") if device.type == "mps" else device)
+    from saekit.placement.ddp import Ddp
+    from saekit.placement.layer_map import LayerMap
+    from saekit.placement.world import start_world
+
+    return LayerMap(start_world(), layer_map) if name == "layer-map" else Ddp(start_world())
+
+
+def choose(asked: str, environment: Mapping[str, str]) -> str:
+    """The placement's name, `single` where there is one process that no launcher started.
+
+    `auto` takes what the launch file says, and ddp under a launcher that says nothing of placements.
+
+    Raises:
+        UserError: See `connect`.
+    """
+    for variable, kind in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if environment.get(variable, "").lower() == "true":
+            raise UserError(
+                f"--placement {asked}, but the launch file says {kind}, which this version does not train under: "
+                "use a launch file for ddp or layer-map"
+            )
+    said = "layer-map" if environment.get("ROLE_NAME") == "layer-map" else None
+    if "LOCAL_RANK" not in environment:
+        if asked in ("ddp", "layer-map"):
+            raise UserError(
+                f"--placement {asked}, but this is one process that no launcher started: start it with "
+                f"--launch {asked.replace('-', '_')}, with accelerate launch or with torchrun"
+            )
+        return "single"
+    if asked == "ddp" and said == "layer-map":
+        raise UserError("--placement ddp, but the launch file says layer-map (role: layer-map): choose one of them")
+    return said or "ddp" if asked == "auto" else asked

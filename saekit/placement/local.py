@@ -1,0 +1,87 @@
+"""SAEs that are whole on this rank, each with an optimiser of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
+from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
+
+
+class LocalBank:
+    """The part that `single`, `ddp` and `layer-map` share: whole parameters and whole optimiser states."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._saes: dict[str, Sae] = {}
+        self._optimizers: dict[str, LayerOptimizer] = {}
+
+    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+        """See `Placement.place`."""
+        for hookpoint in hookpoints:
+            sae = make_sae(hookpoint).to(self.device).train()
+            self._saes[hookpoint] = sae
+            self._optimizers[hookpoint] = make_optimizer(sae)
+
+    def layers(self) -> tuple[str, ...]:
+        """See `Placement.layers`."""
+        return tuple(self._saes)
+
+    def owners(self) -> dict[str, int]:
+        """See `Placement.owners`."""
+        return {}
+
+    def sae(self, hookpoint: str) -> Sae:
+        """See `Placement.sae`."""
+        return self._saes[hookpoint]
+
+    def backward(self, hookpoint: str, loss: Tensor) -> None:
+        """See `Placement.backward`."""
+        loss.backward()
+
+    def apply(self, lr_scale: float) -> None:
+        """See `Placement.apply`."""
+        for hookpoint in self._saes:
+            self._update(hookpoint, lr_scale)
+            self._optimizers[hookpoint].zero_grad()
+
+    def _update(self, hookpoint: str, lr_scale: float) -> None:
+        """Step one layer, whose gradient is complete."""
+        sae = self._saes[hookpoint]
+        if sae.normalize_decoder:
+            project_decoder_gradient_(sae)
+        self._optimizers[hookpoint].step(lr_scale)
+        if sae.normalize_decoder:
+            normalize_decoder_(sae)
+
+    def weights(self, hookpoint: str) -> dict[str, Tensor]:
+        """See `Placement.weights`."""
+        return self._optimizers[hookpoint].export()
+
+    def optimizer_state(self, hookpoint: str) -> dict[str, Tensor]:
+        """See `Placement.optimizer_state`."""
+        return self._optimizers[hookpoint].state()
+
+    def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """See `Placement.load`."""
+        self._saes[hookpoint].load_state_dict(dict(weights))
+        self._optimizers[hookpoint].load_state(state)
+
+    def held_bytes(self) -> int:
+        """See `Placement.held_bytes`."""
+        parameters = [parameter for sae in self._saes.values() for parameter in sae.parameters()]
+        # A gradient is counted whether or not it exists at this moment: it has the parameter's size.
+        states = [tensor for each in self._optimizers.values() for tensor in each.state().values()]
+        return 2 * size_of(parameters) + size_of(states)
+
+    def shard_bytes(self) -> int | None:
+        """See `Placement.shard_bytes`."""
+        return None
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of several tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,75 @@
+"""The processes that train together, and what any placement over several of them needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for one another outside the training: one of them may be tokenising a large data set."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of a run, and where this one stands."""
+
+    rank: int
+    """Over all machines: chooses the slice of the data."""
+    size: int
+    device: torch.device
+    """Chosen by the rank on this machine, not by the one over all machines."""
+    control: dist.ProcessGroup
+    """For small plain values, over TCP, so that no GPU is involved."""
+
+
+def start_world() -> World:
+    """Join the processes that a launcher started.
+
+    On machines without a GPU (or under a launch file that hides it) they speak gloo, else NCCL.
+    """
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    backend = "gloo" if on_cpu else "nccl"
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, control)
+
+
+class Ranked:
+    """Sums and small values over all ranks; the other half of a placement is how it holds parameters."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rank = world.rank
+        self.world_size = world.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """See `Placement.sum`."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def share_all(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Counts of layers that all ranks train on, summed in one call; a step has fewer than 2³¹ tokens."""
+        together = torch.stack(list(counts.values())).to(torch.int32)
+        dist.all_reduce(together)
+        return dict(zip(counts, together, strict=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        """See `Placement.gather`."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.world.control)
+        return values
+
+    def close(self) -> None:
+        """See `Placement.close`."""
+        # A rank that simply ends tears its connections out of those who are still at work: gloo aborts them.
+        self.gather(None)
+        dist.destroy_process_group()

@@ -1,0 +1,77 @@
+"""Real runs of the command line on several processes that speak gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import saekit
+from saekit.demo import run as demo_run
+
+DEMO_LM = Path(demo_run.__file__).parent / "model"
+SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
+"""20 optimiser steps, the last of which has too few sequences for all ranks."""
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory, model_dir):
+    """A GPT-2 of two layers with random weights, and a tokenizer for its folder."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=2048, n_positions=32, n_embd=24, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_dir(tmp_path_factory):
+    """Random tokens; a tenth of them is left out of the training, unevenly, so that ranks have different counts."""
+    folder = tmp_path_factory.mktemp("tokens") / "data"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2000, (SEQUENCES, CTX_LEN), generator=generator)
+    ids[torch.rand(ids.shape, generator=generator) < 0.1] = 5
+    Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory, token_dir):
+    """Run `saekit train` on some ranks and return the run's folder; each different command runs once."""
+    root = tmp_path_factory.mktemp("runs")
+    done: dict[tuple, Path] = {}
+
+    def run(model, *options, ranks=1, batch_size=None, expect=0):
+        key = (str(model), ranks, batch_size, *options)
+        if key in done:
+            return done[key]
+        name = f"run{len(done)}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+        sizes = ["--batch-size", batch_size or GLOBAL_BATCH // ranks, "--num-latents", 64, "--k", 4]
+        settings = ["--lr", 1e-3, "--lr-warmup-steps", 2, "--dead-feature-threshold", 300, "--exclude-tokens", 5]
+        place = ["--ctx-len", CTX_LEN, "--dtype", "float32", "--save-dir", root, "--run-name", name]
+        command = [sys.executable, *launcher, "-m", "saekit", "train", model, token_dir]
+        command += [*sizes, *settings, *place, *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
+        environment["PYTHONPATH"] = str(Path(saekit.__file__).parent.parent)
+        result = subprocess.run(
+            [str(part) for part in command],
+            env=environment,
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == expect, result.stderr
+        done[key] = root / name
+        return done[key]
+
+    return run

@@ -1,0 +1,77 @@
+"""Placement never changes the maths: the same seed, data and global batch give the same SAEs on any ranks."""
+
+import json
+
+import pytest
+
+from tests.placement.conftest import DEMO_LM
+from tests.training.runs import metrics_of, tensors_of
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+"""Relative, in fp32: what is left is the order of summation."""
+
+
+def assert_same_run(found, expected):
+    """Weights, optimiser state, counters and every logged number."""
+    a, b = tensors_of(found / "latest"), tensors_of(expected / "latest")
+    assert a.keys() == b.keys()
+    for name in b:
+        if b[name].is_floating_point():
+            difference = (a[name].double() - b[name].double()).norm() / b[name].double().norm().clamp_min(1e-30)
+            assert difference <= TOLERANCE, f"{name}: {difference:.1e}"
+        else:
+            assert a[name].equal(b[name]), name
+    ours, theirs = ([each for each in metrics_of(run) if "step" in each] for run in (found, expected))
+    assert len(ours) == len(theirs) >= 20
+    for one, other in zip(ours, theirs, strict=True):
+        compare(one, other, f"step {one['step']}")
+
+
+def compare(one, other, where):
+    if isinstance(other, dict):
+        assert one.keys() == other.keys(), where
+        for name in other:
+            compare(one[name], other[name], f"{where}: {name}")
+    elif isinstance(other, float):
+        assert one == pytest.approx(other, rel=TOLERANCE, abs=1e-9), where
+    elif not isinstance(other, str):
+        assert one == other, where
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, ["--placement", "ddp"]),
+        (3, ["--placement", "ddp"]),
+        (2, ["--placement", "layer-map"]),
+        (3, ["--placement", "layer-map"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("lm", ["demo", "gpt2"])
+def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
+    model = DEMO_LM if lm == "demo" else gpt2_dir
+    assert_same_run(train(model, *options, ranks=ranks), train(model))
+
+
+@pytest.mark.parametrize("placement", ["ddp", "layer-map"])
+@pytest.mark.parametrize(
+    ("batch_size", "split"), [(3, ["--grad-acc-steps", "2"]), (2, ["--grad-acc-steps", "3", "--micro-acc-steps", "3"])]
+)
+def test_splits_of_the_same_batch_agree(train, gpt2_dir, placement, batch_size, split):
+    found = train(gpt2_dir, "--placement", placement, *split, ranks=2, batch_size=batch_size)
+    assert_same_run(found, train(gpt2_dir))
+
+
+def test_a_map_of_ones_own_agrees(train):
+    found = train(DEMO_LM, "--placement", "layer-map", "--layer-map", "0:1,1-4:0,5:1", ranks=3)
+    assert_same_run(found, train(DEMO_LM))
+
+
+def test_a_latent_has_died_and_a_step_was_short(train, gpt2_dir):
+    """Else the runs above would agree on less than they claim."""
+    steps = [each for each in metrics_of(train(gpt2_dir)) if "layers" in each]
+    assert any(layer["auxk_loss"] > 0 for layer in steps[-1]["layers"].values())
+    index = json.loads((train(gpt2_dir) / "latest" / "checkpoint.json").read_text())
+    assert index["step"] == 20
