@@ -57,8 +57,8 @@ def choose(asked: str, environment: Mapping[str, str]) -> str:
     if "LOCAL_RANK" not in environment:
         if asked in ("ddp", "layer-map"):
             raise UserError(
-                f"--placement {asked}, but this is one process that no launcher started: start it with "
-                f"--launch {asked.replace('-', '_')}, with accelerate launch or with torchrun"
+                f"--placement {asked}, but this is one process that no launcher started: start it with torchrun or "
+                f"accelerate launch --config_file accelerate_configs/{asked.replace('-', '_')}.yaml -m saekit train"
             )
         return "single"
     if asked == "ddp" and said == "layer-map":

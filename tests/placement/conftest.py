@@ -48,12 +48,16 @@ def train(tmp_path_factory, token_dir):
     root = tmp_path_factory.mktemp("runs")
     done: dict[tuple, Path] = {}
 
-    def run(model, *options, ranks=1, batch_size=None, expect=0):
-        key = (str(model), ranks, batch_size, *options)
+    def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None):
+        key = (str(model), ranks, batch_size, launch_file, *options)
         if key in done:
             return done[key]
         name = f"run{len(done)}"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+        if launch_file is not None:
+            file = Path(saekit.__file__).parent.parent / "accelerate_configs" / launch_file
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", ranks]
+            launcher += ["--main_process_port", 0]
         sizes = ["--batch-size", batch_size or GLOBAL_BATCH // ranks, "--num-latents", 64, "--k", 4]
         settings = ["--lr", 1e-3, "--lr-warmup-steps", 2, "--dead-feature-threshold", 300, "--exclude-tokens", 5]
         place = ["--ctx-len", CTX_LEN, "--dtype", "float32", "--save-dir", root, "--run-name", name]
@@ -72,6 +76,7 @@ def train(tmp_path_factory, token_dir):
         )
         assert result.returncode == expect, result.stderr
         done[key] = root / name
+        (root / name / "stderr.txt").write_text(result.stderr)
         return done[key]
 
     return run

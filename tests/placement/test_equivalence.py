@@ -69,6 +69,13 @@ def test_a_map_of_ones_own_agrees(train):
     assert_same_run(found, train(DEMO_LM))
 
 
+@pytest.mark.parametrize("placement", ["ddp", "layer-map"])
+def test_a_launch_file_says_which_placement(train, placement):
+    found = train(DEMO_LM, ranks=2, launch_file=f"{placement.replace('-', '_')}_cpu.yaml")
+    assert (found / "stderr.txt").read_text().count(f", {placement}, ") == 1  # rank 0 says it, the others nothing
+    assert_same_run(found, train(DEMO_LM))
+
+
 def test_a_latent_has_died_and_a_step_was_short(train, gpt2_dir):
     """Else the runs above would agree on less than they claim."""
     steps = [each for each in metrics_of(train(gpt2_dir)) if "layers" in each]
