@@ -106,6 +106,9 @@ class Placement(Protocol):
     def held_bytes(self) -> int:
         """Bytes of parameters, gradients and optimiser state on this rank."""
 
+    def first_to_fail(self) -> bool:
+        """Called by a rank that ends by an error: whether it is the first, whose error is the one to show."""
+
     def close(self) -> None:
         """Part from the other ranks at the end of a run that went well. Collective."""
 

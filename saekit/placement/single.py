@@ -38,5 +38,9 @@ class Single(LocalBank):
         """See `Placement.gather`."""
         return [value]
 
+    def first_to_fail(self) -> bool:
+        """See `Placement.first_to_fail`."""
+        return True
+
     def close(self) -> None:
         """See `Placement.close`."""

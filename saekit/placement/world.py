@@ -28,6 +28,8 @@ class World:
     """Chosen by the rank on this machine, not by the one over all machines."""
     control: dist.ProcessGroup
     """For small plain values, over TCP, so that no GPU is involved."""
+    store: dist.Store  # type: ignore[name-defined]
+    """What the launcher keeps for all ranks; it answers when a rank is gone."""
 
 
 def start_world() -> World:
@@ -39,7 +41,9 @@ def start_world() -> World:
     backend = "gloo" if on_cpu else "nccl"
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, control)
+    # A connection of our own: the process group's is busy while a collective waits.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, control, store)
 
 
 class Ranked:
@@ -67,6 +71,13 @@ class Ranked:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.world.control)
         return values
+
+    def first_to_fail(self) -> bool:
+        """See `Placement.first_to_fail`."""
+        try:
+            return self.world.store.add("saekit/failures", 1) == 1
+        except RuntimeError:  # the store is gone with the rank or the launcher that kept it
+            return True
 
     def close(self) -> None:
         """See `Placement.close`."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -13,11 +16,14 @@ from saekit.activations import check_device, load_model, load_tokenizer, model_s
 from saekit.config import RunConfig
 from saekit.data import load_sequences
 from saekit.errors import Interrupted, UserError
-from saekit.placement import connect
+from saekit.placement import Placement, connect
 from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.training.checkpoint import check_run_folder
 from saekit.training.plan import default_run_name
 from saekit.training.trainer import SaeTrainer
+
+SILENCE = 3.0
+"""Seconds that a rank waits before it follows one that had an error."""
 
 
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
@@ -30,12 +36,36 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
         UserError: If something in the configuration cannot be used.
     """
     _no_bars_in_a_log()
-    watcher = reporter or terminal_reporter()
+    placement = connect(cfg.train.placement, cfg.train.layer_map)
+    with _one_error(placement):
+        watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
+        return _train(cfg, placement, watcher)
+
+
+@contextmanager
+def _one_error(placement: Placement) -> Iterator[None]:
+    """An error on one rank ends them all; the one that came first is shown, by the rank that had it.
+
+    The others find their connections closed: they wait a moment, so that the launcher, which stops all ranks when the
+    first has ended, does not stop that one before it has spoken, and leave in silence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not placement.first_to_fail():
+            time.sleep(SILENCE)
+            raise SystemExit(1) from error
+        if placement.world_size > 1 and isinstance(error, RuntimeError) and "gloo" in str(error).lower():
+            raise UserError(
+                "another rank of this run has ended without a word (killed, out of memory, or its machine is gone); "
+                "--resume goes on from the last checkpoint"
+            ) from error
+        raise
+
+
+def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
     try:
         train = cfg.train
-        placement = connect(train.placement, train.layer_map)
-        if placement.rank > 0:
-            watcher = Reporters()
         run_dir = train.save_dir / (train.run_name or default_run_name(cfg.model.model, cfg))
         if placement.rank == 0:
             check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)

@@ -1,0 +1,72 @@
+"""When one rank fails, all end, the error is shown once, and the last checkpoint can be read."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from datasets import Dataset
+
+import saekit
+from saekit.training.checkpoint import read_index
+from tests.placement.conftest import CTX_LEN, DEMO_LM
+
+pytestmark = pytest.mark.slow
+SMALL = ["--num-latents", 64, "--k", 4, "--ctx-len", CTX_LEN, "--batch-size", 2, "--no-shuffle", "--run-name", "run"]
+PLACEMENTS = ["ddp", "layer-map"]
+
+
+def start(folder, model, ids, *options):
+    Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(folder / "data")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "saekit", "train"]
+    command = [sys.executable, *launcher, model, folder / "data", *SMALL, "--save-dir", folder, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
+    environment["PYTHONPATH"] = str(Path(saekit.__file__).parent.parent)
+    parts = [str(part) for part in command]
+    return subprocess.Popen(parts, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ids(sequences):
+    return torch.randint(2, 2000, (sequences, CTX_LEN), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_an_error_on_one_rank_ends_all_and_is_shown_once(tmp_path, placement):
+    tokens = ids(40)
+    tokens[6] = 60_000  # in the slice of rank 1, at the second step
+    running = start(tmp_path, DEMO_LM, tokens, "--placement", placement)
+    _, errors = running.communicate(timeout=90)
+    assert running.returncode != 0
+    assert errors.count("Error: the data has token ids") == 1, errors
+    assert errors.count("Error: ") - errors.count("ChildFailedError: ") == 1, errors
+
+
+def test_an_error_on_all_ranks_is_shown_once(tmp_path):
+    running = start(tmp_path, tmp_path / "no-such-model", ids(40))
+    _, errors = running.communicate(timeout=90)
+    assert running.returncode != 0
+    assert errors.count("there is no such folder") == 1, errors
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint(tmp_path, placement, victim):
+    running = start(tmp_path, DEMO_LM, ids(20_000), "--placement", placement, "--save-every", 3)
+    latest = tmp_path / "run" / "latest"
+    deadline = time.monotonic() + 90
+    while not latest.exists():
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = {int(child.environ()["RANK"]): child for child in psutil.Process(running.pid).children()}
+    workers[victim].send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(list(workers.values()), timeout=30)
+    assert not alive
+    running.communicate(timeout=30)
+    assert running.returncode != 0
+    assert read_index(latest)["hookpoints"] == [f"layers.{layer}" for layer in range(6)]
