@@ -48,11 +48,11 @@ def train(tmp_path_factory, token_dir):
     root = tmp_path_factory.mktemp("runs")
     done: dict[tuple, Path] = {}
 
-    def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None):
-        key = (str(model), ranks, batch_size, launch_file, *options)
+    def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None):
+        key = (str(model), ranks, batch_size, launch_file, name, *options)
         if key in done:
             return done[key]
-        name = f"run{len(done)}"
+        name = name or f"run{len(done)}"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
         if launch_file is not None:
             file = Path(saekit.__file__).parent.parent / "accelerate_configs" / launch_file

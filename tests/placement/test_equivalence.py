@@ -1,6 +1,7 @@
 """Placement never changes the maths: the same seed, data and global batch give the same SAEs on any ranks."""
 
 import json
+import shutil
 
 import pytest
 
@@ -67,6 +68,21 @@ def test_splits_of_the_same_batch_agree(train, gpt2_dir, placement, batch_size, 
 def test_a_map_of_ones_own_agrees(train):
     found = train(DEMO_LM, "--placement", "layer-map", "--layer-map", "0:1,1-4:0,5:1", ranks=3)
     assert_same_run(found, train(DEMO_LM))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(["--placement", "ddp"], ["--placement", "layer-map"]), (["--placement", "layer-map"], [])],
+    ids=["ddp on 2, then layer-map on 3", "layer-map on 2, then 1"],
+)
+def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, after):
+    name = "-".join(["moved", *before[1:], *after[1:]])
+    run = train(gpt2_dir, *before, "--save-every", 10, "--keep-last", 2, ranks=2, name=name)
+    shutil.rmtree(run / "step_00000020")
+    (run / "latest").unlink()
+    (run / "latest").symlink_to("step_00000010")
+    found = train(gpt2_dir, *after, "--resume", ranks=3 if after else 1, name=name)
+    assert_same_run(found, train(gpt2_dir))
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map"])
