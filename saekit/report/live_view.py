@@ -22,6 +22,9 @@ TREND_REPORTS = 24
 ALL_LAYERS = ""
 """Key of the mean over layers in `RunState.trends`; no hookpoint is called that."""
 
+WIDE_ENOUGH_FOR_RANKS = 66
+"""Columns of the terminal from which a layer map's ranks are shown."""
+
 ROOMY = 20
 """Terminal lines from which the view has blank lines and its whole header."""
 
@@ -84,7 +87,7 @@ def line(*parts: str | tuple[str, str]) -> Text:
 def _header(info: RunInfo, width: int) -> list[Text]:
     layers = len(info.hookpoints)
     shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.num_latents:,} latents · k {info.k}"
-    shape_and_place = f"{shape} · width {info.d_in:,} · {info.device}, {info.placement}, {info.dtype}"
+    shape_and_place = f"{shape} · width {info.d_in:,} · {info.place}, {info.dtype}"
     batch = f" · {info.global_batch:,} × {info.ctx_len:,} tokens a step"
     return [
         line(("saekit  ", "bold cyan"), (info.model, "bold"), (" on ", "dim"), (info.dataset, "bold")),
@@ -135,15 +138,19 @@ def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
     with_mean = len(names) > 1
     fits = len(names) + with_mean <= room
     rows = spread(len(names), max(0, room - with_mean - (not fits)))
-    # The numbers and the gaps between columns take 42 columns.
+    owners = state.info.owners if width >= WIDE_ENOUGH_FOR_RANKS else {}
+    # The numbers and the gaps between columns take 42 columns, the layers' ranks six more.
+    taken = 42 + 6 * bool(owners)
     longest = max(len("layer"), *map(len, names), len(f"all {len(names)}"))
-    name_width = min(longest, max(len("layers.10"), width - 42 - len("FVU trend")))
-    trend_room = width - name_width - 42
+    name_width = min(longest, max(len("layers.10"), width - taken - len("FVU trend")))
+    trend_room = width - name_width - taken
     trend_width = max(4, min(TREND_REPORTS, trend_room))
     title = "FVU trend (log, own scale)" if trend_room >= len("FVU trend (log, own scale)") else "FVU trend"
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("layer", width=name_width, no_wrap=True, overflow="ellipsis")
+    if owners:
+        table.add_column("rank", width=4, justify="right", no_wrap=True)
     for heading, columns in (("FVU", 7), ("dead", 7), ("", 5), ("L0", 5), ("AuxK", 6)):
         table.add_column(heading, width=columns, justify="right", no_wrap=True)
     table.add_column(title, min_width=trend_width, no_wrap=True, overflow="crop", style="cyan")
@@ -151,12 +158,14 @@ def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
         table.add_row(
             # As a Text, a name in brackets is no markup.
             Text(units.tail(name, name_width)),
+            *([str(owners[name])] if owners else []),
             *_cells(layers.get(name)),
             sparkline(state.trends.get(name, ()), trend_width),
         )
     if with_mean:
         trend = sparkline(state.trends.get(ALL_LAYERS, ()), trend_width)
-        table.add_row(f"all {len(names)}", *_cells(mean_layer(list(layers.values()))), trend, style="bold")
+        blank = [""] if owners else []
+        table.add_row(f"all {len(names)}", *blank, *_cells(mean_layer(list(layers.values()))), trend, style="bold")
     if fits:
         return [table]
     shown = {names[row] for row in rows}

@@ -49,8 +49,10 @@ class PlainReporter:
         self._write(
             f"training {len(info.hookpoints)} x {info.num_latents:,} latents, k {info.k}, on {info.model} with "
             f"{info.dataset}: {info.total_steps:,} steps of {info.global_batch:,} x {info.ctx_len:,} tokens, "
-            f"{info.device}, {info.placement}, {info.dtype}, in {info.run_dir}{resumed}"
+            f"{info.place}, {info.dtype}, in {info.run_dir}{resumed}"
         )
+        if info.layout:
+            self._write(f"layers by rank: {info.layout}")
 
     def step(self, stats: StepStats) -> None:
         """Write the first report, and later ones when the last line is old enough."""

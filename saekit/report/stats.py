@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -80,6 +81,28 @@ class RunInfo:
     """Sequences per optimiser step over all ranks."""
     config: dict[str, object]
     """The resolved configuration, without secrets."""
+    world_size: int = 1
+    """Ranks that train together."""
+    owners: Mapping[str, int] = field(default_factory=dict)
+    """By hookpoint, the rank that holds the layer's SAE; empty where each rank holds all."""
+
+    @property
+    def place(self) -> str:
+        """Where it runs, in a few words: `cpu, single`, or `cuda:0, ddp on 4 ranks`."""
+        ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{self.device}, {self.placement}{ranks}"
+
+    @property
+    def layout(self) -> str:
+        """Which rank holds which layers, such as `rank 0: layers.0-layers.2`; empty where each holds all."""
+        parts = []
+        for rank in range(self.world_size if self.owners else 0):
+            own = [name for name in self.hookpoints if self.owners[name] == rank]
+            at = [self.hookpoints.index(name) for name in own]
+            joined = at == list(range(at[0], at[-1] + 1)) if at else False
+            shown = f"{own[0]}-{own[-1]}" if joined and len(own) > 1 else ", ".join(own) or "none"
+            parts.append(f"rank {rank}: {shown}")
+        return "; ".join(parts)
 
     @property
     def total_tokens(self) -> int:

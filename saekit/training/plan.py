@@ -121,6 +121,8 @@ class RunPlan:
             dtype=str(dtype).removeprefix("torch."),
             global_batch=self.batches.global_batch,
             config=self.config(),
+            world_size=placement.world_size,
+            owners=placement.owners(),
         )
 
 

@@ -88,7 +88,9 @@ def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, after):
 @pytest.mark.parametrize("placement", ["ddp", "layer-map"])
 def test_a_launch_file_says_which_placement(train, placement):
     found = train(DEMO_LM, ranks=2, launch_file=f"{placement.replace('-', '_')}_cpu.yaml")
-    assert (found / "stderr.txt").read_text().count(f", {placement}, ") == 1  # rank 0 says it, the others nothing
+    assert (found / "stderr.txt").read_text().count(
+        f", {placement} on 2 ranks, "
+    ) == 1  # rank 0 says it, the others nothing
     assert_same_run(found, train(DEMO_LM))
 
 

@@ -80,6 +80,20 @@ def test_numbers(make_state):
     assert row.split()[:6] == ["layers.1", "0.0600", "41", "1.0%", "31.5", "0.800"]
 
 
+@pytest.mark.parametrize("width", [66, 80, 120])
+def test_under_a_layer_map_each_layer_has_its_rank(make_state, width):
+    state = make_state(3)
+    info = replace(
+        state.info, placement="layer-map", world_size=2, owners={"layers.0": 0, "layers.1": 1, "layers.2": 1}
+    )
+    lines = picture(replace(state, info=info), width)
+    assert max(map(len, lines)) <= width
+    rows = {line.split()[0]: line.split()[1] for line in lines if line.startswith(("layer ", "layers."))}
+    assert rows == {"layer": "rank", "layers.0": "0", "layers.1": "1", "layers.2": "1"}
+    assert "rank" not in "\n".join(picture(state, width))
+    assert " rank " not in "\n".join(picture(replace(state, info=info), 60))
+
+
 def test_long_names_lose_their_beginning(make_state):
     names = [f"model.language_model.transformer.encoder.layers.{i}" for i in range(3)]
     rows = [line for line in picture(make_state(3, names=names)) if "yers.2" in line]

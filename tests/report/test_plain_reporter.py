@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -37,6 +38,16 @@ def test_lines_are_rare_and_the_last_one_is_there(make_info, make_stats, clock, 
         ["layers.1", "0.5100", "41", "1.0%", "31.5", "0.8000"],
     ]
     assert lines[-1] == "stopped after 12s"
+
+
+def test_ranks_and_what_they_hold(make_info):
+    stream = io.StringIO()
+    owners = {"layers.0": 0, "layers.1": 0, "layers.2": 2, "layers.3": 0}
+    info = replace(make_info(layers=4), placement="layer-map", world_size=3, owners=owners)
+    PlainReporter(stream).start(info)
+    assert "cpu, layer-map on 3 ranks, float32" in stream.getvalue()
+    assert "rank 0: layers.0, layers.1, layers.3; rank 1: none; rank 2: layers.2" in stream.getvalue()
+    assert "rank" not in make_info().layout
 
 
 def test_a_report_that_was_written_is_not_repeated(make_info, make_stats):
