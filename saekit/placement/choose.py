@@ -12,6 +12,8 @@ from saekit.errors import UserError
 from saekit.placement.base import Placement
 from saekit.placement.single import Single
 
+PLACEMENTS = ("auto", "ddp", "layer-map")
+
 
 def connect(asked: str = "auto", layer_map: str | None = None) -> Placement:
     """Join the other processes of this run, if there are any.
@@ -23,6 +25,8 @@ def connect(asked: str = "auto", layer_map: str | None = None) -> Placement:
     Raises:
         UserError: If what is asked for contradicts how the process was launched; the message names both.
     """
+    if asked not in PLACEMENTS:
+        raise UserError(f"--placement {asked}: there is none of that name; choose one of {', '.join(PLACEMENTS)}")
     name = choose(asked, os.environ)
     if name == "single":
         device = Accelerator().device

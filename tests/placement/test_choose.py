@@ -1,7 +1,7 @@
 import pytest
 
 from saekit.errors import UserError
-from saekit.placement.choose import choose
+from saekit.placement.choose import choose, connect
 
 TORCHRUN = {"LOCAL_RANK": "0", "ROLE_NAME": "default"}
 
@@ -35,3 +35,8 @@ def test_contradictions_name_both_sides(asked, environment, parts):
     with pytest.raises(UserError) as refused:
         choose(asked, environment)
     assert all(part in str(refused.value) for part in parts)
+
+
+def test_an_unknown_placement_is_not_taken_for_another():
+    with pytest.raises(UserError, match="zero3: there is none"):
+        connect("zero3")

@@ -1,0 +1,167 @@
+"""What each placement exchanges and holds on two ranks, beside what `saekit.placement.planner` says it should.
+
+    python benchmarks/placement.py                     two ranks
+    python benchmarks/placement.py --ranks 3           rows of the decoder cut between ranks, an uneven layer map
+
+Ranks are processes of this machine, on the CPU with gloo. Bytes exchanged are the kernel's own counts per TCP socket;
+bytes held are those of the tensors that the placement holds when the optimiser steps. Ends with code 1 where measured
+and planned differ by more than a tenth.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from common import HERE, hardware, run_script, versions
+from rich.console import Console
+from rich.table import Table
+
+from saekit.placement.planner import PlacementName, Workload, memory, traffic
+
+PLACEMENTS: tuple[PlacementName, ...] = ("ddp", "layer-map")
+TOLERANCE = 0.1
+SMALLEST = 100_000
+"""Bytes that a difference is at least compared to, for what is planned to be nothing: token counts, numbers of tokens
+to come, the request to stop, and the store come to a few thousand bytes per step, which the planner leaves out."""
+CTX_LEN = 64
+FIRST_STEP, STEPS = 3, 13
+"""Counters are read in these optimiser steps: connections and lazy buffers are there by then."""
+QUANTITIES = ("sent", "received", "held")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is cut, and the type of the activations; the tokens of a step are the same."""
+
+    name: str
+    micro_batches: int
+    chunks: int
+    dtype: str
+
+
+SETTINGS = (Setting("whole", 1, 1, "float32"), Setting("cut", 2, 3, "bfloat16"))
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def main(
+    ranks: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    layers: Annotated[int, typer.Option(help="Layers of the language model; one SAE each.", min=1)] = 4,
+    width: Annotated[int, typer.Option(help="Its width.")] = 128,
+    latents: Annotated[int, typer.Option(help="Latents per SAE.")] = 1024,
+    k: Annotated[int, typer.Option(help="Active latents per token.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(help=f"Sequences of {CTX_LEN} tokens per rank and step; even.", min=2)
+    ] = 16,
+    placement: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(PLACEMENTS)}; repeatable, all by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "placement.json",
+) -> None:
+    """Measure the traffic and the memory of the placements, and hold the planner to them."""
+    if unknown := set(placement or ()) - set(PLACEMENTS):
+        raise typer.BadParameter(f"--placement: there is no {', '.join(sorted(unknown))}")
+    if batch_size % 2:
+        raise typer.BadParameter(f"--batch-size {batch_size}: has to be even, to be cut into two micro-batches")
+    base = Workload(layers, width, latents, ranks, batch_size * CTX_LEN, backend="gloo")
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="saekit-placement-") as work:
+        for setting in SETTINGS:
+            load = replace(
+                base,
+                micro_batches=setting.micro_batches,
+                chunks=setting.chunks,
+                act_bytes=BYTES[setting.dtype],
+            )
+            for name in (each for each in PLACEMENTS if each in (placement or PLACEMENTS)):
+                read = measure(name, load, setting, k, Path(work) / f"{setting.name}-{name}")
+                runs.append({"setting": setting.name, "placement": name, "ranks": list(compare(name, load, read))})
+                console.print(table(runs[-1]))
+    write(out, base, runs)
+    worst = max(runs, key=deviation)
+    console.print(f"Furthest apart: {worst['placement']}, {worst['setting']}: {deviation(worst):.1%}")
+    console.print(f"The numbers are in {out.name}.")
+    if deviation(worst) > TOLERANCE:
+        raise typer.Exit(1)
+
+
+def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Path) -> list[dict[str, Any]]:
+    """Train for a few steps; returns every rank's readings."""
+    folder.mkdir()
+    job = {
+        "placement": placement,
+        "world_size": load.world_size,
+        "layers": load.layers,
+        "d_in": load.d_in,
+        "num_latents": load.num_latents,
+        "k": k,
+        "ctx_len": CTX_LEN,
+        "batch_size": load.tokens // CTX_LEN // setting.micro_batches,
+        "micro_batches": setting.micro_batches,
+        "chunks": setting.chunks,
+        "dtype": setting.dtype,
+        "first": FIRST_STEP,
+        "steps": STEPS,
+        "out": str(folder),
+    }
+    file = folder / "job.json"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    run_script(sys.executable, "placement_worker.py", file)
+    return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(load.world_size)]
+
+
+def compare(placement: PlacementName, load: Workload, readings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every rank's measured quantities, each with what was planned."""
+    for read in readings:
+        planned = traffic(placement, load, read["layers"])
+        expected = (planned.sent, planned.received, memory(placement, load, read["layers"]))
+        pairs = zip(QUANTITIES, expected, strict=True)
+        yield {"layers": read["layers"], **{key: {"measured": read[key], "planned": plan} for key, plan in pairs}}
+
+
+def deviation(run: dict[str, Any]) -> float:
+    """The largest difference between measured and planned, as a share of what was planned."""
+    pairs = [rank[quantity] for rank in run["ranks"] for quantity in QUANTITIES]
+    return max(abs(pair["measured"] - pair["planned"]) / max(pair["planned"], SMALLEST) for pair in pairs)
+
+
+def table(run: dict[str, Any]) -> Table:
+    """One run's ranks, measured beside planned; sent and received are per optimiser step."""
+    shown = Table("rank", "layers", "", title=f"{run['placement']}, step {run['setting']}", title_justify="left")
+    for column in ("measured MB", "planned MB", "ratio"):
+        shown.add_column(column, justify="right")
+    for number, rank in enumerate(run["ranks"]):
+        for quantity in QUANTITIES:
+            measured, planned = rank[quantity]["measured"], rank[quantity]["planned"]
+            ratio = f"{measured / planned:.4f}" if planned else "–"
+            own = (str(number), str(rank["layers"])) if quantity == QUANTITIES[0] else ("", "")
+            shown.add_row(*own, quantity, f"{measured / 1e6:.3f}", f"{planned / 1e6:.3f}", ratio)
+    return shown
+
+
+def write(out: Path, base: Workload, runs: list[dict[str, Any]]) -> None:
+    """Put these runs into the file, which may hold those of other numbers of ranks."""
+    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    record[f"{base.world_size} ranks"] = {
+        "date": date.today().isoformat(),
+        "hardware": hardware(),
+        "versions": {**versions(sys.executable), "deepspeed": version("deepspeed")},
+        "workload": {key: getattr(base, key) for key in ("layers", "d_in", "num_latents", "tokens", "backend")},
+        "settings": {each.name: vars(each) for each in SETTINGS},
+        "runs": runs,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
