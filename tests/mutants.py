@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 TAP = "saekit/activations/tap.py"
-ADVANCE = "run.counters[name].advance(placement.sum(run.counters[name].fired_now_M), tokens)"
+ADVANCE = "run.counters[name].advance(fired[name], tokens)"
 DEAD_CODE = "sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)"
 
 FAULTS = [
@@ -74,9 +74,9 @@ FAULTS = [
     ),
     (
         "the gradient is not projected",
-        "saekit/placement/single.py",
-        "                project_decoder_gradient_(sae)\n",
-        "                pass\n",
+        "saekit/placement/local.py",
+        "            project_decoder_gradient_(sae)\n",
+        "            pass\n",
     ),
 ]
 
