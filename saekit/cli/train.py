@@ -13,6 +13,7 @@ from saekit.errors import UserError
 
 @with_config_options
 def train(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Language model: a hub id or a local folder.")] = None,
     dataset: Annotated[
         str | None,
@@ -26,6 +27,19 @@ def train(
         typer.Option(
             "--config", metavar="PATH", help="YAML file with defaults for all options, MODEL and DATASET too."
         ),
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            metavar="NAME",
+            help="Run on several processes: ddp, layer-map, ddp-cpu, ... (accelerate_configs/), or a launch file of "
+            "accelerate.",
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option("--num-processes", metavar="N", min=1, help="With --launch: how many, instead of the file's."),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
     **options: Any,
@@ -48,6 +62,12 @@ def train(
     if "expansion_factor" in typed and "num_latents" not in typed:
         values.pop("num_latents", None)
     cfg = RunConfig.from_flat(values)
+    if launch is not None:
+        from saekit.cli.launch import relaunch
+
+        return relaunch(context, launch, num_processes)
+    if num_processes is not None:
+        raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
     with messages().status("Loading libraries"):
         from saekit.training.launch import train_from_config
     with resumable():

@@ -184,7 +184,7 @@ class TrainConfig:
         10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
     )
 
-    placement: Literal["auto", "ddp", "layer-map"] = option(
+    placement: Literal["auto", "ddp", "zero3", "layer-map"] = option(
         "auto",
         "Where SAEs live: ddp, on every rank; layer-map, each layer on one rank. auto takes what the launch file says, "
         "or ddp.",

@@ -94,14 +94,14 @@ class Placement(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """A small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
 
-    def weights(self, hookpoint: str) -> dict[str, Tensor]:
-        """The layer's whole tensors to keep, by parameter name. Collective among the layer's ranks."""
+    def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The layer's whole tensors to keep, by name: weights and optimiser state. None on ranks that do not lead it.
 
-    def optimizer_state(self, hookpoint: str) -> dict[str, Tensor]:
-        """The layer's whole optimiser state. Collective among the layer's ranks."""
+        Collective among the layer's ranks; no more than one layer is gathered at a time.
+        """
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """The inverse of `weights` and `optimizer_state`."""
+        """The inverse of `whole`, on every rank of the layer."""
 
     def held_bytes(self) -> int:
         """Bytes of parameters, gradients and optimiser state on this rank."""

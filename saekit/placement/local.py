@@ -57,13 +57,14 @@ class LocalBank:
         if sae.normalize_decoder:
             normalize_decoder_(sae)
 
-    def weights(self, hookpoint: str) -> dict[str, Tensor]:
-        """See `Placement.weights`."""
-        return self._optimizers[hookpoint].export()
+    def leads(self, hookpoint: str) -> bool:
+        """See `Placement.leads`."""
+        return True
 
-    def optimizer_state(self, hookpoint: str) -> dict[str, Tensor]:
-        """See `Placement.optimizer_state`."""
-        return self._optimizers[hookpoint].state()
+    def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """See `Placement.whole`."""
+        optimizer = self._optimizers[hookpoint]
+        return (optimizer.export(), optimizer.state()) if self.leads(hookpoint) else None
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """See `Placement.load`."""

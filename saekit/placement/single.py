@@ -17,10 +17,6 @@ class Single(LocalBank):
     rank = 0
     world_size = 1
 
-    def leads(self, hookpoint: str) -> bool:
-        """See `Placement.leads`."""
-        return True
-
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
         """See `Placement.route`."""
         for hookpoint in list(acts):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 PATIENCE = timedelta(days=1)
@@ -30,20 +30,27 @@ class World:
     """For small plain values, over TCP, so that no GPU is involved."""
     store: dist.Store  # type: ignore[name-defined]
     """What the launcher keeps for all ranks; it answers when a rank is gone."""
+    accelerator: Accelerator
 
 
-def start_world() -> World:
+def start_world(zero: DeepSpeedPlugin | None = None) -> World:
     """Join the processes that a launcher started.
 
     On machines without a GPU (or under a launch file that hides it) they speak gloo, else NCCL.
+
+    Args:
+        zero: How DeepSpeed is to shard, if it is.
     """
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    backend = "gloo" if on_cpu else "nccl"
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")
+    # Told that it is on a CPU, accelerate would not look at the plugin.
+    accelerator = Accelerator(
+        cpu=on_cpu and zero is None, mixed_precision="no", deepspeed_plugin=zero, kwargs_handlers=[backend]
+    )
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     # A connection of our own: the process group's is busy while a collective waits.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, control, store)
+    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, control, store, accelerator)
 
 
 class Ranked:

@@ -124,9 +124,10 @@ def records(
     """What a checkpoint keeps of each layer of this rank, made one layer at a time."""
     for name in placement.layers():
         # Every rank of a layer helps to make its whole tensors; one of them keeps them.
-        weights, optimizer_state = placement.weights(name), placement.optimizer_state(name)
-        if not placement.leads(name):
+        whole = placement.whole(name)
+        if whole is None:
             continue
+        weights, optimizer_state = whole
         calibration = state.calibration[name]
         tensors = {
             **state.counters[name].state(),

@@ -23,7 +23,7 @@ def test_apply_projects_steps_normalises_and_clears():
     backward(placement, sae)
     placement.apply(1.0)
     # Adam's first moment is a tenth of the gradient it was given: nothing of it lies along the rows as they were.
-    moment = placement.optimizer_state("h.0")["W_dec.exp_avg"]
+    moment = placement.whole("h.0")[1]["W_dec.exp_avg"]
     assert moment.abs().max() > 0
     torch.testing.assert_close((moment * rows).sum(1), torch.zeros(32), atol=1e-5, rtol=0)
     assert not torch.equal(sae.W_dec, rows)
@@ -37,7 +37,7 @@ def test_apply_leaves_a_free_decoder_free():
     backward(placement, sae)
     gradient = sae.W_dec.grad.clone()
     placement.apply(1.0)
-    torch.testing.assert_close(placement.optimizer_state("h.0")["W_dec.exp_avg"], 0.1 * gradient)
+    torch.testing.assert_close(placement.whole("h.0")[1]["W_dec.exp_avg"], 0.1 * gradient)
     assert (sae.W_dec.norm(dim=1) - rows.norm(dim=1)).abs().max() > 1e-4
 
 

@@ -1,0 +1,105 @@
+"""DeepSpeed as zero3 needs it: its settings, from the launch file and from what is known to be right, and its silence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from transformers.integrations import unset_hf_deepspeed_config
+
+from saekit.errors import UserError
+from saekit.placement.world import World, start_world
+
+DEVICES = ("none", "cpu")
+"""Where parameters and optimiser states may be offloaded to."""
+OFFLOADED = {"offload_optimizer": "OPTIMIZER", "offload_param": "PARAM"}
+
+
+def start_zero3() -> World:
+    """Join the other ranks with a plugin for stage 3.
+
+    Raises:
+        UserError: If DeepSpeed is missing, or the launch file asks for another stage or another way of offloading.
+    """
+    silence()
+    offload = offload_devices(os.environ)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"--placement zero3 needs DeepSpeed, which cannot be imported here ({error})") from error
+    if not torch.cuda.is_available():
+        # A shared-memory operation that would be compiled for a minute, with a compiler that need not be there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    world = start_world(DeepSpeedPlugin(hf_ds_config=settings(offload)))
+    unset_hf_deepspeed_config()  # else transformers would shard the language model as well
+    return world
+
+
+def settings(offload: Mapping[str, str]) -> dict[str, Any]:
+    """DeepSpeed's configuration. What is not its default has a reason."""
+    zero = {
+        "stage": 3,
+        # Small tensors too: those that persist would go stale, because the decoder is changed behind its back.
+        "stage3_param_persistence_threshold": 0,
+        # The default, 5e8 elements, is a buffer larger than most banks; no gradient waits for another one here.
+        "reduce_bucket_size": 1_000_000,
+        # Only stage 2 can overlap with an accumulation of our own.
+        "overlap_comm": False,
+        # Else `torch.nn.functional.linear` is replaced for the whole process, the language model included.
+        "memory_efficient_linear": False,
+        **{name: {"device": device} for name, device in offload.items() if device != "none"},
+    }
+    return {
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,  # else it clips at 1
+        "managed_gradient_accumulation": False,  # a step ends when we say so: there is a backward pass per layer
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1,  # it must be a number, and is not used
+        "zero_force_ds_cpu_optimizer": False,  # torch's own Adam, offloaded or not
+        "bf16": {"enabled": False},  # SAEs are trained in float32; the language model has its own type
+        "fp16": {"enabled": False},
+    }
+
+
+def offload_devices(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the launch file wants `offload_optimizer` and `offload_param`: `none` or `cpu`.
+
+    Raises:
+        UserError: If it says another stage than 3, or offloading to a disk; or its own DeepSpeed file cannot be read.
+    """
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    devices = {name: environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{key}_DEVICE") for name, key in OFFLOADED.items()}
+    if path := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        try:
+            zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+            stage = str(zero.get("stage", 0))
+            devices = {name: zero.get(name, {}).get("device") for name in OFFLOADED}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"the launch file's deepspeed_config_file {path} cannot be read ({error})") from None
+    if stage != "3":
+        raise UserError(
+            f"the launch file says DeepSpeed with ZeRO stage {stage}, but saekit trains with stage 3 only "
+            "(--placement zero3): write zero_stage: 3, or use a launch file for ddp"
+        )
+    for name, device in devices.items():
+        if (device or "none") not in DEVICES:
+            raise UserError(f"the launch file says {name}_device: {device}, but saekit knows {' and '.join(DEVICES)} only")
+    return {name: device or "none" for name, device in devices.items()}
+
+
+def silence() -> None:
+    """Keep DeepSpeed from speaking of what is known and right."""
+    # It calls collectives that torch has renamed, six times per step and rank.
+    warnings.filterwarnings(
+        "ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning, append=False
+    )
+    # "Setting ds_accelerator to cpu", "gradient accumulation is unmanaged", and the like, from every rank.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
