@@ -78,10 +78,13 @@ def choose(asked: str, environment: Mapping[str, str]) -> str:
             )
         return "single"
     if asked in ("ddp", "zero3") and said == "layer-map":
-        raise UserError(f"--placement {asked}, but the launch file says layer-map (role: layer-map): choose one of them")
+        raise UserError(
+            f"--placement {asked}, but the launch file says layer-map (role: layer-map): choose one of them"
+        )
     if asked == "zero3" and "ACCELERATE_MIXED_PRECISION" in environment:  # accelerate launch always says this
         raise UserError(
-            "--placement zero3, but the launch file does not say DeepSpeed: use accelerate_configs/zero3.yaml, or torchrun"
+            "--placement zero3, but the launch file does not say DeepSpeed: use accelerate_configs/zero3.yaml, "
+            "or torchrun"
         )
     return said or "ddp" if asked == "auto" else asked
 

@@ -1,9 +1,8 @@
-"""DeepSpeed as zero3 needs it: its settings, from the launch file and from what is known to be right, and its silence."""
+"""DeepSpeed as zero3 needs it: its settings, from the launch file or because they are right, and its silence."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -90,7 +89,9 @@ def offload_devices(environment: Mapping[str, str]) -> dict[str, str]:
         )
     for name, device in devices.items():
         if (device or "none") not in DEVICES:
-            raise UserError(f"the launch file says {name}_device: {device}, but saekit knows {' and '.join(DEVICES)} only")
+            raise UserError(
+                f"the launch file says {name}_device: {device}, but saekit knows {' and '.join(DEVICES)} only"
+            )
     return {name: device or "none" for name, device in devices.items()}
 
 
@@ -100,6 +101,5 @@ def silence() -> None:
     warnings.filterwarnings(
         "ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning, append=False
     )
-    # "Setting ds_accelerator to cpu", "gradient accumulation is unmanaged", and the like, from every rank.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every rank warns that it has found no GPU

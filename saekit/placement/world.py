@@ -91,3 +91,6 @@ class Ranked:
         # A rank that simply ends tears its connections out of those who are still at work: gloo aborts them.
         self.gather(None)
         dist.destroy_process_group()
+        # The last reference to the groups: their threads end here. One that still holds a tensor of the last collective
+        # while Python is being taken down would abort the process.
+        del self.world

@@ -25,9 +25,14 @@ SHARDED_OPTIMIZERS = ("Adam", "ScheduleFreeSignum")
 
 @dataclass(frozen=True)
 class Piece:
-    """Where this rank's part of a parameter lies inside the flat tensor that DeepSpeed hands to the optimiser."""
+    """This rank's part of a parameter, and where it lies in the flat tensor that DeepSpeed hands to the optimiser."""
 
+    shape: torch.Size
+    """Of the whole parameter."""
+    shard: Tensor
+    """What the ranks gather before a layer computes, `[size]`."""
     flat: Tensor
+    """Master weights, behind each other, of all the parameters that are stepped together."""
     start: int
     size: int
 
@@ -141,13 +146,15 @@ class Zero3(Ranked):
         """Before the optimiser's step on one flat tensor: see `saekit.sae.project_decoder_gradient_`."""
         for flat, W_dec in self._stepping(optimizer):
             piece = self._pieces[W_dec]
-            project_rows_(piece.of(flat.grad), piece.of(flat), self._rows(W_dec), self._sum_rows)
+            gradient = piece.of(flat.grad)  # type: ignore[arg-type]  # every layer has had a backward pass
+            project_rows_(gradient, piece.of(flat), self._rows(piece), self._sum_rows)
 
     @torch.no_grad()
     def _normalize(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After it: see `saekit.sae.normalize_decoder_`."""
         for flat, W_dec in self._stepping(optimizer):
-            scale_rows_(self._pieces[W_dec].of(flat), self._rows(W_dec), self._sum_rows)
+            piece = self._pieces[W_dec]
+            scale_rows_(piece.of(flat), self._rows(piece), self._sum_rows)
 
     def _stepping(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, nn.Parameter]]:
         """The flat tensors that are being stepped and hold a decoder to keep at unit norm; DeepSpeed steps one."""
@@ -156,9 +163,9 @@ class Zero3(Ranked):
                 if flat in self._decoders:
                     yield flat, self._decoders[flat]
 
-    def _rows(self, parameter: nn.Parameter) -> RowShard:
-        count, width = parameter.ds_shape
-        return RowShard.of(self.rank, self._pieces[parameter].size, count, width)
+    def _rows(self, piece: Piece) -> RowShard:
+        count, width = piece.shape
+        return RowShard.of(self.rank, piece.size, count, width)
 
     def _sum_rows(self, partial: Tensor) -> Tensor:
         total = partial.to(self.device)
@@ -177,9 +184,9 @@ class Zero3(Ranked):
         states: dict[str, dict[str, Any]] = {}
         for name, parameter in sae.named_parameters():
             piece = self._pieces[parameter]
-            tensors[name] = self._gathered(hookpoint, parameter, piece.of(piece.flat))
+            tensors[name] = self._gathered(hookpoint, piece, piece.flat)
             states[name] = {
-                key: self._gathered(hookpoint, parameter, piece.of(value)) if _elementwise(value, piece) else value
+                key: self._gathered(hookpoint, piece, value) if _elementwise(value, piece) else value
                 for key, value in self._torch_optimizer.state[piece.flat].items()
             }
         if not self.leads(hookpoint):
@@ -190,14 +197,14 @@ class Zero3(Ranked):
                 each.state[parameter] = states[name]
         return optimizer.export(), optimizer.state()
 
-    def _gathered(self, hookpoint: str, parameter: nn.Parameter, piece: Tensor) -> Tensor:
+    def _gathered(self, hookpoint: str, piece: Piece, like_flat: Tensor) -> Tensor:
         """A whole tensor from the ranks' pieces, on the rank that leads the layer; on the others, nothing."""
-        mine = piece.to(self.device).contiguous()
+        mine = piece.of(like_flat).to(self.device).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.world_size)] if self.leads(hookpoint) else None
         dist.gather(mine, parts, dst=self._numbers[hookpoint] % self.world_size)
         if parts is None:
             return mine.new_empty(0)
-        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+        return torch.cat(parts)[: piece.shape.numel()].view(piece.shape)
 
     def _on_one_rank(self, sae: Sae, tensors: Mapping[str, Tensor]) -> tuple[Sae, LayerOptimizer]:
         """The same layer with whole tensors, and its optimiser."""
@@ -215,10 +222,9 @@ class Zero3(Ranked):
         copy, optimizer = self._on_one_rank(sae, weights)
         optimizer.load_state(state)
         for name, whole in copy.named_parameters():
-            parameter = sae.get_parameter(name)
-            piece = self._pieces[parameter]
+            piece = self._pieces[sae.get_parameter(name)]
             self._scatter(whole, piece.of(piece.flat))
-            parameter.ds_tensor.data.copy_(piece.of(piece.flat))
+            piece.shard.copy_(piece.of(piece.flat))
             flat_state = self._torch_optimizer.state[piece.flat]
             for each in optimizer.optimizers:
                 for key, value in each.state.get(whole, {}).items():
@@ -237,17 +243,24 @@ class Zero3(Ranked):
 
     def held_bytes(self) -> int:
         """See `Placement.held_bytes`."""
-        shards = [parameter.ds_tensor for parameter in self._pieces]
+        shards = [piece.shard for piece in self._pieces.values()]
         flats = {id(piece.flat): piece.flat for piece in self._pieces.values()}.values()
         states = [value for flat in flats for value in self._torch_optimizer.state[flat].values()]
         gradients = self._engine.optimizer.grad_partitions_flat_buffer
         masters = [] if _same_memory(shards, flats) else list(flats)
         return size_of([*shards, *masters, gradients, *(value for value in states if isinstance(value, Tensor))])
 
+    def close(self) -> None:
+        """See `Placement.close`."""
+        self._engine.destroy()
+        self.world.accelerator.free_memory()  # it holds the engine, which holds process groups of its own
+        del self._engine
+        super().close()
+
     def shard_bytes(self) -> int | None:
         """See `Placement.shard_bytes`."""
         first = next(iter(self._saes.values()))
-        return size_of(parameter.ds_tensor for parameter in first.parameters())
+        return size_of(self._pieces[parameter].shard for parameter in first.parameters())
 
 
 def merged(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
@@ -267,7 +280,7 @@ def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:
         start = 0
         for parameter in parameters:
             size = parameter.partition_numel()
-            pieces[parameter] = Piece(flat, start, size)
+            pieces[parameter] = Piece(parameter.ds_shape, parameter.ds_tensor, flat, start, size)
             start += size
     return pieces
 

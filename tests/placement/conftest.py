@@ -53,7 +53,8 @@ def train(tmp_path_factory, token_dir):
         if key in done:
             return done[key]
         name = name or f"run{len(done)}"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else []
+        launched = ranks > 1 or "zero3" in options
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if launched else []
         if launch_file is not None:
             file = Path(saekit.__file__).parent.parent / "accelerate_configs" / launch_file
             launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", ranks]

@@ -1,9 +1,14 @@
+import json
+
 import pytest
 
 from saekit.errors import UserError
 from saekit.placement.choose import choose, connect
+from saekit.placement.deepspeed import offload_devices
 
 TORCHRUN = {"LOCAL_RANK": "0", "ROLE_NAME": "default"}
+ACCELERATE = {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}
+DEEPSPEED = {**ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 @pytest.mark.parametrize(
@@ -15,6 +20,9 @@ TORCHRUN = {"LOCAL_RANK": "0", "ROLE_NAME": "default"}
         ("ddp", TORCHRUN, "ddp"),
         ("layer-map", TORCHRUN, "layer-map"),
         ("layer-map", {**TORCHRUN, "ROLE_NAME": "layer-map"}, "layer-map"),
+        ("zero3", TORCHRUN, "zero3"),
+        ("zero3", DEEPSPEED, "zero3"),
+        ("auto", DEEPSPEED, "zero3"),
     ],
 )
 def test_what_was_asked_for_and_how_it_was_launched(asked, environment, name):
@@ -27,7 +35,12 @@ def test_what_was_asked_for_and_how_it_was_launched(asked, environment, name):
         ("ddp", {}, ["--placement ddp", "one process"]),
         ("layer-map", {}, ["--placement layer-map", "one process"]),
         ("ddp", {**TORCHRUN, "ROLE_NAME": "layer-map"}, ["--placement ddp", "role: layer-map"]),
-        ("auto", {**TORCHRUN, "ACCELERATE_USE_DEEPSPEED": "true"}, ["--placement auto", "DeepSpeed"]),
+        ("zero3", {}, ["--placement zero3", "one process"]),
+        ("ddp", DEEPSPEED, ["--placement ddp", "DeepSpeed"]),
+        ("layer-map", DEEPSPEED, ["--placement layer-map", "DeepSpeed"]),
+        ("auto", {**DEEPSPEED, "ROLE_NAME": "layer-map"}, ["--placement layer-map", "DeepSpeed"]),
+        ("zero3", {**TORCHRUN, "ROLE_NAME": "layer-map"}, ["--placement zero3", "role: layer-map"]),
+        ("zero3", ACCELERATE, ["--placement zero3", "does not say DeepSpeed"]),
         ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true"}, ["--placement ddp", "FSDP"]),
     ],
 )
@@ -38,5 +51,45 @@ def test_contradictions_name_both_sides(asked, environment, parts):
 
 
 def test_an_unknown_placement_is_not_taken_for_another():
-    with pytest.raises(UserError, match="zero3: there is none"):
-        connect("zero3")
+    with pytest.raises(UserError, match="zero9: there is none"):
+        connect("zero9")
+
+
+def test_a_layer_map_for_one_process_is_refused():
+    with pytest.raises(UserError, match="--layer-map 0:0 has no meaning under --placement single"):
+        connect("auto", "0:0")
+
+
+@pytest.mark.parametrize(
+    ("environment", "offload"),
+    [
+        ({}, ("none", "none")),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, ("cpu", "none")),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("none", "cpu")),
+    ],
+)
+def test_the_launch_file_says_what_is_offloaded(environment, offload):
+    found = offload_devices({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", **environment})
+    assert (found["offload_optimizer"], found["offload_param"]) == offload
+
+
+def test_deepspeeds_own_file_says_the_same(tmp_path):
+    file = tmp_path / "zero.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    assert offload_devices({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})["offload_optimizer"] == "cpu"
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"zero\.json cannot be read"):
+        offload_devices({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZeRO stage 2, but saekit trains with stage 3 only"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device: nvme"),
+    ],
+)
+def test_another_stage_or_a_disk_is_refused(environment, message):
+    with pytest.raises(UserError, match=message):
+        offload_devices(environment)

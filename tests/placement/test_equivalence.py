@@ -47,6 +47,9 @@ def compare(one, other, where):
         (3, ["--placement", "ddp"]),
         (2, ["--placement", "layer-map"]),
         (3, ["--placement", "layer-map"]),
+        (1, ["--placement", "zero3"]),
+        (2, ["--placement", "zero3"]),
+        (3, ["--placement", "zero3"]),  # 3 does not divide the number of latents: rows are cut apart
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
@@ -56,7 +59,7 @@ def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
     assert_same_run(train(model, *options, ranks=ranks), train(model))
 
 
-@pytest.mark.parametrize("placement", ["ddp", "layer-map"])
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
 @pytest.mark.parametrize(
     ("batch_size", "split"), [(3, ["--grad-acc-steps", "2"]), (2, ["--grad-acc-steps", "3", "--micro-acc-steps", "3"])]
 )
@@ -72,8 +75,14 @@ def test_a_map_of_ones_own_agrees(train):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(["--placement", "ddp"], ["--placement", "layer-map"]), (["--placement", "layer-map"], [])],
-    ids=["ddp on 2, then layer-map on 3", "layer-map on 2, then 1"],
+    [
+        (["--placement", "ddp"], ["--placement", "layer-map"]),
+        (["--placement", "layer-map"], []),
+        (["--placement", "zero3"], []),
+        (["--placement", "ddp"], ["--placement", "zero3"]),
+        (["--placement", "zero3"], ["--placement", "layer-map"]),
+    ],
+    ids=["ddp to layer-map", "layer-map to one", "zero3 to one", "ddp to zero3", "zero3 to layer-map"],
 )
 def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, after):
     name = "-".join(["moved", *before[1:], *after[1:]])
@@ -85,7 +94,12 @@ def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, after):
     assert_same_run(found, train(gpt2_dir))
 
 
-@pytest.mark.parametrize("placement", ["ddp", "layer-map"])
+def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):
+    found = train(gpt2_dir, "--placement", "zero3", "--optimizer", "signum", ranks=3)
+    assert_same_run(found, train(gpt2_dir, "--optimizer", "signum"))
+
+
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
 def test_a_launch_file_says_which_placement(train, placement):
     found = train(DEMO_LM, ranks=2, launch_file=f"{placement.replace('-', '_')}_cpu.yaml")
     assert (found / "stderr.txt").read_text().count(

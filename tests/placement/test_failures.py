@@ -18,7 +18,7 @@ from tests.placement.conftest import CTX_LEN, DEMO_LM
 
 pytestmark = pytest.mark.slow
 SMALL = ["--num-latents", 64, "--k", 4, "--ctx-len", CTX_LEN, "--batch-size", 2, "--no-shuffle", "--run-name", "run"]
-PLACEMENTS = ["ddp", "layer-map"]
+PLACEMENTS = ["ddp", "layer-map", "zero3"]
 
 
 def start(folder, model, ids, *options):
