@@ -36,6 +36,8 @@ def start_zero3() -> World:
     if not torch.cuda.is_available():
         # A shared-memory operation that would be compiled for a minute, with a compiler that need not be there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # accelerate refuses settings from two sides; what the launch file says is in ours by now.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     world = start_world(DeepSpeedPlugin(hf_ds_config=settings(offload)))
     unset_hf_deepspeed_config()  # else transformers would shard the language model as well
     return world

@@ -1,0 +1,40 @@
+"""What only sharding promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saekit
+from tests.placement.conftest import DEMO_LM
+
+pytestmark = pytest.mark.slow
+ROOT = Path(saekit.__file__).parent.parent
+
+
+def torchrun(*command, ranks=2, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", **variables}
+    environment["PYTHONPATH"] = str(ROOT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    parts = [str(part) for part in (*launcher, *command)]
+    return subprocess.run(parts, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_no_more_than_one_layer_is_whole_at_a_time(tmp_path):
+    result = torchrun("-m", "tests.placement.whole_layers", tmp_path)
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if "WHOLE" in line)
+    forward, backward, between, forwards, backwards, _ = (int(word) for word in line.split()[1:])
+    assert forwards == backwards == 3 * 6  # 24 sequences in steps of 2 x 4, for 6 layers
+    assert (forward, backward, between) == (1, 1, 0)
+
+
+def test_an_optimizer_that_needs_whole_matrices_is_refused(tmp_path, token_dir):
+    options = ["--num-latents", 64, "--k", 4, "--ctx-len", 16, "--save-dir", tmp_path, "--batch-size", 2]
+    result = torchrun(
+        "-m", "saekit", "train", DEMO_LM, token_dir, "--placement", "zero3", "--optimizer", "muon", *options
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("zero3 cannot train with Muon") == 1, result.stderr
