@@ -27,7 +27,7 @@ from rich.table import Table
 
 from saekit.placement.planner import PlacementName, Workload, memory, traffic
 
-PLACEMENTS: tuple[PlacementName, ...] = ("ddp", "layer-map")
+PLACEMENTS: tuple[PlacementName, ...] = ("ddp", "zero3", "layer-map")
 TOLERANCE = 0.1
 SMALLEST = 100_000
 """Bytes that a difference is at least compared to, for what is planned to be nothing: token counts, numbers of tokens

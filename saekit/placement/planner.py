@@ -152,7 +152,8 @@ def traffic(placement: PlacementName, load: Workload, owned: int = 0) -> Traffic
     - ddp: gradients, 4·P·L bytes, are all-reduced once, and so are the fired counts, int32 `[L, M]`.
     - zero3: every chunk gathers each layer's parameters before its forward and again before its backward pass, and
       reduce-scatters its gradients. Decoder rows are whole within a shard if W divides M; if not, the dot products
-      with the gradient and the norms are each all-reduced, float32 `[M]` per layer. Fired counts as under ddp.
+      with the gradient, and the norms before and after the step are all-reduced, float32 `[3, M]` per layer. Fired
+      counts as under ddp.
     - layer-map: a rank sends its N·D activations of every layer that others own, and receives those of the other
       W - 1 ranks for each of its own. An owner sees every token, so nothing needs to be counted together.
 
@@ -175,7 +176,7 @@ def traffic(placement: PlacementName, load: Workload, owned: int = 0) -> Traffic
         passes = load.micro_batches * load.chunks
         each_layer += passes * (2 * load.all_gather(weights) + load.reduce_scatter(weights))
         if load.num_latents % load.world_size:
-            each_layer += 2 * load.all_reduce(vector)
+            each_layer += 3 * load.all_reduce(vector)
     total = round(load.layers * each_layer)
     return Traffic(total, total)
 
@@ -184,7 +185,7 @@ def memory(placement: PlacementName, load: Workload, owned: int = 0, state: int 
     """Bytes of parameters, gradients and optimiser state that one rank holds when the optimiser steps.
 
     - ddp: 4 + 4 + `state` per parameter of every layer.
-    - zero3: the same and a float32 master copy, 4, all divided by W. The layer at work is gathered for a while, too.
+    - zero3: the same divided by W. The layer at work is gathered for a while, too.
     - layer-map: as ddp, for the layers that the rank owns.
 
     Args:
@@ -195,5 +196,5 @@ def memory(placement: PlacementName, load: Workload, owned: int = 0, state: int 
     """
     each = 2 * FLOAT32 + state
     if placement == "zero3":
-        return round((each + FLOAT32) * load.params * load.layers / load.world_size)
+        return round(each * load.params * load.layers / load.world_size)
     return each * load.params * (owned if placement == "layer-map" else load.layers)

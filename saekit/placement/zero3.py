@@ -85,6 +85,7 @@ class Zero3(Ranked):
 
         bank = nn.ModuleList(self._saes.values())
         self._engine, _ = self.world.accelerator.prepare(bank, self._torch_optimizer)
+        share_masters(self._engine.optimizer)
         self._pieces = find_pieces(self._engine.optimizer)
         self._decoders = {
             self._pieces[sae.W_dec].flat: sae.W_dec for sae in self._saes.values() if sae.normalize_decoder
@@ -270,6 +271,17 @@ def merged(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer
         for group in other.param_groups:
             first.add_param_group(group)
     return first
+
+
+def share_masters(zero_optimizer: Any) -> None:
+    """Let the optimiser step the shards themselves where nothing is offloaded.
+
+    DeepSpeed keeps float32 master weights beside shards of another type; of float32 shards they are a mere copy.
+    """
+    pairs = zip(zero_optimizer.fp16_partitioned_groups_flat, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
+    for shards, masters in pairs:
+        if shards.device == masters.device and shards.dtype == masters.dtype:
+            masters.data = shards.data
 
 
 def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:

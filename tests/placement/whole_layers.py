@@ -53,7 +53,8 @@ def main(folder):
     rank = placement.rank
     placement.close()
     if rank == 0:
-        print("WHOLE", *(max(each) for each in counts.values()), *(len(each) for each in counts.values()))
+        numbers = [*(max(each) for each in counts.values()), *(len(each) for each in counts.values())]
+        sys.stdout.write(f"WHOLE {' '.join(map(str, numbers))}\n")
 
 
 if __name__ == "__main__":
