@@ -186,8 +186,8 @@ class TrainConfig:
 
     placement: Literal["auto", "ddp", "zero3", "layer-map"] = option(
         "auto",
-        "Where SAEs live: ddp, on every rank; layer-map, each layer on one rank. auto takes what the launch file says, "
-        "or ddp.",
+        "Where SAEs live: ddp, on every rank; zero3, each cut among all ranks; layer-map, each layer on one rank. auto "
+        "takes what the launch file says, or ddp.",
         panel=PLACEMENT,
     )
     layer_map: str | None = option(
@@ -240,8 +240,8 @@ class TrainConfig:
                 f"--layers and --layer-stride {self.layer_stride} both choose layers: give one of them "
                 "(a range such as 0-31:2 has a stride of its own)"
             )
-        if self.layer_map is not None and self.placement == "ddp":
-            raise ValueError(f"--layer-map {self.layer_map} contradicts --placement ddp: give one of them")
+        if self.layer_map is not None and self.placement in ("ddp", "zero3"):
+            raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
         if self.overwrite and self.resume:
             raise ValueError("--overwrite and --resume contradict each other: give one of them")
         return self

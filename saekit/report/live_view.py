@@ -87,11 +87,15 @@ def line(*parts: str | tuple[str, str]) -> Text:
 def _header(info: RunInfo, width: int) -> list[Text]:
     layers = len(info.hookpoints)
     shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.num_latents:,} latents · k {info.k}"
-    shape_and_place = f"{shape} · width {info.d_in:,} · {info.place}, {info.dtype}"
-    batch = f" · {info.global_batch:,} × {info.ctx_len:,} tokens a step"
+    parts = [shape, f"width {info.d_in:,}", f"{info.place}, {info.dtype}"]
+    batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens a step"
+    if len(" · ".join([*parts, batch])) <= width:
+        parts.append(batch)
+    # What does not fit into one line comes into two, with where it runs in the second.
+    rows = [parts] if len(" · ".join(parts)) <= width else [parts[:2], parts[2:]]
     return [
         line(("saekit  ", "bold cyan"), (info.model, "bold"), (" on ", "dim"), (info.dataset, "bold")),
-        line(shape_and_place if len(shape_and_place) + len(batch) > width else shape_and_place + batch),
+        *(line(" · ".join(row)) for row in rows),
         line((str(info.run_dir), "dim")),
     ]
 

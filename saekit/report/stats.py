@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from saekit.report.units import size
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -85,12 +87,15 @@ class RunInfo:
     """Ranks that train together."""
     owners: Mapping[str, int] = field(default_factory=dict)
     """By hookpoint, the rank that holds the layer's SAE; empty where each rank holds all."""
+    shard_bytes: int | None = None
+    """Bytes of one SAE's parameters on each rank, where they are sharded."""
 
     @property
     def place(self) -> str:
-        """Where it runs, in a few words: `cpu, single`, or `cuda:0, ddp on 4 ranks`."""
+        """Where it runs, in a few words: `cpu, single`, or `cuda:0, zero3 on 4 ranks (24 MiB of each SAE)`."""
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
-        return f"{self.device}, {self.placement}{ranks}"
+        shard = f" ({size(self.shard_bytes)} of each SAE)" if self.shard_bytes is not None else ""
+        return f"{self.device}, {self.placement}{ranks}{shard}"
 
     @property
     def layout(self) -> str:

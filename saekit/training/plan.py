@@ -123,6 +123,7 @@ class RunPlan:
             config=self.config(),
             world_size=placement.world_size,
             owners=placement.owners(),
+            shard_bytes=placement.shard_bytes(),
         )
 
 

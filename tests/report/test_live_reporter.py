@@ -94,6 +94,15 @@ def test_under_a_layer_map_each_layer_has_its_rank(make_state, width):
     assert " rank " not in "\n".join(picture(replace(state, info=info), 60))
 
 
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_under_zero3_the_size_of_a_shard_is_shown_whole(make_state, width):
+    state = make_state(3)
+    info = replace(state.info, placement="zero3", world_size=2, shard_bytes=3 * 2**20)
+    lines = picture(replace(state, info=info), width)
+    assert max(map(len, lines)) <= width
+    assert sum("zero3 on 2 ranks (3 MiB of each SAE), float32" in line for line in lines) == 1
+
+
 def test_long_names_lose_their_beginning(make_state):
     names = [f"model.language_model.transformer.encoder.layers.{i}" for i in range(3)]
     rows = [line for line in picture(make_state(3, names=names)) if "yers.2" in line]

@@ -50,6 +50,12 @@ def test_ranks_and_what_they_hold(make_info):
     assert "rank" not in make_info().layout
 
 
+def test_under_zero3_the_size_of_a_shard(make_info):
+    stream = io.StringIO()
+    PlainReporter(stream).start(replace(make_info(), placement="zero3", world_size=2, shard_bytes=3 * 2**20))
+    assert "cpu, zero3 on 2 ranks (3 MiB of each SAE), float32" in stream.getvalue()
+
+
 def test_a_report_that_was_written_is_not_repeated(make_info, make_stats):
     stream = io.StringIO()
     reporter = PlainReporter(stream)
