@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+SILENCE = 3.0
+"""Seconds that a rank waits before it follows one that had an error, so that the launcher lets that one speak."""
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.

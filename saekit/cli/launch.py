@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import typer
 import yaml
 
 import saekit
-from saekit.cli.output import EXIT_FAULT, fail, leave
+from saekit.cli.output import EXIT_FAULT, LAUNCHED, fail, leave
 from saekit.errors import UserError
 
 OWN_OPTIONS = ("--launch", "--num-processes")
@@ -90,6 +91,7 @@ def relaunch(context: typer.Context, name: str, num_processes: int | None) -> No
 
     # All cores in all, where accelerate would give one to each process; it counts for DeepSpeed's optimiser as well.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    os.environ[LAUNCHED] = shlex.join(["--launch", name, "--num-processes", str(processes)])
     # Port 0: any that is free, so that two runs on one machine do not meet.
     head = ["--config_file", str(file), "--num_processes", str(processes), "--main_process_port", "0"]
     _start([*head, *command])
@@ -209,6 +211,6 @@ def _hush() -> None:
     """Silence what torchrun logs about a run that failed or was stopped: the processes have said it in one line."""
     for logger in (
         "torch.distributed.elastic.multiprocessing.api",  # "failed (exitcode: 2)", "Sending process N closing signal"
-        "torch.distributed.elastic.agent.server.api",  # "Received SIGINT death signal, shutting down workers"
+        "torch.distributed.elastic.agent.server.api",  # "Received 2 death signal, shutting down workers"
     ):
-        logging.getLogger(logger).setLevel(logging.CRITICAL)
+        logging.getLogger(logger).addFilter(lambda record: False)  # torchrun sets the level itself

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -16,9 +17,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from saekit.errors import Interrupted, UserError
+from saekit.errors import SILENCE, Interrupted, UserError
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+LAUNCHED = "SAEKIT_LAUNCHED"
+"""In the environment of processes that `--launch` started: its options."""
 
 TyperUsageError: Any = typer.BadParameter.__bases__[0]
 """What Typer raises for an unknown option and the like: click's class, of which newer Typers carry a copy."""
@@ -65,10 +68,21 @@ def run(app: Callable[..., Any]) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print one line that starts with `Error:` and leave."""
+    """Print one line that starts with `Error:` and leave.
+
+    Before the ranks of a run have met, each of them fails by itself and for the same reason: rank 0 says it.
+    """
+    if int(os.environ.get("RANK", "0")) > 0 and not _have_met():
+        time.sleep(SILENCE)
+        leave(code)
     line = Text("Error: ", style="bold red").append(Text(message, style="default"))
     messages().print(line, soft_wrap=True)
     leave(code)
+
+
+def _have_met() -> bool:
+    torch = sys.modules.get("torch")  # importing it takes seconds, and it is imported before ranks can meet
+    return torch is not None and torch.distributed.is_initialized()
 
 
 def leave(code: int) -> NoReturn:
@@ -87,6 +101,11 @@ def resumable() -> Iterator[None]:
         yield
     except Interrupted as interruption:
         # Caught here and not in `run`: Typer would take it for an ordinary Ctrl-C.
-        command = shlex.join(["saekit", "train", "--config", str(interruption.run_dir / "config.yaml"), "--resume"])
-        messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {command}"), soft_wrap=True)
+        launch = shlex.split(os.environ.get(LAUNCHED, ""))
+        file = interruption.run_dir / "config.yaml"
+        command = shlex.join(["saekit", "train", *launch, "--config", str(file), "--resume"])
+        if "RANK" in os.environ and not launch:  # somebody else's launcher has to start the next one as well
+            command = f"your launcher, and {command}"
+        if os.environ.get("RANK", "0") == "0":
+            messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {command}"), soft_wrap=True)
         leave(EXIT_INTERRUPTED)

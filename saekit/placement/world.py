@@ -50,7 +50,8 @@ def start_world(zero: DeepSpeedPlugin | None = None) -> World:
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     # A connection of our own: the process group's is busy while a collective waits.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    return World(accelerator.process_index, accelerator.num_processes, accelerator.device, control, store, accelerator)
+    device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device  # not cpu:0
+    return World(accelerator.process_index, accelerator.num_processes, device, control, store, accelerator)
 
 
 class Ranked:

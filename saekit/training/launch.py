@@ -15,15 +15,12 @@ from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from saekit.activations import check_device, load_model, load_tokenizer, model_shape, resolve_ctx_len, select_layers
 from saekit.config import RunConfig
 from saekit.data import load_sequences
-from saekit.errors import Interrupted, UserError
+from saekit.errors import SILENCE, Interrupted, UserError
 from saekit.placement import Placement, connect
 from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.training.checkpoint import check_run_folder
 from saekit.training.plan import default_run_name
 from saekit.training.trainer import SaeTrainer
-
-SILENCE = 3.0
-"""Seconds that a rank waits before it follows one that had an error."""
 
 
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:

@@ -102,9 +102,8 @@ def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
 def test_a_launch_file_says_which_placement(train, placement):
     found = train(DEMO_LM, ranks=2, launch_file=f"{placement.replace('-', '_')}_cpu.yaml")
-    assert (found / "stderr.txt").read_text().count(
-        f", {placement} on 2 ranks, "
-    ) == 1  # rank 0 says it, the others nothing
+    # Rank 0 says it, the others nothing.
+    assert (found / "stderr.txt").read_text().count(f", {placement} on 2 ranks") == 1
     assert_same_run(found, train(DEMO_LM))
 
 
