@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from saekit.cli.options import with_config_options
+from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
 
 
@@ -33,14 +34,27 @@ def train(
         typer.Option(
             "--launch",
             metavar="NAME",
-            help="Run on several processes: ddp, layer-map, ddp-cpu, ... (accelerate_configs/), or a launch file of "
-            "accelerate.",
+            help="Start several processes: ddp, zero3, layer-map, ddp-cpu, ... (the files in accelerate_configs/), or "
+            "a launch file of accelerate of one's own.",
+            rich_help_panel=PLACEMENT,
         ),
     ] = None,
     num_processes: Annotated[
         int | None,
-        typer.Option("--num-processes", metavar="N", min=1, help="With --launch: how many, instead of the file's."),
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="With --launch: how many, instead of the file's.",
+            rich_help_panel=PLACEMENT,
+        ),
     ] = None,
+    distribute_layers: Annotated[
+        bool,
+        typer.Option(
+            "--distribute-layers", metavar="", help="The same as --placement layer-map.", rich_help_panel=PLACEMENT
+        ),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
     **options: Any,
 ) -> None:
@@ -52,6 +66,9 @@ def train(
     typed = {
         name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
     }
+    if distribute_layers:
+        if typed.setdefault("placement", "layer-map") != "layer-map":
+            raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
     values = {**(read_yaml(config) if config else {}), **typed}
     for name in ("model", "dataset"):
         if name not in values:

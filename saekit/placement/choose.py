@@ -73,8 +73,8 @@ def choose(asked: str, environment: Mapping[str, str]) -> str:
     if "LOCAL_RANK" not in environment:
         if asked != "auto":
             raise UserError(
-                f"--placement {asked}, but this is one process that no launcher started: start it with torchrun or "
-                f"accelerate launch --config_file accelerate_configs/{asked.replace('-', '_')}.yaml -m saekit train"
+                f"--placement {asked}, but this is one process that no launcher started: add --launch {asked} or "
+                f"{asked}-cpu, or start it with torchrun or accelerate launch"
             )
         return "single"
     if asked in ("ddp", "zero3") and said == "layer-map":

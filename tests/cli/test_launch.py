@@ -143,3 +143,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, name):
     assert command[:6] == ["saekit", "train", "--launch", name, "--num-processes", "2"]
     assert command[-1] == "--resume"
     assert (tmp_path / "run" / "latest" / "checkpoint.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--distribute-layers", "--placement", "ddp"], "--distribute-layers contradicts --placement ddp"),
+        (["--distribute-layers"], "--placement layer-map, but this is one process"),
+    ],
+)
+def test_distribute_layers_is_the_layer_map(tmp_path, options, message):
+    running = saekit_train(*settings(tmp_path), *options)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert message in errors
