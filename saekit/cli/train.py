@@ -66,9 +66,8 @@ def train(
     typed = {
         name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
     }
-    if distribute_layers:
-        if typed.setdefault("placement", "layer-map") != "layer-map":
-            raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
+    if distribute_layers and typed.setdefault("placement", "layer-map") != "layer-map":
+        raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
     values = {**(read_yaml(config) if config else {}), **typed}
     for name in ("model", "dataset"):
         if name not in values:
