@@ -46,7 +46,10 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
 
         return hook
 
-    @torch.inference_mode()
+    # A sharded model's parameters get new data whenever they are gathered, which inference tensors cannot become.
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+    @(torch.no_grad() if sharded else torch.inference_mode())
     def run(input_ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         captured.clear()
         with suppress(_LastTapReached):

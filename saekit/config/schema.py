@@ -195,6 +195,11 @@ class TrainConfig:
         "Which rank trains which layers under layer-map, such as 0-5:0,6-11:1; by default as even as possible.",
         panel=PLACEMENT,
     )
+    shard_lm: bool = option(
+        False,
+        "Under zero3, cut the language model among the ranks as well: slower, for one too large for a GPU.",
+        panel=PLACEMENT,
+    )
 
     save_dir: Path = option(Path("checkpoints"), "Folder that holds the runs.", panel=SAVING)
     run_name: str | None = option(
@@ -242,6 +247,8 @@ class TrainConfig:
             )
         if self.layer_map is not None and self.placement in ("ddp", "zero3"):
             raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
+        if self.shard_lm and self.placement in ("ddp", "layer-map"):
+            raise ValueError(f"--shard-lm contradicts --placement {self.placement}: only zero3 shards")
         if self.overwrite and self.resume:
             raise ValueError("--overwrite and --resume contradict each other: give one of them")
         return self

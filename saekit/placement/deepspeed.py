@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from saekit.errors import UserError
 from saekit.placement.world import World, start_world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEVICES = ("none", "cpu")
 """Where parameters and optimiser states may be offloaded to."""
@@ -41,6 +44,29 @@ def start_zero3() -> World:
     world = start_world(DeepSpeedPlugin(hf_ds_config=settings(offload)))
     unset_hf_deepspeed_config()  # else transformers would shard the language model as well
     return world
+
+
+def load_sharded(load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+    """A language model that is cut among the ranks: each of its modules is gathered while it runs.
+
+    Args:
+        load: Loads it with transformers, which then keeps one shard only of each tensor that it reads.
+        dtype: The type of its weights.
+    """
+    import deepspeed
+
+    config = settings(offload_devices(os.environ))
+    config |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    # Nobody changes its weights, so that biases and norms may stay whole.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
+    told = HfDeepSpeedConfig(config)
+    try:
+        model = load()
+    finally:
+        del told
+        unset_hf_deepspeed_config()
+    deepspeed.initialize(model=model, config=config)  # its hooks, on the model's modules, are what is wanted
+    return model
 
 
 def settings(offload: Mapping[str, str]) -> dict[str, Any]:

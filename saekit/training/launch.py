@@ -7,12 +7,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 
-from saekit.activations import check_device, load_model, load_tokenizer, model_shape, resolve_ctx_len, select_layers
+from saekit.activations import (
+    ModelShape,
+    check_device,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    resolve_ctx_len,
+    resolve_dtype,
+    select_layers,
+)
 from saekit.config import RunConfig
 from saekit.data import load_sequences
 from saekit.errors import SILENCE, Interrupted, UserError
@@ -21,6 +31,9 @@ from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.training.checkpoint import check_run_folder
 from saekit.training.plan import default_run_name
 from saekit.training.trainer import SaeTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
@@ -67,6 +80,10 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         if placement.rank == 0:
             check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)
         check_device(cfg.model, placement.device)
+        if train.shard_lm and placement.name != "zero3":
+            raise UserError(f"--shard-lm, but the placement is {placement.name}: only --placement zero3 shards")
+        if train.shard_lm and cfg.model.load_in_8bit:
+            raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
         token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
 
         watcher.status(f"Reading the configuration of {cfg.model.model}")
@@ -88,7 +105,7 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
             placement.gather(None)
         watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
         watcher.status(f"Loading {cfg.model.model} up to layer {layers[-1]} of {shape.num_layers}")
-        model = load_model(cfg.model, shape, layers, placement.device)
+        model = _load(cfg, placement, shape, layers)
         trainer = SaeTrainer(train, data, model, tokenizer=tokenizer, source=cfg, reporter=watcher, placement=placement)
         try:
             last = trainer.fit()
@@ -99,6 +116,17 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         return last
     finally:
         watcher.finish()
+
+
+def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:
+    def load() -> PreTrainedModel:
+        return load_model(cfg.model, shape, layers, placement.device)
+
+    if not cfg.train.shard_lm:
+        return load()
+    from saekit.placement.deepspeed import load_sharded
+
+    return load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))
 
 
 def _no_bars_in_a_log() -> None:

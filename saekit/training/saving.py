@@ -16,7 +16,7 @@ from saekit.training.state import RunState, records
 HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
-    | {"placement", "layer_map", "batch_size", "grad_acc_steps"}
+    | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
 

@@ -66,7 +66,8 @@ class SaeTrainer:
         if model.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement: Placement = placement or Single(model.device)
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        embeddings = model.get_input_embeddings().weight
+        self.vocabulary = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global

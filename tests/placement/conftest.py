@@ -61,7 +61,7 @@ def train(tmp_path_factory, token_dir):
             launcher += ["--main_process_port", 0]
         sizes = ["--batch-size", batch_size or GLOBAL_BATCH // ranks, "--num-latents", 64, "--k", 4]
         settings = ["--lr", 1e-3, "--lr-warmup-steps", 2, "--dead-feature-threshold", 300, "--exclude-tokens", 5]
-        place = ["--ctx-len", CTX_LEN, "--dtype", "float32", "--save-dir", root, "--run-name", name]
+        place = ["--ctx-len", CTX_LEN, "--save-dir", root, "--run-name", name]
         command = [sys.executable, *launcher, "-m", "saekit", "train", model, token_dir]
         command += [*sizes, *settings, *place, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}

@@ -99,6 +99,28 @@ def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):
     assert_same_run(found, train(gpt2_dir, "--optimizer", "signum"))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, ["--placement", "ddp"]),
+        (2, ["--placement", "layer-map"]),
+        (3, ["--placement", "zero3"]),
+        (2, ["--placement", "zero3", "--shard-lm"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_bf16_model_is_read_alike(train, ranks, options):
+    bf16 = ["--dtype", "bfloat16"]
+    assert_same_run(train(DEMO_LM, *bf16, *options, ranks=ranks), train(DEMO_LM, *bf16))
+
+
+def test_more_ranks_than_layers(train, gpt2_dir):
+    """GPT-2 has two layers here: one rank of layer-map has none."""
+    found = train(gpt2_dir, "--placement", "layer-map", ranks=4)
+    assert "rank 3: none" in (found / "stderr.txt").read_text()
+    assert_same_run(found, train(gpt2_dir))
+
+
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
 def test_a_launch_file_says_which_placement(train, placement):
     found = train(DEMO_LM, ranks=2, launch_file=f"{placement.replace('-', '_')}_cpu.yaml")
