@@ -14,6 +14,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
+ZERO3 = "saekit/placement/zero3.py"
 TAP = "saekit/activations/tap.py"
 ADVANCE = "run.counters[name].advance(fired[name], tokens)"
 DEAD_CODE = "sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)"
@@ -77,6 +78,31 @@ FAULTS = [
         "saekit/placement/local.py",
         "            project_decoder_gradient_(sae)\n",
         "            pass\n",
+    ),
+    (
+        "zero3 lets a later chunk replace the gradient of an earlier one",
+        ZERO3,
+        "zero.micro_step_id = self._backwards[hookpoint]",
+        "zero.micro_step_id = 0",
+    ),
+    ("zero3 averages over the ranks", ZERO3, "loss * self.world_size", "loss"),
+    (
+        "zero3 does not project",
+        ZERO3,
+        "        self._torch_optimizer.register_step_pre_hook(self._project)\n",
+        "",
+    ),
+    (
+        "zero3 normalises each rank's part of a row by itself",
+        "saekit/placement/rows.py",
+        "        return sum_over_ranks(everywhere)[:, here]",
+        "        return everywhere[:, here]",
+    ),
+    (
+        "zero3 restores moments but not weights",
+        ZERO3,
+        "            self._scatter(whole, piece.of(piece.flat))\n",
+        "",
     ),
 ]
 

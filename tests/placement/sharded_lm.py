@@ -1,6 +1,6 @@
-"""Run on every rank by test_zero3.py: how much of a sharded language model's large tensors a rank holds, and what it reads of it.
+"""Run on every rank by test_zero3.py: what a rank holds of a sharded model, and what it reads.
 
-Rank 0 prints the share of them that it holds between two forward passes, and the largest difference of the
+Rank 0 prints the share of the large tensors that it holds between two forward passes, and the largest difference of the
 activations from those of the whole model.
 """
 
