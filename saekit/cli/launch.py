@@ -89,6 +89,8 @@ def relaunch(context: typer.Context, name: str, num_processes: int | None) -> No
     command = ["-m", "saekit", *without_launch(sys.argv[1:], flags)]
     import torch
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it has found no GPU
     # All cores in all, where accelerate would give one to each process; it counts for DeepSpeed's optimiser as well.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     os.environ[LAUNCHED] = shlex.join(["--launch", name, "--num-processes", str(processes)])

@@ -45,8 +45,9 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
     Raises:
         UserError: If something in the configuration cannot be used.
     """
-    _no_bars_in_a_log()
     placement = connect(cfg.train.placement, cfg.train.layer_map)
+    if placement.rank > 0 or not sys.stderr.isatty():
+        _no_bars()
     with _one_error(placement):
         watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
         return _train(cfg, placement, watcher)
@@ -129,10 +130,8 @@ def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[
     return load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))
 
 
-def _no_bars_in_a_log() -> None:
-    """Switch off the progress bars of the libraries where nobody watches a terminal: there they are noise."""
-    if sys.stderr.isatty():
-        return
+def _no_bars() -> None:
+    """Switch off the progress bars of the libraries: in a log they are noise, and one rank's are enough."""
     datasets.disable_progress_bars()
     disable_hub_bars()
     transformers.utils.logging.disable_progress_bar()
