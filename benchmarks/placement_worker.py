@@ -121,7 +121,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
     meter = Meter(placement, first=job["first"], last=job["steps"])
     SaeTrainer(cfg, data, model, placement=placement, reporter=Reporters()).fit()
-    return meter.readings()
+    readings = meter.readings()
+    placement.close()
+    return readings
 
 
 def main() -> None:

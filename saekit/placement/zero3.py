@@ -63,6 +63,7 @@ class Zero3(Ranked):
         self._numbers: dict[str, int] = {}
         self._pieces: dict[nn.Parameter, Piece] = {}
         self._backwards: Counter[str] = Counter()
+        self._engine: Any = None
 
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """See `Placement.place`.
@@ -253,9 +254,10 @@ class Zero3(Ranked):
 
     def close(self) -> None:
         """See `Placement.close`."""
-        self._engine.destroy()
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
         self.world.accelerator.free_memory()  # it holds the engine, which holds process groups of its own
-        del self._engine
         super().close()
 
     def shard_bytes(self) -> int | None:

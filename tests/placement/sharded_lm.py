@@ -29,7 +29,9 @@ def main(folder):
     share = held / sum(parameter.ds_numel for parameter in large)
     furthest = max(float((found[name] - expected[name]).abs().max()) for name in names)
     furthest = max(placement.gather(furthest))
-    if placement.rank == 0:
+    rank = placement.rank
+    placement.close()
+    if rank == 0:
         sys.stdout.write(f"SHARE {share} {furthest}\n")
 
 
