@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from saekit._version import __version__
 from saekit.cli.demo import demo
 from saekit.cli.inspect import inspect
+from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
 from saekit.cli.train import train
 
@@ -45,4 +47,5 @@ def _callback(
 
 def main() -> None:
     """Entry point of `saekit` and `python -m saekit`."""
+    sys.argv[1:] = with_resume_value(sys.argv[1:])
     run(app)

@@ -63,13 +63,24 @@ def _option_type(option: Option) -> Any:
 def _metavar(option: Option) -> str | None:
     if get_origin(option.type) is Literal:
         return None
+    if option.name == "resume":
+        return "[auto|PATH]"
     if isinstance(option.type, types.GenericAlias):
         return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
     return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")
 
 
+def with_resume_value(arguments: list[str]) -> list[str]:
+    """The command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=latest" if argument == "--resume" and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
+
+
 def _shown_default(option: Option) -> str:
-    if option.default in (None, (), {}):
+    if option.default in (None, (), {}) or option.name == "resume":
         return ""
     if option.type is bool:
         return "on" if option.default else "off"

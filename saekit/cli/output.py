@@ -102,8 +102,7 @@ def resumable() -> Iterator[None]:
     except Interrupted as interruption:
         # Caught here and not in `run`: Typer would take it for an ordinary Ctrl-C.
         launch = shlex.split(os.environ.get(LAUNCHED, ""))
-        file = interruption.run_dir / "config.yaml"
-        command = shlex.join(["saekit", "train", *launch, "--config", str(file), "--resume"])
+        command = shlex.join(["saekit", "train", *launch, "--resume", str(interruption.run_dir)])
         if "RANK" in os.environ and not launch:  # somebody else's launcher has to start the next one as well
             command = f"your launcher, and {command}"
         if os.environ.get("RANK", "0") == "0":

@@ -10,6 +10,7 @@ import typer
 from saekit.cli.options import with_config_options
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
+from saekit.layout import has_checkpoints, run_of
 
 
 @with_config_options
@@ -69,6 +70,11 @@ def train(
     if distribute_layers and typed.setdefault("placement", "layer-map") != "layer-map":
         raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
     values = {**(read_yaml(config) if config else {}), **typed}
+    if isinstance(values.get("resume"), str) and values["resume"] not in ("auto", "latest"):
+        kept = _options_of_run(values)
+        if "placement" in values:  # what belongs to another one does not come along
+            kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
+        values = {**kept, **values}
     for name in ("model", "dataset"):
         if name not in values:
             raise UserError(f"{name.upper()} is missing: saekit train MODEL DATASET, or a --config that names both")
@@ -88,3 +94,21 @@ def train(
         from saekit.training.launch import train_from_config
     with resumable():
         train_from_config(cfg)
+
+
+def _options_of_run(values: dict[str, Any]) -> dict[str, Any]:
+    """What the run that `--resume PATH` names was started with."""
+    from saekit.config.run import read_yaml
+
+    path = Path(values["resume"])
+    run = run_of(path)
+    if not has_checkpoints(run):
+        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
+        raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
+    for name in ("save_dir", "run_name"):
+        if name in values:
+            raise UserError(
+                f"--{name.replace('_', '-')} {values[name]} contradicts --resume {path}, which says where the run is: "
+                "give one of them"
+            )
+    return read_yaml(run / "config.yaml")

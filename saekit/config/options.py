@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
@@ -133,6 +134,16 @@ def _parse_mapping(value: Any) -> Any:
     return mapping
 
 
+def _parse_resume(value: Any) -> Any:
+    """`"latest"` is what `--resume` without a value comes to; any other word than `auto` is a path."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    if not value:
+        raise ValueError("expected auto or the path of a run or checkpoint")
+    return True if value == "latest" else Path(value)
+
+
 LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids)]
+Resume = Annotated[bool | Literal["auto"] | Path, BeforeValidator(_parse_resume)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import SecretStr, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from saekit.config.options import CONFIG, LayerList, Mapping, TokenIds, option
+from saekit.config.options import CONFIG, LayerList, Mapping, Resume, TokenIds, option
 
 DEFAULT_EXPANSION_FACTOR = 32
 
@@ -215,7 +215,12 @@ class TrainConfig:
         False, "Also keep the checkpoint with the lowest mean FVU since the one before it, as `best`.", panel=SAVING
     )
     overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
-    resume: bool = option(False, "Go on with an existing run of that name from its latest checkpoint.", panel=SAVING)
+    resume: Resume = option(
+        False,
+        "Go on from the newest whole checkpoint of the run of that name, or of the run or checkpoint at PATH, whose "
+        "options need not be repeated; auto: go on if there is one, else start.",
+        panel=SAVING,
+    )
 
     log_every: int = option(
         1, "Steps between reports; numbers are means over them.", panel=LOGGING, unit="optimiser steps", ge=1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from saekit.errors import UserError
@@ -161,6 +162,11 @@ class StepBatches:
     def num_steps(self) -> int:
         """Optimiser steps in a whole run; the last may have fewer sequences than the others."""
         return -(-len(self.order) // self.global_batch)
+
+    def checksum(self, step: int) -> str:
+        """Of the token ids of optimiser step `step`, over all ranks: other data has another."""
+        numbers = self.order[step * self.global_batch : (step + 1) * self.global_batch]
+        return xxhash.xxh3_128_hexdigest(self.data.read(numbers).numpy().tobytes())
 
     def step(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[Tensor]:
         """This rank's micro-batches of token ids `[B, T]` of optimiser step `step`, which counts from 0.

@@ -100,6 +100,12 @@ class Placement(Protocol):
         Collective among the layer's ranks; no more than one layer is gathered at a time.
         """
 
+    def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+        """`whole` of every layer that this rank leads, with its hookpoint, one at a time. Collective.
+
+        Ranks get theirs at the same time where that is possible, so that they can write them at the same time.
+        """
+
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """The inverse of `whole`, on every rank of the layer."""
 

@@ -35,8 +35,8 @@ class Ddp(Ranked, LocalBank):
         self._gradients = {hookpoint: flat_gradient(sae) for hookpoint, sae in self._saes.items()}
 
     def leads(self, hookpoint: str) -> bool:
-        """See `Placement.leads`."""
-        return self.rank == 0
+        """See `Placement.leads`: the layers' files are shared out among the ranks."""
+        return list(self._saes).index(hookpoint) % self.world_size == self.rank
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
         """See `Placement.route`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +65,12 @@ class LocalBank:
         """See `Placement.whole`."""
         optimizer = self._optimizers[hookpoint]
         return (optimizer.export(), optimizer.state()) if self.leads(hookpoint) else None
+
+    def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+        """See `Placement.each_whole`."""
+        for hookpoint in self._saes:
+            if (whole := self.whole(hookpoint)) is not None:
+                yield (hookpoint, *whole)
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """See `Placement.load`."""

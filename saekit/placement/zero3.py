@@ -199,6 +199,15 @@ class Zero3(Ranked):
                 each.state[parameter] = states[name]
         return optimizer.export(), optimizer.state()
 
+    def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+        """See `Placement.each_whole`: of so many layers in a row as there are ranks, each rank leads one."""
+        hookpoints = self.layers()
+        for start in range(0, len(hookpoints), self.world_size):
+            wave = hookpoints[start : start + self.world_size]
+            mine = [(name, *whole) for name in wave if (whole := self.whole(name)) is not None]
+            while mine:  # not kept here while the next wave is gathered
+                yield mine.pop()
+
     def _gathered(self, hookpoint: str, piece: Piece, like_flat: Tensor) -> Tensor:
         """A whole tensor from the ranks' pieces, on the rank that leads the layer; on the others, nothing."""
         mine = piece.of(like_flat).to(self.device).contiguous()

@@ -108,7 +108,7 @@ def inspect_path(
         model=_text(facts, "model"),
         dataset=_text(facts, "dataset"),
         step=step,
-        total_steps=_whole(facts, "total_steps"),
+        total_steps=_whole(_mapping(facts, "schedule"), "total_steps"),
         tokens=_whole(facts, "tokens"),
         ctx_len=_whole(facts, "ctx_len"),
         saekit_version=_text(facts, "saekit_version"),
@@ -197,6 +197,11 @@ def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, 
 def _whole(facts: dict[str, Any], key: str) -> int | None:
     value = facts.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:
+    value = facts.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _text(facts: dict[str, Any], key: str) -> str | None:

@@ -14,15 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saekit.errors import UserError
+from saekit.layout import FORMAT
+from saekit.layout import INDEX_FILE as MANIFEST
 
 WEIGHTS = "sae.safetensors"
-MANIFEST = "checkpoint.json"
 STEP_FOLDER = re.compile(r"step_(\d+)")
 MAX_DEPTH = 4
 """Folders below the one given in which SAEs are looked for."""
-
-FORMAT = 1
-"""The newest checkpoint format that this code reads."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from saekit.data import load_sequences
 from saekit.errors import SILENCE, Interrupted, UserError
 from saekit.placement import Placement, connect
 from saekit.report import Reporter, Reporters, terminal_reporter
-from saekit.training.checkpoint import check_run_folder
 from saekit.training.plan import default_run_name
+from saekit.training.run_folder import check_run_folder, run_folder
 from saekit.training.trainer import SaeTrainer
 
 if TYPE_CHECKING:
@@ -77,9 +77,8 @@ def _one_error(placement: Placement) -> Iterator[None]:
 def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
     try:
         train = cfg.train
-        run_dir = train.save_dir / (train.run_name or default_run_name(cfg.model.model, cfg))
         if placement.rank == 0:
-            check_run_folder(run_dir, overwrite=train.overwrite, resume=train.resume)
+            check_run_folder(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
         check_device(cfg.model, placement.device)
         if train.shard_lm and placement.name != "zero3":
             raise UserError(f"--shard-lm, but the placement is {placement.name}: only --placement zero3 shards")

@@ -19,6 +19,7 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
 from saekit.training.optimizers import base_lr, decays
+from saekit.training.run_folder import run_folder
 from saekit.training.schedule import lr_scale, warmup_steps
 
 if TYPE_CHECKING:
@@ -91,6 +92,24 @@ class RunPlan:
             "num_latents": self.num_latents,
             "d_in": self.d_in,
             "global_batch": self.batches.global_batch,
+        }
+
+    def place(self, step: int) -> dict[str, Any]:
+        """Where a run stands after `step` optimiser steps, in the data and in the schedule."""
+        batches = self.batches
+        return {
+            "data": {
+                "next_sequence": min(step * batches.global_batch, batches.num_sequences),
+                "sequences": batches.num_sequences,
+                "checksum_of_last_step": batches.checksum(step - 1),
+            },
+            "schedule": {
+                "lr": self.base_lr,
+                "lr_of_last_step": self.base_lr * self.lr_scale(step - 1),
+                "warmup_steps": self.warmup,
+                "total_steps": self.total_steps,
+            },
+            "seeds": {"init": self.cfg.init_seed, "data": self.cfg.data_seed if self.cfg.shuffle else None},
         }
 
     def about(self) -> dict[str, Any]:
@@ -168,7 +187,7 @@ def plan_run(
         excluded=torch.tensor(excluded_tokens(cfg, model, tokenizer), dtype=torch.int64),
         model_name=model_name,
         dataset_name=dataset_name,
-        run_dir=cfg.save_dir / (cfg.run_name or default_run_name(model_name, source)),
+        run_dir=run_folder(cfg, default_run_name(model_name, source)),
         source=source,
     )
 

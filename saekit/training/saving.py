@@ -7,6 +7,7 @@ from typing import Any
 
 from saekit import versions
 from saekit.errors import UserError
+from saekit.layout import checkpoint_folders
 from saekit.placement import Placement
 from saekit.report import StepStats
 from saekit.training import checkpoint
@@ -50,7 +51,7 @@ class Saver:
         about = {**plan.about(), "saekit_version": versions.SAEKIT}
         index = {
             "tokens": run.tokens,
-            "total_steps": plan.total_steps,
+            **plan.place(run.step),
             "best_fvu": run.best_fvu if run.best_fvu < float("inf") else None,
             **about,
             "hookpoints": list(plan.hookpoints),
@@ -61,7 +62,7 @@ class Saver:
         }
         # All ranks come here. Each writes the layers it speaks for; the first begins and ends.
         first = self.placement.rank == 0
-        folder = checkpoint.checkpoint_folders(plan.run_dir, run.step)[0]
+        folder = checkpoint_folders(plan.run_dir, run.step)[0]
         if first:
             checkpoint.begin_checkpoint(plan.run_dir, run.step)
         self.placement.gather(None)
@@ -78,7 +79,7 @@ class Saver:
         plan = self.plan
         if plan.cfg.save_best and improved:
             checkpoint.point(plan.run_dir / "best", folder)
-        checkpoint.prune(plan.run_dir, plan.cfg.keep_last, folder)
+        checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
 
 
 def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
@@ -89,13 +90,22 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     """
     before, now = {**index["config"], **index["resolved"]}, {**plan.config(), **plan.resolved()}
     changed = [
-        f"--{name.replace('_', '-')} was {before.get(name)} and is {now.get(name)}"
+        f"{_named(name)} was {before.get(name)} and is {now.get(name)}"
         for name in sorted({*before, *now} - HARMLESS)
         if before.get(name) != now.get(name)
     ]
     if index["excluded_tokens"] != plan.excluded.tolist():
         changed.append("the excluded tokens differ")
-    if not changed and index["total_steps"] != plan.total_steps:
-        changed.append(f"the data made {index['total_steps']} steps and makes {plan.total_steps}")
+    steps = index["schedule"]["total_steps"]
+    if not changed and steps != plan.total_steps:
+        changed.append(f"the data made {steps} steps and makes {plan.total_steps}")
+    if not changed and index["data"]["checksum_of_last_step"] != plan.batches.checksum(index["step"] - 1):
+        changed.append(f"the data set has other tokens in step {index['step']} than it had then")
     if changed:
         raise UserError(f"--resume would go on with another training: {'; '.join(changed)}")
+
+
+def _named(option: str) -> str:
+    if option == "global_batch":
+        return "the global batch (--batch-size × --grad-acc-steps × ranks)"
+    return f"--{option.replace('_', '-')}"

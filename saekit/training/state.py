@@ -14,9 +14,10 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
 from saekit.sae.storage import find_sae_folders, load_from_disk
-from saekit.training.checkpoint import LayerRecord, read_state
+from saekit.training.checkpoint import LayerRecord
 from saekit.training.counters import LayerCounters
 from saekit.training.plan import RunPlan
+from saekit.training.recovery import read_state
 from saekit.training.statistics import Moments
 
 
@@ -121,13 +122,8 @@ def check_losses(name: str, sums: Tensor, step: int) -> None:
 def records(
     state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
-    """What a checkpoint keeps of each layer of this rank, made one layer at a time."""
-    for name in placement.layers():
-        # Every rank of a layer helps to make its whole tensors; one of them keeps them.
-        whole = placement.whole(name)
-        if whole is None:
-            continue
-        weights, optimizer_state = whole
+    """What a checkpoint keeps of each layer that this rank leads, made one layer at a time. Collective."""
+    for name, weights, optimizer_state in placement.each_whole():
         calibration = state.calibration[name]
         tensors = {
             **state.counters[name].state(),

@@ -18,12 +18,13 @@ from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
-from saekit.training.checkpoint import check_run_folder, new_run_folder, read_index
 from saekit.training.counters import LayerCounters
 from saekit.training.interrupt import graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
+from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.resources import peak_memory_bytes
+from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.statistics import LayerWindow, Moments, read_row
 
@@ -71,7 +72,7 @@ class SaeTrainer:
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
-            check_run_folder(self.plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
+            check_run_folder(cfg, self.plan.run_dir)
             watchers = [reporter or terminal_reporter(), JsonlReporter(self.plan.run_dir / "metrics.jsonl")]
             if cfg.log_with is not None:
                 watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
@@ -148,36 +149,46 @@ class SaeTrainer:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""
         cfg, plan, placement = self.cfg, self.plan, self.placement
         run = state.RunState()
-        if not cfg.resume:
+        found = self._find_checkpoint()
+        if found is None:
             self.report.status("Calibrating on the first batch")
             run.calibration = self._calibrate(read_residual)
 
         def make_sae(hookpoint: str) -> Sae:
             sae = state.new_sae(plan, hookpoint)
-            if not cfg.resume:
+            if found is None:
                 sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
-            if cfg.finetune is not None and not cfg.resume:
+            if found is None and cfg.finetune is not None:
                 state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
             return sae
 
         placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae))
         for name in placement.layers():
             run.counters[name] = LayerCounters.fresh(plan.num_latents, placement.device)
-        if cfg.resume:
-            latest = (plan.run_dir / "latest").resolve()
-            self.report.status(f"Going on from {latest}")
-            index = read_index(latest)
-            refuse_other_run(index, plan)
-            state.restore(latest, index, run, placement)
+        if found is not None:
+            state.restore(found.folder, found.index, run, placement)
 
         if placement.rank == 0:
             self._open_run_folder(run.step)
         placement.gather(None)  # nobody goes on before the folder is there
         return run
 
+    def _find_checkpoint(self) -> Found | None:
+        """What to go on from, if the run goes on. One rank looks, so that all take the same."""
+        cfg, plan = self.cfg, self.plan
+        found = None
+        if self.placement.rank == 0 and goes_on(cfg, plan.run_dir):
+            self.report.status("Looking for a whole checkpoint")
+            found = find_checkpoint(cfg.resume if isinstance(cfg.resume, Path) else plan.run_dir)
+            refuse_other_run(found.index, plan)
+            for damage in found.passed_over:
+                self.report.status(f"Warning: {damage}")
+            self.report.status(f"Going on from {found.folder}")
+        return self.placement.gather(found)[0]
+
     def _open_run_folder(self, step: int) -> None:
         cfg, plan, placement = self.cfg, self.plan, self.placement
-        with new_run_folder(plan.run_dir, overwrite=cfg.overwrite, resume=cfg.resume):
+        with new_run_folder(cfg, plan.run_dir):
             (plan.run_dir / "config.yaml").write_text(yaml.safe_dump(plan.config(), sort_keys=False), encoding="utf-8")
             self.report.start(plan.info(placement, self.model.dtype, step))
 

@@ -141,7 +141,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, name):
     assert "death signal" not in errors
     command = errors.strip().splitlines()[-1].split()
     assert command[:6] == ["saekit", "train", "--launch", name, "--num-processes", "2"]
-    assert command[-1] == "--resume"
+    assert command[-2:] == ["--resume", str(tmp_path / "run")]
     assert (tmp_path / "run" / "latest" / "checkpoint.json").is_file()
 
 

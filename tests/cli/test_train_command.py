@@ -102,7 +102,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, model_dir, text_file):
     assert "Traceback" not in err
     command = err.strip().splitlines()[-1].split()
     assert command[0] == "saekit"
-    assert command[-1] == "--resume"
+    assert command[-2:] == ["--resume", "checkpoints/r"]
     stopped_at = json.loads((tmp_path / "checkpoints/r/latest/checkpoint.json").read_text())["step"]
 
     resumed = spawn(command[1:], tmp_path, stderr=subprocess.PIPE, text=True)

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 import saekit
-from saekit.training.checkpoint import read_index
+from saekit.training.recovery import read_index
 from tests.placement.conftest import CTX_LEN, DEMO_LM
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import saekit
-from saekit.training.checkpoint import read_index
+from saekit.training.recovery import read_index
 from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
 
 pytestmark = pytest.mark.slow

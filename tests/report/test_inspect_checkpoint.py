@@ -47,7 +47,8 @@ def run(tmp_path):
     (run / "config.yaml").write_text("model: gpt2\n")
     os.symlink("step_00000200", run / "latest")
     files = [file for file in checkpoint.rglob("*") if file.is_file()]
-    index = {"format": 1, "step": 200, "tokens": TOKENS, "total_steps": 400, "model": "gpt2", "dataset": "wikitext"}
+    index = {"format": 2, "step": 200, "tokens": TOKENS, "schedule": {"total_steps": 400}}
+    index |= {"model": "gpt2", "dataset": "wikitext"}
     index |= {"hookpoints": HOOKPOINTS, "ctx_len": 64, "dead_feature_threshold": 500_000, "saekit_version": "0.1.0"}
     index |= {"files": {file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size} for file in files}}
     (checkpoint / "checkpoint.json").write_text(json.dumps(index))
@@ -171,7 +172,7 @@ def cut(file):
         (lambda c: (c / "layers.2" / "cfg.json").unlink(), r"layers\.2/cfg\.json is missing"),
         (lambda c: (c / "checkpoint.json").write_text("{"), r"checkpoint\.json is damaged: it is not JSON"),
         (lambda c: (c / "checkpoint.json").write_text("[]"), r"checkpoint\.json is damaged: it holds no JSON object"),
-        (lambda c: (c / "checkpoint.json").write_text('{"format": 2}'), "newer than this saekit"),
+        (lambda c: (c / "checkpoint.json").write_text('{"format": 3}'), "newer than this saekit"),
         (lambda c: (c.parent / "metrics.jsonl").write_text("x\n{}\n"), r"metrics\.jsonl, line 1"),
     ],
 )

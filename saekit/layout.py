@@ -1,0 +1,34 @@
+"""What lies where in a run's folder. `saekit.training.checkpoint` draws the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+INDEX_FILE = "checkpoint.json"
+"""Its presence makes a folder a checkpoint."""
+STATE_FILE = "state.safetensors"
+ABOUT_FILE = "saekit.json"
+FORMAT = 2
+"""Of `checkpoint.json` and what it speaks of."""
+
+
+def checkpoint_folders(run_dir: Path, step: int) -> tuple[Path, Path]:
+    """A checkpoint's folder, and the one in which it is written until it is whole."""
+    final = run_dir / f"step_{step:08d}"
+    return final, run_dir / f".{final.name}.partial"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is one checkpoint's folder, and not a run's. The link `RUN/latest` stands for the run."""
+    return (path / INDEX_FILE).is_file() and not path.is_symlink()
+
+
+def run_of(path: Path) -> Path:
+    """The run's folder, given it or one of its checkpoints, damaged ones and links included."""
+    resolved = path.resolve()
+    return resolved.parent if resolved.name.startswith("step_") else path
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run has saved anything, be it damaged by now."""
+    return any(run_dir.glob("step_*")) or any(run_dir.glob(f".step_*.partial/{INDEX_FILE}"))
