@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written; those there were are as they were."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C stopped a run after a whole optimiser step, and its checkpoint is in place."""
 

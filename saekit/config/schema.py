@@ -214,6 +214,11 @@ class TrainConfig:
     save_best: bool = option(
         False, "Also keep the checkpoint with the lowest mean FVU since the one before it, as `best`.", panel=SAVING
     )
+    save_best_effort: bool = option(
+        False,
+        "When a checkpoint cannot be written (disk full, say), warn and train on, instead of stopping.",
+        panel=SAVING,
+    )
     overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
     resume: Resume = option(
         False,

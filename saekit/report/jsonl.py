@@ -6,9 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from saekit.errors import UserError
 from saekit.report.stats import LayerStats, RunInfo, StepStats
@@ -22,11 +23,16 @@ class JsonlReporter:
 
     Args:
         path: The file, usually `RUN/metrics.jsonl`; its folder is made when training starts.
+        on_trouble: Told, once, when the disk takes no more lines, which are kept and written as soon as it does; None
+            ends the run instead.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_trouble: Callable[[str], None] | None = None) -> None:
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self.on_trouble = on_trouble
+        self._file: BinaryIO | None = None
+        self._pending = b""
+        """Lines that the disk did not take yet."""
 
     def status(self, message: str) -> None:
         """Nothing: the file holds numbers only."""
@@ -37,16 +43,44 @@ class JsonlReporter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_up_to(self.path, info.start_step) if info.start_step > 0 and self.path.exists() else ""
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(kept, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())
         # A crash leaves the old file or the new one, never half of either.
         os.replace(temporary, self.path)
 
     def step(self, stats: StepStats) -> None:
-        """Write one line."""
+        """Write one line.
+
+        Raises:
+            UserError: If it cannot be written, and nobody was named whom to tell instead.
+        """
+        in_trouble = bool(self._pending)
+        self._pending += (json.dumps(as_record(stats, time.time()), allow_nan=False) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            trouble = f"{self.path} cannot be written ({error.strerror})"
+            if self.on_trouble is None:
+                raise UserError(f"{trouble}; --resume goes on from the last checkpoint") from None
+            if not in_trouble:
+                self.on_trouble(f"Warning: {trouble}; its lines are kept until it can")
+
+    def _write(self) -> None:
         if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(as_record(stats, time.time()), allow_nan=False) + "\n")
-        self._file.flush()
+            self._file = self.path.open("ab", buffering=0)
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(self._pending)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # The part of a line that did get there would spoil the one after it.
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
+        self._pending = b""
 
     def saved(self, path: Path, step: int) -> None:
         """Nothing: the checkpoint speaks for itself."""

@@ -60,7 +60,7 @@ def begin_checkpoint(run_dir: Path, step: int) -> None:
     """Make the folder that layers are written to; what an interrupted save left in it goes."""
     partial = checkpoint_folders(run_dir, step)[1]
     discard(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir()  # without parents: a run's folder that has vanished (a lost mount) is an error
 
 
 def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerRecord]]) -> Fingerprints:
@@ -102,6 +102,8 @@ def _write_layer(folder: Path, record: LayerRecord) -> list[Path]:
 def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, index: Mapping[str, Any]) -> Path:
     """Write the index, put the checkpoint in place, make `latest` point to it, and return its folder."""
     partial = checkpoint_folders(run_dir, step)[1]
+    if (metrics := run_dir / "metrics.jsonl").exists():  # what the checkpoint's steps reported lasts as long as it does
+        _flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)
     content = {"format": FORMAT, "serial": serial, "step": step, **index, "files": fingerprints}
     _flush(partial)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saekit import versions
-from saekit.errors import UserError
-from saekit.layout import checkpoint_folders
+from saekit.errors import SaveError, UserError
+from saekit.layout import INDEX_FILE, checkpoint_folders
 from saekit.placement import Placement
 from saekit.report import StepStats
 from saekit.training import checkpoint
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState, records
 
+Part = TypeVar("Part")
+
 HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
+    | {"save_best_effort", "max_bad_steps", "grace"}
     | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
@@ -27,8 +32,9 @@ Of the batch only its size over all ranks and micro-batches matters, which `RunP
 class Saver:
     """Writes the checkpoints of one run and knows which was the best."""
 
-    def __init__(self, plan: RunPlan, placement: Placement, run: RunState) -> None:
+    def __init__(self, plan: RunPlan, placement: Placement, run: RunState, warn: Callable[[str], None]) -> None:
         self.plan = plan
+        self.warn = warn
         self.placement = placement
         self.run = run
         self.fvu: dict[str, float] = {}
@@ -42,17 +48,20 @@ class Saver:
         self.mean_fvus.append(stats.mean_fvu)
 
     def save(self) -> Path:
-        """Write a checkpoint of the step that was just finished and return its folder."""
+        """Write a checkpoint of the step that was just finished and return its folder. Collective.
+
+        Raises:
+            SaveError: On all ranks, if one of them cannot write; the checkpoints there were are as they were.
+            UserError: If weights are not finite.
+        """
         run, plan = self.run, self.plan
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
-        self.mean_fvus.clear()
-        improved = mean_fvu < run.best_fvu
-        run.best_fvu = min(run.best_fvu, mean_fvu)
+        improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
         about = {**plan.about(), "saekit_version": versions.SAEKIT}
         index = {
             "tokens": run.tokens,
             **plan.place(run.step),
-            "best_fvu": run.best_fvu if run.best_fvu < float("inf") else None,
+            "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,
             "hookpoints": list(plan.hookpoints),
             "versions": versions.libraries(),
@@ -60,26 +69,52 @@ class Saver:
             "config": plan.config(),
             "resolved": plan.resolved(),
         }
-        # All ranks come here. Each writes the layers it speaks for; the first begins and ends.
-        first = self.placement.rank == 0
-        folder = checkpoint_folders(plan.run_dir, run.step)[0]
-        if first:
-            checkpoint.begin_checkpoint(plan.run_dir, run.step)
-        self.placement.gather(None)
-        written = checkpoint.write_layers(plan.run_dir, run.step, records(run, self.placement, about, self.fvu))
-        everything = self.placement.gather(written)
-        if first:
-            files = {name: each for part in everything for name, each in part.items()}
-            checkpoint.finish_checkpoint(plan.run_dir, run.step, files, index)
-            self._tidy(folder, improved)
-        self.placement.gather(None)
-        return folder
+        layers = records(run, self.placement, about, self.fvu)
+        # Each rank writes the layers it speaks for; the first begins and ends.
+        self._on_first(lambda: checkpoint.begin_checkpoint(plan.run_dir, run.step))
+        written = self._on_all(lambda: checkpoint.write_layers(plan.run_dir, run.step, layers))
+        files = {name: each for part in written if part is not None for name, each in part.items()}
+        self._on_first(lambda: self._finish(files, index, improved))
+        run.best_fvu = best_fvu
+        self.mean_fvus.clear()
+        run.checkpoint = checkpoint_folders(plan.run_dir, run.step)[0]
+        return run.checkpoint
 
-    def _tidy(self, folder: Path, improved: bool) -> None:
+    def _finish(self, files: checkpoint.Fingerprints, index: dict[str, Any], improved: bool) -> None:
         plan = self.plan
+        folder = checkpoint.finish_checkpoint(plan.run_dir, self.run.step, files, index)
         if plan.cfg.save_best and improved:
             checkpoint.point(plan.run_dir / "best", folder)
-        checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
+        try:
+            checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
+        except OSError as error:  # the new checkpoint is whole, and the next save tries again
+            self.warn(f"Warning: an old checkpoint could not be deleted ({_words(error)})")
+
+    def _on_first(self, work: Callable[[], None]) -> None:
+        self._on_all(work if self.placement.rank == 0 else lambda: None)
+
+    def _on_all(self, work: Callable[[], Part]) -> list[Part | None]:
+        """One part of the save, on every rank; where one cannot write, all give up together."""
+        result, problem = None, None
+        try:
+            result = work()
+        except OSError as error:
+            problem = _words(error)
+        outcomes = self.placement.gather((result, problem))
+        problems = [each for _, each in outcomes if each is not None]
+        if problems:
+            self._clean_up()
+            before = self.run.checkpoint
+            last = f"the one before it, {before}, is whole" if before else "there is none before it"
+            raise SaveError(f"the checkpoint of step {self.run.step} could not be written ({problems[0]}); {last}")
+        return [part for part, _ in outcomes]
+
+    def _clean_up(self) -> None:
+        """Give back the disk space of a save that failed, unless all that failed was what comes after it."""
+        partial = checkpoint_folders(self.plan.run_dir, self.run.step)[1]
+        if self.placement.rank == 0 and not (partial / INDEX_FILE).exists():
+            with suppress(OSError):  # the disk that is the trouble
+                checkpoint.discard(partial)
 
 
 def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
@@ -103,6 +138,11 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
         changed.append(f"the data set has other tokens in step {index['step']} than it had then")
     if changed:
         raise UserError(f"--resume would go on with another training: {'; '.join(changed)}")
+
+
+def _words(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{what}: {error.filename}" if error.filename else what
 
 
 def _named(option: str) -> str:

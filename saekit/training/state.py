@@ -43,6 +43,8 @@ class RunState:
     counters: dict[str, LayerCounters] = field(default_factory=dict)
     best_fvu: float = float("inf")
     """The lowest mean FVU between two checkpoints so far."""
+    checkpoint: Path | None = None
+    """The one that was written last, or gone on from."""
 
 
 def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
@@ -119,11 +121,21 @@ def check_losses(name: str, sums: Tensor, step: int) -> None:
         )
 
 
+def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
+    """Stop rather than save what nobody can go on from."""
+    for tensor in weights.values():
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            raise UserError(
+                f"{name}: NaN or Inf in the SAE's weights at step {step}, which is not saved; try a smaller --lr"
+            )
+
+
 def records(
     state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
     """What a checkpoint keeps of each layer that this rank leads, made one layer at a time. Collective."""
     for name, weights, optimizer_state in placement.each_whole():
+        check_weights(name, weights, state.step)
         calibration = state.calibration[name]
         tensors = {
             **state.counters[name].state(),
@@ -141,6 +153,7 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     Raises:
         UserError: If a file is missing or damaged.
     """
+    state.checkpoint = checkpoint
     state.step, state.tokens = index["step"], index["tokens"]
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():

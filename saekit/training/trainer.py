@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saekit.activations import tap
 from saekit.config import RunConfig, TrainConfig
-from saekit.errors import Interrupted, UserError
+from saekit.errors import Interrupted, SaveError, UserError
 from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.sae import Sae, sae_losses
@@ -73,10 +73,14 @@ class SaeTrainer:
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
             check_run_folder(cfg, self.plan.run_dir)
-            watchers = [reporter or terminal_reporter(), JsonlReporter(self.plan.run_dir / "metrics.jsonl")]
+            watchers = [reporter or terminal_reporter(), self._metrics()]
             if cfg.log_with is not None:
                 watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
             self.report = Reporters(watchers)
+
+    def _metrics(self) -> JsonlReporter:
+        file = self.plan.run_dir / "metrics.jsonl"
+        return JsonlReporter(file, self.report.status if self.cfg.save_best_effort else None)
 
     def fit(self) -> Path:
         """Train to the end of the data and return the folder of the last checkpoint.
@@ -89,7 +93,7 @@ class SaeTrainer:
         cfg, plan, placement, report = self.cfg, self.plan, self.placement, self.report
         with report, graceful_interrupt() as interruption, tap(self.model, plan.hookpoints) as read_residual:
             run = self._start(read_residual)
-            saver = Saver(plan, placement, run)
+            saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
             clock, tokens_at_report = time.perf_counter(), run.tokens
 
@@ -138,7 +142,7 @@ class SaeTrainer:
                     windows = self._fresh_windows()
                     clock, tokens_at_report = time.perf_counter(), run.tokens
                 if save:
-                    report.saved(saver.save(), run.step)
+                    self._save(saver, last=stop or run.step == plan.total_steps)
                 if stop:
                     break
         if run.step < plan.total_steps:
@@ -224,6 +228,14 @@ class SaeTrainer:
         kept = (self.plan.kept(input_ids) & (not empty)).to(device)
         # Indexing copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
         return {name: raw.pop(name).to(device)[kept] for name in self.plan.hookpoints}
+
+    def _save(self, saver: Saver, last: bool) -> None:
+        try:
+            self.report.saved(saver.save(), saver.run.step)
+        except SaveError as error:
+            if last or not self.cfg.save_best_effort:
+                raise
+            self.report.status(f"Warning: {error}; training goes on")
 
     def _fresh_windows(self) -> dict[str, LayerWindow]:
         return {name: LayerWindow.empty(self.plan.d_in, self.placement.device) for name in self.placement.layers()}

@@ -40,9 +40,10 @@ class Recorder:
     """A reporter that keeps what it is told."""
 
     def __init__(self):
-        self.infos, self.steps, self.saves, self.finished = [], [], [], 0
+        self.said, self.infos, self.steps, self.saves, self.finished = [], [], [], [], 0
 
-    def status(self, message): ...
+    def status(self, message):
+        self.said.append(message)
 
     def start(self, info):
         self.infos.append(info)

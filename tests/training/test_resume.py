@@ -1,13 +1,15 @@
 """A run that stops and goes on ends where the uninterrupted one does, bit for bit."""
 
+import errno
 import json
 import os
 import signal
 
 import pytest
+import torch
 
 from saekit import UserError
-from saekit.errors import Interrupted
+from saekit.errors import Interrupted, SaveError
 from saekit.training.recovery import read_index
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
@@ -93,29 +95,62 @@ def test_a_damaged_checkpoint_is_named(make_trainer, file, damage):
         make_trainer(resume=True).fit()
 
 
-def test_a_save_that_dies_midway_leaves_the_last_checkpoint(make_trainer, tmp_path, monkeypatch):
-    """The process dies while the second checkpoint is written: the first is still `latest`, and is whole."""
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that is full while the second checkpoint's second layer is written, and has space again afterwards."""
     from saekit.training import checkpoint
 
-    saved = []
-    write = checkpoint.save_file
+    written, write = [], checkpoint.save_file
 
-    def dies(tensors, file):
-        saved.append(file)
-        if len(saved) == 5:  # three layers in the first checkpoint, the second layer of the second one
-            raise OSError(28, "No space left on device")
+    def save_file(tensors, file):
+        written.append(file)
+        if len(written) == 5:  # there are three layers
+            raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, file)
 
-    monkeypatch.setattr(checkpoint, "save_file", dies)
-    with pytest.raises(OSError, match="No space left"):
-        make_trainer(save_every=2).fit()
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(make_trainer, tmp_path, full_disk):
     run = tmp_path / "run"
+    with pytest.raises(SaveError) as stopped:
+        make_trainer(save_every=2).fit()
+    for words in ("step 4 could not be written", "No space left on device", f"{run / 'step_00000002'}, is whole"):
+        assert words in str(stopped.value)
     assert (run / "latest").resolve().name == "step_00000002"
     read_index(run / "latest")
-    monkeypatch.setattr(checkpoint, "save_file", write)
+    assert not list(run.glob(".*"))
     resumed = make_trainer(resume=True, save_every=2).fit()
     assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
-    assert not list(run.glob(".*"))
+
+
+def test_with_best_effort_a_full_disk_is_a_warning(make_trainer, tmp_path, full_disk):
+    watcher = Recorder()
+    last = make_trainer(save_every=2, save_best_effort=True, save_best=True, reporter=watcher).fit()
+    assert watcher.saves == [2, 6, 7]
+    (warning,) = [said for said in watcher.said if said.startswith("Warning")]
+    assert "step 4 could not be written (No space left on device)" in warning
+    assert "training goes on" in warning
+    assert_same_tensors(tensors_of(last), tensors_of(make_trainer("whole").fit()))
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_the_last_save_must_succeed(make_trainer, full_disk):
+    with pytest.raises(SaveError, match="step 7 could not be written"):
+        make_trainer(save_every=5, save_best_effort=True).fit()
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path):
+    class Spoils(Recorder):
+        def step(self, stats):
+            if stats.step == 4:
+                with torch.no_grad():
+                    trainer.placement.sae("layers.1").W_enc[3, 2] = float("nan")
+
+    trainer = make_trainer(save_every=2, reporter=Spoils())
+    with pytest.raises(UserError, match=r"layers\.1: NaN or Inf in the SAE's weights at step 4"):
+        trainer.fit()
+    assert (tmp_path / "run" / "latest").resolve().name == "step_00000002"
 
 
 def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(make_trainer, tmp_path):

@@ -1,0 +1,194 @@
+"""Whatever fails during a save, and wherever the process dies in it, the newest whole checkpoint is found and loads."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from saekit.errors import Interrupted, SaveError
+from saekit.layout import INDEX_FILE
+from saekit.training import trainer as trainer_module
+from saekit.training.checkpoint import fingerprint
+from saekit.training.recovery import find_checkpoint
+from saekit.training.saving import Saver
+from tests.training.conftest import Recorder
+from tests.training.runs import tensors_of
+
+CALLS = {
+    os: ["fsync", "replace", "mkdir", "symlink", "unlink", "rmdir"],
+    safetensors.torch: ["serialize_file"],
+    Path: ["write_text"],
+}
+"""Everything through which a save changes the disk."""
+
+
+@dataclass
+class Fault:
+    """Strikes at the `at`-th change of the disk: before it, in the middle of it or after it."""
+
+    at: int
+    when: str
+    strike: Callable[[], None]
+    seen: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def install(self, monkeypatch):
+        for owner, names in CALLS.items():
+            for name in names:
+                monkeypatch.setattr(owner, name, self.wrap(name, getattr(owner, name)))
+
+    def wrap(self, name, real):
+        def call(*args, **kwargs):
+            with self.lock:
+                self.seen.append(name)
+                strikes = len(self.seen) == self.at
+            if strikes and self.when == "before":
+                self.strike()
+            try:
+                return real(*args, **kwargs)
+            finally:  # also after one that found nothing to delete
+                if strikes:
+                    self.tear(name, args)
+                    self.strike()
+
+        return call
+
+    def tear(self, name, args):
+        if self.when == "torn" and name in ("serialize_file", "write_text"):
+            file = args[0] if name == "write_text" else args[1]
+            os.truncate(file, os.path.getsize(file) // 2)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class StopsAtFour(Recorder):
+    def step(self, stats):
+        super().step(stats)
+        if stats.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def saver(make_trainer, monkeypatch):
+    """Of a run that stopped after step 4 and has that checkpoint."""
+    made = []
+    monkeypatch.setattr(trainer_module, "Saver", lambda *args: made.append(Saver(*args)) or made[0])
+    with pytest.raises(Interrupted):
+        make_trainer(reporter=StopsAtFour(), layers=(0, 2)).fit()
+    return made[0]
+
+
+def train_a_little(saver, step):
+    """Stands in for the steps up to `step`: other weights."""
+    saver.run.step = step
+    for name in saver.placement.layers():
+        with torch.no_grad():
+            saver.placement.sae(name).W_dec.add_(0.001 * step)
+
+
+def next_step(saver):
+    """The ordinary save."""
+    train_a_little(saver, 5)
+
+
+def the_same_step_again(saver):
+    """The run was at step 5 before, went back to step 3, and passes step 5 again."""
+    for step in (5, 3):
+        train_a_little(saver, step)
+        saver.save()
+    train_a_little(saver, 5)
+
+
+def whole_ones(run):
+    """The oracle: every folder that is whole, by serial number, however it is called."""
+    found = {}
+    for index_file in run.glob(f"*/{INDEX_FILE}"):
+        index = json.loads(index_file.read_text())
+        files = {f.relative_to(index_file.parent).as_posix() for f in index_file.parent.rglob("*") if f.is_file()}
+        if files - {INDEX_FILE} == set(index["files"]) and all(
+            fingerprint(index_file.parent / name) == each for name, each in index["files"].items()
+        ):
+            found[index["serial"]] = tensors_of(index_file.parent)
+    return found
+
+
+def in_a_child(work):
+    """Run something in a copy of this process; how it ended."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except SaveError:
+            os._exit(3)
+        finally:
+            traceback.print_exc()
+            os._exit(4)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepare", [next_step, the_same_step_again])
+@pytest.mark.parametrize(
+    ("when", "strike"), [("before", die), ("torn", die), ("after", die), ("before", disk_full), ("torn", disk_full)]
+)
+def test_the_newest_whole_checkpoint_is_found(saver, tmp_path, monkeypatch, prepare, when, strike):
+    prepare(saver)
+    run, start = saver.plan.run_dir, tmp_path / "start"
+    shutil.copytree(run, start, symlinks=True)
+    before = max(whole_ones(run))
+
+    def count():
+        fault = Fault(0, when, strike)
+        with pytest.MonkeyPatch.context() as patches:
+            fault.install(patches)
+            saver.save()
+        (tmp_path / "count").write_text(json.dumps(fault.seen))
+
+    assert in_a_child(count) == 0
+    names = json.loads((tmp_path / "count").read_text())
+    assert {"fsync", "replace", "mkdir", "symlink", "unlink", "rmdir", "serialize_file", "write_text"} == set(names)
+    assert max(whole_ones(run)) == before + 1
+
+    ends = set()
+    for at in range(1, len(names) + 1):
+        shutil.rmtree(run)
+        shutil.copytree(start, run, symlinks=True)
+
+        def save_with_fault(at=at):
+            with pytest.MonkeyPatch.context() as patches:
+                Fault(at, when, strike).install(patches)
+                saver.save()
+
+        ended = in_a_child(save_with_fault)
+        ends.add(ended)
+        expected = whole_ones(run)
+        assert set(expected) & {before, before + 1}, f"fault {at} ({names[at - 1]}): {sorted(run.iterdir())}"
+        found = find_checkpoint(run)
+        assert found.index["serial"] == max(expected), f"fault {at} ({names[at - 1]})"
+        whole = expected[max(expected)]
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors_of(found.folder).items())
+        if strike is disk_full and ended == 3 and max(expected) == before:
+            assert not list(run.glob(".step_*.partial")), "the space was not given back"
+        # And the save after it tidies up.
+        assert in_a_child(saver.save) == 0
+        assert not list(run.glob(".*")), f"fault {at} ({names[at - 1]})"
+        assert (run / "latest").resolve() == find_checkpoint(run).folder.resolve()
+    assert ends <= ({-signal.SIGKILL} if strike is die else {0, 3})
+    assert -signal.SIGKILL in ends or 3 in ends
