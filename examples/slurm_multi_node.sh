@@ -7,11 +7,18 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
+# Before the time is up, or when the job is preempted, the run saves; submitted again (or requeued) it goes on. To work
+# through a long run, submit several: `sbatch --dependency=singleton ...`; each takes over where the last one stopped.
+#SBATCH --requeue
+#SBATCH --signal=USR1@180
 
 set -euo pipefail
 per_node=${GPUS_PER_NODE:-8}
 config=${CONFIG:-accelerate_configs/multi_node.yaml}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# The launchers hand USR1 on to their processes, and leave them the time to save.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170
 
 # One launcher per machine. SLURM_PROCID is the machine's number; it is known only inside srun, hence the quotes.
 export per_node config head
@@ -19,4 +26,4 @@ export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / per_node))
 srun bash -c 'exec accelerate launch --config_file "$config" \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
     --machine_rank "$SLURM_PROCID" --main_process_ip "$head" --main_process_port "${PORT:-29500}" \
-    -m saekit train "$@"' saekit "$@"
+    -m saekit train --resume auto --grace 150 "$@"' saekit "$@"

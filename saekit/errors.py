@@ -21,9 +21,16 @@ class SaveError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a run after a whole optimiser step, and its checkpoint is in place."""
+    """Somebody stopped a run after a whole optimiser step, and its checkpoint is in place.
 
-    def __init__(self, step: int, run_dir: Path) -> None:
+    Args:
+        step: Optimiser steps done.
+        run_dir: The run's folder.
+        by_user: By Ctrl-C, and not by a scheduler's SIGTERM or SIGUSR1.
+    """
+
+    def __init__(self, step: int, run_dir: Path, *, by_user: bool) -> None:
         super().__init__(f"stopped after step {step}; `resume` goes on from {run_dir}")
         self.step = step
         self.run_dir = run_dir
+        self.by_user = by_user

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 import typer
 import yaml
 
@@ -165,11 +168,23 @@ def _start(arguments: list[str]) -> None:
     if launch.load_config_from_file(parsed.config_file).distributed_type.value == "NO":
         _become(parsed)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
+    # torchrun would stop its processes and call that a failure; ours save, end well, and torchrun with them.
+    parsed.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _hand_on)
     try:
         launch.launch_command(parsed)
     except Exception as error:
         _leave_like(error)
         raise
+
+
+def _hand_on(number: int, _frame: FrameType | None) -> None:
+    """Send a scheduler's signal to the processes of the run."""
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "RANK" in process.environ():
+                process.send_signal(number)
 
 
 def _become(parsed: Any) -> None:

@@ -1,6 +1,7 @@
 """What the command line prints and how it ends: results on stdout, everything else on stderr, no tracebacks.
 
-Exit codes: 0 done, 2 something the user gave cannot be used, 130 stopped by Ctrl-C, 1 a fault of ours.
+Exit codes: 0 done, or saved because a scheduler wants the machine, 2 something the user gave cannot be used, 130
+stopped by Ctrl-C, 1 a fault of ours.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Training inside: when Ctrl-C has stopped and saved it, say how to go on."""
+    """Training inside: when it was stopped and has saved, say how to go on."""
     try:
         yield
     except Interrupted as interruption:
@@ -107,4 +108,4 @@ def resumable() -> Iterator[None]:
             command = f"your launcher, and {command}"
         if os.environ.get("RANK", "0") == "0":
             messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {command}"), soft_wrap=True)
-        leave(EXIT_INTERRUPTED)
+        leave(EXIT_INTERRUPTED if interruption.by_user else 0)

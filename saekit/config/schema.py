@@ -219,6 +219,14 @@ class TrainConfig:
         "When a checkpoint cannot be written (disk full, say), warn and train on, instead of stopping.",
         panel=SAVING,
     )
+    grace: float = option(
+        120,
+        "After SIGTERM or SIGUSR1 (a scheduler's), the step in hand must be done and saved within so many seconds, "
+        "else the process ends as it is.",
+        panel=SAVING,
+        unit="seconds",
+        gt=0,
+    )
     overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
     resume: Resume = option(
         False,

@@ -1,26 +1,41 @@
-"""Ctrl-C once: finish the step, save, stop. Ctrl-C twice: stop now."""
+"""Being asked to stop: by Ctrl-C, or by a scheduler that wants the machine back.
+
+Ctrl-C once, SIGTERM and SIGUSR1 (what SLURM sends): finish the step, save, stop. Ctrl-C twice: stop now.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+NOT_ASKED, BY_SCHEDULER, BY_USER = 0, 1, 2
+"""Who has asked for a stop; of several ranks' answers the highest counts."""
+
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class Interruption:
-    """Whether the user has asked the run to stop."""
+    """Whether somebody has asked the run to stop."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.request = NOT_ASKED
 
 
 @contextmanager
-def graceful_interrupt() -> Iterator[Interruption]:
-    """Turn the first Ctrl-C into a flag; the second raises `KeyboardInterrupt` as usual.
+def graceful_interrupt(grace: float, last_words: Callable[[str], None]) -> Iterator[Interruption]:
+    """Turn the first Ctrl-C and a scheduler's signals into a request; a second Ctrl-C interrupts as usual.
 
-    Outside the main thread, where Python allows no signal handlers, the flag simply stays down.
+    Outside the main thread, where Python allows no signal handlers, nothing is requested.
+
+    Args:
+        grace: Seconds after a scheduler's signal within which the context must end; if it does not, the process does.
+        last_words: Told why, just before that.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -28,12 +43,56 @@ def graceful_interrupt() -> Iterator[Interruption]:
         return
 
     def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
-        if interruption.requested:
+        if interruption.request == BY_USER:
             raise KeyboardInterrupt
-        interruption.requested = True
+        interruption.request = BY_USER
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    def on_scheduler(_signal: int, _frame: FrameType | None) -> None:
+        interruption.request = max(interruption.request, BY_SCHEDULER)
+
+    handlers = {signal.SIGINT: on_interrupt, **dict.fromkeys(SCHEDULER_SIGNALS, on_scheduler)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield interruption
+        with _deadline(grace, last_words):
+            yield interruption
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _deadline(grace: float, last_words: Callable[[str], None]) -> Iterator[None]:
+    """End the process so many seconds after a scheduler's signal, whatever it is doing.
+
+    Python's handlers run between two bytecodes of the main thread, which can be waiting for another rank inside a
+    library. The numbers of signals arrive at this socket at once, where a thread of its own reads them.
+    """
+    numbers, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := numbers.recv(1):
+            if number[0] in SCHEDULER_SIGNALS:
+                break
+        else:
+            return
+        end = time.monotonic() + grace
+        try:
+            numbers.settimeout(grace)
+            while numbers.recv(1):  # more signals; nothing when the context has ended
+                numbers.settimeout(max(0.001, end - time.monotonic()))
+        except TimeoutError:
+            name = signal.Signals(number[0]).name
+            last_words(f"{name} came, and the step was not done and saved within --grace {grace:g} seconds")
+            os._exit(128 + number[0])
+
+    watcher = threading.Thread(target=watch, name="deadline", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        numbers.close()

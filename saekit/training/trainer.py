@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, termina
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.counters import LayerCounters
-from saekit.training.interrupt import graceful_interrupt
+from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.recovery import Found, find_checkpoint
@@ -88,10 +90,14 @@ class SaeTrainer:
         Raises:
             UserError: If the activations or a loss hold NaN or Inf, the tokens are not the model's, or a checkpoint to
                 start from cannot be used.
-            Interrupted: After Ctrl-C, once the step is finished and the checkpoint is in place.
+            Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and the checkpoint is in place.
         """
         cfg, plan, placement, report = self.cfg, self.plan, self.placement, self.report
-        with report, graceful_interrupt() as interruption, tap(self.model, plan.hookpoints) as read_residual:
+        with (
+            report,
+            graceful_interrupt(cfg.grace, self._last_words) as interruption,
+            tap(self.model, plan.hookpoints) as read_residual,
+        ):
             run = self._start(read_residual)
             saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
@@ -132,7 +138,7 @@ class SaeTrainer:
                 run.step, run.tokens = step + 1, run.tokens + tokens
 
                 # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
-                stop = any(placement.gather(interruption.requested))
+                stop = max(placement.gather(interruption.request))
                 save = stop or run.step == plan.total_steps or run.step % cfg.save_every == 0
                 if save or run.step % cfg.log_every == 0:
                     rate = (run.tokens - tokens_at_report) / (time.perf_counter() - clock)
@@ -142,11 +148,11 @@ class SaeTrainer:
                     windows = self._fresh_windows()
                     clock, tokens_at_report = time.perf_counter(), run.tokens
                 if save:
-                    self._save(saver, last=stop or run.step == plan.total_steps)
+                    self._save(saver, last=bool(stop) or run.step == plan.total_steps)
                 if stop:
                     break
         if run.step < plan.total_steps:
-            raise Interrupted(run.step, plan.run_dir)
+            raise Interrupted(run.step, plan.run_dir, by_user=stop == BY_USER)
         return (plan.run_dir / "latest").resolve()
 
     def _start(self, read_residual: ReadResidual) -> state.RunState:
@@ -228,6 +234,11 @@ class SaeTrainer:
         kept = (self.plan.kept(input_ids) & (not empty)).to(device)
         # Indexing copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
         return {name: raw.pop(name).to(device)[kept] for name in self.plan.hookpoints}
+
+    def _last_words(self, message: str) -> None:
+        if self.placement.rank == 0:  # straight to the terminal: whoever holds a lock on it may be what takes so long
+            cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+            os.write(2, f"{cursor}\nError: {message}; --resume goes on from the last checkpoint\n".encode())
 
     def _save(self, saver: Saver, last: bool) -> None:
         try:

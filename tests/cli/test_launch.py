@@ -127,15 +127,27 @@ def test_an_error_of_the_workers_is_shown_once_and_its_code_is_passed_on(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp-cpu", "zero3-cpu", "layer-map-cpu"])
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "number", "code"),
+    [
+        ("ddp-cpu", signal.SIGINT, 130),
+        ("zero3-cpu", signal.SIGINT, 130),
+        ("layer-map-cpu", signal.SIGINT, 130),
+        ("ddp-cpu", signal.SIGTERM, 0),
+        ("zero3-cpu", signal.SIGUSR1, 0),
+    ],
+)
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, name, number, code):
     running = saekit_train(*settings(tmp_path, sequences=40_000), "--launch", name)
     for line in running.stderr:
         if line.startswith("step "):
             break
-    os.killpg(running.pid, signal.SIGINT)  # what a terminal does: everybody in the foreground gets it
+    if number == signal.SIGINT:
+        os.killpg(running.pid, number)  # what a terminal does: everybody in the foreground gets it
+    else:
+        running.send_signal(number)  # a scheduler: only the process that it started
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130, errors
+    assert running.returncode == code, errors
     assert errors.count("Stopped after step ") == 1, errors
     assert "Traceback" not in errors
     assert "death signal" not in errors

@@ -90,15 +90,16 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, model_dir, text_file):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, model_dir, text_file, number, code):
     """A real process, a real signal; the command it prints is then really run, and ends as if nothing had happened."""
     arguments = ["train", model_dir, text_file, *SMALL, "--run-name", "r", "--grad-acc-steps", "4", "--layers", "0-2"]
     process = spawn(arguments, tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "checkpoints/r/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     command = err.strip().splitlines()[-1].split()
     assert command[0] == "saekit"
