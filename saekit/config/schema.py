@@ -177,6 +177,15 @@ class TrainConfig:
         ge=0,
     )
 
+    max_bad_steps: int = option(
+        10,
+        "A step with NaN or Inf in the loss or gradient of a layer is skipped, for all layers; so many in a row "
+        "end the run.",
+        panel=OPTIMIZER,
+        unit="optimiser steps",
+        ge=1,
+    )
+
     auxk_alpha: float = option(
         1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0
     )

@@ -79,11 +79,19 @@ class Placement(Protocol):
     def backward(self, hookpoint: str, loss: Tensor) -> None:
         """Add the gradient of one chunk's loss to the layer's. Collective under zero3."""
 
-    def apply(self, lr_scale: float) -> None:
-        """Bring gradients together, project, step the optimisers, renormalise decoders, drop the gradients.
+    def collect(self) -> dict[str, Tensor]:
+        """End the step's backward passes: bring gradients together. Collective.
 
-        Collective.
+        Returns:
+            For each layer of this rank a scalar, the sum of its gradient as far as this rank holds it: NaN or Inf
+            in the gradient show in it.
         """
+
+    def apply(self, lr_scale: float) -> None:
+        """After `collect`: project, step the optimisers, renormalise decoders, drop the gradients. Collective."""
+
+    def skip(self) -> None:
+        """After `collect`, instead of `apply`: drop the gradients, and leave everything as it is. Collective."""
 
     def sum(self, value: Tensor) -> Tensor:
         """A tensor summed over all ranks. Collective."""

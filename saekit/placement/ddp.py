@@ -45,11 +45,15 @@ class Ddp(Ranked, LocalBank):
             if last:
                 self._travelling[hookpoint] = dist.all_reduce(self._gradients[hookpoint], async_op=True)
 
-    def apply(self, lr_scale: float) -> None:
-        """See `Placement.apply`."""
-        for hookpoint, gradient in self._gradients.items():
+    def collect(self) -> dict[str, Tensor]:
+        """See `Placement.collect`."""
+        for hookpoint in self._gradients:
             self._travelling.pop(hookpoint).wait()
-            self._update(hookpoint, lr_scale)
+        return {hookpoint: gradient.sum() for hookpoint, gradient in self._gradients.items()}
+
+    def skip(self) -> None:
+        """See `Placement.skip`: the parameters' `.grad` stay, being views."""
+        for gradient in self._gradients.values():
             gradient.zero_()
 
     def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -42,11 +42,24 @@ class LocalBank:
         """See `Placement.backward`."""
         loss.backward()
 
+    def collect(self) -> dict[str, Tensor]:
+        """See `Placement.collect`."""
+        sums = {}
+        for hookpoint, sae in self._saes.items():
+            gradients = [each.grad for each in sae.parameters() if each.grad is not None]
+            sums[hookpoint] = sum((each.sum() for each in gradients), torch.zeros((), device=self.device))
+        return sums
+
     def apply(self, lr_scale: float) -> None:
         """See `Placement.apply`."""
         for hookpoint in self._saes:
             self._update(hookpoint, lr_scale)
-            self._optimizers[hookpoint].zero_grad()
+        self.skip()
+
+    def skip(self) -> None:
+        """See `Placement.skip`."""
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad()
 
     def _update(self, hookpoint: str, lr_scale: float) -> None:
         """Step one layer, whose gradient is complete."""

@@ -136,6 +136,21 @@ class Zero3(Ranked):
         # It averages over the ranks, where the loss is already a part of the global one.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """See `Placement.collect`: DeepSpeed has brought them together in the backward passes."""
+        zero = self._engine.optimizer
+        return {
+            hookpoint: sum(zero.get_local_fp32_grad_for_param(parameter).sum() for parameter in sae.parameters())
+            for hookpoint, sae in self._saes.items()
+        }
+
+    def skip(self) -> None:
+        """See `Placement.skip`."""
+        # What DeepSpeed itself does when float16 overflows; it has no public name for it.
+        self._engine.optimizer._overflow_clean_up(None)
+        self._backwards.clear()
+
     def apply(self, lr_scale: float) -> None:
         """See `Placement.apply`."""
         for group, rate in zip(self._torch_optimizer.param_groups, self._base_rates, strict=True):

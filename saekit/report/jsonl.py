@@ -112,6 +112,7 @@ def as_record(stats: StepStats, now: float) -> dict[str, Any]:
         "tokens_per_second": finite(stats.tokens_per_second),
         "learning_rate": finite(stats.learning_rate),
         "memory_bytes": stats.memory_bytes,
+        "skipped_steps": stats.skipped_steps,
         "time": now,
         "layers": {hookpoint: _layer_record(layer) for hookpoint, layer in stats.layers.items()},
     }

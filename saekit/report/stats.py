@@ -49,7 +49,9 @@ class StepStats:
     memory_bytes: int
     """Peak memory: allocated by the GPU's allocator where there is one, else the process's resident set."""
     layers: dict[str, LayerStats]
-    """By hookpoint, in model order."""
+    """By hookpoint, in model order. Without a step that was not skipped, their numbers are NaN."""
+    skipped_steps: int = 0
+    """Optimiser steps left out so far because of NaN or Inf."""
 
     @property
     def mean_fvu(self) -> float:

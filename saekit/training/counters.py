@@ -44,6 +44,10 @@ class LayerCounters:
         self.tokens_since_fired_M.masked_fill_(fired_M > 0, 0)
         self.fired_now_M.zero_()
 
+    def forget(self) -> None:
+        """Leave out the optimiser step that is under way."""
+        self.fired_now_M.zero_()
+
     def dead(self, threshold: int) -> Tensor:
         """Numbers of the dead latents, int64 `[dead]`, given the threshold in tokens. On a GPU this synchronises."""
         return (self.tokens_since_fired_M >= threshold).nonzero().squeeze(1)

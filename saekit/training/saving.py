@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -44,8 +45,9 @@ class Saver:
 
     def note(self, stats: StepStats) -> None:
         """Take in a report: `best` is chosen by the FVU between two checkpoints."""
-        self.fvu = {name: layer.fvu for name, layer in stats.layers.items()}
-        self.mean_fvus.append(stats.mean_fvu)
+        if math.isfinite(stats.mean_fvu):  # else every step since the last report was skipped
+            self.fvu = {name: layer.fvu for name, layer in stats.layers.items()}
+            self.mean_fvus.append(stats.mean_fvu)
 
     def save(self) -> Path:
         """Write a checkpoint of the step that was just finished and return its folder. Collective.
@@ -60,6 +62,8 @@ class Saver:
         about = {**plan.about(), "saekit_version": versions.SAEKIT}
         index = {
             "tokens": run.tokens,
+            "skipped_steps": run.skipped,
+            "bad_steps_in_row": run.bad_in_row,
             **plan.place(run.step),
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,

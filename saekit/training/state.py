@@ -39,6 +39,10 @@ class RunState:
     """Optimiser steps done."""
     tokens: int = 0
     """Tokens that trained the SAEs, over all ranks."""
+    skipped: int = 0
+    """Optimiser steps left out because of NaN or Inf."""
+    bad_in_row: int = 0
+    """How many of them were the last ones."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
     counters: dict[str, LayerCounters] = field(default_factory=dict)
     best_fvu: float = float("inf")
@@ -95,30 +99,16 @@ def calibrate(name: str, moments: Moments) -> Calibration:
     Raises:
         UserError: If the activations hold NaN or Inf, or do not vary.
     """
-    check_finite(name, moments.sum_squares, step=0)
+    if not bool(torch.isfinite(moments.sum_squares)):
+        raise UserError(
+            f"{name}: NaN or Inf in the activations of the first batch: the language model overflows; "
+            "try --dtype bfloat16 or float32"
+        )
     variance = float(moments.total_variance())
     # Rounding leaves a little of a variance that is zero.
     if not variance > 1e-12 * float(moments.sum_squares / moments.count):
         raise UserError(f"{name}: its activations on the first batch do not vary, so there is nothing to learn")
     return Calibration(moments.mean_D().float(), variance)
-
-
-def check_finite(name: str, sum_squares: Tensor, step: int) -> None:
-    """Stop on NaN or Inf among activations; a float64 sum of squares of float32 values is finite if they all are."""
-    if not bool(torch.isfinite(sum_squares)):
-        raise UserError(
-            f"{name}: NaN or Inf in the activations at step {step}: the language model overflows; "
-            "try --dtype bfloat16 or float32"
-        )
-
-
-def check_losses(name: str, sums: Tensor, step: int) -> None:
-    """Stop on NaN or Inf in what an SAE made of finite activations: it has diverged."""
-    if not bool(torch.isfinite(sums).all()):
-        raise UserError(
-            f"{name}: NaN or Inf in the SAE's loss at step {step}: it diverges; try a smaller --lr or more "
-            "--lr-warmup-steps"
-        )
 
 
 def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
@@ -155,6 +145,7 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     """
     state.checkpoint = checkpoint
     state.step, state.tokens = index["step"], index["tokens"]
+    state.skipped, state.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():
         tensors = read_state(checkpoint / name)

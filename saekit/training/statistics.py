@@ -86,6 +86,14 @@ class LayerWindow:
             ]
         ).double()
 
+    def add(self, other: LayerWindow) -> None:
+        """Count the steps of another window as well."""
+        self.moments.sum_D += other.moments.sum_D
+        self.moments.sum_squares += other.moments.sum_squares
+        self.moments.count += other.moments.count
+        self.sums += other.sums
+        self.steps += other.steps
+
     def row(self, dead: int, steps: int) -> Tensor:
         """Everything that is to be summed over ranks, in one float64 row that `read_row` understands.
 

@@ -21,6 +21,7 @@ from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, termina
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.counters import LayerCounters
+from saekit.training.faults import find_faults, leave_out_step
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
@@ -110,6 +111,7 @@ class SaeTrainer:
                 scale = {name: 1 / (max(1, tokens) * run.calibration[name].variance) for name in placement.layers()}
                 dead = {name: run.counters[name].dead(cfg.dead_feature_threshold) for name in placement.layers()}
 
+                fresh = self._fresh_windows()
                 for micro, input_ids in enumerate(batches, 1):
                     acts = self._activations(read_residual, input_ids)
                     for name, x_ND in placement.route(acts, last=micro == len(batches)):
@@ -125,17 +127,21 @@ class SaeTrainer:
                             )
                             placement.backward(name, losses.total)
                             run.counters[name].observe(out.acts, out.indices)
-                            windows[name].observe(chunk_ND, out, losses, scale[name])
+                            fresh[name].observe(chunk_ND, out, losses, scale[name])
 
-                for name, window in windows.items():
-                    state.check_finite(name, window.moments.sum_squares, step + 1)
-                    state.check_losses(name, window.sums, step + 1)
-                placement.apply(plan.lr_scale(step))
-                fired = placement.share({name: run.counters[name].fired_now_M for name in windows})
-                for name, window in windows.items():
-                    run.counters[name].advance(fired[name], tokens)
-                    window.steps += 1
-                run.step, run.tokens = step + 1, run.tokens + tokens
+                run.step = step + 1
+                if bad := find_faults(plan.hookpoints, fresh, placement.collect(), placement):
+                    placement.skip()
+                    report.status(leave_out_step(run, bad, cfg.max_bad_steps))
+                else:
+                    placement.apply(plan.lr_scale(step))
+                    fired = placement.share({name: run.counters[name].fired_now_M for name in windows})
+                    for name, window in windows.items():
+                        run.counters[name].advance(fired[name], tokens)
+                        fresh[name].steps = 1
+                        window.add(fresh[name])
+                    run.tokens += tokens
+                    run.bad_in_row = 0
 
                 # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
                 stop = max(placement.gather(interruption.request))
@@ -275,6 +281,7 @@ class SaeTrainer:
             tokens=run.tokens,
             tokens_per_second=tokens_per_second,
             learning_rate=self.plan.base_lr * self.plan.lr_scale(run.step - 1),
+            skipped_steps=run.skipped,
             memory_bytes=int(together[-placement.world_size :].max()),
             layers=layers,
         )

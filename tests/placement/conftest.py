@@ -43,13 +43,34 @@ def token_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def overflowing(tmp_path_factory, gpt2_dir, token_dir):
+    """A GPT-2 whose activations are NaN where it reads one token, and data that have it in steps 6, 13 and 14.
+
+    On two ranks, one of them sees it first, then the other.
+    """
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("overflowing")
+    model = GPT2LMHeadModel.from_pretrained(gpt2_dir)
+    with torch.no_grad():
+        model.transformer.wte.weight[2001] = float("nan")
+    model.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(gpt2_dir).save_pretrained(folder / "model")
+    ids = Dataset.load_from_disk(token_dir)["input_ids"][:]
+    for step, place in ((6, 2), (13, 7), (14, 11)):
+        ids[(step - 1) * GLOBAL_BATCH + place][3] = 2001
+    Dataset.from_dict({"input_ids": ids}).save_to_disk(folder / "data")
+    return folder / "model", folder / "data"
+
+
+@pytest.fixture(scope="session")
 def train(tmp_path_factory, token_dir):
     """Run `saekit train` on some ranks and return the run's folder; each different command runs once."""
     root = tmp_path_factory.mktemp("runs")
     done: dict[tuple, Path] = {}
 
-    def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None):
-        key = (str(model), ranks, batch_size, launch_file, name, *options)
+    def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None, data=token_dir):
+        key = (str(model), str(data), ranks, batch_size, launch_file, name, *options)
         if key in done:
             return done[key]
         name = name or f"run{len(done)}"
@@ -62,7 +83,7 @@ def train(tmp_path_factory, token_dir):
         sizes = ["--batch-size", batch_size or GLOBAL_BATCH // ranks, "--num-latents", 64, "--k", 4]
         settings = ["--lr", 1e-3, "--lr-warmup-steps", 2, "--dead-feature-threshold", 300, "--exclude-tokens", 5]
         place = ["--ctx-len", CTX_LEN, "--save-dir", root, "--run-name", name]
-        command = [sys.executable, *launcher, "-m", "saekit", "train", model, token_dir]
+        command = [sys.executable, *launcher, "-m", "saekit", "train", model, data]
         command += [*sizes, *settings, *place, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
         environment["PYTHONPATH"] = str(Path(saekit.__file__).parent.parent)

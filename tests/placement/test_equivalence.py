@@ -74,24 +74,46 @@ def test_a_map_of_ones_own_agrees(train):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("ranks", "after"),
     [
-        (["--placement", "ddp"], ["--placement", "layer-map"]),
-        (["--placement", "layer-map"], []),
-        (["--placement", "zero3"], []),
-        (["--placement", "ddp"], ["--placement", "zero3"]),
-        (["--placement", "zero3"], ["--placement", "layer-map"]),
+        (2, ["--placement", "ddp"]),
+        (2, ["--placement", "layer-map"]),
+        (2, ["--placement", "zero3"]),
+        (1, []),
+        (1, ["--placement", "zero3"]),
     ],
-    ids=["ddp to layer-map", "layer-map to one", "zero3 to one", "ddp to zero3", "zero3 to layer-map"],
+    ids=["ddp", "layer-map", "zero3", "one", "one-zero3"],
 )
-def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, after):
-    name = "-".join(["moved", *before[1:], *after[1:]])
-    run = train(gpt2_dir, *before, "--save-every", 10, "--keep-last", 2, ranks=2, name=name)
+@pytest.mark.parametrize("before", ["ddp", "layer-map", "zero3"])
+def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, ranks, after):
+    halves = train(gpt2_dir, "--placement", before, "--save-every", 10, "--keep-last", 2, ranks=2)
+    run = halves.with_name("-".join(["moved", before, str(ranks), *after[1:]]))
+    shutil.copytree(halves, run, symlinks=True)
     shutil.rmtree(run / "step_00000020")
-    (run / "latest").unlink()
-    (run / "latest").symlink_to("step_00000010")
-    found = train(gpt2_dir, *after, "--resume", ranks=3 if after else 1, name=name)
+    found = train(gpt2_dir, *after, "--resume", "auto", ranks=ranks, name=run.name)
+    assert f"Going on from {run / 'step_00000010'}" in (found / "stderr.txt").read_text()
     assert_same_run(found, train(gpt2_dir))
+
+
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+def test_a_bad_step_is_skipped_by_all(train, overflowing, placement):
+    model, data = overflowing
+    found = train(model, "--no-shuffle", "--placement", placement, ranks=2, data=data)
+    alone = train(model, "--no-shuffle", data=data)
+    assert [each["skipped_steps"] for each in metrics_of(alone)] == [0] * 5 + [1] * 7 + [2] + [3] * 7
+    assert_same_run(found, alone)
+    said = (found / "stderr.txt").read_text()
+    for step in (6, 13, 14):
+        assert said.count(f"step {step} was skipped: NaN or Inf in the activations of h.0 and 1 more") == 1
+
+
+def test_too_many_bad_steps_end_all_ranks(train, overflowing):
+    model, data = overflowing
+    options = ["--no-shuffle", "--placement", "layer-map", "--max-bad-steps", 2, "--save-every", 5]
+    found = train(model, *options, ranks=2, data=data, name="bad", expect=1)
+    said = (found / "stderr.txt").read_text()
+    assert said.count("Error: h.0: NaN or Inf in the activations in each of the 2 steps up to 14") == 1
+    assert json.loads((found / "latest" / "checkpoint.json").read_text())["step"] == 10
 
 
 def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):

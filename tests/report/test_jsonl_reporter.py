@@ -37,6 +37,7 @@ def test_record(path, make_info, make_stats):
         "tokens_per_second": 12_345.6,
         "learning_rate": 2e-4,
         "memory_bytes": 3 * 2**30,
+        "skipped_steps": 0,
         "layers": {
             "layers.0": layer(fvu=0.5, dead=0, dead_fraction=0.0, auxk_loss=0.0),
             "layers.1": layer(fvu=0.51, dead=41, dead_fraction=41 / 4096, auxk_loss=0.8),
