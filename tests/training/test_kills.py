@@ -1,0 +1,54 @@
+"""Killed at any moment and resumed, a run ends as if nothing had happened, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
+
+ROOT = Path(__file__).parent.parent.parent
+KILLS = 18
+"""Of each of two runs."""
+
+
+def killer(seed, kills, run, *command):
+    """See `tests.training.killer`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "true", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.training.killer", str(seed), str(kills), str(run), *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "seed"), [("adam", 31), ("signum", 32)])
+def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, optimizer, seed):
+    np.random.default_rng(0).integers(2, 250, 1600 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    sizes = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 2, "--grad-acc-steps", 2]
+    options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--save-every", 3, "--keep-last", 2]
+    command = ["train", model_dir, tmp_path / "tokens.bin", *sizes, *options, "--save-best", "--save-dir", tmp_path]
+
+    assert killer(seed, 0, tmp_path / "whole", *command, "--run-name", "whole") == [0, 0]
+    killed, in_saves = killer(seed, KILLS, tmp_path / "r", *command, "--run-name", "r", "--resume", "auto")
+    assert killed == KILLS, "it was done too early"
+    assert in_saves >= 3
+    for link in ("latest", "best"):
+        found, expected = (tmp_path / run / link for run in ("r", "whole"))
+        assert found.resolve().name == expected.resolve().name
+        assert_same_tensors(tensors_of(found), tensors_of(expected))
+    metrics = metrics_of(tmp_path / "whole")
+    assert [record["step"] for record in metrics] == list(range(1, 401))
+    assert metrics_of(tmp_path / "r") == metrics
+    assert any(layer["auxk_loss"] > 0 for record in metrics for layer in record["layers"].values())
