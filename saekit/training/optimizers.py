@@ -107,7 +107,7 @@ class TorchOptimizer:
                 elif key.endswith(".number"):
                     own[key.removesuffix(".number")] = _plain_number(value)
                 else:
-                    own[key] = value
+                    own[key] = value.clone()  # of a file that is mapped, which may go
             loaded[optimizer][number] = own
         for optimizer, values in loaded.items():
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -114,7 +114,7 @@ def calibrate(name: str, moments: Moments) -> Calibration:
 def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
     """Stop rather than save what nobody can go on from."""
     for tensor in weights.values():
-        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        if not bool(torch.isfinite(tensor.sum())):  # a sum needs no memory, unlike isfinite of each element
             raise UserError(
                 f"{name}: NaN or Inf in the SAE's weights at step {step}, which is not saved; try a smaller --lr"
             )
@@ -149,7 +149,9 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():
         tensors = read_state(checkpoint / name)
-        state.calibration[name] = Calibration(tensors["mean"].to(placement.device), float(tensors["variance"]))
+        state.calibration[name] = Calibration(
+            tensors["mean"].to(placement.device, copy=True), float(tensors["variance"])
+        )
         state.counters[name].load_state(tensors)
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
         placement.load(name, load_from_disk(checkpoint / name).state_dict(), optimizer)

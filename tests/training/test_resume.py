@@ -229,3 +229,19 @@ def test_layers_are_saved_one_at_a_time(make_trainer, monkeypatch):
     )
     make_trainer(optimizer="signum").fit()
     assert order == ["make", "write"] * 3
+
+
+def test_the_files_of_a_checkpoint_are_not_needed_once_it_is_loaded(make_trainer, tmp_path):
+    """Tensors that a file is mapped to would change with it, and take the process along if a network disk is lost."""
+
+    class Overwrites(Recorder):
+        def start(self, info):
+            if info.start_step:
+                for file in (tmp_path / "run" / "step_00000003").rglob("*.safetensors"):
+                    with file.open("r+b") as stream:
+                        stream.write(bytes(file.stat().st_size))
+
+    with pytest.raises(Interrupted):
+        make_trainer(reporter=StopAfter(3)).fit()
+    resumed = make_trainer(resume=True, reporter=Overwrites()).fit()
+    assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
