@@ -14,7 +14,8 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
-ZERO3 = "saekit/placement/zero3.py"
+ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
+CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
 TAP = "saekit/activations/tap.py"
 ADVANCE = "run.counters[name].advance(fired[name], tokens)"
 DEAD_CODE = "sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)"
@@ -104,6 +105,34 @@ FAULTS = [
         "            self._scatter(whole, piece.of(piece.flat))\n",
         "",
     ),
+    (
+        "the index is written before the files",
+        SAVING,
+        "        written = self._on_all(",
+        "        self._on_first(lambda: checkpoint.finish_checkpoint(plan.run_dir, run.step, {}, index))\n"
+        "        written = self._on_all(",
+    ),
+    (
+        "what is replaced is deleted first",
+        CHECKPOINT,
+        "        os.replace(final, replaced)\n",
+        "        shutil.rmtree(final)\n",
+    ),
+    ("the newest is that of the highest step", CHECKPOINT, "key=lambda each: each[1])", "key=lambda each: each[0])"),
+    (
+        "what is half deleted keeps its name",
+        CHECKPOINT,
+        "            os.replace(folder, doomed)\n        shutil.rmtree(doomed)",
+        "            doomed = folder\n        shutil.rmtree(doomed)",
+    ),
+    ("skipping forgets to drop the gradient", DDP, "            gradient.zero_()\n", "            pass\n"),
+    (
+        "a skipped step moves the counters",
+        "saekit/training/faults.py",
+        "        counters.forget()\n",
+        "        counters.advance(counters.fired_now_M, 1)\n",
+    ),
+    ("only rank 0 knows of a bad step", "saekit/training/faults.py", "placement.sum(rows)", "rows"),
 ]
 
 

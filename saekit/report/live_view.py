@@ -213,7 +213,10 @@ def _not_shown(layers: dict[str, LayerStats]) -> Text:
 
 
 def _saved(state: RunState) -> Text:
-    if state.saved is None:
-        return line(("no checkpoint yet", "dim"))
-    path, step = state.saved
-    return line(("✓ ", "green"), (f"saved step {step:,} in {path.name}", "dim"))
+    parts = [("no checkpoint yet", "dim")]
+    if state.saved is not None:
+        path, step = state.saved
+        parts = [("✓ ", "green"), (f"saved step {step:,} in {path.name}", "dim")]
+    if state.stats is not None and (skipped := state.stats.skipped_steps):
+        parts += [(" · ", "dim"), (f"{skipped:,} of {state.stats.step:,} steps skipped: NaN or Inf", "yellow")]
+    return line(*parts)

@@ -104,6 +104,8 @@ class PlainReporter:
                 f"worst {worst} {units.decimal(layer.fvu)}",
                 f"dead {units.percent(dead)}",
             ]
+        if stats.skipped_steps:
+            parts.append(f"{stats.skipped_steps:,} skipped")
         self._write(" | ".join(parts))
 
     def _write(self, text: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import pytest
 
@@ -87,3 +88,41 @@ def test_a_torn_last_line_is_left_out_but_no_other(path, make_info, make_stats):
     path.write_bytes(b"not json\n" + whole)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
         read_metrics(path)
+
+
+@pytest.fixture
+def full_disk():
+    """Lets files grow no further than so many bytes: the system call fails, amid a line if need be."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[1] if size is None else size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_ends_the_run(path, make_info, make_stats, full_disk):
+    reporter = JsonlReporter(path)
+    reporter.start(make_info())
+    reporter.step(make_stats(1))
+    full_disk(path.stat().st_size + 100)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(File too large\)"):
+        reporter.step(make_stats(2))
+    assert path.read_bytes().endswith(b"}\n")
+    assert [record["step"] for record in read_metrics(path)] == [1]
+
+
+def test_with_best_effort_lines_are_written_when_there_is_space_again(path, make_info, make_stats, full_disk):
+    said = []
+    reporter = JsonlReporter(path, said.append)
+    reporter.start(make_info())
+    reporter.step(make_stats(1))
+    full_disk(path.stat().st_size + 100)
+    reporter.step(make_stats(2))
+    reporter.step(make_stats(3))
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    (warning,) = said
+    assert warning.startswith("Warning: ")
+    assert "File too large" in warning
+    full_disk(None)
+    reporter.step(make_stats(4))
+    reporter.finish()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    assert path.read_bytes().count(b"\n") == 4
