@@ -105,6 +105,7 @@ def test_a_full_disk_ends_the_run(path, make_info, make_stats, full_disk):
     full_disk(path.stat().st_size + 100)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(File too large\)"):
         reporter.step(make_stats(2))
+    reporter.finish()
     assert path.read_bytes().endswith(b"}\n")
     assert [record["step"] for record in read_metrics(path)] == [1]
 
