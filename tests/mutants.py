@@ -113,10 +113,10 @@ FAULTS = [
         "        written = self._on_all(",
     ),
     (
-        "what is replaced is deleted first",
+        "who dies before the last rename is forgotten",
         CHECKPOINT,
-        "        os.replace(final, replaced)\n",
-        "        shutil.rmtree(final)\n",
+        "        if (partial / INDEX_FILE).is_file():\n",
+        "        if False:\n",
     ),
     ("the newest is that of the highest step", CHECKPOINT, "key=lambda each: each[1])", "key=lambda each: each[0])"),
     (

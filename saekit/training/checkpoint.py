@@ -10,8 +10,7 @@ RUN/step_00000200/layers.0/          one folder per hookpoint:
     state.safetensors                counters, calibration, optimiser state
 
 A checkpoint is written to `.step_00000200.partial`. Its index comes last, when everything that it names is on the
-disk: a folder with an index is whole, whatever it is called, and `settle` puts it in place if the writer died before.
-Reading is `recovery`'s part.
+disk: a folder with an index is whole, whatever it is called, and `recovery` puts it in place if the writer died before.
 """
 
 from __future__ import annotations
@@ -112,23 +111,16 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
     _flush(unfinished)
     os.replace(unfinished, partial / INDEX_FILE)
     _flush(partial)
-    return _put_in_place(partial)
+    return put_in_place(partial)
 
 
-def settle(run_dir: Path) -> None:
-    """Put checkpoints in place whose writer died when they were whole, but not there yet."""
-    for partial in sorted(run_dir.glob(".step_*.partial")):
-        if (partial / INDEX_FILE).is_file():
-            _put_in_place(partial)
-
-
-def _put_in_place(partial: Path) -> Path:
+def put_in_place(partial: Path) -> Path:
+    """Give a checkpoint that is whole its name, make `latest` point to it, and return its folder."""
     run_dir = partial.parent
     final = run_dir / partial.name.removeprefix(".").removesuffix(".partial")
-    if final.exists():  # the run went back to an earlier checkpoint, and passes this step again
-        replaced = run_dir / f".{final.name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(final, replaced)
+    # There is one if the run went back to an earlier checkpoint, and passes this step again. Whoever dies in between
+    # leaves a whole partial folder, which `recovery` finds.
+    discard(final)
     os.replace(partial, final)
     _flush(run_dir)
     point(run_dir / "latest", final)
@@ -178,7 +170,7 @@ def prune(run_dir: Path, keep_last: int) -> None:
         discard(remains)
 
 
-REMAINS = (".step_*.partial", ".step_*.replaced", ".step_*.deleted")
+REMAINS = (".step_*.partial", ".step_*.deleted")
 """What saves and deletions leave behind when they are killed."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from saekit.errors import UserError
 from saekit.layout import FORMAT, INDEX_FILE, STATE_FILE, is_checkpoint, run_of
-from saekit.training.checkpoint import fingerprint, numbered, settle
+from saekit.training.checkpoint import fingerprint, numbered, put_in_place
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,15 @@ def find_checkpoint(path: Path) -> Found:
             except UserError:
                 whole = ""
             raise UserError(f"{damage}{whole}") from None
-    settle(run_of(path))
+    _settle(run_of(path))
     return _newest_whole(run_of(path))
+
+
+def _settle(run_dir: Path) -> None:
+    for partial in sorted(run_dir.glob(".step_*.partial")):
+        with suppress(UserError):  # what is not whole is the next save's to delete
+            read_index(partial)
+            put_in_place(partial)
 
 
 def _newest_whole(run_dir: Path) -> Found:

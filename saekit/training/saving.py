@@ -109,7 +109,7 @@ class Saver:
         if problems:
             self._clean_up()
             before = self.run.checkpoint
-            last = f"the one before it, {before}, is whole" if before else "there is none before it"
+            last = f"the one before it, {before}, is whole (--resume)" if before else "there is none before it"
             raise SaveError(f"the checkpoint of step {self.run.step} could not be written ({problems[0]}); {last}")
         return [part for part, _ in outcomes]
 
