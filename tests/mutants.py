@@ -16,6 +16,7 @@ MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
+RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
 ADVANCE = "run.counters[name].advance(fired[name], tokens)"
 DEAD_CODE = "sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)"
@@ -112,12 +113,7 @@ FAULTS = [
         "        self._on_first(lambda: checkpoint.finish_checkpoint(plan.run_dir, run.step, {}, index))\n"
         "        written = self._on_all(",
     ),
-    (
-        "who dies before the last rename is forgotten",
-        CHECKPOINT,
-        "        if (partial / INDEX_FILE).is_file():\n",
-        "        if False:\n",
-    ),
+    ("who dies before the last rename is forgotten", RECOVERY, "            put_in_place(partial)\n", ""),
     ("the newest is that of the highest step", CHECKPOINT, "key=lambda each: each[1])", "key=lambda each: each[0])"),
     (
         "what is half deleted keeps its name",

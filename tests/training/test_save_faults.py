@@ -115,10 +115,10 @@ def the_same_step_again(saver):
     train_a_little(saver, 5)
 
 
-def whole_ones(run):
+def whole_ones(run, pattern="*"):
     """The oracle: every folder that is whole, by serial number, however it is called."""
     found = {}
-    for index_file in run.glob(f"*/{INDEX_FILE}"):
+    for index_file in run.glob(f"{pattern}/{INDEX_FILE}"):
         index = json.loads(index_file.read_text())
         files = {f.relative_to(index_file.parent).as_posix() for f in index_file.parent.rglob("*") if f.is_file()}
         if files - {INDEX_FILE} == set(index["files"]) and all(
@@ -179,6 +179,8 @@ def test_the_newest_whole_checkpoint_is_found(saver, tmp_path, monkeypatch, prep
         ended = in_a_child(save_with_fault)
         ends.add(ended)
         expected = whole_ones(run)
+        visible = [folder.name for folder in run.glob("step_*")]
+        assert len(visible) == len(whole_ones(run, "step_*")), f"fault {at} ({names[at - 1]}) left a part in {visible}"
         assert set(expected) & {before, before + 1}, f"fault {at} ({names[at - 1]}): {sorted(run.iterdir())}"
         found = find_checkpoint(run)
         assert found.index["serial"] == max(expected), f"fault {at} ({names[at - 1]})"
