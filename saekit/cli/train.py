@@ -71,10 +71,7 @@ def train(
         raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
     values = {**(read_yaml(config) if config else {}), **typed}
     if isinstance(values.get("resume"), str) and values["resume"] not in ("auto", "latest"):
-        kept = _options_of_run(values)
-        if "placement" in values:  # what belongs to another one does not come along
-            kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
-        values = {**kept, **values}
+        values = {**_options_of_run(Path(values["resume"]), typed), **values}
     for name in ("model", "dataset"):
         if name not in values:
             raise UserError(f"{name.upper()} is missing: saekit train MODEL DATASET, or a --config that names both")
@@ -96,19 +93,19 @@ def train(
         train_from_config(cfg)
 
 
-def _options_of_run(values: dict[str, Any]) -> dict[str, Any]:
+def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
     """What the run that `--resume PATH` names was started with."""
     from saekit.config.run import read_yaml
 
-    path = Path(values["resume"])
     run = run_of(path)
     if not has_checkpoints(run):
         hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
         raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
     for name in ("save_dir", "run_name"):
-        if name in values:
-            raise UserError(
-                f"--{name.replace('_', '-')} {values[name]} contradicts --resume {path}, which says where the run is: "
-                "give one of them"
-            )
-    return read_yaml(run / "config.yaml")
+        if name in typed:
+            option = f"--{name.replace('_', '-')} {typed[name]}"
+            raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
+    kept = read_yaml(run / "config.yaml")
+    if "placement" in typed:  # what belongs to another one does not come along
+        kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
+    return kept

@@ -99,8 +99,15 @@ def _write_layer(folder: Path, record: LayerRecord) -> list[Path]:
 
 
 def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, index: Mapping[str, Any]) -> Path:
-    """Write the index, put the checkpoint in place, make `latest` point to it, and return its folder."""
+    """Write the index, put the checkpoint in place, make `latest` point to it, and return its folder.
+
+    Raises:
+        OSError: If that cannot be done, or other ranks have written their layers somewhere else.
+    """
     partial = checkpoint_folders(run_dir, step)[1]
+    for name, each in fingerprints.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != each["bytes"]:
+            raise OSError(f"{name} was written by another rank and is not here: all machines must see --save-dir")
     if (metrics := run_dir / "metrics.jsonl").exists():  # what the checkpoint's steps reported lasts as long as it does
         _flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)

@@ -245,3 +245,20 @@ def test_the_files_of_a_checkpoint_are_not_needed_once_it_is_loaded(make_trainer
         make_trainer(reporter=StopAfter(3)).fit()
     resumed = make_trainer(resume=True, reporter=Overwrites()).fit()
     assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
+
+
+def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_path, monkeypatch):
+    """Two machines with a folder of the same name each: the index would promise what is not there."""
+    from saekit.training import saving
+
+    real = saving.checkpoint.write_layers
+
+    def elsewhere(run_dir, step, layers):
+        written = real(run_dir, step, layers)
+        (run_dir / f".step_{step:08d}.partial" / "layers.1" / "sae.safetensors").unlink()
+        return written
+
+    monkeypatch.setattr(saving.checkpoint, "write_layers", elsewhere)
+    with pytest.raises(SaveError, match=r"layers\.1/sae\.safetensors was written by another rank and is not here"):
+        make_trainer().fit()
+    assert not list((tmp_path / "run").glob("*step*"))
