@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from contextlib import contextmanager
 
 import pytest
 
@@ -90,39 +91,46 @@ def test_a_torn_last_line_is_left_out_but_no_other(path, make_info, make_stats):
         read_metrics(path)
 
 
-@pytest.fixture
-def full_disk():
-    """Lets files grow no further than so many bytes: the system call fails, amid a line if need be."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[1] if size is None else size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@contextmanager
+def full_disk(size):
+    """Lets files grow no further than so many bytes: the system call fails, amid a line if need be.
+
+    It holds for all files of this process, the one that pytest prints to included: keep it short.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_the_run(path, make_info, make_stats, full_disk):
+def test_a_full_disk_ends_the_run(path, make_info, make_stats):
     reporter = JsonlReporter(path)
     reporter.start(make_info())
     reporter.step(make_stats(1))
-    full_disk(path.stat().st_size + 100)
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(File too large\)"):
+    with (
+        full_disk(path.stat().st_size + 100),
+        pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(File too large\)"),
+    ):
         reporter.step(make_stats(2))
     reporter.finish()
     assert path.read_bytes().endswith(b"}\n")
     assert [record["step"] for record in read_metrics(path)] == [1]
 
 
-def test_with_best_effort_lines_are_written_when_there_is_space_again(path, make_info, make_stats, full_disk):
+def test_with_best_effort_lines_are_written_when_there_is_space_again(path, make_info, make_stats):
     said = []
     reporter = JsonlReporter(path, said.append)
     reporter.start(make_info())
     reporter.step(make_stats(1))
-    full_disk(path.stat().st_size + 100)
-    reporter.step(make_stats(2))
-    reporter.step(make_stats(3))
+    with full_disk(path.stat().st_size + 100):
+        reporter.step(make_stats(2))
+        reporter.step(make_stats(3))
     assert [record["step"] for record in read_metrics(path)] == [1]
     (warning,) = said
     assert warning.startswith("Warning: ")
     assert "File too large" in warning
-    full_disk(None)
     reporter.step(make_stats(4))
     reporter.finish()
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
