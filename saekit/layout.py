@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 INDEX_FILE = "checkpoint.json"
@@ -10,6 +11,7 @@ STATE_FILE = "state.safetensors"
 ABOUT_FILE = "saekit.json"
 FORMAT = 2
 """Of `checkpoint.json` and what it speaks of."""
+STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 
 def checkpoint_folders(run_dir: Path, step: int) -> tuple[Path, Path]:
@@ -19,14 +21,16 @@ def checkpoint_folders(run_dir: Path, step: int) -> tuple[Path, Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is one checkpoint's folder, and not a run's. The link `RUN/latest` stands for the run."""
-    return (path / INDEX_FILE).is_file() and not path.is_symlink()
+    """Whether a path is meant as one checkpoint, be it damaged or missing. The link `RUN/latest` stands for the run."""
+    return path.name != "latest" and STEP_FOLDER.fullmatch(path.resolve().name) is not None
 
 
 def run_of(path: Path) -> Path:
     """The run's folder, given it or one of its checkpoints, damaged ones and links included."""
+    if path.name in ("latest", "best"):
+        return path.parent
     resolved = path.resolve()
-    return resolved.parent if resolved.name.startswith("step_") else path
+    return resolved.parent if STEP_FOLDER.fullmatch(resolved.name) else path
 
 
 def has_checkpoints(run_dir: Path) -> bool:

@@ -80,12 +80,12 @@ def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerReco
             try:
                 if problem is None:
                     files = _write_layer(partial / hookpoint, record)
-                    flushes += [disk.submit(_flush, path) for path in (*files, partial / hookpoint)]
+                    flushes += [disk.submit(flush, path) for path in (*files, partial / hookpoint)]
                     fingerprints.update({file.relative_to(partial).as_posix(): fingerprint(file) for file in files})
             except (OSError, SafetensorError) as error:
                 problem = error
-        for flush in flushes:
-            problem = flush.exception() or problem  # type: ignore[assignment]  # what it can raise is an OSError
+        for done in flushes:
+            problem = done.exception() or problem  # type: ignore[assignment]  # what it can raise is an OSError
     if problem is not None:
         raise problem if isinstance(problem, OSError) else OSError(f"{partial}: {problem}")
     return fingerprints
@@ -109,15 +109,11 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
         if not (partial / name).is_file() or (partial / name).stat().st_size != each["bytes"]:
             raise OSError(f"{name} was written by another rank and is not here: all machines must see --save-dir")
     if (metrics := run_dir / "metrics.jsonl").exists():  # what the checkpoint's steps reported lasts as long as it does
-        _flush(metrics)
+        flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)
     content = {"format": FORMAT, "serial": serial, "step": step, **index, "files": fingerprints}
-    _flush(partial)
-    unfinished = partial / f"{INDEX_FILE}.tmp"
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(unfinished)
-    os.replace(unfinished, partial / INDEX_FILE)
-    _flush(partial)
+    flush(partial)
+    write_at_once(partial / INDEX_FILE, json.dumps(content, indent=2) + "\n")
     return put_in_place(partial)
 
 
@@ -129,7 +125,7 @@ def put_in_place(partial: Path) -> Path:
     # leaves a whole partial folder, which `recovery` finds.
     discard(final)
     os.replace(partial, final)
-    _flush(run_dir)
+    flush(run_dir)
     point(run_dir / "latest", final)
     return final
 
@@ -157,7 +153,7 @@ def point(link: Path, folder: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.name)
     os.replace(fresh, link)
-    _flush(link.parent)
+    flush(link.parent)
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -213,7 +209,16 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def _flush(path: Path) -> None:
+def write_at_once(file: Path, text: str) -> None:
+    """Write a file of which a crash leaves the old content or the new one, never a part of it."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    flush(unfinished)
+    os.replace(unfinished, file)
+    flush(file.parent)
+
+
+def flush(path: Path) -> None:
     """Have the operating system write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -40,7 +40,8 @@ def find_checkpoint(path: Path) -> Found:
     """
     if is_checkpoint(path):
         try:
-            return Found(path, read_index(path))
+            folder = path.resolve() if path.is_symlink() else path
+            return Found(folder, read_index(folder))
         except UserError as damage:
             try:
                 whole = f"; whole is {_newest_whole(run_of(path)).folder}"

@@ -10,8 +10,9 @@ from pathlib import Path
 from saekit.config import TrainConfig
 from saekit.errors import UserError
 from saekit.layout import has_checkpoints, run_of
+from saekit.training.checkpoint import flush
 
-OWN_FILES = ("config.yaml", "metrics.jsonl", "metrics.jsonl.tmp")
+OWN_FILES = ("config.yaml", "config.yaml.tmp", "metrics.jsonl", "metrics.jsonl.tmp")
 """What a run has in its folder before the first checkpoint."""
 
 
@@ -78,6 +79,7 @@ def new_run_folder(cfg: TrainConfig, path: Path) -> Iterator[None]:
         if not keep and path.exists():
             path.rename(replaced)
         path.mkdir(parents=True, exist_ok=True)
+        flush(path.parent)
     except OSError as error:
         raise UserError(f"the run folder {path} cannot be made ({error.strerror}): see --save-dir") from error
     try:

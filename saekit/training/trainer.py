@@ -20,6 +20,7 @@ from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
+from saekit.training.checkpoint import write_at_once
 from saekit.training.counters import LayerCounters
 from saekit.training.faults import find_faults, leave_out_step
 from saekit.training.interrupt import BY_USER, graceful_interrupt
@@ -205,7 +206,7 @@ class SaeTrainer:
     def _open_run_folder(self, step: int) -> None:
         cfg, plan, placement = self.cfg, self.plan, self.placement
         with new_run_folder(cfg, plan.run_dir):
-            (plan.run_dir / "config.yaml").write_text(yaml.safe_dump(plan.config(), sort_keys=False), encoding="utf-8")
+            write_at_once(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False))
             self.report.start(plan.info(placement, self.model.dtype, step))
 
     def _calibrate(self, read_residual: ReadResidual) -> dict[str, state.Calibration]:

@@ -57,6 +57,24 @@ def test_other_data_in_the_same_place_is_refused(train, three_checkpoints, text_
     assert "the data set has other tokens in step 16 than it had then" in result.err
 
 
+def test_links_mean_what_they_say(saekit, three_checkpoints, tmp_path, monkeypatch):
+    """`latest` is the run, which may have a newer one; `best` and a step are that checkpoint, from wherever named."""
+    (three_checkpoints / "best").symlink_to("step_00000010")
+    result = saekit("train", "--resume", f"{three_checkpoints}/best/")
+    assert f"Going on from {three_checkpoints / 'step_00000010'}" in result.err
+    (three_checkpoints / "latest").unlink()
+    (three_checkpoints / "latest").symlink_to("step_00000010")
+    result = saekit("train", "--resume", three_checkpoints / "latest")
+    assert f"Going on from {three_checkpoints / 'step_00000016'}" in result.err
+    monkeypatch.chdir(three_checkpoints / "step_00000015")
+    result = saekit("train", "--resume", ".")
+    assert "Going on from ." in result.err
+    assert metrics_of(three_checkpoints) == metrics_of(tmp_path / "before")
+    result = saekit("train", "--resume", three_checkpoints / "step_00000099")
+    assert result.code == 2
+    assert f"whole is {three_checkpoints / 'step_00000016'}" in result.err
+
+
 def test_auto_starts_and_goes_on(train, tmp_path):
     assert train("--run-name", "r", "--resume", "auto", "--save-every", "5", "--keep-last", "2").code == 0
     run = tmp_path / "checkpoints" / "r"
