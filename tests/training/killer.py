@@ -1,10 +1,10 @@
 """Runs one command again and again, and kills it at random moments; a script of its own.
 
 Each life is a process with a signal of its own, but a copy of this one, which has imported everything and computed
-nothing: dying thirty times takes seconds that way. Half of the kills wait for a save to begin.
+nothing: starting again takes no time for imports that way.
 
 Usage: python -m tests.training.killer SEED KILLS RUN_DIR COMMAND...
-Prints as JSON how often it killed, and how often amid a save.
+Prints as JSON how often it killed amid the start, a step and a save.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -48,42 +49,67 @@ def ended(child):
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def saving(run):
-    """Whether a checkpoint is being written."""
-    return any(run.glob(".step_*"))
+def last_change(paths):
+    """When one of them was changed last, by the file system's clock; 0 if there is none."""
+    changes = [0.0]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            changes.append(path.stat().st_ctime)
+    return max(changes)
 
 
-def live_and_die(child, run, chance):
-    """Kill at a random moment, or at one amid a save; returns the exit code and whether it was in a save."""
-    amid_a_save = chance.random() < 0.5
-    moment = time.monotonic() + chance.uniform(0.0, 1.2)
-    while time.monotonic() < moment or amid_a_save:
+def trains(run, since):
+    """Whether this life has reported a step."""
+    metrics = run / "metrics.jsonl"
+    return last_change([metrics]) > since and metrics.stat().st_size > 0
+
+
+def saves(run, since):
+    """Whether this life is writing a checkpoint: not whether an earlier one has left a part of one."""
+    return last_change(run.glob(".step_*.partial")) > since
+
+
+def live_and_die(child, run, chance, since):
+    """Kill amid the start, the training or a save; returns the exit code and which of them it was.
+
+    Steps are counted, not seconds, so that a fast machine does not get further in one life than a slow one.
+    """
+    aim = chance.choice(["start", "step", "step", "save", "save"])
+    moment = time.monotonic() + chance.uniform(0.0, 1.5)
+    steps = chance.randint(1, {"start": 1, "step": 25, "save": 10}[aim])
+    first = None
+    while True:
         if (code := ended(child)) is not None:
-            return code, False
-        if amid_a_save and time.monotonic() > moment and saving(run):
-            time.sleep(chance.uniform(0.0, 0.01))
+            return code, aim
+        if aim == "start" and time.monotonic() > moment:
             break
-        time.sleep(0.0002)
+        if trains(run, since):
+            done = (run / "metrics.jsonl").read_bytes().count(b"\n")
+            first = done if first is None else first
+            if done >= first + steps and (aim != "save" or saves(run, since)):
+                time.sleep(chance.uniform(0.0, 0.01))
+                break
+        time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, saving(run)
+    return code, "save" if saves(run, since) else "step" if trains(run, since) else "start"
 
 
 def until_done(seed, kills, run, command):
-    """Returns how often it killed, and how often amid a save."""
+    """Returns how often it killed amid what."""
     chance = random.Random(seed)
     log = run.with_suffix(".log")
-    killed = in_saves = 0
-    while killed < kills:
-        code, in_save = live_and_die(start(command, log), run, chance)
-        if code == -signal.SIGKILL:
-            killed, in_saves = killed + 1, in_saves + in_save
-        else:
+    killed = Counter({"start": 0, "step": 0, "save": 0})
+    while killed.total() < kills:
+        since = time.time()
+        code, amid = live_and_die(start(command, log), run, chance, since)
+        if code != -signal.SIGKILL:
             assert code == 0, log.read_text()
-            return killed, in_saves
+            return killed
+        killed[amid] += 1
     code = os.waitstatus_to_exitcode(os.waitpid(start(command, log), 0)[1])
     assert code == 0, log.read_text()
-    return killed, in_saves
+    return killed
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,20 +36,23 @@ def killer(seed, kills, run, *command):
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "seed"), [("adam", 31), ("signum", 32)])
 def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, optimizer, seed):
-    np.random.default_rng(0).integers(2, 250, 1600 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    np.random.default_rng(0).integers(2, 250, 2400 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     sizes = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 2, "--grad-acc-steps", 2]
     options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--save-every", 3, "--keep-last", 2]
     command = ["train", model_dir, tmp_path / "tokens.bin", *sizes, *options, "--save-best", "--save-dir", tmp_path]
 
-    assert killer(seed, 0, tmp_path / "whole", *command, "--run-name", "whole") == [0, 0]
-    killed, in_saves = killer(seed, KILLS, tmp_path / "r", *command, "--run-name", "r", "--resume", "auto")
-    assert killed == KILLS, "it was done too early"
-    assert in_saves >= 3
+    assert killer(seed, 0, tmp_path / "whole", *command, "--run-name", "whole") == {"start": 0, "step": 0, "save": 0}
+    killed = killer(seed, KILLS, tmp_path / "r", *command, "--run-name", "r", "--resume", "auto")
+    assert sum(killed.values()) == KILLS, "it was done too early"
+    assert killed["save"] >= 3, killed
+    assert killed["step"] >= 3, killed
+    resumed_at = re.findall(r"Going on from .*step_0*(\d+)", (tmp_path / "r.log").read_text())
+    assert len(set(resumed_at)) >= KILLS / 3, resumed_at
     for link in ("latest", "best"):
         found, expected = (tmp_path / run / link for run in ("r", "whole"))
         assert found.resolve().name == expected.resolve().name
         assert_same_tensors(tensors_of(found), tensors_of(expected))
     metrics = metrics_of(tmp_path / "whole")
-    assert [record["step"] for record in metrics] == list(range(1, 401))
+    assert [record["step"] for record in metrics] == list(range(1, 601))
     assert metrics_of(tmp_path / "r") == metrics
     assert any(layer["auxk_loss"] > 0 for record in metrics for layer in record["layers"].values())
