@@ -72,7 +72,7 @@ def _metavar(option: Option) -> str | None:
 
 def with_resume_value(arguments: list[str]) -> list[str]:
     """The command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"{argument}=latest" if argument == "--resume" and after.startswith("-") else argument
         for argument, after in zip(arguments, following, strict=True)

@@ -124,7 +124,7 @@ def test_not_finite_activations(train, tmp_path, tmp_path_factory, model_dir, va
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = value
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     result = train("--layers", "0,1", model=broken)
-    assert_refused(result, "layers.1", "NaN or Inf", "step 0", folder=tmp_path)
+    assert_refused(result, "layers.1", "NaN or Inf", "the first batch", folder=tmp_path)
 
 
 def test_a_model_without_some_weights(train, tmp_path, tmp_path_factory, model_dir):
