@@ -90,8 +90,9 @@ class SaeTrainer:
         """Train to the end of the data and return the folder of the last checkpoint.
 
         Raises:
-            UserError: If the activations or a loss hold NaN or Inf, the tokens are not the model's, or a checkpoint to
+            UserError: If `max_bad_steps` in a row hold NaN or Inf, the tokens are not the model's, or a checkpoint to
                 start from cannot be used.
+            SaveError: If a checkpoint cannot be written.
             Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and the checkpoint is in place.
         """
         cfg, plan, placement, report = self.cfg, self.plan, self.placement, self.report
