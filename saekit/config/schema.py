@@ -18,6 +18,7 @@ MODEL = "Language model"
 BATCH = "Batches"
 OPTIMIZER = "Optimiser"
 DEAD = "Dead latents"
+SPEED = "Speed"
 PLACEMENT = "Several ranks"
 SAVING = "Saving"
 LOGGING = "Logging"
@@ -161,6 +162,11 @@ class TrainConfig:
         "adam (fused), adam8bit (bitsandbytes), signum (schedule-free) or muon (matrices; Adam for the biases).",
         panel=OPTIMIZER,
     )
+    moments_dtype: Literal["fp32", "bf16"] = option(
+        "fp32",
+        "Type of Adam's moments at rest; bf16 halves them, and the second is rounded stochastically.",
+        panel=OPTIMIZER,
+    )
     lr: float | None = option(
         None,
         "Learning rate. By default adam and adam8bit 2e-4 / √(latents / 2¹⁴), signum 5e-3 / √(latents / 2¹⁴), "
@@ -191,6 +197,19 @@ class TrainConfig:
     )
     dead_feature_threshold: int = option(
         10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
+    )
+
+    kernels: Literal["auto", "eager", "cpu", "triton"] = option(
+        "auto",
+        "What computes the SAEs: eager, the readable reference; cpu, sparse operations of torch; triton, fused ones on "
+        "a GPU. auto takes triton where there is a GPU with it, else cpu.",
+        panel=SPEED,
+    )
+    select_dtype: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        "In what precision the encoder's scores choose the k latents; the chosen ones are computed again in float32. "
+        "auto is bf16 where the hardware is fast at it; fp32 is for bit-exact work.",
+        panel=SPEED,
     )
 
     placement: Literal["auto", "ddp", "zero3", "layer-map"] = option(
@@ -274,6 +293,10 @@ class TrainConfig:
             )
         if self.layer_map is not None and self.placement in ("ddp", "zero3"):
             raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
+        if self.moments_dtype != "fp32" and self.optimizer != "adam":
+            raise ValueError(f"--moments-dtype {self.moments_dtype} is for --optimizer adam, not {self.optimizer}")
+        if self.kernels == "eager" and self.select_dtype == "bf16":
+            raise ValueError("--kernels eager selects in float32 only: leave out --select-dtype bf16")
         if self.shard_lm and self.placement in ("ddp", "layer-map"):
             raise ValueError(f"--shard-lm contradicts --placement {self.placement}: only zero3 shards")
         if self.overwrite and self.resume:

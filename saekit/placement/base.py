@@ -18,7 +18,10 @@ class LayerOptimizer(Protocol):
     """The torch optimisers behind it."""
 
     def step(self, lr_scale: float) -> None:
-        """One optimiser step at `lr_scale` times the base learning rate; reads `.grad` of the SAE's parameters."""
+        """One optimiser step at `lr_scale` times the base learning rate, from `.grad` of the SAE's parameters.
+
+        Where the decoder's rows are kept at norm 1, the gradient is projected before and the rows are scaled after it.
+        """
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

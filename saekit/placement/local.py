@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
-from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
+from saekit.sae import Sae
 
 
 class LocalBank:
@@ -52,23 +52,14 @@ class LocalBank:
 
     def apply(self, lr_scale: float) -> None:
         """See `Placement.apply`."""
-        for hookpoint in self._saes:
-            self._update(hookpoint, lr_scale)
+        for optimizer in self._optimizers.values():
+            optimizer.step(lr_scale)
         self.skip()
 
     def skip(self) -> None:
         """See `Placement.skip`."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad()
-
-    def _update(self, hookpoint: str, lr_scale: float) -> None:
-        """Step one layer, whose gradient is complete."""
-        sae = self._saes[hookpoint]
-        if sae.normalize_decoder:
-            project_decoder_gradient_(sae)
-        self._optimizers[hookpoint].step(lr_scale)
-        if sae.normalize_decoder:
-            normalize_decoder_(sae)
 
     def leads(self, hookpoint: str) -> bool:
         """See `Placement.leads`."""

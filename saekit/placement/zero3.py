@@ -19,7 +19,7 @@ from saekit.placement.rows import RowShard, project_rows_, scale_rows_
 from saekit.placement.world import Ranked, World
 from saekit.sae import Sae
 
-SHARDED_OPTIMIZERS = ("Adam", "ScheduleFreeSignum")
+SHARDED_OPTIMIZERS = ("SaeAdam", "ScheduleFreeSignum")
 """Those that treat every element alike, and so can work on any piece of a tensor."""
 
 
@@ -256,10 +256,10 @@ class Zero3(Ranked):
                 for key, value in each.state.get(whole, {}).items():
                     if isinstance(value, Tensor) and value.shape == whole.shape:
                         if key not in flat_state:
-                            flat_state[key] = torch.zeros_like(piece.flat)
+                            flat_state[key] = torch.zeros_like(piece.flat, dtype=value.dtype)
                         self._scatter(value, piece.of(flat_state[key]))
                     else:
-                        flat_state[key] = value.to(piece.flat.device) if isinstance(value, Tensor) else value
+                        flat_state[key] = value
 
     def _scatter(self, whole: Tensor, piece: Tensor) -> None:
         """This rank's part of a whole tensor into its place; behind the last element there is padding."""

@@ -49,7 +49,7 @@ class PlainReporter:
         self._write(
             f"training {len(info.hookpoints)} x {info.num_latents:,} latents, k {info.k}, on {info.model} with "
             f"{info.dataset}: {info.total_steps:,} steps of {info.global_batch:,} x {info.ctx_len:,} tokens, "
-            f"{info.place}, {info.dtype}, in {info.run_dir}{resumed}"
+            f"{info.place}, {info.dtype}, {info.computed_by}, in {info.run_dir}{resumed}"
         )
         if info.layout:
             self._write(f"layers by rank: {info.layout}")

@@ -91,6 +91,10 @@ class RunInfo:
     """By hookpoint, the rank that holds the layer's SAE; empty where each rank holds all."""
     shard_bytes: int | None = None
     """Bytes of one SAE's parameters on each rank, where they are sharded."""
+    kernels: str = "eager"
+    """What computes the SAEs: eager, cpu or triton."""
+    select_dtype: str = "fp32"
+    """In what precision latents are selected: fp32 or bf16."""
 
     @property
     def place(self) -> str:
@@ -98,6 +102,11 @@ class RunInfo:
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
         shard = f" ({size(self.shard_bytes)} of each SAE)" if self.shard_bytes is not None else ""
         return f"{self.device}, {self.placement}{ranks}{shard}"
+
+    @property
+    def computed_by(self) -> str:
+        """By what: `triton kernels, selecting in bf16`."""
+        return f"{self.kernels} kernels, selecting in {self.select_dtype}"
 
     @property
     def layout(self) -> str:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saekit.sae.kernels import sparse
+from saekit.sae.kernels import Kernels, default_kernels
+from saekit.sae.kernels.eager import row_norms
 
 
 class Encoded(NamedTuple):
@@ -80,6 +81,7 @@ class Sae(nn.Module):
         self.k = k
         self.normalize_decoder = normalize_decoder
         self.multi_topk = multi_topk
+        self.chosen_kernels: Kernels | None = None
         # U(−1/√D, 1/√D), the field's usual start for a linear layer; the decoder is its transpose with unit rows.
         W_MD = torch.empty(num_latents, d_in).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
         self.W_enc = nn.Parameter(W_MD.to(device))
@@ -101,16 +103,22 @@ class Sae(nn.Module):
         """The parameters' type; inputs are cast to it."""
         return self.W_enc.dtype
 
+    @property
+    def kernels(self) -> Kernels:
+        """What the SAE is computed with: those set as `chosen_kernels`, or the fastest exact ones of its device."""
+        return self.chosen_kernels or default_kernels(self.device.type)
+
     def encode(self, x: Tensor) -> Encoded:
         """The k-sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
-        acts_NK, indices_NK = sparse.encode_topk(self._centred(x), self.W_enc, self.b_enc, self.k)
+        x_ND = self._flat(x)
+        acts_NK, indices_NK = self.kernels.encode_topk(x_ND, self.W_enc, self.b_enc, self.k, centre_D=self.b_dec)
         shape = (*x.shape[:-1], self.k)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
 
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
         """The reconstruction from a code, two tensors `[..., K]` → `[..., D]`. Any `K` will do."""
         k = acts.shape[-1]
-        out_ND = sparse.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
+        out_ND = self.kernels.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
         return out_ND.view(*acts.shape[:-1], self.d_in)
 
     def forward(self, x: Tensor, dead: Tensor | None = None) -> SaeOutput:
@@ -124,15 +132,16 @@ class Sae(nn.Module):
             The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK is computed
             only in training mode.
         """
-        centred_ND = self._centred(x)
+        x_ND = self._flat(x)
         with_multi = self.multi_topk and self.training
         widest = min(4 * self.k, self.num_latents) if with_multi else self.k
-        acts, indices = sparse.encode_topk(centred_ND, self.W_enc, self.b_enc, widest)
+        rows_ND, acts, indices = self.kernels.autoencode(x_ND, self.W_enc, self.b_enc, self.W_dec, self.b_dec, widest)
+        recon_ND, multi_ND = rows_ND + self.b_dec, None
         # Largest first, so the code at k is a prefix of the code at 4k.
         acts_NK, indices_NK = acts[:, : self.k], indices[:, : self.k]
-        recon_ND = sparse.decode(acts_NK, indices_NK, self.W_dec) + self.b_dec
-        multi_ND = sparse.decode(acts, indices, self.W_dec) + self.b_dec if with_multi else None
-        aux_ND = None if dead is None or len(dead) == 0 else self._predict_with_dead(centred_ND, dead)
+        if with_multi:
+            recon_ND, multi_ND = self.kernels.decode(acts_NK, indices_NK, self.W_dec) + self.b_dec, recon_ND
+        aux_ND = None if dead is None or len(dead) == 0 else self._predict_with_dead(x_ND, dead)
 
         lead = x.shape[:-1]
         return SaeOutput(
@@ -143,15 +152,15 @@ class Sae(nn.Module):
             None if multi_ND is None else multi_ND.view(x.shape),
         )
 
-    def _centred(self, x: Tensor) -> Tensor:
-        """`x − b_dec` as `[N, D]` in the parameters' type."""
-        return x.reshape(-1, self.d_in).to(self.dtype) - self.b_dec
+    def _flat(self, x: Tensor) -> Tensor:
+        """`x` as `[N, D]` in the parameters' type."""
+        return x.reshape(-1, self.d_in).to(self.dtype)
 
-    def _predict_with_dead(self, centred_ND: Tensor, dead: Tensor) -> Tensor:
+    def _predict_with_dead(self, x_ND: Tensor, dead: Tensor) -> Tensor:
         """AuxK's prediction of `x − x̂` from the top D/2 dead latents, without `b_dec` (appendix A.2 of the paper)."""
         k_aux = min(self.d_in // 2, len(dead))
-        acts_NK, positions_NK = sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)
-        return sparse.decode(acts_NK, positions_NK, self.W_dec[dead])
+        W_enc, b_enc, W_dec = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
+        return self.kernels.autoencode(x_ND, W_enc, b_enc, W_dec, self.b_dec, k_aux)[0]
 
     @classmethod
     def load_from_disk(cls, path: str | Path, device: torch.device | str = "cpu") -> Sae:
@@ -205,8 +214,3 @@ def project_decoder_gradient_(sae: Sae) -> None:
     if grad_MD is not None:
         unit_MD = unit_rows(sae.W_dec)
         grad_MD.sub_((grad_MD * unit_MD).sum(dim=1, keepdim=True) * unit_MD)
-
-
-def row_norms(W_MD: Tensor) -> Tensor:
-    """Norms of the rows, `[M, 1]`, at least the smallest normal number, so that they can be divided by."""
-    return W_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_MD.dtype).tiny)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from saekit.config import TrainConfig
 from saekit.errors import UserError
-from saekit.sae import Sae
+from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 from saekit.sae.model import unit_rows
+from saekit.training.adam import SaeAdam
 from saekit.training.signum import ScheduleFreeSignum
 
 REFERENCE_LATENTS = 2**14
@@ -44,7 +45,10 @@ def make_optimizer(cfg: TrainConfig, sae: Sae) -> TorchOptimizer:
     lr = base_lr(cfg, sae.num_latents)
     everything = list(sae.parameters())
     if cfg.optimizer == "adam":
-        return TorchOptimizer(sae, [torch.optim.Adam(everything, lr=lr, fused=True)])
+        unit_rows = [sae.W_dec] if sae.normalize_decoder else []
+        dtype = torch.bfloat16 if cfg.moments_dtype == "bf16" else torch.float32
+        adam = SaeAdam(everything, lr=lr, kernels=sae.kernels, unit_rows=unit_rows, moments_dtype=dtype)
+        return TorchOptimizer(sae, [adam])
     if cfg.optimizer == "adam8bit":
         return TorchOptimizer(sae, [_adam_8bit(everything, lr)])
     if cfg.optimizer == "signum":
@@ -69,10 +73,16 @@ class TorchOptimizer:
 
     def step(self, lr_scale: float) -> None:
         """See `LayerOptimizer.step`."""
+        # SaeAdam does both for itself, while it has the rows in hand.
+        apart = self.sae.normalize_decoder and not any(isinstance(each, SaeAdam) for each in self.optimizers)
+        if apart:
+            project_decoder_gradient_(self.sae)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * lr_scale
             optimizer.step()
+        if apart:
+            normalize_decoder_(self.sae)
 
     def zero_grad(self) -> None:
         """See `LayerOptimizer.zero_grad`."""

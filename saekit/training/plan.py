@@ -18,6 +18,7 @@ from saekit.data import StepBatches, sequences
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
+from saekit.sae.kernels import Kernels, choose_kernels
 from saekit.training.optimizers import base_lr, decays
 from saekit.training.run_folder import run_folder
 from saekit.training.schedule import lr_scale, warmup_steps
@@ -37,6 +38,8 @@ class RunPlan:
     """Their names, in the same order."""
     d_in: int
     num_latents: int
+    kernels: Kernels
+    """What computes the SAEs."""
     batches: StepBatches
     excluded: Tensor
     """int64: ids of the tokens that do not train the SAEs."""
@@ -92,7 +95,14 @@ class RunPlan:
             "num_latents": self.num_latents,
             "d_in": self.d_in,
             "global_batch": self.batches.global_batch,
+            "kernels": self.kernels.name,
+            "select_dtype": self.select_dtype,
         }
+
+    @property
+    def select_dtype(self) -> str:
+        """In what precision latents are selected, as `--select-dtype` names it."""
+        return "bf16" if self.kernels.select_dtype == torch.bfloat16 else "fp32"
 
     def place(self, step: int) -> dict[str, Any]:
         """Where a run stands after `step` optimiser steps, in the data and in the schedule."""
@@ -137,6 +147,8 @@ class RunPlan:
             start_step=start_step,
             device=str(placement.device),
             placement=placement.name,
+            kernels=self.kernels.name,
+            select_dtype=self.select_dtype,
             dtype=str(dtype).removeprefix("torch."),
             global_batch=self.batches.global_batch,
             config=self.config(),
@@ -152,7 +164,7 @@ def plan_run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     source: RunConfig | None,
-    world_size: int,
+    placement: Placement,
 ) -> RunPlan:
     """Resolve a run; the arguments are `SaeTrainer`'s.
 
@@ -164,6 +176,7 @@ def plan_run(
     d_in = width(text_config_of(model.config))
     try:
         num_latents = cfg.sae.resolve_num_latents(d_in)
+        kernels = choose_kernels(cfg.kernels, cfg.select_dtype, placement.device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -171,7 +184,7 @@ def plan_run(
     resolve_ctx_len(data.ctx_len, context_length(model.config))
     batches = StepBatches(
         data,
-        cfg.batch_size * cfg.grad_acc_steps * world_size,
+        cfg.batch_size * cfg.grad_acc_steps * placement.world_size,
         cfg.data_seed if cfg.shuffle else None,
         source.data.max_tokens if source else None,
     )
@@ -183,6 +196,7 @@ def plan_run(
         hookpoints=tuple(blocks.hookpoint(layer) for layer in layers),
         d_in=d_in,
         num_latents=num_latents,
+        kernels=kernels,
         batches=batches,
         excluded=torch.tensor(excluded_tokens(cfg, model, tokenizer), dtype=torch.int64),
         model_name=model_name,

@@ -23,7 +23,7 @@ HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
     | {"save_best_effort", "max_bad_steps", "grace"}
-    | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps"}
+    | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps", "kernels", "select_dtype"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
 

@@ -55,7 +55,7 @@ def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
     """A fresh SAE on the CPU. Its weights depend on the seed and the layer's number only, not on the other layers."""
     layer = plan.layers[plan.hookpoints.index(hookpoint)]
     sae = plan.cfg.sae
-    return Sae(
+    fresh = Sae(
         plan.d_in,
         plan.num_latents,
         sae.k,
@@ -63,6 +63,8 @@ def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
         multi_topk=sae.multi_topk,
         generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
     )
+    fresh.chosen_kernels = plan.kernels
+    return fresh
 
 
 def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:

@@ -73,7 +73,7 @@ class SaeTrainer:
         self.placement: Placement = placement or Single(model.device)
         embeddings = model.get_input_embeddings().weight
         self.vocabulary = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
-        self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement.world_size)
+        self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement)
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
             check_run_folder(cfg, self.plan.run_dir)

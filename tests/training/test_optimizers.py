@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from saekit import Sae, TrainConfig
+from saekit.sae import normalize_decoder_, project_decoder_gradient_
+from saekit.sae.kernels import eager, torch_ops
+from saekit.sae.kernels.eager import row_norms
 from saekit.training.optimizers import base_lr, make_optimizer
 from saekit.training.signum import ScheduleFreeSignum
 
@@ -42,7 +45,9 @@ def test_adam_is_adam():
             other.grad = parameter.grad.clone()
         optimizer.step(scale)
         plain.param_groups[0]["lr"] = 0.01 * scale
+        project_decoder_gradient_(twin)
         plain.step()
+        normalize_decoder_(twin)
     for parameter, other in zip(sae.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter, other)
 
@@ -79,7 +84,83 @@ def test_no_optimizer_decays_weights(name):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(1.0)
     for parameter, old in zip(sae.parameters(), before, strict=True):
-        assert torch.equal(parameter, old)
+        torch.testing.assert_close(parameter, old, rtol=1e-6, atol=0)  # renormalising rounds
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_decoder_rows_keep_norm_one_where_they_should(name, normalize):
+    sae = Sae(8, 32, 4, normalize_decoder=normalize)
+    optimizer = make_optimizer(TrainConfig(optimizer=name, lr=0.1), sae)
+    step_some(sae, optimizer, 2, seed=3)
+    ones = torch.ones(32)
+    assert torch.allclose(sae.W_dec.norm(dim=1), ones, rtol=1e-5) == normalize
+    assert not torch.allclose(sae.W_enc.norm(dim=1), ones, rtol=1e-5)
+
+
+class TestAdamKernels:
+    """Every backend's Adam against the formulas, and those against torch's."""
+
+    def step_all(self, adam_, dtype, shape=(37, 5), unit_rows=True, steps=4):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.randn(shape, generator=generator)
+        if unit_rows:
+            param[3] = 0  # such a row stays
+            param /= row_norms(param)
+        moments = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+        for step in range(1, steps + 1):
+            grad = torch.randn(shape, generator=generator)
+            if unit_rows:
+                grad[3] = 0
+            adam_(param, grad, *moments, step=step, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, unit_rows=unit_rows)
+        return param, *moments
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("shape", "unit_rows"), [((37, 5), True), ((37, 5), False), ((41,), False), ((1, 1), False)]
+    )
+    def test_cpu_is_eager(self, dtype, shape, unit_rows, monkeypatch):
+        expected = self.step_all(eager.adam_, dtype, shape, unit_rows)
+        for block in (10**6, 7 * 5 * 4, 1):  # one block; some, the last one short; one for each row
+            monkeypatch.setattr(torch_ops, "ADAM_BYTES", block)
+            found = self.step_all(torch_ops.adam_, dtype, shape, unit_rows)
+            # A bfloat16 moment that lies between two numbers may fall on either side.
+            near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+            torch.testing.assert_close(found, expected, **near)
+
+    def test_moments_in_bfloat16_follow_those_in_float32(self):
+        _, first, second = self.step_all(eager.adam_, torch.float32, (64, 64), False, steps=300)
+        _, first16, second16 = self.step_all(torch_ops.adam_, torch.bfloat16, (64, 64), False, steps=300)
+        assert (first16.float() - first).abs().mean() < 0.02 * first.abs().mean()
+        ratio = second16.float() / second
+        assert ratio.mean() == pytest.approx(1, abs=0.01)  # to nearest it would stand still far below
+        assert ratio.std() < 0.05
+
+    def test_rounding_has_no_mean_error_and_stays_between_the_neighbours(self):
+        generator = torch.Generator().manual_seed(0)
+        values = torch.rand(100_000, generator=generator) + 0.5
+        noise = torch.randn(100_000, generator=generator)
+        rounded = eager.round_stochastically(values, noise, 7).float()
+        assert ((rounded - values).abs() < 2**-7).all()
+        assert (rounded - values).mean().abs() < 2e-5  # truncation: 2e-3
+        constant = torch.full((100,), 0.7)
+        over_steps = [eager.round_stochastically(constant, torch.zeros(100), step).float()[0] for step in range(2000)]
+        assert torch.stack(over_steps).mean() == pytest.approx(0.7, abs=3e-4)
+
+    def test_moments_in_bfloat16_go_on_bit_for_bit(self):
+        cfg = TrainConfig(moments_dtype="bf16", lr=0.01)
+        sae = make_sae()
+        optimizer = make_optimizer(cfg, sae)
+        step_some(sae, optimizer, 3, seed=1)
+        assert optimizer.state()["W_enc.exp_avg_sq"].dtype == torch.bfloat16
+        resumed = make_sae()
+        resumed.load_state_dict(sae.state_dict())
+        other = make_optimizer(cfg, resumed)
+        other.load_state({key: value.clone() for key, value in optimizer.state().items()})
+        step_some(sae, optimizer, 3, seed=2)
+        step_some(resumed, other, 3, seed=2)
+        for one, two in zip(sae.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_muon_steps_matrices_and_adam_biases():

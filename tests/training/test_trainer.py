@@ -54,7 +54,7 @@ def test_every_layer_learns(make_trainer, tokens):
 def test_reported_fvu_is_the_true_one(make_trainer, blocks_output, tokens, tmp_path):
     """The last step's FVU, from the SAEs as they were before it, against the definition."""
     watcher = Recorder()
-    options = {"shuffle": False, "save_every": 6, "keep_last": 9}
+    options = {"shuffle": False, "save_every": 6, "keep_last": 9, "select_dtype": "fp32"}
     make_trainer(reporter=watcher, **options).fit()
     before = Sae.load_many(tmp_path / "run" / "step_00000006")
     batch = torch.tensor(tokens["input_ids"][48:])

@@ -1,5 +1,9 @@
-"""The two operations that training an SAE spends its time in, each as a readable oracle and as a fast path.
+"""Where training an SAE spends its time, behind one switch: `eager`, `cpu`, `triton`.
 
-`eager` is plain autograd over the formulas; `sparse` computes the same values and gradients without the dense
-`[N, M]` and `[N, K, D]` tensors that plain autograd makes in its backward pass. Tests hold the two together.
+`eager` is plain autograd over the formulas. The others compute the same values and gradients without the dense
+`[N, M]` and `[N, K, D]` tensors that plain autograd makes; tests hold each of them to `eager`.
 """
+
+from saekit.sae.kernels.choose import BACKENDS, Kernels, choose_kernels, default_kernels
+
+__all__ = ["BACKENDS", "Kernels", "choose_kernels", "default_kernels"]

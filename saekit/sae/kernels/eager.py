@@ -1,23 +1,29 @@
-"""The oracle: encode and decode as the formulas say them, differentiated by autograd. Slow and obvious."""
+"""The oracle: encode, decode and Adam as the formulas say them, differentiated by autograd. Slow and obvious."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def encode_topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest values of `ReLU(x Wᵀ + b)` per token, largest first.
+def encode_topk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `k` largest values of `ReLU((x − centre) Wᵀ + b)` per token, largest first.
 
     Args:
-        x_ND: `[N, D]`, one row per token; the decoder's bias is already subtracted.
+        x_ND: `[N, D]`, one row per token.
         W_MD: `[M, D]`, one row per latent.
         b_M: `[M]`.
         k: How many latents to keep, at most `M`.
+        centre_D: `[D]`, what is subtracted from `x`: the decoder's bias.
 
     Returns:
         Values `[N, K]` (zero where fewer than `k` latents are positive) and their latents' numbers `[N, K]`, int64.
     """
+    if centre_D is not None:
+        x_ND = x_ND - centre_D
     scores_NM = F.relu(F.linear(x_ND, W_MD, b_M))
     acts_NK, indices_NK = scores_NM.topk(k, dim=-1, sorted=True)
     return acts_NK, indices_NK
@@ -26,3 +32,76 @@ def encode_topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int) -> tuple[Tensor
 def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
     """The sum of `acts[n, k] * W[indices[n, k]]` over `k`: `[N, D]`, without the decoder's bias."""
     return (acts_NK.unsqueeze(-1) * W_MD[indices_NK]).sum(dim=1)
+
+
+def autoencode(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, W_dec_MD: Tensor, centre_D: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`encode_topk` of `x − centre`, then `decode`: the sum of rows `[N, D]`, values `[N, K]` and latents `[N, K]`."""
+    acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D)
+    return decode(acts_NK, indices_NK, W_dec_MD), acts_NK, indices_NK
+
+
+@torch.no_grad()
+def adam_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1), in place; `grad` is used up.
+
+    Args:
+        param: Of any shape.
+        grad: Of the same shape and type.
+        exp_avg: The first moment, float32 or bfloat16.
+        exp_avg_sq: The second moment; in bfloat16 it is rounded by `round_stochastically`.
+        step: Number of this step, from 1.
+        lr: Learning rate.
+        beta1: Decay of the first moment per step.
+        beta2: Decay of the second.
+        eps: What is added to the root of the second.
+        unit_rows: Whether `param` is a matrix whose rows are kept at norm 1. Then the part of the gradient parallel
+            to each row is left out: renormalising would undo a step along the row anyway, but that part would still
+            enter the moments (Bricken et al. 2023, "Towards Monosemanticity"; Gao et al. 2024 do the same).
+    """
+    if unit_rows:
+        unit_MD = param / row_norms(param)
+        grad -= (grad * unit_MD).sum(dim=1, keepdim=True) * unit_MD
+    first = beta1 * exp_avg.to(param.dtype) + (1 - beta1) * grad
+    second = beta2 * exp_avg_sq.to(param.dtype) + (1 - beta2) * grad.square()
+    denominator = (second / (1 - beta2**step)).sqrt() + eps
+    param -= lr / (1 - beta1**step) * first / denominator
+    if unit_rows:
+        param /= row_norms(param)
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(round_stochastically(second, grad, step) if exp_avg_sq.dtype == torch.bfloat16 else second)
+
+
+def round_stochastically(values: Tensor, noise: Tensor, step: int) -> Tensor:
+    """float32 values rounded to bfloat16, up or down with odds that make the rounding's mean error zero.
+
+    A second moment moves by a thousandth of itself per step, which rounding to nearest (to 8 bits) would undo every
+    time: it would stand still. The odds come from mixing bits of other numbers, so that a resumed run rounds alike.
+
+    Args:
+        values: float32, not negative.
+        noise: float32 of the same shape: numbers whose low bits are as good as random.
+        step: Makes the bits differ from step to step where `noise` does not.
+    """
+    mixed = (noise.view(torch.int32) ^ values.view(torch.int32)) * -1640531535 + step * 747796405 % 2**31
+    mixed = (mixed ^ (mixed >> 15)) * -2048144789  # rounds of integer hashing: products carry low bits upwards
+    bits = values.view(torch.int32) + (mixed >> 16 & 0xFFFF)
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def row_norms(W_MD: Tensor) -> Tensor:
+    """Norms of the rows, `[M, 1]`, at least the smallest normal number, so that they can be divided by."""
+    return W_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_MD.dtype).tiny)

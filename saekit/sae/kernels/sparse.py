@@ -1,74 +1,133 @@
-"""Encode and decode whose backward passes cost what a k-sparse code costs.
+"""Encode and decode whose forward and backward passes cost what a k-sparse code costs, plus one dense matmul.
 
-Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
-`dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent, and then each
-gradient is a weighted sum of rows per group: an embedding bag with latents as bags and tokens as the table. That is
-N·K·D multiply-adds instead of the N·M·D of a dense product, and the order of summation is fixed, so that the result
-is the same on every run (tested on the CPU; on a GPU not tried yet). Only autograd's treatment differs from `eager`;
-the values are the same formulas.
+- The dense scores only *select*; in low precision, if asked, and then the K chosen pre-activations are computed
+  again from their rows in the parameters' precision. So low precision changes which near-ties win and nothing else.
+- Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
+  `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
+  gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
+  order that is fixed, so that the result is the same on every run.
+
+What is computed is written here once; `Ops` are the loops over memory that it is made of, one set per backend.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def encode_topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `eager.encode_topk`, with a backward pass over the K chosen latents only."""
-    acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, k)
-    return acts_NK, indices_NK
+class Ops(Protocol):
+    """The loops that a backend provides; none knows of gradients. `torch_ops` says in full what they compute."""
+
+    def topk(self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The k largest scores of each token and their latents, largest first."""
+
+    def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
+        """Each token's row times the rows chosen for it."""
+
+    def gather_sum(self, weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+        """The weighted sum of the rows chosen for each token."""
+
+    def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
+        """The weighted sum of the tokens' rows for each latent."""
+
+    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any) -> None:
+        """One step of Adam, with projection and renormalisation where rows have norm 1."""
 
 
-def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-    """As `eager.decode`, without an `[N, K, D]` tensor and with a backward pass over the chosen rows only."""
-    # The bag gives the value and the gradient of the activations; the weight's gradient is attached separately,
-    # because the bag's own is an unsorted scatter.
-    out_ND = _gather_sum(acts_NK, indices_NK, W_MD.detach())
-    if W_MD.requires_grad and torch.is_grad_enabled():
-        return _AttachRowGradient.apply(out_ND, W_MD, acts_NK.detach(), indices_NK)
-    return out_ND
+class Sparse(NamedTuple):
+    """The kernels over one set of `Ops`. Implements `Kernels`."""
+
+    name: str
+    ops: Ops
+    select_dtype: torch.dtype | None = None
+    """In what precision latents are selected; None is the parameters' own."""
+
+    def encode_topk(
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `eager.encode_topk`, with a backward pass over the K chosen latents only."""
+        acts_NK, indices_NK, _ = self._encode(x_ND, W_MD, b_M, k, centre_D)
+        return acts_NK, indices_NK
+
+    def decode(self, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+        """As `eager.decode`, without an `[N, K, D]` tensor and with a backward pass over the chosen rows only."""
+        return _Decode.apply(acts_NK, indices_NK, W_MD, _Pairs(indices_NK, W_MD.shape[0]), self.ops)
+
+    def autoencode(
+        self, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, W_dec_MD: Tensor, centre_D: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `eager.autoencode`; both weight gradients come from one sort of the pairs."""
+        acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
+        return _Decode.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops), acts_NK, indices_NK
+
+    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any) -> None:
+        """As `eager.adam_`, in one pass over memory."""
+        self.ops.adam_(param, grad, exp_avg, exp_avg_sq, **numbers)
+
+    def _encode(
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None
+    ) -> tuple[Tensor, Tensor, _Pairs]:
+        pairs = _Pairs(None, W_MD.shape[0])
+        select_dtype = self.select_dtype or W_MD.dtype
+        acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, pairs, self.ops, select_dtype)
+        return acts_NK, indices_NK, pairs
 
 
-def _gather_sum(weights_NK: Tensor, indices_NK: Tensor, rows_MD: Tensor) -> Tensor:
-    """`Σ_k weights[n, k] · rows[indices[n, k]]`: `[N, D]`."""
-    if indices_NK.numel() == 0:  # an empty chunk of tokens, or k = 0: the bag refuses both
-        return rows_MD.new_zeros(indices_NK.shape[0], rows_MD.shape[1]) + weights_NK.sum()
-    return F.embedding_bag(indices_NK, rows_MD, per_sample_weights=weights_NK, mode="sum")
+class _Pairs:
+    """The pairs (latent, token) of a k-sparse code, sorted by latent once for all sums over them, when first needed."""
 
+    def __init__(self, indices_NK: Tensor | None, num_latents: int) -> None:
+        self.indices_NK = indices_NK
+        self.num_latents = num_latents
 
-class _ByLatent:
-    """The pairs (latent, token) of a k-sparse code, sorted by latent once for all sums over them."""
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.indices_NK is not None, "encode sets them"
+        flat = self.indices_NK.flatten()
+        latents, order = flat.to(torch.int32).sort(stable=True)  # half the bytes to sort
+        borders = torch.arange(self.num_latents + 1, dtype=torch.int32, device=flat.device)
+        starts_M = torch.searchsorted(latents, borders)
+        tokens = order.div(max(1, self.indices_NK.shape[1]), rounding_mode="floor")
+        return order, tokens, starts_M
 
-    def __init__(self, indices_NK: Tensor, num_latents: int) -> None:
-        latents, self.order = indices_NK.flatten().sort(stable=True)
-        counts_M = torch.zeros(num_latents, dtype=torch.int64, device=latents.device)
-        counts_M.scatter_add_(0, latents, torch.ones_like(latents))
-        self.starts_M = counts_M.cumsum(0) - counts_M
-        self.tokens = self.order.div(max(1, indices_NK.shape[1]), rounding_mode="floor")
-
-    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor) -> Tensor:
+    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, ops: Ops) -> Tensor:
         """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n]`: `[M, D]`."""
-        if coefficients_NK.numel() == 0:
-            return rows_ND.new_zeros(len(self.starts_M), rows_ND.shape[1])
-        weights = coefficients_NK.flatten()[self.order].to(rows_ND.dtype)
-        return F.embedding_bag(self.tokens, rows_ND, self.starts_M, per_sample_weights=weights, mode="sum")
+        order, tokens, starts_M = self._sorted
+        weights = coefficients_NK.flatten()[order].to(rows_ND.dtype)
+        return ops.segment_sum(weights, tokens, starts_M, rows_ND)
 
 
 class _EncodeTopK(torch.autograd.Function):
     """Top-k of a ReLU-linear layer. The gradient passes where a chosen value is positive: that is ReLU's mask."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores_NM = F.linear(x_ND, W_MD, b_M)
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        W_MD: Tensor,
+        b_M: Tensor,
+        centre_D: Tensor | None,
+        k: int,
+        pairs: _Pairs,
+        ops: Ops,
+        select_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        x_ND = x_ND if centre_D is None else x_ND - centre_D
+        values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype)
+        if select_dtype != W_MD.dtype:
+            exact_NK = ops.gather_dot(x_ND, W_MD, indices_NK).add_(b_M[indices_NK])
+            values_NK, order_NK = exact_NK.sort(dim=-1, descending=True, stable=True)
+            indices_NK = indices_NK.gather(1, order_NK)
         # ReLU after the choice gives the same values as before it, and touches K instead of M numbers per token.
-        values_NK, indices_NK = scores_NM.topk(k, dim=-1, sorted=True)
         acts_NK = values_NK.relu_()
+        pairs.indices_NK = indices_NK
         ctx.save_for_backward(x_ND, W_MD, acts_NK, indices_NK)
+        ctx.pairs, ctx.ops = pairs, ops
         ctx.mark_non_differentiable(indices_NK)
         return acts_NK, indices_NK
 
@@ -77,26 +136,34 @@ class _EncodeTopK(torch.autograd.Function):
     def backward(ctx: Any, grad_NK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, W_MD, acts_NK, indices_NK = ctx.saved_tensors
         grad_NK = grad_NK * (acts_NK > 0)
-        need_x, need_W, need_b, _ = ctx.needs_input_grad
-        dx_ND = _gather_sum(grad_NK, indices_NK, W_MD) if need_x else None
-        pairs = _ByLatent(indices_NK, W_MD.shape[0])
-        dW_MD = pairs.sum(grad_NK, x_ND) if need_W else None
-        # Not `index_add_`, which adds in any order on a GPU.
-        db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1)).squeeze(1) if need_b else None
-        return dx_ND, dW_MD, db_M, None
+        need_x, need_W, need_b, need_centre, *_ = ctx.needs_input_grad
+        pairs, ops = ctx.pairs, ctx.ops
+        dx_ND = ops.gather_sum(grad_NK, indices_NK, W_MD) if need_x else None
+        dW_MD = pairs.sum(grad_NK, x_ND, ops) if need_W else None
+        db_M = None
+        if need_b or need_centre:
+            # Not `index_add_`, which adds in any order on a GPU.
+            db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1), ops).squeeze(1)
+        # Summed over tokens first, the centre's gradient is a matrix times a vector; no token needs one of its own.
+        dcentre_D = -(db_M @ W_MD) if need_centre else None
+        return dx_ND, dW_MD, db_M if need_b else None, dcentre_D, None, None, None, None
 
 
-class _AttachRowGradient(torch.autograd.Function):
-    """The identity on `out`, which adds the gradient of the rows that `out` was made of."""
+class _Decode(torch.autograd.Function):
+    """Sums of chosen rows."""
 
     @staticmethod
-    def forward(ctx: Any, out_ND: Tensor, W_MD: Tensor, acts_NK: Tensor, indices_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(acts_NK, indices_NK)
-        ctx.num_latents = W_MD.shape[0]
-        return out_ND.view_as(out_ND)
+    def forward(ctx: Any, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor, pairs: _Pairs, ops: Ops) -> Tensor:
+        ctx.save_for_backward(acts_NK, indices_NK, W_MD)
+        ctx.pairs, ctx.ops = pairs, ops
+        return ops.gather_sum(acts_NK, indices_NK, W_MD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        acts_NK, indices_NK = ctx.saved_tensors
-        return grad_ND, _ByLatent(indices_NK, ctx.num_latents).sum(acts_NK, grad_ND), None, None
+        acts_NK, indices_NK, W_MD = ctx.saved_tensors
+        grad_ND = grad_ND.contiguous()  # the gradient of a mere sum is an expanded scalar
+        need_acts, _, need_W, *_ = ctx.needs_input_grad
+        dacts_NK = ctx.ops.gather_dot(grad_ND, W_MD, indices_NK) if need_acts else None
+        dW_MD = ctx.pairs.sum(acts_NK, grad_ND, ctx.ops) if need_W else None
+        return dacts_NK, None, dW_MD, None, None

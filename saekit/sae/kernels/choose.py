@@ -1,0 +1,111 @@
+"""Which kernels run where."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from saekit.sae.kernels import eager, torch_ops
+from saekit.sae.kernels.sparse import Sparse
+
+BACKENDS = ("eager", "cpu", "triton")
+
+
+class Kernels(Protocol):
+    """What an SAE is computed with; `eager` says what each function gives."""
+
+    @property
+    def name(self) -> str:
+        """One of `BACKENDS`."""
+
+    @property
+    def select_dtype(self) -> torch.dtype | None:
+        """In what precision latents are selected; None is the parameters' own."""
+
+    def encode_topk(
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `eager.encode_topk`."""
+
+    def decode(self, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+        """See `eager.decode`."""
+
+    def autoencode(
+        self, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, W_dec_MD: Tensor, centre_D: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `eager.autoencode`."""
+
+    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any) -> None:
+        """See `eager.adam_`."""
+
+
+class Eager:
+    """The oracle as `Kernels`."""
+
+    name = "eager"
+    select_dtype = None
+    encode_topk = staticmethod(eager.encode_topk)
+    decode = staticmethod(eager.decode)
+    autoencode = staticmethod(eager.autoencode)
+    adam_ = staticmethod(eager.adam_)
+
+
+def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Kernels:
+    """The kernels for a device.
+
+    Args:
+        backend: One of `BACKENDS`, or `auto`: `triton` on a CUDA device that has it, else `cpu`.
+        select_dtype: `fp32`, `bf16`, or `auto`: `bf16` where the hardware multiplies it faster than float32.
+        device: Where the SAE is.
+
+    Raises:
+        ValueError: If the backend cannot run on that device, or cannot select in that precision.
+    """
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" and has_triton() else "cpu"
+    if backend == "eager":
+        if select_dtype == "bf16":
+            raise ValueError("the eager kernels select in the parameters' own precision only")
+        return Eager()
+    if select_dtype == "auto":
+        select_dtype = "bf16" if has_fast_bf16(device) else "fp32"
+    dtype = torch.bfloat16 if select_dtype == "bf16" else None
+    if backend == "cpu":
+        return Sparse("cpu", torch_ops, dtype)
+    return Sparse("triton", _triton_ops(device), dtype)
+
+
+def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a module
+    if not has_triton():
+        raise ValueError("the triton kernels need Triton, which is not installed: pip install triton")
+    from saekit.sae.kernels import triton_ops
+
+    if not triton_ops.available() or (device.type != "cuda" and not triton_ops.interpreted()):
+        raise ValueError(f"the triton kernels need a CUDA device; this is {device.type}")
+    return triton_ops
+
+
+@cache
+def default_kernels(device_type: str) -> Kernels:
+    """For an SAE that nobody chose kernels for: exact selection, `auto` otherwise."""
+    return choose_kernels("auto", "fp32", torch.device(device_type))
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    # Without such instructions bfloat16 is converted to float32 and back, which is slower than float32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,125 @@
+"""The sparse operations out of what torch offers: the backend `cpu`, and what a GPU without Triton falls back to."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adam import adam as adam_of_torch
+
+from saekit.sae.kernels.eager import round_stochastically, row_norms
+
+CHUNK_BYTES = 8 * 2**20
+"""Scores are made for so many tokens at a time that they stay in a CPU's last-level cache until the top-k read them."""
+
+ADAM_BYTES = 4 * 2**20
+"""Adam steps so much of a parameter at a time, so that what is read for the projection is still in the cache."""
+
+
+def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first.
+
+    The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
+
+    Returns:
+        Scores `[N, K]` in `dtype` and latents `[N, K]`, int64.
+    """
+    N, M = x_ND.shape[0], W_MD.shape[0]
+    x_ND, W_DM, b_M = x_ND.to(dtype), W_MD.to(dtype).t(), b_M.to(dtype)
+    rows = max(1, min(N, CHUNK_BYTES // (M * dtype.itemsize)))
+    buffer = x_ND.new_empty(rows, M)
+    values_NK = x_ND.new_empty(N, k)
+    indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
+    for start in range(0, N, rows):
+        some = slice(start, start + rows)
+        x_nD = x_ND[some]
+        scores_nM = buffer[: len(x_nD)]
+        # A bias added in place costs half of what `addmm` takes for it.
+        torch.mm(x_nD, W_DM, out=scores_nM).add_(b_M)
+        torch.topk(scores_nM, k, dim=-1, sorted=True, out=(values_NK[some], indices_NK[some]))
+    return values_NK, indices_NK
+
+
+def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
+    """`out[n, k] = ⟨x[n], W[indices[n, k]]⟩`: `[N, K]`, without an `[N, K, D]` tensor."""
+    N, K = indices_NK.shape
+    if N * K == 0:
+        return x_ND.new_zeros(N, K)
+    starts = torch.arange(0, N * K + 1, K, device=x_ND.device)
+    zeros = x_ND.new_zeros(N * K)
+    with warnings.catch_warnings():  # torch calls its CSR tensors beta, once per process
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
+        pattern = torch.sparse_csr_tensor(
+            starts, indices_NK.flatten(), zeros, (N, W_MD.shape[0]), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(pattern, x_ND, W_MD.t()).values().view(N, K)
+
+
+def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+    """`out[n] = Σ_k weights[n, k] · W[indices[n, k]]`: `[N, D]`."""
+    if indices_NK.numel() == 0:  # an empty chunk of tokens, or k = 0: the bag refuses both
+        return W_MD.new_zeros(indices_NK.shape[0], W_MD.shape[1])
+    return F.embedding_bag(indices_NK, W_MD, per_sample_weights=weights_NK, mode="sum")
+
+
+def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
+    """`out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m: `[M, D]`.
+
+    Args:
+        weights_P: `[P]`, one per pair (latent, token), sorted by latent.
+        tokens_P: `[P]`, int64.
+        starts_M: `[M + 1]`, int64: where each latent's pairs begin, and where the last one's end.
+        rows_ND: `[N, D]`.
+    """
+    if len(tokens_P) == 0:
+        return rows_ND.new_zeros(len(starts_M) - 1, rows_ND.shape[1])
+    return F.embedding_bag(
+        tokens_P, rows_ND, starts_M, per_sample_weights=weights_P, mode="sum", include_last_offset=True
+    )
+
+
+@torch.no_grad()
+def adam_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalise."""
+    width = param[0].numel() if param.ndim > 1 else 1
+    rows = max(1, ADAM_BYTES // (width * param.element_size())) if param.device.type == "cpu" else len(param)
+    for p, g, first, second in zip(*(each.split(rows) for each in (param, grad, exp_avg, exp_avg_sq)), strict=True):
+        if unit_rows:
+            norms = row_norms(p)  # of a zero row so small that its square would be zero
+            g.addcmul_(p, torch.einsum("md,md->m", g, p)[:, None] / norms / norms, value=-1)
+        first_moment, second_moment = first.to(p.dtype), second.to(p.dtype)  # the same tensors where they are float32
+        adam_of_torch(
+            [p],
+            [g],
+            [first_moment],
+            [second_moment],
+            [],
+            [torch.tensor(float(step - 1), device=p.device)],  # torch counts the step itself
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=eps,
+            maximize=False,
+        )
+        if unit_rows:
+            p.div_(row_norms(p))
+        if first.dtype != p.dtype:
+            first.copy_(first_moment)
+            second.copy_(round_stochastically(second_moment, g, step))

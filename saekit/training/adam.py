@@ -1,0 +1,75 @@
+"""Adam for SAEs: with the decoder's projection and renormalisation in the same pass, and moments in 32 or 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from saekit.sae.kernels import Kernels
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+class SaeAdam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba 2015), whose update is one of the SAE's kernels.
+
+    Args:
+        params: What to train.
+        lr: Learning rate.
+        kernels: Whose `adam_` does the work.
+        unit_rows: Those of the parameters that are matrices with rows of norm 1: their gradients are projected before
+            the step, and their rows scaled to norm 1 after it.
+        moments_dtype: Type of the moments at rest; they are updated in float32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        kernels: Kernels,
+        unit_rows: Collection[nn.Parameter] = (),
+        moments_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": BETAS, "eps": EPS})
+        self.kernels = kernels
+        self.moments_dtype = moments_dtype
+        self._unit_rows = {id(parameter) for parameter in unit_rows}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, which is used up."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())  # on the CPU: reading it waits for no GPU
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+                state["step"] += 1
+                self.kernels.adam_(
+                    parameter,
+                    parameter.grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    step=int(state["step"]),
+                    lr=float(group["lr"]),
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    unit_rows=id(parameter) in self._unit_rows,
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which makes every state the parameter's type; the moments keep theirs."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(self.moments_dtype)
