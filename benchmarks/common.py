@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ PEER_FOLDER = HERE / ".venv-peers"
 TORCH = "torch>=2.6,<2.14"
 PEER = "eai-sparsify==1.3.3"
 LOG_LINES = 30
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,7 @@ def run_script(python: Path | str, script: str, *arguments: str | Path) -> float
     Raises:
         RuntimeError: With the end of its output, if it fails.
     """
-    env = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "SPARSIFY_DISABLE_TRITON": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    env = os.environ | OFFLINE | {"SPARSIFY_DISABLE_TRITON": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = time.perf_counter()
     done = subprocess.run(
         [str(python), str(HERE / script), *map(str, arguments)],
@@ -132,6 +130,51 @@ def run_script(python: Path | str, script: str, *arguments: str | Path) -> float
         tail = "\n".join(done.stdout.splitlines()[-LOG_LINES:])
         raise RuntimeError(f"{script} ended with code {done.returncode}:\n{tail}")
     return time.perf_counter() - start
+
+
+def json_from(python: Path | str, script: str, job: dict[str, Any], folder: Path, **env: str) -> dict[str, Any]:
+    """What a worker of this folder prints, its last line being JSON, for a job.
+
+    Raises:
+        RuntimeError: With the end of its output, if it fails.
+    """
+    file = folder / "job.json"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    hidden = {} if job.get("device", "cpu") != "cpu" else {"CUDA_VISIBLE_DEVICES": "", "SPARSIFY_DISABLE_TRITON": "1"}
+    done = subprocess.run(
+        [str(python), str(HERE / script), str(file)],
+        env=os.environ | OFFLINE | hidden | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-LOG_LINES:])
+        raise RuntimeError(f"{script} ended with code {done.returncode}:\n{tail}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def activations(tokens: int, d_in: int, seed: int = 0) -> torch.Tensor:
+    """Made-up residual-stream activations `[tokens, d_in]`, float32: sums of a few of 4·D directions, and noise.
+
+    Directions are drawn with frequencies like 1 / rank, so that some latents will fire far more often than others,
+    as with a language model; all of equal frequency would flatter whoever sorts by latent.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(4 * d_in, d_in, generator=generator) / d_in**0.5
+    frequency = 1 / torch.arange(1.0, 4 * d_in + 1)
+    x = 0.1 * torch.randn(tokens, d_in, generator=generator) / d_in**0.5
+    for _ in range(16):
+        chosen = torch.multinomial(frequency, tokens, replacement=True, generator=generator)
+        x += torch.rand(tokens, 1, generator=generator) * directions[chosen]
+    return x * d_in**0.5
 
 
 def train(python: Path | str, script: str, job: Job) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -47,5 +48,8 @@ def _callback(
 
 def main() -> None:
     """Entry point of `saekit` and `python -m saekit`."""
+    # Torch asks for huge pages then, where Linux has them: a step spends up to a third of its time on page faults
+    # without (docs/performance.md). It reads this once, before the first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.argv[1:] = with_resume_value(sys.argv[1:])
     run(app)

@@ -14,6 +14,8 @@ from saekit.sae.kernels.eager import round_stochastically, row_norms
 CHUNK_BYTES = 8 * 2**20
 """Scores are made for so many tokens at a time that they stay in a CPU's last-level cache until the top-k read them."""
 
+GROUP = 8
+"""Scores per group; 4 to 16 were tried, and this was fastest by a little."""
 ADAM_BYTES = 4 * 2**20
 """Adam steps so much of a parameter at a time, so that what is read for the projection is still in the cache."""
 
@@ -38,8 +40,26 @@ def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) ->
         scores_nM = buffer[: len(x_nD)]
         # A bias added in place costs half of what `addmm` takes for it.
         torch.mm(x_nD, W_DM, out=scores_nM).add_(b_M)
-        torch.topk(scores_nM, k, dim=-1, sorted=True, out=(values_NK[some], indices_NK[some]))
+        values_NK[some], indices_NK[some] = topk_of_groups(scores_nM, k)
     return values_NK, indices_NK
+
+
+def topk_of_groups(scores_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `scores.topk(k)`, largest first, in about half the time on a CPU where `k` is small beside M.
+
+    The k largest numbers lie in the k groups whose maxima are largest, so those groups are found first, in the same
+    way, and then only their members are compared. Among equal numbers another may be chosen than by `topk`.
+    """
+    N, M = scores_NM.shape
+    groups = M // GROUP
+    if M % GROUP or groups < GROUP * k:
+        return scores_NM.topk(k, dim=-1, sorted=True)
+    members_NGg = scores_NM.view(N, GROUP, groups)  # a group's members are far apart, so that the maximum is vectorised
+    _, best_NK = topk_of_groups(members_NGg.amax(1), k)
+    candidates = members_NGg.gather(2, best_NK[:, None].expand(N, GROUP, k)).view(N, GROUP * k)
+    values_NK, at_NK = candidates.topk(k, dim=-1, sorted=True)
+    row_NK = at_NK.div(k, rounding_mode="floor")
+    return values_NK, row_NK * groups + best_NK.gather(1, at_NK - row_NK * k)
 
 
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:

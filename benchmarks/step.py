@@ -1,0 +1,132 @@
+"""One SAE training step on given activations: ours and eai-sparsify's, side by side.
+
+    python benchmarks/step.py                 # two sizes on the CPU
+    python benchmarks/step.py --gpu           # one layer of Llama-3-8B at 32×, on a CUDA device
+    python benchmarks/step.py --size 512,16384,32,4096
+
+Each repetition starts a process per contestant, one after the other, so that a slow minute of the machine meets all.
+A process warms up, times steps, and reads its own peak memory. Contestants:
+
+- saekit: as `saekit train` runs it; bf16 selects.
+- saekit fp32: fp32 selects, too.
+- sparsify: as its Trainer does a step with `optimizer="adam"` where bitsandbytes is missing (Adam of torch).
+- sparsify huge pages: the same with the allocator setting that `saekit train` makes for itself.
+
+Ends with code 1 where saekit is less than the asked-for times as fast as sparsify, or takes more than half its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import HERE, activations, hardware, json_from, peer_python, spread, versions
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
+GPU_SIZES = ["4096,131072,64,8192"]
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+MEMORY_LIMIT = 0.5
+console = Console()
+
+
+def main(
+    size: Annotated[list[str] | None, typer.Option(help="D,M,k,N; may be given several times.")] = None,
+    gpu: Annotated[bool, typer.Option(help="On the CUDA device, with the default sizes for one.")] = False,
+    repeats: Annotated[int, typer.Option(help="Processes per contestant and size.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps per process.", min=1)] = 7,
+    at_least: Annotated[float | None, typer.Option(help="Times sparsify's tokens/s; 4 on a CPU, 2 on a GPU.")] = None,
+    peer: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+) -> None:
+    """Measure steps."""
+    python = peer_python(peer, console.print)
+    at_least = at_least or (2.0 if gpu else 4.0)
+    out = out or HERE / "results" / ("step_gpu.json" if gpu else "step.json")
+    results = []
+    for text in size or (GPU_SIZES if gpu else CPU_SIZES):
+        d_in, num_latents, k, tokens = map(int, text.split(","))
+        job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": steps, "bf16": gpu}
+        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": "bf16", "moments_dtype": "fp32"}
+        results.append({"size": text, **measure(job, tokens, python, repeats)})
+        console.print(table(results[-1]))
+    record = {
+        "date": date.today().isoformat(),
+        "hardware": hardware() | ({"gpu": torch.cuda.get_device_name()} if gpu else {}),
+        "versions": {"ours": versions(sys.executable), "peer": versions(python)},
+        "repeats": repeats,
+        "steps": steps,
+        "results": results,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    missed = [
+        each["size"]
+        for each in results
+        if each["contestants"]["saekit"]["times_sparsify"]["median"] < at_least
+        or each["contestants"]["saekit"]["memory_of_sparsify"]["median"] > MEMORY_LIMIT
+    ]
+    if missed:
+        console.print(f"[red]Missed {at_least} × the tokens/s at {MEMORY_LIMIT} × the memory at {', '.join(missed)}")
+        raise typer.Exit(1)
+
+
+def measure(job: dict[str, Any], tokens: int, peer: Path, repeats: int) -> dict[str, Any]:
+    """All contestants in turn, `repeats` times."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="saekit-step-") as work:
+        folder = Path(work)
+        job = job | {"activations": str(folder / "x.safetensors")}
+        save_file({"x": activations(tokens, job["d_in"])}, job["activations"])
+        theirs = "peers/sparsify_step.py"
+        for _ in range(repeats):
+            for name, python, script, changes, env in (
+                ("saekit", sys.executable, "saekit_step.py", {}, {}),
+                ("sparsify", peer, theirs, {}, {}),
+                ("saekit fp32", sys.executable, "saekit_step.py", {"select_dtype": "fp32"}, {}),
+                ("sparsify huge pages", peer, theirs, {}, HUGE_PAGES),
+            ):
+                runs.setdefault(name, []).append(json_from(python, script, job | changes, folder, **env))
+    contestants = {}
+    for name, own in runs.items():
+        pairs = list(zip(own, runs["sparsify"], strict=True))
+        contestants[name] = {
+            "tokens_per_second": spread([each["tokens_per_second"] for each in own]),
+            "times_sparsify": spread([a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]),
+            "peak_above_mb": spread([each["peak_above_bytes"] / 1e6 for each in own]),
+            "memory_of_sparsify": spread([a["peak_above_bytes"] / b["peak_above_bytes"] for a, b in pairs]),
+            "held_mb": own[0]["held_bytes"] / 1e6,
+            "fvu_after": statistics.median(each["fvu"] for each in own),
+            "kernels": own[0].get("kernels"),
+        }
+    return {"contestants": contestants}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Ratios to sparsify: median (least to most)."""
+    d_in, num_latents, k, tokens = result["size"].split(",")
+    shown = Table(title=f"D {d_in}, M {num_latents}, k {k}, N {tokens}", title_justify="left")
+    for column in ("", "tokens/s × sparsify's", "memory above weights and moments, MB", "× sparsify's"):
+        shown.add_column(column, justify="right" if column else "left")
+    for name, each in result["contestants"].items():
+        speed, memory = each["times_sparsify"], each["memory_of_sparsify"]
+        shown.add_row(
+            name,
+            f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})",
+            f"{each['peak_above_mb']['median']:.0f}",
+            f"{memory['median']:.2f}",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
