@@ -144,8 +144,7 @@ def json_from(python: Path | str, script: str, job: dict[str, Any], folder: Path
     done = subprocess.run(
         [str(python), str(HERE / script), str(file)],
         env=os.environ | OFFLINE | hidden | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         errors="replace",
         check=False,

@@ -1,0 +1,244 @@
+"""Each backend's kernels against the eager reference, and a whole SAE step against what the machine could do at best.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --gpu
+
+The floor is what this machine's own rates allow, measured in the same run: the dense matmul's operations over the rate
+of a plain matmul of the same shape in the same type, the sparse sums' over that of float32, and the bytes that a step
+must move over the bandwidth of a copy. Counted are only bytes that no cache of any size could save: parameters,
+gradients, moments and activations, each as often as the algorithm must read or write it. The scores are not counted
+(they need not leave the cache), nor are rows that are gathered again.
+
+Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `saekit train` does
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import HERE, activations, hardware, spread, versions
+from measure import synchronize
+from rich.console import Console
+from rich.table import Table
+
+from saekit import Sae, TrainConfig
+from saekit.sae import sae_losses
+from saekit.sae.kernels import Kernels, choose_kernels
+from saekit.training.optimizers import make_optimizer
+
+CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
+GPU_SIZES = ["4096,131072,64,8192"]
+COPY_BYTES = 2**29
+OPERATIONS = ("encode", "forward", "forward and backward", "step")
+console = Console()
+
+
+def main(
+    size: Annotated[list[str] | None, typer.Option(help="D,M,k,N; may be given several times.")] = None,
+    gpu: Annotated[bool, typer.Option(help="On the CUDA device, with the default sizes for one.")] = False,
+    rounds: Annotated[int, typer.Option(help="Times everything is measured, in turn; medians count.", min=1)] = 9,
+    at_most: Annotated[float | None, typer.Option(help="Times the floor.")] = None,
+    profile: Annotated[bool, typer.Option(help="Also print torch's profile of the fastest backend's step.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+) -> None:
+    """Measure kernels."""
+    device = torch.device("cuda" if gpu else "cpu")
+    at_most = at_most or (1.6 if gpu else 2.0)
+    backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", "bf16")]
+    if gpu:  # the eager one makes an [N, K, D] tensor, which no GPU can hold at that size
+        backends = [("triton", "fp32"), ("triton", "bf16")]
+    results = []
+    for text in size or (GPU_SIZES if gpu else CPU_SIZES):
+        d_in, num_latents, k, tokens = map(int, text.split(","))
+        x_ND = activations(tokens, d_in).to(device)
+        kernels = {f"{name} {dtype}": choose_kernels(name, dtype, device) for name, dtype in backends}
+        results.append({"size": text, **measure(x_ND, num_latents, k, kernels, rounds)})
+        console.print(table(results[-1]))
+        if profile:
+            console.print(profiled(x_ND, num_latents, k, kernels[list(kernels)[-1]]), soft_wrap=True)
+    record = {
+        "date": date.today().isoformat(),
+        "hardware": hardware() | ({"gpu": torch.cuda.get_device_name()} if gpu else {}),
+        "versions": versions(sys.executable),
+        "rounds": rounds,
+        "results": results,
+    }
+    out = out or HERE / "results" / ("kernels_gpu.json" if gpu else "kernels.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    missed = [each["size"] for each in results if each["step_over_floor"]["median"] > at_most]
+    if missed:
+        console.print(f"[red]More than {at_most} × the floor at {', '.join(missed)}")
+        raise typer.Exit(1)
+
+
+def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Kernels], rounds: int) -> dict[str, Any]:
+    """Everything in turn, `rounds` times, after two rounds of warm-up."""
+    works = {name: operations(x_ND, num_latents, k, each) for name, each in kernels.items()}
+    rates = machine(x_ND, num_latents)
+    seconds: dict[str, list[float]] = {}
+    for number in range(rounds + 2):
+        for name, work in rates.items():
+            note(seconds, name, work, x_ND.device, number >= 2)
+        for name, own in works.items():
+            for operation, work in own.items():
+                note(seconds, f"{name}: {operation}", work, x_ND.device, number >= 2)
+    floors = [
+        floor(matmul, matmul32, copy, x_ND, num_latents, k)
+        for matmul, matmul32, copy in zip(seconds["matmul bf16"], seconds["matmul fp32"], seconds["copy"], strict=True)
+    ]
+    fastest = [f"{name}: step" for name in works][-1]
+    first = next(iter(works))
+    return {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "tera_ops_bf16": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul bf16"]) / 1e12,
+        "tera_ops_fp32": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul fp32"]) / 1e12,
+        "gigabytes_per_second": 2 * COPY_BYTES / statistics.median(seconds["copy"]) / 1e9,
+        "floor": {part: statistics.median(each[part] for each in floors) for part in floors[0]},
+        "step_over_floor": spread([step / each["total"] for step, each in zip(seconds[fastest], floors, strict=True)]),
+        "times_first": {
+            name: {
+                each: spread(
+                    [a / b for a, b in zip(seconds[f"{first}: {each}"], seconds[f"{name}: {each}"], strict=True)]
+                )
+                for each in OPERATIONS
+            }
+            for name in works
+        },
+    }
+
+
+def machine(x_ND: torch.Tensor, num_latents: int) -> dict[str, Callable[[], object]]:
+    """What the machine's rates are measured by: plain torch calls into memory that is there already."""
+    tokens, d_in = x_ND.shape
+    W_DM = torch.randn(num_latents, d_in, device=x_ND.device).t()
+    source = torch.ones(COPY_BYTES // 4, device=x_ND.device)
+    target = torch.empty_like(source)
+
+    def matmul(dtype: torch.dtype) -> Callable[[], object]:
+        left, right = x_ND.to(dtype), W_DM.to(dtype)
+        result = torch.empty(tokens, num_latents, dtype=dtype, device=x_ND.device)
+        return lambda: torch.mm(left, right, out=result)
+
+    return {
+        "matmul bf16": matmul(torch.bfloat16),
+        "matmul fp32": matmul(torch.float32),
+        "copy": lambda: target.copy_(source),
+    }
+
+
+def floor(
+    matmul: float, matmul32: float, copy: float, x_ND: torch.Tensor, num_latents: int, k: int
+) -> dict[str, float]:
+    """Seconds that one step must take, from the seconds that the three measurements took."""
+    tokens, d_in = x_ND.shape
+    params = 2 * num_latents * d_in
+    # Recomputed scores, decode, its activations' gradient, and the two weight gradients: N·K·D multiply-adds each.
+    sparse = 5 * 2 * tokens * k * d_in
+    moved = {
+        "encoder to bf16 and its use": num_latents * d_in * (4 + 2 + 2),
+        "rows for exact scores, decode and its gradient": 3 * num_latents * d_in * 4,
+        "activations, reconstruction, error and its gradient": 5 * tokens * d_in * 4,
+        "gradients": params * 4,
+        "Adam": params * 4 * 7,  # reads parameter, gradient, two moments; writes all but the gradient
+    }
+    parts = {
+        "dense": matmul,
+        "sparse": sparse * matmul32 / (2 * tokens * d_in * num_latents),
+        "memory": sum(moved.values()) * copy / (2 * COPY_BYTES),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def operations(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> dict[str, Callable[[], object]]:
+    """What is timed of a backend."""
+    sae = Sae(x_ND.shape[1], num_latents, k, generator=torch.Generator().manual_seed(0), device=x_ND.device).train()
+    sae.b_dec.data.copy_(x_ND.mean(0))
+    sae.chosen_kernels = kernels
+    optimizer = make_optimizer(TrainConfig(lr=2e-4), sae)
+    scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
+
+    def passes() -> None:
+        sae_losses(x_ND, sae(x_ND), scale=scale, auxk_alpha=0.0, num_dead=0).total.backward()
+
+    def forward_and_backward() -> None:
+        passes()
+        optimizer.zero_grad()
+
+    def step() -> None:
+        passes()
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+
+    return {
+        "encode": torch.no_grad()(lambda: sae.encode(x_ND)),
+        "forward": torch.no_grad()(lambda: sae(x_ND)),
+        "forward and backward": forward_and_backward,
+        "step": step,
+    }
+
+
+def note(
+    seconds: dict[str, list[float]], name: str, work: Callable[[], object], device: torch.device, counts: bool
+) -> None:
+    """Time one piece of work."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    if counts:
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+
+def profiled(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> str:
+    """Where a step's time goes."""
+    step = operations(x_ND, num_latents, k, kernels)["step"]
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            step()
+        synchronize(x_ND.device)
+    key = "self_cuda_time_total" if x_ND.device.type == "cuda" else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50)
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Times, and ratios to the first backend and to the floor."""
+    d_in, num_latents, k, tokens = result["size"].split(",")
+    floor = result["floor"]
+    over = result["step_over_floor"]
+    shown = Table(
+        title=f"D {d_in}, M {num_latents}, k {k}, N {tokens}",
+        title_justify="left",
+        caption=f"floor {floor['total'] * 1e3:.0f} ms = dense {floor['dense'] * 1e3:.0f} + sparse "
+        f"{floor['sparse'] * 1e3:.0f} + memory {floor['memory'] * 1e3:.0f}; the last backend's step takes "
+        f"{over['median']:.2f} × that ({over['min']:.2f} to {over['max']:.2f})",
+    )
+    shown.add_column("ms (× as fast as the first)")
+    for name in result["times_first"]:
+        shown.add_column(name, justify="right")
+    for operation in OPERATIONS:
+        cells = [
+            f"{result['seconds'][f'{name}: {operation}']['median'] * 1e3:.0f} ({each[operation]['median']:.1f})"
+            for name, each in result["times_first"].items()
+        ]
+        shown.add_row(operation, *cells)
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
