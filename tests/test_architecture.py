@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "sae": set(),
     "config": set(),
     "data": {"config"},
-    "activations": {"config"},
+    "activations": {"config", "sae"},
     "placement": {"config", "sae"},
     "report": {"sae"},
     "training": {"config", "sae", "data", "activations", "placement", "report"},

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
 from saekit.config import ModelConfig
 from saekit.errors import UserError
+from saekit.sae.kernels import has_fast_bf16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +150,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type of the language model's weights that `--dtype` means on this device."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
 
 
 def check_device(cfg: ModelConfig, device: torch.device) -> None:

@@ -82,7 +82,7 @@ class ModelConfig:
     revision: str | None = option(None, "Branch, tag or commit of the model on the hub.", panel=MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "Type of the language model's weights; auto is bfloat16 on a GPU that computes in it and float32 elsewhere. "
+        "Type of the language model's weights; auto is bfloat16 on a GPU or CPU that is fast at it, else float32. "
         "The SAEs are always float32.",
         panel=MODEL,
     )

@@ -36,6 +36,17 @@ class Moments:
         self.sum_squares += x_ND.square().sum()
         self.count += x_ND.shape[0]
 
+    def add_centred(self, x_ND: Tensor, centre_D: Tensor) -> None:
+        """Count a chunk of tokens, as seen from a fixed point near their mean.
+
+        Then float32 will do within the chunk: nothing large cancels. On a CPU it is some 20 times as fast. Variance
+        and deviation are the same from wherever one looks; the mean is the mean's distance from that point.
+        """
+        x_ND = x_ND - centre_D
+        self.sum_D += x_ND.sum(0)
+        self.sum_squares += x_ND.square().sum(1).sum(dtype=torch.float64)
+        self.count += x_ND.shape[0]
+
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Moments:
         """The same over all ranks, in one reduction."""
         together = reduce(torch.cat([self.sum_D, self.sum_squares.view(1), self.count.view(1)]))
@@ -72,9 +83,12 @@ class LayerWindow:
         """Over no step."""
         return cls(Moments.zero(d_in, device), torch.zeros(NUM_SUMS, dtype=torch.float64, device=device))
 
-    def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float) -> None:
-        """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again."""
-        self.moments.add(x_ND)
+    def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float, centre_D: Tensor) -> None:
+        """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again.
+
+        `centre_D` is the layer's mean from calibration, the same in all windows of a run.
+        """
+        self.moments.add_centred(x_ND, centre_D)
         zero = losses.total.new_zeros(())
         self.sums += torch.stack(
             [

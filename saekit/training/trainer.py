@@ -129,7 +129,8 @@ class SaeTrainer:
                             )
                             placement.backward(name, losses.total)
                             run.counters[name].observe(out.acts, out.indices)
-                            fresh[name].observe(chunk_ND, out, losses, scale[name])
+                            centre = run.calibration[name].mean_D
+                            fresh[name].observe(chunk_ND, out, losses, scale[name], centre)
 
                 run.step = step + 1
                 if bad := find_faults(plan.hookpoints, fresh, placement.collect(), placement):
@@ -225,7 +226,8 @@ class SaeTrainer:
     def _count_tokens(self, batches: list[Tensor]) -> int:
         """Tokens of an optimiser step that train the SAEs, over all ranks."""
         kept = sum(int(self.plan.kept(input_ids).sum()) for input_ids in batches)
-        return int(self.placement.sum(torch.tensor(kept, device=self.placement.device)))
+        # Ranks tell each other plain numbers: a tensor's sum would wait for everything that a GPU still has to do.
+        return sum(self.placement.gather(kept))
 
     def _activations(self, read_residual: ReadResidual, input_ids: Tensor) -> dict[str, Tensor]:
         """Each hookpoint's activations of the kept tokens, `[N, D]`, in the language model's type."""

@@ -4,6 +4,6 @@
 `[N, M]` and `[N, K, D]` tensors that plain autograd makes; tests hold each of them to `eager`.
 """
 
-from saekit.sae.kernels.choose import BACKENDS, Kernels, choose_kernels, default_kernels
+from saekit.sae.kernels.choose import BACKENDS, Kernels, choose_kernels, default_kernels, has_fast_bf16
 
-__all__ = ["BACKENDS", "Kernels", "choose_kernels", "default_kernels"]
+__all__ = ["BACKENDS", "Kernels", "choose_kernels", "default_kernels", "has_fast_bf16"]
