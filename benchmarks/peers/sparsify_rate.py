@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import itertools
+
 import torch
 from datasets import load_from_disk
 from measure import PeakMemory, synchronize
@@ -46,7 +48,7 @@ def main() -> None:
 
     optimizer.step = timed
     trainer.fit()
-    seconds = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
     found = {
         "tokens_per_second": job["tokens_per_step"] / statistics.median(seconds[job["warm_up"] :]),
         "peak_bytes": peak.bytes(),

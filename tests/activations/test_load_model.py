@@ -23,7 +23,7 @@ def copy(model_dir, tmp_path):
 
 
 def load(folder, layers=(1,)):
-    cfg = ModelConfig(str(folder))
+    cfg = ModelConfig(str(folder), dtype="float32")
     return load_model(cfg, model_shape(cfg), list(layers), CPU)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saekit.sae import Sae
-from saekit.sae.kernels import choose_kernels, eager, torch_ops
+from saekit.sae.kernels import choose, choose_kernels, eager, torch_ops
 from saekit.sae.kernels.sparse import Sparse
 
 SIZES = [(7, 5, 33, 4), (64, 16, 128, 8), (1, 3, 9, 1), (5, 8, 6, 6), (0, 4, 10, 2)]
@@ -126,10 +126,13 @@ class TestChoice:
         assert choose_kernels("cpu", "fp32", cpu).select_dtype is None
         assert choose_kernels("eager", "auto", cpu).name == "eager"
 
-    def test_refusals(self):
+    def test_eager_does_not_select_in_low_precision(self):
         with pytest.raises(ValueError, match="eager kernels select"):
             choose_kernels("eager", "bf16", torch.device("cpu"))
-        with pytest.raises(ValueError, match="triton kernels need"):
+
+    def test_triton_that_is_missing(self, monkeypatch):
+        monkeypatch.setattr(choose, "has_triton", lambda: False)
+        with pytest.raises(ValueError, match="not installed"):
             choose_kernels("triton", "fp32", torch.device("cpu"))
 
     def test_an_sae_selects_exactly_unless_told_otherwise(self):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode`."""
 
-    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any) -> None:
+    @property
+    def adam_(self) -> Callable[..., None]:
         """See `eager.adam_`."""
 
 
@@ -84,7 +86,7 @@ def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a modu
         raise ValueError("the triton kernels need Triton, which is not installed: pip install triton")
     from saekit.sae.kernels import triton_ops
 
-    if not triton_ops.available() or (device.type != "cuda" and not triton_ops.interpreted()):
+    if device.type != "cuda" and not triton_ops.INTERPRETED:
         raise ValueError(f"the triton kernels need a CUDA device; this is {device.type}")
     return triton_ops
 

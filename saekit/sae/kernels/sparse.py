@@ -12,6 +12,7 @@ What is computed is written here once; `Ops` are the loops over memory that it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -35,7 +36,8 @@ class Ops(Protocol):
     def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
         """The weighted sum of the tokens' rows for each latent."""
 
-    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any) -> None:
+    @property
+    def adam_(self) -> Callable[..., None]:
         """One step of Adam, with projection and renormalisation where rows have norm 1."""
 
 
@@ -65,9 +67,10 @@ class Sparse(NamedTuple):
         acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
         return _Decode.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops), acts_NK, indices_NK
 
-    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any) -> None:
+    @property
+    def adam_(self) -> Callable[..., None]:
         """As `eager.adam_`, in one pass over memory."""
-        self.ops.adam_(param, grad, exp_avg, exp_avg_sq, **numbers)
+        return self.ops.adam_
 
     def _encode(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None

@@ -1,0 +1,188 @@
+"""The sparse operations as Triton kernels: the backend `triton`. See `torch_ops` for what each of them computes.
+
+Written for CUDA devices of the Ampere generation or later (torch 2.11 to 2.13, Triton 3.6 to 3.9). So far they have
+run in Triton's interpreter only, where the tests hold them to the formulas; block sizes are not tuned on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saekit.sae.kernels.triton_adam import adam_, adam_rows
+
+__all__ = ["INTERPRETED", "adam_", "gather_dot", "gather_sum", "segment_sum", "topk"]
+
+INTERPRETED = not isinstance(adam_rows, triton.runtime.jit.JITFunction)
+"""Whether Triton runs these kernels in its interpreter, on any device; it decides so when it sees a kernel."""
+CHUNK_BYTES = 2**30
+"""Scores are made for so many tokens at a time that they take no more than this."""
+GROUP = 32
+"""Latents whose largest score the matmul's epilogue writes out."""
+BLOCK_N, BLOCK_M, BLOCK_D = (16, 64, 32) if INTERPRETED else (128, 128, 64)
+BLOCK_K = 16
+"""Rows that one program gathers at a time."""
+
+
+@triton.jit
+def _scores(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    scores_ptr,
+    maxima_ptr,
+    N,
+    M,
+    D,
+    padded_M,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of `x Wᵀ + b`, and the maxima of its groups while the tile is still in registers."""
+    # Eight blocks of latents at a time go past all tokens, so that both stay in the L2 cache.
+    pid = tl.program_id(0)
+    n_blocks, m_blocks = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    first = pid // (8 * n_blocks) * 8
+    wide = tl.minimum(m_blocks - first, 8)
+    within = pid % (8 * n_blocks)
+    n = within // wide * BN + tl.arange(0, BN)
+    m = (first + within % wide) * BM + tl.arange(0, BM)
+    x_rows, w_rows = n.to(tl.int64)[:, None] * D, m.to(tl.int64)[None, :] * D
+    tile = tl.zeros((BN, BM), dtype=tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        x = tl.load(x_ptr + x_rows + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
+        w = tl.load(w_ptr + w_rows + d[:, None], mask=(m[None, :] < M) & (d[:, None] < D), other=0.0)
+        tile = tl.dot(x, w, tile, input_precision=PRECISION)
+    tile += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)[None, :]
+    tile = tl.where(m[None, :] < M, tile, float("-inf")).to(scores_ptr.dtype.element_ty)
+    tl.store(scores_ptr + n.to(tl.int64)[:, None] * padded_M + m[None, :], tile, mask=n[:, None] < N)
+    # Of the rounded scores: a maximum must be one of those that are compared afterwards.
+    maxima = tl.max(tl.reshape(tile.to(tl.float32), (BN, BM // G, G)), axis=2)
+    g = (first + within % wide) * (BM // G) + tl.arange(0, BM // G)
+    at = n.to(tl.int64)[:, None] * (padded_M // G) + g[None, :]
+    tl.store(maxima_ptr + at, maxima.to(maxima_ptr.dtype.element_ty), mask=n[:, None] < N)
+
+
+@triton.jit
+def _gather_dot(x_ptr, w_ptr, indices_ptr, out_ptr, K, D, BK: tl.constexpr, BD: tl.constexpr):
+    n, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BK + tl.arange(0, BK)
+    rows = tl.load(indices_ptr + n * K + k, mask=k < K, other=0)
+    sums = tl.zeros((BK,), dtype=tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + rows[:, None] * D + d[None, :], mask=(k[:, None] < K) & (d[None, :] < D), other=0.0)
+        sums += tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+    tl.store(out_ptr + n * K + k, sums, mask=k < K)
+
+
+@triton.jit
+def _gather_sum(weights_ptr, indices_ptr, w_ptr, out_ptr, K, D, BD: tl.constexpr):
+    n, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    sums = tl.zeros((BD,), dtype=tl.float32)
+    for k in range(0, K):
+        row = tl.load(indices_ptr + n * K + k)
+        weight = tl.load(weights_ptr + n * K + k).to(tl.float32)
+        sums += weight * tl.load(w_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n * D + d, sums, mask=d < D)
+
+
+@triton.jit
+def _segment_sum(weights_ptr, tokens_ptr, starts_ptr, rows_ptr, out_ptr, D, BD: tl.constexpr):
+    m, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    sums = tl.zeros((BD,), dtype=tl.float32)
+    for pair in range(tl.load(starts_ptr + m), tl.load(starts_ptr + m + 1)):
+        token = tl.load(tokens_ptr + pair)
+        weight = tl.load(weights_ptr + pair).to(tl.float32)
+        sums += weight * tl.load(rows_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * D + d, sums, mask=d < D)
+
+
+def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents, largest first.
+
+    The `k` largest lie in the `k` groups with the largest maxima, and those come out of the matmul's epilogue, so of
+    the scores only `k` groups per token are read again. Among equal scores any may be chosen.
+
+    Returns:
+        Scores `[N, K]` in `dtype` and latents `[N, K]`, int64.
+    """
+    N, M = x_ND.shape[0], W_MD.shape[0]
+    x_ND, W_MD = x_ND.to(dtype).contiguous(), W_MD.to(dtype).contiguous()
+    padded = triton.cdiv(M, BLOCK_M) * BLOCK_M
+    rows = max(1, min(N, CHUNK_BYTES // (padded * dtype.itemsize)))
+    scores = x_ND.new_empty(rows, padded)
+    maxima = x_ND.new_empty(rows, padded // GROUP)
+    values_NK = x_ND.new_empty(N, k)
+    indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
+    for start in range(0, N, rows):
+        x_nD = x_ND[start : start + rows]
+        n = len(x_nD)
+        grid = (triton.cdiv(n, BLOCK_N) * (padded // BLOCK_M),)
+        _scores[grid](
+            x_nD, W_MD, b_M, scores, maxima, n, M, x_ND.shape[1], padded,
+            BN=BLOCK_N, BM=BLOCK_M, BD=BLOCK_D, G=GROUP, PRECISION="ieee",
+        )  # fmt: skip
+        found = _topk_of_groups(scores[:n], maxima[:n], k)
+        values_NK[start : start + n], indices_NK[start : start + n] = found
+    return values_NK, indices_NK
+
+
+def _topk_of_groups(scores_NM: Tensor, maxima_NG: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    N, groups = maxima_NG.shape
+    if k >= groups:
+        return scores_NM.topk(k, dim=-1, sorted=True)
+    best_NK = maxima_NG.topk(k, dim=-1, sorted=False).indices
+    members = scores_NM.view(N, groups, GROUP).gather(1, best_NK[:, :, None].expand(N, k, GROUP))
+    values_NK, at_NK = members.view(N, k * GROUP).topk(k, dim=-1, sorted=True)
+    group_NK = at_NK // GROUP
+    return values_NK, best_NK.gather(1, group_NK) * GROUP + (at_NK - group_NK * GROUP)
+
+
+def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
+    """`out[n, k] = ⟨x[n], W[indices[n, k]]⟩`: `[N, K]`, summed in float32."""
+    (N, K), D = indices_NK.shape, W_MD.shape[1]
+    out_NK = x_ND.new_empty(N, K)
+    if N * K:
+        grid = (N, triton.cdiv(K, BLOCK_K))
+        x_ND, W_MD, indices_NK = x_ND.contiguous(), W_MD.contiguous(), indices_NK.contiguous()
+        _gather_dot[grid](x_ND, W_MD, indices_NK, out_NK, K, D, BK=BLOCK_K, BD=_block(D, 128))
+    return out_NK
+
+
+def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+    """`out[n] = Σ_k weights[n, k] · W[indices[n, k]]`: `[N, D]`, summed in float32 in the order of `k`."""
+    (N, K), D = indices_NK.shape, W_MD.shape[1]
+    out_ND = W_MD.new_empty(N, D)
+    if N:
+        block = _block(D, 512)
+        weights_NK, indices_NK = weights_NK.contiguous(), indices_NK.contiguous()
+        _gather_sum[(N, triton.cdiv(D, block))](weights_NK, indices_NK, W_MD.contiguous(), out_ND, K, D, BD=block)
+    return out_ND
+
+
+def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
+    """`out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m: `[M, D]`, in the order of the pairs.
+
+    One program per latent and block of columns, without atomics: a latent that fires on every token is a long loop,
+    but a loop of each column block on its own, and the blocks of other latents run beside it.
+    """
+    M, D = len(starts_M) - 1, rows_ND.shape[1]
+    out_MD = rows_ND.new_empty(M, D)
+    if M:
+        block = _block(D, 256)
+        grid = (M, triton.cdiv(D, block))
+        _segment_sum[grid](weights_P.contiguous(), tokens_P, starts_M, rows_ND.contiguous(), out_MD, D, BD=block)
+    return out_MD
+
+
+def _block(size: int, most: int) -> int:
+    return min(most, 2 ** math.ceil(math.log2(max(1, size))))
