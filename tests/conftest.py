@@ -1,5 +1,17 @@
 """What all tests share: no hub, no cache outside the test's own folders, and a tiny language model on disk."""
 
+import contextlib
+import os
+
+import torch
+
+# Triton decides at its first import whether it interprets kernels, which is how they are tested without a GPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):  # no Triton on this system: its tests skip
+        import saekit.sae.kernels.triton_ops  # noqa: F401
+    del os.environ["TRITON_INTERPRET"]  # processes that tests start are to behave as a user's
+
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"

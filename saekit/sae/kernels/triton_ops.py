@@ -44,6 +44,7 @@ def _scores(
     BD: tl.constexpr,
     G: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """A tile of `x Wᵀ + b`, and the maxima of its groups while the tile is still in registers."""
     # Eight blocks of latents at a time go past all tokens, so that both stay in the L2 cache.
@@ -60,6 +61,8 @@ def _scores(
         d = start + tl.arange(0, BD)
         x = tl.load(x_ptr + x_rows + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
         w = tl.load(w_ptr + w_rows + d[:, None], mask=(m[None, :] < M) & (d[:, None] < D), other=0.0)
+        if WIDEN:  # the interpreter takes bfloat16 for what it is stored as, integers
+            x, w = x.to(tl.float32), w.to(tl.float32)
         tile = tl.dot(x, w, tile, input_precision=PRECISION)
     tile += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)[None, :]
     tile = tl.where(m[None, :] < M, tile, float("-inf")).to(scores_ptr.dtype.element_ty)
@@ -129,7 +132,7 @@ def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) ->
         grid = (triton.cdiv(n, BLOCK_N) * (padded // BLOCK_M),)
         _scores[grid](
             x_nD, W_MD, b_M, scores, maxima, n, M, x_ND.shape[1], padded,
-            BN=BLOCK_N, BM=BLOCK_M, BD=BLOCK_D, G=GROUP, PRECISION="ieee",
+            BN=BLOCK_N, BM=BLOCK_M, BD=BLOCK_D, G=GROUP, PRECISION="ieee", WIDEN=INTERPRETED,
         )  # fmt: skip
         found = _topk_of_groups(scores[:n], maxima[:n], k)
         values_NK[start : start + n], indices_NK[start : start + n] = found
