@@ -15,6 +15,8 @@ import itertools
 import torch
 from datasets import load_from_disk
 from measure import PeakMemory, synchronize
+
+del sys.path[0]  # transformers looks for a package that has the name of one of the scripts there
 from sparsify import SparseCoderConfig, TrainConfig, Trainer
 from transformers import AutoModel
 

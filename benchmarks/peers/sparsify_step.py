@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from measure import PeakMemory, summary, time_steps
+
+del sys.path[0]  # transformers looks for a package that has the name of one of the scripts there
 from safetensors.torch import load_file
 from sparsify import SparseCoder, SparseCoderConfig
 

@@ -22,6 +22,7 @@ from saekit.activations import context_length, find_blocks, load_model, model_sh
 from saekit.activations.hookpoints import text_config_of
 from saekit.activations.lm import check_device, cut_config
 from saekit.config import ModelConfig
+from saekit.sae.kernels import has_fast_bf16
 
 SMALL = {
     "vocab_size": 100,
@@ -142,7 +143,7 @@ def test_encoder_decoders_are_refused():
 
 
 def test_only_what_is_needed_is_loaded(model_dir, input_ids):
-    cfg = ModelConfig(str(model_dir))
+    cfg = ModelConfig(str(model_dir), dtype="float32")
     shape = model_shape(cfg)
     assert (shape.num_layers, shape.d_in, shape.max_ctx_len) == (3, 16, 64)
     cut = load_model(cfg, shape, [0, 1], torch.device("cpu"))
@@ -157,7 +158,8 @@ def test_only_what_is_needed_is_loaded(model_dir, input_ids):
 def test_dtype(model_dir):
     cfg = ModelConfig(str(model_dir), dtype="bfloat16")
     assert load_model(cfg, model_shape(cfg), [0], torch.device("cpu")).dtype == torch.bfloat16
-    assert load_model(ModelConfig(str(model_dir)), model_shape(cfg), [0], torch.device("cpu")).dtype == torch.float32
+    auto = load_model(ModelConfig(str(model_dir)), model_shape(cfg), [0], torch.device("cpu")).dtype
+    assert auto == (torch.bfloat16 if has_fast_bf16(torch.device("cpu")) else torch.float32)
 
 
 def test_loading_says_nothing(model_dir, capfd):

@@ -24,8 +24,10 @@ from torch.autograd.function import once_differentiable
 class Ops(Protocol):
     """The loops that a backend provides; none knows of gradients. `torch_ops` says in full what they compute."""
 
-    def topk(self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The k largest scores of each token and their latents, largest first."""
+    def topk(
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The k largest scores of each token and their latents, largest first if they are to be in order."""
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
         """Each token's row times the rows chosen for it."""
@@ -121,8 +123,9 @@ class _EncodeTopK(torch.autograd.Function):
         select_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         x_ND = x_ND if centre_D is None else x_ND - centre_D
-        values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype)
-        if select_dtype != W_MD.dtype:
+        select_only = select_dtype != W_MD.dtype
+        values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype, not select_only)
+        if select_only:
             exact_NK = ops.gather_dot(x_ND, W_MD, indices_NK).add_(b_M[indices_NK])
             values_NK, order_NK = exact_NK.sort(dim=-1, descending=True, stable=True)
             indices_NK = indices_NK.gather(1, order_NK)

@@ -20,8 +20,10 @@ ADAM_BYTES = 4 * 2**20
 """Adam steps so much of a parameter at a time, so that what is read for the projection is still in the cache."""
 
 
-def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first.
+def topk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
 
     The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
 
@@ -40,12 +42,12 @@ def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) ->
         scores_nM = buffer[: len(x_nD)]
         # A bias added in place costs half of what `addmm` takes for it.
         torch.mm(x_nD, W_DM, out=scores_nM).add_(b_M)
-        values_NK[some], indices_NK[some] = topk_of_groups(scores_nM, k)
+        values_NK[some], indices_NK[some] = topk_of_groups(scores_nM, k, in_order)
     return values_NK, indices_NK
 
 
-def topk_of_groups(scores_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `scores.topk(k)`, largest first, in about half the time on a CPU where `k` is small beside M.
+def topk_of_groups(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:
+    """As `scores.topk(k)`, largest first if `in_order`, in about half the time on a CPU where `k` is small beside M.
 
     The k largest numbers lie in the k groups whose maxima are largest, so those groups are found first, in the same
     way, and then only their members are compared. Among equal numbers another may be chosen than by `topk`.
@@ -53,11 +55,11 @@ def topk_of_groups(scores_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     N, M = scores_NM.shape
     groups = M // GROUP
     if M % GROUP or groups < GROUP * k:
-        return scores_NM.topk(k, dim=-1, sorted=True)
+        return scores_NM.topk(k, dim=-1, sorted=in_order)
     members_NGg = scores_NM.view(N, GROUP, groups)  # a group's members are far apart, so that the maximum is vectorised
-    _, best_NK = topk_of_groups(members_NGg.amax(1), k)
+    _, best_NK = topk_of_groups(members_NGg.amax(1), k, in_order=False)
     candidates = members_NGg.gather(2, best_NK[:, None].expand(N, GROUP, k)).view(N, GROUP * k)
-    values_NK, at_NK = candidates.topk(k, dim=-1, sorted=True)
+    values_NK, at_NK = candidates.topk(k, dim=-1, sorted=in_order)
     row_NK = at_NK.div(k, rounding_mode="floor")
     return values_NK, row_NK * groups + best_NK.gather(1, at_NK - row_NK * k)
 

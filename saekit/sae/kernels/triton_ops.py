@@ -109,11 +109,14 @@ def _segment_sum(weights_ptr, tokens_ptr, starts_ptr, rows_ptr, out_ptr, D, BD: 
     tl.store(out_ptr + m * D + d, sums, mask=d < D)
 
 
-def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents, largest first.
+def topk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents.
 
     The `k` largest lie in the `k` groups with the largest maxima, and those come out of the matmul's epilogue, so of
     the scores only `k` groups per token are read again. Among equal scores any may be chosen.
+    They come largest first if `in_order`.
 
     Returns:
         Scores `[N, K]` in `dtype` and latents `[N, K]`, int64.
@@ -134,18 +137,18 @@ def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype) ->
             x_nD, W_MD, b_M, scores, maxima, n, M, x_ND.shape[1], padded,
             BN=BLOCK_N, BM=BLOCK_M, BD=BLOCK_D, G=GROUP, PRECISION="ieee", WIDEN=INTERPRETED,
         )  # fmt: skip
-        found = _topk_of_groups(scores[:n], maxima[:n], k)
+        found = _topk_of_groups(scores[:n], maxima[:n], k, in_order)
         values_NK[start : start + n], indices_NK[start : start + n] = found
     return values_NK, indices_NK
 
 
-def _topk_of_groups(scores_NM: Tensor, maxima_NG: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _topk_of_groups(scores_NM: Tensor, maxima_NG: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
     N, groups = maxima_NG.shape
     if k >= groups:
-        return scores_NM.topk(k, dim=-1, sorted=True)
+        return scores_NM.topk(k, dim=-1, sorted=in_order)
     best_NK = maxima_NG.topk(k, dim=-1, sorted=False).indices
     members = scores_NM.view(N, groups, GROUP).gather(1, best_NK[:, :, None].expand(N, k, GROUP))
-    values_NK, at_NK = members.view(N, k * GROUP).topk(k, dim=-1, sorted=True)
+    values_NK, at_NK = members.view(N, k * GROUP).topk(k, dim=-1, sorted=in_order)
     group_NK = at_NK // GROUP
     return values_NK, best_NK.gather(1, group_NK) * GROUP + (at_NK - group_NK * GROUP)
 
