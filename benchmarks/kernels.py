@@ -14,9 +14,9 @@ Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor.
 
 from __future__ import annotations
 
-import os
+from saekit.cli.allocator import keep_memory
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `saekit train` does
+keep_memory()  # as `saekit train` does
 
 import json
 import statistics

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `saekit train` does
+from saekit.cli.allocator import keep_memory
+
+keep_memory()  # as `saekit train` does
 
 import torch
 from measure import PeakMemory, summary, time_steps

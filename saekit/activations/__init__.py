@@ -4,6 +4,7 @@ from saekit.activations.hookpoints import Blocks, find_blocks, select_layers
 from saekit.activations.lm import (
     ModelShape,
     check_device,
+    choose_attention,
     context_length,
     load_model,
     load_tokenizer,
@@ -17,6 +18,7 @@ __all__ = [
     "Blocks",
     "ModelShape",
     "check_device",
+    "choose_attention",
     "context_length",
     "find_blocks",
     "load_model",

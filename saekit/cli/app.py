@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
 import typer
 
 from saekit._version import __version__
+from saekit.cli.allocator import keep_memory
 from saekit.cli.demo import demo
 from saekit.cli.inspect import inspect
 from saekit.cli.options import with_resume_value
@@ -48,8 +48,6 @@ def _callback(
 
 def main() -> None:
     """Entry point of `saekit` and `python -m saekit`."""
-    # Torch asks for huge pages then, where Linux has them: a step spends up to a third of its time on page faults
-    # without (docs/performance.md). It reads this once, before the first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_memory()
     sys.argv[1:] = with_resume_value(sys.argv[1:])
     run(app)

@@ -16,6 +16,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from saekit.activations import (
     ModelShape,
     check_device,
+    choose_attention,
     load_model,
     load_tokenizer,
     model_shape,
@@ -106,6 +107,7 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
         watcher.status(f"Loading {cfg.model.model} up to layer {layers[-1]} of {shape.num_layers}")
         model = _load(cfg, placement, shape, layers)
+        choose_attention(model, ctx_len)
         trainer = SaeTrainer(train, data, model, tokenizer=tokenizer, source=cfg, reporter=watcher, placement=placement)
         try:
             last = trainer.fit()

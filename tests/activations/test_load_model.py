@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Gemma3Config, Qwen3NextConfig
 
 from saekit import UserError
-from saekit.activations import find_blocks, load_model, load_tokenizer, model_shape, tap
+from saekit.activations import choose_attention, find_blocks, load_model, load_tokenizer, model_shape, tap
 from saekit.config import ModelConfig
 from tests.activations.test_tap import CASES, GROUPED, SMALL, TOWER, build
 
@@ -127,3 +127,18 @@ def test_no_tokenizer(copy):
     with pytest.raises(UserError, match=r"model '.*copy'.*tokenizer") as refused:
         load_tokenizer(ModelConfig(str(copy)))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ctx_len", "plain"), [("bfloat16", 8, True), ("bfloat16", 512, False), ("float32", 8, False)]
+)
+def test_short_sequences_get_plain_attention_in_bfloat16(model_dir, dtype, ctx_len, plain):
+    cfg = ModelConfig(str(model_dir), dtype=dtype)
+    model = load_model(cfg, model_shape(cfg), [1], CPU)
+    input_ids = torch.randint(5, 90, (2, 8), generator=torch.Generator().manual_seed(1))
+    with tap(model, ["layers.1"]) as run:
+        before = run(input_ids)["layers.1"].float()
+        choose_attention(model, ctx_len)
+        after = run(input_ids)["layers.1"].float()
+    assert (model.config._attn_implementation == "eager") == plain
+    assert (after - before).norm() < 0.02 * before.norm()
