@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types mutants clean
+.PHONY: demo test quick check lint format types mutants bench clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,13 @@ check: lint types test  ## everything that has to be green before a commit is sh
 
 mutants: $(STAMP)  ## put known faults back and see that a test notices each
 	$(BIN)/python -m tests.mutants
+
+bench: $(STAMP)  ## speed and memory beside eai-sparsify's, half an hour; tables as in docs/performance.md
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/selection.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -19,7 +19,7 @@ CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py
 RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
 ADVANCE = "run.counters[name].advance(fired[name], tokens)"
-DEAD_CODE = "sparse.encode_topk(centred_ND, self.W_enc[dead], self.b_enc[dead], k_aux)"
+DEAD_CODE = "self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]"
 
 FAULTS = [
     ("AuxK adds b_dec again", MODEL, "self.W_dec[dead])\n", "self.W_dec[dead]) + self.b_dec\n"),

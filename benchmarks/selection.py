@@ -1,0 +1,74 @@
+"""Does selecting in bfloat16 cost quality? The demo LM, trained twice: `--select-dtype bf16` and `fp32`, all else alike.
+
+    python benchmarks/selection.py
+
+Both runs see the same tokens in the same order, from the same initial weights, with the language model in float32. The
+final FVU is the mean over the last tenth of the steps, per layer. Ends with code 1 where a layer's with bf16 is more than
+0.5% above fp32's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from common import HERE, OFFLINE, hardware, versions
+from rich.console import Console
+
+from saekit.demo.run import MODEL_DIR
+from saekit.demo.text import standard_library
+
+LIMIT = 1.005
+console = Console()
+
+
+def main(
+    max_tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
+    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "selection.json",
+) -> None:
+    """Train both."""
+    with tempfile.TemporaryDirectory(prefix="saekit-selection-") as work:
+        folder = Path(work)
+        text = folder / "stdlib.jsonl"
+        text.write_text("".join(json.dumps({"text": each}) + "\n" for each in standard_library()), encoding="utf-8")
+        fvu = {dtype: final_fvu(folder, text, dtype, max_tokens) for dtype in ("bf16", "fp32")}
+    ratios = {name: fvu["bf16"][name] / fvu["fp32"][name] for name in fvu["fp32"]}
+    for name, ratio in ratios.items():
+        console.print(f"{name}: bf16 {fvu['bf16'][name]:.5f}, fp32 {fvu['fp32'][name]:.5f}, ratio {ratio:.4f}")
+    record = {
+        "date": date.today().isoformat(),
+        "hardware": hardware(),
+        "versions": versions(sys.executable),
+        "tokens": max_tokens,
+        "fvu": fvu,
+        "ratio": ratios,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if max(ratios.values()) > LIMIT:
+        raise typer.Exit(1)
+
+
+def final_fvu(folder: Path, text: Path, select_dtype: str, max_tokens: int) -> dict[str, float]:
+    """By layer, of the last tenth of a run."""
+    command = [sys.executable, "-m", "saekit", "train", MODEL_DIR, text, "--ctx-len", 256, "--max-tokens", max_tokens]
+    command += ["--lr", 2e-3, "--dtype", "float32", "--select-dtype", select_dtype, "--save-dir", folder]
+    command += ["--run-name", select_dtype]
+    env = os.environ | OFFLINE | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([str(part) for part in command], env=env, check=True, capture_output=True)
+    lines = (folder / select_dtype / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["layers"] for line in lines]
+    last = steps[-max(1, len(steps) // 10) :]
+    return {name: statistics.mean(step[name]["fvu"] for step in last) for name in last[-1]}
+
+
+if __name__ == "__main__":
+    typer.run(main)
