@@ -1,10 +1,10 @@
-"""Does selecting in bfloat16 cost quality? The demo LM, trained twice: `--select-dtype bf16` and `fp32`, all else alike.
+"""Does selecting in bfloat16 cost quality? The demo LM trained twice, with `--select-dtype bf16` and with `fp32`.
 
     python benchmarks/selection.py
 
 Both runs see the same tokens in the same order, from the same initial weights, with the language model in float32. The
-final FVU is the mean over the last tenth of the steps, per layer. Ends with code 1 where a layer's with bf16 is more than
-0.5% above fp32's.
+final FVU is the mean over the last tenth of the steps, per layer. Ends with code 1 where a layer's with bf16 is more
+than 0.5% above fp32's.
 """
 
 from __future__ import annotations

@@ -13,24 +13,29 @@ from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
+TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
 RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
 ADVANCE = "run.counters[name].advance(fired[name], tokens)"
-DEAD_CODE = "self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]"
+DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 
 FAULTS = [
-    ("AuxK adds b_dec again", MODEL, "self.W_dec[dead])\n", "self.W_dec[dead]) + self.b_dec\n"),
+    ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
     ("AuxK's gradient does not reach the encoder", MODEL, DEAD_CODE, DEAD_CODE.replace("[dead]", "[dead].detach()")),
     (
-        "Multi-TopK's gradient does not reach the encoder",
+        "Multi-TopK's gradient is lost",
         MODEL,
-        "decode(acts, indices",
-        "decode(acts.detach(), indices",
+        "self.W_dec) + self.b_dec, recon_ND\n",
+        "self.W_dec) + self.b_dec, recon_ND.detach()\n",
     ),
     ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
+    ("values stay as rough as they were selected by", SPARSE, "if select_only:", "if False:"),
+    ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[indices_NK])", ""),
+    ("second moments in bfloat16 are cut off", EAGER, "(mixed >> 16 & 0xFFFF)", "0"),
+    ("a group's first member is taken for its best", TORCH_OPS, "members_NGg.amax(1)", "members_NGg[:, 0]"),
     ("the residual is not detached", LOSSES, "error_ND.detach() - out", "error_ND - out"),
     ("AuxK is not scaled by the number of dead latents", LOSSES, "(scale * min(1.0, num_dead / k_aux))", "scale"),
     ("selected counts as fired", COUNTERS, "(acts_NK > 0)", "(acts_NK >= 0)"),
@@ -77,9 +82,9 @@ FAULTS = [
     ),
     (
         "the gradient is not projected",
-        "saekit/placement/local.py",
-        "            project_decoder_gradient_(sae)\n",
-        "            pass\n",
+        TORCH_OPS,
+        'g.addcmul_(p, torch.einsum("md,md->m", g, p)[:, None] / norms / norms, value=-1)',
+        "pass",
     ),
     (
         "zero3 lets a later chunk replace the gradient of an earlier one",
