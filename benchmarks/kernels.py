@@ -5,7 +5,7 @@
 
 The floor is what this machine's own rates allow, measured in the same run: the dense matmul's operations over the rate
 of a plain matmul of the same shape in the same type, the sparse sums' over that of float32, and the bytes that a step
-must move over the bandwidth of a copy. Counted are only bytes that no cache of any size could save: parameters,
+must move over the bandwidth of a multiplication in place (a copy's is lower: it reads its target, too). Counted are only bytes that no cache of any size could save: parameters,
 gradients, moments and activations, each as often as the algorithm must read or write it. The scores are not counted
 (they need not leave the cache), nor are rows that are gathered again.
 
@@ -41,7 +41,7 @@ from saekit.training.optimizers import make_optimizer
 
 CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
 GPU_SIZES = ["4096,131072,64,8192"]
-COPY_BYTES = 2**29
+STREAM_BYTES = 2**29
 OPERATIONS = ("encode", "forward", "forward and backward", "step")
 console = Console()
 
@@ -97,8 +97,10 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
             for operation, work in own.items():
                 note(seconds, f"{name}: {operation}", work, x_ND.device, number >= 2)
     floors = [
-        floor(matmul, matmul32, copy, x_ND, num_latents, k)
-        for matmul, matmul32, copy in zip(seconds["matmul bf16"], seconds["matmul fp32"], seconds["copy"], strict=True)
+        floor(matmul, matmul32, stream, x_ND, num_latents, k)
+        for matmul, matmul32, stream in zip(
+            seconds["matmul bf16"], seconds["matmul fp32"], seconds["stream"], strict=True
+        )
     ]
     fastest = [f"{name}: step" for name in works][-1]
     first = next(iter(works))
@@ -106,7 +108,7 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "tera_ops_bf16": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul bf16"]) / 1e12,
         "tera_ops_fp32": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul fp32"]) / 1e12,
-        "gigabytes_per_second": 2 * COPY_BYTES / statistics.median(seconds["copy"]) / 1e9,
+        "gigabytes_per_second": 2 * STREAM_BYTES / statistics.median(seconds["stream"]) / 1e9,
         "floor": {part: statistics.median(each[part] for each in floors) for part in floors[0]},
         "step_over_floor": spread([step / each["total"] for step, each in zip(seconds[fastest], floors, strict=True)]),
         "times_first": {
@@ -125,8 +127,7 @@ def machine(x_ND: torch.Tensor, num_latents: int) -> dict[str, Callable[[], obje
     """What the machine's rates are measured by: plain torch calls into memory that is there already."""
     tokens, d_in = x_ND.shape
     W_DM = torch.randn(num_latents, d_in, device=x_ND.device).t()
-    source = torch.ones(COPY_BYTES // 4, device=x_ND.device)
-    target = torch.empty_like(source)
+    stream = torch.ones(STREAM_BYTES // 4, device=x_ND.device)
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
         left, right = x_ND.to(dtype), W_DM.to(dtype)
@@ -136,12 +137,12 @@ def machine(x_ND: torch.Tensor, num_latents: int) -> dict[str, Callable[[], obje
     return {
         "matmul bf16": matmul(torch.bfloat16),
         "matmul fp32": matmul(torch.float32),
-        "copy": lambda: target.copy_(source),
+        "stream": lambda: stream.mul_(1.0),
     }
 
 
 def floor(
-    matmul: float, matmul32: float, copy: float, x_ND: torch.Tensor, num_latents: int, k: int
+    matmul: float, matmul32: float, stream: float, x_ND: torch.Tensor, num_latents: int, k: int
 ) -> dict[str, float]:
     """Seconds that one step must take, from the seconds that the three measurements took."""
     tokens, d_in = x_ND.shape
@@ -158,7 +159,7 @@ def floor(
     parts = {
         "dense": matmul,
         "sparse": sparse * matmul32 / (2 * tokens * d_in * num_latents),
-        "memory": sum(moved.values()) * copy / (2 * COPY_BYTES),
+        "memory": sum(moved.values()) * stream / (2 * STREAM_BYTES),
     }
     return {**parts, "total": sum(parts.values())}
 
