@@ -5,9 +5,10 @@
 
 The floor is what this machine's own rates allow, measured in the same run: the dense matmul's operations over the rate
 of a plain matmul of the same shape in the same type, the sparse sums' over that of float32, and the bytes that a step
-must move over the bandwidth of a multiplication in place (a copy's is lower: it reads its target, too). Counted are only bytes that no cache of any size could save: parameters,
-gradients, moments and activations, each as often as the algorithm must read or write it. The scores are not counted
-(they need not leave the cache), nor are rows that are gathered again.
+must move over the bandwidth of a multiplication in place (a copy's is lower: it reads its target, too). Counted are
+only bytes that no cache of any size could save: parameters, gradients, moments and activations, each as often as the
+algorithm must read or write it. The scores are not counted (they need not leave the cache), nor are rows that are
+gathered again.
 
 Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor.
 """
@@ -102,7 +103,7 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
             seconds["matmul bf16"], seconds["matmul fp32"], seconds["stream"], strict=True
         )
     ]
-    fastest = [f"{name}: step" for name in works][-1]
+    fastest = f"{list(works)[-1]}: step"
     first = next(iter(works))
     return {
         "seconds": {name: spread(values) for name, values in seconds.items()},
