@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from saekit.activations import tap
 from saekit.config import RunConfig, TrainConfig
+from saekit.data import read_ahead
 from saekit.errors import Interrupted, SaveError, UserError
 from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
@@ -100,14 +102,15 @@ class SaeTrainer:
             report,
             graceful_interrupt(cfg.grace, self._last_words) as interruption,
             tap(self.model, plan.hookpoints) as read_residual,
+            ExitStack() as opened,
         ):
             run = self._start(read_residual)
             saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
             clock, tokens_at_report = time.perf_counter(), run.tokens
+            steps = opened.enter_context(closing(read_ahead(self._batches, run.step, plan.total_steps)))
 
-            for step in range(run.step, plan.total_steps):
-                batches = list(plan.batches.step(step, placement.rank, placement.world_size, cfg.grad_acc_steps))
+            for step, batches in steps:
                 # The loss is a sum over tokens divided by numbers that are fixed here, before any backward pass.
                 tokens = self._count_tokens(batches)
                 scale = {name: 1 / (max(1, tokens) * run.calibration[name].variance) for name in placement.layers()}
@@ -215,13 +218,18 @@ class SaeTrainer:
         """Mean and variance of every layer over the first global batch."""
         placement = self.placement
         moments = {name: Moments.zero(self.plan.d_in, placement.device) for name in self.plan.hookpoints}
-        batches = list(self.plan.batches.step(0, placement.rank, placement.world_size, self.cfg.grad_acc_steps))
+        batches = self._batches(0)
         if self._count_tokens(batches) == 0:
             raise UserError("--exclude-tokens leaves no token of the first batch to train on")
         for input_ids in batches:
             for name, x_ND in self._activations(read_residual, input_ids).items():
                 moments[name].add(x_ND)
         return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}
+
+    def _batches(self, step: int) -> list[Tensor]:
+        """This rank's micro-batches of an optimiser step."""
+        placement = self.placement
+        return list(self.plan.batches.step(step, placement.rank, placement.world_size, self.cfg.grad_acc_steps))
 
     def _count_tokens(self, batches: list[Tensor]) -> int:
         """Tokens of an optimiser step that train the SAEs, over all ranks."""
