@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
 
-def read_ahead(read: Callable[[int], list[Tensor]], start: int, stop: int) -> Iterator[tuple[int, list[Tensor]]]:
+def read_ahead(read: Callable[[int], list[Tensor]], start: int, stop: int) -> Generator[tuple[int, list[Tensor]]]:
     """Each step's number, from `start` up to but not including `stop`, with its batches; the next ones are being read.
 
     What a step reads depends on its number alone, so reading early changes nothing. An error in `read` is raised when
