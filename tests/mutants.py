@@ -19,7 +19,7 @@ ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
 RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
-ADVANCE = "run.counters[name].advance(fired[name], tokens)"
+ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 
 FAULTS = [
@@ -45,8 +45,8 @@ FAULTS = [
     (
         "N is a micro-batch's",
         TRAINER,
-        "self._count_tokens(batches)\n                scale",
-        "self._count_tokens(batches[:1])\n                scale",
+        "forward.count_tokens(batches)\n                scale",
+        "forward.count_tokens(batches[:1])\n                scale",
     ),
     (
         "decay is planned in micro-batches",
@@ -131,7 +131,7 @@ FAULTS = [
         "a skipped step moves the counters",
         "saekit/training/faults.py",
         "        counters.forget()\n",
-        "        counters.advance(counters.fired_now_M, 1)\n",
+        "        counters.tokens_since_fired_M += 1\n        counters.forget()\n",
     ),
     ("only rank 0 knows of a bad step", "saekit/training/faults.py", "placement.sum(rows)", "rows"),
 ]

@@ -61,9 +61,7 @@ class LayerMap(Ranked, LocalBank):
         """See `Placement.route`."""
         # Ranks drop other numbers of special tokens, so each says how many rows it sends.
         tokens = next(iter(acts.values())).shape[0]
-        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        counts[self.rank] = tokens
-        rows = self.sum(counts).tolist()
+        rows = self.gather(tokens)
 
         coming = self._send(acts, self._waves[0], tokens, rows)
         for number, wave in enumerate(self._waves):

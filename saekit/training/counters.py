@@ -32,25 +32,30 @@ class LayerCounters:
         """Note which latents fired in a chunk of tokens."""
         self.fired_now_M.scatter_add_(0, indices_NK.flatten(), (acts_NK > 0).flatten().long())
 
-    def advance(self, fired_M: Tensor, tokens: int) -> None:
-        """End an optimiser step.
+    def after(self, fired_M: Tensor, tokens: int) -> LayerCounters:
+        """The counters as they will be if the optimiser step that is under way counts.
 
         Args:
             fired_M: `fired_now_M`, summed over all ranks that share the layer.
             tokens: Tokens of the step over all those ranks.
         """
-        self.fire_count_M += fired_M
-        self.tokens_since_fired_M += tokens
-        self.tokens_since_fired_M.masked_fill_(fired_M > 0, 0)
-        self.fired_now_M.zero_()
+        return LayerCounters(
+            tokens_since_fired_M=(self.tokens_since_fired_M + tokens).masked_fill_(fired_M > 0, 0),
+            fire_count_M=self.fire_count_M + fired_M,
+            fired_now_M=torch.zeros_like(self.fired_now_M),
+        )
 
     def forget(self) -> None:
         """Leave out the optimiser step that is under way."""
         self.fired_now_M.zero_()
 
-    def dead(self, threshold: int) -> Tensor:
-        """Numbers of the dead latents, int64 `[dead]`, given the threshold in tokens. On a GPU this synchronises."""
-        return (self.tokens_since_fired_M >= threshold).nonzero().squeeze(1)
+    def count_dead(self, threshold: int) -> Tensor:
+        """How many latents are dead, given the threshold in tokens: an int64 scalar."""
+        return (self.tokens_since_fired_M >= threshold).sum()
+
+    def dead(self, threshold: int, count: int) -> Tensor:
+        """Numbers of the dead latents, int64 `[count]`; who knows how many they are need not wait for a GPU."""
+        return torch.nonzero_static(self.tokens_since_fired_M >= threshold, size=count).squeeze(1)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, taken between two optimiser steps."""

@@ -23,27 +23,32 @@ HINTS = {
 }
 
 
-def find_faults(
+def look_for_faults(
     hookpoints: Sequence[str], windows: Mapping[str, LayerWindow], gradients: Mapping[str, Tensor], placement: Placement
-) -> dict[str, str]:
-    """What is not finite in an optimiser step on any rank, by hookpoint; one of `FAULTS` each. Collective.
+) -> Tensor:
+    """On how many ranks something is not finite in an optimiser step: int64 `[L, 3]`, as in `FAULTS`. Collective.
 
     A float64 sum of squares of float32 values is finite if they all are.
 
     Args:
-        hookpoints: Of all layers.
+        hookpoints: Of all L layers.
         windows: Of this rank's layers and of this step alone.
         gradients: The sums that `Placement.collect` returned.
         placement: Where the layers are.
     """
-    rows = torch.zeros(len(hookpoints), len(FAULTS), dtype=torch.int32, device=placement.device)
+    rows = torch.zeros(len(hookpoints), len(FAULTS), dtype=torch.int64, device=placement.device)
     for name, window in windows.items():
         finite = [window.moments.sum_squares.isfinite(), window.sums.isfinite().all(), gradients[name].isfinite()]
         rows[hookpoints.index(name)] = ~torch.stack(finite)
-    counts = placement.sum(rows).tolist()
+    return placement.sum(rows)
+
+
+def name_faults(hookpoints: Sequence[str], counts: Sequence[int]) -> dict[str, str]:
+    """What was not finite, by hookpoint, one of `FAULTS` each; `counts` are those of `look_for_faults`, flat."""
+    rows = [counts[start : start + len(FAULTS)] for start in range(0, len(counts), len(FAULTS))]
     return {
         name: next(fault for fault, count in zip(FAULTS, row, strict=True) if count)
-        for name, row in zip(hookpoints, counts, strict=True)
+        for name, row in zip(hookpoints, rows, strict=True)
         if any(row)
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +23,12 @@ from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.checkpoint import write_at_once
 from saekit.training.counters import LayerCounters
-from saekit.training.faults import find_faults, leave_out_step
+from saekit.training.faults import leave_out_step, look_for_faults, name_faults
+from saekit.training.forward import Forward
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
+from saekit.training.readback import read_later
 from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.resources import peak_memory_bytes
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
@@ -36,8 +37,6 @@ from saekit.training.statistics import LayerWindow, Moments, read_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ReadResidual = Callable[[Tensor], dict[str, Tensor]]
 
 
 class SaeTrainer:
@@ -73,8 +72,6 @@ class SaeTrainer:
         if model.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement: Placement = placement or Single(model.device)
-        embeddings = model.get_input_embeddings().weight
-        self.vocabulary = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement)
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
@@ -104,46 +101,63 @@ class SaeTrainer:
             tap(self.model, plan.hookpoints) as read_residual,
             ExitStack() as opened,
         ):
-            run = self._start(read_residual)
+            forward = Forward(self.model, read_residual, plan, placement)
+            run = self._start(forward)
+            num_dead = {name: int(each.count_dead(cfg.dead_feature_threshold)) for name, each in run.counters.items()}
             saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
             clock, tokens_at_report = time.perf_counter(), run.tokens
             steps = opened.enter_context(closing(read_ahead(self._batches, run.step, plan.total_steps)))
 
-            for step, batches in steps:
+            coming = next(steps, None)
+            while coming is not None:
+                step, batches = coming
                 # The loss is a sum over tokens divided by numbers that are fixed here, before any backward pass.
-                tokens = self._count_tokens(batches)
+                tokens = forward.count_tokens(batches)
                 scale = {name: 1 / (max(1, tokens) * run.calibration[name].variance) for name in placement.layers()}
-                dead = {name: run.counters[name].dead(cfg.dead_feature_threshold) for name in placement.layers()}
+                dead = self._dead(run, num_dead)
 
                 fresh = self._fresh_windows()
                 for micro, input_ids in enumerate(batches, 1):
-                    acts = self._activations(read_residual, input_ids)
+                    acts = forward(input_ids)
                     for name, x_ND in placement.route(acts, last=micro == len(batches)):
                         for chunk in x_ND.tensor_split(cfg.micro_acc_steps):
                             chunk_ND = chunk.float()
-                            out = placement.sae(name)(chunk_ND, dead[name] if cfg.auxk_alpha > 0 else None)
+                            out = placement.sae(name)(chunk_ND, dead.get(name))
                             losses = sae_losses(
                                 chunk_ND,
                                 out,
                                 scale=scale[name],
                                 auxk_alpha=cfg.auxk_alpha,
-                                num_dead=len(dead[name]),
+                                num_dead=num_dead[name],
                             )
                             placement.backward(name, losses.total)
                             run.counters[name].observe(out.acts, out.indices)
                             centre = run.calibration[name].mean_D
                             fresh[name].observe(chunk_ND, out, losses, scale[name], centre)
 
+                # All that the host must know of the step comes in one message, asked for before the language model's
+                # next batch is put behind it: a GPU has work while the host reads, and while it asks for the rest.
+                faults = look_for_faults(plan.hookpoints, fresh, placement.collect(), placement)
+                fired = placement.share({name: run.counters[name].fired_now_M for name in fresh})
+                after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
+                dead_after = [each.count_dead(cfg.dead_feature_threshold) for each in after.values()]
+                message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
                 run.step = step + 1
-                if bad := find_faults(plan.hookpoints, fresh, placement.collect(), placement):
+                save = run.step == plan.total_steps or run.step % cfg.save_every == 0
+                overlap = forward.runs_behind and not save  # what is to be saved is, before new data can be at fault
+                if overlap and (coming := next(steps, None)) is not None:
+                    forward.begin(coming[1][0])
+
+                numbers = message()
+                if bad := name_faults(plan.hookpoints, numbers[: faults.numel()]):
                     placement.skip()
                     report.status(leave_out_step(run, bad, cfg.max_bad_steps))
                 else:
                     placement.apply(plan.lr_scale(step))
-                    fired = placement.share({name: run.counters[name].fired_now_M for name in windows})
+                    run.counters.update(after)
+                    num_dead.update(zip(after, numbers[faults.numel() :], strict=True))
                     for name, window in windows.items():
-                        run.counters[name].advance(fired[name], tokens)
                         fresh[name].steps = 1
                         window.add(fresh[name])
                     run.tokens += tokens
@@ -151,30 +165,30 @@ class SaeTrainer:
 
                 # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
                 stop = max(placement.gather(interruption.request))
-                save = stop or run.step == plan.total_steps or run.step % cfg.save_every == 0
-                if save or run.step % cfg.log_every == 0:
+                if stop or save or run.step % cfg.log_every == 0:
                     rate = (run.tokens - tokens_at_report) / (time.perf_counter() - clock)
-                    stats = self._read(run, windows, rate)
+                    stats = self._read(run, windows, num_dead, rate)
                     report.step(stats)
                     saver.note(stats)
                     windows = self._fresh_windows()
                     clock, tokens_at_report = time.perf_counter(), run.tokens
-                if save:
+                if stop or save:
                     self._save(saver, last=bool(stop) or run.step == plan.total_steps)
                 if stop:
                     break
+                coming = coming if overlap else next(steps, None)
         if run.step < plan.total_steps:
             raise Interrupted(run.step, plan.run_dir, by_user=stop == BY_USER)
         return (plan.run_dir / "latest").resolve()
 
-    def _start(self, read_residual: ReadResidual) -> state.RunState:
+    def _start(self, forward: Forward) -> state.RunState:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""
         cfg, plan, placement = self.cfg, self.plan, self.placement
         run = state.RunState()
         found = self._find_checkpoint()
         if found is None:
             self.report.status("Calibrating on the first batch")
-            run.calibration = self._calibrate(read_residual)
+            run.calibration = self._calibrate(forward)
 
         def make_sae(hookpoint: str) -> Sae:
             sae = state.new_sae(plan, hookpoint)
@@ -214,15 +228,15 @@ class SaeTrainer:
             write_at_once(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False))
             self.report.start(plan.info(placement, self.model.dtype, step))
 
-    def _calibrate(self, read_residual: ReadResidual) -> dict[str, state.Calibration]:
+    def _calibrate(self, forward: Forward) -> dict[str, state.Calibration]:
         """Mean and variance of every layer over the first global batch."""
         placement = self.placement
         moments = {name: Moments.zero(self.plan.d_in, placement.device) for name in self.plan.hookpoints}
         batches = self._batches(0)
-        if self._count_tokens(batches) == 0:
+        if forward.count_tokens(batches) == 0:
             raise UserError("--exclude-tokens leaves no token of the first batch to train on")
         for input_ids in batches:
-            for name, x_ND in self._activations(read_residual, input_ids).items():
+            for name, x_ND in forward(input_ids).items():
                 moments[name].add(x_ND)
         return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}
 
@@ -231,27 +245,12 @@ class SaeTrainer:
         placement = self.placement
         return list(self.plan.batches.step(step, placement.rank, placement.world_size, self.cfg.grad_acc_steps))
 
-    def _count_tokens(self, batches: list[Tensor]) -> int:
-        """Tokens of an optimiser step that train the SAEs, over all ranks."""
-        kept = sum(int(self.plan.kept(input_ids).sum()) for input_ids in batches)
-        # Ranks tell each other plain numbers: a tensor's sum would wait for everything that a GPU still has to do.
-        return sum(self.placement.gather(kept))
-
-    def _activations(self, read_residual: ReadResidual, input_ids: Tensor) -> dict[str, Tensor]:
-        """Each hookpoint's activations of the kept tokens, `[N, D]`, in the language model's type."""
-        device = self.placement.device
-        empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
-        if empty:  # its activations must have the type that the other ranks' have: the model tells it
-            input_ids = torch.zeros(1, self.plan.ctx_len, dtype=torch.int64)
-        if int(input_ids.max()) >= self.vocabulary or int(input_ids.min()) < 0:
-            raise UserError(
-                f"the data has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
-                f"{self.vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
-            )
-        raw = read_residual(input_ids.to(device))
-        kept = (self.plan.kept(input_ids) & (not empty)).to(device)
-        # Indexing copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
-        return {name: raw.pop(name).to(device)[kept] for name in self.plan.hookpoints}
+    def _dead(self, run: state.RunState, num_dead: dict[str, int]) -> dict[str, Tensor]:
+        """The dead latents of each layer of this rank, for AuxK; nothing where it is off."""
+        if self.cfg.auxk_alpha == 0:
+            return {}
+        threshold = self.cfg.dead_feature_threshold
+        return {name: counters.dead(threshold, num_dead[name]) for name, counters in run.counters.items()}
 
     def _last_words(self, message: str) -> None:
         if self.placement.rank == 0:  # straight to the terminal: whoever holds a lock on it may be what takes so long
@@ -269,20 +268,22 @@ class SaeTrainer:
     def _fresh_windows(self) -> dict[str, LayerWindow]:
         return {name: LayerWindow.empty(self.plan.d_in, self.placement.device) for name in self.placement.layers()}
 
-    def _read(self, run: state.RunState, windows: dict[str, LayerWindow], tokens_per_second: float) -> StepStats:
+    def _read(
+        self, run: state.RunState, windows: dict[str, LayerWindow], num_dead: dict[str, int], tokens_per_second: float
+    ) -> StepStats:
         """The finished numbers since the last report."""
         placement, plan = self.placement, self.plan
         rows = {}
         for name, window in windows.items():
             # One rank speaks for what all ranks of a layer know, so that sums over ranks count it once.
-            dead = len(run.counters[name].dead(self.cfg.dead_feature_threshold)) if placement.leads(name) else 0
+            dead = num_dead[name] if placement.leads(name) else 0
             steps = window.steps if placement.leads(name) else 0
             rows[name] = window.row(dead, steps)
         memory = torch.zeros(placement.world_size, dtype=torch.float64, device=placement.device)
         memory[placement.rank] = peak_memory_bytes(placement.device)
         blank = LayerWindow.empty(plan.d_in, placement.device).row(0, 0)
         mine = torch.cat([*(rows.get(name, blank) for name in plan.hookpoints), memory])
-        together = placement.sum(mine)
+        together = placement.sum(mine).cpu()  # once, and not number by number
         parts = together[: -placement.world_size].view(len(plan.hookpoints), -1)
         layers = {
             name: read_row(part, num_latents=plan.num_latents, with_multi_topk=self.cfg.sae.multi_topk)

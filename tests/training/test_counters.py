@@ -16,25 +16,27 @@ def test_chosen_at_zero_is_not_fired():
 def test_counting_in_tokens():
     counters = fresh()
     counters.observe(torch.tensor([[1.0]]), torch.tensor([[3]]))
-    counters.advance(counters.fired_now_M, tokens=10)
+    counters = counters.after(counters.fired_now_M, tokens=10)
     assert counters.tokens_since_fired_M.tolist() == [10, 10, 10, 0, 10]
     assert counters.fire_count_M.tolist() == [0, 0, 0, 1, 0]
     assert not counters.fired_now_M.any()
     counters.observe(torch.tensor([[1.0]]), torch.tensor([[0]]))
-    counters.advance(counters.fired_now_M, tokens=7)
+    counters = counters.after(counters.fired_now_M, tokens=7)
     assert counters.tokens_since_fired_M.tolist() == [0, 17, 17, 7, 17]
 
 
 def test_dead_means_silent_for_the_last_threshold_tokens():
     counters = fresh()
-    counters.advance(torch.tensor([0, 0, 1, 0, 0]), tokens=10)
-    assert counters.dead(10).tolist() == [0, 1, 3, 4]
-    assert counters.dead(11).tolist() == []
+    counters = counters.after(torch.tensor([0, 0, 1, 0, 0]), tokens=10)
+    assert counters.count_dead(10) == 4
+    assert counters.dead(10, 4).tolist() == [0, 1, 3, 4]
+    assert counters.count_dead(11) == 0
+    assert counters.dead(11, 0).tolist() == []
 
 
 def test_tokens_of_other_ranks_count():
     counters = fresh()
     elsewhere = torch.tensor([0, 4, 0, 0, 0])  # fired on another rank only
-    counters.advance(counters.fired_now_M + elsewhere, tokens=20)
+    counters = counters.after(counters.fired_now_M + elsewhere, tokens=20)
     assert counters.tokens_since_fired_M.tolist() == [20, 0, 20, 20, 20]
     assert counters.fire_count_M.tolist() == [0, 4, 0, 0, 0]

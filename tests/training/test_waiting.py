@@ -1,0 +1,90 @@
+"""How often the host asks the device for numbers, and what it does meanwhile. On a GPU each question stops the work."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saekit.training.forward import Forward
+from saekit.training.readback import read_later, to_device
+from tests.training.conftest import Recorder
+from tests.training.runs import assert_same_tensors, tensors_of
+
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
+
+
+class Questions(TorchDispatchMode):
+    """Counts the operations whose result, or its size, the host must know."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        self.asked += name in ASKING or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+def questions_of_a_step(make_trainer, monkeypatch, name, **options):
+    """Between the messages of two steps without a report or a checkpoint."""
+    from saekit.training import trainer as module
+
+    so_far, real = [], read_later
+    with Questions() as questions:
+        monkeypatch.setattr(module, "read_later", lambda value: so_far.append(questions.asked) or real(value))
+        make_trainer(name, log_every=99, save_every=99, **options).fit()
+    return so_far[3] - so_far[2]
+
+
+@pytest.mark.parametrize("auxk", [{"auxk_alpha": 0.0}, {"auxk_alpha": 1 / 32, "dead_feature_threshold": 1}])
+def test_no_layer_is_asked_for_anything_in_a_step(make_trainer, monkeypatch, auxk):
+    one = questions_of_a_step(make_trainer, monkeypatch, "one", layers=[1], **auxk)
+    three = questions_of_a_step(make_trainer, monkeypatch, "three", **auxk)
+    adams_own = 4  # of each layer: the number of steps of each parameter, which lies on the CPU
+    assert three - one == 2 * adams_own
+
+
+def test_the_message_comes_in_one_piece(make_trainer, monkeypatch):
+    from saekit.training import trainer as module
+
+    messages, real = [], module.read_later
+    monkeypatch.setattr(module, "read_later", lambda value: messages.append(value.numel()) or real(value))
+    recorder = Recorder()
+    make_trainer(reporter=recorder).fit()
+    layers = len(recorder.infos[0].hookpoints)
+    assert messages == [layers * 4] * len(recorder.steps)
+
+
+@pytest.mark.parametrize("grad_acc_steps", [1, 2])
+def test_to_begin_the_next_forward_early_changes_nothing(make_trainer, monkeypatch, grad_acc_steps):
+    options = {"grad_acc_steps": grad_acc_steps, "save_every": 3}
+    expected = tensors_of(make_trainer("in_turn", **options).fit())
+    begun, real = [], Forward.begin
+    monkeypatch.setattr(Forward, "runs_behind", True)
+    monkeypatch.setattr(Forward, "begin", lambda self, input_ids: begun.append(1) or real(self, input_ids))
+    recorder = Recorder()
+    assert_same_tensors(tensors_of(make_trainer("early", reporter=recorder, **options).fit()), expected)
+    steps = len(recorder.steps)
+    assert len(begun) == sum(step % 3 != 0 for step in range(1, steps))  # not before what is saved, nor after the end
+
+
+def test_what_was_begun_is_handed_out_once(monkeypatch):
+    """And only for the batch that it was begun for."""
+    computed = []
+    monkeypatch.setattr(Forward, "_run", lambda self, input_ids: computed.append(input_ids) or {"h": input_ids})
+    forward = Forward.__new__(Forward)
+    forward._begun = None
+    first, second = torch.zeros(1, 2), torch.ones(1, 2)
+    forward.begin(first)
+    assert [id(each) for each in computed] == [id(first)]
+    assert forward(second)["h"] is second
+    assert forward(first)["h"] is first
+    assert len(computed) == 2
+    forward(first)
+    assert len(computed) == 3
+
+
+def test_numbers_arrive_on_the_host():
+    assert read_later(torch.tensor([1, 2]))() == [1, 2]
+    assert to_device(torch.tensor([3]), torch.device("cpu")).tolist() == [3]
