@@ -1,5 +1,7 @@
 """Put known faults back, one by one, and see that a test notices each: `make mutants`.
 
+`python -m tests.mutants FVU zero3` tries only those whose names contain one of the words.
+
 Not part of the test suite: it runs the suite's quick core once per fault, in copies of the committed tree.
 """
 
@@ -156,7 +158,10 @@ def main() -> None:
     if shutil.which("git") is None:
         sys.exit("needs git")
     missed = 0
+    words = sys.argv[1:]
     for name, file, good, bad in FAULTS:
+        if words and not any(word in name for word in words):
+            continue
         noticed = notices(file, good, bad)
         missed += not noticed
         console.print(f"{'noticed' if noticed else '[red]MISSED [/red]'}  {name}")
