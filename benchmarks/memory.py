@@ -70,7 +70,7 @@ def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[st
         folder = Path(work)
         job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": 2, "bf16": gpu}
         job |= {"device": "cuda" if gpu else "cpu", "activations": str(folder / "x.safetensors")}
-        job |= {"kernels": "auto", "select_dtype": "bf16", "moments_dtype": "fp32"}
+        job |= {"kernels": "auto", "select_dtype": "auto", "moments_dtype": "fp32"}
         save_file({"x": activations(tokens, d_in)}, job["activations"])
         for _ in range(repeats):
             for name, changes in CONTESTANTS.items():

@@ -35,7 +35,7 @@ def main() -> None:
     with torch.no_grad():
         x = x_ND.float()
         found["fvu"] = float((sae(x).recon - x).square().sum() / (x - x.mean(0)).square().sum())
-    found["kernels"] = f"{sae.kernels.name}/{'bf16' if sae.kernels.select_dtype else 'fp32'}"
+    found["kernels"] = f"{sae.kernels.name}/{sae.kernels.select_dtype or torch.float32}".replace("torch.", "")
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -56,7 +56,7 @@ def main(
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))
         job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": steps, "bf16": gpu}
-        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": "bf16", "moments_dtype": "fp32"}
+        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": "auto", "moments_dtype": "fp32"}
         results.append({"size": text, **measure(job, tokens, python, repeats)})
         console.print(table(results[-1]))
     record = {

@@ -205,10 +205,11 @@ class TrainConfig:
         "a GPU. auto takes triton where there is a GPU with it, else cpu.",
         panel=SPEED,
     )
-    select_dtype: Literal["auto", "fp32", "bf16"] = option(
+    select_dtype: Literal["auto", "fp32", "bf16", "int8"] = option(
         "auto",
-        "In what precision the encoder's scores choose the k latents; the chosen ones are computed again in float32. "
-        "auto is bf16 where the hardware is fast at it; fp32 is for bit-exact work.",
+        "In what precision the encoder's scores name candidates for the k latents, which are chosen by their values in "
+        "float32. auto is what the hardware is fast at: bf16 on GPUs and CPUs with fast bfloat16, int8 on other CPUs "
+        "with VNNI; fp32 is for bit-exact work.",
         panel=SPEED,
     )
 
@@ -295,8 +296,8 @@ class TrainConfig:
             raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
         if self.moments_dtype != "fp32" and self.optimizer != "adam":
             raise ValueError(f"--moments-dtype {self.moments_dtype} is for --optimizer adam, not {self.optimizer}")
-        if self.kernels == "eager" and self.select_dtype == "bf16":
-            raise ValueError("--kernels eager selects in float32 only: leave out --select-dtype bf16")
+        if self.kernels == "eager" and self.select_dtype in ("bf16", "int8"):
+            raise ValueError(f"--kernels eager selects in float32 only: leave out --select-dtype {self.select_dtype}")
         if self.shard_lm and self.placement in ("ddp", "layer-map"):
             raise ValueError(f"--shard-lm contradicts --placement {self.placement}: only zero3 shards")
         if self.overwrite and self.resume:

@@ -18,7 +18,7 @@ from saekit.data import StepBatches, sequences
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
-from saekit.sae.kernels import Kernels, choose_kernels
+from saekit.sae.kernels import SELECT_DTYPES, Kernels, choose_kernels
 from saekit.training.optimizers import base_lr, decays
 from saekit.training.run_folder import run_folder
 from saekit.training.schedule import lr_scale, warmup_steps
@@ -101,8 +101,8 @@ class RunPlan:
 
     @property
     def select_dtype(self) -> str:
-        """In what precision latents are selected, as `--select-dtype` names it."""
-        return "bf16" if self.kernels.select_dtype == torch.bfloat16 else "fp32"
+        """In what precision candidates are found, as `--select-dtype` names it."""
+        return next(name for name, dtype in SELECT_DTYPES.items() if dtype == self.kernels.select_dtype)
 
     def place(self, step: int) -> dict[str, Any]:
         """Where a run stands after `step` optimiser steps, in the data and in the schedule."""

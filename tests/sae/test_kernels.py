@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from saekit.sae import Sae
-from saekit.sae.kernels import choose, choose_kernels, eager, torch_ops
+from saekit.sae.kernels import choose, choose_kernels, eager, sparse, torch_ops
 from saekit.sae.kernels.sparse import Sparse
 
 SIZES = [(7, 5, 33, 4), (64, 16, 128, 8), (1, 3, 9, 1), (5, 8, 6, 6), (0, 4, 10, 2)]
 CPU = Sparse("cpu", torch_ops)
 SELECTS_IN_BF16 = Sparse("cpu", torch_ops, torch.bfloat16)
+SELECTS_IN_INT8 = Sparse("cpu", torch_ops, torch.int8)
 
 
 def leaves(N, D, M, shift=0.0):
@@ -52,11 +53,20 @@ def test_sparse_equals_eager(size, shift, call):
 
 
 def test_scores_are_made_in_chunks_of_tokens(monkeypatch):
-    whole = values_and_gradients(CPU, 64, 16, 128, 8)
-    for rows in (1, 7, 63):  # 8 bytes per score
-        monkeypatch.setattr(torch_ops, "CHUNK_BYTES", rows * 128 * 8)
-        chunked = values_and_gradients(CPU, 64, 16, 128, 8)
-        torch.testing.assert_close(chunked[:3], whole[:3])
+    for kernels in (CPU, SELECTS_IN_INT8):  # 8 bytes per score in float64, and for an int32 and a float32
+        whole = values_and_gradients(kernels, 64, 16, 128, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_ops, "SHARED_FROM", 0)
+            for rows in (1, 7, 63):
+                patch.setattr(torch_ops, "CHUNK_BYTES", rows * 128 * 8)
+                chunked = values_and_gradients(kernels, 64, 16, 128, 8)
+                torch.testing.assert_close(chunked[:3], whole[:3])
+            patch.setattr(
+                torch_ops, "SHARED_FROM", 8 * 32 // 2 * 20
+            )  # longer chunks, so that top-k has enough to share
+            for most in (1, 5 * 128 * 8):
+                patch.setattr(torch_ops, "MOST_CHUNK_BYTES", most)
+                torch.testing.assert_close(values_and_gradients(kernels, 64, 16, 128, 8)[:3], whole[:3])
 
 
 def test_a_latent_that_was_chosen_at_zero_gets_no_gradient():
@@ -82,25 +92,58 @@ def test_no_gradient_machinery_without_gradients():
         assert not CPU.decode(acts, indices, W).requires_grad
 
 
+@pytest.mark.parametrize("kernels", [SELECTS_IN_BF16, SELECTS_IN_INT8], ids=["bf16", "int8"])
 class TestSelectionInLowPrecision:
     N, D, M, K = 200, 64, 1000, 16
 
-    def both(self):
+    def both(self, kernels):
         parameters = leaves(self.N, self.D, self.M)
-        return parameters, SELECTS_IN_BF16.autoencode(*parameters, self.K), eager.autoencode(*parameters, self.K)
+        return parameters, kernels.autoencode(*parameters, self.K), eager.autoencode(*parameters, self.K)
 
-    def test_only_near_ties_change(self):
-        (x, W_enc, b_enc, _, centre), (_, _, indices), (_, exact_acts, exact) = self.both()
+    def test_the_k_largest_are_among_the_candidates(self, kernels):
+        _, (out, acts, indices), expected = self.both(kernels)
+        torch.testing.assert_close((out, acts), expected[:2])
+        assert torch.equal(indices, expected[2])
+
+    def test_without_spare_candidates_only_near_ties_change(self, kernels, monkeypatch):
+        monkeypatch.setattr(sparse, "num_candidates", lambda k, num_latents: k)
+        (x, W_enc, b_enc, _, centre), (_, _, indices), (_, exact_acts, exact) = self.both(kernels)
         scores = (x - centre) @ W_enc.T + b_enc
         assert (indices.sort().values.diff() > 0).all()  # k different latents
         assert not torch.equal(indices.sort().values, exact.sort().values)  # else this test sees nothing
-        # Inputs and scores are each rounded to 8 bits; a score is a sum of 64 products of size one.
+        # Inputs and scores are each rounded, to 8 bits of their own or of the row's largest number; a score is a sum
+        # of 64 products of size one.
         rounding = 2**-8 * scores.abs().amax(1, keepdim=True)
         chosen_worst = scores.gather(1, indices).amin(1, keepdim=True)
         assert (chosen_worst >= exact_acts[:, -1:] - 2 * rounding).all()
 
-    def test_values_and_gradients_are_exact_for_what_was_chosen(self):
-        parameters, (out, acts, indices), _ = self.both()
+    def test_large_dimensions_leave_bits_to_the_small_ones(self, kernels):
+        x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+        x = x.detach() * torch.ones(self.D).index_fill_(0, torch.tensor([3, 20, 41]), 30.0)
+        x[:, 7] = 0  # and one that is nothing at all
+        _, indices = kernels.encode_topk(x, W_enc, b_enc, self.K)
+        _, exact = eager.encode_topk(x, W_enc, b_enc, self.K)
+        assert (indices == exact).double().mean() > 0.998
+
+    def test_tokens_and_latents_of_any_size(self, kernels):
+        x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+        x = (x * torch.logspace(-4, 4, self.N, dtype=torch.float64)[:, None]).detach()
+        W_enc = (W_enc * torch.logspace(-1, 1, self.M, dtype=torch.float64)[:, None]).detach()
+        x[5], W_enc[5] = 0, 0
+        _, indices = kernels.encode_topk(x, W_enc, b_enc, self.K)
+        _, exact = eager.encode_topk(x, W_enc, b_enc, self.K)
+        assert (indices == exact).double().mean() > 0.998
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_odd_sizes(self, kernels, size):
+        for got, wanted in zip(
+            values_and_gradients(kernels, *size)[:2], values_and_gradients(eager, *size)[:2], strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
+
+    def test_values_and_gradients_are_exact_for_what_was_chosen(self, kernels, monkeypatch):
+        monkeypatch.setattr(sparse, "num_candidates", lambda k, num_latents: k)
+        parameters, (out, acts, indices), _ = self.both(kernels)
         x, W_enc, b_enc, W_dec, centre = parameters
         expected_acts = torch.relu((x - centre) @ W_enc.T + b_enc).gather(1, indices)
         expected = eager.decode(expected_acts, indices, W_dec)
@@ -111,9 +154,9 @@ class TestSelectionInLowPrecision:
         for got, wanted in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 * float(wanted.abs().max()))
 
-    def test_scores_that_float32_orders_by_a_hair_are_ordered_exactly_among_the_chosen(self):
-        W = torch.tensor([[1.0], [1.0 + 2**-12], [0.5]])  # the first two are one number in bfloat16
-        acts, indices = SELECTS_IN_BF16.encode_topk(torch.ones(1, 1), W, torch.zeros(3), 2)
+    def test_scores_that_float32_orders_by_a_hair_are_ordered_exactly_among_the_chosen(self, kernels):
+        W = torch.tensor([[1.0], [1.0 + 2**-12], [0.5]])  # the first two are one number in 8 or 16 bits
+        acts, indices = kernels.encode_topk(torch.ones(1, 1), W, torch.zeros(3), 2)
         assert indices.tolist() == [[1, 0]]
         assert acts.tolist() == [[1 + 2**-12, 1.0]]
 
@@ -126,9 +169,31 @@ class TestChoice:
         assert choose_kernels("cpu", "fp32", cpu).select_dtype is None
         assert choose_kernels("eager", "auto", cpu).name == "eager"
 
-    def test_eager_does_not_select_in_low_precision(self):
+    @pytest.mark.parametrize(
+        ("amx", "avx512_bf16", "amd", "vnni", "expected"),
+        [
+            (True, True, False, True, torch.bfloat16),
+            (False, True, True, True, torch.bfloat16),
+            (False, True, False, True, torch.int8),  # Intel's AVX-512 without AMX: bfloat16 is slower than float32
+            (False, False, False, True, torch.int8),
+            (False, False, True, False, None),
+        ],
+    )
+    def test_auto_is_what_the_cpu_is_fast_at(self, monkeypatch, amx, avx512_bf16, amd, vnni, expected):
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: vnni)
+        monkeypatch.setattr(choose, "_made_by_amd", lambda: amd)
+        assert choose_kernels("cpu", "auto", torch.device("cpu")).select_dtype == expected
+
+    def test_8_bits_are_for_cpus(self):
+        with pytest.raises(ValueError, match="int8 is for CPUs"):
+            choose_kernels("triton", "int8", torch.device("cpu"))
+
+    @pytest.mark.parametrize("dtype", ["bf16", "int8"])
+    def test_eager_does_not_select_in_low_precision(self, dtype):
         with pytest.raises(ValueError, match="eager kernels select"):
-            choose_kernels("eager", "bf16", torch.device("cpu"))
+            choose_kernels("eager", dtype, torch.device("cpu"))
 
     def test_triton_that_is_missing(self, monkeypatch):
         monkeypatch.setattr(choose, "has_triton", lambda: False)

@@ -4,6 +4,22 @@
 `[N, M]` and `[N, K, D]` tensors that plain autograd makes; tests hold each of them to `eager`.
 """
 
-from saekit.sae.kernels.choose import BACKENDS, Kernels, choose_kernels, default_kernels, has_fast_bf16
+from saekit.sae.kernels.choose import (
+    BACKENDS,
+    SELECT_DTYPES,
+    Kernels,
+    choose_kernels,
+    default_kernels,
+    has_fast_bf16,
+    has_fast_int8,
+)
 
-__all__ = ["BACKENDS", "Kernels", "choose_kernels", "default_kernels", "has_fast_bf16"]
+__all__ = [
+    "BACKENDS",
+    "SELECT_DTYPES",
+    "Kernels",
+    "choose_kernels",
+    "default_kernels",
+    "has_fast_bf16",
+    "has_fast_int8",
+]

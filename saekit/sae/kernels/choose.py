@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ from saekit.sae.kernels import eager, torch_ops
 from saekit.sae.kernels.sparse import Sparse
 
 BACKENDS = ("eager", "cpu", "triton")
+SELECT_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
+"""What candidates are found in, by the name that `--select-dtype` has for it; None is the parameters' own type."""
 
 
 class Kernels(Protocol):
@@ -25,7 +28,7 @@ class Kernels(Protocol):
 
     @property
     def select_dtype(self) -> torch.dtype | None:
-        """In what precision latents are selected; None is the parameters' own."""
+        """In what precision candidates are found; None is the parameters' own."""
 
     def encode_topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
@@ -61,7 +64,7 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
 
     Args:
         backend: One of `BACKENDS`, or `auto`: `triton` on a CUDA device that has it, else `cpu`.
-        select_dtype: `fp32`, `bf16`, or `auto`: `bf16` where the hardware multiplies it faster than float32.
+        select_dtype: One of `SELECT_DTYPES`, or `auto`: what the device multiplies faster than float32, if anything.
         device: Where the SAE is.
 
     Raises:
@@ -70,12 +73,14 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and has_triton() else "cpu"
     if backend == "eager":
-        if select_dtype == "bf16":
+        if select_dtype not in ("auto", "fp32"):
             raise ValueError("the eager kernels select in the parameters' own precision only")
         return Eager()
     if select_dtype == "auto":
-        select_dtype = "bf16" if has_fast_bf16(device) else "fp32"
-    dtype = torch.bfloat16 if select_dtype == "bf16" else None
+        select_dtype = "bf16" if has_fast_bf16(device) else "int8" if has_fast_int8(device) else "fp32"
+    if select_dtype == "int8" and (backend == "triton" or device.type != "cpu"):
+        raise ValueError("selecting in int8 is for CPUs: choose bf16")
+    dtype = SELECT_DTYPES[select_dtype]
     if backend == "cpu":
         return Sparse("cpu", torch_ops, dtype)
     return Sparse("triton", _triton_ops(device), dtype)
@@ -104,10 +109,26 @@ def has_triton() -> bool:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    """Whether a device multiplies bfloat16 matrices faster than float32 ones.
+
+    On a CPU that is known of AMX (Intel) and of AMD's AVX-512: measured 4.5 times the rate of float32. Intel's AVX-512
+    has the instructions, too, but without AMX half that rate only.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    # Without such instructions bfloat16 is converted to float32 and back, which is slower than float32.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _made_by_amd())
+
+
+def has_fast_int8(device: torch.device) -> bool:
+    """Whether a device is a CPU that multiplies 8-bit matrices faster than float32 ones (VNNI: 2 to 3.8 times)."""
+    return device.type == "cpu" and torch.cpu._is_vnni_supported()
+
+
+@cache
+def _made_by_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False

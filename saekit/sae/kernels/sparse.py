@@ -1,7 +1,8 @@
 """Encode and decode whose forward and backward passes cost what a k-sparse code costs, plus one dense matmul.
 
-- The dense scores only *select*; in low precision, if asked, and then the K chosen pre-activations are computed
-  again from their rows in the parameters' precision. So low precision changes which near-ties win and nothing else.
+- The dense scores only *select*. In low precision, if asked, they name half as many candidates again as are wanted,
+  whose pre-activations are computed from their rows in the parameters' precision; the K largest of those are taken. So
+  low precision can cost a latent its place only where its error is larger than the distance to the last candidate.
 - Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
   `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
   gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+LEAST_SPARE = 8
+"""Candidates beyond k that low precision names at least."""
+
 
 class Ops(Protocol):
     """The loops that a backend provides; none knows of gradients. `torch_ops` says in full what they compute."""
@@ -27,7 +31,10 @@ class Ops(Protocol):
     def topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool
     ) -> tuple[Tensor, Tensor]:
-        """The k largest scores of each token and their latents, largest first if they are to be in order."""
+        """The k largest scores of each token and their latents, largest first if they are to be in order.
+
+        For int8 only the latents mean anything.
+        """
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
         """Each token's row times the rows chosen for it."""
@@ -49,7 +56,7 @@ class Sparse(NamedTuple):
     name: str
     ops: Ops
     select_dtype: torch.dtype | None = None
-    """In what precision latents are selected; None is the parameters' own."""
+    """In what precision candidates are found; None: the parameters' own, which needs none."""
 
     def encode_topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
@@ -81,6 +88,11 @@ class Sparse(NamedTuple):
         select_dtype = self.select_dtype or W_MD.dtype
         acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, pairs, self.ops, select_dtype)
         return acts_NK, indices_NK, pairs
+
+
+def num_candidates(k: int, num_latents: int) -> int:
+    """How many latents low precision names for `k` to be chosen from."""
+    return min(k + max(k // 2, LEAST_SPARE), num_latents)
 
 
 class _Pairs:
@@ -123,12 +135,13 @@ class _EncodeTopK(torch.autograd.Function):
         select_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         x_ND = x_ND if centre_D is None else x_ND - centre_D
-        select_only = select_dtype != W_MD.dtype
-        values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype, not select_only)
-        if select_only:
-            exact_NK = ops.gather_dot(x_ND, W_MD, indices_NK).add_(b_M[indices_NK])
-            values_NK, order_NK = exact_NK.sort(dim=-1, descending=True, stable=True)
-            indices_NK = indices_NK.gather(1, order_NK)
+        if select_dtype == W_MD.dtype:
+            values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype, True)
+        else:
+            _, candidates_NC = ops.topk(x_ND, W_MD, b_M, num_candidates(k, W_MD.shape[0]), select_dtype, False)
+            exact_NC = ops.gather_dot(x_ND, W_MD, candidates_NC).add_(b_M[candidates_NC])
+            values_NK, order_NK = exact_NC.topk(k, dim=-1, sorted=True)
+            indices_NK = candidates_NC.gather(1, order_NK)
         # ReLU after the choice gives the same values as before it, and touches K instead of M numbers per token.
         acts_NK = values_NK.relu_()
         pairs.indices_NK = indices_NK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,19 @@ from saekit.sae.kernels.eager import round_stochastically, row_norms
 
 CHUNK_BYTES = 8 * 2**20
 """Scores are made for so many tokens at a time that they stay in a CPU's last-level cache until the top-k read them."""
+SHARED_FROM = 2**15
+"""Numbers below which torch's `topk` leaves all of them to one thread; a chunk has twice as many for its last stage."""
+MOST_CHUNK_BYTES = 8 * CHUNK_BYTES
+"""What a chunk may take for that."""
 
 GROUP = 4
 """Scores per group; 8 is as good where there are many latents, and worse where there are few."""
 ADAM_BYTES = 4 * 2**20
 """Adam steps so much of a parameter at a time, so that what is read for the projection is still in the cache."""
+INT8 = 127
+"""The largest magnitude of a number in 8 bits; -128 is left out, so that signs are alike."""
+LEAST_SCALE = 1e-30
+"""Of a row of zeros; a bias can still be divided by it in float32."""
 
 
 def topk(
@@ -28,22 +37,75 @@ def topk(
     The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
 
     Returns:
-        Scores `[N, K]` in `dtype` and latents `[N, K]`, int64.
+        Scores `[N, K]` (in `dtype`; for int8 float32, and in a unit of each token's own) and latents `[N, K]`, int64.
     """
     N, M = x_ND.shape[0], W_MD.shape[0]
-    x_ND, W_DM, b_M = x_ND.to(dtype), W_MD.to(dtype).t(), b_M.to(dtype)
-    rows = max(1, min(N, CHUNK_BYTES // (M * dtype.itemsize)))
-    buffer = x_ND.new_empty(rows, M)
-    values_NK = x_ND.new_empty(N, k)
+    bytes_per_token = 2 * 4 * M if dtype == torch.int8 else dtype.itemsize * M
+    rows = max(CHUNK_BYTES // bytes_per_token, 2 * SHARED_FROM // (GROUP * max(1, k)))
+    rows = max(1, min(rows, MOST_CHUNK_BYTES // bytes_per_token, N))
+    if dtype == torch.int8:
+        scores_of = _scores_in_8_bits(x_ND, W_MD, b_M, rows)
+    else:
+        scores_of = _scores(x_ND.to(dtype), W_MD.to(dtype), b_M.to(dtype), rows)
+    values_NK = x_ND.new_empty(N, k, dtype=torch.float32 if dtype == torch.int8 else dtype)
     indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
     for start in range(0, N, rows):
-        some = slice(start, start + rows)
-        x_nD = x_ND[some]
-        scores_nM = buffer[: len(x_nD)]
-        # A bias added in place costs half of what `addmm` takes for it.
-        torch.mm(x_nD, W_DM, out=scores_nM).add_(b_M)
-        values_NK[some], indices_NK[some] = topk_of_groups(scores_nM, k, in_order)
+        some = slice(start, min(start + rows, N))
+        values_NK[some], indices_NK[some] = topk_of_groups(scores_of(some), k, in_order)
     return values_NK, indices_NK
+
+
+def _scores(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Callable[[slice], Tensor]:
+    """From at most `rows` tokens to their scores `[n, M]`; the next call overwrites them."""
+    buffer, W_DM = x_ND.new_empty(rows, W_MD.shape[0]), W_MD.t()
+
+    def scores_of(some: slice) -> Tensor:
+        x_nD = x_ND[some]
+        # A bias added in place costs half of what `addmm` takes for it.
+        return torch.mm(x_nD, W_DM, out=buffer[: len(x_nD)]).add_(b_M)
+
+    return scores_of
+
+
+def _scores_in_8_bits(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Callable[[slice], Tensor]:
+    """As `_scores`, from 8-bit integers, with a scale per token and per latent; in a unit of each token's own.
+
+    A few dimensions of a residual stream are far larger than the rest and would leave no bits to them. Both sides get
+    the same share of the difference (Xiao et al. 2022, "SmoothQuant", arXiv 2211.10438, with their α = 1/2): dimension
+    d of `x` is divided, and of `W` multiplied, by the root of the ratio of their sizes.
+    """
+    N, (M, D) = x_ND.shape[0], W_MD.shape
+    size_D = x_ND.square().mean(0) / W_MD.square().mean(0).clamp_min_(torch.finfo(W_MD.dtype).tiny)
+    balance_D = size_D.clamp_(1e-12, 1e12).pow_(0.25)
+    x_int_ND, x_scale_N = x_ND.new_empty(N, D, dtype=torch.int8), x_ND.new_empty(N)
+    W_int_MD, W_scale_M = W_MD.new_empty(M, D, dtype=torch.int8), W_MD.new_empty(M)
+    _round_to_8_bits(x_ND, 1 / balance_D, x_int_ND, x_scale_N)
+    _round_to_8_bits(W_MD, balance_D, W_int_MD, W_scale_M)
+    W_int_DM, one_over_x_N1 = W_int_MD.t(), 1 / x_scale_N[:, None]
+    buffer = x_ND.new_empty(rows, M, dtype=torch.float32)
+    few = max(1, min(rows, CHUNK_BYTES // (8 * M)))  # tokens whose sums are still in the cache when they are scaled
+    sums = x_ND.new_empty(few, M, dtype=torch.int32)
+
+    def scores_of(some: slice) -> Tensor:
+        parts = zip(x_int_ND[some].split(few), one_over_x_N1[some].split(few), buffer.split(few), strict=False)
+        for x_int_nD, one_over_x_n1, out_nM in parts:
+            n = len(x_int_nD)
+            torch._int_mm(x_int_nD, W_int_DM, out=sums[:n])
+            # All divided by the token's scale, which changes no order within it: so only the bias needs a division.
+            out_nM[:n].copy_(sums[:n]).mul_(W_scale_M).addcmul_(one_over_x_n1, b_M)
+        return buffer[: some.stop - some.start]
+
+    return scores_of
+
+
+def _round_to_8_bits(rows_RD: Tensor, factor_D: Tensor, out_RD: Tensor, scale_R: Tensor) -> None:
+    """`rows · factor` in 8 bits into `out_RD`, and what each row is to be multiplied by again into `scale_R`."""
+    count = max(1, CHUNK_BYTES // 2 // (4 * max(1, rows_RD.shape[1])))  # of rows, that stay in the cache
+    for start in range(0, len(rows_RD), count):
+        some = slice(start, start + count)
+        scaled_rD = rows_RD[some] * factor_D
+        scale_R[some] = scaled_rD.abs().amax(1).div_(INT8).clamp_min_(LEAST_SCALE)
+        out_RD[some] = scaled_rD.mul_(1 / scale_R[some, None]).round_()
 
 
 def topk_of_groups(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +13,23 @@ from torch import Tensor
 
 FLAT = 1024
 """Elements per program where rows do not matter."""
+OPTIONS = {"enable_fp_fusion": True}
+"""A product and the sum that it goes into are rounded once; Triton's default for this changes from release to release,
+and 3.9 warns where nothing is said."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function with the device of its first argument as the current one: Triton launches on that, regardless."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @triton.jit
@@ -20,7 +41,8 @@ def _rounded(values, noise, step_bits):
     return ((bits + ((mixed >> 16) & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+# What changes at each step is not compiled in, or the kernel would be compiled anew in the middle of a run.
+@triton.jit(do_not_specialize=["step_bits"])
 def adam_rows(
     p_ptr,
     g_ptr,
@@ -43,14 +65,17 @@ def adam_rows(
     column = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * width + column
     mask = (column < width) & (at < size)
+    # All of them before the first sum over the row, which waits for all threads.
     p = tl.load(p_ptr + at, mask=mask, other=0.0)
     g = tl.load(g_ptr + at, mask=mask, other=0.0)
+    first = tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if UNIT_ROWS:
         norm = tl.maximum(tl.sqrt(tl.sum(p * p)), tiny)
         unit = p / norm
         g -= tl.sum(g * unit) * unit
-    first = beta1 * tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta1) * g
-    second = beta2 * tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+    first = beta1 * first + (1 - beta1) * g
+    second = beta2 * second + (1 - beta2) * g * g
     p -= rate * first / (tl.sqrt(second) / root_of_second + eps)
     if UNIT_ROWS:
         p /= tl.maximum(tl.sqrt(tl.sum(p * p)), tiny)
@@ -62,6 +87,7 @@ def adam_rows(
 
 
 @torch.no_grad()
+@on_its_device
 def adam_(
     param: Tensor,
     grad: Tensor,
@@ -79,6 +105,7 @@ def adam_(
     if param.numel() == 0:
         return
     width = param.shape[1] if unit_rows else FLAT
+    block = triton.next_power_of_2(width)
     adam_rows[(triton.cdiv(param.numel(), width),)](
         param,
         grad.contiguous(),
@@ -95,6 +122,7 @@ def adam_(
         step * 747796405 % 2**31,
         UNIT_ROWS=unit_rows,
         HALF=exp_avg_sq.dtype == torch.bfloat16,
-        BLOCK=triton.next_power_of_2(width),
-        num_warps=8 if width > 2048 else 4,
+        BLOCK=block,
+        num_warps=min(32, max(4, block // 512)),  # 16 numbers a thread, of each of four tensors
+        **OPTIONS,
     )
