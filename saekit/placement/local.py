@@ -86,7 +86,8 @@ class LocalBank:
         parameters = [parameter for sae in self._saes.values() for parameter in sae.parameters()]
         # A gradient is counted whether or not it exists at this moment: it has the parameter's size.
         states = [tensor for each in self._optimizers.values() for tensor in each.state().values()]
-        return 2 * size_of(parameters) + size_of(states)
+        known = {parameter.data_ptr() for parameter in parameters}  # some optimisers' state has the parameters in it
+        return 2 * size_of(parameters) + size_of(tensor for tensor in states if tensor.data_ptr() not in known)
 
     def shard_bytes(self) -> int | None:
         """See `Placement.shard_bytes`."""

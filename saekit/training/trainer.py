@@ -121,20 +121,9 @@ class SaeTrainer:
                 for micro, input_ids in enumerate(batches, 1):
                     acts = forward(input_ids)
                     for name, x_ND in placement.route(acts, last=micro == len(batches)):
-                        for chunk in x_ND.tensor_split(cfg.micro_acc_steps):
-                            chunk_ND = chunk.float()
-                            out = placement.sae(name)(chunk_ND, dead.get(name))
-                            losses = sae_losses(
-                                chunk_ND,
-                                out,
-                                scale=scale[name],
-                                auxk_alpha=cfg.auxk_alpha,
-                                num_dead=num_dead[name],
-                            )
-                            placement.backward(name, losses.total)
-                            run.counters[name].observe(out.acts, out.indices)
-                            centre = run.calibration[name].mean_D
-                            fresh[name].observe(chunk_ND, out, losses, scale[name], centre)
+                        for chunk_ND in x_ND.tensor_split(cfg.micro_acc_steps):
+                            self._pass(name, chunk_ND, scale[name], (dead.get(name), num_dead[name]), run, fresh[name])
+                        del x_ND, chunk_ND  # else the last layer's would stay through the rest of the step
 
                 # All that the host must know of the step comes in one message, asked for before the language model's
                 # next batch is put behind it: a GPU has work while the host reads, and while it asks for the rest.
@@ -180,6 +169,23 @@ class SaeTrainer:
         if run.step < plan.total_steps:
             raise Interrupted(run.step, plan.run_dir, by_user=stop == BY_USER)
         return (plan.run_dir / "latest").resolve()
+
+    def _pass(
+        self,
+        name: str,
+        chunk_ND: Tensor,
+        scale: float,
+        dead: tuple[Tensor | None, int],
+        run: state.RunState,
+        window: LayerWindow,
+    ) -> None:
+        """Forward and backward pass of one layer over a chunk of tokens; what they make is gone when it returns."""
+        x_ND = chunk_ND.float()
+        out = self.placement.sae(name)(x_ND, dead[0])
+        losses = sae_losses(x_ND, out, scale=scale, auxk_alpha=self.cfg.auxk_alpha, num_dead=dead[1])
+        self.placement.backward(name, losses.total)
+        run.counters[name].observe(out.acts, out.indices)
+        window.observe(x_ND, out, losses, scale, run.calibration[name].mean_D)
 
     def _start(self, forward: Forward) -> state.RunState:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""

@@ -1,5 +1,6 @@
 """Whole runs of the loop in this process, on a tiny random Llama."""
 
+import gc
 import math
 
 import pytest
@@ -41,6 +42,24 @@ def test_a_run_learns_and_leaves_what_it_promises(make_trainer, tmp_path):
     assert tuple(saes) == HOOKPOINTS
     for sae in saes.values():
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("moment", ["collect", "apply"])
+def test_activations_are_gone_before_the_optimiser_steps(make_trainer, monkeypatch, moment):
+    trainer = make_trainer(exclude_special_tokens=False, micro_acc_steps=3)
+    found = []
+    original = getattr(trainer.placement, moment)
+
+    def look(*arguments):
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        found.append([each.shape for each in tensors if each.ndim == 2 and each.shape == (8 * CTX_LEN // 3, WIDTH)])
+        found.append([each.shape for each in tensors if each.ndim == 2 and each.shape == (8 * CTX_LEN, WIDTH)])
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer.placement, moment, look)
+    trainer.fit()
+    assert len(found) == 2 * 7
+    assert not any(found)
 
 
 def test_every_layer_learns(make_trainer, tokens):
