@@ -17,8 +17,10 @@ MAY_IMPORT = {
     "placement": {"config", "sae"},
     "report": {"sae"},
     "training": {"config", "sae", "data", "activations", "placement", "report"},
+    "doctor": {"config", "sae"},
+    "planning": {"config", "sae", "activations", "placement", "training"},
     "demo": {"config", "cli", "report", "training"},
-    "cli": {"config", "demo", "report", "training"},
+    "cli": {"config", "demo", "doctor", "planning", "report", "training"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

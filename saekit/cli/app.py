@@ -10,6 +10,7 @@ import typer
 from saekit._version import __version__
 from saekit.cli.allocator import keep_memory
 from saekit.cli.demo import demo
+from saekit.cli.doctor import doctor
 from saekit.cli.inspect import inspect
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(inspect)
 app.command()(demo)
+app.command()(doctor)
 
 
 def _print_version(asked: bool) -> None:

@@ -1,0 +1,176 @@
+"""All checks, in the order in which their findings are shown."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from saekit.config import TrainConfig
+from saekit.doctor import hub, libraries, limits, machine, ranks
+from saekit.doctor.findings import (
+    DEVICES,
+    EIGHT_BITS,
+    HUB,
+    LIBRARIES,
+    RANKS,
+    RESOURCES,
+    SAEKIT,
+    Finding,
+    attempt,
+)
+from saekit.doctor.probes import ADAM8BIT, DEEPSPEED, GLOO, Outcome, Probes
+from saekit.versions import SAEKIT as OWN_VERSION
+from saekit.versions import libraries as versions
+
+Check = Callable[[], Iterable[Finding]]
+
+TRIED = {"gloo": GLOO, "deepspeed": DEEPSPEED, "adam8bit": ADAM8BIT}
+
+
+def diagnose(*, debug: bool = False) -> list[Finding]:
+    """Look at this machine; takes a few seconds, most of them for importing libraries.
+
+    Args:
+        debug: Let out what a check raises, instead of making a finding of it.
+    """
+    with Probes(TRIED) as probes:  # they run while the libraries are imported here
+        found: list[Finding] = []
+        for area, name, check in _libraries():
+            found += attempt(area, name, check, debug=debug)
+        torch = _torch()
+        gpus = _gpus(torch)
+        if torch is None:
+            remedy = "mend torch first, see above"
+            found.append(Finding(DEVICES, "devices", "note", "not looked at: torch cannot be imported", remedy))
+            rest = [*_hub(), *_resources(gpus)]
+        else:
+            rest = [*_devices(torch, gpus), *_ranks(torch, gpus, probes.outcome), *_hub(), *_resources(gpus)]
+        for area, name, check in rest:
+            found += attempt(area, name, check, debug=debug)
+    return found
+
+
+def can_train(findings: Iterable[Finding]) -> bool:
+    """Whether `saekit train` can run on this machine, in whatever way."""
+    return not any(finding.blocks for finding in findings)
+
+
+def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Everything as plain values, for a bug report."""
+    return {
+        "saekit": OWN_VERSION,
+        "can_train": can_train(findings),
+        "problems": sum(finding.state == "problem" for finding in findings),
+        "notes": sum(finding.state == "note" for finding in findings),
+        "versions": versions(),
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _libraries() -> Iterator[tuple[str, str, Check]]:
+    yield SAEKIT, "version", libraries.about
+    yield SAEKIT, "Python", lambda: libraries.python(platform.python_version(), libraries.python_bounds())
+    yield SAEKIT, "system", libraries.system
+    for name in libraries.NAMES:
+        yield LIBRARIES, name, partial(_library, name)
+
+
+def _library(name: str) -> Iterator[Finding]:
+    return libraries.library(name, libraries.requirements("saekit"))
+
+
+def _torch() -> Any:
+    """The module; None if it cannot be imported, which `libraries` has found out already."""
+    try:
+        return importlib.import_module("torch")
+    except Exception:  # noqa: BLE001  # the same as there
+        return None
+
+
+def _gpus(torch: Any) -> int:
+    """How many GPUs torch can use; why it is none, `machine.cuda` finds out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.cuda.device_count() if torch.cuda.is_available() else 0
+        except Exception:  # noqa: BLE001  # the same as there
+            return 0
+
+
+def _devices(torch: Any, gpus: int) -> Iterator[tuple[str, str, Check]]:
+    yield DEVICES, "GPUs", lambda: machine.cuda(torch, [] if gpus else machine.nvidia_gpus(), os.environ)
+    for number in range(gpus):
+        yield DEVICES, f"GPU {number}", partial(machine.gpu, torch, number)
+    yield DEVICES, "CPU", lambda: machine.cpu(torch, machine.cpu_model(), limits.usable_cores()[0])
+    yield DEVICES, "threads", lambda: machine.threads(torch.get_num_threads(), *limits.usable_cores(), os.environ)
+    yield DEVICES, "kernels", partial(_kernels, torch, gpus)
+
+
+def _kernels(torch: Any, gpus: int) -> Iterator[Finding]:
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    capability = torch.cuda.get_device_capability(0) if gpus else None
+    return machine.kernels(device, triton=_has("triton"), capability=capability)
+
+
+def _ranks(torch: Any, gpus: int, outcome: Callable[[str], Outcome]) -> Iterator[tuple[str, str, Check]]:
+    triton = gpus > 0 and _has("triton")
+    yield RANKS, "gloo", lambda: ranks.gloo(outcome("gloo"), os.environ)
+    if gpus:
+        yield RANKS, "NCCL", lambda: ranks.nccl(torch.cuda.nccl.version, gpus)
+    if _has("deepspeed"):  # else `libraries` says so
+        yield RANKS, "DeepSpeed", lambda: ranks.deepspeed(outcome("deepspeed"))
+    yield RANKS, "compiler", lambda: ranks.compilers(shutil.which, os.environ, triton=triton)
+    if triton:
+        yield RANKS, "Python headers", lambda: ranks.headers(Path(sysconfig.get_paths()["include"]))
+    if _has("bitsandbytes"):
+        yield EIGHT_BITS, "load-in-8bit", lambda: ranks.load_in_8bit(outcome("adam8bit"), cuda=gpus > 0)
+        yield EIGHT_BITS, "adam8bit", lambda: ranks.adam8bit(outcome("adam8bit"))
+
+
+def _has(name: str) -> bool:
+    return libraries.installed_version(name) is not None
+
+
+def _hub() -> Iterator[tuple[str, str, Check]]:
+    yield HUB, "cache", lambda: limits.folder(HUB, "cache", _hub_path("HF_HUB_CACHE"), _elsewhere("HF_HUB_CACHE"))
+    yield HUB, "cached", lambda: hub.contents(_hub_path("HF_HUB_CACHE"))
+    yield HUB, "data sets", lambda: limits.folder(HUB, "data sets", _datasets(), _elsewhere("HF_DATASETS_CACHE"))
+    yield HUB, "token", lambda: hub.token(os.environ, _hub_path("HF_TOKEN_PATH"))
+    yield HUB, "access", lambda: hub.offline(os.environ)
+
+
+def _hub_path(constant: str) -> Path:
+    """One of the paths that huggingface_hub has made of the environment."""
+    return Path(getattr(importlib.import_module("huggingface_hub.constants"), constant)).expanduser()
+
+
+def _datasets() -> Path:
+    """Where `datasets` keeps what was downloaded and tokenised."""
+    said = os.environ.get("HF_DATASETS_CACHE")
+    return Path(said).expanduser() if said else _hub_path("HF_HOME") / "datasets"
+
+
+def _elsewhere(variable: str) -> str:
+    """How to move a cache, by the variable that rules it now."""
+    return f"export {variable if variable in os.environ else 'HF_HOME'}=FOLDER, one that can be written and has room"
+
+
+def _resources(gpus: int) -> Iterator[tuple[str, str, Check]]:
+    saves = TrainConfig().save_dir
+    move = "use --save-dir FOLDER, one that can be written and has room"
+    yield RESOURCES, "memory", lambda: limits.memory(*limits.free_memory())
+    yield RESOURCES, "swap", lambda: limits.swap(psutil.swap_memory().total, psutil.swap_memory().used)
+    yield RESOURCES, "save-dir", lambda: limits.folder(RESOURCES, "save-dir", saves, move)
+    yield RESOURCES, "/dev/shm", lambda: limits.shared_memory(gpus)
+    yield RESOURCES, "open files", lambda: limits.open_files(*limits.open_file_limits())

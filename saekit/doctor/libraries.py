@@ -1,0 +1,160 @@
+"""saekit, Python, and the versions of the libraries beside what saekit asks of them."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe
+from saekit.versions import SAEKIT as OWN_VERSION
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+NAMES = (
+    "torch",
+    "accelerate",
+    "transformers",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+    "triton",
+    "safetensors",
+    "tokenizers",
+    "typer",
+    "rich",
+    "numpy",
+)
+INDISPENSABLE = frozenset(NAMES) - {"deepspeed", "bitsandbytes", "triton"}
+"""Without one of these no SAE is trained. The others are tried elsewhere: see `ranks` and `machine`."""
+UNKNOWN = "of unknown version"
+BOUND_BY = {"tokenizers": "transformers", "triton": "torch"}
+"""Libraries that saekit does not ask for itself, and whose bounds it takes instead."""
+SERVES = {"deepspeed": "--placement zero3", "bitsandbytes": "--load-in-8bit and --optimizer adam8bit"}
+
+
+def about() -> Iterator[Finding]:
+    """The version of saekit, and whether its bounds are known."""
+    try:
+        version("saekit")
+    except PackageNotFoundError:
+        found = f"{OWN_VERSION}, run from a folder and not installed: its libraries' bounds are not known"
+        yield Finding(SAEKIT, "version", "note", found, "pip install -e . in that folder")
+    else:
+        yield Finding(SAEKIT, "version", "ok", OWN_VERSION)
+
+
+def python(running: str, bounds: str | None) -> Iterator[Finding]:
+    """Python's version, held to `Requires-Python`."""
+    from packaging.specifiers import SpecifierSet
+
+    if bounds and not SpecifierSet(bounds).contains(running, prereleases=True):
+        remedy = f"make an environment with Python {bounds}"
+        yield Finding(SAEKIT, "Python", "problem", f"{running}; saekit needs {bounds}", remedy)
+    else:
+        yield Finding(SAEKIT, "Python", "ok", running)
+
+
+def system() -> Iterator[Finding]:
+    """The operating system, as a bug report needs it."""
+    yield Finding(SAEKIT, "system", "ok", platform.platform())
+
+
+def python_bounds() -> str | None:
+    """`Requires-Python` of the saekit that is installed."""
+    try:
+        return metadata("saekit")["Requires-Python"]
+    except (PackageNotFoundError, KeyError):
+        return None
+
+
+def requirements(distribution: str) -> dict[str, Requirement]:
+    """What an installed distribution asks for on this system, extras aside; nothing if it is not installed."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        asked = [Requirement(line) for line in requires(distribution) or ()]
+    except PackageNotFoundError:
+        return {}
+    fitting = (each for each in asked if each.marker is None or each.marker.evaluate({"extra": ""}))
+    return {canonicalize_name(each.name): each for each in fitting}
+
+
+def library(name: str, asked: Mapping[str, Requirement]) -> Iterator[Finding]:
+    """One library: there, within its bounds, and fit to be imported.
+
+    Args:
+        name: Its name, which is the distribution's and the module's.
+        asked: What saekit asks for on this system, by name.
+    """
+    requirement = (requirements(BOUND_BY[name]) if name in BOUND_BY else asked).get(name)
+    bounds = _bounds(requirement)
+    installed = installed_version(name)
+    if installed is None:
+        yield _missing(name, bounds, asked_for=requirement is not None)
+    elif name in INDISPENSABLE and (error := _import_error(name)) is not None:
+        found = f"{installed} cannot be imported ({error})"
+        yield Finding(LIBRARIES, name, "problem", found, _pip(name, bounds, "--force-reinstall"), blocks=True)
+    elif requirement is not None and not _within(installed, requirement):
+        found = f"{installed}, and {BOUND_BY.get(name, 'saekit')} needs {bounds}"
+        yield Finding(LIBRARIES, name, "problem", found, _pip(name, bounds))
+    else:
+        yield Finding(LIBRARIES, name, "ok", f"{installed} ({bounds})" if bounds else installed)
+
+
+def install(name: str, *flags: str) -> str:
+    """The command that installs a library as saekit needs it."""
+    return _pip(name, _bounds(requirements("saekit").get(name)), *flags)
+
+
+def _pip(name: str, bounds: str, *flags: str) -> str:
+    return " ".join(["pip install", *flags, f'"{name}{bounds}"' if bounds else name])
+
+
+def _within(installed: str, requirement: Requirement) -> bool:
+    return installed == UNKNOWN or requirement.specifier.contains(installed, prereleases=True)
+
+
+def _missing(name: str, bounds: str, *, asked_for: bool) -> Finding:
+    remedy = _pip(name, bounds)
+    if name == "triton":  # whether it is missed depends on the device: see `machine.kernels`
+        return Finding(LIBRARIES, name, "ok", "not installed; it is for GPUs only")
+    if name in INDISPENSABLE:
+        return Finding(LIBRARIES, name, "problem", "not installed", remedy, blocks=True)
+    found = f"not installed: no {SERVES[name]}"
+    if not asked_for:
+        return Finding(LIBRARIES, name, "note", f"{found}; saekit does not ask for it on this system", remedy)
+    return Finding(LIBRARIES, name, "problem", found, remedy)
+
+
+def _bounds(requirement: Requirement | None) -> str:
+    """The bounds of a requirement as they are written by hand, the lower one first: `>=2.6,<2.14`."""
+    if requirement is None:
+        return ""
+    return ",".join(sorted(str(requirement.specifier).split(","), key=lambda bound: not bound.startswith(">")))
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a library, None if there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        pass
+    try:
+        # Some builds go by another name: ROCm's Triton is pytorch-triton-rocm.
+        return UNKNOWN if find_spec(name) is not None else None
+    except ValueError:  # what stands for it is no module from a file
+        return None
+
+
+def _import_error(name: str) -> str | None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001  # a library that was built for another one raises whatever it likes
+        return describe(error)
+    return None

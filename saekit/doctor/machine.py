@@ -1,0 +1,181 @@
+"""Devices: GPUs and the CPU, in which precision they are fast, and which kernels they get."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.doctor.findings import DEVICES, Finding, describe, plural, size
+from saekit.doctor.libraries import install
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that say how many threads torch computes with."""
+BUILDS = "https://pytorch.org/get-started"
+
+
+def nvidia_gpus() -> list[str]:
+    """The NVIDIA GPUs that the system knows of, whatever torch thinks: name and driver, as nvidia-smi has them."""
+    if command := shutil.which("nvidia-smi"):
+        query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            pass  # the tool is there and the GPU, or its driver, is not: count the devices
+        else:
+            return [line.strip() for line in answer.stdout.splitlines() if "," in line]
+    return ["of unknown name" for _ in Path("/dev").glob("nvidia[0-9]*")]
+
+
+def cuda(torch: Any, seen: Sequence[str], environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether torch can use the GPUs that there are.
+
+    Args:
+        torch: The module.
+        seen: What `nvidia_gpus` has found.
+        environment: In which CUDA_VISIBLE_DEVICES may hide them.
+    """
+    if torch.cuda.is_available():
+        built_for = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        yield Finding(DEVICES, "GPUs", "ok", f"{torch.cuda.device_count()}, by way of {built_for}")
+        return
+    if not seen:
+        yield Finding(DEVICES, "GPUs", "ok", "none; SAEs train on the CPU")
+        return
+    there = f"{plural(len(seen), 'NVIDIA GPU')} ({seen[0]})"
+    hidden = environment.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        found = f"{there}, but this torch is built without CUDA: training would use the CPU"
+        remedy = f"{install('torch', '--force-reinstall')} (on Linux that is built with it; else see {BUILDS})"
+        yield Finding(DEVICES, "GPUs", "problem", found, remedy)
+    elif hidden is not None and (not hidden.strip() or hidden.strip().startswith("-")):
+        found = f"{there}, hidden by CUDA_VISIBLE_DEVICES={hidden!r}"
+        yield Finding(DEVICES, "GPUs", "note", found, "unset CUDA_VISIBLE_DEVICES")
+    else:
+        reason = _why_not(torch)
+        remedy = (
+            f"see that nvidia-smi works, else reboot or install the driver anew; this torch is for CUDA {{}}: {BUILDS}"
+        )
+        if re.search(r"driver.*(too old|insufficient)", reason):
+            remedy = f"update NVIDIA's driver to one for CUDA {{}}, or install a torch for an older CUDA: {BUILDS}"
+        found = f"{there} that torch cannot use ({reason})"
+        yield Finding(DEVICES, "GPUs", "problem", found, remedy.format(torch.version.cuda))
+
+
+def _why_not(torch: Any) -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError, OSError) as error:
+        return describe(error).partition(". ")[0]  # advice follows, with addresses
+    return "it does not say why"
+
+
+def gpu(torch: Any, number: int) -> Iterator[Finding]:
+    """One GPU: name, memory, capability, whether it is fast in bfloat16, and whether this torch was built for it."""
+    properties = torch.cuda.get_device_properties(number)
+    free, total = torch.cuda.mem_get_info(number)
+    major, minor = properties.major, properties.minor
+    fast = "fast in bf16" if (major, minor) >= (8, 0) else "float32 instead of bf16"
+    name = f"GPU {number}"
+    found = f"{properties.name}, {size(free)} of {size(total)} free, capability {major}.{minor}, {fast}"
+    if not torch.version.hip and not _built_for(major, minor, torch.cuda.get_arch_list()):
+        remedy = f"install a torch that is built for it ({BUILDS}), or hide it: CUDA_VISIBLE_DEVICES=..."
+        yield Finding(DEVICES, name, "problem", f"{found}; this torch has no code for it", remedy)
+    elif free < total / 4:
+        remedy = "see nvidia-smi for who holds the rest, or choose another: CUDA_VISIBLE_DEVICES=..."
+        yield Finding(DEVICES, name, "note", found, remedy)
+    else:
+        yield Finding(DEVICES, name, "ok", found)
+
+
+def _built_for(major: int, minor: int, architectures: Sequence[str]) -> bool:
+    """Whether there is machine code of the same major capability, or PTX of an older one, from which it is made."""
+    for architecture in architectures:
+        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture)
+        if parts is None:
+            continue
+        has = (int(parts[2]), int(parts[3]))
+        if has <= (major, minor) and (parts[1] == "compute" or has[0] == major):
+            return True
+    return not architectures
+
+
+def cpu(torch: Any, model: str, cores: int) -> Iterator[Finding]:
+    """The CPU's name, and the vector instructions that torch uses."""
+    level = torch.backends.cpu.get_cpu_capability()
+    extras = {
+        "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+        "VNNI": torch.cpu._is_vnni_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    vectors = ", ".join([level, *(name for name, there in extras.items() if there)])
+    found = f"{model}, {plural(cores, 'core')}; {vectors}"
+    if level == "DEFAULT":
+        found = f"{model}, {plural(cores, 'core')}; no vector instructions that torch could use"
+        remedy = "unset ATEN_CPU_CAPABILITY if it is set; else train on another machine: this one is slow"
+        yield Finding(DEVICES, "CPU", "note", found, remedy)
+    else:
+        yield Finding(DEVICES, "CPU", "ok", found)
+
+
+def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def threads(number: int, cores: int, allowed: int, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """How many threads torch computes with on the CPU.
+
+    Args:
+        number: `torch.get_num_threads()`.
+        cores: Cores that this process may use, each counted once.
+        allowed: Threads that it may run at once: more than `cores` where a core runs two.
+        environment: In which variables may say otherwise.
+    """
+    said = [f"{variable}={environment[variable]}" for variable in THREADS if environment.get(variable)]
+    found = f"{number} for {plural(cores, 'core')}" + (f" ({', '.join(said)})" if said else "")
+    names = " ".join(each.partition("=")[0] for each in said)
+    if 2 * number <= cores:
+        remedy = f"unset {names}, or export OMP_NUM_THREADS={cores}" if said else f"export OMP_NUM_THREADS={cores}"
+        yield Finding(DEVICES, "threads", "note", f"{found}: the others idle", remedy)
+    elif number > allowed:
+        found += f", of which no more than {allowed} run at once: they wait for one another"
+        yield Finding(DEVICES, "threads", "note", found, f"export OMP_NUM_THREADS={cores}")
+    else:
+        yield Finding(DEVICES, "threads", "ok", found)
+
+
+def kernels(device: torch.device, *, triton: bool, capability: tuple[int, int] | None) -> Iterator[Finding]:
+    """What `--kernels auto`, `--select-dtype auto` and `--dtype auto` come to on the device that would train.
+
+    Args:
+        device: That device.
+        triton: Whether Triton is installed.
+        capability: The GPU's; None elsewhere.
+    """
+    from saekit.sae.kernels import SELECT_DTYPES, choose_kernels, has_fast_bf16
+
+    dtype = "fast here: --dtype auto takes it" if has_fast_bf16(device) else "slow here: --dtype auto is float32"
+    yield Finding(DEVICES, "bf16", "ok", dtype)
+    chosen = choose_kernels("auto", "auto", device)
+    select = next(name for name, kind in SELECT_DTYPES.items() if kind == chosen.select_dtype)
+    found = f"auto is {chosen.name}, selecting in {select}"
+    if device.type == "cuda" and not triton:
+        found += ": without Triton, its kernels for GPUs cannot be used"
+        yield Finding(DEVICES, "kernels", "note", found, "pip install triton")
+    elif chosen.name == "triton" and capability is not None and capability < (8, 0):
+        found += f"; Triton speaks of GPUs from capability 8.0 on, and this is {capability[0]}.{capability[1]}"
+        yield Finding(DEVICES, "kernels", "note", found, "use --kernels cpu if they fail")
+    else:
+        yield Finding(DEVICES, "kernels", "ok", found)

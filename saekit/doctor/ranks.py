@@ -1,0 +1,134 @@
+"""Several ranks and 8 bits: what was tried in processes of its own, and what else they need."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from saekit.doctor.findings import EIGHT_BITS, RANKS, Finding, plural
+from saekit.doctor.libraries import install
+from saekit.doctor.probes import Outcome
+
+HOSTS = "or give this host's name its address in /etc/hosts"
+
+GLOO_SOURCE = re.compile(r"\[enforce fail at [^]]*\] (\S+ != nullptr\. )?")
+"""Where in gloo's source an error comes from, before what it says."""
+
+
+def gloo(outcome: Outcome, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether ranks can meet over gloo, which every run on several ranks does, on GPUs too."""
+    if outcome.failed is not None:
+        interface = environment.get("GLOO_SOCKET_IFNAME")
+        remedy = f"export GLOO_SOCKET_IFNAME=lo (or the network's interface, see ip addr), {HOSTS}"
+        if interface:
+            remedy = f"unset GLOO_SOCKET_IFNAME, which is {interface}, or name one of the interfaces that ip addr lists"
+        reason = GLOO_SOURCE.sub("", outcome.failed)
+        yield Finding(RANKS, "gloo", "problem", f"tried, and ranks cannot meet ({reason})", remedy)
+        return
+    address, seconds = outcome.said.get("address"), outcome.said["seconds"]
+    met = f"tried: {plural(outcome.said['ranks'], 'rank')} met in {seconds:.2f} s"
+    if environment.get("GLOO_SOCKET_IFNAME"):
+        yield Finding(RANKS, "gloo", "ok", f"{met} over {environment['GLOO_SOCKET_IFNAME']}")
+    elif address is None:
+        found = f"{met}, but only within this machine: its host's name leads to none of its addresses"
+        remedy = f"for several machines: export GLOO_SOCKET_IFNAME=eth0 (the network's interface, see ip addr), {HOSTS}"
+        yield Finding(RANKS, "gloo", "note", found, remedy)
+    else:
+        reach = " (one machine)" if address.startswith("127.") else ""
+        yield Finding(RANKS, "gloo", "ok", f"{met} over {address}{reach}")
+
+
+def nccl(version: Callable[[], object], gpus: int) -> Iterator[Finding]:
+    """NCCL, which ranks on several GPUs speak.
+
+    Args:
+        version: `torch.cuda.nccl.version`.
+        gpus: How many GPUs there are.
+    """
+    try:
+        found = version()
+    except (AttributeError, RuntimeError):  # torch was built without it
+        found = None
+    if isinstance(found, tuple):
+        yield Finding(RANKS, "NCCL", "ok", ".".join(map(str, found[:3])) + " (not tried)")
+    elif gpus > 1:
+        remedy = f"on Linux {install('torch', '--force-reinstall')}; on Windows there is none: use WSL, or one GPU"
+        yield Finding(RANKS, "NCCL", "problem", f"not in this torch: {gpus} GPUs cannot train together", remedy)
+    else:
+        yield Finding(RANKS, "NCCL", "ok", "not in this torch; only several GPUs need it")
+
+
+def deepspeed(outcome: Outcome) -> Iterator[Finding]:
+    """Whether DeepSpeed can be imported, for `--placement zero3`."""
+    if outcome.failed is not None:
+        found = f"cannot be imported ({outcome.failed}): no --placement zero3"
+        remedy = f"{install('deepspeed', '--force-reinstall', '--no-deps')}, or use --placement layer-map"
+        yield Finding(RANKS, "DeepSpeed", "problem", found, remedy)
+    else:
+        yield Finding(RANKS, "DeepSpeed", "ok", "imported: --placement zero3 can be used")
+
+
+def compilers(which: Callable[[str], str | None], environment: Mapping[str, str], *, triton: bool) -> Iterator[Finding]:
+    """A compiler, which only Triton needs: what DeepSpeed can compile (its CPU Adam, shared memory) saekit never uses.
+
+    zero3 trains with saekit's own optimisers, offloaded or not, and switches DeepSpeed's shared-memory operation off:
+    see `saekit.placement.deepspeed`.
+
+    Args:
+        which: `shutil.which`.
+        environment: In which CC and CXX may name compilers.
+        triton: Whether Triton's kernels are the ones that run here.
+    """
+    c = next(filter(which, [environment.get("CC") or "gcc", "gcc", "clang"]), None)
+    missing = [name for name in (environment.get("CXX") or "c++", "ninja") if not which(name)]
+    if triton and c is None:
+        remedy = "apt install gcc (or name one in CC), or use --kernels cpu"
+        yield Finding(RANKS, "compiler", "problem", "no C compiler, which Triton starts its kernels with", remedy)
+    elif missing:
+        found = f"no {' and no '.join(missing)}: saekit needs none, only DeepSpeed's own CPU Adam would"
+        remedy = " and ".join("pip install ninja" if name == "ninja" else "apt install g++" for name in missing)
+        yield Finding(RANKS, "compiler", "note", found, f"nothing, or {remedy}")
+    else:
+        need = f"{c} starts Triton's kernels" if triton else "saekit needs none here"
+        yield Finding(RANKS, "compiler", "ok", f"C++ and ninja; {need}")
+
+
+def headers(include: Path) -> Iterator[Finding]:
+    """Python's headers, which Triton compiles against.
+
+    Args:
+        include: The folder in which they should be.
+    """
+    if (include / "Python.h").is_file():
+        yield Finding(RANKS, "Python headers", "ok", "there, for Triton")
+    else:
+        remedy = "apt install python3-dev (of this Python's version), or use --kernels cpu"
+        found = "missing, and Triton starts its kernels with them"
+        yield Finding(RANKS, "Python headers", "problem", found, remedy)
+
+
+def load_in_8bit(outcome: Outcome, *, cuda: bool) -> Iterator[Finding]:
+    """`--load-in-8bit`, which needs a GPU."""
+    if not cuda:
+        found = "cannot be used: it needs a CUDA GPU, and there is none"
+        yield Finding(
+            EIGHT_BITS, "load-in-8bit", "note", found, "leave it out; --dtype bfloat16 halves what float32 takes"
+        )
+    elif outcome.failed is not None:
+        found = f"cannot be used: bitsandbytes fails ({outcome.failed})"
+        yield Finding(EIGHT_BITS, "load-in-8bit", "problem", found, install("bitsandbytes", "--upgrade"))
+    else:
+        yield Finding(EIGHT_BITS, "load-in-8bit", "ok", "can be used")
+
+
+def adam8bit(outcome: Outcome) -> Iterator[Finding]:
+    """`--optimizer adam8bit`, which bitsandbytes can do on a CPU as well since some version."""
+    device = outcome.said.get("device")
+    if outcome.failed is None and outcome.said.get("moved"):
+        yield Finding(EIGHT_BITS, "adam8bit", "ok", f"tried: one step on the {'GPU' if device == 'cuda' else 'CPU'}")
+        return
+    reason = outcome.failed or "its step changed nothing"
+    found = f"cannot be used{f' on {device}' if device else ''} ({reason})"
+    remedy = f"{install('bitsandbytes', '--upgrade')}, or use --optimizer adam --moments-dtype bf16"
+    yield Finding(EIGHT_BITS, "adam8bit", "problem", found, remedy)
