@@ -21,7 +21,6 @@ import torch
 
 HERE = Path(__file__).parent
 PEER_FOLDER = HERE / ".venv-peers"
-TORCH = "torch>=2.6,<2.14"
 PEER = "eai-sparsify==1.3.3"
 LOG_LINES = 30
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -101,9 +100,10 @@ def peer_python(given: Path | None, say: Any) -> Path:
         venv.create(PEER_FOLDER, with_pip=True, clear=True)
         import transformers
 
-        # torch first, so that the peer's own looser bound does not choose it; transformers as here, so that both read
-        # the same activations.
-        for packages in ([TORCH], [PEER, f"transformers=={transformers.__version__}", "numpy"]):
+        # torch first, so that the peer's own looser bound does not choose it, and as here: another release has other
+        # matmuls, or needs another driver of a GPU. transformers as here, so that both read the same activations.
+        same_torch = f"torch=={torch.__version__.partition('+')[0]}"
+        for packages in ([same_torch], [PEER, f"transformers=={transformers.__version__}", "numpy"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         finished.touch()
     return python
@@ -191,7 +191,7 @@ def versions(python: Path | str) -> dict[str, str]:
         "import json, platform\n"
         "from importlib.metadata import PackageNotFoundError, version\n"
         "found = {'python': platform.python_version()}\n"
-        "for name in ('saekit', 'eai-sparsify', 'schedulefree', 'torch', 'transformers', 'bitsandbytes'):\n"
+        "for name in ('saekit', 'eai-sparsify', 'schedulefree', 'torch', 'triton', 'transformers', 'bitsandbytes'):\n"
         "    try: found[name] = version(name)\n"
         "    except PackageNotFoundError: pass\n"
         "import sys; sys.stdout.write(json.dumps(found))\n"

@@ -59,7 +59,7 @@ def main(
     device = torch.device("cuda" if gpu else "cpu")
     at_most = at_most or (1.6 if gpu else 2.0)
     backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", "auto")]
-    if gpu:  # the eager one makes an [N, K, D] tensor, which no GPU can hold at that size
+    if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
         backends = [("triton", "fp32"), ("triton", "bf16")]
     results = []
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):

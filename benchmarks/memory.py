@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from common import HERE, activations, hardware, json_from, peer_python, versions
 from rich.console import Console
@@ -52,7 +53,7 @@ def main(
         console.print(shown)
     record = {
         "date": date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": hardware() | ({"gpu": torch.cuda.get_device_name()} if gpu else {}),
         "versions": {"ours": versions(sys.executable), "peer": versions(python)},
         "repeats": repeats,
         "results": results,
@@ -75,7 +76,7 @@ def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[st
         for _ in range(repeats):
             for name, changes in CONTESTANTS.items():
                 if gpu and name == "saekit, eager kernels":
-                    continue  # its [N, K, D] tensor would not fit
+                    continue  # its tensors [N, K, D], 8.6 GB each, might not fit
                 python, script = (
                     (peer, "peers/sparsify_step.py") if changes is None else (sys.executable, "saekit_step.py")
                 )

@@ -1,5 +1,7 @@
 """The sparse kernels against the readable ones: values and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,6 +55,7 @@ def test_sparse_equals_eager(size, shift, call):
 
 
 def test_scores_are_made_in_chunks_of_tokens(monkeypatch):
+    monkeypatch.setattr(sparse, "WORTH_FROM", 0)
     for kernels in (CPU, SELECTS_IN_INT8):  # 8 bytes per score in float64, and for an int32 and a float32
         whole = values_and_gradients(kernels, 64, 16, 128, 8)
         with monkeypatch.context() as patch:
@@ -95,6 +98,22 @@ def test_no_gradient_machinery_without_gradients():
 @pytest.mark.parametrize("kernels", [SELECTS_IN_BF16, SELECTS_IN_INT8], ids=["bf16", "int8"])
 class TestSelectionInLowPrecision:
     N, D, M, K = 200, 64, 1000, 16
+
+    @pytest.fixture(autouse=True)
+    def _at_any_size(self, monkeypatch):
+        monkeypatch.setattr(sparse, "WORTH_FROM", 0)
+
+    def test_is_left_to_large_dictionaries(self, kernels, monkeypatch):
+        asked = []
+        topk = torch_ops.topk
+        recording = SimpleNamespace(**vars(torch_ops))
+        recording.topk = lambda *arguments: asked.append((arguments[3], arguments[4])) or topk(*arguments)
+        monkeypatch.setattr(sparse, "WORTH_FROM", 32)
+        for M in (24 * 32 - 1, 24 * 32):
+            Sparse("cpu", recording, kernels.select_dtype).encode_topk(
+                torch.ones(2, 4), torch.ones(M, 4), torch.ones(M), 16
+            )
+        assert asked == [(16, torch.float32), (24, kernels.select_dtype)]
 
     def both(self, kernels):
         parameters = leaves(self.N, self.D, self.M)

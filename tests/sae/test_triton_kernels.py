@@ -13,6 +13,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 from saekit.sae.kernels import triton_ops  # noqa: E402  # tests/conftest.py has switched the interpreter on
 
 SIZES = [(7, 5, 33, 4), (20, 16, 128, 8), (1, 3, 9, 1), (5, 8, 6, 6), (0, 4, 10, 2), (33, 70, 300, 3)]
+# NumPy 2.4 and newer say so of what Triton 3.6's interpreter does.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 
 

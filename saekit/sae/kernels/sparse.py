@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 LEAST_SPARE = 8
 """Candidates beyond k that low precision names at least."""
+WORTH_FROM = 32
+"""Latents per candidate from which low precision pays: to compute a candidate again costs 15 to 40 times what its share
+of a float32 matmul does. AuxK's many latents out of few dead ones are selected in float32."""
 
 
 class Ops(Protocol):
@@ -85,7 +88,8 @@ class Sparse(NamedTuple):
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None
     ) -> tuple[Tensor, Tensor, _Pairs]:
         pairs = _Pairs(None, W_MD.shape[0])
-        select_dtype = self.select_dtype or W_MD.dtype
+        few = num_candidates(k, W_MD.shape[0]) * WORTH_FROM <= W_MD.shape[0]
+        select_dtype = self.select_dtype if self.select_dtype and few else W_MD.dtype
         acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, pairs, self.ops, select_dtype)
         return acts_NK, indices_NK, pairs
 

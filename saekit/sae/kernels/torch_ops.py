@@ -135,6 +135,7 @@ def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
     zeros = x_ND.new_zeros(N * K)
     with warnings.catch_warnings():  # torch calls its CSR tensors beta, once per process
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)  # torch 2.11
         pattern = torch.sparse_csr_tensor(
             starts, indices_NK.flatten(), zeros, (N, W_MD.shape[0]), check_invariants=False
         )
