@@ -155,12 +155,13 @@ class SaeTrainer:
                 # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
                 stop = max(placement.gather(interruption.request))
                 if stop or save or run.step % cfg.log_every == 0:
-                    rate = (run.tokens - tokens_at_report) / (time.perf_counter() - clock)
+                    now = time.perf_counter()  # once: what the report waits for belongs to the next interval
+                    rate, clock = (run.tokens - tokens_at_report) / (now - clock), now
                     stats = self._read(run, windows, num_dead, rate)
                     report.step(stats)
                     saver.note(stats)
                     windows = self._fresh_windows()
-                    clock, tokens_at_report = time.perf_counter(), run.tokens
+                    tokens_at_report = run.tokens
                 if stop or save:
                     self._save(saver, last=bool(stop) or run.step == plan.total_steps)
                 if stop:
