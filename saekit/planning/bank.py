@@ -1,0 +1,182 @@
+"""What one layer's SAE costs: the training's own code, run for a step on the meta device under a meter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saekit.config import TrainConfig
+from saekit.planning.meter import Bytes, Meter, all_of, sized
+from saekit.sae import Sae, project_decoder_gradient_, sae_losses
+from saekit.sae.kernels import Kernels, torch_ops
+from saekit.sae.kernels.choose import Eager
+from saekit.sae.kernels.sparse import Sparse
+from saekit.training.counters import LayerCounters
+from saekit.training.optimizers import make_optimizer
+from saekit.training.statistics import LayerWindow
+
+ADAM_8BIT_STATE = 2 + 2 * 4 / 256
+"""Bytes per parameter of bitsandbytes' Adam: two moments in 8 bits, and a float32 scale for each block of 256."""
+TRITON_CHUNK_BYTES, TRITON_BLOCK, TRITON_GROUP = 2**30, 128, 32
+"""As in `saekit.sae.kernels.triton_ops`, which can only be imported where Triton is; a test compares them."""
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's training; tensors are whole, whatever the placement does with them."""
+
+    parameters: Bytes
+    gradients: Bytes
+    state: Bytes
+    """The optimiser's."""
+    counters: Bytes
+    first_chunk: Bytes
+    """The most that forward and backward pass of a chunk hold besides parameters, state and gradients, when the
+    gradients are made by it."""
+    later_chunk: Bytes
+    """The same when there are gradients already that its own are added to."""
+    update: Bytes
+    """The most that the optimiser's step holds besides all of those."""
+
+
+def layer_cost(
+    cfg: TrainConfig,
+    d_in: int,
+    num_latents: int,
+    tokens: int,
+    act_dtype: torch.dtype,
+    kernels: Kernels,
+    *,
+    on_gpu: bool,
+    dead: int = 0,
+) -> LayerCost:
+    """Meter a step of one layer.
+
+    Args:
+        cfg: The run's.
+        d_in: D.
+        num_latents: M.
+        tokens: Tokens per chunk, those of a micro-batch over `micro_acc_steps`.
+        act_dtype: Of the language model's activations.
+        kernels: From `on_meta`.
+        on_gpu: Whether it is a GPU's memory.
+        dead: Dead latents, which AuxK trains.
+    """
+    eight_bit = cfg.optimizer == "adam8bit"
+    with META:
+        sae = Sae(
+            d_in,
+            num_latents,
+            cfg.sae.k,
+            normalize_decoder=cfg.sae.normalize_decoder,
+            multi_topk=cfg.sae.multi_topk,
+        ).train()
+    sae.chosen_kernels = kernels
+    optimizer = make_optimizer(replace(cfg, optimizer="adam") if eight_bit else cfg, sae)
+    for each in optimizer.optimizers:
+        for group in each.param_groups:
+            group |= {"fused": False} if group.get("fused") else {}  # no such kernel on the meta device
+    parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in sae.parameters())
+    chunk = torch.empty(tokens, d_in, dtype=act_dtype, device=META)
+    dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead and cfg.auxk_alpha else None
+    counters, window = LayerCounters.fresh(num_latents, META), LayerWindow.empty(d_in, META)
+
+    def passes() -> None:
+        x_ND = chunk.float()
+        out = sae(x_ND, dead_latents)
+        losses = sae_losses(x_ND, out, scale=1.0, auxk_alpha=cfg.auxk_alpha, num_dead=dead)
+        losses.total.backward()
+        counters.observe(out.acts, out.indices)
+        window.observe(x_ND, out, losses, 1.0, sae.b_dec.detach())
+
+    with Meter(on_gpu) as meter:
+        passes()
+        gradients = meter.live
+        first = meter.peak - gradients
+        meter.restart()
+        passes()
+        later = meter.peak - gradients
+        meter.restart()
+        optimizer.step(1.0)
+        state = meter.live - gradients
+        meter.restart()
+        optimizer.step(1.0)
+        update = meter.peak - gradients - state
+        if eight_bit:
+            state = parameters.times(ADAM_8BIT_STATE / 4)
+            meter.restart()
+            project_decoder_gradient_(sae)
+            update = meter.peak - meter.live
+    return LayerCost(parameters, gradients, state, sized(8 * num_latents, on_gpu).times(3), first, later, update)
+
+
+def on_meta(backend: str, select_dtype: torch.dtype | None) -> Kernels:
+    """Kernels that compute nothing and allocate what those of a backend do.
+
+    Args:
+        backend: One of `saekit.sae.kernels.BACKENDS`.
+        select_dtype: As in `Kernels.select_dtype`.
+    """
+    if backend == "eager":
+        return Eager()
+    return Sparse(backend, _CpuOps() if backend == "cpu" else _TritonOps(), select_dtype)
+
+
+class _CpuOps:
+    """`torch_ops`, less what has no implementation on the meta device."""
+
+    topk = staticmethod(torch_ops.topk)
+    gather_sum = staticmethod(torch_ops.gather_sum)
+    segment_sum = staticmethod(torch_ops.segment_sum)
+
+    def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
+        """Its pattern and its result."""
+        N, K = indices_NK.shape
+        starts = x_ND.new_empty(N + 1, dtype=torch.int64)
+        zeros, out = x_ND.new_empty(N * K), x_ND.new_empty(N, K)
+        del starts, zeros
+        return out
+
+    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **_: object) -> None:
+        """A block of rows in float32 beside itself: products, and moments that are kept in another type."""
+        block = torch.empty(min(torch_ops.ADAM_BYTES // 4, param.numel()), device=param.device)
+        more = torch.empty_like(block), torch.empty_like(block)
+        del block, more
+
+
+class _TritonOps:
+    """What `triton_ops` allocates."""
+
+    def topk(
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs in `dtype`, a chunk's scores, maxima and candidates."""
+        N, M = x_ND.shape[0], W_MD.shape[0]
+        x_ND, W_MD = x_ND.to(dtype), W_MD.to(dtype)
+        padded = -(-M // TRITON_BLOCK) * TRITON_BLOCK
+        rows = max(1, min(N, TRITON_CHUNK_BYTES // (padded * dtype.itemsize)))
+        scores, maxima = x_ND.new_empty(rows, padded), x_ND.new_empty(rows, padded // TRITON_GROUP)
+        values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
+        if k < padded // TRITON_GROUP:
+            best_NK = maxima.topk(k, dim=-1, sorted=False).indices
+            members = scores.view(rows, -1, TRITON_GROUP).gather(1, best_NK[:, :, None].expand(rows, k, TRITON_GROUP))
+            members.view(rows, -1).topk(k, dim=-1)
+        return values_NK, indices_NK
+
+    def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
+        """The result only, as in the others."""
+        return x_ND.new_empty(indices_NK.shape)
+
+    def gather_sum(self, weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+        """`[N, D]`."""
+        return W_MD.new_empty(indices_NK.shape[0], W_MD.shape[1])
+
+    def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
+        """`[M, D]`."""
+        return rows_ND.new_empty(len(starts_M) - 1, rows_ND.shape[1])
+
+    def adam_(self, *_: object, **__: object) -> None:
+        """In place."""

@@ -1,0 +1,87 @@
+"""What the language model costs: its weights, its forward pass up to the last tapped layer. Nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from saekit.activations import ModelShape, find_blocks, tap
+from saekit.activations.lm import PLAIN_ATTENTION_UP_TO, cut_config
+from saekit.planning.meter import Bytes, Meter, StandIn, all_of, sized
+
+SCALE_BYTES = 4
+"""Of an output of a matrix in 8 bits (float32)."""
+
+
+@dataclass(frozen=True)
+class LmCost:
+    """The language model, cut off after the last layer that is tapped."""
+
+    weights: Bytes
+    forward: Bytes
+    """The most that a forward pass of one micro-batch holds besides the weights, the tapped activations included."""
+    flops_per_token: float
+    """Of that forward pass, 2 per multiply-add."""
+    largest_block: int
+    """Bytes of its largest block, or of its embeddings if they are larger."""
+
+
+def language_model_cost(
+    shape: ModelShape,
+    layers: list[int],
+    *,
+    batch_size: int,
+    ctx_len: int,
+    dtype: torch.dtype,
+    in_8_bits: bool,
+    on_gpu: bool,
+) -> LmCost:
+    """Build the model on the meta device, run the training's own tap on it, and read the meter.
+
+    Args:
+        shape: From the model's config.
+        layers: Those that are tapped.
+        batch_size: Sequences per micro-batch.
+        ctx_len: Tokens per sequence.
+        dtype: Of its weights and activations.
+        in_8_bits: Whether its matrices are int8 (`--load-in-8bit`).
+        on_gpu: Whether it runs on a GPU; on a CPU short sequences take another attention.
+    """
+    from transformers import AutoModel
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(cut_config(shape.config, max(layers) + 1), dtype=dtype).eval()
+    blocks = find_blocks(model)
+    if not on_gpu and dtype == torch.bfloat16 and ctx_len <= PLAIN_ATTENTION_UP_TO:
+        model.set_attn_implementation("eager")
+    matrices = {
+        id(module.weight) for module in model.modules() if in_8_bits and isinstance(module, (nn.Linear, Conv1D))
+    }
+
+    def bytes_of(module: nn.Module) -> Bytes:
+        tensors: list[Any] = [*module.parameters(), *module.buffers()]
+        sizes = (
+            each.numel() + SCALE_BYTES * each.shape[0] if id(each) in matrices else each.numel() * each.element_size()
+            for each in {id(tensor): tensor for tensor in tensors}.values()
+        )
+        return all_of(sized(size, on_gpu) for size in sizes)
+
+    hookpoints = [blocks.hookpoint(layer) for layer in layers]
+    input_ids = torch.zeros(batch_size, ctx_len, dtype=torch.int64, device="meta")
+    with tap(model, hookpoints) as read_residual, StandIn(linear_in_8_bits=in_8_bits), Meter(on_gpu) as meter:
+        taken = read_residual(input_ids)
+        del taken
+    embeddings = model.get_input_embeddings()
+    in_blocks = sum(parameter.numel() for parameter in blocks.modules.parameters() if parameter.ndim == 2)
+    # Scores and their use cost a multiply-add per pair of tokens and dimension each; causal masks save half of them.
+    attention = 2 * 2 * ctx_len * shape.d_in * len(blocks.modules) / 2
+    return LmCost(
+        weights=bytes_of(model),
+        forward=meter.peak,
+        flops_per_token=2 * in_blocks + attention,
+        largest_block=max(bytes_of(embeddings).total, *(bytes_of(block).total for block in blocks.modules)),
+    )
