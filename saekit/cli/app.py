@@ -14,6 +14,7 @@ from saekit.cli.doctor import doctor
 from saekit.cli.inspect import inspect
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
+from saekit.cli.plan import plan
 from saekit.cli.train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(inspect)
 app.command()(demo)
+app.command()(plan)
 app.command()(doctor)
 
 

@@ -102,6 +102,15 @@ def relaunch(context: typer.Context, name: str, num_processes: int | None) -> No
     _start([*head, *command])
 
 
+def processes_of(name: str, num_processes: int | None) -> int:
+    """How many processes `--launch NAME` would start.
+
+    Raises:
+        UserError: If the launch file, or this machine, cannot start them.
+    """
+    return _processes(launch_file(name), name, num_processes)
+
+
 def _refuse_workers(environment: Mapping[str, str], name: str) -> None:
     said = [f"{variable}={environment[variable]}" for variable in ("RANK", "WORLD_SIZE") if variable in environment]
     if said:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from saekit.cli.options import with_config_options
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
 from saekit.layout import has_checkpoints, run_of
+
+if TYPE_CHECKING:
+    from saekit.config import RunConfig
 
 
 @with_config_options
@@ -56,6 +60,9 @@ def train(
             "--distribute-layers", metavar="", help="The same as --placement layer-map.", rich_help_panel=PLACEMENT
         ),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and what it will need in memory, and stop.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
     **options: Any,
 ) -> None:
@@ -81,6 +88,8 @@ def train(
     if "expansion_factor" in typed and "num_latents" not in typed:
         values.pop("num_latents", None)
     cfg = RunConfig.from_flat(values)
+    if dry_run:
+        return _show(cfg, launch, num_processes)
     if launch is not None:
         from saekit.cli.launch import relaunch
 
@@ -91,6 +100,27 @@ def train(
         from saekit.training.launch import train_from_config
     with resumable():
         train_from_config(cfg)
+
+
+def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None:
+    """The configuration as YAML, with every default, and the plan of the run's placement on this machine."""
+    import yaml
+
+    from saekit.cli.output import messages, results
+
+    ranks = num_processes
+    if launch is not None:
+        from saekit.cli.launch import processes_of
+
+        ranks = processes_of(launch, num_processes)
+    elif num_processes is not None:
+        raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
+    with messages().status("Planning"):
+        from saekit.planning import detect, make_plan, render
+
+        plan = make_plan(cfg, detect(ranks or int(os.environ.get("WORLD_SIZE", "0")) or 1))
+    typer.echo(yaml.safe_dump(cfg.to_flat(), sort_keys=False, allow_unicode=True))
+    render(plan, results())
 
 
 def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""The plan against what real runs take: resident memory of one process, tensors of two ranks. Linux only."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from saekit.config import RunConfig
+from saekit.planning import Machine, make_plan
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+WORKER = Path(__file__).with_name("measured_run.py")
+DEMO_TOKENIZER = Path(__file__).parents[2] / "saekit" / "demo" / "model"
+STEPS = 2
+EXACT = {"dtype": "float32", "select_dtype": "fp32", "kernels": "cpu"}
+
+# Large enough that tensors, and not libraries, make up most of it; each dominated by something else.
+LARGE = {
+    "dictionaries": {"width": 512, "layers": 3, "latents": 16640, "k": 32, "batch": 4, "ctx_len": 128},
+    "tokens": {"width": 512, "layers": 2, "latents": 16640, "k": 16, "batch": 68, "ctx_len": 256},
+    "language model": {
+        "width": 768,
+        "layers": 4,
+        "latents": 12288,
+        "k": 16,
+        "batch": 4,
+        "ctx_len": 128,
+        "vocab": 50000,
+    },
+    "cut up": {
+        "width": 768,
+        "layers": 2,
+        "latents": 24576,
+        "k": 32,
+        "batch": 16,
+        "ctx_len": 256,
+        "options": {"micro_acc_steps": 4, "grad_acc_steps": 2, "optimizer": "signum", "dtype": "bfloat16"},
+    },
+}
+TINY = {"width": 32, "layers": 2, "latents": 64, "k": 4, "batch": 2, "ctx_len": 32}
+SMALL = {
+    "even": {"width": 64, "layers": 4, "latents": 1024, "k": 8, "batch": 4, "ctx_len": 32},
+    "wide": {"width": 192, "layers": 2, "latents": 512, "k": 16, "batch": 2, "ctx_len": 64},
+    "one layer left over": {"width": 32, "layers": 3, "latents": 2048, "k": 4, "batch": 2, "ctx_len": 32},
+    "rows cut apart": {
+        "width": 64,
+        "layers": 2,
+        "latents": 1001,
+        "k": 8,
+        "batch": 2,
+        "ctx_len": 32,
+        "options": {"grad_acc_steps": 2},
+    },
+}
+
+
+def config_of(size, folder, placement):
+    options = {**EXACT, **size.get("options", {})}
+    if not (folder / "data").exists():
+        torch.manual_seed(0)
+        vocab = size.get("vocab", 512)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=size["width"],
+                intermediate_size=2 * size["width"],
+                num_hidden_layers=size["layers"],
+                num_attention_heads=max(1, size["width"] // 64),
+                num_key_value_heads=max(1, size["width"] // 64),
+                max_position_embeddings=512,
+            )
+        ).save_pretrained(folder / "model")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / "model" / name).write_bytes((DEMO_TOKENIZER / name).read_bytes())
+        sequences = STEPS * size["batch"] * options.get("grad_acc_steps", 1) * (1 if placement == "single" else 2)
+        tokens = torch.randint(5, vocab, (sequences, size["ctx_len"]))
+        Dataset.from_dict({"input_ids": tokens.tolist()}).save_to_disk(folder / "data")
+    return {
+        "model": str(folder / "model"),
+        "dataset": str(folder / "data"),
+        "num_latents": size["latents"],
+        "k": size["k"],
+        "ctx_len": size["ctx_len"],
+        "batch_size": size["batch"],
+        "exclude_special_tokens": False,
+        "save_dir": str(folder),
+        "run_name": placement,
+        **options,
+        **({} if placement == "single" else {"placement": placement}),
+    }
+
+
+def measured_and_planned(size, folder, placement="single"):
+    folder.mkdir(exist_ok=True)
+    config = config_of(size, folder, placement)
+    ranks = 1 if placement == "single" else 2
+    (folder / "job.json").write_text(json.dumps({"config": config, "ranks": ranks}), encoding="utf-8")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, WORKER, folder / "job.json"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(ranks)]
+    plan = make_plan(RunConfig.from_flat(config), Machine("cpu", ranks, 64 * 2**30, "CPU"))
+    return measured, plan.choice(placement)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """What a process takes that trains next to nothing: the baseline."""
+    (measured,), planned = measured_and_planned(TINY, tmp_path_factory.mktemp("tiny") / "run")
+    return measured["peak"] - planned.memory.total
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_resident_memory_of_one_process(name, libraries, tmp_path):
+    (measured,), planned = measured_and_planned(LARGE[name], tmp_path / "run")
+    assert planned.memory.total > 700e6
+    assert measured["peak"] - libraries == pytest.approx(planned.memory.total, rel=0.1)
+
+
+def test_the_allowance_for_libraries_is_about_what_they_take(libraries):
+    assert libraries == pytest.approx(Machine("cpu", 1, 1, "").libraries, rel=0.25)
+
+
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+@pytest.mark.parametrize("name", SMALL)
+def test_tensors_of_two_ranks(name, placement, tmp_path):
+    measured, planned = measured_and_planned(SMALL[name], tmp_path / "run", placement)
+    peak = next(moment for moment in planned.memory.moments if moment.name == "optimiser's step")
+    expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
+    assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,135 @@
+"""`saekit plan` and `saekit train --dry-run`, from a model's config alone."""
+
+import json
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from saekit.planning.machine import parse_size
+from tests.cli.conftest import saekit  # noqa: F401  # a fixture
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def llama_3_8b(tmp_path_factory):
+    """A folder with the numbers of Llama-3-8B's config and nothing else."""
+    folder = tmp_path_factory.mktemp("llama-3-8b")
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ).save_pretrained(folder)
+    return folder
+
+
+RECIPE = ("--load-in-8bit", "--layer-stride", "2", "--expansion-factor", "32", "--batch-size", "1")
+"""Llama-3-8B, all even layers, 32 latents per dimension, the model in 8 bits."""
+
+
+@pytest.fixture
+def planned(saekit, llama_3_8b):  # noqa: F811
+    def call(*options):
+        done = saekit("plan", llama_3_8b, "--gpus", 8, "--gpu-memory", "48GiB", "--json", *RECIPE, *options)
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return call
+
+
+def test_llama_3_8b_on_eight_gpus_of_48_gib(planned):
+    found = planned()
+    assert (found["num_latents"], len(found["layers"]), found["dtype"]) == (131072, 16, "bfloat16")
+    parameters = 2 * 131072 * 4096 + 131072 + 4096  # of one SAE
+    placements = found["placements"]
+    for name, layers_held in (("ddp", 16), ("zero3", 16 / 8), ("layer-map", 2)):
+        parts = placements[name]["parts"]
+        assert parts["parameters"] == parts["gradients"] == pytest.approx(4 * parameters * layers_held)
+        assert parts["optimizer_state"] == pytest.approx(8 * parameters * layers_held)
+        # Blocks 0 to 30: attention 4096² twice and 4096 · 1024 twice, MLP 3 · 4096 · 14336, in one byte each and four
+        # per output; two norms per block, the last norm, and the embeddings in two bytes.
+        blocks = 31 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+        scales = 31 * 4 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
+        rest = 2 * (128256 * 4096 + 63 * 4096)
+        assert parts["language_model"] == pytest.approx(blocks + scales + rest, rel=1e-4)
+    totals = {name: round(each["total"] / GIB, 1) for name, each in placements.items()}
+    assert totals == {"ddp": 266.7, "layer-map": 41.4, "zero3": 50.7}
+    assert {name for name, each in placements.items() if each["fits"]} == {"layer-map"}
+    assert found["recommended"] == "layer-map"
+    # One sequence of 2048 tokens: 14 foreign layers' activations leave a rank; 7 ranks' arrive for its 2 layers.
+    assert placements["layer-map"]["sent_per_step"] == 14 * 2048 * 4096 * 2
+
+
+def test_what_makes_room_does(planned):
+    totals = [planned()["placements"]["layer-map"]["total"]]
+    for options in (["--moments-dtype", "bf16"], ["--optimizer", "adam8bit"], ["--layers", "0-31:4"]):
+        options = [*options, "--layer-stride", 1] if "--layers" in options else options
+        totals.append(planned(*options)["placements"]["layer-map"]["total"])
+    assert totals[0] - totals[1] == pytest.approx(2 * 4 * 2 * 131072 * 4096, rel=0.01)  # 4 bytes less per parameter
+    assert totals[2] < totals[1]
+    assert totals[3] < totals[1]
+    chunked, whole = (
+        planned("--batch-size", 8, *more)["placements"]["layer-map"]["parts"]["working"]
+        for more in (["--micro-acc-steps", 8], [])
+    )
+    assert chunked < whole
+
+
+def test_an_optimiser_that_needs_whole_tensors_leaves_out_zero3(planned):
+    assert set(planned("--optimizer", "muon")["placements"]) == {"ddp", "layer-map"}
+
+
+def test_the_table(saekit, llama_3_8b):  # noqa: F811
+    done = saekit("plan", llama_3_8b, "some/data", "--gpus", 8, "--gpu-memory", "48GiB", *RECIPE)
+    assert "16 SAEs of 131,072 latents on width 4,096, 16,384 tokens per step" in done.out
+    assert "layer-map █" in done.out
+    assert "86% of 48.0 GiB, fits" in done.out
+    assert "106% of 48.0 GiB, does not fit" in done.out
+    assert "Take layer-map" in done.out
+
+
+def test_where_nothing_fits(saekit, llama_3_8b):  # noqa: F811
+    done = saekit("plan", llama_3_8b, "--gpus", 2, "--gpu-memory", "24GiB")
+    assert done.code == 0
+    assert "None fits: layer-map needs least and lacks" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", 8], "give both, or neither"),
+        (["--gpus", 8, "--gpu-memory", "much"], "--gpu-memory 'much': expected a size such as 80GiB"),
+        (["--gpus", 8, "--gpu-memory", "8G", "--num-processes", 2], "leave it out with --gpus"),
+        (["--layers", "40"], "out of range"),
+        (["--ctx-len", "10000"], "8192 tokens that this model can read"),
+    ],
+)
+def test_what_cannot_be_planned(saekit, llama_3_8b, options, message):  # noqa: F811
+    done = saekit("plan", llama_3_8b, *options)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_sizes():
+    assert [parse_size("--x", text) for text in ("80GiB", "80", "80 GB", "1.5T", "80g", "100000000")] == [
+        80 * GIB, 80 * GIB, 80 * 10**9, 1.5 * 10**12, 80 * 10**9, 10**8,
+    ]  # fmt: skip
+
+
+def test_a_dry_run_shows_and_leaves_nothing(saekit, model_dir, text_file, tmp_path):  # noqa: F811
+    options = ["--num-latents", 64, "--k", 4, "--ctx-len", 32]
+    done = saekit("train", model_dir, text_file, *options, "--dry-run")
+    assert done.code == 0, done.err
+    config, _, table = done.out.partition("\n\n")
+    assert yaml.safe_load(config)["k"] == 4
+    assert yaml.safe_load(config)["batch_size"] == 8
+    assert "single" in table
+    assert not (tmp_path / "checkpoints").exists()
+    done = saekit("train", model_dir, text_file, *options, "--dry-run", "--launch", "ddp-cpu")
+    assert all(placement in done.out for placement in ("ddp", "layer-map", "zero3"))
+    assert "2 ranks share its memory" in done.out
