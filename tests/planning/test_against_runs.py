@@ -43,7 +43,7 @@ LARGE = {
         "k": 32,
         "batch": 16,
         "ctx_len": 256,
-        "options": {"micro_acc_steps": 4, "grad_acc_steps": 2, "optimizer": "signum", "dtype": "bfloat16"},
+        "options": {"micro_acc_steps": 4, "grad_acc_steps": 2, "optimizer": "signum"},
     },
 }
 TINY = {"width": 32, "layers": 2, "latents": 64, "k": 4, "batch": 2, "ctx_len": 32}
