@@ -34,8 +34,10 @@ FAULTS = [
         "self.W_dec) + self.b_dec, recon_ND.detach()\n",
     ),
     ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
-    ("values stay as rough as they were selected by", SPARSE, "if select_only:", "if False:"),
-    ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[indices_NK])", ""),
+    ("no candidate to spare", SPARSE, "k + max(k // 2, LEAST_SPARE)", "k"),
+    ("large dimensions take all bits", TORCH_OPS, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
+    ("a token's scale is lost on the bias", TORCH_OPS, ".addcmul_(one_over_x_n1, b_M)", ".add_(b_M)"),
+    ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[candidates_NC])", ""),
     ("second moments in bfloat16 are cut off", EAGER, "(mixed >> 16 & 0xFFFF)", "0"),
     ("a group's first member is taken for its best", TORCH_OPS, "members_NGg.amax(1)", "members_NGg[:, 0]"),
     ("the residual is not detached", LOSSES, "error_ND.detach() - out", "error_ND - out"),
@@ -43,7 +45,7 @@ FAULTS = [
     ("selected counts as fired", COUNTERS, "(acts_NK > 0)", "(acts_NK >= 0)"),
     ("counters count micro-batches", TRAINER, ADVANCE, ADVANCE.replace("tokens)", "len(batches))")),
     ("micro_acc_steps cuts nothing", TRAINER, "x_ND.tensor_split(cfg.micro_acc_steps)", "[x_ND]"),
-    ("micro_acc_steps divides the loss", TRAINER, "losses.total)", "losses.total / cfg.micro_acc_steps)"),
+    ("micro_acc_steps divides the loss", TRAINER, "losses.total)", "losses.total / self.cfg.micro_acc_steps)"),
     (
         "N is a micro-batch's",
         TRAINER,
@@ -59,8 +61,8 @@ FAULTS = [
     (
         "averages are cleared at another rhythm",
         TRAINER,
-        "windows = self._fresh_windows()\n                    clock",
-        "windows = self._fresh_windows() if run.step % 5 == 0 else windows\n                    clock",
+        "windows = self._fresh_windows()\n                    tokens_at_report",
+        "windows = self._fresh_windows() if run.step % 5 == 0 else windows\n                    tokens_at_report",
     ),
     ("resume is off by one", "saekit/training/state.py", 'index["step"], index', 'index["step"] + 1, index'),
     (
