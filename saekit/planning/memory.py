@@ -31,8 +31,6 @@ class Demand:
     """Of one layer, for chunks of the tokens that it trains on under this placement."""
     on_gpu: bool
     shard_lm: bool = False
-    offload: bool = False
-    """Whether parameters and optimiser state live in the machine's memory (zero3_offload)."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,6 @@ class RankMemory:
 
     moments: tuple[Moment, ...]
     """What was compared."""
-    host: int = 0
-    """Bytes that are offloaded to the machine's memory instead."""
 
     @property
     def heap(self) -> int:
@@ -100,18 +96,17 @@ def rank_memory(placing: Placing, demand: Demand, world_size: int = 1, owned: in
     """
     bank, trained = demand.bank, demand.layers if owned is None else owned
     share = trained / (world_size if placing == "zero3" else 1)
-    there = 0 if demand.offload else share
     held = Moment(
         "between steps",
         language_model=demand.lm.weights,
-        parameters=bank.parameters.times(there),
-        optimizer_state=bank.state.times(there),
+        parameters=bank.parameters.times(share),
+        optimizer_state=bank.state.times(share),
         working=bank.counters.times(trained),
     )
     if demand.shard_lm:
         whole = sized(demand.lm.largest_block, demand.on_gpu)
         held = replace(held, language_model=demand.lm.weights.times(1 / world_size) + whole)
-    gradients = bank.gradients.times(there)
+    gradients = bank.gradients.times(share)
     if placing in ("ddp", "zero3"):  # theirs are kept from step to step; the others' are made by every step
         held = replace(held, gradients=gradients)
     moments = (
@@ -119,8 +114,7 @@ def rank_memory(placing: Placing, demand: Demand, world_size: int = 1, owned: in
         *_passes(placing, demand, held, trained, world_size),
         replace(_with(held, "optimiser's step", working=bank.update), gradients=gradients),
     )
-    offloaded = (bank.parameters + bank.gradients + bank.state).times(share).total if demand.offload else 0
-    return RankMemory(moments, offloaded)
+    return RankMemory(moments)
 
 
 def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
