@@ -67,6 +67,7 @@ class LayerMap(Ranked, LocalBank):
         for number, wave in enumerate(self._waves):
             arrived, work = coming
             work.wait()
+            del coming, work  # which hold what was sent
             if number + 1 < len(self._waves):
                 coming = self._send(acts, self._waves[number + 1], tokens, rows)
             if self.rank in wave:

@@ -226,11 +226,10 @@ class Zero3(Ranked):
     def _gathered(self, hookpoint: str, piece: Piece, like_flat: Tensor) -> Tensor:
         """A whole tensor from the ranks' pieces, on the rank that leads the layer; on the others, nothing."""
         mine = piece.of(like_flat).to(self.device).contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)] if self.leads(hookpoint) else None
-        dist.gather(mine, parts, dst=self._numbers[hookpoint] % self.world_size)
-        if parts is None:
-            return mine.new_empty(0)
-        return torch.cat(parts)[: piece.shape.numel()].view(piece.shape)
+        leads = self.leads(hookpoint)
+        whole = mine.new_empty(self.world_size if leads else 0, mine.numel())
+        dist.gather(mine, list(whole) if leads else None, dst=self._numbers[hookpoint] % self.world_size)
+        return whole.view(-1)[: piece.shape.numel()].view(piece.shape) if leads else whole.view(-1)
 
     def _on_one_rank(self, sae: Sae, tensors: Mapping[str, Tensor]) -> tuple[Sae, LayerOptimizer]:
         """The same layer with whole tensors, and its optimiser."""

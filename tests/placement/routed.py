@@ -1,0 +1,45 @@
+"""Run on every rank by test_layer_map.py: route layers' activations and count what is alive while each is at work.
+
+Rank 0 prints, for each of its layers, how many layers' activations of a rank's tokens there are.
+"""
+
+import gc
+import sys
+
+import torch
+
+from saekit.placement import connect
+
+TOKENS, WIDTH, LAYERS = 96, 24, 7
+
+
+def alive():
+    """Layers' activations of one rank's tokens that storages are held for; small and other tensors do not count."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.ndim == 2]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values()) / (4 * TOKENS * WIDTH)
+
+
+def main():
+    placement = connect("layer-map")
+    names = [f"layers.{number}" for number in range(LAYERS)]
+    placement.place(names, lambda name: torch.nn.Identity(), lambda sae: None)
+    numbers = []
+    for _ in range(2):
+        acts = {name: torch.full((TOKENS, WIDTH), float(number)) for number, name in enumerate(names)}
+        for name, x_ND in placement.route(acts, last=True):
+            assert x_ND.shape == (2 * TOKENS, WIDTH)
+            assert (x_ND == names.index(name)).all()
+            numbers.append(alive())
+            del x_ND
+        assert not acts
+        assert alive() == 0
+    rank = placement.rank
+    placement.close()
+    if rank == 0:
+        sys.stdout.write(f"ALIVE {' '.join(map(str, numbers))}\n")
+
+
+if __name__ == "__main__":
+    main()
