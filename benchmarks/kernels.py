@@ -3,8 +3,8 @@
     python benchmarks/kernels.py
     python benchmarks/kernels.py --gpu
 
-The floor is what this machine's own rates allow, measured in the same run: the dense matmul's operations over the rate
-of a plain matmul of the same shape in the same type, the sparse sums' over that of float32, and the bytes that a step
+The floor is what this machine's own rates allow, measured in the same run: the time of a plain
+matmul of the same shape in the type that selects, the sparse sums' over that of float32, and the bytes that a step
 must move over the bandwidth of a multiplication in place (a copy's is lower: it reads its target, too). Counted are
 only bytes that no cache of any size could save: parameters, gradients, moments and activations, each as often as the
 algorithm must read or write it. The scores are not counted (they need not leave the cache), nor are rows that are
@@ -89,7 +89,8 @@ def main(
 def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Kernels], rounds: int) -> dict[str, Any]:
     """Everything in turn, `rounds` times, after two rounds of warm-up."""
     works = {name: operations(x_ND, num_latents, k, each) for name, each in kernels.items()}
-    rates = machine(x_ND, num_latents)
+    selects = kernels[list(kernels)[-1]].select_dtype or torch.float32
+    rates = machine(x_ND, num_latents, selects)
     seconds: dict[str, list[float]] = {}
     for number in range(rounds + 2):
         for name, work in rates.items():
@@ -98,16 +99,17 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
             for operation, work in own.items():
                 note(seconds, f"{name}: {operation}", work, x_ND.device, number >= 2)
     floors = [
-        floor(matmul, matmul32, stream, x_ND, num_latents, k)
+        floor(matmul, matmul32, stream, x_ND, num_latents, k, selects.itemsize)
         for matmul, matmul32, stream in zip(
-            seconds["matmul bf16"], seconds["matmul fp32"], seconds["stream"], strict=True
+            seconds["matmul that selects"], seconds["matmul fp32"], seconds["stream"], strict=True
         )
     ]
     fastest = f"{list(works)[-1]}: step"
     first = next(iter(works))
     return {
         "seconds": {name: spread(values) for name, values in seconds.items()},
-        "tera_ops_bf16": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul bf16"]) / 1e12,
+        "selects_in": str(selects).removeprefix("torch."),
+        "tera_ops_selecting": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul that selects"]) / 1e12,
         "tera_ops_fp32": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul fp32"]) / 1e12,
         "gigabytes_per_second": 2 * STREAM_BYTES / statistics.median(seconds["stream"]) / 1e9,
         "floor": {part: statistics.median(each[part] for each in floors) for part in floors[0]},
@@ -124,7 +126,7 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
     }
 
 
-def machine(x_ND: torch.Tensor, num_latents: int) -> dict[str, Callable[[], object]]:
+def machine(x_ND: torch.Tensor, num_latents: int, selects: torch.dtype) -> dict[str, Callable[[], object]]:
     """What the machine's rates are measured by: plain torch calls into memory that is there already."""
     tokens, d_in = x_ND.shape
     W_DM = torch.randn(num_latents, d_in, device=x_ND.device).t()
@@ -132,18 +134,19 @@ def machine(x_ND: torch.Tensor, num_latents: int) -> dict[str, Callable[[], obje
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
         left, right = x_ND.to(dtype), W_DM.to(dtype)
-        result = torch.empty(tokens, num_latents, dtype=dtype, device=x_ND.device)
-        return lambda: torch.mm(left, right, out=result)
+        product, sums = (torch._int_mm, torch.int32) if dtype == torch.int8 else (torch.mm, dtype)
+        result = torch.empty(tokens, num_latents, dtype=sums, device=x_ND.device)
+        return lambda: product(left, right, out=result)
 
     return {
-        "matmul bf16": matmul(torch.bfloat16),
+        "matmul that selects": matmul(selects),
         "matmul fp32": matmul(torch.float32),
         "stream": lambda: stream.mul_(1.0),
     }
 
 
 def floor(
-    matmul: float, matmul32: float, stream: float, x_ND: torch.Tensor, num_latents: int, k: int
+    matmul: float, matmul32: float, stream: float, x_ND: torch.Tensor, num_latents: int, k: int, select_bytes: int
 ) -> dict[str, float]:
     """Seconds that one step must take, from the seconds that the three measurements took."""
     tokens, d_in = x_ND.shape
@@ -151,7 +154,7 @@ def floor(
     # Recomputed scores, decode, its activations' gradient, and the two weight gradients: N·K·D multiply-adds each.
     sparse = 5 * 2 * tokens * k * d_in
     moved = {
-        "encoder to bf16 and its use": num_latents * d_in * (4 + 2 + 2),
+        "encoder in the type that selects, and its use": num_latents * d_in * (4 + 2 * select_bytes),
         "rows for exact scores, decode and its gradient": 3 * num_latents * d_in * 4,
         "activations, reconstruction, error and its gradient": 5 * tokens * d_in * 4,
         "gradients": params * 4,

@@ -25,6 +25,8 @@ ADAM_BYTES = 4 * 2**20
 """Adam steps so much of a parameter at a time, so that what is read for the projection is still in the cache."""
 INT8 = 127
 """The largest magnitude of a number in 8 bits; -128 is left out, so that signs are alike."""
+SAMPLED_ROWS = 1024
+"""As many at least, if there are so many, say how large a dimension is."""
 LEAST_SCALE = 1e-30
 """Of a row of zeros; a bias can still be divided by it in float32."""
 
@@ -75,7 +77,7 @@ def _scores_in_8_bits(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Cal
     d of `x` is divided, and of `W` multiplied, by the root of the ratio of their sizes.
     """
     N, (M, D) = x_ND.shape[0], W_MD.shape
-    size_D = x_ND.square().mean(0) / W_MD.square().mean(0).clamp_min_(torch.finfo(W_MD.dtype).tiny)
+    size_D = _mean_square(x_ND) / _mean_square(W_MD).clamp_min_(torch.finfo(W_MD.dtype).tiny)
     balance_D = size_D.clamp_(1e-12, 1e12).pow_(0.25)
     x_int_ND, x_scale_N = x_ND.new_empty(N, D, dtype=torch.int8), x_ND.new_empty(N)
     W_int_MD, W_scale_M = W_MD.new_empty(M, D, dtype=torch.int8), W_MD.new_empty(M)
@@ -83,19 +85,28 @@ def _scores_in_8_bits(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Cal
     _round_to_8_bits(W_MD, balance_D, W_int_MD, W_scale_M)
     W_int_DM, one_over_x_N1 = W_int_MD.t(), 1 / x_scale_N[:, None]
     buffer = x_ND.new_empty(rows, M, dtype=torch.float32)
-    few = max(1, min(rows, CHUNK_BYTES // (8 * M)))  # tokens whose sums are still in the cache when they are scaled
-    sums = x_ND.new_empty(few, M, dtype=torch.int32)
+    # Each call packs the weights it is given anew, so tiles are as long as a chunk, and as wide as the cache allows
+    # for their sums to be there still when they are scaled.
+    width = max(1, min(M, CHUNK_BYTES // (8 * rows)))
+    sums = x_ND.new_empty(rows * width, dtype=torch.int32)
 
     def scores_of(some: slice) -> Tensor:
-        parts = zip(x_int_ND[some].split(few), one_over_x_N1[some].split(few), buffer.split(few), strict=False)
-        for x_int_nD, one_over_x_n1, out_nM in parts:
-            n = len(x_int_nD)
-            torch._int_mm(x_int_nD, W_int_DM, out=sums[:n])
+        x_int_nD, one_over_x_n1 = x_int_ND[some], one_over_x_N1[some]
+        n = len(x_int_nD)
+        for start in range(0, M, width):
+            part = slice(start, min(start + width, M))
+            sums_nm = sums[: n * (part.stop - start)].view(n, -1)
+            torch._int_mm(x_int_nD, W_int_DM[:, part], out=sums_nm)
             # All divided by the token's scale, which changes no order within it: so only the bias needs a division.
-            out_nM[:n].copy_(sums[:n]).mul_(W_scale_M).addcmul_(one_over_x_n1, b_M)
-        return buffer[: some.stop - some.start]
+            buffer[:n, part].copy_(sums_nm).mul_(W_scale_M[part]).addcmul_(one_over_x_n1, b_M[part])
+        return buffer[:n]
 
     return scores_of
+
+
+def _mean_square(rows_RD: Tensor) -> Tensor:
+    """Of each dimension, about: from a part of the rows if there are many."""
+    return rows_RD[:: max(1, len(rows_RD) // SAMPLED_ROWS)].square().mean(0)
 
 
 def _round_to_8_bits(rows_RD: Tensor, factor_D: Tensor, out_RD: Tensor, scale_R: Tensor) -> None:
