@@ -63,13 +63,13 @@ class LayerMap(Ranked, LocalBank):
         tokens = next(iter(acts.values())).shape[0]
         rows = self.gather(tokens)
 
-        coming = self._send(acts, self._waves[0], tokens, rows)
+        coming = [self._send(acts, self._waves[0], tokens, rows)]
         for number, wave in enumerate(self._waves):
-            arrived, work = coming
+            arrived, work = coming.pop()
             work.wait()
-            del coming, work  # which hold what was sent
+            del work  # which holds what was sent
             if number + 1 < len(self._waves):
-                coming = self._send(acts, self._waves[number + 1], tokens, rows)
+                coming.append(self._send(acts, self._waves[number + 1], tokens, rows))
             if self.rank in wave:
                 yield wave[self.rank], arrived
 
