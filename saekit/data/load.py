@@ -13,7 +13,7 @@ from saekit.data.pack import chunk_and_tokenize
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
@@ -35,7 +35,7 @@ def load_sequences(
         UserError: If the data set is not found, has no usable column, or is too short for one sequence.
     """
     if cfg.dataset.endswith(".bin"):
-        return _memmap(cfg, tokenizer, ctx_len)
+        return memmap(cfg, tokenizer, ctx_len)
     data = load_rows(cfg, token)
     if cfg.max_examples is not None:
         data = data.select(range(min(cfg.max_examples, len(data))))
@@ -45,7 +45,7 @@ def load_sequences(
     return sequences(packed, ctx_len)
 
 
-def _memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> MemmapSequences:
+def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> MemmapSequences:
     """A `.bin` file, as far as what it holds is beyond doubt."""
     if cfg.max_examples is not None:
         raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
@@ -59,14 +59,22 @@ def _memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int) -
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
     """The rows of a data set as they are, before any tokenising."""
+    from datasets import IterableDataset
+
+    rows = open_rows(cfg, token)
+    return _materialise(rows, cfg) if isinstance(rows, IterableDataset) else rows
+
+
+def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
+    """The same, where a streamed data set is left a stream."""
     from datasets import load_dataset, load_from_disk
 
     path = Path(cfg.dataset).expanduser()
     if (path / "state.json").is_file():
         # One split, whose name the folder does not tell: it is the one that was asked for.
-        return _one_split({cfg.split.partition("[")[0]: _load(load_from_disk, cfg, str(path))}, cfg.split)
+        return _one_split({cfg.split.partition("[")[0]: attempt(load_from_disk, cfg, str(path))}, cfg.split)
     if (path / "dataset_dict.json").is_file():
-        return _one_split(_load(load_from_disk, cfg, str(path)), cfg.split)
+        return _one_split(attempt(load_from_disk, cfg, str(path)), cfg.split)
 
     # A file whose own name looks like a pattern is meant as it is.
     pattern = glob.escape(str(path)) if path.is_file() else str(path)
@@ -79,28 +87,27 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
             arguments.setdefault("sample_by", "document")
         # The library takes each name for a pattern once more.
         data_files = {"train": [glob.escape(file) for file in files]}
-        return _load(load_dataset, cfg, kind, **{"data_files": data_files, **arguments})
+        return attempt(load_dataset, cfg, kind, **{"data_files": data_files, **arguments})
     if not path.is_dir() and _looks_like_a_path(cfg.dataset):
         raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
-    return _load(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, **{"token": token, **arguments})
+    return attempt(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, **{"token": token, **arguments})
 
 
-def _load(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Dataset:
-    """Call `load_dataset` or `load_from_disk` and say in one line what went wrong, if something did."""
+def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
+    """Call what loads a data set, or reads of it, and say in one line what went wrong, if something did."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
-        data = load(*args, **kwargs)
+        return load(*args, **kwargs)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"data set {cfg.dataset!r} was found neither on this machine nor on the hub ({_first_line(error)})"
         ) from error
-    except IndexError as error:  # what `load_from_disk` makes of a data set without a row
+    except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl, where there is no row
         raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
     except (ValueError, TypeError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {_first_line(reason)}") from error
-    return _materialise(data, cfg) if kwargs.get("streaming") else data
 
 
 def _materialise(stream: Any, cfg: DataConfig) -> Dataset:
