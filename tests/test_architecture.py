@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "training": {"config", "sae", "data", "activations", "placement", "report"},
     "doctor": {"config", "sae"},
     "planning": {"config", "sae", "activations", "placement", "training"},
+    "wizard": {"config", "data", "activations", "planning", "report", "training"},
     "demo": {"config", "cli", "report", "training"},
-    "cli": {"config", "demo", "doctor", "planning", "report", "training"},
+    "cli": {"config", "demo", "doctor", "planning", "report", "training", "wizard"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

@@ -9,6 +9,7 @@ import typer
 
 from saekit._version import __version__
 from saekit.cli.allocator import keep_memory
+from saekit.cli.config import config
 from saekit.cli.demo import demo
 from saekit.cli.doctor import doctor
 from saekit.cli.inspect import inspect
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(inspect)
 app.command()(demo)
+app.command()(config)
 app.command()(plan)
 app.command()(doctor)
 

@@ -1,0 +1,100 @@
+"""`saekit config`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saekit.cli.options import with_config_options
+from saekit.cli.plan import MACHINE
+from saekit.errors import UserError
+
+
+@with_config_options
+def config(
+    model: Annotated[str | None, typer.Argument(help="Language model: a hub id or a local folder.")] = None,
+    dataset: Annotated[str | None, typer.Argument(help="Data set, as for saekit train.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="PATH", help="The run's options; one that exists gives the defaults.")
+    ] = Path("run.yaml"),
+    launch_file: Annotated[
+        Path,
+        typer.Option("--launch-file", metavar="PATH", help="How to start several processes, for accelerate launch."),
+    ] = Path("launch.yaml"),
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: take options and defaults, and write.")
+    ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Processes on this machine; all its GPUs, or one on a CPU.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", metavar="N", min=1, help="For N GPUs that are elsewhere.", rich_help_panel=MACHINE),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB.", rich_help_panel=MACHINE),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    **options: Any,
+) -> None:
+    """Ask what to train, show what it needs under each placement, and write run.yaml and a launch file.
+
+    Options are the defaults of the questions. The command that starts the run is printed at the end.
+    """
+    from saekit.cli.launch import launch_files
+    from saekit.cli.output import EXIT_INTERRUPTED, messages
+
+    typed = {
+        name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
+    }
+    if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError("saekit config asks questions, but this is no terminal: add --yes, and MODEL and DATASET")
+    processes = _processes(num_processes, gpus, gpu_memory)
+    console = messages()
+    try:
+        with console.status("Looking at this machine"):
+            from saekit import wizard
+
+            targets = wizard.Targets(output, launch_file, launch_files())
+            draft = wizard.start(typed, targets, processes)
+            _no_bars()
+        if yes and (missing := [name for name in ("model", "dataset") if name not in draft.values]):
+            raise UserError(f"{missing[0].upper()} is missing: saekit config --yes MODEL DATASET, or {output} names it")
+        asker = wizard.Defaults(console) if yes else wizard.Terminal(console)
+        draft = wizard.walk(wizard.QUESTIONS, draft, asker)
+    except KeyboardInterrupt:
+        console.print("Nothing was written.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    files = wizard.files_of(draft)
+    wizard.write(files)
+    console.print(f"Wrote {' and '.join(map(str, files))}. Start the run with", soft_wrap=True, markup=False)
+    typer.echo(wizard.start_command(draft))
+
+
+def _no_bars() -> None:
+    """The libraries' progress bars would run through the questions."""
+    import datasets
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+
+
+def _processes(num_processes: int | None, gpus: int | None, gpu_memory: str | None) -> str:
+    """The three options as the answer to the first question."""
+    if (gpus is None) != (gpu_memory is None):
+        raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this one")
+    if gpus is not None and num_processes is not None:
+        raise UserError("--num-processes is for this machine: leave it out with --gpus")
+    return f"{gpus}x{gpu_memory}" if gpus is not None else str(num_processes or "")

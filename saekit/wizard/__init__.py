@@ -1,0 +1,23 @@
+"""`saekit config`: questions about a run, its plan, and the files that start it."""
+
+from saekit.wizard.ask import Defaults, Terminal
+from saekit.wizard.draft import Draft, start
+from saekit.wizard.files import Targets, write
+from saekit.wizard.finish import files_of, start_command
+from saekit.wizard.questions import QUESTIONS
+from saekit.wizard.walk import Asker, Back, walk
+
+__all__ = [
+    "QUESTIONS",
+    "Asker",
+    "Back",
+    "Defaults",
+    "Draft",
+    "Targets",
+    "Terminal",
+    "files_of",
+    "start",
+    "start_command",
+    "walk",
+    "write",
+]

@@ -1,0 +1,111 @@
+"""Who answers: somebody at a terminal, or the defaults."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from rich.console import Console
+from rich.text import Text
+
+from saekit.errors import UserError
+from saekit.planning import Plan, render
+from saekit.wizard.draft import Draft
+from saekit.wizard.walk import Back, Fact, Question, Refused
+
+INDENT = 13
+"""Columns that the names of the answers take."""
+KEYS = "Enter takes it · → edits it · Esc or < goes back · Ctrl-C quits and writes nothing"
+
+
+class Defaults:
+    """Takes every default; the first that cannot be used ends it.
+
+    Args:
+        console: Where to show what was taken.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
+        """See `Asker`."""
+        if refused is not None:
+            raise UserError(refused.problem)
+        return default
+
+    def went_back(self, question: Question) -> None:
+        """See `Asker`; it never does."""
+
+    def working(self, text: str) -> AbstractContextManager[object]:
+        """See `Asker`."""
+        return nullcontext()
+
+    def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
+        """See `Asker`."""
+        show(self.console, question, answer, told)
+
+
+class Terminal:
+    """Somebody who types.
+
+    A question takes a few lines while it is open and leaves one with its answer, so that what stays on the screen is
+    the list of answers.
+
+    Args:
+        console: Where everything is shown; stderr, as stdout carries the result.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
+        """See `Asker`."""
+        from saekit.wizard import prompt
+
+        choices = question.choices(draft)
+        more = " · ↑ ↓ choose" if choices else " · Tab completes" if question.is_path else ""
+        typed = prompt.ask(
+            prompt.Prompt(
+                question.label,
+                self._wrapped(question.explain(draft)),
+                default,
+                hint=self._wrapped(KEYS + more),
+                problem=self._wrapped(f"✗ {refused.problem}") if refused else "",
+                rejected=refused.answer if refused else "",
+                choices=choices,
+                is_path=question.is_path,
+            )
+        )
+        if typed is None or typed.strip() == "<":
+            raise Back
+        return typed
+
+    def went_back(self, question: Question) -> None:
+        """See `Asker`."""
+        self.console.print(Text(f"↩ back to {question.label}", style="dim"))
+
+    def working(self, text: str) -> AbstractContextManager[object]:
+        """See `Asker`."""
+        return self.console.status(text) if text else nullcontext()
+
+    def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
+        """See `Asker`."""
+        show(self.console, question, answer, told)
+
+    def _wrapped(self, text: str) -> str:
+        """Broken between words, which the prompt would not do."""
+        return textwrap.fill(text, max(20, self.console.width - 2), break_on_hyphens=False)
+
+
+def show(console: Console, question: Question, answer: str, told: Sequence[Fact]) -> None:
+    """One line with the answer, and below it what there is to say about it."""
+    console.print(Text(f"{question.label:{INDENT}}", style="dim"), Text(answer, style="bold"), sep="", soft_wrap=True)
+    for fact in told:
+        if isinstance(fact, Plan):
+            console.print()
+            render(fact, console)
+            console.print()
+        else:
+            console.print(Text(" " * INDENT + fact, style="dim"), soft_wrap=True)

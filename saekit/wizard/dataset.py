@@ -1,0 +1,158 @@
+"""Which text, and in which column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from saekit.data import Peek, peek
+from saekit.errors import UserError
+from saekit.wizard.draft import Draft, known
+from saekit.wizard.walk import Question
+
+SHOWN = 72
+"""Characters of a row in the sample."""
+SAMPLE = 2
+"""Rows in it."""
+
+OF_THE_DATASET = ("split", "data_args", "text_column")
+"""Options that belong to one data set, and mean nothing for another."""
+WHICH_CONFIG = re.compile(r"Config name is missing|BuilderConfig .* not found")
+WHICH_SPLIT = re.compile(r"no such split|Unknown split|Bad split")
+"""What `datasets` says when a data set has several of them: another answer mends it, the name is right."""
+
+
+def _take_dataset(draft: Draft, text: str) -> Draft:
+    if not text:
+        raise UserError("DATASET is missing: a hub id such as NeelNanda/pile-10k, a folder, a file or a glob")
+    if text != draft.values.get("dataset"):
+        draft = draft.setting(**{name: None for name in OF_THE_DATASET if name not in draft.typed})
+    return _open(draft.setting(dataset=text), WHICH_CONFIG, WHICH_SPLIT)
+
+
+def _open(draft: Draft, *mendable: re.Pattern[str]) -> Draft:
+    """Look at the first rows; what one of the next questions can mend is kept for them."""
+    cfg = draft.config()
+    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    try:
+        found = peek(cfg.data, known(draft.tokenizer), token)
+    except UserError as error:
+        if any(pattern.search(str(error)) for pattern in mendable):
+            return replace(draft, peek=None, in_the_way=str(error))
+        raise
+    _check(draft, found)
+    draft = replace(draft, peek=found, in_the_way="")
+    only = found.text_columns[0] if len(found.text_columns) == 1 else cfg.data.text_column
+    if found.tokenised or "text_column" in draft.values or only == cfg.data.text_column:
+        return draft
+    return draft.setting(text_column=only)
+
+
+def _check(draft: Draft, found: Peek) -> None:
+    if not found.tokenised:
+        if not found.text_columns:
+            raise UserError(f"no column has text or is called input_ids; there are {', '.join(found.columns)}")
+        return
+    vocabulary = getattr(known(draft.shape).config.get_text_config(decoder=True), "vocab_size", None)
+    highest = max((_highest(row["input_ids"]) for row in found.first), default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise UserError(
+            f"the data set has token id {highest:,}, but the model knows {vocabulary:,} tokens: it was made for another"
+        )
+
+
+def _highest(ids: Any) -> int:
+    numbers = [each for each in ids if isinstance(each, int)] if isinstance(ids, list) else []
+    return max(numbers, default=0)
+
+
+def _tell(draft: Draft) -> Sequence[str]:
+    found = draft.peek
+    if found is None:
+        return ()
+    columns = f"olumns {', '.join(found.columns)}"
+    told = [f"C{columns}" if found.count is None else f"{found.count:,} rows, c{columns}"]
+    if found.tokenised:
+        told[0] += ": tokenised already"
+        texts = [_tokens(draft, row["input_ids"]) for row in found.first[:SAMPLE]]
+    elif (column := draft.config().data.text_column) in found.text_columns:
+        told[0] += f"; the text is in {column}"
+        texts = [row[column] or "" for row in found.first[:SAMPLE]]
+    else:
+        return told
+    return [*told, *(f"│ {_short(text)}" for text in texts)]
+
+
+def _tokens(draft: Draft, ids: Sequence[int]) -> str:
+    """The first ids, and the text that they stand for."""
+    numbers = " ".join(str(each) for each in ids[:8])
+    return f"{numbers} … = {known(draft.tokenizer).decode(ids[:32])!r}"
+
+
+def _short(text: str) -> str:
+    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 4 * SHOWN]).split())
+    return plain if len(plain) <= SHOWN else f"{plain[: SHOWN - 1]}…"
+
+
+def _arguments(draft: Draft) -> str:
+    return ",".join(f"{name}={value}" for name, value in draft.config().data.data_args.items())
+
+
+def _longest(draft: Draft) -> str:
+    """The column that was named, or else the one with the most text in the first rows."""
+    found = known(draft.peek)
+    letters = {name: sum(len(row[name] or "") for row in found.first) for name in found.text_columns}
+    return draft.values.get("text_column") or max(letters, key=lambda name: letters[name])
+
+
+def _take_column(draft: Draft, text: str) -> Draft:
+    found = known(draft.peek)
+    if text not in found.text_columns:
+        raise UserError(f"--text-column {text!r}: the columns with text are {', '.join(found.text_columns)}")
+    return draft.setting(text_column=text)
+
+
+DATASET = Question(
+    "dataset",
+    "Data",
+    lambda draft: "Text, or token ids: a hub id, a folder, a file or glob (.jsonl .parquet .csv .txt .bin).",
+    lambda draft: draft.values.get("dataset", "NeelNanda/pile-10k"),
+    _take_dataset,
+    _tell,
+    is_path=True,
+    working="Opening the data set",
+)
+ARGUMENTS = Question(
+    "data_args",
+    "Part of it",
+    lambda draft: f"Which one, as name=...: {draft.in_the_way}",
+    _arguments,
+    lambda draft, text: _open(draft.setting(data_args=text), WHICH_SPLIT),
+    _tell,
+    needed=lambda draft: bool(WHICH_CONFIG.search(draft.in_the_way)),
+    working="Opening the data set",
+)
+SPLIT = Question(
+    "split",
+    "Split",
+    lambda draft: f"Which one, such as test or test[:10%]: {draft.in_the_way}",
+    lambda draft: draft.config().data.split,
+    lambda draft, text: _open(draft.setting(split=text)),
+    _tell,
+    needed=lambda draft: bool(WHICH_SPLIT.search(draft.in_the_way)),
+    working="Opening the data set",
+)
+COLUMN = Question(
+    "text_column",
+    "Text column",
+    lambda draft: "Several columns have text: which one is to be read?",
+    _longest,
+    _take_column,
+    _tell,
+    needed=lambda draft: (
+        not known(draft.peek).tokenised and draft.config().data.text_column not in known(draft.peek).text_columns
+    ),
+    choices=lambda draft: known(draft.peek).text_columns,
+)

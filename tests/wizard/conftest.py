@@ -1,0 +1,63 @@
+"""Answering the questions in this process, from a script."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from saekit.cli.launch import launch_files
+from saekit.wizard import QUESTIONS, Back, Targets, start, walk
+
+BACK, QUIT, ENTER = object(), object(), object()
+"""Instead of an answer: go back, leave, take the default."""
+
+
+class Scripted:
+    """Gives one answer after the other, and the defaults when there are no more."""
+
+    def __init__(self, *answers, then=ENTER):
+        self.answers = list(answers)
+        self.then = then
+        self.asked = []
+        """(key, default) of every question, in order."""
+        self.problems = []
+        self.told = {}
+        self.explained = {}
+
+    def ask(self, question, draft, default, refused):
+        if refused is not None:
+            self.problems.append((question.key, refused.answer, refused.problem))
+            assert self.answers, f"a default was refused: {refused}"
+        self.asked.append((question.key, default))
+        self.explained[question.key] = question.explain(draft)
+        answer = self.answers.pop(0) if self.answers else self.then
+        if answer is BACK:
+            raise Back
+        if answer is QUIT:
+            raise KeyboardInterrupt
+        return default if answer is ENTER else answer
+
+    def working(self, text):
+        return nullcontext()
+
+    def answered(self, question, answer, told):
+        self.told[question.key] = [fact for fact in told if isinstance(fact, str)]
+
+    def went_back(self, question):
+        self.asked.append(("back to", question.key))
+
+
+@pytest.fixture
+def targets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Targets(tmp_path / "run.yaml", tmp_path / "launch.yaml", launch_files())
+
+
+@pytest.fixture
+def answer(targets):
+    """`answer("1", ...)` walks through the real questions; returns the draft and the asker."""
+
+    def call(*answers, processes="", **typed):
+        asker = Scripted(*answers)
+        return walk(QUESTIONS, start(typed, targets, processes), asker), asker
+
+    return call
