@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from saekit._version import __version__
 
 if TYPE_CHECKING:
+    from saekit.activations import splice, tap
     from saekit.config import RunConfig, SaeConfig, TrainConfig
     from saekit.errors import UserError
     from saekit.sae import Sae
     from saekit.training import SaeTrainer
 
-__all__ = ["RunConfig", "Sae", "SaeConfig", "SaeTrainer", "TrainConfig", "UserError", "__version__"]
+__all__ = ["RunConfig", "Sae", "SaeConfig", "SaeTrainer", "TrainConfig", "UserError", "__version__", "splice", "tap"]
 
 _HOMES = {
     "RunConfig": "saekit.config",
@@ -21,6 +22,8 @@ _HOMES = {
     "UserError": "saekit.errors",
     "Sae": "saekit.sae",
     "SaeTrainer": "saekit.training",
+    "splice": "saekit.activations",
+    "tap": "saekit.activations",
 }
 
 

@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "report": {"sae"},
     "training": {"config", "sae", "data", "activations", "placement", "report"},
     "doctor": {"config", "sae"},
+    "evaluation": {"config", "sae", "data", "activations", "placement", "report"},
     "planning": {"config", "sae", "activations", "placement", "training"},
     "wizard": {"config", "data", "activations", "planning", "report", "training"},
     "demo": {"config", "cli", "report", "training"},
-    "cli": {"config", "demo", "doctor", "planning", "report", "training", "wizard"},
+    "cli": {"config", "demo", "doctor", "evaluation", "planning", "report", "training", "wizard"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

@@ -1,5 +1,7 @@
 """The language model: load it, find its blocks, tap their outputs."""
 
+from saekit.activations.excluded import excluded_tokens
+from saekit.activations.head import Objective, WithHead, load_with_head, objective_of
 from saekit.activations.hookpoints import Blocks, find_blocks, select_layers
 from saekit.activations.lm import (
     ModelShape,
@@ -12,20 +14,29 @@ from saekit.activations.lm import (
     resolve_ctx_len,
     resolve_dtype,
 )
+from saekit.activations.quiet import no_bars
+from saekit.activations.splice import splice
 from saekit.activations.tap import tap
 
 __all__ = [
     "Blocks",
     "ModelShape",
+    "Objective",
+    "WithHead",
     "check_device",
     "choose_attention",
     "context_length",
+    "excluded_tokens",
     "find_blocks",
     "load_model",
     "load_tokenizer",
+    "load_with_head",
     "model_shape",
+    "no_bars",
+    "objective_of",
     "resolve_ctx_len",
     "resolve_dtype",
     "select_layers",
+    "splice",
     "tap",
 ]

@@ -46,7 +46,7 @@ def model_shape(cfg: ModelConfig) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, cfg)
+    config = from_pretrained(AutoConfig, cfg)
     text = text_config_of(config)
     return ModelShape(config, num_layers(text), width(text), context_length(config))
 
@@ -89,7 +89,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, cfg)
+    return from_pretrained(AutoTokenizer, cfg)
 
 
 def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: torch.device) -> PreTrainedModel:
@@ -110,25 +110,26 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
 
         kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     config = cut_config(shape.config, max(layers) + 1)
-    with _quiet_about_cut_layers():
+    with quietly():
         # Other shapes are let through here to be refused by name below.
         asked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-        model, info = _from_pretrained(AutoModel, cfg, **asked)
-    _check_weights(cfg, model, info)
+        model, info = from_pretrained(AutoModel, cfg, **asked)
+    check_weights(cfg, model, info)
     if not cfg.load_in_8bit:
         model.to(device)
     return model.eval().requires_grad_(False)
 
 
-def _check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """See that all weights up to the end of the blocks came from the checkpoint; what is behind does not matter."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"model {cfg.model!r}: {name!r} has shape {list(found)} in the checkpoint, but by config.json "
             f"{list(expected)}"
         )
-    names, prefix = list(model.state_dict()), f"{find_blocks(model).prefix}."
-    end = 1 + max(number for number, name in enumerate(names) if name.startswith(prefix))
+    outer = "" if model.base_model is model else f"{model.base_model_prefix}."
+    names, blocks = [outer + name for name in model.base_model.state_dict()], f"{outer}{find_blocks(model).prefix}."
+    end = 1 + max(number for number, name in enumerate(names) if name.startswith(blocks))
     missing = [name for name in names[:end] if name in info["missing_keys"]]
     if missing:
         raise UserError(f"model {cfg.model!r}: its checkpoint lacks weights such as {missing[0]!r}")
@@ -178,7 +179,7 @@ def check_device(cfg: ModelConfig, device: torch.device) -> None:
         )
 
 
-def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
+def from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
     """Call an Auto class and say in one line what went wrong, if something did."""
     path = Path(cfg.model).expanduser()
     if cfg.model.startswith((".", "/", "~")) and not path.is_dir():
@@ -196,8 +197,8 @@ def _from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _quiet_about_cut_layers() -> Iterator[None]:
-    """Keep transformers from listing the cut layers' weights as unexpected: they are left out on purpose."""
+def quietly() -> Iterator[None]:
+    """Keep transformers from listing weights that are left out on purpose (cut layers', or a head's) as unexpected."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
 
     # A filter and not a level: transformers reads this level to decide on more checks, and warns about those.

@@ -12,6 +12,7 @@ from saekit.cli.allocator import keep_memory
 from saekit.cli.config import config
 from saekit.cli.demo import demo
 from saekit.cli.doctor import doctor
+from saekit.cli.eval import evaluate
 from saekit.cli.inspect import inspect
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
@@ -30,6 +31,7 @@ app = typer.Typer(
     },
 )
 app.command()(train)
+app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(demo)
 app.command()(config)

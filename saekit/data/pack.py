@@ -52,6 +52,24 @@ def chunk_and_tokenize(
     Raises:
         UserError: If there is no such column, no token to put between documents, no row, or less text than one chunk.
     """
+    ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
+    tokens = tokenize(data, tokenizer, text_key=text_key, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
+    return pack(tokens, ctx_len, load_from_cache_file=load_from_cache_file)
+
+
+def tokenize(
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_key: str = "text",
+    num_proc: int | None = None,
+    load_from_cache_file: bool = True,
+) -> Dataset:
+    """Tokenise documents, each behind a separator, one row per document; the arguments are `chunk_and_tokenize`'s.
+
+    Raises:
+        UserError: If there is no such column, no token to put between documents, or no row.
+    """
     if text_key not in data.column_names:
         raise UserError(
             f"--text-column {text_key!r}: the data set has no such column; it has {', '.join(data.column_names)}"
@@ -64,13 +82,12 @@ def chunk_and_tokenize(
             f"--text-column {text_key!r} holds {kind or 'no single values'}, not text; "
             f"the data set has {', '.join(data.column_names)}"
         )
-    ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
     separator = separator_id(tokenizer)
     wanted = num_proc or os.cpu_count() or 1
     processes = max(1, min(wanted, len(data) // DOCUMENTS_PER_PROCESS))
 
     with _one_kind_of_parallelism(processes):
-        tokens = data.map(
+        return data.map(
             _tokenize,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "text_key": text_key, "separator": separator},
@@ -79,7 +96,6 @@ def chunk_and_tokenize(
             load_from_cache_file=load_from_cache_file,
             desc="Tokenising",
         )
-    return pack(tokens, ctx_len, load_from_cache_file=load_from_cache_file)
 
 
 def pack(tokens: Dataset, ctx_len: int, *, load_from_cache_file: bool = True) -> Dataset:

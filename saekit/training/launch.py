@@ -9,10 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
-import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
-
 from saekit.activations import (
     ModelShape,
     check_device,
@@ -20,6 +16,7 @@ from saekit.activations import (
     load_model,
     load_tokenizer,
     model_shape,
+    no_bars,
     resolve_ctx_len,
     resolve_dtype,
     select_layers,
@@ -48,7 +45,7 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
     """
     placement = connect(cfg.train.placement, cfg.train.layer_map)
     if placement.rank > 0 or not sys.stderr.isatty():
-        _no_bars()
+        no_bars()
     with _one_error(placement):
         watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
         return _train(cfg, placement, watcher)
@@ -129,10 +126,3 @@ def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[
     from saekit.placement.deepspeed import load_sharded
 
     return load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))
-
-
-def _no_bars() -> None:
-    """Switch off the progress bars of the libraries: in a log they are noise, and one rank's are enough."""
-    datasets.disable_progress_bars()
-    disable_hub_bars()
-    transformers.utils.logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saekit.activations import context_length, find_blocks, resolve_ctx_len, select_layers
+from saekit.activations import context_length, excluded_tokens, find_blocks, resolve_ctx_len, select_layers
 from saekit.activations.hookpoints import text_config_of, width
 from saekit.config import RunConfig, TrainConfig
 from saekit.config.run import to_flat
@@ -204,19 +204,6 @@ def plan_run(
         run_dir=run_folder(cfg, default_run_name(model_name, source)),
         source=source,
     )
-
-
-def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Ids of the tokens to leave out: the user's, and unless switched off the special ones, ascending."""
-    ids = set(cfg.exclude_tokens)
-    if cfg.exclude_special_tokens and tokenizer is not None:
-        ids |= set(tokenizer.all_special_ids)
-    elif cfg.exclude_special_tokens:
-        config = text_config_of(model.config)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"):
-            value = getattr(config, name, None)
-            ids |= set(value if isinstance(value, list) else [] if value is None else [value])
-    return sorted(ids)
 
 
 def default_run_name(model_name: str, source: RunConfig | None) -> str:

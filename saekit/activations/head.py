@@ -1,0 +1,64 @@
+"""A whole language model with its head, and what it was trained to predict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from saekit.activations.lm import ModelShape, check_device, check_weights, from_pretrained, quietly, resolve_dtype
+from saekit.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Objective = Literal["next token", "masked token"]
+
+
+class WithHead(NamedTuple):
+    """A model that gives logits, if its checkpoint has what that needs."""
+
+    model: PreTrainedModel
+    objective: Objective | None
+    """What its logits predict; None where it has no head."""
+
+
+def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) -> WithHead:
+    """Load a model with its head, frozen, in eval mode, on `device`.
+
+    A checkpoint without a head (many encoders') gives the bare model: a head of random weights would give numbers that
+    mean nothing.
+
+    Raises:
+        UserError: As `load_model`.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    check_device(cfg, device)
+    kwargs: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
+    if cfg.load_in_8bit:
+        from transformers import BitsAndBytesConfig
+
+        kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    asked = {"config": shape.config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    objective: Objective | None = objective_of(shape.config)
+    auto = AutoModelForCausalLM if objective == "next token" else AutoModelForMaskedLM
+    with quietly():
+        model, info = from_pretrained(auto, cfg, **asked)
+        if info["missing_keys"]:  # tied weights do not count
+            objective = None
+            model, info = from_pretrained(AutoModel, cfg, **asked)
+    check_weights(cfg, model, info)
+    if not cfg.load_in_8bit:
+        model.to(device)
+    return WithHead(model.eval().requires_grad_(False), objective)
+
+
+def objective_of(config: PretrainedConfig) -> Objective:
+    """What a model with this config predicts: by the class it was saved as, else by whether its type can be masked."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    saved_as = " ".join(config.architectures or [])
+    if "CausalLM" in saved_as or "LMHead" in saved_as or getattr(config, "is_decoder", False):
+        return "next token"
+    return "masked token" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else "next token"

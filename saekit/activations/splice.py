@@ -1,0 +1,70 @@
+"""Put something else in the place of the residual stream while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations.tap import residual
+from saekit.sae import Sae
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Replace = Callable[[Tensor], Tensor]
+"""From a block's output `[B, T, D]` to what the next block reads instead, of the same shape, in any float type."""
+
+
+@contextmanager
+def splice(
+    model: PreTrainedModel, replacements: Mapping[str, Sae | Replace], keep: Tensor | None = None
+) -> Iterator[None]:
+    """Replace the outputs of blocks; the hooks are gone afterwards, whatever happens.
+
+        with saekit.splice(model, {"layers.3": sae}):
+            logits = model(input_ids).logits
+
+    Where several blocks are replaced, the later ones see what the earlier ones left. Gradients flow through.
+
+    Args:
+        model: Any HuggingFace model, with or without a head.
+        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction goes in, or a function.
+        keep: Where true, a token keeps its true activation; bool `[B, T]`.
+    """
+    handles: list[Any] = []
+    try:
+        for name, replace in replacements.items():
+            module = model.base_model.get_submodule(name)
+            handles.append(module.register_forward_hook(_hook(_function(replace), keep)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _function(replace: Sae | Replace) -> Replace:
+    if not isinstance(replace, Sae):
+        return replace
+    return lambda acts: replace(acts).recon
+
+
+def _hook(replace: Replace, keep: Tensor | None) -> Callable[..., Any]:
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        acts = residual(output)
+        new = replace(acts).to(acts)
+        if keep is not None:
+            new = torch.where(keep.to(acts.device)[..., None], acts, new)
+        return _with_residual(output, new)
+
+    return hook
+
+
+def _with_residual(output: Any, new: Tensor) -> Any:
+    """The inverse of `residual`: the same output with another residual stream in it."""
+    if isinstance(output, Tensor):
+        return new
+    return type(output)((_with_residual(output[0], new), *output[1:]))

@@ -1,0 +1,50 @@
+"""`saekit eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")],
+    dataset: Annotated[
+        str | None,
+        typer.Argument(help="Data to evaluate on; by default what the run left unread of its own data set."),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of DATASET; as for train.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Language model, where the checkpoint does not say.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to evaluate on.")] = (
+        200_000
+    ),
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass, on each rank.")
+    ] = 8,
+    include_training_data: Annotated[
+        bool,
+        typer.Option("--include-training-data", help="Also use what the run was trained on; the result then says so."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+) -> None:
+    """Evaluate SAEs on held-out tokens: reconstruction, and what grafting it into the language model costs."""
+    from saekit.cli.output import messages, progress, results
+
+    with messages().status("Loading libraries"):
+        from saekit.evaluation import EvalOptions, evaluate_checkpoint, joined
+        from saekit.report.eval_view import render
+
+    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
+    with joined(quiet=not sys.stderr.isatty()) as placement:
+        with progress(shown=placement.rank == 0) as bar:
+            record = evaluate_checkpoint(path, options, placement, bar.status, bar.update)
+        if placement.rank == 0 and as_json:
+            typer.echo(json.dumps(record, indent=2))
+        elif placement.rank == 0:
+            render(record, results())

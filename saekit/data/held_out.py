@@ -1,0 +1,120 @@
+"""The documents of a data set that a run did not read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.config import DataConfig
+from saekit.data.batches import Sequences, sequences
+from saekit.data.load import load_rows, load_sequences
+from saekit.data.pack import pack, tokenize
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class Chosen:
+    """Some of other sequences, in an order of their own. Implements `Sequences`."""
+
+    def __init__(self, whole: Sequences, numbers: np.ndarray) -> None:
+        self.whole = whole
+        self.numbers = numbers
+        self.ctx_len = whole.ctx_len
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, numbers: np.ndarray) -> Tensor:
+        """See `Sequences.read`."""
+        return self.whole.read(self.numbers[numbers]) if len(numbers) else torch.empty(0, self.ctx_len).long()
+
+
+def shuffled(data: Sequences, max_tokens: int, seed: int = 0) -> Sequences:
+    """As many sequences as `max_tokens` has room for, at least one, from everywhere in the data."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    return Chosen(data, order[: max(1, max_tokens // data.ctx_len)])
+
+
+def held_out(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int, seen: np.ndarray, token: str | None = None
+) -> Sequences:
+    """What a run left unread of its own data set.
+
+    Of text, or rows of any lengths, those documents none of whose tokens were in a sequence that the run trained on,
+    packed anew. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
+    is the sequences that were not trained on.
+
+    Args:
+        cfg: The run's data set.
+        tokenizer: The language model's.
+        ctx_len: Tokens per sequence.
+        seen: Numbers of the sequences that the run trains on, as `load_sequences` counts them.
+        token: For a private or gated data set on the hub.
+
+    Raises:
+        UserError: If nothing is left, or less than one sequence.
+    """
+    if cfg.dataset.endswith(".bin"):
+        return _unread(load_sequences(cfg, tokenizer, ctx_len, token), seen, cfg)
+    rows = load_rows(cfg, token)
+    if cfg.max_examples is not None:
+        rows = rows.select(range(min(cfg.max_examples, len(rows))))
+    if "input_ids" not in rows.column_names:
+        rows = tokenize(rows, tokenizer, text_key=cfg.text_column, num_proc=cfg.num_proc)
+    lengths = row_lengths(rows)
+    if (lengths == ctx_len).all():
+        return _unread(sequences(rows, ctx_len), seen, cfg)
+    unseen = np.flatnonzero(~touched(lengths, ctx_len, seen))
+    if lengths[unseen].sum() < ctx_len:
+        raise _nothing_left(cfg, f"{len(unseen)} of its {len(rows)} documents, less than one sequence of {ctx_len}")
+    return sequences(pack(rows.select(unseen), ctx_len), ctx_len)
+
+
+def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
+    """Which documents have a token in one of the sequences `seen`.
+
+    Args:
+        lengths: Tokens of each document, its separator included, int64.
+        ctx_len: Tokens per sequence; the documents, one behind the other, are cut into sequences of so many.
+        seen: Numbers of sequences.
+
+    Returns:
+        bool, one per document.
+    """
+    ends = lengths.cumsum()
+    first, last = (ends - lengths) // ctx_len, np.maximum(ends - 1, 0) // ctx_len
+    is_seen = np.zeros(int(last[-1]) + 1 if len(last) else 0, dtype=np.int64)
+    is_seen[seen[seen < len(is_seen)]] = 1
+    before = np.concatenate([[0], is_seen.cumsum()])
+    return (before[last + 1] > before[first]) & (lengths > 0)
+
+
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """Token ids of each row, int64; read from Arrow's offsets, not from the tokens."""
+    import pyarrow.compute as pc
+
+    parts = [
+        pc.fill_null(pc.list_value_length(batch.column("input_ids")), 0).to_numpy()
+        for batch in rows.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000)
+    ]
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+
+
+def _unread(data: Sequences, seen: np.ndarray, cfg: DataConfig) -> Sequences:
+    numbers = np.setdiff1d(np.arange(len(data)), seen)
+    if len(numbers) == 0:
+        raise _nothing_left(cfg, "no sequence")
+    return Chosen(data, numbers)
+
+
+def _nothing_left(cfg: DataConfig, what: str) -> UserError:
+    return UserError(
+        f"of {cfg.dataset!r} (--split {cfg.split}) the run left unread {what}: what it was trained on would not be "
+        "held out. Name another data set or --split to evaluate on, or train with --max-tokens"
+    )

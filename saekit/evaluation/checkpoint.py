@@ -1,0 +1,195 @@
+"""From a checkpoint's folder to its evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saekit._version import __version__
+from saekit.activations import (
+    choose_attention,
+    excluded_tokens,
+    load_tokenizer,
+    load_with_head,
+    model_shape,
+    no_bars,
+    resolve_ctx_len,
+)
+from saekit.config import RunConfig
+from saekit.config.run import read_yaml
+from saekit.data import Sequences, StepBatches, load_sequences
+from saekit.data.held_out import held_out, shuffled
+from saekit.errors import UserError
+from saekit.evaluation.evaluate import Progress, Subject, evaluate
+from saekit.evaluation.objective import MaskedToken, Objective, next_token
+from saekit.evaluation.results import EVAL_FILE, Evaluation
+from saekit.placement import Placement, connect
+from saekit.report.inspect_files import check_files, locate
+from saekit.sae.storage import load_from_disk
+
+HELD_OUT = "documents of the run's data set that it was not trained on"
+OTHER = "another data set than the run's"
+SEEN = "the run's data set, what it was trained on included"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a checkpoint is evaluated. None stands for what the run was trained with."""
+
+    dataset: str | None = None
+    split: str | None = None
+    model: str | None = None
+    max_tokens: int = 200_000
+    batch_size: int = 8
+    """Sequences per forward pass of the language model, on each rank."""
+    include_training_data: bool = False
+
+
+@contextmanager
+def joined(quiet: bool) -> Iterator[Placement]:
+    """The ranks of an evaluation, parted from when it went well. Collective.
+
+    Args:
+        quiet: Whether the libraries are to show no progress bars; only rank 0 ever does.
+    """
+    placement = connect()
+    if quiet or placement.rank > 0:
+        no_bars()
+    yield placement
+    placement.close()
+
+
+def evaluate_checkpoint(
+    path: Path,
+    options: EvalOptions,
+    placement: Placement,
+    status: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, of: None,
+) -> dict[str, Any]:
+    """Evaluate a run (its newest checkpoint), a checkpoint, or one SAE's folder, and write `eval.json` beside it.
+
+    Ranks share out the sequences; each holds all SAEs.
+
+    Args:
+        path: The folder.
+        options: How.
+        placement: The ranks.
+        status: Told what is going on, as a line of text.
+        progress: Told how many of how many passes over a batch are done.
+
+    Returns:
+        The content of `eval.json`.
+
+    Raises:
+        UserError: If something is missing or does not fit, or if no held-out data is left.
+    """
+    location = locate(path)
+    check_files(location, location.saes)
+    cfg, own = _config(location.checkpoint, options)
+    status(f"Reading the configuration of {cfg.model.model}")
+    shape = model_shape(cfg.model)
+    ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
+    tokenizer = load_tokenizer(cfg.model)
+    status(f"Reading and tokenising {cfg.data.dataset}")
+    if placement.rank > 0:  # one rank tokenises, the others read what it left in the cache
+        placement.gather(None)
+    data, origin = _data(cfg, own, tokenizer, ctx_len, options)
+    if placement.rank == 0:
+        placement.gather(None)
+    data = shuffled(data, options.max_tokens)
+
+    status(f"Loading {cfg.model.model}")
+    model, predicts = load_with_head(cfg.model, shape, placement.device)
+    choose_attention(model, ctx_len)
+    excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
+    objective: Objective | None = next_token if predicts == "next token" else None
+    name: str = predicts or "none: the model's checkpoint has no language modelling head"
+    if predicts == "masked token":
+        if tokenizer.mask_token_id is None:
+            name = "none: the tokenizer has no mask token"
+        else:
+            objective = MaskedToken(tokenizer.mask_token_id, excluded)
+    saes = {hookpoint: load_from_disk(folder, placement.device).eval() for hookpoint, folder in location.saes.items()}
+    status(f"Evaluating {len(saes)} SAEs on {len(data):,} sequences of {ctx_len:,} tokens")
+    subject = Subject(
+        model=model,
+        saes=saes,
+        data=data,
+        excluded=excluded,
+        objective=objective,
+        objective_name=name,
+        batch_size=options.batch_size,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        total=placement.sum,
+    )
+    found = evaluate(subject, progress)
+    record = _record(found, cfg, origin)
+    if placement.rank == 0:
+        write(record, (location.checkpoint if location.kind != "sae" else path) / EVAL_FILE)
+    return record
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """Write `eval.json`, all of it or nothing.
+
+    Raises:
+        UserError: If the folder cannot be written to.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written ({error.strerror})") from None
+
+
+def _record(found: Evaluation, cfg: RunConfig, origin: str) -> dict[str, Any]:
+    about = {
+        "saekit_version": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": cfg.model.model,
+        "dataset": cfg.data.dataset,
+        "split": cfg.data.split,
+        "data": origin,
+        "held_out": {HELD_OUT: True, SEEN: False}.get(origin),
+    }
+    return {**about, **found.to_json(), "warnings": found.warnings()}
+
+
+def _config(checkpoint: Path, options: EvalOptions) -> tuple[RunConfig, bool]:
+    """The run's configuration with what was asked for instead, and whether the data is the run's own."""
+    file = checkpoint.parent / "config.yaml"
+    values = read_yaml(file) if file.is_file() else {}
+    asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
+    for name in ("model", "dataset"):
+        if name not in values and name not in asked:
+            given = "DATASET" if name == "dataset" else "--model"
+            raise UserError(f"{checkpoint} does not say which {name} it was trained with: name it by {given}")
+    own = all(name not in asked or asked[name] == values.get(name) for name in ("dataset", "split"))
+    if not own and "dataset" in asked and asked["dataset"] != values.get("dataset"):
+        # What says how to read the run's own data set means nothing for another.
+        values = {name: value for name, value in values.items() if name not in ("split", "data_args", "max_examples")}
+    return RunConfig.from_flat({**values, **asked}), own
+
+
+def _data(cfg: RunConfig, own: bool, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
+    """The sequences, and what they are."""
+    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    whole = load_sequences(cfg.data, tokenizer, ctx_len, token)
+    if not own:
+        return whole, OTHER
+    if options.include_training_data:
+        return whole, SEEN
+    # The whole run's, not only this checkpoint's: so all checkpoints of a run are evaluated on the same tokens.
+    seen = StepBatches(whole, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    return held_out(cfg.data, tokenizer, ctx_len, seen, token), HELD_OUT

@@ -1,0 +1,226 @@
+"""The passes of an evaluation: what the SAEs reconstruct, and what grafting that into the language model costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.activations import find_blocks, splice, tap
+from saekit.activations.hookpoints import text_config_of, width
+from saekit.activations.splice import Replace
+from saekit.data import Sequences
+from saekit.errors import UserError
+from saekit.evaluation.estimate import ratio
+from saekit.evaluation.objective import IGNORED, Objective, compare
+from saekit.evaluation.results import Evaluation, Grafted, LayerResult
+from saekit.evaluation.sums import CHANGES, AnswerSums, GraftSums, ReconstructionSums, Total
+from saekit.sae import Sae
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int, int], None]
+"""Told how many of how many passes over a batch are done."""
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, on what, and which part of it this rank does."""
+
+    model: PreTrainedModel
+    saes: Mapping[str, Sae]
+    """By hookpoint, on the model's device."""
+    data: Sequences
+    excluded: Tensor
+    """int64: ids of tokens that no SAE sees; they keep their true activations."""
+    objective: Objective | None
+    """None for a model without a head."""
+    objective_name: str
+    batch_size: int = 8
+    rank: int = 0
+    world_size: int = 1
+    total: Total = _alone
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.model.device
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's numbers of sequences `[B]`, their token ids `[B, T]` on the CPU, and which are kept `[B, T]`."""
+        mine = np.arange(self.rank, len(self.data), self.world_size)
+        for start in range(0, len(mine), self.batch_size):
+            numbers = mine[start : start + self.batch_size]
+            input_ids = self.data.read(numbers)
+            yield torch.from_numpy(numbers), input_ids, ~torch.isin(input_ids, self.excluded)
+
+    @property
+    def num_batches(self) -> int:
+        """How many this rank has."""
+        return -(-len(range(self.rank, len(self.data), self.world_size)) // self.batch_size)
+
+
+@torch.inference_mode()
+def evaluate(subject: Subject, progress: Progress = lambda done, of: None) -> Evaluation:
+    """Evaluate SAEs on a language model's activations, and the language model with them in it.
+
+    Two passes over the sequences: one for each layer's mean activation, one for everything else. Each batch runs the
+    clean model once, and with a head once for each layer and once for all layers together, spliced, mean-ablated and
+    zero-ablated.
+
+    Args:
+        subject: What is evaluated.
+        progress: Told how far it is.
+
+    Raises:
+        UserError: If an SAE does not fit the model, or every token is excluded.
+    """
+    _check(subject)
+    passes = _Passes(subject, progress)
+    means = passes.means()
+    return passes.rest(means)
+
+
+class _Passes:
+    def __init__(self, subject: Subject, progress: Progress) -> None:
+        self.subject = subject
+        self.names = list(subject.saes)
+        runs = 1 + (1 + 3 * (len(self.names) + 1) if subject.objective else 1)
+        self._step = iter(range(1, runs * subject.num_batches + 1))
+        self._of = runs * subject.num_batches
+        self._progress = progress
+
+    def done(self) -> None:
+        self._progress(next(self._step), self._of)
+
+    def means(self) -> dict[str, Tensor]:
+        """Each layer's mean activation over all kept tokens, float32 `[D]`, the same on all ranks."""
+        subject = self.subject
+        sums = {
+            name: torch.zeros(sae.d_in + 1, dtype=torch.float64, device=subject.device)
+            for name, sae in subject.saes.items()
+        }
+        with tap(subject.model, self.names) as read:
+            for _, input_ids, kept in subject.batches():
+                kept = kept.to(subject.device)
+                for name, acts in read(input_ids.to(subject.device)).items():
+                    sums[name][:-1] += acts[kept].sum(0, dtype=torch.float64)
+                    sums[name][-1] += kept.sum()
+                self.done()
+        sums = {name: subject.total(each) for name, each in sums.items()}
+        if not sums[self.names[0]][-1]:
+            raise UserError("every token is excluded (special tokens, --exclude-tokens): nothing to evaluate")
+        return {name: (each[:-1] / each[-1]).float() for name, each in sums.items()}
+
+    def rest(self, means: dict[str, Tensor]) -> Evaluation:
+        subject, device, count = self.subject, self.subject.device, len(self.subject.data)
+        recons = {name: ReconstructionSums(means[name], sae.num_latents, count) for name, sae in subject.saes.items()}
+        grafts = {name: GraftSums(count, device) for name in (*self.names, "")}  # "" is all together
+        clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
+        for numbers, input_ids, kept in subject.batches():
+            rows, kept = numbers.to(device), kept.to(device)
+            if subject.objective is None:
+                for name, acts in self._read(input_ids.to(device)).items():
+                    x = acts.float()
+                    recons[name].add(rows, x, subject.saes[name](x), kept)
+                self.done()
+                continue
+            question = subject.objective(input_ids, numbers)
+            inputs, targets = question.input_ids.to(device), question.targets.to(device)
+            scored_S[rows] = (targets != IGNORED).sum(1).double()
+            logits, seen = self._clean(inputs)
+            clean.add(rows, compare(logits, logits, targets))
+            self.done()
+            replacements: dict[str, dict[str, Replace]] = {change: {} for change in CHANGES}
+            for name in self.names:
+                x = seen.pop(name).float()
+                out = subject.saes[name](x)
+                recons[name].add(rows, x, out, kept)
+                for change, replace in _changes(out.recon, means[name]).items():
+                    answers = grafts[name].answers[change]
+                    answers.add(rows, compare(logits, self._logits(inputs, {name: replace}, ~kept), targets))
+                    self.done()
+                    replacements[change][name] = replace
+                replacements["spliced"][name] = _reconstruct(subject.saes[name])  # of what it is given, not of x
+            for change, several in replacements.items():
+                answers = grafts[""].answers[change]
+                answers.add(rows, compare(logits, self._logits(inputs, several, ~kept), targets))
+                self.done()
+        return self._result(recons, grafts, clean, scored_S)
+
+    def _result(
+        self,
+        recons: dict[str, ReconstructionSums],
+        grafts: dict[str, GraftSums],
+        clean: AnswerSums,
+        scored_S: Tensor,
+    ) -> Evaluation:
+        subject, total = self.subject, self.subject.total
+        with_head = subject.objective is not None
+        clean_S, scored_S = clean.total(total).ce, total(scored_S)
+        tokens = total(recons[self.names[0]].sums["tokens"]).sum()
+
+        def grafted(name: str) -> Grafted | None:
+            return grafts[name].result(clean_S, scored_S, total) if with_head else None
+
+        return Evaluation(
+            layers=tuple(LayerResult(name, recons[name].result(total), grafted(name)) for name in self.names),
+            together=grafted(""),
+            ce_clean=ratio(clean_S, scored_S) if with_head else None,
+            objective=subject.objective_name,
+            sequences=len(subject.data),
+            ctx_len=subject.data.ctx_len,
+            tokens=int(tokens),
+            scored=int(scored_S.sum()),
+        )
+
+    def _read(self, inputs: Tensor) -> dict[str, Tensor]:
+        with tap(self.subject.model, self.names) as read:
+            return read(inputs)
+
+    def _clean(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits `[B, T, V]` and each layer's activations `[B, T, D]`, in one pass."""
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Replace:
+            return lambda acts: seen.setdefault(name, acts)
+
+        return self._logits(inputs, {name: watch(name) for name in self.names}), seen
+
+    def _logits(self, inputs: Tensor, replacements: Mapping[str, Replace], keep: Tensor | None = None) -> Tensor:
+        with splice(self.subject.model, replacements, keep):
+            return self.subject.model(input_ids=inputs).logits
+
+
+def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:
+    """By what is put in the layer's place; the names are `CHANGES`."""
+    ways: tuple[Replace, ...] = (lambda acts: recon, lambda acts: mean_D.expand(acts.shape), torch.zeros_like)
+    return dict(zip(CHANGES, ways, strict=True))
+
+
+def _reconstruct(sae: Sae) -> Replace:
+    return lambda acts: sae(acts).recon
+
+
+def _check(subject: Subject) -> None:
+    """See that every SAE has its layer in the model, of its width."""
+    blocks = find_blocks(subject.model)
+    d_in = width(text_config_of(subject.model.config))
+    there = {blocks.hookpoint(layer) for layer in range(len(blocks.modules))}
+    for name, sae in subject.saes.items():
+        if name not in there:
+            raise UserError(
+                f"the SAE of {name} does not belong to this model, whose layers are {blocks.hookpoint(0)} to "
+                f"{blocks.hookpoint(len(blocks.modules) - 1)}"
+            )
+        if sae.d_in != d_in:
+            raise UserError(f"the SAE of {name} is for a width of {sae.d_in}, and this model's is {d_in}")

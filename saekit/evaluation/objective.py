@@ -1,0 +1,101 @@
+"""What a language model is asked, and how far its answers change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""The target of a position that is not scored, as torch's cross-entropy has it."""
+MASKED_SHARE = 0.15
+"""Of an encoder's tokens; Devlin et al. 2019 (BERT, arXiv 1810.04805, section 3.1) train with as many."""
+BLOCK = 2**24
+"""Logits that are turned to float32 at a time."""
+
+
+class Question(NamedTuple):
+    """What the model reads, and what it is to predict."""
+
+    input_ids: Tensor
+    """int64 `[B, T]`."""
+    targets: Tensor
+    """int64 `[B, T]`: the token that the logits of each position should give, `IGNORED` where none is scored."""
+
+
+class Objective(Protocol):
+    """From sequences to questions."""
+
+    def __call__(self, input_ids: Tensor, numbers: Tensor) -> Question:
+        """The question of each sequence.
+
+        Args:
+            input_ids: int64 `[B, T]`, on the CPU.
+            numbers: int64 `[B]`: which sequences of the evaluation they are.
+        """
+
+
+def next_token(input_ids: Tensor, numbers: Tensor) -> Question:
+    """Every token is predicted from those before it. Implements `Objective`."""
+    targets = torch.full_like(input_ids, IGNORED)
+    targets[:, :-1] = input_ids[:, 1:]
+    return Question(input_ids, targets)
+
+
+class MaskedToken:
+    """Some tokens are masked and predicted from all others. Implements `Objective`.
+
+    Which ones depends on the sequence's number alone. All are masked, where training leaves or changes a fifth.
+
+    Args:
+        mask_id: The mask's token.
+        excluded: Ids that are never masked: special tokens, and others that train no SAE.
+    """
+
+    def __init__(self, mask_id: int, excluded: Tensor) -> None:
+        self.mask_id = mask_id
+        self.excluded = excluded
+
+    def __call__(self, input_ids: Tensor, numbers: Tensor) -> Question:
+        """See `Objective`."""
+        draws = [
+            torch.rand(input_ids.shape[1], generator=torch.Generator().manual_seed(number))
+            for number in numbers.tolist()
+        ]
+        masked = (torch.stack(draws) < MASKED_SHARE) & ~torch.isin(input_ids, self.excluded)
+        return Question(input_ids.masked_fill(masked, self.mask_id), input_ids.masked_fill(~masked, IGNORED))
+
+
+class Answer(NamedTuple):
+    """Per sequence, summed over its scored positions, float64 `[B]`."""
+
+    ce: Tensor
+    """Cross-entropy with the true token, in nats."""
+    kl: Tensor
+    """KL(clean ‖ changed) of the predicted distributions, in nats."""
+    agree: Tensor
+    """Positions at which both models think the same token most likely."""
+
+
+def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
+    """Score a changed model's logits against the truth and against the clean model's.
+
+    Args:
+        clean: Logits `[B, T, V]` of the model as it is, in any float type.
+        changed: Logits of the same model with something in the place of its activations.
+        targets: int64 `[B, T]`.
+    """
+    rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
+    scored = targets != IGNORED
+    answer = Answer(*(torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for _ in Answer._fields))
+    places = scored.flatten().nonzero().squeeze(1)
+    for some in places.split(max(1, BLOCK // clean.shape[-1])):
+        p_NV = clean.flatten(0, 1)[some].float().log_softmax(-1)
+        q_NV = changed.flatten(0, 1)[some].float().log_softmax(-1)
+        row, target = rows.flatten()[some], targets.flatten()[some]
+        answer.ce.index_add_(0, row, F.nll_loss(q_NV, target, reduction="none").double())
+        answer.kl.index_add_(0, row, F.kl_div(q_NV, p_NV, reduction="none", log_target=True).sum(-1).double())
+        answer.agree.index_add_(0, row, (p_NV.argmax(-1) == q_NV.argmax(-1)).double())
+    return answer

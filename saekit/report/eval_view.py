@@ -1,0 +1,99 @@
+"""What `saekit eval` shows, from the content of `eval.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from saekit.report import units
+
+Estimate = Mapping[str, float | None]
+
+
+def render(record: Mapping[str, Any], console: Console) -> None:
+    """Print an evaluation: a line of origin, a table of the layers, and what the numbers mean."""
+    console.print(Group(_origin(record), Text(), *tables(record), Text(), Text(_legend(record), style="dim")))
+    for warning in record["warnings"]:
+        console.print(Text.assemble(("Warning: ", "bold yellow"), warning), soft_wrap=True)
+
+
+def tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
+    """The layers' reconstructions, and what they cost the language model."""
+    layers = record["layers"]
+    shown = _table("layer", "FVU", "explained\nvariance", "cosine", "L0", "dead")
+    for layer in layers:
+        own = layer["reconstruction"]
+        shown.add_row(
+            layer["hookpoint"],
+            _number(own["fvu"], bold=True),
+            _number(own["explained_variance"]),
+            _number(own["cosine"]),
+            _number(own["l0"], 1),
+            units.percent(own["dead"] / own["num_latents"]),
+        )
+    if record["together"] is None:
+        return (shown,)
+    grafted = _table("spliced in", "CE\nrecovered", "KL", "CE", "CE, mean\nablated", "CE, zero\nablated", "same\ntop-1")
+    for name, own in [*((layer["hookpoint"], layer["grafted"]) for layer in layers), ("all", record["together"])]:
+        grafted.add_row(
+            name,
+            _number(own["ce_recovered"], bold=True),
+            _number(own["kl"]),
+            _number(own["ce"], 3),
+            _number(own["ce_mean_ablated"], 3),
+            _number(own["ce_zero_ablated"], 3),
+            units.percent(own["top1"]["value"]),
+        )
+    return shown, Text(), grafted
+
+
+def _table(*columns: str) -> Table:
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for number, column in enumerate(columns):
+        name = column if "\n" in column or not any("\n" in each for each in columns) else f"\n{column}"
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return shown
+
+
+def _number(estimate: Estimate, digits: int = 4, bold: bool = False) -> Text:
+    """A value and half of its 95% interval: `0.1234 ± 0.0012`."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    text = Text(units.decimal(value, digits), style="bold" if bold else "")
+    if low is not None and high is not None:
+        text.append(f" ± {units.decimal((high - low) / 2, digits)}", style="dim not bold")
+    return text
+
+
+def _origin(record: Mapping[str, Any]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("model", Text(record["model"], "bold"))
+    grid.add_row("data", Text(f"{record['dataset']} ({record['data']})"))
+    amount = f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} tokens reconstructed"
+    grid.add_row("", Text(amount))
+    scored = Text(record["objective"])
+    if record["ce_clean"] is not None:
+        clean = record["ce_clean"]
+        scored.append(f", {record['scored']:,} scored; cross-entropy of the model as it is ")
+        scored.append_text(_number(clean, 3))
+    grid.add_row("predicts", scored)
+    return grid
+
+
+def _legend(record: Mapping[str, Any]) -> str:
+    sentences = [
+        "± is half of a 95% interval over sequences.",
+        "Dead: fired on none of these tokens.",
+    ]
+    if record["together"] is not None:
+        sentences += [
+            "CE recovered: 1 is the model as it is, 0 its layer set to zero.",
+            "CE and KL in nats per token.",
+            "All: every layer replaced at once.",
+        ]
+    return " ".join(sentences)

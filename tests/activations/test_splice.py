@@ -1,0 +1,90 @@
+"""Putting something in the place of the residual stream of real architectures."""
+
+import pytest
+import torch
+
+from saekit import Sae
+from saekit.activations import find_blocks, splice, tap
+from tests.activations.test_tap import CASES, build
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize(("prefix", "config"), CASES)
+def test_what_is_put_in_is_what_comes_after(prefix, config):
+    model, ids = build(config).eval(), torch.randint(3, 90, (2, 7))
+    names = [f"{prefix}.{layer}" for layer in range(3)]
+    put = torch.randn(2, 7, 32)
+    with torch.no_grad(), splice(model, {names[0]: lambda acts: put}), tap(model, names) as read:
+        first = read(ids)
+    assert torch.equal(first[names[0]], put)
+    # The blocks after it compute from it: putting in what comes out of the second gives the third's output again.
+    with torch.no_grad(), splice(model, {names[1]: lambda acts: first[names[1]]}), tap(model, names) as read:
+        second = read(ids)
+    torch.testing.assert_close(second[names[2]], first[names[2]])
+    with tap(model, names) as read:
+        clean = read(ids)
+    assert not torch.equal(clean[names[2]], first[names[2]])
+    assert hooks(model) == 0
+
+
+@pytest.fixture
+def llama():
+    return build(CASES[0].values[1]).eval()
+
+
+def test_an_sae_gives_its_reconstruction(llama):
+    ids = torch.randint(3, 90, (2, 7))
+    sae = Sae(32, 64, 4)
+    with tap(llama, ["layers.1"]) as read:
+        acts = read(ids)["layers.1"]
+    with torch.no_grad(), splice(llama, {"layers.1": sae}), tap(llama, ["layers.1"]) as read:
+        torch.testing.assert_close(read(ids)["layers.1"], sae(acts).recon)
+
+
+def test_later_saes_read_what_earlier_ones_left(llama):
+    ids, read_by_second = torch.randint(3, 90, (1, 5)), []
+    with torch.no_grad():
+        with splice(
+            llama, {"layers.0": torch.zeros_like, "layers.1": lambda acts: read_by_second.append(acts) or acts}
+        ):
+            llama(input_ids=ids)
+        block = find_blocks(llama).modules[1]
+        zeros = torch.zeros(1, 5, 32)
+        positions = llama.rotary_emb(zeros, torch.arange(5)[None])
+        expected = block(zeros, position_embeddings=positions)
+    torch.testing.assert_close(read_by_second[0], expected if isinstance(expected, torch.Tensor) else expected[0])
+
+
+def test_tokens_that_are_kept(llama):
+    ids = torch.randint(3, 90, (2, 6))
+    keep = torch.tensor([[True, False, False, True, False, False], [False] * 6])
+    with tap(llama, ["layers.1"]) as read:
+        clean = read(ids)["layers.1"]
+    with torch.no_grad(), splice(llama, {"layers.1": torch.zeros_like}, keep), tap(llama, ["layers.1"]) as read:
+        changed = read(ids)["layers.1"]
+    assert torch.equal(changed[keep], clean[keep])
+    assert not changed[~keep].any()
+
+
+def test_the_type_of_the_stream_stays(llama):
+    llama.to(torch.bfloat16)
+    with torch.no_grad(), splice(llama, {"layers.0": Sae(32, 64, 4)}):
+        assert llama(input_ids=torch.tensor([[5, 6]])).last_hidden_state.dtype == torch.bfloat16
+
+
+def test_gradients_flow_through(llama):
+    sae = Sae(32, 64, 4)
+    with splice(llama, {"layers.0": sae}):
+        llama(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state.sum().backward()
+    assert sae.W_dec.grad.abs().sum() > 0
+
+
+def test_the_model_is_restored_whatever_happens(llama):
+    with pytest.raises(RuntimeError, match="boom"), splice(llama, {"layers.0": torch.zeros_like}):
+        raise RuntimeError("boom")
+    with pytest.raises(AttributeError), splice(llama, {"layers.0": torch.zeros_like, "layers.9": torch.zeros_like}):
+        pass
+    assert hooks(llama) == 0

@@ -1,0 +1,108 @@
+"""`saekit eval`: what it evaluates on, what it prints and what it leaves."""
+
+import json
+
+import pytest
+
+from saekit import Sae
+from saekit.evaluation import EVAL_FILE
+
+
+@pytest.fixture
+def run(train, tmp_path):
+    """A run that read a part of its data: 64 sequences of 32 tokens."""
+    result = train("--save-dir", tmp_path, "--run-name", "run")
+    assert result.code == 0, result.err
+    return tmp_path / "run"
+
+
+def the_file(run):
+    return json.loads(((run / "latest").resolve() / EVAL_FILE).read_text("utf-8"))
+
+
+def test_on_what_the_run_left_unread(run, saekit):
+    result = saekit("eval", run, "--max-tokens", 1000)
+    assert result.code == 0, result.err
+    record = the_file(run)
+    assert record["held_out"] is True
+    assert (record["sequences"], record["ctx_len"], record["scored"]) == (1000 // 32, 32, 1000 // 32 * 31)
+    assert record["tokens"] < 1000 // 32 * 32  # the separators train nothing
+    (layer,) = record["layers"]
+    assert layer["hookpoint"] == "layers.1"
+    assert 0 < layer["reconstruction"]["fvu"]["value"] < 2
+    for name, own in layer["grafted"].items():  # there is one layer
+        assert own == pytest.approx(record["together"][name])
+    assert layer["grafted"]["kl"]["value"] > 0
+    for shown in ("layers.1", "CE", "documents of the run's data set that it was not trained on", "next token"):
+        assert shown in result.out
+    assert f"{layer['reconstruction']['fvu']['value']:.4f}" in result.out
+
+
+def test_twice_the_same(run, saekit):
+    first, second = (json.loads(saekit("eval", run, "--max-tokens", 500, "--json").out) for _ in range(2))
+    assert {**first, "date": ""} == {**second, "date": ""}
+    assert second == the_file(run)
+
+
+def test_one_layer(run, saekit):
+    assert saekit("eval", run, "--max-tokens", 500).code == 0
+    whole = the_file(run)
+    result = saekit("eval", run / "latest" / "layers.1", "--max-tokens", 500)
+    assert result.code == 0, result.err
+    alone = json.loads((run / "latest" / "layers.1" / EVAL_FILE).read_text("utf-8"))
+    assert alone["layers"] == whole["layers"]
+
+
+def test_training_data_is_not_called_held_out(train, saekit, tmp_path):
+    assert train("--save-dir", tmp_path, "--run-name", "all", "--max-tokens", 10**9).code == 0
+    result = saekit("eval", tmp_path / "all")
+    assert result.code == 2
+    assert "would not be held out" in result.err
+    result = saekit("eval", tmp_path / "all", "--include-training-data", "--max-tokens", 500)
+    assert result.code == 0, result.err
+    assert the_file(tmp_path / "all")["held_out"] is False
+    assert "trained on included" in result.out
+
+
+def test_another_data_set(run, saekit, tmp_path, text_file):
+    other = tmp_path / "other.txt"
+    other.write_text("the quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    result = saekit("eval", run, other)
+    assert result.code == 0, result.err
+    record = the_file(run)
+    assert record["dataset"] == str(other)
+    assert record["held_out"] is None
+    # The run's own, named, is its own still.
+    assert saekit("eval", run, text_file, "--max-tokens", 500).code == 0
+    assert the_file(run)["held_out"] is True
+
+
+def test_saes_that_do_not_say_where_they_come_from(saekit, tmp_path, model_dir, text_file):
+    Sae(16, 64, 4).save_to_disk(tmp_path / "saes" / "layers.0")
+    result = saekit("eval", tmp_path / "saes")
+    assert result.code == 2
+    assert "--model" in result.err
+    result = saekit("eval", tmp_path / "saes", "--model", model_dir)
+    assert result.code == 2
+    assert "DATASET" in result.err
+    result = saekit("eval", tmp_path / "saes", text_file, "--model", model_dir, "--max-tokens", 200)
+    assert result.code == 0, result.err
+    assert "layers.0" in result.out
+
+
+def test_an_sae_of_another_model(run, saekit, tmp_path, text_file, model_dir):
+    Sae(12, 64, 4).save_to_disk(tmp_path / "saes" / "layers.0")
+    result = saekit("eval", tmp_path / "saes", text_file, "--model", model_dir)
+    assert result.code == 2
+    assert "for a width of 12, and this model's is 16" in result.err
+
+
+def test_a_folder_that_cannot_be_written_to(run, saekit, monkeypatch):
+    def refuse(source, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("saekit.evaluation.checkpoint.os.replace", refuse)
+    result = saekit("eval", run, "--max-tokens", 200)
+    assert result.code == 2
+    assert "eval.json cannot be written (Read-only file system)" in result.err
+    assert not list((run / "latest").glob(".eval*"))

@@ -1,0 +1,182 @@
+"""Every number of an evaluation, against what was worked out on paper for a model of two tokens."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+
+from saekit import Sae, UserError
+from saekit.evaluation import evaluate
+from saekit.evaluation.results import DENSITY_EDGES
+from tests.evaluation.toy import Scaling, subject, surprise
+
+# Of the three predictions of a sequence such as 0 0 1 1, two are as the model expects and one is not.
+CLEAN = (2 * surprise(2) + surprise(-2)) / 3
+HALVED = (2 * surprise(1) + surprise(-1)) / 3
+EVEN = math.log(2)
+"""What it costs to know nothing of two tokens; also with the mean, (1, 1), in every token's place."""
+
+
+def only(found):
+    (layer,) = found.layers
+    return layer
+
+
+def values(grafted):
+    return {field.name: getattr(grafted, field.name).value for field in fields(grafted)}
+
+
+def test_an_exact_reconstruction_costs_nothing():
+    found = evaluate(subject(1.0))
+    for grafted in (only(found).grafted, found.together):
+        assert values(grafted) == pytest.approx(
+            {
+                "ce": CLEAN,
+                "ce_mean_ablated": EVEN,
+                "ce_zero_ablated": EVEN,
+                "ce_recovered": 1,
+                "ce_recovered_from_mean": 1,
+                "kl": 0,
+                "top1": 1,
+            }
+        )
+        assert grafted.kl.value == 0
+        assert grafted.ce_recovered.value == 1
+    assert only(found).reconstruction.fvu.value == 0
+    assert only(found).reconstruction.explained_variance.value == 1
+    assert found.ce_clean.value == pytest.approx(CLEAN)
+    assert (found.sequences, found.ctx_len, found.tokens, found.scored) == (2, 4, 8, 6)
+
+
+def test_nothing_in_the_place_of_everything_recovers_nothing():
+    found = evaluate(subject(0.0))
+    grafted = only(found).grafted
+    assert grafted.ce.value == pytest.approx(EVEN)
+    assert grafted.ce_recovered.value == 0
+    assert grafted.ce_recovered_from_mean.value == pytest.approx(0)
+    assert only(found).reconstruction.cosine.value == 0
+
+
+def test_half_of_everything():
+    found = evaluate(subject(0.5))
+    p, q = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+    recovered = (EVEN - HALVED) / (EVEN - CLEAN)
+    assert values(only(found).grafted) == pytest.approx(
+        {
+            "ce": HALVED,
+            "ce_mean_ablated": EVEN,
+            "ce_zero_ablated": EVEN,
+            "ce_recovered": recovered,
+            "ce_recovered_from_mean": recovered,
+            "kl": p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)),
+            "top1": 1,
+        },
+        rel=1e-5,
+    )
+    reconstruction = only(found).reconstruction
+    # The error is (1, 0) or (0, 1), of length 1; from the mean (1, 1) an activation is √2 away. The mean error,
+    # (1/2, 1/2), taken out, half of each error remains.
+    assert reconstruction.fvu.value == pytest.approx(0.5)
+    assert reconstruction.explained_variance.value == pytest.approx(0.75)
+    assert reconstruction.cosine.value == pytest.approx(1)
+    assert reconstruction.l0.value == 1  # the other latent was chosen, at zero
+    assert (reconstruction.dead, reconstruction.num_latents) == (1, 2)
+    assert sum(reconstruction.density_log10) == reconstruction.density_log10[-1] == 1  # on every token
+
+
+def test_a_wrong_sign_turns_predictions_round():
+    grafted = only(evaluate(subject(-1.0))).grafted
+    assert grafted.ce.value == pytest.approx((2 * surprise(-2) + surprise(2)) / 3)
+    assert grafted.top1.value == 0
+
+
+def test_layers_alone_and_together():
+    found = evaluate(subject(0.5, depth=3))
+    for layer in found.layers:
+        assert layer.grafted.ce.value == pytest.approx(HALVED)
+        assert layer.reconstruction.fvu.value == pytest.approx(0.5)  # of the true activation
+    assert found.together.ce.value == pytest.approx((2 * surprise(0.25) + surprise(-0.25)) / 3)
+
+
+def test_excluded_tokens_keep_their_true_activations():
+    found = evaluate(subject(0.0, rows=((0, 0, 1, 1),), excluded=(1,)))
+    grafted = only(found).grafted
+    # After a 0 nothing is known any more; after the excluded 1 a 1 is expected as before.
+    assert grafted.ce.value == pytest.approx((EVEN + EVEN + surprise(2)) / 3)
+    assert only(found).reconstruction.l0.value == 1
+    assert (found.tokens, found.scored) == (2, 3)
+    # The mean over the two that are left is (2, 0): putting it in their place changes nothing.
+    assert grafted.ce_mean_ablated.value == pytest.approx(found.ce_clean.value)
+
+
+def test_intervals_are_over_sequences():
+    alike = evaluate(subject(0.5))  # each sequence has two predictions as expected and one not
+    assert only(alike).grafted.ce.low == pytest.approx(HALVED)
+    assert only(alike).grafted.ce.high == pytest.approx(HALVED)
+    different = evaluate(subject(0.5, rows=((0, 0, 0, 0), (0, 1, 0, 1))))
+    ce = only(different).grafted.ce
+    sums = torch.tensor([3 * surprise(1), 3 * surprise(-1)], dtype=torch.float64)
+    assert ce.value == pytest.approx(float(sums.sum()) / 6)
+    assert ce.high - ce.value == pytest.approx(1.95996 * float(sums.std()) / math.sqrt(2) / 3, rel=1e-5)
+    assert only(evaluate(subject(0.5, rows=((0, 0, 1, 1),)))).grafted.ce.low is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_do_not_matter(batch_size):
+    rows = ((0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1), (1, 1, 1, 1), (0, 0, 0, 1))
+    assert evaluate(subject(0.5, rows, batch_size=batch_size)) == evaluate(subject(0.5, rows))
+
+
+def test_without_a_head_there_is_the_reconstruction():
+    found = evaluate(subject(0.5, objective=None, objective_name="none: it has no head"))
+    assert only(found).reconstruction.fvu.value == pytest.approx(0.5)
+    assert only(found).grafted is None
+    assert found.together is None
+    assert found.ce_clean is None
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_progress_comes_to_its_end(with_head):
+    told = []
+    own = subject(0.5, depth=2, batch_size=1, **({} if with_head else {"objective": None}))
+    evaluate(own, lambda done, of: told.append((done, of)))
+    assert [done for done, _ in told] == list(range(1, len(told) + 1))
+    assert {of for _, of in told} == {len(told)}
+
+
+def test_a_densely_firing_latent_is_in_the_last_bin_and_a_rare_one_in_its_own():
+    from saekit.evaluation.sums import histogram
+
+    found = histogram(torch.tensor([1000, 1, 0, 100]), 1000.0)
+    assert sum(found) == 3
+    assert found[-1] == 1
+    assert found[DENSITY_EDGES.index(-3.0)] == 1
+    assert found[DENSITY_EDGES.index(-1.0)] == 1
+
+
+def test_a_warning_where_an_sae_is_worse_than_the_mean():
+    assert evaluate(subject(0.5)).warnings() == []
+    (warning,) = evaluate(subject(-1.0)).warnings()
+    assert "layers.0" in warning
+    assert "FVU" in warning
+
+
+@pytest.mark.parametrize(
+    ("saes", "message"),
+    [
+        (
+            {"layers.7": Scaling(1.0)},
+            r"layers\.7 does not belong to this model, whose layers are layers\.0 to",
+        ),
+        ({"layers.0": Sae(3, 8, 2)}, "for a width of 3, and this model's is 2"),
+    ],
+)
+def test_saes_of_another_model(saes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(subject(1.0, saes=saes))
+
+
+def test_nothing_but_excluded_tokens():
+    with pytest.raises(UserError, match="every token is excluded"):
+        evaluate(subject(1.0, excluded=(0, 1)))
