@@ -196,7 +196,7 @@ def adam_(
     for p, g, first, second in zip(*(each.split(rows) for each in (param, grad, exp_avg, exp_avg_sq)), strict=True):
         if unit_rows:
             norms = row_norms(p)  # of a zero row so small that its square would be zero
-            along = (g * p).sum(1, keepdim=True)  # half the time that `einsum` takes, and what it makes stays in the cache
+            along = (g * p).sum(1, keepdim=True)  # half of what `einsum` takes; the products stay in the cache
             g.addcmul_(p, along / norms / norms, value=-1)
         first_moment, second_moment = first.to(p.dtype), second.to(p.dtype)  # the same tensors where they are float32
         adam_of_torch(
