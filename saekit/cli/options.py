@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_origin
 
@@ -12,7 +12,10 @@ import typer
 
 from saekit.config import DataConfig, ModelConfig, SaeConfig, TrainConfig
 from saekit.config.options import Option, options_of
+from saekit.errors import UserError
 
+SIZES = {"num_latents", "expansion_factor"}
+THEM = {1: "it", 2: "both"}
 PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 
 
@@ -68,6 +71,36 @@ def _metavar(option: Option) -> str | None:
     if isinstance(option.type, types.GenericAlias):
         return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
     return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")
+
+
+def options_given(config: Path | None, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was typed, and that laid over a file's values.
+
+    Args:
+        config: `--config`.
+        typed: Every option by its name, None where it was not given.
+    """
+    from saekit.config.run import read_yaml
+
+    given = {name: value for name, value in typed.items() if value is not None}
+    return given, laid_over(read_yaml(config) if config else {}, given)
+
+
+def laid_over(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`more` over `values`. There are two ways to size the dictionary: the one in `more` replaces the other."""
+    kept = {name: value for name, value in values.items() if name not in SIZES or not SIZES & more.keys()}
+    return {**kept, **more}
+
+
+def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> None:
+    """See that these options have a value.
+
+    Raises:
+        UserError: If one has none.
+    """
+    for name in names:
+        if name not in values:
+            raise UserError(f"{name.upper()} is missing: {usage}, or a --config that names {THEM[len(names)]}")
 
 
 def with_resume_value(arguments: list[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from saekit.cli.options import with_config_options
+from saekit.cli.options import options_given, require, with_config_options
 from saekit.errors import UserError
 
 MACHINE = "Machine"
@@ -30,6 +31,15 @@ def plan(
         str | None,
         typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB.", rich_help_panel=MACHINE),
     ] = None,
+    use_this: Annotated[
+        bool,
+        typer.Option(
+            "--detect",
+            metavar="",
+            help="Plan for this machine, as without --gpus: its GPUs, or its CPU.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
     num_processes: Annotated[
         int | None,
         typer.Option(
@@ -40,33 +50,78 @@ def plan(
             rich_help_panel=MACHINE,
         ),
     ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            metavar="NAME",
+            help="As in saekit train: the placement and what is offloaded are taken from it, and without --gpus the "
+            "number of ranks.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            metavar="",
+            help="First measure how fast this machine is (half a minute in which it should do nothing else) and keep "
+            "that: plans for it then say tokens per second. MODEL may be left out.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
     **options: Any,
 ) -> None:
-    """Say what a run would need in memory and traffic under each placement, from MODEL's config alone."""
+    """Say what a run would need under each placement in memory, traffic and time, from MODEL's config alone."""
     from saekit.cli.output import messages, results
     from saekit.config import RunConfig
-    from saekit.config.run import read_yaml
 
-    typed = {
-        name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
-    }
-    values = {**(read_yaml(config) if config else {}), **typed}
-    if "model" not in values:
-        raise UserError("MODEL is missing: saekit plan MODEL, or a --config that names it")
+    _, values = options_given(config, {"model": model, "dataset": dataset, **options})
+    if not measure:
+        require(values, ("model",), "saekit plan MODEL")
     values.setdefault("dataset", "")  # nothing is read of it
+    _check_machine(gpus, gpu_memory, num_processes, use_this=use_this, measure=measure)
+    cfg = RunConfig.from_flat(values) if "model" in values else None
+    with messages().status("Loading libraries") as status:
+        from saekit.planning import NO_OFFLOAD, advise, calibrate, describe, detect, make_plan, render, to_json
+        from saekit.planning.rates_view import render_rates
+
+        ranks, offload, asked = num_processes, NO_OFFLOAD, None
+        if launch is not None:
+            from saekit.cli.launch import processes_of
+            from saekit.cli.launched import offload_of, placement_of
+
+            ranks, offload = (processes_of(launch, num_processes) if gpus is None else None), offload_of(launch)
+            asked = placement_of(launch, str(values.get("placement", "auto")))
+        machine = detect(ranks) if gpus is None or gpu_memory is None else describe(gpus, gpu_memory)
+        if measure:
+            measured = calibrate(machine, lambda text: status.update(text))
+            machine = detect(ranks)
+        if cfg is not None:
+            status.update("Planning")
+            plan = make_plan(cfg, machine, offload=offload, asked=asked)
+            advice = advise(plan)
+    if as_json:
+        rates = {"rates": {name: dataclasses.asdict(each) for name, each in measured.found.items()}} if measure else {}
+        typer.echo(json.dumps({**rates, **(to_json(plan, advice) if cfg is not None else {})}, indent=2))
+        return
+    if measure:
+        render_rates(measured, results())
+    if cfg is not None:
+        render(plan, results(), advice)
+
+
+def _check_machine(
+    gpus: int | None, gpu_memory: str | None, num_processes: int | None, *, use_this: bool, measure: bool
+) -> None:
+    """See that one machine is meant, not two."""
+    if use_this and gpus is not None:
+        raise UserError(f"--detect plans for this machine and --gpus {gpus} for another: give one of them")
+    if measure and gpus is not None:
+        raise UserError(f"--calibrate measures this machine, and --gpus {gpus} describes another: give one of them")
     if (gpus is None) != (gpu_memory is None):
         raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this one")
     if gpus is not None and num_processes is not None:
         raise UserError("--num-processes is for this machine: leave it out with --gpus")
-    cfg = RunConfig.from_flat(values)
-    with messages().status("Planning"):
-        from saekit.planning import describe, detect, make_plan, render, to_json
-
-        machine = detect(num_processes) if gpus is None or gpu_memory is None else describe(gpus, gpu_memory)
-        found = make_plan(cfg, machine)
-    if as_json:
-        typer.echo(json.dumps(to_json(found), indent=2))
-    else:
-        render(found, results())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saekit.cli.options import with_config_options
+from saekit.cli.options import laid_over, options_given, require, with_config_options
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
 from saekit.layout import has_checkpoints, run_of
@@ -69,24 +69,14 @@ def train(
     """Train one sparse autoencoder per layer of MODEL's residual stream on DATASET, all layers at once."""
     from saekit.cli.output import messages, resumable
     from saekit.config import RunConfig
-    from saekit.config.run import read_yaml
 
-    typed = {
-        name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
-    }
+    typed, values = options_given(config, {"model": model, "dataset": dataset, **options})
     if distribute_layers and typed.setdefault("placement", "layer-map") != "layer-map":
         raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
-    values = {**(read_yaml(config) if config else {}), **typed}
+    values = laid_over(values, typed)
     if isinstance(values.get("resume"), str) and values["resume"] not in ("auto", "latest"):
-        values = {**_options_of_run(Path(values["resume"]), typed), **values}
-    for name in ("model", "dataset"):
-        if name not in values:
-            raise UserError(f"{name.upper()} is missing: saekit train MODEL DATASET, or a --config that names both")
-    # Two ways to size the dictionary: the one that was typed replaces the one in the file.
-    if "num_latents" in typed and "expansion_factor" not in typed:
-        values.pop("expansion_factor", None)
-    if "expansion_factor" in typed and "num_latents" not in typed:
-        values.pop("num_latents", None)
+        values = laid_over(_options_of_run(Path(values["resume"]), typed), values)
+    require(values, ("model", "dataset"), "saekit train MODEL DATASET")
     cfg = RunConfig.from_flat(values)
     if dry_run:
         return _show(cfg, launch, num_processes)
@@ -108,19 +98,22 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
 
     from saekit.cli.output import messages, results
 
-    ranks = num_processes
-    if launch is not None:
-        from saekit.cli.launch import processes_of
-
-        ranks = processes_of(launch, num_processes)
-    elif num_processes is not None:
+    if launch is None and num_processes is not None:
         raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
     with messages().status("Planning"):
-        from saekit.planning import detect, make_plan, render
+        from saekit.planning import NO_OFFLOAD, advise, detect, make_plan, render
 
-        plan = make_plan(cfg, detect(ranks or int(os.environ.get("WORLD_SIZE", "0")) or 1))
+        ranks, asked, offload = int(os.environ.get("WORLD_SIZE", "1")), None, NO_OFFLOAD
+        if launch is not None:
+            from saekit.cli.launch import processes_of
+            from saekit.cli.launched import offload_of, placement_of
+
+            ranks, offload = processes_of(launch, num_processes), offload_of(launch)
+            asked = placement_of(launch, cfg.train.placement)
+        plan = make_plan(cfg, detect(ranks), offload=offload, asked=asked)
+        advice = advise(plan)
     typer.echo(yaml.safe_dump(cfg.to_flat(), sort_keys=False, allow_unicode=True))
-    render(plan, results())
+    render(plan, results(), advice)
 
 
 def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,24 @@
-"""What a run will cost before it is started: memory by placement, from the model's config alone."""
+"""What a run will cost before it is started, by placement: memory, traffic, time, from the model's config alone."""
 
+from saekit.planning.advice import Advice, advise
+from saekit.planning.calibration import calibrate
 from saekit.planning.machine import Machine, describe, detect
+from saekit.planning.memory import NO_OFFLOAD, Offload
 from saekit.planning.plan import Choice, Plan, make_plan
 from saekit.planning.view import render, to_json
 
-__all__ = ["Choice", "Machine", "Plan", "describe", "detect", "make_plan", "render", "to_json"]
+__all__ = [
+    "NO_OFFLOAD",
+    "Advice",
+    "Choice",
+    "Machine",
+    "Offload",
+    "Plan",
+    "advise",
+    "calibrate",
+    "describe",
+    "detect",
+    "make_plan",
+    "render",
+    "to_json",
+]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
+from saekit.planning.layer import Layer
 from saekit.planning.meter import Bytes, Meter, all_of, sized
-from saekit.sae import Sae, project_decoder_gradient_, sae_losses
+from saekit.sae import project_decoder_gradient_
 from saekit.sae.kernels import Kernels, torch_ops
 from saekit.sae.kernels.choose import Eager
 from saekit.sae.kernels.sparse import Sparse
-from saekit.training.counters import LayerCounters
-from saekit.training.optimizers import make_optimizer
-from saekit.training.statistics import LayerWindow
 
 ADAM_8BIT_STATE = 2 + 2 * 4 / 256
 """Bytes per parameter of bitsandbytes' Adam: two moments in 8 bits, and a float32 scale for each block of 256."""
@@ -42,6 +40,10 @@ class LayerCost:
     """The most that the optimiser's step holds besides all of those."""
 
 
+KNOWN: dict[tuple[object, ...], LayerCost] = {}
+"""What was asked for before: placements and advice meter the same layer again and again."""
+
+
 def layer_cost(
     cfg: TrainConfig,
     d_in: int,
@@ -65,52 +67,37 @@ def layer_cost(
         on_gpu: Whether it is a GPU's memory.
         dead: Dead latents, which AuxK trains.
     """
+    settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha)
+    asked = (settings, d_in, num_latents, tokens, act_dtype, kernels.name, kernels.select_dtype, on_gpu, dead)
+    if asked in KNOWN:
+        return KNOWN[asked]
     eight_bit = cfg.optimizer == "adam8bit"
-    with META:
-        sae = Sae(
-            d_in,
-            num_latents,
-            cfg.sae.k,
-            normalize_decoder=cfg.sae.normalize_decoder,
-            multi_topk=cfg.sae.multi_topk,
-        ).train()
-    sae.chosen_kernels = kernels
-    optimizer = make_optimizer(replace(cfg, optimizer="adam") if eight_bit else cfg, sae)
-    for each in optimizer.optimizers:
-        for group in each.param_groups:
-            group |= {"fused": False} if group.get("fused") else {}  # no such kernel on the meta device
-    parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in sae.parameters())
+    layer = Layer(cfg, d_in, num_latents, kernels, META)
+    parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in layer.sae.parameters())
     chunk = torch.empty(tokens, d_in, dtype=act_dtype, device=META)
     dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead and cfg.auxk_alpha else None
-    counters, window = LayerCounters.fresh(num_latents, META), LayerWindow.empty(d_in, META)
-
-    def passes() -> None:
-        x_ND = chunk.float()
-        out = sae(x_ND, dead_latents)
-        losses = sae_losses(x_ND, out, scale=1.0, auxk_alpha=cfg.auxk_alpha, num_dead=dead)
-        losses.total.backward()
-        counters.observe(out.acts, out.indices)
-        window.observe(x_ND, out, losses, 1.0, sae.b_dec.detach())
-
     with Meter(on_gpu) as meter:
-        passes()
+        layer.passes(chunk, dead_latents)
         gradients = meter.live
         first = meter.peak - gradients
         meter.restart()
-        passes()
+        layer.passes(chunk, dead_latents)
         later = meter.peak - gradients
         meter.restart()
-        optimizer.step(1.0)
+        layer.update()
         state = meter.live - gradients
         meter.restart()
-        optimizer.step(1.0)
+        layer.update()
         update = meter.peak - gradients - state
         if eight_bit:
             state = parameters.times(ADAM_8BIT_STATE / 4)
             meter.restart()
-            project_decoder_gradient_(sae)
+            project_decoder_gradient_(layer.sae)
             update = meter.peak - meter.live
-    return LayerCost(parameters, gradients, state, sized(8 * num_latents, on_gpu).times(3), first, later, update)
+    KNOWN[asked] = LayerCost(
+        parameters, gradients, state, sized(8 * num_latents, on_gpu).times(3), first, later, update
+    )
+    return KNOWN[asked]
 
 
 def on_meta(backend: str, select_dtype: torch.dtype | None) -> Kernels:

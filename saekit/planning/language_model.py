@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from saekit.activations import ModelShape, find_blocks, tap
 from saekit.activations.lm import PLAIN_ATTENTION_UP_TO, cut_config
 from saekit.planning.meter import Bytes, Meter, StandIn, all_of, sized
 
+WHOLE_UP_TO = 10_000
+"""Elements of a tensor up to which `saekit.placement.deepspeed.load_sharded` leaves it whole."""
 SCALE_BYTES = 4
 """Of an output of a matrix in 8 bits (float32)."""
 
@@ -25,8 +28,17 @@ class LmCost:
     """The most that a forward pass of one micro-batch holds besides the weights, the tapped activations included."""
     flops_per_token: float
     """Of that forward pass, 2 per multiply-add."""
-    largest_block: int
-    """Bytes of its largest block, or of its embeddings if they are larger."""
+    small: Bytes
+    """Of the weights, those in tensors that stay whole when it is cut among ranks."""
+    largest_module: int
+    """Bytes of the module with the largest tensors of its own."""
+    blocks: int
+    element: int
+    """Bytes of a number of its type."""
+
+
+KNOWN: dict[tuple[object, ...], LmCost] = {}
+"""What was asked for before: advice plans the same model many times."""
 
 
 def language_model_cost(
@@ -53,8 +65,12 @@ def language_model_cost(
     from transformers import AutoModel
     from transformers.pytorch_utils import Conv1D
 
+    config = cut_config(shape.config, max(layers) + 1)
+    asked = (config.to_json_string(), *layers, batch_size, ctx_len, dtype, in_8_bits, on_gpu)
+    if asked in KNOWN:
+        return KNOWN[asked]
     with torch.device("meta"):
-        model = AutoModel.from_config(cut_config(shape.config, max(layers) + 1), dtype=dtype).eval()
+        model = AutoModel.from_config(config, dtype=dtype).eval()
     blocks = find_blocks(model)
     if not on_gpu and dtype == torch.bfloat16 and ctx_len <= PLAIN_ATTENTION_UP_TO:
         model.set_attn_implementation("eager")
@@ -62,8 +78,7 @@ def language_model_cost(
         id(module.weight) for module in model.modules() if in_8_bits and isinstance(module, (nn.Linear, Conv1D))
     }
 
-    def bytes_of(module: nn.Module) -> Bytes:
-        tensors: list[Any] = [*module.parameters(), *module.buffers()]
+    def bytes_of(tensors: Iterable[Any]) -> Bytes:
         sizes = (
             each.numel() + SCALE_BYTES * each.shape[0] if id(each) in matrices else each.numel() * each.element_size()
             for each in {id(tensor): tensor for tensor in tensors}.values()
@@ -75,13 +90,16 @@ def language_model_cost(
     with tap(model, hookpoints) as read_residual, StandIn(linear_in_8_bits=in_8_bits), Meter(on_gpu) as meter:
         taken = read_residual(input_ids)
         del taken
-    embeddings = model.get_input_embeddings()
     in_blocks = sum(parameter.numel() for parameter in blocks.modules.parameters() if parameter.ndim == 2)
     # Scores and their use cost a multiply-add per pair of tokens and dimension each; causal masks save half of them.
     attention = 2 * 2 * ctx_len * shape.d_in * len(blocks.modules) / 2
-    return LmCost(
-        weights=bytes_of(model),
+    KNOWN[asked] = LmCost(
+        weights=bytes_of([*model.parameters(), *model.buffers()]),
         forward=meter.peak,
         flops_per_token=2 * in_blocks + attention,
-        largest_block=max(bytes_of(embeddings).total, *(bytes_of(block).total for block in blocks.modules)),
+        small=bytes_of([each for each in model.parameters() if each.numel() <= WHOLE_UP_TO] + list(model.buffers())),
+        largest_module=max(bytes_of(each.parameters(recurse=False)).total for each in model.modules()),
+        blocks=len(blocks.modules),
+        element=dtype.itemsize,
     )
+    return KNOWN[asked]

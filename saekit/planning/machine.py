@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import torch
 
 from saekit.errors import UserError
+from saekit.planning.rates import Rates, device_key, read_rates
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 LIBRARIES = {"cpu": 600_000_000, "cuda": 2**30}
@@ -28,7 +30,13 @@ class Machine:
     memory: int
     """Bytes of each GPU, or of the whole machine for a CPU."""
     name: str
-    """As its maker calls it."""
+    """To be shown."""
+    model: str = ""
+    """As its maker calls a device, for a machine that is here."""
+    rates: Rates | None = None
+    """How fast a device is, if it is here and has been measured."""
+    note: str | None = None
+    """Why there are no rates though there is a file of them."""
 
     @property
     def on_gpu(self) -> bool:
@@ -52,7 +60,9 @@ class Machine:
 
 
 def detect(processes: int | None = None) -> Machine:
-    """This machine: its GPUs if it has any (the smallest one's memory), else its CPU.
+    """This machine: its GPUs if it has any (the one with the least memory stands for all), else its CPU.
+
+    Its rates are read from the user's cache.
 
     Args:
         processes: How many ranks; all GPUs, or one process on a CPU, if None.
@@ -62,12 +72,24 @@ def detect(processes: int | None = None) -> Machine:
     """
     gpus = torch.cuda.device_count()
     if not gpus:
-        cores = psutil.cpu_count(logical=False) or 1
-        return Machine("cpu", processes or 1, memory_limit(), f"CPU with {cores} cores")
+        cores, model = psutil.cpu_count(logical=False) or 1, cpu_model()
+        rates, note = read_rates(device_key(model))
+        return Machine("cpu", processes or 1, memory_limit(), f"CPU with {cores} cores", model, rates, note)
     if processes is not None and processes > gpus:
         raise UserError(f"{processes} processes, but this machine has {gpus} GPUs: describe others with --gpu-memory")
-    properties = [torch.cuda.get_device_properties(number) for number in range(gpus)]
-    return Machine("cuda", processes or gpus, min(each.total_memory for each in properties), properties[0].name)
+    least = min(map(torch.cuda.get_device_properties, range(gpus)), key=lambda each: each.total_memory)
+    rates, note = read_rates(device_key(least.name))
+    return Machine("cuda", processes or gpus, least.total_memory, least.name, least.name, rates, note)
+
+
+def cpu_model() -> str:
+    """The CPU's name, which is not unique: `device_key` adds what else rates depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def describe(gpus: int, gpu_memory: str) -> Machine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from saekit.placement.planner import PlacementName
 from saekit.planning.bank import LayerCost
@@ -12,8 +12,21 @@ from saekit.planning.language_model import LmCost
 from saekit.planning.meter import NOTHING, Bytes, all_of, sized
 
 Placing = Literal["single"] | PlacementName
+PREFETCH = 50_000_000
+"""Elements that DeepSpeed gathers ahead (its default `stage3_prefetch_bucket_size`)."""
 BUCKET = 4_000_000
 """Bytes of DeepSpeed's buffer for gradients on their way (`saekit.placement.deepspeed.settings`)."""
+
+
+class Offload(NamedTuple):
+    """What zero3 keeps in the machine's memory instead of the GPU's."""
+
+    optimizer: bool = False
+    """The optimiser's state, the gradients, and the weights that it steps."""
+    parameters: bool = False
+
+
+NO_OFFLOAD = Offload()
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class Demand:
     """Of one layer, for chunks of the tokens that it trains on under this placement."""
     on_gpu: bool
     shard_lm: bool = False
+    offload: Offload = NO_OFFLOAD
+    """Under zero3."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,8 @@ class RankMemory:
 
     moments: tuple[Moment, ...]
     """What was compared."""
+    host: int = 0
+    """Bytes in the machine's memory beside those on the GPU: what is offloaded."""
 
     @property
     def heap(self) -> int:
@@ -104,17 +121,37 @@ def rank_memory(placing: Placing, demand: Demand, world_size: int = 1, owned: in
         working=bank.counters.times(trained),
     )
     if demand.shard_lm:
-        whole = sized(demand.lm.largest_block, demand.on_gpu)
-        held = replace(held, language_model=demand.lm.weights.times(1 / world_size) + whole)
-    gradients = bank.gradients.times(share)
+        held = replace(held, language_model=_sharded(demand, world_size))
+    gradients, update, host = bank.gradients.times(share), bank.update, 0
+    if placing == "zero3" and demand.offload.optimizer:
+        gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimiser reads
+    if placing == "zero3" and demand.on_gpu:  # on a CPU what is offloaded stays where it was
+        offload, shards, state = demand.offload, held.parameters, held.optimizer_state
+        host = shards.total if any(offload) else 0
+        if all(offload):  # of parameters alone the optimiser would have a copy on the GPU
+            held = replace(held, parameters=NOTHING)
+        if offload.optimizer:
+            host += gradients.total + state.total
+            held, gradients, update = replace(held, optimizer_state=NOTHING), NOTHING, NOTHING
     if placing in ("ddp", "zero3"):  # theirs are kept from step to step; the others' are made by every step
         held = replace(held, gradients=gradients)
     moments = (
         _forward(demand, held, gradients),
         *_passes(placing, demand, held, trained, world_size),
-        replace(_with(held, "optimiser's step", working=bank.update), gradients=gradients),
+        replace(_with(held, "optimiser's step", working=update), gradients=gradients),
     )
-    return RankMemory(moments)
+    return RankMemory(moments, host)
+
+
+def _sharded(demand: Demand, world_size: int) -> Bytes:
+    """A language model that is cut among the ranks, at the moment at which most of it is whole.
+
+    A module's tensors are gathered before it runs, and those of the modules after it up to `PREFETCH` elements.
+    """
+    lm = demand.lm
+    large = lm.weights - lm.small
+    gathered = min(large.total, lm.largest_module + PREFETCH * lm.element)
+    return lm.weights.times(1 / world_size) + lm.small + sized(gathered, demand.on_gpu)
 
 
 def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
@@ -133,12 +170,14 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
 def _passes(placing: Placing, demand: Demand, held: Moment, trained: int, world_size: int) -> Iterator[Moment]:
     """The first and the last layer of a micro-batch: activations go as gradients come."""
     bank, one = demand.bank, sized(demand.activations, demand.on_gpu)
+    made_anew = placing not in ("ddp", "zero3")
     for number in sorted({0, max(0, trained - 1)} if trained else ()):
         there = held
-        if demand.grad_acc_steps > 1 and not held.gradients.total:  # of another micro-batch
+        if demand.grad_acc_steps > 1 and made_anew:  # of another micro-batch
             there = replace(held, gradients=bank.gradients.times(trained))
-        working = bank.later_chunk if there.gradients.total or demand.micro_acc_steps > 1 else bank.first_chunk
-        if not there.gradients.total:
+        later = not made_anew or demand.grad_acc_steps > 1 or demand.micro_acc_steps > 1
+        working = bank.later_chunk if later else bank.first_chunk
+        if made_anew and demand.grad_acc_steps == 1:
             there = replace(held, gradients=bank.gradients.times(number + 1))
         if placing == "zero3":  # the layer at work is whole
             working = working + bank.parameters + bank.gradients + sized(BUCKET, demand.on_gpu)

@@ -1,56 +1,20 @@
-"""A run's plan: what each placement would need, which of them fit, and the one of those that moves least."""
+"""A run's plan: what each placement would need, which of them fit, and the one of those to take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from saekit.activations import (
-    ModelShape,
-    check_device,
-    model_shape,
-    resolve_ctx_len,
-    resolve_dtype,
-    select_layers,
-)
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement.planner import PlacementName, Workload, balanced_map, resolve_map, traffic
 from saekit.planning.bank import layer_cost, on_meta
-from saekit.planning.language_model import LmCost, language_model_cost
+from saekit.planning.job import Job, make_job
 from saekit.planning.machine import Machine
-from saekit.planning.memory import Demand, Placing, RankMemory, rank_memory
-from saekit.sae.kernels import SELECT_DTYPES, has_fast_bf16, has_fast_int8
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run, resolved as far as its cost goes."""
-
-    cfg: RunConfig
-    shape: ModelShape
-    layers: tuple[int, ...]
-    num_latents: int
-    ctx_len: int
-    dtype: torch.dtype
-    """Of the language model."""
-    backend: str
-    """Kernels."""
-    select_dtype: str
-    machine: Machine
-    lm: LmCost
-
-    @property
-    def tokens(self) -> int:
-        """Per rank and micro-batch."""
-        return self.cfg.train.batch_size * self.ctx_len
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Of all ranks."""
-        return self.tokens * self.cfg.train.grad_acc_steps * self.machine.count
+from saekit.planning.memory import NO_OFFLOAD, Demand, Offload, Placing, RankMemory, rank_memory
+from saekit.planning.rates import optimizer_key
+from saekit.planning.speed import StepTime, StepWork, step_time
+from saekit.sae.kernels import SELECT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -68,6 +32,15 @@ class Choice:
     """Bytes that it sends per optimiser step, about what it receives."""
     layers_of_busiest: int
     """SAEs that the rank trains."""
+    tokens_per_step: int
+    """Of all ranks."""
+    time: StepTime | None = None
+    """Of an optimiser step; None where the machine's rates are not known."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks, if it is known."""
+        return self.tokens_per_step / self.time.total if self.time else None
 
     @property
     def total(self) -> int:
@@ -86,11 +59,31 @@ class Plan:
 
     job: Job
     choices: tuple[Choice, ...]
+    offload: Offload = NO_OFFLOAD
+    """Under zero3."""
+    asked: str | None = None
+    """The placement that the run will have, if that is decided."""
 
     @property
     def recommended(self) -> Choice | None:
-        """Of those that fit the one with the least traffic, the simplest where several have none. None if none fits."""
-        return min((choice for choice in self.choices if choice.fits), key=lambda choice: choice.sent, default=None)
+        """Of those that fit the fastest, or where speeds are not known the one with the least traffic.
+
+        The simplest of equals; None if none fits.
+        """
+        fitting = [choice for choice in self.choices if choice.fits]
+        if all(choice.time for choice in fitting):
+            return max(fitting, key=lambda choice: choice.tokens_per_second or 0, default=None)
+        return min(fitting, key=lambda choice: choice.sent, default=None)
+
+    @property
+    def considered(self) -> tuple[Choice, ...]:
+        """The choices that there are: all of them, or the one that was asked for."""
+        return tuple(choice for choice in self.choices if self.asked in (None, choice.placement)) or self.choices
+
+    @property
+    def fits(self) -> bool:
+        """Whether one of those does."""
+        return any(choice.fits for choice in self.considered)
 
     def choice(self, placement: str) -> Choice:
         """The one with that placement.
@@ -105,19 +98,24 @@ class Plan:
         raise UserError(f"--placement {placement}: with {self.job.machine.count} ranks there is {names}")
 
 
-def make_plan(cfg: RunConfig, machine: Machine) -> Plan:
+def make_plan(cfg: RunConfig, machine: Machine, *, offload: Offload = NO_OFFLOAD, asked: str | None = None) -> Plan:
     """Plan a run from the model's config alone; no weight and no data is read.
 
     Args:
         cfg: The run; its data set is not looked at.
-        machine: Where it is to run.
+        machine: Where it is to run, and how fast that is, if it is known.
+        offload: What zero3 keeps in the machine's memory.
+        asked: The placement that the run will have; by default what `cfg` says, if it says one.
 
     Raises:
         UserError: If the model's config cannot be read, or the configuration does not fit it.
     """
     job = make_job(cfg, machine)
     placements: tuple[Placing, ...] = ("single",) if machine.count == 1 else ("ddp", "layer-map", "zero3")
-    return Plan(job, tuple(_choice(job, placement) for placement in placements if possible(cfg, placement)))
+    choices = tuple(_choice(job, placement, offload) for placement in placements if possible(cfg, placement))
+    if asked is None and cfg.train.placement != "auto" and machine.count > 1:
+        asked = cfg.train.placement
+    return Plan(job, choices, offload, asked)
 
 
 def possible(cfg: RunConfig, placement: Placing) -> bool:
@@ -130,44 +128,7 @@ def possible(cfg: RunConfig, placement: Placing) -> bool:
     return placement != "zero3" or train.optimizer in ("adam", "signum")
 
 
-def make_job(cfg: RunConfig, machine: Machine) -> Job:
-    """Resolve what the cost depends on.
-
-    Raises:
-        UserError: As `make_plan`.
-    """
-    train = cfg.train
-    check_device(cfg.model, machine.device)
-    shape = model_shape(cfg.model)
-    layers = tuple(select_layers(shape.num_layers, train.layers, train.layer_stride))
-    try:
-        num_latents = train.sae.resolve_num_latents(shape.d_in)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
-    if machine.on_gpu:  # any that is sold today is fast at bfloat16; the machine need not be this one
-        dtype = torch.bfloat16 if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype)
-        fast = "bf16"
-    else:
-        dtype = resolve_dtype(cfg.model.dtype, machine.device)
-        fast = "bf16" if has_fast_bf16(machine.device) else "int8" if has_fast_int8(machine.device) else "fp32"
-    backend = ("triton" if machine.on_gpu else "cpu") if train.kernels == "auto" else train.kernels
-    select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
-    if backend == "eager":
-        select_dtype = "fp32"
-    lm = language_model_cost(
-        shape,
-        list(layers),
-        batch_size=train.batch_size,
-        ctx_len=ctx_len,
-        dtype=dtype,
-        in_8_bits=cfg.model.load_in_8bit,
-        on_gpu=machine.on_gpu,
-    )
-    return Job(cfg, shape, layers, num_latents, ctx_len, dtype, backend, select_dtype, machine, lm)
-
-
-def _choice(job: Job, placement: Placing) -> Choice:
+def _choice(job: Job, placement: Placing, offload: Offload) -> Choice:
     train, machine = job.cfg.train, job.machine
     ranks = machine.count
     owned = max(_owned(job, ranks)) if placement == "layer-map" else None
@@ -190,6 +151,7 @@ def _choice(job: Job, placement: Placing) -> Choice:
         bank=bank,
         on_gpu=machine.on_gpu,
         shard_lm=train.shard_lm,
+        offload=offload,
     )
     sent = 0 if placement == "single" else _sent(job, placement, owned)
     return Choice(
@@ -200,7 +162,39 @@ def _choice(job: Job, placement: Placing) -> Choice:
         libraries=machine.libraries,
         sent=sent,
         layers_of_busiest=len(job.layers) if owned is None else owned,
+        tokens_per_step=job.tokens_per_step,
+        time=_time(job, placement, owned, sent),
     )
+
+
+def _time(job: Job, placement: Placing, owned: int | None, sent: int) -> StepTime | None:
+    """How long a step will take, if this machine's rates are known; what is offloaded is not in it."""
+    train, ranks = job.cfg.train, job.machine.count
+    if job.machine.rates is None:
+        return None
+    params = 2 * job.num_latents * job.shape.d_in + job.num_latents + job.shape.d_in
+    work = StepWork(
+        tokens=job.tokens,
+        micro_batches=train.grad_acc_steps,
+        chunks=train.micro_acc_steps,
+        trained=job.tokens * (ranks if placement == "layer-map" else 1),
+        layers=len(job.layers) if owned is None else owned,
+        d_in=job.shape.d_in,
+        num_latents=job.num_latents,
+        k=train.sae.k * (5 if train.sae.multi_topk else 1),
+        lm_operations=job.lm.flops_per_token,
+        lm_blocks=job.lm.blocks,
+        lm_type="fp32" if job.dtype.itemsize == 4 else "bf16",
+        kernels=job.backend,
+        select_type=job.select_dtype,
+        optimizer=optimizer_key(train.optimizer, train.moments_dtype),
+        params_held=params // (ranks if placement == "zero3" else 1),
+        sent=sent,
+        ranks=ranks,
+        sharing=1 if job.machine.on_gpu else ranks,
+        whole_layers_travel=placement == "layer-map",
+    )
+    return step_time(work, job.machine.rates)
 
 
 def _owned(job: Job, ranks: int) -> Iterator[int]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saekit.planning.advice import Advice
+from saekit.planning.job import Job
 from saekit.planning.machine import Machine
-from saekit.planning.plan import Choice, Job, Plan
+from saekit.planning.plan import Choice, Plan
 
 BAR = 24
 """Characters of a full bar."""
@@ -22,10 +26,11 @@ PARTS = {
     "working": "working memory",
 }
 ESTIMATED = "Counted are the tensors of the busiest rank; the libraries' share is an allowance."
+UNKNOWN = "Tokens/s are unknown until --calibrate has measured this machine."
 
 
-def render(plan: Plan, console: Console) -> None:
-    """Print a plan."""
+def render(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> None:
+    """Print a plan, and what to change where it does not fit."""
     job = plan.job
     console.print(Text(f"{job.cfg.model.model}: {_sizes(job)}", style="bold"), soft_wrap=True)
     console.print(f"on {_machine(job.machine)}\n", soft_wrap=True)
@@ -33,24 +38,20 @@ def render(plan: Plan, console: Console) -> None:
     for choice in plan.choices:
         console.print(_bar(choice))
     console.print()
-    best = plan.recommended
-    if best is None:
-        least = min(plan.choices, key=lambda choice: choice.total)
-        short = least.total - least.capacity
-        console.print(
-            f"[red]None fits[/red]: {least.placement} needs least and lacks {_gib(short)}. Try --micro-acc-steps, a "
-            "smaller --batch-size with more --grad-acc-steps, --moments-dtype bf16, fewer --layers.",
-            soft_wrap=True,
-        )
-    elif best.ranks > 1:
-        console.print(f"Take [bold]{best.placement}[/bold]: of those that fit it moves least per step.")
-    else:
-        console.print("It fits.")
+    console.print(_verdict(plan), soft_wrap=True)
+    if advice:
+        console.print(_advice_table(advice))
+        if not any(each.choice.fits for each in advice):
+            console.print("Nothing of this makes it fit, not even together.")
+    if job.machine.note:
+        console.print(Text(job.machine.note, style="yellow"), soft_wrap=True)
+    elif not any(choice.time for choice in plan.choices):
+        console.print(f"[dim]{UNKNOWN}" if job.machine.model else "[dim]Tokens/s are known of this machine only.")
     console.print(f"[dim]{ESTIMATED}", soft_wrap=True)
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The same as plain values, in bytes."""
+def to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
+    """The same as plain values, in bytes and seconds."""
     job = plan.job
     return {
         "model": job.cfg.model.model,
@@ -75,9 +76,23 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 "libraries": choice.libraries,
                 "sent_per_step": choice.sent,
                 "layers_of_busiest": choice.layers_of_busiest,
+                "host": choice.memory.host,
+                "tokens_per_second": choice.tokens_per_second,
+                "seconds_per_step": asdict(choice.time) if choice.time else None,
             }
             for choice in plan.choices
         },
+        "advice": [
+            {
+                "options": list(each.options),
+                "placement": each.choice.placement,
+                "layers": each.layers,
+                "total": each.choice.total,
+                "host": each.choice.memory.host,
+                "fits": each.choice.fits,
+            }
+            for each in advice
+        ],
     }
 
 
@@ -95,7 +110,46 @@ def _table(plan: Plan) -> Table:
     shown.add_row("highest in", *(choice.memory.peak.name for choice in plan.choices), style="dim")
     if plan.job.machine.count > 1:
         shown.add_row("GiB sent per step", *(_number(choice.sent) for choice in plan.choices))
+    if any(choice.memory.host for choice in plan.choices):
+        shown.add_row("GiB in the machine's", *(_number(choice.memory.host) for choice in plan.choices))
+    if any(choice.time for choice in plan.choices):
+        shown.add_row("tokens/s, expected", *(_speed(choice) for choice in plan.choices))
     return shown
+
+
+def _verdict(plan: Plan) -> str:
+    """Which placement to take, or how much is lacking."""
+    best = plan.recommended
+    if not plan.fits:
+        least = min(plan.considered, key=lambda choice: choice.total)
+        lacking = f"lacks {_gib(least.total - least.capacity)}"
+        if len(plan.considered) > 1:
+            return f"[red]None fits[/red]: {least.placement} needs least and {lacking}."
+        other = f" {best.placement} would fit." if best else ""
+        return f"[red]{least.placement} does not fit[/red]: it {lacking}.{other}"
+    if best is None or best.ranks == 1:
+        return "It fits."
+    why = "it is expected to be the fastest" if best.time else "it moves least per step"
+    return f"Take [bold]{best.placement}[/bold]: of those that fit {why}."
+
+
+def _advice_table(advice: Sequence[Advice]) -> Table:
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("what to change")
+    shown.add_column("GiB", justify="right")
+    shown.add_column("")
+    for each in advice:
+        choice, host = each.choice, each.choice.memory.host
+        verdict = Text("fits", "green") if choice.fits else Text("does not fit", "red")
+        layers = f"{each.layers} layer{'s' if each.layers > 1 else ''}"
+        beside = f", {_gib(host)} per rank in the machine's memory" if host else ""
+        verdict.append(f": {choice.placement}, {layers}{beside}", "default")
+        shown.add_row(" ".join(each.options), _number(choice.total), verdict)
+    return shown
+
+
+def _speed(choice: Choice) -> str:
+    return f"{choice.tokens_per_second:,.0f}" if choice.tokens_per_second else "unknown"
 
 
 def _bar(choice: Choice) -> Text:

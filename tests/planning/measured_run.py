@@ -21,6 +21,19 @@ def resident_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
+def second_gradients(placement: Any) -> int:
+    """Bytes of the gradients that DeepSpeed's optimiser reads, where they are not those that it sums up."""
+    zero = placement._engine.optimizer
+    summed = zero.grad_partitions_flat_buffer.untyped_storage().data_ptr()
+    read = [flat.grad for flat in zero.fp32_partitioned_groups_flat if flat.grad is not None]
+    return sum(each.nbytes for each in read if each.untyped_storage().data_ptr() != summed)
+
+
+def bytes_of(model: Any) -> int:
+    """Bytes of a sharded model's tensors at this moment: shards, and what is gathered."""
+    return sum(each.data.nbytes + each.ds_tensor.nbytes for each in model.parameters())
+
+
 def train(job: dict[str, Any]) -> dict[str, int]:
     import torch
 
@@ -29,23 +42,33 @@ def train(job: dict[str, Any]) -> dict[str, int]:
     from saekit.training import launch
 
     torch.set_num_threads(1)
-    held = []
-    connect = launch.connect
+    held, sharded = [], []
+    for what in ("OPTIMIZER", "PARAM") if job.get("offload") else ():
+        os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"] = "cpu"  # as accelerate says it of a launch file
+    connect, load = launch.connect, launch._load
 
     def observed(*args: Any) -> Any:
         placement = connect(*args)
         apply = placement.apply
 
         def apply_and_note(scale: float) -> None:
-            held.append(placement.held_bytes())  # gradients are there; at the second step the moments are, too
+            # Gradients are there; at the second step the moments are, too.
+            held.append(placement.held_bytes() + (second_gradients(placement) if job.get("offload") else 0))
             apply(scale)
 
         placement.apply = apply_and_note
         return placement
 
-    launch.connect = observed
+    def loaded(*args: Any) -> Any:
+        model = load(*args)
+        if hasattr(next(model.parameters()), "ds_tensor"):
+            for module in model.modules():  # behind DeepSpeed's hook, which has gathered what the module needs
+                module.register_forward_pre_hook(lambda *_: sharded.append(bytes_of(model)))
+        return model
+
+    launch.connect, launch._load = observed, loaded
     launch.train_from_config(RunConfig.from_flat(job["config"]), Reporters())
-    return {"held": held[-1], "peak": resident_peak()}
+    return {"held": held[-1], "peak": resident_peak(), "language_model": max(sharded, default=0)}
 
 
 def main() -> None:

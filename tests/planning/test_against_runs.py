@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saekit.config import RunConfig
-from saekit.planning import Machine, make_plan
+from saekit.planning import Machine, Offload, make_plan
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,18 +100,21 @@ def config_of(size, folder, placement):
     }
 
 
-def measured_and_planned(size, folder, placement="single"):
+def measured_and_planned(size, folder, placement="single", offload=False):
     folder.mkdir(exist_ok=True)
     config = config_of(size, folder, placement)
     ranks = 1 if placement == "single" else 2
-    (folder / "job.json").write_text(json.dumps({"config": config, "ranks": ranks}), encoding="utf-8")
+    (folder / "job.json").write_text(
+        json.dumps({"config": config, "ranks": ranks, "offload": offload}), encoding="utf-8"
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, WORKER, folder / "job.json"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     measured = [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(ranks)]
-    plan = make_plan(RunConfig.from_flat(config), Machine("cpu", ranks, 64 * 2**30, "CPU"))
+    machine = Machine("cpu", ranks, 64 * 2**30, "CPU")
+    plan = make_plan(RunConfig.from_flat(config), machine, offload=Offload(offload, offload))
     return measured, plan.choice(placement)
 
 
@@ -140,3 +143,20 @@ def test_tensors_of_two_ranks(name, placement, tmp_path):
     peak = next(moment for moment in planned.memory.moments if moment.name == "optimiser's step")
     expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
     assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.1)
+
+
+def test_what_is_offloaded(tmp_path):
+    """On a CPU it lies where it would anyway, so that all of it is seen."""
+    measured, planned = measured_and_planned(SMALL["even"], tmp_path / "run", "zero3", offload=True)
+    peak = next(moment for moment in planned.memory.moments if moment.name == "optimiser's step")
+    expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
+    assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("width", [256, 512])
+def test_a_sharded_language_model(width, tmp_path):
+    size = {"width": width, "layers": 4, "latents": 64, "k": 4, "batch": 2, "ctx_len": 32, "vocab": 4096}
+    measured, planned = measured_and_planned({**size, "options": {"shard_lm": True}}, tmp_path / "run", "zero3")
+    assert max(each["language_model"] for each in measured) == pytest.approx(
+        planned.memory.peak.language_model.total, rel=0.1
+    )

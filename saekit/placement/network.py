@@ -1,0 +1,115 @@
+"""What travels between ranks on this machine, measured by ranks of its own: `python -m saekit.placement.network`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saekit.errors import UserError
+
+SIZE = 2**25
+"""Bytes of a tensor that travels: about a gradient of a middling SAE, and more than a cache's share of a rank."""
+ROUNDS = 8
+"""The fastest counts: whatever else the machine does only slows it down."""
+LIMIT = timedelta(seconds=60)
+
+
+def measure_network(ranks: int) -> tuple[float, float]:
+    """Start ranks, over NCCL if each can have a GPU of its own, else over gloo, and let them exchange tensors.
+
+    On a CPU they share its cores, as training does under `saekit train --launch`.
+
+    Args:
+        ranks: How many, at least 2.
+
+    Returns:
+        Bytes per second that a rank sends in an all-reduce, and from one rank to another while all do so.
+
+    Raises:
+        UserError: If they cannot meet.
+    """
+    threads = str(max(1, torch.get_num_threads() // ranks))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", __name__, str(Path(folder) / "meet"), str(ranks)]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            said = [process.communicate(timeout=2 * LIMIT.total_seconds()) for process in processes]
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{ranks} ranks did not find each other: see saekit doctor") from None
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    if any(process.returncode for process in processes):
+        errors = next(error for process, (_, error) in zip(processes, said, strict=True) if process.returncode)
+        reason = (errors.strip().splitlines() or ["no word why"])[-1]
+        raise UserError(f"{ranks} ranks cannot exchange tensors ({reason}): see saekit doctor")
+    all_reduce, point_to_point = json.loads(said[0][0].splitlines()[-1])
+    return all_reduce, point_to_point
+
+
+def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]:
+    """What `measure_network` returns, on every rank; collective."""
+    tensor = torch.ones(SIZE // 4, device=device)
+    arrived = torch.empty_like(tensor)
+
+    def exchange() -> None:
+        """To the next rank, as activations travel under layer-map."""
+        after, before = (rank + 1) % ranks, (rank - 1) % ranks
+        send = [tensor.numel() if other == after else 0 for other in range(ranks)]
+        receive = [tensor.numel() if other == before else 0 for other in range(ranks)]
+        dist.all_to_all_single(arrived, tensor, receive, send)
+
+    reduced = 2 * SIZE * (ranks - 1) / ranks  # around a ring, as in `planner.Workload.all_reduce`
+    return reduced / _fastest(lambda: dist.all_reduce(tensor), tensor), SIZE / _fastest(exchange, tensor)
+
+
+def _fastest(work: Callable[[], object], on: Tensor) -> float:
+    """Seconds of the fastest of several rounds, the slowest rank's in each."""
+    rounds = []
+    for _ in range(ROUNDS + 2):
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        if on.is_cuda:
+            torch.cuda.synchronize(on.device)
+        seconds = torch.tensor(time.perf_counter() - start, device=on.device)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        rounds.append(float(seconds))
+    return min(rounds[2:])  # the first ones set up connections
+
+
+def main(meet: str, ranks: int, rank: int) -> None:
+    """One of the ranks; the first prints what was measured."""
+    on_gpu = torch.cuda.device_count() >= ranks
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{meet}", rank=rank, world_size=ranks, timeout=LIMIT
+    )
+    rates = rates_of(rank, ranks, device)
+    dist.destroy_process_group()
+    if rank == 0:
+        sys.stdout.write(json.dumps(rates) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

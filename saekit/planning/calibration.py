@@ -1,0 +1,242 @@
+"""Measure what this machine does, in well under a minute: real layers and blocks, small ones, and the fastest round."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from saekit.config import SaeConfig, TrainConfig
+from saekit.errors import UserError
+from saekit.placement.network import measure_network
+from saekit.planning.layer import Layer
+from saekit.planning.machine import Machine
+from saekit.planning.rates import Network, PassCost, Rates, device_key, keep_rates, optimizer_key
+from saekit.planning.speed import DENSE_PASSES, MUON_WIDTH
+from saekit.sae.kernels import choose_kernels, has_fast_bf16, has_fast_int8
+from saekit.sae.kernels.choose import has_triton
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""In which the language model may run."""
+ROUNDS = 5
+"""Of which the fastest counts."""
+OPTIMIZERS = (
+    TrainConfig(),
+    TrainConfig(moments_dtype="bf16"),
+    TrainConfig(optimizer="adam8bit"),
+    TrainConfig(optimizer="signum"),
+    TrainConfig(optimizer="muon"),
+)
+Shape = tuple[int, int, int, int]
+"""N, D, M, k of a pass."""
+
+
+class Calibration(NamedTuple):
+    """What was measured."""
+
+    found: dict[str, Rates]
+    """By the name of each kind of device."""
+    file: Path
+    """Where it is kept."""
+    busy: float
+    """Share of the CPU that others used just before: their work makes rates too low."""
+
+
+def calibrate(machine: Machine, say: Callable[[str], None]) -> Calibration:
+    """Measure this machine and keep what was found.
+
+    Args:
+        machine: From `detect`; the network is measured between as many ranks as it has, on a CPU at least 2.
+        say: Told what is being measured.
+
+    Raises:
+        UserError: If ranks cannot meet, or the file cannot be written.
+    """
+    busy = psutil.cpu_percent(1.0) / 100
+    devices = {machine.model: torch.device("cpu")}
+    if machine.on_gpu:
+        numbers = reversed(range(torch.cuda.device_count()))  # the first of each kind stays
+        devices = {torch.cuda.get_device_name(number): torch.device("cuda", number) for number in numbers}
+    ranks = machine.count if machine.on_gpu else max(2, machine.count)
+    network = {}
+    if ranks > 1:
+        say(f"Measuring the network between {ranks} ranks")
+        network[ranks] = Network(*measure_network(ranks))
+    found = {name: measure(device, network, say) for name, device in devices.items()}
+    file = keep_rates({device_key(name): rates for name, rates in found.items()})
+    return Calibration(found, file, busy)
+
+
+def measure(device: torch.device, network: Mapping[int, Network], say: Callable[[str], None]) -> Rates:
+    """The rates of one device, this process's, with all of its threads."""
+    scale = 4 if device.type == "cuda" else 1  # of widths, so that a GPU is busy
+    say("Measuring matmuls and memory")
+    types = [*TYPES, *(["int8"] if has_fast_int8(device) else [])]
+    matmul = {name: _matmul(name, device, scale) for name in types}
+    bandwidth = _bandwidth(device)
+    say("Measuring blocks of a language model")
+    block = {name: _block(TYPES[name], matmul[name], device, scale) for name in TYPES}
+    passes = {}
+    for backend, select in _kernels(device):
+        say(f"Measuring SAEs with the {backend} kernels, selecting in {select}")
+        passes[f"{backend} {select}"] = _passes(backend, select, matmul[select], device, scale)
+    say("Measuring optimisers")
+    return Rates(date.today().isoformat(), matmul, bandwidth, block, passes, dict(_updates(device)), network)
+
+
+def fastest(work: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
+    """Seconds of the fastest round after a warm-up: whatever else the machine does only adds to it."""
+    seconds = []
+    for _ in range(rounds + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matmul(name: str, device: torch.device, scale: int) -> float:
+    """Operations per second at the encoder's usual proportions."""
+    N, D, M = 1024, 512 * scale, 8192 * scale
+    if name == "int8":
+        left, right = (torch.randint(-99, 99, shape, dtype=torch.int8, device=device) for shape in ((N, D), (M, D)))
+        out = torch.empty(N, M, dtype=torch.int32, device=device)
+        return 2 * N * D * M / fastest(lambda: torch._int_mm(left, right.t(), out=out), device)
+    left, right = (torch.randn(shape, device=device).to(TYPES[name]) for shape in ((N, D), (M, D)))
+    out = torch.empty(N, M, dtype=TYPES[name], device=device)
+    return 2 * N * D * M / fastest(lambda: torch.mm(left, right.t(), out=out), device)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy, read and written."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / fastest(lambda: target.copy_(source), device)
+
+
+def _block(dtype: torch.dtype, rate: float, device: torch.device, scale: int) -> float:
+    """Seconds per token, dimension and block besides the matmuls, of a small Llama with random weights."""
+    from transformers import LlamaConfig, LlamaModel
+
+    width, blocks, batch, ctx_len = 512 * scale, 2, 4, 256
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=ctx_len,
+    )
+    with device:
+        model = LlamaModel(config).to(dtype).eval()
+        ids = torch.randint(0, 512, (batch, ctx_len))
+    matrices = sum(parameter.numel() for parameter in model.layers.parameters() if parameter.ndim == 2)
+    operations = batch * ctx_len * (2 * matrices + 2 * ctx_len * width * blocks)
+    with torch.inference_mode():
+        seconds = fastest(lambda: model(input_ids=ids, use_cache=False), device)
+    return max(0.0, seconds - operations / rate) / (batch * ctx_len * width * blocks)
+
+
+def _kernels(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Backends and types of selection that training may use on a device."""
+    backend = "triton" if device.type == "cuda" and has_triton() else "cpu"
+    yield "eager", "fp32"
+    yield backend, "fp32"
+    if has_fast_bf16(device):
+        yield backend, "bf16"
+    if has_fast_int8(device):
+        yield backend, "int8"
+
+
+def shapes(scale: int) -> list[Shape]:
+    """Shapes of passes that tell the kinds of work apart: each is much of the whole in one of them."""
+    few = [
+        (128, 128, 512, 4),
+        (1024, 256, 1024, 64),
+        (1024, 256, 8192, 16),
+        (1024, 512, 4096, 64),
+        (256, 512, 16384, 16),
+        (128, 1024, 8192, 32),
+        (2048, 512, 4096, 32),
+    ]
+    return [(N, D * scale, M * scale, k) for N, D, M, k in few]
+
+
+def _passes(backend: str, select: str, rate: float, device: torch.device, scale: int) -> PassCost:
+    """Fit what is left of real passes when the encoder's matmul is taken off."""
+    rows, left = [], []
+    for N, D, M, k in shapes(scale):
+        dense = 2 * N * M * D * DENSE_PASSES.get(backend, 1) / rate
+        seconds = _pass((N, D, M, k), backend, select, device)
+        rows.append([N * M / seconds, N * k * D / seconds, M * D / seconds, 1 / seconds])
+        left.append((seconds - dense) / seconds)  # relative, so that small shapes count as much as large ones
+    return PassCost(*not_negative(rows, left))
+
+
+def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> float:
+    """Seconds of a layer's forward and backward pass over a chunk of tokens."""
+    N, D, M, k = shape
+    cfg = TrainConfig(sae=SaeConfig(num_latents=M, k=k))
+    layer = Layer(cfg, D, M, choose_kernels(backend, select, device), device)
+    chunk_ND = torch.randn(N, D, device=device)
+
+    def work() -> None:
+        layer.optimizer.zero_grad()
+        layer.passes(chunk_ND)
+
+    return fastest(work, device)
+
+
+def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
+    """Seconds per parameter of each optimiser that works here."""
+    M = 16384
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks for 4 bits is of no interest here
+    for cfg in OPTIMIZERS:
+        kernels = choose_kernels("auto", "fp32", device)
+        try:
+            layer = Layer(cfg, MUON_WIDTH, M, kernels, device)
+            parameters = list(layer.sae.parameters())
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+            seconds = fastest(layer.update, device, 1 if cfg.optimizer == "muon" else ROUNDS)
+        except (UserError, RuntimeError):  # a library is missing, or does not run on this device: it stays unknown
+            continue
+        yield (
+            optimizer_key(cfg.optimizer, cfg.moments_dtype),
+            seconds / sum(parameter.numel() for parameter in parameters),
+        )
+
+
+def not_negative(rows: list[list[float]], wanted: list[float]) -> list[float]:
+    """Least squares with coefficients of at least 0: the best of all sets of columns whose solution is.
+
+    Args:
+        rows: A row per equation, a column per coefficient.
+        wanted: What each row should give.
+    """
+    A, b = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    scale = A.norm(dim=0)
+    best, found = float(b.square().sum()), torch.zeros(A.shape[1], dtype=torch.float64)
+    for count in range(1, A.shape[1] + 1):
+        for columns in map(list, itertools.combinations(range(A.shape[1]), count)):
+            some = A[:, columns] / scale[columns]
+            solution = torch.linalg.lstsq(some, b).solution
+            error = float((some @ solution - b).square().sum())
+            if bool((solution >= 0).all()) and error < best:
+                best, found = error, torch.zeros_like(found)
+                found[columns] = solution / scale[columns]
+    return found.tolist()

@@ -1,0 +1,86 @@
+"""A run, resolved as far as its cost goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from saekit.activations import (
+    ModelShape,
+    check_device,
+    model_shape,
+    resolve_ctx_len,
+    resolve_dtype,
+    select_layers,
+)
+from saekit.config import RunConfig
+from saekit.errors import UserError
+from saekit.planning.language_model import LmCost, language_model_cost
+from saekit.planning.machine import Machine
+from saekit.sae.kernels import has_fast_bf16, has_fast_int8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and on what."""
+
+    cfg: RunConfig
+    shape: ModelShape
+    layers: tuple[int, ...]
+    num_latents: int
+    ctx_len: int
+    dtype: torch.dtype
+    """Of the language model."""
+    backend: str
+    """Kernels."""
+    select_dtype: str
+    machine: Machine
+    lm: LmCost
+
+    @property
+    def tokens(self) -> int:
+        """Per rank and micro-batch."""
+        return self.cfg.train.batch_size * self.ctx_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        return self.tokens * self.cfg.train.grad_acc_steps * self.machine.count
+
+
+def make_job(cfg: RunConfig, machine: Machine) -> Job:
+    """Resolve what the cost depends on.
+
+    Raises:
+        UserError: As `make_plan`.
+    """
+    train = cfg.train
+    check_device(cfg.model, machine.device)
+    shape = model_shape(cfg.model)
+    layers = tuple(select_layers(shape.num_layers, train.layers, train.layer_stride))
+    try:
+        num_latents = train.sae.resolve_num_latents(shape.d_in)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
+    if machine.on_gpu:  # any that is sold today is fast at bfloat16; the machine need not be this one
+        dtype = torch.bfloat16 if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype)
+        fast = "bf16"
+    else:
+        dtype = resolve_dtype(cfg.model.dtype, machine.device)
+        fast = "bf16" if has_fast_bf16(machine.device) else "int8" if has_fast_int8(machine.device) else "fp32"
+    backend = ("triton" if machine.on_gpu else "cpu") if train.kernels == "auto" else train.kernels
+    select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
+    if backend == "eager":
+        select_dtype = "fp32"
+    lm = language_model_cost(
+        shape,
+        list(layers),
+        batch_size=train.batch_size,
+        ctx_len=ctx_len,
+        dtype=dtype,
+        in_8_bits=cfg.model.load_in_8bit,
+        on_gpu=machine.on_gpu,
+    )
+    return Job(cfg, shape, layers, num_latents, ctx_len, dtype, backend, select_dtype, machine, lm)

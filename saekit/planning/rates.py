@@ -1,0 +1,145 @@
+"""How fast this machine is: measured by `saekit plan --calibrate`, kept in the user's cache, used by every plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from saekit.errors import UserError
+from saekit.training.checkpoint import write_at_once
+
+VERSION = 1
+"""Of the file. One of another version counts as unreadable."""
+FORMAT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=FORMAT)
+class PassCost:
+    """What a layer's forward and backward pass over a chunk of tokens takes besides the encoder's matmul, in seconds.
+
+    Fitted to passes of several shapes, so that each number stands for all that grows with its unit.
+    """
+
+    score: NotNegative
+    """Per token and latent (N·M): the search for the largest."""
+    term: NotNegative
+    """Per token, active latent and dimension (N·k·D): exact values, decoder, gradients."""
+    weight: NotNegative
+    """Per weight of the encoder (M·D): its copy in low precision, the gradients of both matrices."""
+    call: NotNegative
+    """Once."""
+
+
+@dataclass(frozen=True, config=FORMAT)
+class Network:
+    """What travels between ranks, in bytes per second that one rank sends while all send."""
+
+    all_reduce: Positive
+    point_to_point: Positive
+
+
+@dataclass(frozen=True, config=FORMAT)
+class Rates:
+    """What one kind of device was measured to do, with all of the process's threads on a CPU."""
+
+    measured: str
+    """Date."""
+    matmul: Mapping[str, Positive]
+    """Operations per second, 2 per multiply-add, by type: fp32, bf16, int8."""
+    bandwidth: Positive
+    """Bytes read and written per second by a copy."""
+    block: Mapping[str, NotNegative]
+    """Seconds per token, dimension and block of a language model, besides its matmuls, by type."""
+    passes: Mapping[str, PassCost]
+    """By kernels and type of selection, such as `cpu int8`."""
+    update: Mapping[str, Positive]
+    """Seconds per parameter of an optimiser's step, by `optimizer_key`; muon's at `MUON_WIDTH`."""
+    network: Mapping[int, Network] = Field(default_factory=dict)
+    """By number of ranks."""
+
+
+@dataclass(frozen=True, config=FORMAT)
+class Kept:
+    """The file."""
+
+    version: int
+    devices: Mapping[str, Rates]
+    """By `device_key`."""
+
+
+FILE = TypeAdapter(Kept)
+
+
+def cache_file() -> Path:
+    """Where rates are kept: `$XDG_CACHE_HOME/saekit/rates.json`, by default below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit" / "rates.json"
+
+
+def device_key(device: str) -> str:
+    """What rates belong to: a device's name, the threads that work on a CPU's side, and torch's version."""
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def optimizer_key(optimizer: str, moments_dtype: str) -> str:
+    """`adam`, `adam bf16`, `signum`, ..."""
+    return f"{optimizer} {moments_dtype}" if moments_dtype != "fp32" else optimizer
+
+
+def read_rates(key: str) -> tuple[Rates | None, str | None]:
+    """The rates of a device, if they have been measured; and what is wrong with the file, if something is."""
+    try:
+        return _read().get(key), None
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError) as error:
+        return None, f"{cache_file()} cannot be read ({_reason(error)}): --calibrate writes it anew"
+
+
+def keep_rates(found: Mapping[str, Rates]) -> Path:
+    """Put rates into the cache, in the place of older ones of the same devices; networks of other sizes stay.
+
+    Args:
+        found: By `device_key`.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    file = cache_file()
+    try:
+        devices = dict(_read())
+    except (OSError, ValueError):  # there is none, or it cannot be used
+        devices = {}
+    for key, rates in found.items():
+        older = devices[key].network if key in devices else {}
+        devices[key] = replace(rates, network={**older, **rates.network})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_at_once(file, FILE.dump_json(Kept(VERSION, devices), indent=1).decode() + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the rates cannot be kept in {file} ({_reason(error)}): name another folder in XDG_CACHE_HOME"
+        ) from None
+    return file
+
+
+def _read() -> Mapping[str, Rates]:
+    kept = FILE.validate_json(cache_file().read_bytes())
+    if kept.version != VERSION:
+        raise ValueError(f"it has version {kept.version}, this saekit's is {VERSION}")
+    return kept.devices
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+    return getattr(error, "strerror", None) or str(error)

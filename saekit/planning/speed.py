@@ -1,0 +1,117 @@
+"""How long an optimiser step will take: each kind of work over the rate that this machine was measured to do it at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saekit.planning.rates import Rates
+
+MUON_WIDTH = 512
+"""At which Muon's update was timed; its matmuls take time in proportion to the width."""
+DENSE_PASSES = {"eager": 3}
+"""Matmuls of the encoder's size in forward and backward pass: plain autograd makes both gradients densely."""
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What the busiest rank does in an optimiser step."""
+
+    tokens: int
+    """Per rank and micro-batch, those that the language model reads (N)."""
+    micro_batches: int
+    """`--grad-acc-steps`."""
+    chunks: int
+    """`--micro-acc-steps`."""
+    trained: int
+    """Tokens per micro-batch that each of its layers trains on: under layer-map all ranks'."""
+    layers: int
+    """That it trains."""
+    d_in: int
+    num_latents: int
+    k: int
+    """Active latents per token; Multi-TopK's 4k included."""
+    lm_operations: float
+    """Of the language model, per token."""
+    lm_blocks: int
+    lm_type: str
+    """As in `Rates.matmul`."""
+    kernels: str
+    select_type: str
+    optimizer: str
+    """As `rates.optimizer_key` says."""
+    params_held: int
+    """Per layer and rank: what its optimiser steps."""
+    sent: int
+    """Bytes to other ranks."""
+    ranks: int
+    sharing: int
+    """Ranks among which a device's rate is shared out: all of them on a CPU, whose cores they share."""
+    whole_layers_travel: bool
+    """Whether activations go to one rank each (layer-map); else ranks sum and gather what all of them need."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimiser step, one part after the other: what overlaps in fact makes a run faster than this."""
+
+    language_model: float
+    passes: float
+    """Forward and backward passes of the SAEs."""
+    update: float
+    network: float
+
+    @property
+    def total(self) -> float:
+        """In all."""
+        return self.language_model + self.passes + self.update + self.network
+
+
+def step_time(work: StepWork, rates: Rates) -> StepTime | None:
+    """The time of a step; None where something that it needs was not measured.
+
+    No latent is taken for dead: AuxK costs nothing until some are.
+    """
+    kernels = f"{work.kernels} {work.select_type}"
+    measured = (
+        work.lm_type in rates.matmul
+        and work.lm_type in rates.block
+        and work.select_type in rates.matmul
+        and kernels in rates.passes
+        and work.optimizer in rates.update
+        and (work.ranks == 1 or work.ranks in rates.network)
+    )
+    if not measured:
+        return None
+    alone = work.sharing  # seconds of the work are multiplied by it
+    read = work.micro_batches * work.tokens
+    language_model = read * (
+        work.lm_operations / rates.matmul[work.lm_type] + work.lm_blocks * work.d_in * rates.block[work.lm_type]
+    )
+    passes = work.layers * work.micro_batches * pass_seconds(work, rates)
+    # Muon multiplies matrices, whose operations per parameter grow with their width.
+    width = work.d_in / MUON_WIDTH if work.optimizer == "muon" else 1
+    update = work.layers * work.params_held * rates.update[work.optimizer] * width
+    network = 0.0
+    if work.ranks > 1:
+        measured_network = rates.network[work.ranks]
+        rate = measured_network.point_to_point if work.whole_layers_travel else measured_network.all_reduce
+        network = work.sent / rate
+    return StepTime(language_model * alone, passes * alone, update * alone, network)
+
+
+def pass_seconds(work: StepWork, rates: Rates) -> float:
+    """Forward and backward pass of one layer over a micro-batch, in all its chunks."""
+    cost = rates.passes[f"{work.kernels} {work.select_type}"]
+    scores, weights = work.trained * work.num_latents, work.num_latents * work.d_in
+    dense = 2 * scores * work.d_in * DENSE_PASSES.get(work.kernels, 1)
+    # The first chunk makes the gradients of both matrices; each further one, in a step, makes its own and adds them:
+    # two read, one written.
+    chunks = work.chunks
+    further = (chunks - 1 / work.micro_batches) * 2 * weights * 3 * 4 / rates.bandwidth
+    return (
+        dense / rates.matmul[work.select_type]
+        + scores * cost.score
+        + work.trained * work.k * work.d_in * cost.term
+        + chunks * (weights * cost.weight + cost.call)
+        + further
+    )
