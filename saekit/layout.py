@@ -9,6 +9,10 @@ INDEX_FILE = "checkpoint.json"
 """Its presence makes a folder a checkpoint."""
 STATE_FILE = "state.safetensors"
 ABOUT_FILE = "saekit.json"
+EVAL_FILE = "eval.json"
+"""Beside the layers' folders: what `saekit eval` found."""
+EVAL_FORMAT = 1
+"""Of that file."""
 FORMAT = 2
 """Of `checkpoint.json` and what it speaks of."""
 STEP_FOLDER = re.compile(r"step_\d{8,}")

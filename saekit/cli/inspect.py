@@ -11,6 +11,9 @@ import typer
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="Another one: both are compared, layer by layer.", metavar="[OTHER]")
+    ] = None,
     layer: Annotated[
         str | None, typer.Option("--layer", metavar="L", help="One layer, by its number or its hookpoint's name.")
     ] = None,
@@ -25,6 +28,17 @@ def inspect(
         from saekit.report.inspect_view import render
 
         inspection = inspect_path(path, layer)
+    if other is not None:
+        with messages().status(f"Comparing with {other}"):
+            from saekit.report import compare_view
+            from saekit.report.compare import compare
+
+            comparison = compare(inspection, inspect_path(other, layer))
+        if as_json:
+            typer.echo(json.dumps(compare_view.to_json(comparison), indent=2))
+        else:
+            compare_view.render(comparison, results())
+        return
     if as_json:
         typer.echo(json.dumps(to_json(inspection), indent=2))
     else:

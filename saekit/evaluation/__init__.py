@@ -2,10 +2,9 @@
 
 from saekit.evaluation.checkpoint import EvalOptions, evaluate_checkpoint, joined
 from saekit.evaluation.evaluate import Subject, evaluate
-from saekit.evaluation.results import EVAL_FILE, Evaluation, Grafted, LayerResult, Reconstruction
+from saekit.evaluation.results import Evaluation, Grafted, LayerResult, Reconstruction
 
 __all__ = [
-    "EVAL_FILE",
     "EvalOptions",
     "Evaluation",
     "Grafted",

@@ -30,7 +30,8 @@ from saekit.data.held_out import held_out, shuffled
 from saekit.errors import UserError
 from saekit.evaluation.evaluate import Progress, Subject, evaluate
 from saekit.evaluation.objective import MaskedToken, Objective, next_token
-from saekit.evaluation.results import EVAL_FILE, Evaluation
+from saekit.evaluation.results import Evaluation
+from saekit.layout import EVAL_FILE
 from saekit.placement import Placement, connect
 from saekit.report.inspect_files import check_files, locate
 from saekit.sae.storage import load_from_disk

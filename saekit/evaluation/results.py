@@ -6,12 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from saekit.evaluation.estimate import Estimate
-
-EVAL_FILE = "eval.json"
-FORMAT = 1
-BINS_PER_DECADE, DECADES = 4, 6
-DENSITY_EDGES = tuple(step / BINS_PER_DECADE - DECADES for step in range(DECADES * BINS_PER_DECADE + 1))
-"""log10 of the firing densities at which a histogram's bins end; the lowest bin also takes what is below."""
+from saekit.layout import EVAL_FORMAT
+from saekit.report.inspect_measure import Density
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,8 @@ class Reconstruction:
     dead: int
     """Latents that fired on none of the tokens."""
     num_latents: int
-    density_log10: tuple[int, ...]
-    """How many latents fire on which share of the tokens: counts by `DENSITY_EDGES`; those that never fire in none."""
+    density: Density
+    """On which share of the tokens latents fire."""
 
 
 @dataclass(frozen=True)
@@ -92,4 +88,4 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an estimate is `{"value", "low", "high"}`."""
-        return {"format": FORMAT, "density_log10_edges": DENSITY_EDGES, **asdict(self)}
+        return {"format": EVAL_FORMAT, **asdict(self)}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from saekit.evaluation.estimate import Estimate, ratio
 from saekit.evaluation.objective import Answer
-from saekit.evaluation.results import BINS_PER_DECADE, DENSITY_EDGES, Grafted, Reconstruction
+from saekit.evaluation.results import Grafted, Reconstruction
+from saekit.report.inspect_measure import density
 from saekit.sae import SaeOutput
 
 Total = Callable[[Tensor], Tensor]
@@ -78,15 +79,8 @@ class ReconstructionSums:
             l0=ratio(sums["l0"], tokens_S),
             dead=int((fired_M == 0).sum()),
             num_latents=len(fired_M),
-            density_log10=histogram(fired_M, float(tokens_S.sum())),
+            density=density(fired_M.cpu(), int(tokens_S.sum())),
         )
-
-
-def histogram(fired_M: Tensor, tokens: float) -> tuple[int, ...]:
-    """How many latents fire on which share of the tokens, by `DENSITY_EDGES`; those that never fire in none."""
-    density = (fired_M[fired_M > 0].double() / tokens).log10()
-    bins = ((density - DENSITY_EDGES[0]) * BINS_PER_DECADE).floor().long().clamp_(0, len(DENSITY_EDGES) - 2)
-    return tuple(torch.bincount(bins, minlength=len(DENSITY_EDGES) - 1).tolist())
 
 
 class AnswerSums:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from saekit.errors import UserError
+from saekit.layout import EVAL_FILE, EVAL_FORMAT
 from saekit.report.inspect_files import WEIGHTS, Location, check_files, locate, read_json, read_tensors, select
 from saekit.report.inspect_measure import (
     BINS_PER_DECADE,
@@ -72,6 +73,8 @@ class Inspection:
     """Tokens per sequence."""
     saekit_version: str | None
     layers: tuple[LayerInspection, ...]
+    evaluation: dict[str, Any] | None = None
+    """What `saekit eval` found of these layers, if it was asked: the content of `eval.json`."""
 
 
 def inspect_path(
@@ -113,12 +116,13 @@ def inspect_path(
         ctx_len=_whole(facts, "ctx_len"),
         saekit_version=_text(facts, "saekit_version"),
         layers=tuple(layers),
+        evaluation=_evaluation(location, {layer.hookpoint for layer in layers}),
     )
 
 
 def to_json(inspection: Inspection) -> dict[str, Any]:
     """The same as JSON types: paths as strings, NaN and infinity as None."""
-    data = _plain(asdict(inspection))
+    data = plain(asdict(inspection))
     data["density_histogram_log10_edges"] = [
         i / BINS_PER_DECADE - DENSITY_DECADES for i in range(DENSITY_DECADES * BINS_PER_DECADE + 1)
     ]
@@ -194,6 +198,20 @@ def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, 
     return {name: tuple(points) for name, points in trends.items()}
 
 
+def _evaluation(location: Location, hookpoints: set[str]) -> dict[str, Any] | None:
+    """Of the checkpoint, or of the lone SAE; only the chosen layers."""
+    folders = [*location.saes.values(), location.checkpoint] if location.kind == "sae" else [location.checkpoint]
+    file = next((folder / EVAL_FILE for folder in folders if (folder / EVAL_FILE).is_file()), None)
+    if file is None:
+        return None
+    record = read_json(file)
+    try:
+        layers = [layer for layer in record["layers"] if layer["hookpoint"] in hookpoints]
+        return {**record, "layers": layers} if record["format"] == EVAL_FORMAT and layers else None
+    except (KeyError, TypeError):
+        raise UserError(f"{file} is damaged: run saekit eval again") from None
+
+
 def _whole(facts: dict[str, Any], key: str) -> int | None:
     value = facts.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -209,11 +227,12 @@ def _text(facts: dict[str, Any], key: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON types: paths as strings, NaN and infinity as None."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return finite(value)
     return str(value) if isinstance(value, Path) else value

@@ -99,7 +99,7 @@ def neighbours(decoder_MD: Tensor, budget: int = EXACT_BUDGET) -> Neighbours | N
     num_latents, width = decoder_MD.shape
     if num_latents < 2:
         return None
-    unit_MD = decoder_MD / decoder_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    unit_MD = unit_rows(decoder_MD)
     if num_latents * num_latents * width // 2 <= budget:
         nearest, duplicates = _all_pairs(unit_MD)
     else:
@@ -111,11 +111,16 @@ def neighbours(decoder_MD: Tensor, budget: int = EXACT_BUDGET) -> Neighbours | N
     return Neighbours(median, p99, nearest.max().item(), duplicates, rows=len(nearest))
 
 
+def unit_rows(rows_MD: Tensor) -> Tensor:
+    """Rows of norm 1; a row of zeros stays one."""
+    return rows_MD / rows_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
     """Each row's largest cosine `[M]` and the number of duplicates; every pair is multiplied once."""
     nearest_M = torch.full((len(unit_MD),), -1.0)
     duplicates = 0
-    chunk = _chunk(len(unit_MD))
+    chunk = chunk_rows(len(unit_MD))
     for start in range(0, len(unit_MD), chunk):
         stop = min(start + chunk, len(unit_MD))
         # Only rows from `start` on: the pairs before it have been seen from the other side.
@@ -131,7 +136,7 @@ def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
 def _sampled_rows(unit_MD: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     """The sampled rows' largest cosine, and the number of duplicates extrapolated to all rows."""
     nearest, found = [], 0
-    for piece in rows.split(_chunk(len(unit_MD))):
+    for piece in rows.split(chunk_rows(len(unit_MD))):
         cosine = unit_MD[piece] @ unit_MD.T
         cosine[torch.arange(len(piece)), piece] = -1
         nearest.append(cosine.amax(dim=1))
@@ -139,6 +144,6 @@ def _sampled_rows(unit_MD: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     return torch.cat(nearest), round(found / 2 * len(unit_MD) / len(rows))
 
 
-def _chunk(num_latents: int) -> int:
+def chunk_rows(num_latents: int) -> int:
     """Rows at a time, so that their cosines with all rows take 64 MiB."""
     return max(1, 2**24 // num_latents)

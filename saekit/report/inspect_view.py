@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from saekit.report import units
+from saekit.report import eval_view, units
 from saekit.report.inspect import Inspection, LayerInspection
 from saekit.report.inspect_measure import BINS_PER_DECADE, DENSITY_DECADES, DUPLICATE_COSINE
 from saekit.report.sparkline import TO_ASCII, bars, sparkline
@@ -24,7 +24,7 @@ def render(inspection: Inspection, console: Console) -> None:
     """Print an inspection: a table, or for a single layer all there is to know about it."""
     layers = inspection.layers
     body = _detail(layers[0], console.width) if len(layers) == 1 else _overview(layers, console.width)
-    picture = Group(_origin(inspection), Text(), body)
+    picture = Group(_origin(inspection), Text(), body, *_evaluation(inspection))
     if not console.options.ascii_only:
         console.print(picture)
         return
@@ -60,6 +60,17 @@ def _origin(inspection: Inspection) -> Table:
     grid.add_row("trained", " · ".join(trained) or units.UNKNOWN)
     grid.add_row("SAEs", Text(shape))
     return grid
+
+
+def _evaluation(inspection: Inspection) -> tuple[RenderableType, ...]:
+    """What `saekit eval` found, if there is that."""
+    record = inspection.evaluation
+    if record is None:
+        return ()
+    heading = Text.assemble(
+        ("Evaluated", "bold"), f" on {record['dataset']} ({record['data']}), {record['tokens']:,} tokens"
+    )
+    return (Text(), heading, Text(), *eval_view.tables(record))
 
 
 def _overview(layers: Sequence[LayerInspection], width: int) -> RenderableType:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saekit import Sae
-from saekit.evaluation import EVAL_FILE
+from saekit.layout import EVAL_FILE
 
 
 @pytest.fixture
@@ -106,3 +106,18 @@ def test_a_folder_that_cannot_be_written_to(run, saekit, monkeypatch):
     assert result.code == 2
     assert "eval.json cannot be written (Read-only file system)" in result.err
     assert not list((run / "latest").glob(".eval*"))
+
+
+def test_inspect_shows_it(run, saekit):
+    assert json.loads(saekit("inspect", run, "--json").out)["evaluation"] is None
+    assert saekit("eval", run, "--max-tokens", 500).code == 0
+    record = the_file(run)
+    recovered = record["layers"][0]["grafted"]["ce_recovered"]["value"]
+    for path in (run, run / "latest" / "layers.1"):
+        result = saekit("inspect", path)
+        assert result.code == 0, result.err
+        assert f"{recovered:.4f}" in result.out
+        assert "Evaluated on" in result.out
+    assert json.loads(saekit("inspect", run, "--json").out)["evaluation"] == record
+    (run / "latest" / EVAL_FILE).write_text('{"format": 1}', encoding="utf-8")
+    assert "eval.json is damaged: run saekit eval again" in saekit("inspect", run).err
