@@ -120,7 +120,7 @@ def test_the_recommended_placement_is_the_default_and_gpus_can_be_elsewhere(answ
 
 def test_what_does_not_fit_is_marked_and_not_offered_first(answer, model_dir, text_file):
     sizes = ("250000x", "4", "32", "all", "1")
-    draft, asker = answer("2x1.5GiB", str(model_dir), str(text_file), "all", *sizes, "ddp")
+    draft, asker = answer("2x6.5GiB", str(model_dir), str(text_file), "all", *sizes, "ddp")
     fits = {each.placement: each.fits for each in draft.plan.choices}
     assert fits["ddp"] is False
     assert dict(asker.asked)["placement"] != "ddp"
