@@ -21,6 +21,7 @@ ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
 RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
+EVALUATE = "saekit/evaluation/evaluate.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 
@@ -36,7 +37,7 @@ FAULTS = [
     ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
     ("no candidate to spare", SPARSE, "k + max(k // 2, LEAST_SPARE)", "k"),
     ("large dimensions take all bits", TORCH_OPS, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
-    ("a token's scale is lost on the bias", TORCH_OPS, ".addcmul_(one_over_x_n1, b_M)", ".add_(b_M)"),
+    ("a token's scale is lost on the bias", TORCH_OPS, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
     ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[candidates_NC])", ""),
     ("second moments in bfloat16 are cut off", EAGER, "(mixed >> 16 & 0xFFFF)", "0"),
     ("a group's first member is taken for its best", TORCH_OPS, "members_NGg.amax(1)", "members_NGg[:, 0]"),
@@ -87,7 +88,7 @@ FAULTS = [
     (
         "the gradient is not projected",
         TORCH_OPS,
-        'g.addcmul_(p, torch.einsum("md,md->m", g, p)[:, None] / norms / norms, value=-1)',
+        "g.addcmul_(p, along / norms / norms, value=-1)",
         "pass",
     ),
     (
@@ -138,6 +139,32 @@ FAULTS = [
         "        counters.tokens_since_fired_M += 1\n        counters.forget()\n",
     ),
     ("only rank 0 knows of a bad step", "saekit/training/faults.py", "placement.sum(rows)", "rows"),
+    (
+        "zero ablation puts in the mean",
+        EVALUATE,
+        "mean_D.expand(acts.shape), torch.zeros_like)",
+        "mean_D.expand(acts.shape), lambda acts: mean_D.expand(acts.shape))",
+    ),
+    ("excluded tokens are ablated, too", EVALUATE, "{name: replace}, ~kept)", "{name: replace})"),
+    (
+        "together, layers read the true activations",
+        EVALUATE,
+        'replacements["spliced"][name] = _reconstruct',
+        'replacements["spliced"][name] = _reconstruct if False else lambda acts, out=out: out.recon  #',
+    ),
+    ("KL the wrong way round", "saekit/evaluation/objective.py", "F.kl_div(q_NV, p_NV,", "F.kl_div(p_NV, q_NV,"),
+    (
+        "intervals over tokens that count as independent",
+        "saekit/evaluation/estimate.py",
+        "* count / (count - 1)",
+        "/ (count - 1)",
+    ),
+    (
+        "a document that begins in a trained sequence is held out",
+        "saekit/data/held_out.py",
+        "before[last + 1] > before[first]",
+        "before[last + 1] > before[last]",
+    ),
 ]
 
 

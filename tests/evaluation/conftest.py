@@ -1,0 +1,22 @@
+"""A short run of the demo's language model, made once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.placement.conftest import DEMO_LM
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    text = folder / "text.jsonl"
+    lines = (json.dumps({"text": f"def f{n}(x):\n    return x + {n * n}\n"}) for n in range(3000))
+    text.write_text("\n".join(lines), encoding="utf-8")
+    options = ["--layers", "0,3", "--num-latents", 256, "--k", 8, "--ctx-len", 64, "--max-tokens", 8192]
+    command = [sys.executable, "-m", "saekit", "train", DEMO_LM, text, *options, "--dtype", "float32"]
+    command += ["--save-dir", folder, "--run-name", "run"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=folder)
+    return folder / "run"
