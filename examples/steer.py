@@ -1,7 +1,9 @@
-"""Push a language model along one feature of an SAE, and see what it writes: `python examples/steer.py RUN --layer 3`.
+"""Push a language model along one feature of an SAE, and see what it writes.
 
-saekit demo
-python examples/steer.py saekit-demo/run-1 --layer 3 --text "def main("
+    saekit demo
+    python examples/steer.py saekit-demo/run-1 --layer 3 --text "def main("
+
+Cells are marked by `# %%`, for those who would rather step through it.
 """
 
 # %%
