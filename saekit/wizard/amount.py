@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from saekit.activations import resolve_ctx_len
 from saekit.errors import UserError
-from saekit.planning import make_plan
+from saekit.planning import advise, make_plan
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.numbers import parse_count, show_count
-from saekit.wizard.walk import Fact, Question
+from saekit.wizard.walk import Fact, Planned, Question
 
 
 def _context(draft: Draft) -> str:
@@ -57,14 +57,14 @@ def _take_batch(draft: Draft, text: str) -> Draft:
     plan = make_plan(cfg, machine)
     if not plan.choices:
         raise UserError(f"no placement on {machine.count} ranks goes with the other options of {draft.targets.run}")
-    return replace(draft, plan=plan)
+    return replace(draft, plan=plan, advice=tuple(advise(plan)))
 
 
 def _tell_batch(draft: Draft) -> Sequence[Fact]:
     job = known(draft.plan).job
     most = job.cfg.data.max_tokens
     steps = f", {-(-most // job.tokens_per_step):,} steps" if most else ""
-    return (f"{job.tokens_per_step:,} tokens per optimiser step{steps}", known(draft.plan))
+    return (f"{job.tokens_per_step:,} tokens per optimiser step{steps}", Planned(known(draft.plan), draft.advice))
 
 
 CONTEXT = Question("ctx_len", "Context", _explain_context, _context, _take_context)

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from saekit.errors import UserError
-from saekit.planning import Plan, render
+from saekit.planning import render
 from saekit.wizard.draft import Draft
-from saekit.wizard.walk import Back, Fact, Question, Refused
+from saekit.wizard.walk import Back, Fact, Planned, Question, Refused
 
 INDENT = 13
 """Columns that the names of the answers take."""
@@ -103,9 +103,9 @@ def show(console: Console, question: Question, answer: str, told: Sequence[Fact]
     """One line with the answer, and below it what there is to say about it."""
     console.print(Text(f"{question.label:{INDENT}}", style="dim"), Text(answer, style="bold"), sep="", soft_wrap=True)
     for fact in told:
-        if isinstance(fact, Plan):
+        if isinstance(fact, Planned):
             console.print()
-            render(fact, console)
+            render(fact.plan, console, fact.advice)
             console.print()
         else:
             console.print(Text(" " * INDENT + fact, style="dim"), soft_wrap=True)

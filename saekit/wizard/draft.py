@@ -11,7 +11,7 @@ from saekit.config import RunConfig
 from saekit.config.run import read_yaml
 from saekit.data import Peek
 from saekit.errors import UserError
-from saekit.planning import Machine, Plan
+from saekit.planning import Advice, Machine, Plan
 from saekit.wizard.files import Launch, Targets, read_launch
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Draft:
     in_the_way: str = ""
     """Why the data set could not be opened as it was named, if another answer can mend that."""
     plan: Plan | None = None
+    advice: tuple[Advice, ...] = ()
+    """What would make the plan fit, where it does not."""
 
     def setting(self, **values: Any) -> Draft:
         """The same with other values; None takes one out."""

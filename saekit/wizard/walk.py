@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from saekit.errors import UserError
-from saekit.planning import Plan
+from saekit.planning import Advice, Plan
 from saekit.wizard.draft import Draft
 
-Fact = str | Plan
+
+class Planned(NamedTuple):
+    """A plan, and what to change where it does not fit."""
+
+    plan: Plan
+    advice: Sequence[Advice]
+
+
+Fact = str | Planned
 """What there is to say about an answer: a line, or a whole plan."""
 
 

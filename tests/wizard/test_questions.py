@@ -1,16 +1,20 @@
 """What the questions take, refuse, find out and write; nobody is at a terminal."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from rich.console import Console
 
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.planning import Machine
 from saekit.wizard import files_of, start, start_command, write
+from saekit.wizard.amount import BATCH
+from saekit.wizard.ask import show
 from saekit.wizard.numbers import parse_count, show_count
 from tests.wizard.conftest import BACK, ENTER
 
@@ -287,3 +291,36 @@ def test_counts():
     for text in ("", "x", "0", "-5", "1.5", "1,00", "1e", "nan"):
         with pytest.raises(UserError, match="--x"):
             parse_count("--x", text)
+
+
+def test_where_nothing_fits_there_is_advice_and_the_smallest_is_offered(answer, model_dir, text_file):
+    draft, asker = answer("2x1.5GiB", str(model_dir), str(text_file), "all", "250000x", "4", "32", "all", "1")
+    assert draft.plan.recommended is None
+    smallest = min(draft.plan.choices, key=lambda choice: choice.total)
+    assert dict(asker.asked)["placement"] == smallest.placement
+    console = Console(file=io.StringIO(), width=150)
+    show(console, BATCH, "1", BATCH.tell(draft))
+    shown = console.file.getvalue()
+    assert shown.startswith("Batch size   1\n")
+    assert "does not fit" in shown
+    assert "what to change" in shown
+    assert "--moments-dtype bf16" in shown
+
+
+def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text_file, targets, monkeypatch):
+    def two_gpus(processes=None):
+        if (processes or 0) > 2:
+            raise UserError(f"{processes} processes, but this machine has 2 GPUs")
+        return Machine("cuda", processes or 2, 80 * 2**30, "GPU of a kind")
+
+    monkeypatch.setattr("saekit.wizard.machine.detect", two_gpus)
+    beginning = (str(model_dir), str(text_file), "all", *SIZES, "all", "2")
+    draft, asker = answer("3", ENTER, *beginning, "ddp")
+    assert asker.asked[0] == ("machine", "2")
+    assert "has 2 × GPU of a kind, 80.0 GiB each: one per GPU" in asker.explained["machine"]
+    assert asker.told["machine"] == ["2 × GPU of a kind, 80.0 GiB each"]
+    assert "but this machine has 2 GPUs" in asker.problems[0][2]
+    write(files_of(draft))
+    assert yaml.safe_load(targets.launch.read_text())["use_cpu"] is False
+    monkeypatch.undo()  # the same files on a machine without: its number, not theirs
+    assert answer("1", *beginning)[1].asked[0] == ("machine", "1")
