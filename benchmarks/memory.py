@@ -1,9 +1,10 @@
-"""Peak memory of one SAE's training, by option, beside eai-sparsify's.
+"""Peak memory of one SAE's training, by option, beside eai-sparsify's and beside what `saekit plan` says of it.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --gpu
 
 Each row is a process of its own that trains on given activations and reads how far its memory grew (`measure.py`).
+Ends with code 1 where a peak, weights and moments included, is more than 10% off the plan.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from common import HERE, activations, hardware, json_from, peer_python, versions
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+
+from saekit import SaeConfig, TrainConfig
+from saekit.planning.bank import layer_cost, on_meta
+from saekit.planning.memory import Moment, RankMemory
+from saekit.sae.kernels import choose_kernels
 
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "saekit": {},
@@ -46,10 +52,19 @@ def main(
     for text in size or (["4096,131072,64,8192"] if gpu else ["512,16384,32,4096", "768,24576,32,2048"]):
         results[text] = measure(text, python, repeats, gpu)
         shown = Table(title=f"D, M, k, N = {text}", title_justify="left")
-        for column in ("", "weights and moments, MB", "peak above, MB"):
-            shown.add_column(column)
+        for column in (
+            "",
+            "weights and moments, MB",
+            "peak above, MB",
+            "planned above, MB",
+            "measured / planned, in all",
+        ):
+            shown.add_column(column, justify="right" if column else "left")
         for name, each in results[text].items():
-            shown.add_row(name, f"{each['held_mb']:.0f}", f"{each['peak_above_mb']:.0f}")
+            plan = ("", "")
+            if "planned_mb" in each:
+                plan = (f"{each['planned_mb'] - each['held_mb']:.0f}", f"{each['over_plan']:.2f}")
+            shown.add_row(name, f"{each['held_mb']:.0f}", f"{each['peak_above_mb']:.0f}", *plan)
         console.print(shown)
     record = {
         "date": date.today().isoformat(),
@@ -61,6 +76,8 @@ def main(
     out = out or HERE / "results" / ("memory_gpu.json" if gpu else "memory.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if any(abs(each.get("over_plan", 1.0) - 1) > 0.1 for size in results.values() for each in size.values()):
+        raise typer.Exit(1)
 
 
 def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[str, float]]:
@@ -81,13 +98,38 @@ def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[st
                     (peer, "peers/sparsify_step.py") if changes is None else (sys.executable, "saekit_step.py")
                 )
                 runs.setdefault(name, []).append(json_from(python, script, job | (changes or {}), folder))
-    return {
+    found = {
         name: {
             "held_mb": own[0]["held_bytes"] / 1e6,
             "peak_above_mb": statistics.median(each["peak_above_bytes"] for each in own) / 1e6,
         }
         for name, own in runs.items()
     }
+    for name, each in found.items():
+        changes = CONTESTANTS[name]
+        if changes is not None:
+            each["planned_mb"] = planned_bytes(job | changes, tokens) / 1e6
+            each["over_plan"] = (each["held_mb"] + each["peak_above_mb"]) / each["planned_mb"]
+    return found
+
+
+def planned_bytes(job: dict[str, Any], tokens: int) -> int:
+    """The peak of the job's training by the formulae of `saekit plan`, weights and moments included."""
+    device = torch.device(job["device"])
+    on_gpu = device.type == "cuda"
+    kernels = choose_kernels(job["kernels"], job["select_dtype"], device)
+    cost = layer_cost(
+        TrainConfig(sae=SaeConfig(num_latents=job["num_latents"], k=job["k"]), moments_dtype=job["moments_dtype"]),
+        job["d_in"],
+        job["num_latents"],
+        tokens,
+        torch.bfloat16 if job["bf16"] else torch.float32,
+        on_meta(kernels.name, kernels.select_dtype),
+        on_gpu=on_gpu,
+    )
+    held = {"parameters": cost.parameters, "optimizer_state": cost.state, "gradients": cost.gradients}
+    moments = (Moment("passes", **held, working=cost.first_chunk), Moment("update", **held, working=cost.update))
+    return RankMemory(moments).total
 
 
 if __name__ == "__main__":

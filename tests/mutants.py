@@ -152,7 +152,12 @@ FAULTS = [
         'replacements["spliced"][name] = _reconstruct',
         'replacements["spliced"][name] = _reconstruct if False else lambda acts, out=out: out.recon  #',
     ),
-    ("KL the wrong way round", "saekit/evaluation/objective.py", "F.kl_div(q_NV, p_NV,", "F.kl_div(p_NV, q_NV,"),
+    (
+        "KL the wrong way round",
+        "saekit/evaluation/objective.py",
+        "(p_NV - q_NV).mul_(p_NV.exp())",
+        "(q_NV - p_NV).mul_(q_NV.exp())",
+    ),
     (
         "intervals over tokens that count as independent",
         "saekit/evaluation/estimate.py",

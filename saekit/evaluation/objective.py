@@ -12,8 +12,8 @@ IGNORED = -100
 """The target of a position that is not scored, as torch's cross-entropy has it."""
 MASKED_SHARE = 0.15
 """Of an encoder's tokens; Devlin et al. 2019 (BERT, arXiv 1810.04805, section 3.1) train with as many."""
-BLOCK = 2**24
-"""Logits that are turned to float32 at a time."""
+BLOCK = {"cpu": 2**20, "cuda": 2**26}
+"""Logits that are turned to float32 at a time: on a CPU so few that they stay in the cache."""
 
 
 class Question(NamedTuple):
@@ -88,14 +88,18 @@ def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
         targets: int64 `[B, T]`.
     """
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
-    scored = targets != IGNORED
+    scored, block = targets != IGNORED, BLOCK.get(targets.device.type, BLOCK["cpu"])
     answer = Answer(*(torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for _ in Answer._fields))
     places = scored.flatten().nonzero().squeeze(1)
-    for some in places.split(max(1, BLOCK // clean.shape[-1])):
+    for some in places.split(max(1, block // clean.shape[-1])):
         p_NV = clean.flatten(0, 1)[some].float().log_softmax(-1)
-        q_NV = changed.flatten(0, 1)[some].float().log_softmax(-1)
         row, target = rows.flatten()[some], targets.flatten()[some]
+        if changed is clean:
+            q_NV, kl_N = p_NV, p_NV.new_zeros(len(some))
+        else:
+            q_NV = changed.flatten(0, 1)[some].float().log_softmax(-1)
+            kl_N = (p_NV - q_NV).mul_(p_NV.exp()).sum(-1)
         answer.ce.index_add_(0, row, F.nll_loss(q_NV, target, reduction="none").double())
-        answer.kl.index_add_(0, row, F.kl_div(q_NV, p_NV, reduction="none", log_target=True).sum(-1).double())
+        answer.kl.index_add_(0, row, kl_N.double())
         answer.agree.index_add_(0, row, (p_NV.argmax(-1) == q_NV.argmax(-1)).double())
     return answer

@@ -36,7 +36,7 @@ def test_masked_tokens_depend_on_the_sequence_number_alone():
 
 @pytest.mark.parametrize("block", [1, 50, 2**24])
 def test_answers_are_those_of_the_definitions(monkeypatch, block):
-    monkeypatch.setattr(objective, "BLOCK", block)
+    monkeypatch.setitem(objective.BLOCK, "cpu", block)
     torch.manual_seed(0)
     clean, changed = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
     targets = torch.randint(0, 11, (3, 5))
