@@ -216,8 +216,9 @@ def test_token_ids_are_shown_as_text_and_held_against_the_vocabulary(answer, mod
 
 
 def test_going_back_over_a_choice_that_changes_the_questions(answer, model_dir, text_file, targets):
-    ways = ["2", BACK, "1", str(model_dir), str(text_file), "all", *SIZES, BACK, BACK, BACK, "32x", ENTER, ENTER]
+    ways = ["2", BACK, "1", str(model_dir), str(text_file), "all", *SIZES, BACK, BACK, BACK, "32x", "513", ENTER, ENTER]
     draft, asker = answer(*ways, "all", "2")
+    assert [key for key, _, problem in asker.problems if "--k 513 is larger than the dictionary of 512" in problem]
     assert "placement" not in dict(asker.asked)
     assert draft.values["expansion_factor"] == 32
     assert "num_latents" not in draft.values
