@@ -11,6 +11,12 @@ BACK, QUIT, ENTER = object(), object(), object()
 """Instead of an answer: go back, leave, take the default."""
 
 
+@pytest.fixture(autouse=True)
+def _not_calibrated(tmp_path_factory, monkeypatch):
+    """What a plan recommends would depend on how fast the machine was found to be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 class Scripted:
     """Gives one answer after the other, and the defaults when there are no more."""
 
