@@ -128,13 +128,15 @@ class _Passes:
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
         for numbers, input_ids, kept in subject.batches():
             rows, kept = numbers.to(device), kept.to(device)
-            if subject.objective is None:
+            question = None if subject.objective is None else subject.objective(input_ids, numbers)
+            as_it_is = question is not None and question.input_ids is input_ids
+            if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
                 for name, acts in self._read(input_ids.to(device)).items():
                     x = acts.float()
                     recons[name].add(rows, x, subject.saes[name](x), kept)
+            if question is None:
                 self.done()
                 continue
-            question = subject.objective(input_ids, numbers)
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()
             logits, seen = self._clean(inputs)
@@ -144,7 +146,8 @@ class _Passes:
             for name in self.names:
                 x = seen.pop(name).float()
                 out = subject.saes[name](x)
-                recons[name].add(rows, x, out, kept)
+                if as_it_is:
+                    recons[name].add(rows, x, out, kept)
                 for change, replace in _changes(out.recon, means[name]).items():
                     answers = grafts[name].answers[change]
                     answers.add(rows, compare(logits, self._logits(inputs, {name: replace}, ~kept), targets))

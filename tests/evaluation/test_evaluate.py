@@ -8,6 +8,7 @@ import torch
 
 from saekit import Sae, UserError
 from saekit.evaluation import evaluate
+from saekit.evaluation.objective import IGNORED, Question
 from tests.evaluation.toy import Scaling, subject, surprise
 
 # Of the three predictions of a sequence such as 0 0 1 1, two are as the model expects and one is not.
@@ -126,6 +127,22 @@ def test_intervals_are_over_sequences():
 def test_batches_do_not_matter(batch_size):
     rows = ((0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1), (1, 1, 1, 1), (0, 0, 0, 1))
     assert evaluate(subject(0.5, rows, batch_size=batch_size)) == evaluate(subject(0.5, rows))
+
+
+def test_masks_are_reconstructed_for_predictions_but_not_counted():
+    """Token 1 as a mask, which is (0, 2): half of the zeros are masked and predicted, by log-odds of -2."""
+
+    class EverySecond:
+        def __call__(self, input_ids, numbers):
+            masked = torch.arange(4).expand_as(input_ids) % 2 == 1
+            return Question(input_ids.masked_fill(masked, 1), input_ids.masked_fill(~masked, IGNORED))
+
+    rows = ((0, 0, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1))
+    found = evaluate(subject(0.5, rows, objective=EverySecond(), objective_name="masked token"))
+    assert only(found).reconstruction == only(evaluate(subject(0.5, rows, objective=None))).reconstruction
+    assert found.scored == 6
+    assert found.ce_clean.value == pytest.approx((4 * surprise(-2) + 2 * surprise(2)) / 6)
+    assert only(found).grafted.ce.value == pytest.approx((4 * surprise(-1) + 2 * surprise(1)) / 6)
 
 
 def test_without_a_head_there_is_the_reconstruction():
