@@ -86,6 +86,16 @@ def test_half_of_everything():
     assert sum(histogram) == histogram[-1] == 1  # on every token
 
 
+def test_the_mean_knows_which_token_is_frequent_and_zeros_do_not():
+    grafted = only(evaluate(subject(0.5, rows=((0, 0, 0, 1),)))).grafted  # the mean is (1.5, 0.5)
+    mean = (2 * surprise(1) + surprise(-1)) / 3
+    assert grafted.ce_mean_ablated.value == pytest.approx(mean)
+    assert grafted.ce_zero_ablated.value == pytest.approx(EVEN)
+    clean = (2 * surprise(2) + surprise(-2)) / 3
+    assert grafted.ce_recovered.value == pytest.approx((EVEN - mean) / (EVEN - clean))
+    assert grafted.ce_recovered_from_mean.value == 0  # halved, its log-odds are the mean's
+
+
 def test_a_wrong_sign_turns_predictions_round():
     grafted = only(evaluate(subject(-1.0))).grafted
     assert grafted.ce.value == pytest.approx((2 * surprise(-2) + surprise(2)) / 3)
