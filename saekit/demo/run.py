@@ -51,6 +51,7 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
         Text(
             "\nWhat to try next:\n"
             f"  saekit inspect {run_dir} --layer 3          one layer in detail\n"
+            f"  saekit eval {run_dir}                       what they cost the language model, on unread text\n"
             f"  saekit train {MODEL_DIR} {text} --k 16      fewer active latents\n"
             "  saekit train MODEL DATASET                  your own model and text\n"
             "  saekit train --help                         all options"
