@@ -5,8 +5,8 @@
 
 Each row is a process of its own that trains on given activations and reads how far its memory grew (`measure.py`).
 The plan counts tensors, as a GPU's allocator does: with --gpu it ends with code 1 where a peak, weights and moments
-included, is more than 10% off. A CPU's resident memory also has what libraries pack matrices into (40 to 110 MB here),
-which `saekit plan` has in its allowance for libraries.
+included, is more than 10% off. A CPU's resident memory was 40 to 110 MB above it here, taken to be libraries' buffers
+(not looked into), for which `saekit plan` has an allowance.
 """
 
 from __future__ import annotations
