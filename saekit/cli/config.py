@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.cli.options import with_config_options
+from saekit.cli.options import check_machine, options_given, with_config_options
 from saekit.cli.plan import MACHINE
 from saekit.errors import UserError
 
@@ -55,9 +55,7 @@ def config(
     from saekit.cli.launch import launch_files
     from saekit.cli.output import EXIT_INTERRUPTED, messages
 
-    typed = {
-        name: value for name, value in {"model": model, "dataset": dataset, **options}.items() if value is not None
-    }
+    typed, _ = options_given(None, {"model": model, "dataset": dataset, **options})
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UserError("saekit config asks questions, but this is no terminal: add --yes, and MODEL and DATASET")
     processes = _processes(num_processes, gpus, gpu_memory)
@@ -68,7 +66,7 @@ def config(
 
             targets = wizard.Targets(output, launch_file, launch_files())
             draft = wizard.start(typed, targets, processes)
-            _no_bars()
+            wizard.no_bars()  # the libraries' would run through the questions
         if yes and (missing := [name for name in ("model", "dataset") if name not in draft.values]):
             raise UserError(f"{missing[0].upper()} is missing: saekit config --yes MODEL DATASET, or {output} names it")
         asker = wizard.Defaults(console) if yes else wizard.Terminal(console)
@@ -82,19 +80,7 @@ def config(
     typer.echo(wizard.start_command(draft))
 
 
-def _no_bars() -> None:
-    """The libraries' progress bars would run through the questions."""
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    datasets.disable_progress_bars()
-    disable_progress_bars()
-
-
 def _processes(num_processes: int | None, gpus: int | None, gpu_memory: str | None) -> str:
     """The three options as the answer to the first question."""
-    if (gpus is None) != (gpu_memory is None):
-        raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this one")
-    if gpus is not None and num_processes is not None:
-        raise UserError("--num-processes is for this machine: leave it out with --gpus")
+    check_machine(gpus, gpu_memory, num_processes)
     return f"{gpus}x{gpu_memory}" if gpus is not None else str(num_processes or "")

@@ -34,7 +34,8 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Evaluate SAEs on held-out tokens: reconstruction, and what grafting it into the language model costs."""
-    from saekit.cli.output import messages, progress, results
+    from saekit.cli.output import messages, results
+    from saekit.cli.progress import progress
 
     with messages().status("Loading libraries"):
         from saekit.evaluation import EvalOptions, evaluate_checkpoint, joined

@@ -103,6 +103,18 @@ def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> No
             raise UserError(f"{name.upper()} is missing: {usage}, or a --config that names {THEM[len(names)]}")
 
 
+def check_machine(gpus: int | None, gpu_memory: str | None, num_processes: int | None) -> None:
+    """See that a machine is described whole, or this one is meant.
+
+    Raises:
+        UserError: If it is half of each.
+    """
+    if (gpus is None) != (gpu_memory is None):
+        raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this one")
+    if gpus is not None and num_processes is not None:
+        raise UserError("--num-processes is for this machine: leave it out with --gpus")
+
+
 def with_resume_value(arguments: list[str]) -> list[str]:
     """The command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
     following = [*arguments, "--"][1:]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.cli.options import options_given, require, with_config_options
+from saekit.cli.options import check_machine, options_given, require, with_config_options
 from saekit.errors import UserError
 
 MACHINE = "Machine"
@@ -121,7 +121,4 @@ def _check_machine(
         raise UserError(f"--detect plans for this machine and --gpus {gpus} for another: give one of them")
     if measure and gpus is not None:
         raise UserError(f"--calibrate measures this machine, and --gpus {gpus} describes another: give one of them")
-    if (gpus is None) != (gpu_memory is None):
-        raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this one")
-    if gpus is not None and num_processes is not None:
-        raise UserError("--num-processes is for this machine: leave it out with --gpus")
+    check_machine(gpus, gpu_memory, num_processes)

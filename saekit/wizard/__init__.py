@@ -1,5 +1,6 @@
 """`saekit config`: questions about a run, its plan, and the files that start it."""
 
+from saekit.activations import no_bars
 from saekit.wizard.ask import Defaults, Terminal
 from saekit.wizard.draft import Draft, start
 from saekit.wizard.files import Targets, write
@@ -16,6 +17,7 @@ __all__ = [
     "Targets",
     "Terminal",
     "files_of",
+    "no_bars",
     "start",
     "start_command",
     "walk",
