@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from saekit.layout import EVAL_FILE
 from saekit.placement import Placement, connect
 from saekit.report.inspect_files import check_files, locate
 from saekit.sae.storage import load_from_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = "documents of the run's data set that it was not trained on"
 OTHER = "another data set than the run's"
@@ -68,14 +71,24 @@ def joined(quiet: bool) -> Iterator[Placement]:
     placement.close()
 
 
-def evaluate_checkpoint(
-    path: Path,
-    options: EvalOptions,
-    placement: Placement,
-    status: Callable[[str], None] = lambda text: None,
-    progress: Progress = lambda done, of: None,
-) -> dict[str, Any]:
-    """Evaluate a run (its newest checkpoint), a checkpoint, or one SAE's folder, and write `eval.json` beside it.
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint with all that an evaluation of it takes."""
+
+    folder: Path
+    """Where `eval.json` belongs: the checkpoint's, or the one of a lone SAE."""
+    cfg: RunConfig
+    """The run's, with what was asked for instead."""
+    origin: str
+    """What the data is: `HELD_OUT`, `OTHER` or `SEEN`."""
+    tokenizer: PreTrainedTokenizerBase
+    subject: Subject
+
+
+def prepare(
+    path: Path, options: EvalOptions, placement: Placement, status: Callable[[str], None] = lambda text: None
+) -> Prepared:
+    """Load a run's newest checkpoint, a checkpoint, or one SAE's folder, its language model and its data. Collective.
 
     Ranks share out the sequences; each holds all SAEs.
 
@@ -84,10 +97,6 @@ def evaluate_checkpoint(
         options: How.
         placement: The ranks.
         status: Told what is going on, as a line of text.
-        progress: Told how many of how many passes over a batch are done.
-
-    Returns:
-        The content of `eval.json`.
 
     Raises:
         UserError: If something is missing or does not fit, or if no held-out data is left.
@@ -119,7 +128,6 @@ def evaluate_checkpoint(
         else:
             objective = MaskedToken(tokenizer.mask_token_id, excluded)
     saes = {hookpoint: load_from_disk(folder, placement.device).eval() for hookpoint, folder in location.saes.items()}
-    status(f"Evaluating {len(saes)} SAEs on {len(data):,} sequences of {ctx_len:,} tokens")
     subject = Subject(
         model=model,
         saes=saes,
@@ -132,10 +140,46 @@ def evaluate_checkpoint(
         world_size=placement.world_size,
         total=placement.sum,
     )
-    found = evaluate(subject, progress)
-    record = _record(found, cfg, origin)
-    if placement.rank == 0:
-        write(record, (location.checkpoint if location.kind != "sae" else path) / EVAL_FILE)
+    return Prepared(location.checkpoint if location.kind != "sae" else path, cfg, origin, tokenizer, subject)
+
+
+def evaluate_checkpoint(
+    path: Path,
+    options: EvalOptions,
+    placement: Placement,
+    status: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, of: None,
+) -> dict[str, Any]:
+    """Evaluate what `prepare` loads, and write `eval.json` beside it.
+
+    Args:
+        path: See `prepare`.
+        options: How.
+        placement: The ranks.
+        status: Told what is going on, as a line of text.
+        progress: Told how many of how many passes over a batch are done.
+
+    Returns:
+        The content of `eval.json`.
+
+    Raises:
+        UserError: See `prepare`, and if the file cannot be written.
+    """
+    prepared = prepare(path, options, placement, status)
+    return evaluate_prepared(prepared, status, progress)
+
+
+def evaluate_prepared(
+    prepared: Prepared,
+    status: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, of: None,
+) -> dict[str, Any]:
+    """The second half of `evaluate_checkpoint`."""
+    subject = prepared.subject
+    status(f"Evaluating {len(subject.saes)} SAEs on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
+    record = _record(evaluate(subject, progress), prepared.cfg, prepared.origin)
+    if subject.rank == 0:
+        write(record, prepared.folder / EVAL_FILE)
     return record
 
 
