@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "training": {"config", "sae", "data", "activations", "placement", "report"},
     "doctor": {"config", "sae"},
     "evaluation": {"config", "sae", "data", "activations", "placement", "report"},
+    "features": {"activations", "evaluation", "report"},
+    "page": {"evaluation", "features", "placement", "report"},
     "planning": {"config", "sae", "activations", "placement", "training"},
     "wizard": {"config", "data", "activations", "planning", "report", "training"},
     "demo": {"config", "cli", "report", "training"},
-    "cli": {"config", "demo", "doctor", "evaluation", "planning", "report", "training", "wizard"},
+    "cli": {"config", "demo", "doctor", "evaluation", "page", "planning", "report", "training", "wizard"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

@@ -17,6 +17,7 @@ from saekit.cli.inspect import inspect
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
 from saekit.cli.plan import plan
+from saekit.cli.report import report
 from saekit.cli.train import train
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(report)
 app.command()(demo)
 app.command()(config)
 app.command()(plan)

@@ -1,6 +1,6 @@
 """How good SAEs are on held-out tokens, and what they cost the language model."""
 
-from saekit.evaluation.checkpoint import EvalOptions, evaluate_checkpoint, joined
+from saekit.evaluation.checkpoint import EvalOptions, Prepared, evaluate_checkpoint, evaluate_prepared, joined, prepare
 from saekit.evaluation.evaluate import Subject, evaluate
 from saekit.evaluation.results import Evaluation, Grafted, LayerResult, Reconstruction
 
@@ -9,9 +9,12 @@ __all__ = [
     "Evaluation",
     "Grafted",
     "LayerResult",
+    "Prepared",
     "Reconstruction",
     "Subject",
     "evaluate",
     "evaluate_checkpoint",
+    "evaluate_prepared",
     "joined",
+    "prepare",
 ]

@@ -1,0 +1,20 @@
+"""What each latent does: the contexts it fires in, the tokens it promotes, its neighbours in the decoder."""
+
+from saekit.features.codes import Codes
+from saekit.features.contexts import Contexts, contexts
+from saekit.features.gather import Features, LayerFeatures, gather
+from saekit.features.lens import Lens, logit_lens
+from saekit.features.similar import Neighbours, nearest_rows
+
+__all__ = [
+    "Codes",
+    "Contexts",
+    "Features",
+    "LayerFeatures",
+    "Lens",
+    "Neighbours",
+    "contexts",
+    "gather",
+    "logit_lens",
+    "nearest_rows",
+]

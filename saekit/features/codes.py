@@ -1,0 +1,108 @@
+"""Every firing of an SAE over a text, and what can be read off it.
+
+Shapes: P firings, M latents, L of them, S sequences of T tokens. A *place* is a token's number in the text,
+`sequence · T + position`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The firings of one SAE, sorted by latent and, for each, by place."""
+
+    latents_P: np.ndarray
+    """int64"""
+    places_P: np.ndarray
+    """int64"""
+    acts_P: np.ndarray
+    """float32, above zero"""
+    num_latents: int
+    places: int
+    """S · T: all there are, those of excluded tokens included."""
+
+    @classmethod
+    def of(
+        cls, latents_P: np.ndarray, places_P: np.ndarray, acts_P: np.ndarray, num_latents: int, places: int
+    ) -> Codes:
+        """From firings in any order."""
+        order = np.argsort(latents_P.astype(np.int64) * places + places_P, kind="stable")
+        return cls(
+            latents_P[order].astype(np.int64),
+            places_P[order].astype(np.int64),
+            acts_P[order].astype(np.float32),
+            num_latents,
+            places,
+        )
+
+    @cached_property
+    def counts_M(self) -> np.ndarray:
+        """On how many tokens each latent fired, int64."""
+        return np.bincount(self.latents_P, minlength=self.num_latents)
+
+    @cached_property
+    def starts_M(self) -> np.ndarray:
+        """Where each latent's firings begin, int64."""
+        return np.cumsum(self.counts_M) - self.counts_M
+
+    @cached_property
+    def _keys_P(self) -> np.ndarray:
+        return self.latents_P * self.places + self.places_P
+
+    def at(self, latents: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Activations of latents at places, two int64 arrays that broadcast; float32, 0 where one did not fire."""
+        keys = latents * self.places + places
+        if not len(self._keys_P):
+            return np.zeros(keys.shape, np.float32)
+        found = np.minimum(np.searchsorted(self._keys_P, keys), len(self._keys_P) - 1)
+        return np.where(self._keys_P[found] == keys, self.acts_P[found], np.float32(0))
+
+    def quantiles(self, latents_L: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+        """Quantiles of each latent's activations over the tokens on which it fired.
+
+        Args:
+            latents_L: Numbers of latents, int64.
+            shares: From 0 to 1. Values of firings are given, the lower one between two; nothing is interpolated.
+
+        Returns:
+            float32 `[L, len(shares)]`; NaN for a latent that never fired.
+        """
+        ascending_P = self.acts_P[np.lexsort((self.acts_P, self.latents_P))]
+        counts_L1, starts_L1 = self.counts_M[latents_L, None], self.starts_M[latents_L, None]
+        ranks = np.floor(np.array(shares) * np.maximum(counts_L1 - 1, 0)).astype(np.int64)
+        found = np.full(ranks.shape, np.nan, np.float32)
+        fired_L = counts_L1[:, 0] > 0
+        found[fired_L] = ascending_P[(starts_L1 + ranks)[fired_L]]
+        return found
+
+    def favourites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens on which each latent fires most often.
+
+        Args:
+            latents_L: Numbers of latents, int64.
+            ids: The text, token ids by place, int64 `[S · T]`.
+            number: How many tokens per latent.
+
+        Returns:
+            Token ids, int64 `[L, number]`, most frequent first and -1 where there are no more; and the share of the
+            latent's firings on each, float32.
+        """
+        ids_P = ids[self.places_P]
+        span = int(ids.max(initial=0)) + 1
+        pairs_Q, counts_Q = np.unique(self.latents_P * span + ids_P, return_counts=True)
+        latents_Q = pairs_Q // span
+        order = np.lexsort((-counts_Q, latents_Q))
+        pairs_Q, counts_Q, latents_Q = pairs_Q[order], counts_Q[order], latents_Q[order]
+        starts_L, ends_L = np.searchsorted(latents_Q, latents_L), np.searchsorted(latents_Q, latents_L, side="right")
+        places = starts_L[:, None] + np.arange(number)
+        there = places < ends_L[:, None]
+        places = np.where(there, places, 0)
+        if not len(pairs_Q):
+            return np.full(there.shape, -1, np.int64), np.zeros(there.shape, np.float32)
+        shares = counts_Q[places] / np.maximum(self.counts_M[latents_L], 1)[:, None]
+        return np.where(there, pairs_Q[places] % span, -1), np.where(there, shares, 0).astype(np.float32)
