@@ -1,8 +1,8 @@
 """What each latent does: the contexts it fires in, the tokens it promotes, its neighbours in the decoder."""
 
 from saekit.features.codes import Codes
-from saekit.features.contexts import Contexts, contexts
-from saekit.features.gather import Features, LayerFeatures, gather
+from saekit.features.contexts import Contexts, find_contexts
+from saekit.features.gather import Features, LayerFeatures, gather_features
 from saekit.features.lens import Lens, logit_lens
 from saekit.features.similar import Neighbours, nearest_rows
 
@@ -13,8 +13,8 @@ __all__ = [
     "LayerFeatures",
     "Lens",
     "Neighbours",
-    "contexts",
-    "gather",
+    "find_contexts",
+    "gather_features",
     "logit_lens",
     "nearest_rows",
 ]

@@ -28,7 +28,7 @@ class Contexts:
     sequence's ends."""
 
 
-def contexts(codes: Codes, latents_L: np.ndarray, ctx_len: int, top: int, spread: int) -> Contexts:
+def find_contexts(codes: Codes, latents_L: np.ndarray, ctx_len: int, top: int, spread: int) -> Contexts:
     """Find the places to show.
 
     Args:

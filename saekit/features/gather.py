@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.activations import find_blocks, tap
 from saekit.evaluation import Subject
 from saekit.features.codes import Codes
-from saekit.features.contexts import Contexts, contexts
+from saekit.features.contexts import Contexts, find_contexts
 from saekit.features.lens import Lens, logit_lens
 from saekit.features.similar import Neighbours, nearest_rows
 
@@ -61,7 +61,7 @@ class Features:
     layers: tuple[LayerFeatures, ...]
 
 
-def gather(subject: Subject, budget: int, progress: Progress = lambda done, of: None) -> Features:
+def gather_features(subject: Subject, budget: int, progress: Progress = lambda done, of: None) -> Features:
     """Read the codes of every layer over the whole text, and make the features from them.
 
     Args:
@@ -173,7 +173,7 @@ def _features(
         counts_M=codes.counts_M,
         latents_L=latents_L,
         quantiles_L=codes.quantiles(latents_L, QUANTILES),
-        contexts=contexts(codes, latents_L, ctx_len, TOP, SPREAD),
+        contexts=find_contexts(codes, latents_L, ctx_len, TOP, SPREAD),
         favourites_L=favourites,
         shares_L=shares,
         neighbours=Neighbours(*(each.cpu() for each in near)),

@@ -18,7 +18,7 @@ from saekit._version import __version__
 from saekit.errors import UserError
 from saekit.evaluation import EvalOptions, Prepared, evaluate_prepared, prepare
 from saekit.evaluation.evaluate import Progress
-from saekit.features import Features, LayerFeatures, gather
+from saekit.features import Features, LayerFeatures, gather_features
 from saekit.features.contexts import BEFORE
 from saekit.features.gather import QUANTILES, TOP
 from saekit.layout import EVAL_FORMAT
@@ -83,7 +83,7 @@ def build_report(
     if known is None or not _fits(known, prepared):
         known = evaluate_prepared(prepared, status, progress)
     status(f"Reading the codes of {len(prepared.subject.saes)} SAEs")
-    features = gather(prepared.subject, options.latents, progress)
+    features = gather_features(prepared.subject, options.latents, progress)
     status("Writing the page")
     page = render(inspection, known, features, prepared)
     partial = file.with_name(f".{file.name}.{os.getpid()}")

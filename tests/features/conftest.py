@@ -1,0 +1,1 @@
+from tests.evaluation.conftest import demo_run  # noqa: F401
