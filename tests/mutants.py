@@ -22,6 +22,7 @@ CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py
 RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
 EVALUATE = "saekit/evaluation/evaluate.py"
+EVALUATING = "saekit/training/evaluating.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 
@@ -169,6 +170,26 @@ FAULTS = [
         "saekit/data/held_out.py",
         "before[last + 1] > before[first]",
         "before[last + 1] > before[last]",
+    ),
+    (
+        "evaluating moves the global random numbers",
+        EVALUATING,
+        "found = evaluate(self.subject, self._look_up)",
+        "found = (__import__('torch').rand(1), evaluate(self.subject, self._look_up))[1]",
+    ),
+    (
+        "the point is evaluated, not the average that is saved",
+        "saekit/placement/local.py",
+        "return around(self._optimizers[hookpoint].export(), **",
+        "return around(self._saes[hookpoint].state_dict(), **",
+    ),
+    ("a stopped evaluation counts as done", EVALUATING, "            run.evaluated = run.step\n", "            pass\n"),
+    ("the tap stops every pass", TAP, "            if not at_work:\n                return\n", ""),
+    (
+        "a rank with fewer sequences drops out of step",
+        EVALUATE,
+        "range(0, self.num_batches * self.batch_size, self.batch_size)",
+        "range(0, len(mine), self.batch_size)",
     ),
 ]
 

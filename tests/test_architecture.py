@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "activations": {"config", "sae"},
     "placement": {"config", "sae"},
     "report": {"sae"},
-    "training": {"config", "sae", "data", "activations", "placement", "report"},
+    "training": {"config", "sae", "data", "activations", "placement", "evaluation", "report"},
     "doctor": {"config", "sae"},
     "evaluation": {"config", "sae", "data", "activations", "placement", "report"},
     "features": {"activations", "evaluation", "report"},

@@ -1,7 +1,7 @@
 """The language model: load it, find its blocks, tap their outputs."""
 
 from saekit.activations.excluded import excluded_tokens
-from saekit.activations.head import Objective, WithHead, load_with_head, objective_of
+from saekit.activations.head import Objective, WithHead, auto_with_head, load_with_head, objective_of, predicts
 from saekit.activations.hookpoints import Blocks, find_blocks, select_layers
 from saekit.activations.lm import (
     ModelShape,
@@ -23,6 +23,7 @@ __all__ = [
     "ModelShape",
     "Objective",
     "WithHead",
+    "auto_with_head",
     "check_device",
     "choose_attention",
     "context_length",
@@ -34,6 +35,7 @@ __all__ = [
     "model_shape",
     "no_bars",
     "objective_of",
+    "predicts",
     "resolve_ctx_len",
     "resolve_dtype",
     "select_layers",

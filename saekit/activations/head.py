@@ -32,7 +32,7 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
     Raises:
         UserError: As `load_model`.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModel
 
     check_device(cfg, device)
     kwargs: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
@@ -42,9 +42,8 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
         kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     asked = {"config": shape.config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     objective: Objective | None = objective_of(shape.config)
-    auto = AutoModelForCausalLM if objective == "next token" else AutoModelForMaskedLM
     with quietly():
-        model, info = from_pretrained(auto, cfg, **asked)
+        model, info = from_pretrained(auto_with_head(shape.config), cfg, **asked)
         if info["missing_keys"]:  # tied weights do not count
             objective = None
             model, info = from_pretrained(AutoModel, cfg, **asked)
@@ -52,6 +51,18 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
     if not cfg.load_in_8bit:
         model.to(device)
     return WithHead(model.eval().requires_grad_(False), objective)
+
+
+def auto_with_head(config: PretrainedConfig) -> Any:
+    """The Auto class that gives a model of this config its head."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForCausalLM if objective_of(config) == "next token" else AutoModelForMaskedLM
+
+
+def predicts(model: PreTrainedModel) -> Objective | None:
+    """What a loaded model's logits predict; None where it has no head."""
+    return None if model.get_output_embeddings() is None else objective_of(model.config)
 
 
 def objective_of(config: PretrainedConfig) -> Objective:

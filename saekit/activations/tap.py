@@ -22,6 +22,8 @@ class _LastTapReached(BaseException):
 def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[..., dict[str, Tensor]]]:
     """Hook the outputs of blocks; the hooks are gone afterwards, whatever happens.
 
+    Between two calls of the function the model can be run in any other way: the hooks are at rest then.
+
     The block's own output is read, not the model's `hidden_states`, whose last entry has gone through the final norm.
 
     Args:
@@ -33,13 +35,15 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         and returns each hookpoint's activations `[B, T, D]`. They are inference tensors: copy before using them in
         autograd (indexing copies).
     """
-    base = model.base_model
-    # A cache of keys and values would take memory that nobody reads.
-    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    base, no_cache = model.base_model, without_cache(model.base_model)
     captured: dict[str, Tensor] = {}
+
+    at_work = False
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
+            if not at_work:
+                return
             captured[name] = residual(output)
             if len(captured) == len(hookpoints):
                 raise _LastTapReached
@@ -51,9 +55,14 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
 
     @(torch.no_grad() if sharded else torch.inference_mode())
     def run(input_ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        nonlocal at_work
         captured.clear()
-        with suppress(_LastTapReached):
-            base(input_ids=input_ids, **{**no_cache, **kwargs})
+        at_work = True
+        try:
+            with suppress(_LastTapReached):
+                base(input_ids=input_ids, **{**no_cache, **kwargs})
+        finally:
+            at_work = False
         taken = {name: captured[name] for name in hookpoints}
         captured.clear()
         return taken
@@ -67,6 +76,11 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         for handle in handles:
             handle.remove()
         model.train(was_training)
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Arguments that keep a forward pass from making a cache of keys and values: memory that nobody would read."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def residual(output: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Configuration: validated dataclasses that `--help`, YAML and Python share."""
 
+from saekit.config.inputs import DataConfig, ModelConfig
 from saekit.config.run import RunConfig
-from saekit.config.schema import DataConfig, ModelConfig, SaeConfig, TrainConfig
+from saekit.config.schema import SaeConfig, TrainConfig
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "SaeConfig", "TrainConfig"]

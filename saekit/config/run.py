@@ -10,12 +10,15 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from saekit.config.inputs import DataConfig, ModelConfig
 from saekit.config.options import problems
-from saekit.config.schema import DataConfig, ModelConfig, SaeConfig, TrainConfig
+from saekit.config.schema import SaeConfig, TrainConfig
 from saekit.errors import UserError
 
 SECRETS = frozenset({"hf_token"})
 """Options that are never written to disk."""
+OF_EVAL_EVERY = ("eval_dataset", "eval_split")
+"""Options that say nothing by themselves. (The tokens have a default, which is written down with every run.)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,9 @@ class RunConfig:
                 parts[part] = part(**own)
             except ValidationError as error:
                 found += problems(error)
+        if values.get("eval_every") is None:
+            given = [f"--{name.replace('_', '-')} {values[name]}" for name in OF_EVAL_EVERY if name in values]
+            found += [f"{option} has no meaning without --eval-every" for option in given]
         if found:
             raise UserError("; ".join(found))
         return cls(parts[ModelConfig], parts[DataConfig], parts[TrainConfig])

@@ -1,20 +1,22 @@
-"""What a user can choose. Validated and serialisable, with no side effects; each option documented once, here."""
+"""What a user can choose. Validated and serialisable, with no side effects; each option documented once.
+
+The training stands here, what is read (the language model, the data) in `saekit.config.inputs`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import SecretStr, field_validator, model_validator
+from pydantic import field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from saekit.config.options import CONFIG, LayerList, Mapping, Resume, TokenIds, option
+from saekit.config.inputs import EVALUATION
+from saekit.config.options import CONFIG, LayerList, Resume, TokenIds, option
 
 DEFAULT_EXPANSION_FACTOR = 32
 
 SAE = "Sparse autoencoder"
-DATA = "Data"
-MODEL = "Language model"
 BATCH = "Batches"
 OPTIMIZER = "Optimiser"
 DEAD = "Dead latents"
@@ -71,52 +73,6 @@ class SaeConfig:
                 "choose a smaller --k or more latents"
             )
         return num_latents
-
-
-@dataclass(frozen=True, config=CONFIG)
-class ModelConfig:
-    """Which language model, and how it is loaded."""
-
-    model: str
-    """A hub id or a local folder."""
-    revision: str | None = option(None, "Branch, tag or commit of the model on the hub.", panel=MODEL)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "Type of the language model's weights; auto is bfloat16 on a GPU or CPU that is fast at it, else float32. "
-        "The SAEs are always float32.",
-        panel=MODEL,
-    )
-    load_in_8bit: bool = option(False, "Load the language model in 8 bits (bitsandbytes; needs a GPU).", panel=MODEL)
-    hf_token: SecretStr | None = option(
-        None, "Token for private or gated repositories on the hub; never written to disk.", panel=MODEL
-    )
-
-
-@dataclass(frozen=True, config=CONFIG)
-class DataConfig:
-    """Which tokens, in which order."""
-
-    dataset: str
-    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or pre-tokenised (also .bin)."""
-    split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
-    text_column: str = option("text", "Column with the text, where the data set is not tokenised yet.", panel=DATA)
-    data_args: Mapping = option(
-        {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
-    )
-    ctx_len: int | None = option(
-        None, "Length of each sequence; 2048, or the model's limit if that is less.", panel=DATA, unit="tokens", ge=2
-    )
-    max_tokens: int | None = option(None, "Read at most so many tokens.", panel=DATA, unit="tokens", ge=1)
-    max_examples: int | None = option(
-        None,
-        "Read at most so many rows of the data set, from its start; needed for a streamed one.",
-        panel=DATA,
-        unit="rows",
-        ge=1,
-    )
-    num_proc: int | None = option(
-        None, "Processes that tokenise; one per core by default.", panel=DATA, unit="processes", ge=1
-    )
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -270,6 +226,29 @@ class TrainConfig:
     log_with: str | None = option(
         None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
     )
+
+    eval_every: int | None = option(
+        None,
+        "Steps between evaluations as saekit eval makes them, on documents that the run never reads, and after the "
+        "last step. Off by default. The whole language model is loaded for it, but with --shard-lm, under which only "
+        "the reconstruction is evaluated.",
+        panel=EVALUATION,
+        unit="optimiser steps",
+        ge=1,
+    )
+    eval_tokens: int = option(
+        32_768, "How much is read for each, always the same.", panel=EVALUATION, unit="tokens", ge=1
+    )
+
+    @property
+    def loads_whole_model(self) -> bool:
+        """Whether the blocks after the last tapped one and the head are loaded, too: evaluations need them.
+
+        Where the language model is cut among the ranks they are not, and evaluations are of the reconstruction only: it
+        would be gathered three times per layer for every batch, and DeepSpeed, which learns in which order modules run,
+        would have to learn it anew each time.
+        """
+        return self.eval_every is not None and not self.shard_lm
 
     @field_validator("layers")
     @classmethod

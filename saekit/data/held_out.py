@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OTHER_DATA = "Name another data set or --split to evaluate on, or train with --max-tokens"
+"""What to do where a run has read everything."""
+
+
 class Chosen:
     """Some of other sequences, in an order of their own. Implements `Sequences`."""
 
@@ -42,7 +46,12 @@ def shuffled(data: Sequences, max_tokens: int, seed: int = 0) -> Sequences:
 
 
 def held_out(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int, seen: np.ndarray, token: str | None = None
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    seen: np.ndarray,
+    token: str | None = None,
+    remedy: str = OTHER_DATA,
 ) -> Sequences:
     """What a run left unread of its own data set.
 
@@ -56,12 +65,13 @@ def held_out(
         ctx_len: Tokens per sequence.
         seen: Numbers of the sequences that the run trains on, as `load_sequences` counts them.
         token: For a private or gated data set on the hub.
+        remedy: What to do if nothing is left.
 
     Raises:
         UserError: If nothing is left, or less than one sequence.
     """
     if cfg.dataset.endswith(".bin"):
-        return _unread(load_sequences(cfg, tokenizer, ctx_len, token), seen, cfg)
+        return _unread(load_sequences(cfg, tokenizer, ctx_len, token), seen, cfg, remedy)
     rows = load_rows(cfg, token)
     if cfg.max_examples is not None:
         rows = rows.select(range(min(cfg.max_examples, len(rows))))
@@ -69,10 +79,11 @@ def held_out(
         rows = tokenize(rows, tokenizer, text_key=cfg.text_column, num_proc=cfg.num_proc)
     lengths = row_lengths(rows)
     if (lengths == ctx_len).all():
-        return _unread(sequences(rows, ctx_len), seen, cfg)
+        return _unread(sequences(rows, ctx_len), seen, cfg, remedy)
     unseen = np.flatnonzero(~touched(lengths, ctx_len, seen))
     if lengths[unseen].sum() < ctx_len:
-        raise _nothing_left(cfg, f"{len(unseen)} of its {len(rows)} documents, less than one sequence of {ctx_len}")
+        left = f"{len(unseen)} of its {len(rows)} documents, less than one sequence of {ctx_len}"
+        raise _nothing_left(cfg, left, remedy)
     return sequences(pack(rows.select(unseen), ctx_len), ctx_len)
 
 
@@ -106,15 +117,15 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
 
-def _unread(data: Sequences, seen: np.ndarray, cfg: DataConfig) -> Sequences:
+def _unread(data: Sequences, seen: np.ndarray, cfg: DataConfig, remedy: str) -> Sequences:
     numbers = np.setdiff1d(np.arange(len(data)), seen)
     if len(numbers) == 0:
-        raise _nothing_left(cfg, "no sequence")
+        raise _nothing_left(cfg, "no sequence", remedy)
     return Chosen(data, numbers)
 
 
-def _nothing_left(cfg: DataConfig, what: str) -> UserError:
+def _nothing_left(cfg: DataConfig, what: str, remedy: str) -> UserError:
     return UserError(
         f"of {cfg.dataset!r} (--split {cfg.split}) the run left unread {what}: what it was trained on would not be "
-        "held out. Name another data set or --split to evaluate on, or train with --max-tokens"
+        f"held out. {remedy}"
     )

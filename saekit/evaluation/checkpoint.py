@@ -29,7 +29,7 @@ from saekit.data import Sequences, StepBatches, load_sequences
 from saekit.data.held_out import held_out, shuffled
 from saekit.errors import UserError
 from saekit.evaluation.evaluate import Progress, Subject, evaluate
-from saekit.evaluation.objective import MaskedToken, Objective, next_token
+from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.evaluation.results import Evaluation
 from saekit.layout import EVAL_FILE
 from saekit.placement import Placement, connect
@@ -120,13 +120,7 @@ def prepare(
     model, predicts = load_with_head(cfg.model, shape, placement.device)
     choose_attention(model, ctx_len)
     excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
-    objective: Objective | None = next_token if predicts == "next token" else None
-    name: str = predicts or "none: the model's checkpoint has no language modelling head"
-    if predicts == "masked token":
-        if tokenizer.mask_token_id is None:
-            name = "none: the tokenizer has no mask token"
-        else:
-            objective = MaskedToken(tokenizer.mask_token_id, excluded)
+    objective, name = choose_objective(predicts, tokenizer.mask_token_id, excluded, NO_HEAD)
     saes = {hookpoint: load_from_disk(folder, placement.device).eval() for hookpoint, folder in location.saes.items()}
     subject = Subject(
         model=model,

@@ -13,6 +13,7 @@ from torch import Tensor
 from saekit.activations import find_blocks, splice, tap
 from saekit.activations.hookpoints import text_config_of, width
 from saekit.activations.splice import Replace
+from saekit.activations.tap import without_cache
 from saekit.data import Sequences
 from saekit.errors import UserError
 from saekit.evaluation.estimate import ratio
@@ -38,7 +39,7 @@ class Subject:
 
     model: PreTrainedModel
     saes: Mapping[str, Sae]
-    """By hookpoint, on the model's device."""
+    """By hookpoint, on the model's device; where `whole` is given, only their sizes are looked at."""
     data: Sequences
     excluded: Tensor
     """int64: ids of tokens that no SAE sees; they keep their true activations."""
@@ -49,27 +50,38 @@ class Subject:
     rank: int = 0
     world_size: int = 1
     total: Total = _alone
+    whole: Callable[[str], Sae] | None = None
+    """Gives an SAE for one use, where no rank holds them all. All ranks ask for the same ones in the same order."""
 
     @property
     def device(self) -> torch.device:
         """Where everything is computed."""
         return self.model.device
 
+    def sae(self, hookpoint: str) -> Sae:
+        """One of them, to be used and forgotten."""
+        return self.saes[hookpoint] if self.whole is None else self.whole(hookpoint)
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's numbers of sequences `[B]`, their token ids `[B, T]` on the CPU, and which are kept `[B, T]`."""
+        """This rank's numbers of sequences `[B]`, their token ids `[B, T]` on the CPU, and which are kept `[B, T]`.
+
+        All ranks have as many batches, so that they do the same things: who has less to do gets batches of one
+        sequence that has no number, and of which no token is kept.
+        """
         mine = np.arange(self.rank, len(self.data), self.world_size)
-        for start in range(0, len(mine), self.batch_size):
+        for start in range(0, self.num_batches * self.batch_size, self.batch_size):
             numbers = mine[start : start + self.batch_size]
-            input_ids = self.data.read(numbers)
-            yield torch.from_numpy(numbers), input_ids, ~torch.isin(input_ids, self.excluded)
+            input_ids = self.data.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
+            kept = ~torch.isin(input_ids, self.excluded) & bool(len(numbers))
+            yield torch.from_numpy(numbers), input_ids, kept
 
     @property
     def num_batches(self) -> int:
-        """How many this rank has."""
-        return -(-len(range(self.rank, len(self.data), self.world_size)) // self.batch_size)
+        """How many each rank has: as many as the first one's share makes."""
+        return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
 def evaluate(subject: Subject, progress: Progress = lambda done, of: None) -> Evaluation:
     """Evaluate SAEs on a language model's activations, and the language model with them in it.
 
@@ -98,6 +110,7 @@ class _Passes:
         self._step = iter(range(1, runs * subject.num_batches + 1))
         self._of = runs * subject.num_batches
         self._progress = progress
+        self._no_cache = without_cache(subject.model)
 
     def done(self) -> None:
         self._progress(next(self._step), self._of)
@@ -128,24 +141,25 @@ class _Passes:
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
         for numbers, input_ids, kept in subject.batches():
             rows, kept = numbers.to(device), kept.to(device)
-            question = None if subject.objective is None else subject.objective(input_ids, numbers)
+            asked = numbers if len(numbers) else numbers.new_zeros(1)
+            question = None if subject.objective is None else subject.objective(input_ids, asked)
             as_it_is = question is not None and question.input_ids is input_ids
             if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
                 for name, acts in self._read(input_ids.to(device)).items():
                     x = acts.float()
-                    recons[name].add(rows, x, subject.saes[name](x), kept)
+                    recons[name].add(rows, x, subject.sae(name)(x), kept)
             if question is None:
                 self.done()
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
-            scored_S[rows] = (targets != IGNORED).sum(1).double()
+            scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
             logits, seen = self._clean(inputs)
             clean.add(rows, compare(logits, logits, targets))
             self.done()
             replacements: dict[str, dict[str, Replace]] = {change: {} for change in CHANGES}
             for name in self.names:
                 x = seen.pop(name).float()
-                out = subject.saes[name](x)
+                out = subject.sae(name)(x)
                 if as_it_is:
                     recons[name].add(rows, x, out, kept)
                 for change, replace in _changes(out.recon, means[name]).items():
@@ -153,7 +167,7 @@ class _Passes:
                     answers.add(rows, compare(logits, self._logits(inputs, {name: replace}, ~kept), targets))
                     self.done()
                     replacements[change][name] = replace
-                replacements["spliced"][name] = _reconstruct(subject.saes[name])  # of what it is given, not of x
+                replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
             for change, several in replacements.items():
                 answers = grafts[""].answers[change]
                 answers.add(rows, compare(logits, self._logits(inputs, several, ~kept), targets))
@@ -201,17 +215,16 @@ class _Passes:
 
     def _logits(self, inputs: Tensor, replacements: Mapping[str, Replace], keep: Tensor | None = None) -> Tensor:
         with splice(self.subject.model, replacements, keep):
-            return self.subject.model(input_ids=inputs).logits
+            return self.subject.model(input_ids=inputs, **self._no_cache).logits
+
+    def _reconstruct(self, name: str) -> Replace:
+        return lambda acts: self.subject.sae(name)(acts).recon
 
 
 def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:
     """By what is put in the layer's place; the names are `CHANGES`."""
     ways: tuple[Replace, ...] = (lambda acts: recon, lambda acts: mean_D.expand(acts.shape), torch.zeros_like)
     return dict(zip(CHANGES, ways, strict=True))
-
-
-def _reconstruct(sae: Sae) -> Replace:
-    return lambda acts: sae(acts).recon
 
 
 def _check(subject: Subject) -> None:

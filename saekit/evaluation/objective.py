@@ -12,6 +12,8 @@ IGNORED = -100
 """The target of a position that is not scored, as torch's cross-entropy has it."""
 MASKED_SHARE = 0.15
 """Of an encoder's tokens; Devlin et al. 2019 (BERT, arXiv 1810.04805, section 3.1) train with as many."""
+NO_HEAD = "the model's checkpoint has no language modelling head"
+"""Why there is no objective, for many encoders."""
 BLOCK = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are turned to float32 at a time: on a CPU so few that they stay in the cache."""
 
@@ -66,6 +68,26 @@ class MaskedToken:
         ]
         masked = (torch.stack(draws) < MASKED_SHARE) & ~torch.isin(input_ids, self.excluded)
         return Question(input_ids.masked_fill(masked, self.mask_id), input_ids.masked_fill(~masked, IGNORED))
+
+
+def choose_objective(
+    predicts: str | None, mask_id: int | None, excluded: Tensor, no_head: str
+) -> tuple[Objective | None, str]:
+    """What a model is asked, and what to call it: its name, or why there is none.
+
+    Args:
+        predicts: "next token", "masked token", or None for a model without a head.
+        mask_id: The mask's token, if the tokenizer has one.
+        excluded: Ids that are never masked.
+        no_head: Why there is no head, where there is none.
+    """
+    if predicts is None:
+        return None, f"none: {no_head}"
+    if predicts == "next token":
+        return next_token, predicts
+    if mask_id is None:
+        return None, "none: the tokenizer has no mask token"
+    return MaskedToken(mask_id, excluded), predicts
 
 
 class Answer(NamedTuple):

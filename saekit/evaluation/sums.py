@@ -45,7 +45,7 @@ class ReconstructionSums:
         """A batch.
 
         Args:
-            rows: Numbers of its sequences, int64 `[B]`.
+            rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
             x: Activations `[B, T, D]`, float32.
             out: What the SAE made of them.
             kept: Which tokens count, bool `[B, T]`.
@@ -62,7 +62,7 @@ class ReconstructionSums:
             "l0": fired.sum((1, 2)),
         }
         for name, value in values.items():
-            self.sums[name][rows] = value.double()
+            self.sums[name][rows] = value.double()[: len(rows)]
         self.fired_M += torch.bincount(out.indices[fired], minlength=len(self.fired_M))
 
     def result(self, total: Total) -> Reconstruction:
@@ -90,9 +90,9 @@ class AnswerSums:
         self.sums = Answer(*(torch.zeros(sequences, dtype=torch.float64, device=device) for _ in Answer._fields))
 
     def add(self, rows: Tensor, answer: Answer) -> None:
-        """A batch; `rows` are its sequences' numbers."""
+        """A batch; `rows` are its sequences' numbers, none of a batch that only keeps pace."""
         for sums_S, value in zip(self.sums, answer, strict=True):
-            sums_S[rows] = value
+            sums_S[rows] = value[: len(rows)]
 
     def total(self, total: Total) -> Answer:
         """Over all ranks. Collective."""

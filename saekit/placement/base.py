@@ -16,6 +16,8 @@ class LayerOptimizer(Protocol):
 
     optimizers: list[torch.optim.Optimizer]
     """The torch optimisers behind it."""
+    averages: bool
+    """Whether `export` gives other weights than those that are trained, made of them and of the state."""
 
     def step(self, lr_scale: float) -> None:
         """One optimiser step at `lr_scale` times the base learning rate, from `.grad` of the SAE's parameters.
@@ -115,6 +117,13 @@ class Placement(Protocol):
         """`whole` of every layer that this rank leads, with its hookpoint, one at a time. Collective.
 
         Ranks get theirs at the same time where that is possible, so that they can write them at the same time.
+        """
+
+    def whole_sae(self, hookpoint: str) -> Sae:
+        """The layer's SAE as a checkpoint would hold it now, whole, on every rank; training is not touched by it.
+
+        It is for reading, and to be forgotten before the next one is asked for: so no rank ever has more than one that
+        it does not hold anyway. Collective.
         """
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

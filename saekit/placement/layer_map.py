@@ -13,6 +13,8 @@ from saekit.placement.base import OptimizerFactory, SaeFactory
 from saekit.placement.local import LocalBank
 from saekit.placement.planner import resolve_map
 from saekit.placement.world import Ranked, World
+from saekit.sae import Sae
+from saekit.sae.model import around, without_memory
 
 Wave = dict[int, str]
 """At most one hookpoint for each owner."""
@@ -80,6 +82,21 @@ class LayerMap(Ranked, LocalBank):
         receive = rows if self.rank in wave else [0] * self.world_size
         arrived = leaving.new_empty(sum(receive), leaving.shape[1])
         return arrived, dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
+
+    @torch.no_grad()
+    def whole_sae(self, hookpoint: str) -> Sae:
+        """See `Placement.whole_sae`: the owner sends it to the others."""
+        owner = self._owners[hookpoint]
+        mine = super().whole_sae(hookpoint) if owner == self.rank else None
+        sizes = self.gather(mine.sizes() if mine is not None else None)[owner]
+        if mine is not None:
+            tensors = {name: parameter.detach() for name, parameter in mine.named_parameters()}
+        else:
+            parameters = without_memory(**sizes).named_parameters()
+            tensors = {name: torch.empty_like(parameter, device=self.device) for name, parameter in parameters}
+        for tensor in tensors.values():
+            dist.broadcast(tensor, src=owner)
+        return around(tensors, **sizes).eval()
 
     def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Placement.share`: the owner has seen every token."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
 from saekit.sae import Sae
+from saekit.sae.model import around
 
 
 class LocalBank:
@@ -75,6 +76,10 @@ class LocalBank:
         for hookpoint in self._saes:
             if (whole := self.whole(hookpoint)) is not None:
                 yield (hookpoint, *whole)
+
+    def whole_sae(self, hookpoint: str) -> Sae:
+        """See `Placement.whole_sae`: its memory is the trained one's, unless the optimiser averages."""
+        return around(self._optimizers[hookpoint].export(), **self._saes[hookpoint].sizes()).eval()
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """See `Placement.load`."""

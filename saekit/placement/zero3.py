@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -15,30 +14,14 @@ from torch import Tensor, nn
 from saekit.errors import UserError
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
 from saekit.placement.local import size_of
+from saekit.placement.pieces import Piece, find_pieces, same_memory, share_masters
 from saekit.placement.rows import RowShard, project_rows_, scale_rows_
 from saekit.placement.world import Ranked, World
 from saekit.sae import Sae
+from saekit.sae.model import around
 
 SHARDED_OPTIMIZERS = ("SaeAdam", "ScheduleFreeSignum")
 """Those that treat every element alike, and so can work on any piece of a tensor."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """This rank's part of a parameter, and where it lies in the flat tensor that DeepSpeed hands to the optimiser."""
-
-    shape: torch.Size
-    """Of the whole parameter."""
-    shard: Tensor
-    """What the ranks gather before a layer computes, `[size]`."""
-    flat: Tensor
-    """Master weights, behind each other, of all the parameters that are stepped together."""
-    start: int
-    size: int
-
-    def of(self, like_flat: Tensor) -> Tensor:
-        """The piece of a tensor that is laid out like the flat one: the flat one itself, a gradient, a moment."""
-        return like_flat.narrow(0, self.start, self.size)
 
 
 class Zero3(Ranked):
@@ -64,6 +47,7 @@ class Zero3(Ranked):
         self._pieces: dict[nn.Parameter, Piece] = {}
         self._backwards: Counter[str] = Counter()
         self._engine: Any = None
+        self._averages = False
 
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """See `Placement.place`.
@@ -76,7 +60,9 @@ class Zero3(Ranked):
         torch_optimizers: list[torch.optim.Optimizer] = []
         for hookpoint in hookpoints:
             sae = make_sae(hookpoint).to(self.device).train()
-            torch_optimizers += self._own_optimizers(make_optimizer(sae))
+            optimizer = make_optimizer(sae)
+            self._averages = optimizer.averages
+            torch_optimizers += self._own_optimizers(optimizer)
             # Sharded at once, so that no more than one layer is ever whole.
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
             self._saes[hookpoint] = sae
@@ -196,23 +182,47 @@ class Zero3(Ranked):
     @torch.no_grad()
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """See `Placement.whole`: the layer is put together on the rank that leads it, as it would be on one rank."""
+        sae, leads = self._saes[hookpoint], self.leads(hookpoint)
+        leader = self._numbers[hookpoint] % self.world_size
+        optimizer = self._put_together(sae, lambda piece, like_flat: self._gathered(leader, piece, like_flat), leads)
+        return None if optimizer is None else (optimizer.export(), optimizer.state())
+
+    @torch.no_grad()
+    def whole_sae(self, hookpoint: str) -> Sae:
+        """See `Placement.whole_sae`."""
         sae = self._saes[hookpoint]
+        if self._averages:
+            optimizer = self._put_together(sae, self._gathered_by_all, True)
+            assert optimizer is not None, "put together on every rank"
+            return around(optimizer.export(), **sae.sizes()).eval()
+        pieces = {name: self._pieces[parameter] for name, parameter in sae.named_parameters()}
+        tensors = {name: self._gathered_by_all(piece, piece.flat) for name, piece in pieces.items()}
+        return around(tensors, **sae.sizes()).eval()
+
+    def _put_together(self, sae: Sae, gathered: Callable[[Piece, Tensor], Tensor], here: bool) -> LayerOptimizer | None:
+        """A layer's optimiser with whole weights and state, if it is to be `here`. Collective.
+
+        Args:
+            sae: The layer.
+            gathered: Makes a whole tensor of the ranks' pieces, on the ranks that are to have it.
+            here: Whether this is one of them.
+        """
         tensors: dict[str, Tensor] = {}
         states: dict[str, dict[str, Any]] = {}
         for name, parameter in sae.named_parameters():
             piece = self._pieces[parameter]
-            tensors[name] = self._gathered(hookpoint, piece, piece.flat)
+            tensors[name] = gathered(piece, piece.flat)
             states[name] = {
-                key: self._gathered(hookpoint, piece, value) if _elementwise(value, piece) else value
+                key: gathered(piece, value) if _elementwise(value, piece) else value
                 for key, value in self._torch_optimizer.state[piece.flat].items()
             }
-        if not self.leads(hookpoint):
+        if not here:
             return None
         copy, optimizer = self._on_one_rank(sae, tensors)
         for each in optimizer.optimizers:
             for name, parameter in copy.named_parameters():
                 each.state[parameter] = states[name]
-        return optimizer.export(), optimizer.state()
+        return optimizer
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
         """See `Placement.each_whole`: of so many layers in a row as there are ranks, each rank leads one."""
@@ -223,21 +233,24 @@ class Zero3(Ranked):
             while mine:  # not kept here while the next wave is gathered
                 yield mine.pop()
 
-    def _gathered(self, hookpoint: str, piece: Piece, like_flat: Tensor) -> Tensor:
+    def _gathered(self, leader: int, piece: Piece, like_flat: Tensor) -> Tensor:
         """A whole tensor from the ranks' pieces, on the rank that leads the layer; on the others, nothing."""
         mine = piece.of(like_flat).to(self.device).contiguous()
-        leads = self.leads(hookpoint)
+        leads = self.rank == leader
         whole = mine.new_empty(self.world_size if leads else 0, mine.numel())
-        dist.gather(mine, list(whole) if leads else None, dst=self._numbers[hookpoint] % self.world_size)
-        return whole.view(-1)[: piece.shape.numel()].view(piece.shape) if leads else whole.view(-1)
+        dist.gather(mine, list(whole) if leads else None, dst=leader)
+        return piece.cut(whole) if leads else whole.view(-1)
+
+    def _gathered_by_all(self, piece: Piece, like_flat: Tensor) -> Tensor:
+        """The same on every rank."""
+        mine = piece.of(like_flat).to(self.device).contiguous()
+        whole = mine.new_empty(self.world_size, mine.numel())
+        dist.all_gather(list(whole), mine)
+        return piece.cut(whole)
 
     def _on_one_rank(self, sae: Sae, tensors: Mapping[str, Tensor]) -> tuple[Sae, LayerOptimizer]:
         """The same layer with whole tensors, and its optimiser."""
-        with torch.device("meta"):  # no memory, and no numbers from the global generator
-            copy = Sae(
-                sae.d_in, sae.num_latents, sae.k, normalize_decoder=sae.normalize_decoder, multi_topk=sae.multi_topk
-            )
-        copy.load_state_dict(dict(tensors), assign=True)
+        copy = around(tensors, **sae.sizes())
         return copy, self._make_optimizer(copy)
 
     @torch.no_grad()
@@ -272,7 +285,7 @@ class Zero3(Ranked):
         flats = {id(piece.flat): piece.flat for piece in self._pieces.values()}.values()
         states = [value for flat in flats for value in self._torch_optimizer.state[flat].values()]
         gradients = self._engine.optimizer.grad_partitions_flat_buffer
-        masters = [] if _same_memory(shards, flats) else list(flats)
+        masters = [] if same_memory(shards, flats) else list(flats)
         return size_of([*shards, *masters, gradients, *(value for value in states if isinstance(value, Tensor))])
 
     def close(self) -> None:
@@ -298,35 +311,5 @@ def merged(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer
     return first
 
 
-def share_masters(zero_optimizer: Any) -> None:
-    """Let the optimiser step the shards themselves where nothing is offloaded.
-
-    DeepSpeed keeps float32 master weights beside shards of another type; of float32 shards they are a mere copy.
-    """
-    pairs = zip(zero_optimizer.fp16_partitioned_groups_flat, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
-    for shards, masters in pairs:
-        if shards.device == masters.device and shards.dtype == masters.dtype:
-            masters.data = shards.data
-
-
-def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:
-    """Where DeepSpeed has put each parameter's shard: those of a group lie one behind the other."""
-    pieces = {}
-    groups = zip(zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
-    for parameters, flat in groups:
-        start = 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            pieces[parameter] = Piece(parameter.ds_shape, parameter.ds_tensor, flat, start, size)
-            start += size
-    return pieces
-
-
 def _elementwise(value: Any, piece: Piece) -> bool:
     return isinstance(value, Tensor) and value.numel() == piece.flat.numel()
-
-
-def _same_memory(shards: Sequence[Tensor], flats: Any) -> bool:
-    """Whether the master weights are the shards themselves."""
-    starts = {flat.data_ptr() for flat in flats}
-    return any(shard.data_ptr() in starts for shard in shards)

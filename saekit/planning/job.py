@@ -82,5 +82,6 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         dtype=dtype,
         in_8_bits=cfg.model.load_in_8bit,
         on_gpu=machine.on_gpu,
+        whole=train.loads_whole_model,
     )
     return Job(cfg, shape, layers, num_latents, ctx_len, dtype, backend, select_dtype, machine, lm)

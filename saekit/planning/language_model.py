@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saekit.activations import ModelShape, find_blocks, tap
+from saekit.activations import ModelShape, auto_with_head, find_blocks, tap
 from saekit.activations.lm import PLAIN_ATTENTION_UP_TO, cut_config
 from saekit.planning.meter import Bytes, Meter, StandIn, all_of, sized
 
@@ -21,7 +21,7 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class LmCost:
-    """The language model, cut off after the last layer that is tapped."""
+    """The language model, cut off after the last layer that is tapped, or whole, as it is loaded."""
 
     weights: Bytes
     forward: Bytes
@@ -50,6 +50,7 @@ def language_model_cost(
     dtype: torch.dtype,
     in_8_bits: bool,
     on_gpu: bool,
+    whole: bool = False,
 ) -> LmCost:
     """Build the model on the meta device, run the training's own tap on it, and read the meter.
 
@@ -61,21 +62,25 @@ def language_model_cost(
         dtype: Of its weights and activations.
         in_8_bits: Whether its matrices are int8 (`--load-in-8bit`).
         on_gpu: Whether it runs on a GPU; on a CPU short sequences take another attention.
+        whole: Whether all its blocks and its head are loaded, for `--eval-every`.
     """
     from transformers import AutoModel
     from transformers.pytorch_utils import Conv1D
 
     config = cut_config(shape.config, max(layers) + 1)
-    asked = (config.to_json_string(), *layers, batch_size, ctx_len, dtype, in_8_bits, on_gpu)
+    asked = (config.to_json_string(), *layers, batch_size, ctx_len, dtype, in_8_bits, on_gpu, whole)
     if asked in KNOWN:
         return KNOWN[asked]
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype).eval()
+        loaded = model if not whole else auto_with_head(shape.config).from_config(shape.config, dtype=dtype)
     blocks = find_blocks(model)
     if not on_gpu and dtype == torch.bfloat16 and ctx_len <= PLAIN_ATTENTION_UP_TO:
         model.set_attn_implementation("eager")
     matrices = {
-        id(module.weight) for module in model.modules() if in_8_bits and isinstance(module, (nn.Linear, Conv1D))
+        id(module.weight)
+        for module in loaded.modules()
+        if in_8_bits and isinstance(module, (nn.Linear, Conv1D)) and module is not loaded.get_output_embeddings()
     }
 
     def bytes_of(tensors: Iterable[Any]) -> Bytes:
@@ -94,7 +99,7 @@ def language_model_cost(
     # Scores and their use cost a multiply-add per pair of tokens and dimension each; causal masks save half of them.
     attention = 2 * 2 * ctx_len * shape.d_in * len(blocks.modules) / 2
     KNOWN[asked] = LmCost(
-        weights=bytes_of([*model.parameters(), *model.buffers()]),
+        weights=bytes_of([*loaded.parameters(), *loaded.buffers()]),
         forward=meter.peak,
         flops_per_token=2 * in_blocks + attention,
         small=bytes_of([each for each in model.parameters() if each.numel() <= WHOLE_UP_TO] + list(model.buffers())),

@@ -2,11 +2,12 @@
 
 from saekit.report.base import Reporter, Reporters
 from saekit.report.jsonl import JsonlReporter
-from saekit.report.stats import LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 from saekit.report.terminal import terminal_reporter
 from saekit.report.trackers import TrackerReporter, tracker_reporter
 
 __all__ = [
+    "EvalStats",
     "JsonlReporter",
     "LayerStats",
     "Reporter",

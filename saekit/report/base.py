@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from saekit.report.stats import RunInfo, StepStats
+from saekit.report.stats import EvalStats, RunInfo, StepStats
 
 
 class Reporter(Protocol):
-    """Told of a run's events, in this order: `status`*, `start`, (`step` | `saved` | `status`)*, `finish`.
+    """Told of a run's events: `status`*, `start`, (`step` | `evaluated` | `saved` | `status`)*, `finish`.
 
     `finish` is called exactly once, also when the run ends by an exception or Ctrl-C, and must leave the terminal
     as it was.
@@ -24,6 +24,9 @@ class Reporter(Protocol):
 
     def step(self, stats: StepStats) -> None:
         """A reporting interval has ended."""
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """The SAEs were evaluated on data that trains nothing."""
 
     def saved(self, path: Path, step: int) -> None:
         """A checkpoint is in place."""
@@ -61,6 +64,11 @@ class Reporters:
         """See `Reporter.step`."""
         for reporter in self.reporters:
             reporter.step(stats)
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """See `Reporter.evaluated`."""
+        for reporter in self.reporters:
+            reporter.evaluated(stats)
 
     def saved(self, path: Path, step: int) -> None:
         """See `Reporter.saved`."""

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from saekit.report import units
 from saekit.report.compare import SHARED_COSINE, Comparison, LayerComparison, Shared
-from saekit.report.inspect import LayerInspection, plain
+from saekit.report.inspect import LayerInspection
+from saekit.report.jsonl import plain
 
 Show = Callable[[Any], str]
 Both = tuple[float | None, float | None]

@@ -23,7 +23,8 @@ from saekit.report.inspect_measure import (
     neighbours,
     norms,
 )
-from saekit.report.jsonl import finite, read_metrics
+from saekit.report.jsonl import plain as plain
+from saekit.report.jsonl import read_metrics
 
 
 @dataclass(frozen=True)
@@ -225,14 +226,3 @@ def _mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:
 def _text(facts: dict[str, Any], key: str) -> str | None:
     value = facts.get(key)
     return value if isinstance(value, str) and value else None
-
-
-def plain(value: Any) -> Any:
-    """As JSON types: paths as strings, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return finite(value)
-    return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""The run's record: one JSON object per report in `metrics.jsonl`."""
+"""The run's record: one JSON object per report, and per evaluation, in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from saekit.errors import UserError
-from saekit.report.stats import LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
+
+EVALUATION = "evaluation"
+"""The kind of record that an evaluation is; reports name none."""
 
 
 class JsonlReporter:
-    """Appends one line per report and flushes it, so that a killed run loses at most the line being written.
+    """Appends one line per report or evaluation and flushes it: a killed run loses at most the line being written.
 
     A run that starts afresh empties the file. A resumed run first drops the lines of steps it is going to repeat, so
     each step stands there once.
@@ -56,8 +59,19 @@ class JsonlReporter:
         Raises:
             UserError: If it cannot be written, and nobody was named whom to tell instead.
         """
+        self._append(as_record(stats, time.time()))
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """Write one line of its own.
+
+        Raises:
+            UserError: As `step`.
+        """
+        self._append(as_evaluation(stats, time.time()))
+
+    def _append(self, record: dict[str, Any]) -> None:
         in_trouble = bool(self._pending)
-        self._pending += (json.dumps(as_record(stats, time.time()), allow_nan=False) + "\n").encode()
+        self._pending += (json.dumps(record, allow_nan=False) + "\n").encode()
         try:
             self._write()
         except OSError as error:
@@ -118,21 +132,53 @@ def as_record(stats: StepStats, now: float) -> dict[str, Any]:
     }
 
 
+def as_evaluation(stats: EvalStats, now: float) -> dict[str, Any]:
+    """One evaluation as JSON types.
+
+    Args:
+        stats: The evaluation.
+        now: Unix time, in seconds.
+
+    Returns:
+        `kind`, which is "evaluation" and which no report has; `step`, `seconds` and `time`; and as `evaluation` what
+        `eval.json` holds of the layers. NaN and infinity become None.
+    """
+    return {
+        "kind": EVALUATION,
+        "step": stats.step,
+        "seconds": finite(stats.seconds),
+        "time": now,
+        "evaluation": plain(stats.record),
+    }
+
+
+def plain(value: Any) -> Any:
+    """As JSON types: paths as strings, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return finite(value)
+    return str(value) if isinstance(value, Path) else value
+
+
 def finite(value: float | None) -> float | None:
     """The value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file, in the order in which it was written.
+def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Read the reports in a metrics file, or its evaluations, in the order in which they were written.
 
     A last line that was torn off by a crash is left out.
 
     Args:
         path: A file that `JsonlReporter` wrote.
+        kind: None for reports, `EVALUATION` for evaluations.
 
     Returns:
-        One dictionary per report, see `as_record`.
+        One dictionary for each, see `as_record` and `as_evaluation`.
 
     Raises:
         UserError: If any other line is not a record: the file was damaged or is no metrics file.
@@ -142,7 +188,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is not None:
-            records.append(record)
+            records += [record] if record.get("kind") == kind else []
         elif number < len(lines):
             raise UserError(f"{path}, line {number}: this is not a record of metrics; remove the line or the file")
     return records

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from saekit.report.live_view import RunState, run_view
 from saekit.report.pace import Pace
-from saekit.report.stats import RunInfo, StepStats
+from saekit.report.stats import EvalStats, RunInfo, StepStats
 
 REFRESH_PER_SECOND = 4
 
@@ -64,6 +64,11 @@ class LiveReporter:
         if self._state is not None:
             self._state.pace.update(stats)
             self._state = self._state.after(stats)
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """Show its means below the numbers of the training."""
+        if self._state is not None:
+            self._state = replace(self._state, evaluation=stats)
 
     def saved(self, path: Path, step: int) -> None:
         """Name the newest checkpoint in the footer."""

@@ -14,7 +14,7 @@ from rich.text import Text
 from saekit.report import units
 from saekit.report.pace import Pace
 from saekit.report.sparkline import sparkline
-from saekit.report.stats import LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 
 TREND_REPORTS = 24
 """Reports that a trend shows, the newest last."""
@@ -39,6 +39,8 @@ class RunState:
     """The newest report; None before the first one."""
     trends: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """FVU of the last `TREND_REPORTS` reports by hookpoint, and their mean over layers under `ALL_LAYERS`."""
+    evaluation: EvalStats | None = None
+    """The newest one."""
     saved: tuple[Path, int] | None = None
     """Folder and step of the newest checkpoint."""
     finished: bool = False
@@ -63,7 +65,8 @@ def run_view(state: RunState, width: int, height: int) -> RenderableType:
     roomy = height >= ROOMY
     above: list[RenderableType] = [*_header(state.info, width)] if roomy else [_header(state.info, width)[0]]
     blank = [Text()] if roomy else []
-    above += [*blank, _progress(state), _numbers(state), *blank]
+    evaluation = [_evaluation(state)] if state.info.eval_every or state.evaluation else []
+    above += [*blank, _progress(state), _numbers(state), *evaluation, *blank]
     below: list[RenderableType] = [*blank, _saved(state)]
     # The table's own heading takes one line, and the terminal's last line stays free.
     room = height - len(above) - len(below) - 2
@@ -133,6 +136,16 @@ def _numbers(state: RunState) -> Text:
         dot,
         f"{units.size(stats.memory_bytes)} peak",
     )
+
+
+def _evaluation(state: RunState) -> Text:
+    """What the newest evaluation found, in means over the layers; the line is there from the start."""
+    stats = state.evaluation
+    if stats is None:
+        return line(("not evaluated yet", "dim"))
+    dot = (" · ", "dim")
+    found = [part for each in stats.summary for part in (dot, each)]
+    return line((f"evaluated at step {stats.step:,}", "dim"), *found)
 
 
 def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:

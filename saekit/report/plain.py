@@ -13,7 +13,7 @@ from rich.console import Console
 from saekit.report import units
 from saekit.report.pace import Pace
 from saekit.report.sparkline import TO_ASCII
-from saekit.report.stats import LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 
 
 class PlainReporter:
@@ -61,6 +61,10 @@ class PlainReporter:
         self._newest = stats
         if self._written is None or self._clock() - self._written_at >= self._every:
             self._write_step(stats)
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """Write what was found in a few words; `metrics.jsonl` has all of it."""
+        self._write(f"evaluated step {stats.step:,} in {units.duration(stats.seconds)} | {' | '.join(stats.summary)}")
 
     def saved(self, path: Path, step: int) -> None:
         """Write where the checkpoint is."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from saekit.report.units import size
+from saekit.report.units import decimal, size
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,58 @@ class StepStats:
 
 
 @dataclass(frozen=True)
+class EvalStats:
+    """An evaluation of the SAEs as they are after an optimiser step, on data that trains nothing."""
+
+    step: int
+    """Optimiser steps done, from 1."""
+    seconds: float
+    """It took; training waited for it."""
+    record: Mapping[str, Any]
+    """As in `eval.json`: what was found of each layer and of all together, with 95% intervals."""
+
+    def of_layers(self, number: str) -> dict[str, float]:
+        """A number's value by hookpoint, in model order; empty where it needs a head that the model lacks.
+
+        Args:
+            number: A field of `Reconstruction` (`fvu`, `l0`, ...) or of `Grafted` (`ce_recovered`, `kl`, ...), which
+                stand in `saekit.evaluation.results`; and `dead_fraction`.
+        """
+        found = {}
+        for layer in self.record["layers"]:
+            reconstruction = layer["reconstruction"]
+            share = reconstruction["dead"] / reconstruction["num_latents"]
+            numbers = {**reconstruction, **(layer["grafted"] or {}), "dead_fraction": {"value": share}}
+            if number in numbers:
+                found[layer["hookpoint"]] = float(numbers[number]["value"])
+        return found
+
+    def together(self, number: str) -> float | None:
+        """A field of `Grafted` with all layers replaced at once; None without a head."""
+        grafted = self.record["together"]
+        return None if grafted is None else float(grafted[number]["value"])
+
+    @property
+    def summary(self) -> list[str]:
+        """In a few words: means over layers, what it costs to replace all at once, and the worst layer."""
+        fvu, recovered, kl = (self.of_layers(number) for number in ("fvu", "ce_recovered", "kl"))
+        parts = [f"FVU {decimal(fmean(fvu.values()))}"]
+        if recovered:
+            parts += [f"CE recovered {decimal(fmean(recovered.values()))}", f"KL {decimal(fmean(kl.values()))}"]
+            parts.append(f"all at once {decimal(self.together('ce_recovered'))}, KL {decimal(self.together('kl'))}")
+        if len(fvu) > 1:
+            worst = max(fvu, key=lambda name: (math.isnan(fvu[name]), fvu[name]))
+            parts.append(f"worst FVU {decimal(fvu[worst])} in {worst}")
+        return parts
+
+    @property
+    def ce_clean(self) -> float | None:
+        """Cross-entropy of the language model as it is, nats per scored token; None without a head."""
+        clean = self.record["ce_clean"]
+        return None if clean is None else float(clean["value"])
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What is known before the first step."""
 
@@ -95,6 +150,8 @@ class RunInfo:
     """What computes the SAEs: eager, cpu or triton."""
     select_dtype: str = "fp32"
     """In what precision latents are selected: fp32 or bf16."""
+    eval_every: int | None = None
+    """Optimiser steps between evaluations; None without."""
 
     @property
     def place(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saekit.errors import UserError
-from saekit.report.stats import RunInfo, StepStats
+from saekit.report.stats import EvalStats, RunInfo, StepStats
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +42,10 @@ class TrackerReporter:
     def step(self, stats: StepStats) -> None:
         """Log one report under its step."""
         self._accelerator.log(metrics(stats), step=stats.step)
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """Log an evaluation under its step."""
+        self._accelerator.log(evaluation_metrics(stats), step=stats.step)
 
     def saved(self, path: Path, step: int) -> None:
         """Nothing: uploading checkpoints is left to the user."""
@@ -78,6 +82,24 @@ def metrics(stats: StepStats) -> dict[str, float | int]:
         flat[f"auxk/{hookpoint}"] = layer.auxk_loss
         if layer.multi_topk_fvu is not None:
             flat[f"multi_topk_fvu/{hookpoint}"] = layer.multi_topk_fvu
+    return flat
+
+
+EVALUATED = ("fvu", "explained_variance", "cosine", "l0")
+GRAFTED = ("ce", "ce_mean_ablated", "ce_zero_ablated", "ce_recovered", "ce_recovered_from_mean", "kl", "top1")
+
+
+def evaluation_metrics(stats: EvalStats) -> dict[str, float]:
+    """One evaluation as flat names: `eval/name/hookpoint`, and `eval/name/all` with all layers replaced at once."""
+    flat = {f"eval/{number}/{name}": value for number in EVALUATED for name, value in stats.of_layers(number).items()}
+    flat |= {f"eval/dead_pct/{name}": 100 * share for name, share in stats.of_layers("dead_fraction").items()}
+    if stats.ce_clean is None:
+        return flat
+    flat["eval/ce_clean"] = stats.ce_clean
+    for number in GRAFTED:
+        flat |= {f"eval/{number}/{name}": value for name, value in stats.of_layers(number).items()}
+        if (together := stats.together(number)) is not None:
+            flat[f"eval/{number}/all"] = together
     return flat
 
 

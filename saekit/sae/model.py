@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,16 @@ class Sae(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(num_latents, device=device))
         self.W_dec = nn.Parameter(unit_rows(W_MD).to(device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, device=device))
+
+    def sizes(self) -> dict[str, Any]:
+        """The arguments that make another SAE of the same shape."""
+        return {
+            "d_in": self.d_in,
+            "num_latents": self.num_latents,
+            "k": self.k,
+            "normalize_decoder": self.normalize_decoder,
+            "multi_topk": self.multi_topk,
+        }
 
     def extra_repr(self) -> str:
         """Sizes, for `print(sae)`."""
@@ -190,6 +201,19 @@ class Sae(nn.Module):
         from saekit.sae import storage
 
         storage.save_to_disk(self, path)
+
+
+def without_memory(**sizes: Any) -> Sae:
+    """An SAE of those sizes on torch's meta device: no memory, and no numbers from the global generator."""
+    with torch.device("meta"):
+        return Sae(**sizes)
+
+
+def around(tensors: Mapping[str, Tensor], **sizes: Any) -> Sae:
+    """An SAE of those sizes whose parameters are these tensors, by name; they are not copied."""
+    sae = without_memory(**sizes)
+    sae.load_state_dict(dict(tensors), assign=True)
+    return sae
 
 
 def unit_rows(W_MD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saekit.sae.model import Sae
+from saekit.sae.model import Sae, around
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -83,16 +83,14 @@ def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
                 f"{folder / WEIGHTS_FILE}: {name} has shape {list(tensors[name].shape)}, "
                 f"but {CONFIG_FILE} says {list(shape)}"
             )
-    with torch.device("meta"):  # no initial weights are drawn: every one of them is about to be replaced
-        sae = Sae(
-            config["d_in"],
-            num_latents,
-            config["k"],
-            normalize_decoder=config.get("normalize_decoder", True),
-            multi_topk=config.get("multi_topk", False),
-        )
-    sae.load_state_dict({ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()}, assign=True)
-    return sae
+    return around(
+        {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()},
+        d_in=config["d_in"],
+        num_latents=num_latents,
+        k=config["k"],
+        normalize_decoder=config.get("normalize_decoder", True),
+        multi_topk=config.get("multi_topk", False),
+    )
 
 
 def find_sae_folders(path: str | Path) -> dict[str, Path]:

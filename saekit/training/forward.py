@@ -35,8 +35,7 @@ class Forward:
     def __init__(
         self, model: PreTrainedModel, read_residual: ReadResidual, plan: RunPlan, placement: Placement
     ) -> None:
-        embeddings = model.get_input_embeddings().weight
-        self.vocabulary = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
+        self.vocabulary = vocabulary(model)
         self.read_residual = read_residual
         self.plan = plan
         self.placement = placement
@@ -76,14 +75,29 @@ class Forward:
         empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
         if empty:  # its activations must have the type that the other ranks' have: the model tells it
             input_ids = torch.zeros(1, self.plan.ctx_len, dtype=torch.int64)
-        if int(input_ids.max()) >= self.vocabulary or int(input_ids.min()) < 0:
-            raise UserError(
-                f"the data has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
-                f"{self.vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
-            )
+        check_ids(input_ids, self.vocabulary)
         kept = self.plan.kept(input_ids) & (not empty)
         # Found on the CPU: a GPU would have to be waited for, once a layer, to know how many there are.
         places_N = to_device(kept.flatten().nonzero().squeeze(1), device)
         raw = self.read_residual(to_device(input_ids, device))
         # Selecting copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
         return {name: raw.pop(name).to(device).flatten(0, 1).index_select(0, places_N) for name in self.plan.hookpoints}
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that a language model knows."""
+    embeddings = model.get_input_embeddings().weight
+    return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
+
+
+def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> None:
+    """See that token ids are of the model's vocabulary.
+
+    Raises:
+        UserError: If one of them is not; it says of what data.
+    """
+    if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
+        raise UserError(
+            f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
+            f"{vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
+        )

@@ -15,6 +15,7 @@ from saekit.activations import (
     choose_attention,
     load_model,
     load_tokenizer,
+    load_with_head,
     model_shape,
     no_bars,
     resolve_ctx_len,
@@ -26,6 +27,7 @@ from saekit.data import load_sequences
 from saekit.errors import SILENCE, Interrupted, UserError
 from saekit.placement import Placement, connect
 from saekit.report import Reporter, Reporters, terminal_reporter
+from saekit.training.evaluating import load_eval_data
 from saekit.training.plan import default_run_name
 from saekit.training.run_folder import check_run_folder, run_folder
 from saekit.training.trainer import SaeTrainer
@@ -99,13 +101,24 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         if placement.rank > 0:
             placement.gather(None)
         data = load_sequences(cfg.data, tokenizer, ctx_len, token)
+        eval_data = load_eval_data(cfg, data, tokenizer, ctx_len)
         if placement.rank == 0:
             placement.gather(None)
         watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
-        watcher.status(f"Loading {cfg.model.model} up to layer {layers[-1]} of {shape.num_layers}")
+        part = "whole" if cfg.train.loads_whole_model else f"up to layer {layers[-1]} of {shape.num_layers}"
+        watcher.status(f"Loading {cfg.model.model} {part}")
         model = _load(cfg, placement, shape, layers)
         choose_attention(model, ctx_len)
-        trainer = SaeTrainer(train, data, model, tokenizer=tokenizer, source=cfg, reporter=watcher, placement=placement)
+        trainer = SaeTrainer(
+            train,
+            data,
+            model,
+            tokenizer=tokenizer,
+            source=cfg,
+            reporter=watcher,
+            placement=placement,
+            eval_data=eval_data,
+        )
         try:
             last = trainer.fit()
         except Interrupted:
@@ -121,6 +134,8 @@ def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[
     def load() -> PreTrainedModel:
         return load_model(cfg.model, shape, layers, placement.device)
 
+    if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
+        return load_with_head(cfg.model, shape, placement.device).model
     if not cfg.train.shard_lm:
         return load()
     from saekit.placement.deepspeed import load_sharded

@@ -69,6 +69,7 @@ class TorchOptimizer:
     def __init__(self, sae: Sae, optimizers: list[torch.optim.Optimizer]) -> None:
         self.sae = sae
         self.optimizers = optimizers
+        self.averages = any(isinstance(each, ScheduleFreeSignum) for each in optimizers)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     def step(self, lr_scale: float) -> None:

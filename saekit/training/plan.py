@@ -155,6 +155,7 @@ class RunPlan:
             world_size=placement.world_size,
             owners=placement.owners(),
             shard_bytes=placement.shard_bytes(),
+            eval_every=self.cfg.eval_every,
         )
 
 

@@ -21,6 +21,7 @@ Part = TypeVar("Part")
 
 HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
+    | {"eval_every", "eval_tokens", "eval_dataset", "eval_split"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
     | {"save_best_effort", "max_bad_steps", "grace"}
     | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps", "kernels", "select_dtype"}
@@ -64,6 +65,7 @@ class Saver:
             "tokens": run.tokens,
             "skipped_steps": run.skipped,
             "bad_steps_in_row": run.bad_in_row,
+            "evaluated_step": run.evaluated,
             **plan.place(run.step),
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,

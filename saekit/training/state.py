@@ -45,6 +45,8 @@ class RunState:
     """How many of them were the last ones."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
     counters: dict[str, LayerCounters] = field(default_factory=dict)
+    evaluated: int = 0
+    """The step after which the SAEs were evaluated last; 0 before the first time."""
     best_fvu: float = float("inf")
     """The lowest mean FVU between two checkpoints so far."""
     checkpoint: Path | None = None
@@ -148,6 +150,7 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     state.checkpoint = checkpoint
     state.step, state.tokens = index["step"], index["tokens"]
     state.skipped, state.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
+    state.evaluated = index.get("evaluated_step", 0)  # older checkpoints do not say it
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():
         tensors = read_state(checkpoint / name)

@@ -18,11 +18,12 @@ from saekit.config import RunConfig, TrainConfig
 from saekit.data import read_ahead
 from saekit.errors import Interrupted, SaveError, UserError
 from saekit.placement import Placement, Single
-from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
+from saekit.report import JsonlReporter, Reporter, Reporters, terminal_reporter, tracker_reporter
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.checkpoint import write_at_once
 from saekit.training.counters import LayerCounters
+from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.faults import leave_out_step, look_for_faults, name_faults
 from saekit.training.forward import Forward
 from saekit.training.interrupt import BY_USER, graceful_interrupt
@@ -30,10 +31,9 @@ from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.readback import read_later
 from saekit.training.recovery import Found, find_checkpoint
-from saekit.training.resources import peak_memory_bytes
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
-from saekit.training.statistics import LayerWindow, Moments, read_row
+from saekit.training.statistics import LayerWindow, Moments, read_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ class SaeTrainer:
         reporter: Who watches; by default the live view, or plain lines where there is no terminal.
         placement: Where the SAEs live; by default all on the model's device, in this process. Under a launcher,
             `saekit.placement.connect()` gives the others.
+        eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that the SAEs are not trained on.
 
     Raises:
         UserError: If the configuration does not fit the model or the data, or the run folder is in use.
@@ -66,6 +67,7 @@ class SaeTrainer:
         source: RunConfig | None = None,
         reporter: Reporter | None = None,
         placement: Placement | None = None,
+        eval_data: Any = None,
     ) -> None:
         self.cfg = cfg
         self.model = model
@@ -73,6 +75,7 @@ class SaeTrainer:
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement: Placement = placement or Single(model.device)
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement)
+        self.subject = subject_of(self.plan, model, tokenizer, eval_data, self.placement)
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
             check_run_folder(cfg, self.plan.run_dir)
@@ -101,6 +104,7 @@ class SaeTrainer:
             tap(self.model, plan.hookpoints) as read_residual,
             ExitStack() as opened,
         ):
+            evaluate = Evaluating(self.subject, plan, placement, report, interruption)
             forward = Forward(self.model, read_residual, plan, placement)
             run = self._start(forward)
             num_dead = {name: int(each.count_dead(cfg.dead_feature_threshold)) for name, each in run.counters.items()}
@@ -109,7 +113,8 @@ class SaeTrainer:
             clock, tokens_at_report = time.perf_counter(), run.tokens
             steps = opened.enter_context(closing(read_ahead(self._batches, run.step, plan.total_steps)))
 
-            coming = next(steps, None)
+            stop = evaluate(run).stop if evaluate.due(run) else 0  # what a stop has prevented
+            coming = None if stop else next(steps, None)
             while coming is not None:
                 step, batches = coming
                 # The loss is a sum over tokens divided by numbers that are fixed here, before any backward pass.
@@ -134,7 +139,8 @@ class SaeTrainer:
                 message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
-                overlap = forward.runs_behind and not save  # what is to be saved is, before new data can be at fault
+                # What is to be saved is, before new data can be at fault; an evaluation needs the memory.
+                overlap = forward.runs_behind and not save and not evaluate.due(run)
                 if overlap and (coming := next(steps, None)) is not None:
                     forward.begin(coming[1][0])
 
@@ -153,11 +159,12 @@ class SaeTrainer:
                     run.bad_in_row = 0
 
                 # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
-                stop = max(placement.gather(interruption.request))
+                stop, seconds = evaluate(run)
+                clock += seconds
                 if stop or save or run.step % cfg.log_every == 0:
                     now = time.perf_counter()  # once: what the report waits for belongs to the next interval
                     rate, clock = (run.tokens - tokens_at_report) / (now - clock), now
-                    stats = self._read(run, windows, num_dead, rate)
+                    stats = read_windows(windows, num_dead, run, plan, placement, rate)
                     report.step(stats)
                     saver.note(stats)
                     windows = self._fresh_windows()
@@ -274,34 +281,3 @@ class SaeTrainer:
 
     def _fresh_windows(self) -> dict[str, LayerWindow]:
         return {name: LayerWindow.empty(self.plan.d_in, self.placement.device) for name in self.placement.layers()}
-
-    def _read(
-        self, run: state.RunState, windows: dict[str, LayerWindow], num_dead: dict[str, int], tokens_per_second: float
-    ) -> StepStats:
-        """The finished numbers since the last report."""
-        placement, plan = self.placement, self.plan
-        rows = {}
-        for name, window in windows.items():
-            # One rank speaks for what all ranks of a layer know, so that sums over ranks count it once.
-            dead = num_dead[name] if placement.leads(name) else 0
-            steps = window.steps if placement.leads(name) else 0
-            rows[name] = window.row(dead, steps)
-        memory = torch.zeros(placement.world_size, dtype=torch.float64, device=placement.device)
-        memory[placement.rank] = peak_memory_bytes(placement.device)
-        blank = LayerWindow.empty(plan.d_in, placement.device).row(0, 0)
-        mine = torch.cat([*(rows.get(name, blank) for name in plan.hookpoints), memory])
-        together = placement.sum(mine).cpu()  # once, and not number by number
-        parts = together[: -placement.world_size].view(len(plan.hookpoints), -1)
-        layers = {
-            name: read_row(part, num_latents=plan.num_latents, with_multi_topk=self.cfg.sae.multi_topk)
-            for name, part in zip(plan.hookpoints, parts, strict=True)
-        }
-        return StepStats(
-            step=run.step,
-            tokens=run.tokens,
-            tokens_per_second=tokens_per_second,
-            learning_rate=self.plan.base_lr * self.plan.lr_scale(run.step - 1),
-            skipped_steps=run.skipped,
-            memory_bytes=int(together[-placement.world_size :].max()),
-            layers=layers,
-        )

@@ -1,6 +1,8 @@
 """Every number of an evaluation, against what was worked out on paper for a model of two tokens."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import pytest
@@ -197,3 +199,47 @@ def test_saes_of_another_model(saes, message):
 def test_nothing_but_excluded_tokens():
     with pytest.raises(UserError, match="every token is excluded"):
         evaluate(subject(1.0, excluded=(0, 1)))
+
+
+class Together:
+    """Ranks as threads, each with a model of its own; they wait for one another at every sum."""
+
+    def __init__(self, count):
+        self.barrier = threading.Barrier(count, timeout=20)
+        self.parts = [None] * count
+
+    def total(self, rank):
+        def add(value):
+            self.parts[rank] = value
+            self.barrier.wait()
+            total = sum(self.parts)
+            self.barrier.wait()
+            return total
+
+        return add
+
+
+@pytest.mark.parametrize("objective", ["next token", None])
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 1), (2, 2), (3, 1), (3, 4), (4, 1), (7, 2)])
+def test_ranks_share_out_the_sequences_and_stay_in_step(count, batch_size, objective):
+    rows = ((0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 0, 1), (1, 1, 1, 1), (0, 0, 0, 1))
+    more = {} if objective else {"objective": None}
+    alone = subject(0.5, rows, depth=2, **more)
+    ranks, asked, passes = Together(count), [[] for _ in range(count)], [0] * count
+
+    def work(rank):
+        def whole(name):
+            asked[rank].append(name)
+            return alone.saes[name]
+
+        def progress(done, of):
+            passes[rank] = done
+
+        own = {"rank": rank, "world_size": count, "batch_size": batch_size, "total": ranks.total(rank), "whole": whole}
+        return evaluate(subject(0.5, rows, depth=2, **more, **own), progress)
+
+    with ThreadPoolExecutor(count) as pool:
+        for found in pool.map(work, range(count)):
+            assert found == evaluate(alone)
+    assert all(each == asked[0] for each in asked)
+    assert len(set(passes)) == 1

@@ -13,7 +13,7 @@ TOLERANCE = 1e-5
 """Relative, in fp32: what is left is the order of summation."""
 
 
-def assert_same_run(found, expected):
+def assert_same_run(found, expected, steps=20):
     """Weights, optimiser state, counters and every logged number."""
     a, b = tensors_of(found / "latest"), tensors_of(expected / "latest")
     assert a.keys() == b.keys()
@@ -24,7 +24,7 @@ def assert_same_run(found, expected):
         else:
             assert a[name].equal(b[name]), name
     ours, theirs = ([each for each in metrics_of(run) if "step" in each] for run in (found, expected))
-    assert len(ours) == len(theirs) >= 20
+    assert len(ours) == len(theirs) >= steps
     for one, other in zip(ours, theirs, strict=True):
         compare(one, other, f"step {one['step']}")
 

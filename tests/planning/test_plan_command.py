@@ -65,6 +65,15 @@ def test_llama_3_8b_on_eight_gpus_of_48_gib(planned):
     assert placements["layer-map"]["sent_per_step"] == 14 * 2048 * 4096 * 2
 
 
+def test_evaluations_take_the_rest_of_the_language_model(planned):
+    """The last block, in 8 bits as the others, and the head, which is not tied and stays in two bytes."""
+    parts = [planned(*more)["placements"]["layer-map"]["parts"] for more in ((), ("--eval-every", 100))]
+    block = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 4 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
+    added = parts[1]["language_model"] - parts[0]["language_model"]
+    assert added == pytest.approx(block + 2 * (2 * 4096 + 128256 * 4096), rel=1e-4)
+    assert {**parts[1], "language_model": 0} == {**parts[0], "language_model": 0}
+
+
 def test_what_makes_room_does(planned):
     totals = [planned()["placements"]["layer-map"]["total"]]
     for options in (["--moments-dtype", "bf16"], ["--optimizer", "adam8bit"], ["--layers", "0-31:4"]):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saekit.report.stats import LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 
 
 class Clock:
@@ -65,5 +65,41 @@ def make_stats() -> Callable[..., StepStats]:
                 for i, name in enumerate(names)
             },
         )
+
+    return make
+
+
+@pytest.fixture
+def make_evaluation() -> Callable[..., EvalStats]:
+    """Layer i has FVU `fvu` + i / 100; with a head it recovers 0.9 - i / 10, and all layers at once 0.5."""
+
+    def estimate(value: float) -> dict[str, float | None]:
+        return {"value": value, "low": value - 0.01, "high": None}
+
+    def make(step: int, layers: int = 2, fvu: float = 0.25, head: bool = True) -> EvalStats:
+        def grafted(recovered: float) -> dict[str, dict[str, float | None]]:
+            names = ("ce", "ce_mean_ablated", "ce_zero_ablated", "ce_recovered_from_mean", "kl", "top1")
+            return {**dict.fromkeys(names, estimate(2.0)), "ce_recovered": estimate(recovered)}
+
+        record = {
+            "layers": [
+                {
+                    "hookpoint": f"layers.{i}",
+                    "reconstruction": {
+                        "fvu": estimate(fvu + i / 100),
+                        "explained_variance": estimate(0.75),
+                        "cosine": estimate(0.9),
+                        "l0": estimate(31.5),
+                        "dead": 1024,
+                        "num_latents": 4096,
+                    },
+                    "grafted": grafted(0.9 - i / 10) if head else None,
+                }
+                for i in range(layers)
+            ],
+            "together": grafted(0.5) if head else None,
+            "ce_clean": estimate(1.5) if head else None,
+        }
+        return EvalStats(step, 3.0, record)
 
     return make

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from saekit.errors import UserError
-from saekit.report.jsonl import JsonlReporter, read_metrics
+from saekit.report.jsonl import EVALUATION, JsonlReporter, read_metrics
 
 
 @pytest.fixture
@@ -135,3 +135,22 @@ def test_with_best_effort_lines_are_written_when_there_is_space_again(path, make
     reporter.finish()
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
     assert path.read_bytes().count(b"\n") == 4
+
+
+def test_evaluations_are_records_of_their_own(path, make_info, make_stats, make_evaluation):
+    reporter = JsonlReporter(path)
+    reporter.start(make_info())
+    for step in (10, 20, 30):
+        reporter.evaluated(make_evaluation(step, fvu=math.nan if step == 20 else 0.25))
+        reporter.step(make_stats(step))
+    reporter.finish()
+    assert [record["step"] for record in read_metrics(path)] == [10, 20, 30]
+    found = read_metrics(path, EVALUATION)
+    assert [(record["kind"], record["step"], record["seconds"]) for record in found] == [
+        ("evaluation", step, 3.0) for step in (10, 20, 30)
+    ]
+    assert found[0]["evaluation"] == make_evaluation(10).record
+    assert found[1]["evaluation"]["layers"][1]["reconstruction"]["fvu"] == {"value": None, "low": None, "high": None}
+    reporter.start(make_info(start_step=20))
+    reporter.finish()
+    assert [record["step"] for record in read_metrics(path, EVALUATION)] == [10, 20]

@@ -80,6 +80,22 @@ def test_numbers(make_state):
     assert row.split()[:6] == ["layers.1", "0.0600", "41", "1.0%", "31.5", "0.800"]
 
 
+@pytest.mark.parametrize("layers", [1, 6, 32])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 12), (200, 10)])
+def test_an_evaluation_is_one_line(make_state, make_evaluation, layers, width, height):
+    """It is there from the start of a run that evaluates, so that nothing jumps."""
+    state = make_state(layers)
+    without = picture(state, width, height)
+    waiting = replace(state, info=replace(state.info, eval_every=100))
+    shown = picture(replace(waiting, evaluation=make_evaluation(1200, layers)), width, height)
+    assert "not evaluated yet" in "\n".join(picture(waiting, width, height))
+    assert len(shown) == len(picture(waiting, width, height)) < height
+    assert max(map(len, shown)) <= width
+    (line,) = [line for line in shown if line.startswith("evaluated at step 1,200")]
+    assert " · FVU 0." in line
+    assert not [line for line in without if "evaluated" in line]
+
+
 @pytest.mark.parametrize("width", [66, 80, 120])
 def test_under_a_layer_map_each_layer_has_its_rank(make_state, width):
     state = make_state(3)

@@ -40,6 +40,19 @@ def test_lines_are_rare_and_the_last_one_is_there(make_info, make_stats, clock, 
     assert lines[-1] == "stopped after 12s"
 
 
+def test_evaluations_are_lines_of_their_own(make_info, make_stats, make_evaluation):
+    stream = io.StringIO()
+    reporter = PlainReporter(stream)
+    reporter.start(make_info())
+    reporter.evaluated(make_evaluation(1000))
+    reporter.evaluated(make_evaluation(2000, layers=1, head=False))
+    assert stream.getvalue().splitlines()[1:] == [
+        "evaluated step 1,000 in 3s | FVU 0.2550 | CE recovered 0.8500 | KL 2.0000 | all at once 0.5000, KL 2.0000 | "
+        "worst FVU 0.2600 in layers.1",
+        "evaluated step 2,000 in 3s | FVU 0.2500",
+    ]
+
+
 def test_ranks_and_what_they_hold(make_info):
     stream = io.StringIO()
     owners = {"layers.0": 0, "layers.1": 0, "layers.2": 2, "layers.3": 0}

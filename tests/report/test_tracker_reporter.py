@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
-from saekit.report.trackers import TrackerReporter, flat_config, metrics
+from saekit.report.trackers import TrackerReporter, evaluation_metrics, flat_config, metrics
 
 
 class Recorder(GeneralTracker):
@@ -36,11 +36,12 @@ def recorder():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_through_accelerate(recorder, make_info, make_stats, tmp_path):
+def test_through_accelerate(recorder, make_info, make_stats, make_evaluation, tmp_path):
     reporter = TrackerReporter(Accelerator(cpu=True, log_with=recorder), "saekit")
     reporter.status("nothing")
     reporter.start(make_info())
     reporter.step(make_stats(5))
+    reporter.evaluated(make_evaluation(5))
     reporter.saved(tmp_path, 5)
     reporter.finish()
     reporter.finish()
@@ -51,7 +52,7 @@ def test_through_accelerate(recorder, make_info, make_stats, tmp_path):
         "layers": "0, 1",
         "dataset": "wikitext",
     }
-    assert recorder.logged == [(5, metrics(make_stats(5)))]
+    assert recorder.logged == [(5, metrics(make_stats(5))), (5, evaluation_metrics(make_evaluation(5)))]
     assert recorder.finished == 1
 
 
@@ -73,3 +74,14 @@ def test_metric_names(make_stats):
 def test_flat_config_has_scalars_and_strings_only(tmp_path):
     flat = flat_config({"a": {"b": {"c": 1.5}}, "path": tmp_path, "none": None, "names": ("x", "y")})
     assert flat == {"a.b.c": 1.5, "path": str(tmp_path), "none": "None", "names": "x, y"}
+
+
+def test_names_of_evaluations(make_evaluation):
+    flat = evaluation_metrics(make_evaluation(5))
+    assert flat["eval/fvu/layers.1"] == 0.26
+    assert flat["eval/dead_pct/layers.0"] == 25
+    assert flat["eval/ce_recovered/layers.1"] == pytest.approx(0.8)
+    assert flat["eval/ce_recovered/all"] == 0.5
+    assert flat["eval/ce_clean"] == 1.5
+    bare = evaluation_metrics(make_evaluation(5, head=False))
+    assert {name.split("/")[1] for name in bare} == {"fvu", "explained_variance", "cosine", "l0", "dead_pct"}

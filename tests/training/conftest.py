@@ -51,6 +51,9 @@ class Recorder:
     def step(self, stats):
         self.steps.append(stats)
 
+    def evaluated(self, stats):
+        pass
+
     def saved(self, path, step):
         self.saves.append(step)
 

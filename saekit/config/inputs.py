@@ -1,0 +1,89 @@
+"""The options of what is read: the language model and the data. `saekit.config.schema` has the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import SecretStr
+from pydantic.dataclasses import dataclass
+
+from saekit.config.options import CONFIG, Mapping, option
+
+DATA = "Data"
+MODEL = "Language model"
+EVALUATION = "Evaluation"
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ModelConfig:
+    """Which language model, and how it is loaded."""
+
+    model: str
+    """A hub id or a local folder."""
+    revision: str | None = option(None, "Branch, tag or commit of the model on the hub.", panel=MODEL)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Type of the language model's weights; auto is bfloat16 on a GPU or CPU that is fast at it, else float32. "
+        "The SAEs are always float32.",
+        panel=MODEL,
+    )
+    load_in_8bit: bool = option(False, "Load the language model in 8 bits (bitsandbytes; needs a GPU).", panel=MODEL)
+    hf_token: SecretStr | None = option(
+        None, "Token for private or gated repositories on the hub; never written to disk.", panel=MODEL
+    )
+
+
+@dataclass(frozen=True, config=CONFIG)
+class DataConfig:
+    """Which tokens, in which order."""
+
+    dataset: str
+    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or pre-tokenised (also .bin)."""
+    split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
+    text_column: str = option("text", "Column with the text, where the data set is not tokenised yet.", panel=DATA)
+    data_args: Mapping = option(
+        {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
+    )
+    ctx_len: int | None = option(
+        None, "Length of each sequence; 2048, or the model's limit if that is less.", panel=DATA, unit="tokens", ge=2
+    )
+    max_tokens: int | None = option(None, "Read at most so many tokens.", panel=DATA, unit="tokens", ge=1)
+    max_examples: int | None = option(
+        None,
+        "Read at most so many rows of the data set, from its start; needed for a streamed one.",
+        panel=DATA,
+        unit="rows",
+        ge=1,
+    )
+    num_proc: int | None = option(
+        None, "Processes that tokenise; one per core by default.", panel=DATA, unit="processes", ge=1
+    )
+    eval_dataset: str | None = option(
+        None,
+        "Data set for --eval-every, instead of the documents that the run leaves unread of its own.",
+        panel=EVALUATION,
+    )
+    eval_split: str | None = option(
+        None, "Split of --eval-dataset (train by default), or another split of the run's own.", panel=EVALUATION
+    )
+
+    @property
+    def evaluates_on_own(self) -> bool:
+        """Whether --eval-every is to use the data that the run trains on, as far as it leaves that unread."""
+        return self.eval_dataset in (None, self.dataset) and self.eval_split in (None, self.split)
+
+    def for_evaluation(self) -> DataConfig:
+        """What --eval-every is to read, where that is not the run's own data."""
+        if self.eval_dataset in (None, self.dataset):
+            return replace(self, split=self.eval_split or self.split)
+        assert self.eval_dataset is not None
+        # How to read the run's data set means nothing for another, but for what a token id is.
+        both_bin = self.dataset.endswith(".bin") and self.eval_dataset.endswith(".bin")
+        return DataConfig(
+            dataset=self.eval_dataset,
+            split=self.eval_split or "train",
+            text_column=self.text_column,
+            data_args=self.data_args if both_bin else {},
+            num_proc=self.num_proc,
+        )

@@ -1,0 +1,185 @@
+"""Evaluating the SAEs between two optimiser steps, on data that trains nothing."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from saekit.activations import context_length, predicts, resolve_ctx_len
+from saekit.config import RunConfig
+from saekit.data import Sequences, StepBatches, load_sequences, sequences
+from saekit.data.held_out import held_out, shuffled
+from saekit.errors import UserError
+from saekit.evaluation.evaluate import Subject, evaluate
+from saekit.evaluation.objective import NO_HEAD, choose_objective
+from saekit.placement import Placement
+from saekit.report import EvalStats, Reporter
+from saekit.sae.model import without_memory
+from saekit.training.forward import check_ids, vocabulary
+from saekit.training.interrupt import NOT_ASKED, Interruption
+from saekit.training.plan import RunPlan
+from saekit.training.state import RunState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --max-tokens, or leave out --eval-every"
+
+
+def load_eval_data(
+    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase, ctx_len: int
+) -> Sequences | None:
+    """What `--eval-every` evaluates on: other data, or the documents that the whole run never reads; None without it.
+
+    Args:
+        cfg: The run.
+        data: What it trains on.
+        tokenizer: The language model's.
+        ctx_len: Tokens per sequence.
+
+    Raises:
+        UserError: If the run reads everything there is, or the other data cannot be read.
+    """
+    if cfg.train.eval_every is None:
+        return None
+    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    if not cfg.data.evaluates_on_own:
+        return load_sequences(cfg.data.for_evaluation(), tokenizer, ctx_len, token)
+    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    return held_out(cfg.data, tokenizer, ctx_len, read, token, REMEDY)
+
+
+def subject_of(
+    plan: RunPlan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    placement: Placement,
+) -> Subject | None:
+    """What is evaluated every `eval_every` steps, and on what; None without that option.
+
+    A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there.
+
+    Args:
+        plan: The run.
+        model: The language model; without a head, the reconstruction is all that is evaluated.
+        tokenizer: Where the mask of an encoder comes from.
+        data: Sequences, or a data set of token ids, as for `SaeTrainer`.
+        placement: Gives the SAEs, each whole for as long as it is used.
+
+    Raises:
+        UserError: If there is data without the option or the option without data, or the data does not suit the model.
+    """
+    cfg = plan.cfg
+    if (cfg.eval_every is None) != (data is None):
+        given, missing = ("eval_data", "eval_every") if cfg.eval_every is None else ("eval_every", "eval_data")
+        raise UserError(
+            f"{given} is given without {missing}: they belong together, and eval_data is text that trains no SAE"
+        )
+    if cfg.eval_every is None:
+        return None
+    chosen = shuffled(sequences(data, plan.source.data.ctx_len if plan.source else None), cfg.eval_tokens)
+    resolve_ctx_len(chosen.ctx_len, context_length(model.config))
+    input_ids = chosen.read(np.arange(len(chosen)))
+    check_ids(input_ids, vocabulary(model), "the data to evaluate on")
+    if not plan.kept(input_ids).any():
+        raise UserError("of the data to evaluate on every token is excluded (special tokens, --exclude-tokens)")
+    no_head = "--shard-lm loads the language model without its head" if cfg.shard_lm else NO_HEAD
+    mask_id = None if tokenizer is None else tokenizer.mask_token_id
+    objective, name = choose_objective(predicts(model), mask_id, plan.excluded, no_head)
+    sizes = without_memory(
+        d_in=plan.d_in,
+        num_latents=plan.num_latents,
+        k=cfg.sae.k,
+        normalize_decoder=cfg.sae.normalize_decoder,
+        multi_topk=cfg.sae.multi_topk,
+    )
+    return Subject(
+        model=model,
+        saes=dict.fromkeys(plan.hookpoints, sizes),
+        data=chosen,
+        excluded=plan.excluded,
+        objective=objective,
+        objective_name=name,
+        batch_size=max(1, cfg.batch_size // cfg.micro_acc_steps),
+        rank=placement.rank,
+        world_size=placement.world_size,
+        total=placement.sum,
+        whole=placement.whole_sae,
+    )
+
+
+class Pause(NamedTuple):
+    """What happened between two optimiser steps."""
+
+    stop: int
+    """Who has asked for a stop, over all ranks: see `saekit.training.interrupt`."""
+    seconds: float = 0.0
+    """An evaluation took; they belong to no step."""
+
+
+class _StopAsked(Exception):  # noqa: N818
+    """Ends an evaluation, on all ranks at the same pass."""
+
+
+class Evaluating:
+    """Evaluates every `eval_every` optimiser steps and after the last one.
+
+    It reads the SAEs as a checkpoint would hold them, and nothing of the training is moved by it: neither its random
+    numbers, its batches and counters, nor its gradients and optimisers.
+
+    Args:
+        subject: From `subject_of`; None evaluates nothing.
+        plan: The run.
+        placement: The ranks.
+        report: Told what was found.
+        interruption: A stop that is asked for ends an evaluation; who goes on makes it up.
+    """
+
+    def __init__(
+        self,
+        subject: Subject | None,
+        plan: RunPlan,
+        placement: Placement,
+        report: Reporter,
+        interruption: Interruption,
+    ) -> None:
+        self.subject = subject
+        self.plan = plan
+        self.placement = placement
+        self.report = report
+        self.interruption = interruption
+        if subject is not None:
+            report.status(
+                f"Evaluating every {plan.cfg.eval_every:,} steps on {len(subject.data):,} sequences of "
+                f"{subject.data.ctx_len:,} tokens; predictions: {subject.objective_name}"
+            )
+
+    def due(self, run: RunState) -> bool:
+        """Whether the SAEs are to be evaluated as they are after the step that was just done, and have not been."""
+        every = self.plan.cfg.eval_every
+        if every is None or run.step == run.evaluated:
+            return False
+        return run.step % every == 0 or run.step == self.plan.total_steps
+
+    def __call__(self, run: RunState) -> Pause:
+        """Evaluate if that is due, and look whether a stop was asked for, once for all ranks. Collective."""
+        if self.subject is None or not self.due(run):
+            return Pause(self._asked())
+        began = time.perf_counter()
+        with suppress(_StopAsked):
+            found = evaluate(self.subject, self._look_up)
+            run.evaluated = run.step
+            record = {**found.to_json(), "warnings": found.warnings()}
+            self.report.evaluated(EvalStats(run.step, time.perf_counter() - began, record))
+        return Pause(self._asked(), time.perf_counter() - began)
+
+    def _look_up(self, done: int, of: int) -> None:
+        if self._asked() != NOT_ASKED:
+            raise _StopAsked
+
+    def _asked(self) -> int:
+        return max(self.placement.gather(self.interruption.request))
