@@ -94,8 +94,8 @@ def test_the_lens_of_a_model_with_rms_norm(subject):
     found = logit_lens(model, "layers.5", x, rows_LD, 6, ctx_len=8)
     assert torch.allclose(found.rises_LN, rise_LV.topk(6).values, rtol=1e-3, atol=1e-5)
     assert torch.allclose(found.falls_LN, -(-rise_LV).topk(6).values, rtol=1e-3, atol=1e-5)
-    assert torch.allclose(rise_LV.gather_features(1, found.promoted_LN), found.rises_LN, rtol=1e-3, atol=1e-5)
-    assert torch.allclose(rise_LV.gather_features(1, found.suppressed_LN), found.falls_LN, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(rise_LV.gather(1, found.promoted_LN), found.rises_LN, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(rise_LV.gather(1, found.suppressed_LN), found.falls_LN, rtol=1e-3, atol=1e-5)
 
 
 def test_no_lens_without_a_head(subject):
@@ -113,4 +113,4 @@ def test_nearest_rows(num_latents, monkeypatch):
     cosine.fill_diagonal_(-2)
     wanted = cosine[some].topk(min(8, num_latents - 1))
     assert torch.allclose(found.cosines_LN, wanted.values, atol=1e-6)
-    assert torch.allclose(cosine[some].gather_features(1, found.latents_LN), wanted.values, atol=1e-6)
+    assert torch.allclose(cosine[some].gather(1, found.latents_LN), wanted.values, atol=1e-6)

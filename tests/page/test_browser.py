@@ -1,0 +1,188 @@
+"""The report in a real Chromium: what it shows, and what happens on clicks and keys."""
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TITLE = "#feature > h3:first-child"
+
+
+def shown(page):
+    hookpoint, latent = page.text_content(TITLE).split(" / ")
+    return hookpoint, int(latent)
+
+
+def wait_for(page, title):
+    """The page forbids what a script in a string would need, so the driver looks at the text instead."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(TITLE)).to_have_text(title)
+
+
+def press(page, key):
+    from playwright.sync_api import expect
+
+    before = page.text_content(TITLE)
+    page.keyboard.press(key)
+    expect(page.locator(TITLE)).not_to_have_text(before)
+
+
+def test_its_numbers_are_those_of_eval_json(open_page, evaluation):
+    page = open_page()
+    for layer in evaluation["layers"]:
+        row = page.locator(f'#layer-table tr[data-layer="{layer["hookpoint"]}"]')
+        for metric, value in (
+            ("fvu", f"{layer['reconstruction']['fvu']['value']:.4f}"),
+            ("dead", f"{layer['reconstruction']['dead']:,}"),
+            ("ce_recovered", f"{layer['grafted']['ce_recovered']['value']:.4f}"),
+            ("kl", f"{layer['grafted']['kl']['value']:.4f}"),
+        ):
+            assert row.locator(f'[data-metric="{metric}"]').inner_text().split()[0] == value
+    together = page.locator('#layer-table tr[data-layer="all"] [data-metric="ce_recovered"]')
+    assert together.inner_text().startswith(f"{evaluation['together']['ce_recovered']['value']:.4f}")
+
+
+@pytest.mark.parametrize("name", ["layer-fvu", "layer-ce", "layer-kl", "training-fvu", "density", "similarity"])
+def test_charts_are_drawn(open_page, name):
+    page = open_page()
+    chart = page.locator(f'[data-chart="{name}"]')
+    chart.scroll_into_view_if_needed()
+    chart.locator(".main-svg").first.wait_for()
+    assert chart.locator(".trace").count() == (1 if name.startswith("layer") else 2)
+
+
+def test_pick_a_latent(open_page):
+    page = open_page()
+    page.select_option("#layer", "layers.3")
+    wait_for(page, re.compile(r"^layers\.3 / "))
+    page.fill("#latent", "17")
+    page.keyboard.press("Enter")
+    wait_for(page, "layers.3 / 17")
+    assert page.url.endswith("#layers.3/17")
+    page.fill("#latent", "256")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=This layer has latents 0 to 255")
+
+
+def test_an_address_of_a_latent(open_page):
+    page = open_page("#layers.3/5")
+    assert shown(page) == ("layers.3", 5)
+    page.click("text=layers.0 >> nth=0")
+    wait_for(page, re.compile(r"^layers\.0 / "))
+
+
+def test_contexts_are_shaded_by_activation(open_page):
+    page = open_page()  # the densest latent of the first layer
+    strongest = page.locator(".contexts").first.locator("li").first
+    peak = strongest.locator(".peak")
+    assert peak.count() == 1
+    assert peak.get_attribute("title") == strongest.locator(".act").inner_text()
+    assert peak.evaluate("token => getComputedStyle(token).getPropertyValue('--a')") == "0.900"
+    acts = [float(text) for text in page.locator(".contexts .act").all_inner_texts()]
+    assert acts == sorted(acts, reverse=True)
+    assert acts[0] == float(page.locator("#feature .facts dd").last.inner_text())
+
+
+def test_next_previous_and_layers_by_key(open_page):
+    page = open_page("#layers.0/10")
+    for key, wanted in (
+        ("j", ("layers.0", 11)),
+        ("ArrowRight", ("layers.0", 12)),
+        ("k", ("layers.0", 11)),
+        ("ArrowLeft", ("layers.0", 10)),
+        ("]", ("layers.3", 10)),
+        ("[", ("layers.0", 10)),
+    ):
+        press(page, key)
+        assert shown(page) == wanted
+    page.click("#next")
+    wait_for(page, "layers.0 / 11")
+    press(page, "r")
+    assert page.locator("#feature .contexts li").count() > 0
+
+
+def test_from_the_last_to_the_first(open_page):
+    page = open_page("#layers.0/255")
+    press(page, "j")
+    assert shown(page) == ("layers.0", 0)
+    press(page, "k")
+    assert shown(page) == ("layers.0", 255)
+
+
+def test_search_by_token(open_page):
+    page = open_page()
+    page.keyboard.press("/")
+    page.keyboard.type("return")
+    page.wait_for_selector('#list button:has-text("return")')
+    assert page.get_attribute('[data-list="found"]', "aria-selected") == "true"
+    values = [
+        float(text.split()[-1].rstrip("%"))
+        for text in page.locator("#list button").all_inner_texts()
+        if text.endswith("%")
+    ]
+    assert values == sorted(values, reverse=True)
+    page.locator("#list button").first.click()
+    first = int(page.locator("#list button").first.get_attribute("data-latent"))
+    wait_for(page, f"layers.0 / {first}")
+    lists = page.locator("#feature .columns ol")
+    assert any("return" in lists.nth(i).inner_text() for i in range(2))
+    page.fill("#query", "no such token at all")
+    page.wait_for_selector("text=No latent of this layer has such a token")
+    page.fill("#query", "")
+    page.wait_for_selector('[data-list="densest"][aria-selected=true]')
+
+
+def test_lists(open_page, evaluation):
+    page = open_page()
+    dead = evaluation["layers"][0]["reconstruction"]["dead"]
+    page.click('[data-list="dead"]')
+    assert page.inner_text("#list-note").startswith(f"{dead} of 256" if dead else "Every latent")
+    assert page.locator("#list button").count() == min(dead, 200)
+    if dead:
+        page.locator("#list button").first.click()
+        page.wait_for_selector("text=no token: dead")
+    page.click('[data-list="similar"]')
+    cosines = [float(text.split()[-1]) for text in page.locator("#list button").all_inner_texts()]
+    assert cosines == sorted(cosines, reverse=True)
+    pair = page.locator("#list button").first
+    one, other = pair.locator("span").first.inner_text().split(" and ")
+    pair.click()
+    wait_for(page, f"layers.0 / {one}")
+    neighbour = page.locator("#feature .columns > div").last.locator("button").first
+    assert neighbour.inner_text() == other
+    neighbour.click()
+    wait_for(page, f"layers.0 / {other}")
+    for name, order in (("densest", True), ("rarest", False)):
+        page.click(f'[data-list="{name}"]')
+        shares = [float(text.split()[-1].rstrip("%")) for text in page.locator("#list button").all_inner_texts()]
+        assert shares == sorted(shares, reverse=order)
+
+
+def test_light_and_dark(open_page):
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light, dark = open_page(color_scheme="light"), open_page(color_scheme="dark")
+    assert light.evaluate(colour) != dark.evaluate(colour)
+    light.keyboard.press("t")
+    assert light.evaluate(colour) == dark.evaluate(colour)
+    dark.click("#theme")
+    light.keyboard.press("t")
+    assert light.evaluate(colour) == dark.evaluate(colour)
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_nothing_runs_off_the_side(open_page, width):
+    page = open_page(viewport={"width": width, "height": 800}, is_mobile=width < 1000, has_touch=width < 1000)
+    for part in ("layers", "training", "densities", "features"):
+        page.evaluate(f"document.getElementById('{part}').scrollIntoView()")
+        page.wait_for_timeout(150)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_keys_are_explained(open_page):
+    page = open_page()
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#keys").is_visible()
