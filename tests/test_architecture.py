@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "page": {"evaluation", "features", "placement", "report"},
     "planning": {"config", "sae", "activations", "placement", "training"},
     "wizard": {"config", "data", "activations", "planning", "report", "training"},
-    "demo": {"config", "cli", "report", "training"},
+    "demo": {"config", "cli", "evaluation", "page", "report", "training"},
     "cli": {"config", "demo", "doctor", "evaluation", "page", "planning", "report", "training", "wizard"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""

@@ -17,7 +17,7 @@ def demo(
     ] = 350_000,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
-    """Train on all layers of the small model that comes with saekit, and look at the result; under two minutes.
+    """Train on all layers of the small model that comes with saekit, evaluate that, and look at it; about two minutes.
 
     Needs no network and no GPU: the text is read from the standard library of this very Python.
     """

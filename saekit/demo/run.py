@@ -1,23 +1,30 @@
-"""`saekit demo`: from text to SAEs to what is in them."""
+"""`saekit demo`: from text to SAEs to what is in them, and how good they are."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from rich.text import Text
 
 from saekit.cli.output import messages, results, resumable
+from saekit.cli.progress import progress
 from saekit.config import RunConfig
 from saekit.demo import MODEL_DIR
 from saekit.demo.text import standard_library
+from saekit.evaluation import EvalOptions, joined
+from saekit.page import ReportOptions, build_report
 from saekit.report.inspect import inspect_path
 from saekit.report.inspect_view import render
 from saekit.training.launch import train_from_config
 
+EVALUATED_SHARE = 7
+"""For so many tokens trained on, one is evaluated on."""
+
 
 def run_demo(save_dir: Path, max_tokens: int) -> None:
-    """Write the standard library's text to a file, train on it, inspect the result, and say what to try next.
+    """Write the standard library's text to a file, train on it, evaluate and show the result, and say what to try next.
 
     Args:
         save_dir: Holds the text and a numbered run folder, so that nothing of an earlier demo is lost.
@@ -46,12 +53,17 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
     with resumable():
         train_from_config(cfg)
     run_dir = save_dir / f"run-{number}"
+    page = run_dir / "report.html"
+    with joined(quiet=not sys.stderr.isatty()) as placement, progress() as bar:
+        options = ReportOptions(EvalOptions(), max_tokens=max(1, max_tokens // EVALUATED_SHARE))
+        build_report(run_dir, options, page, placement, bar.status, bar.update)
     render(inspect_path(run_dir), results())
     messages().print(
         Text(
+            f"\nOpen {page} in a browser: what each latent fires on.\n"
             "\nWhat to try next:\n"
             f"  saekit inspect {run_dir} --layer 3          one layer in detail\n"
-            f"  saekit eval {run_dir}                       what they cost the language model, on unread text\n"
+            f"  saekit eval {run_dir} --max-tokens 200000   the same figures on more text that it did not read\n"
             f"  saekit train {MODEL_DIR} {text} --k 16      fewer active latents\n"
             "  saekit train MODEL DATASET                  your own model and text\n"
             "  saekit train --help                         all options"

@@ -31,6 +31,17 @@ def test_the_demo_from_start_to_end(tmp_path):
     assert "What to try next" in done.stderr
     assert "layers.5" in done.stdout
     run = tmp_path / "saekit-demo" / "run-1"
+    assert (run / "report.html").is_file()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(layer["fvu"] < 0.5 for layer in records[-1]["layers"].values())
     assert records[0]["layers"]["layers.3"]["fvu"] > 1.3 * records[-1]["layers"]["layers.3"]["fvu"]
+
+    # What it says of each layer is what `saekit eval` says, too.
+    evaluation = json.loads((run / "latest" / "eval.json").read_text())
+    assert evaluation["held_out"] is True
+    command = [sys.executable, "-m", "saekit", "eval", str(run), "--max-tokens", str(20000 // 7), "--json"]
+    again = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    assert {**again, "date": ""} == {**evaluation, "date": ""}
+    for layer in evaluation["layers"]:
+        assert f"{layer['reconstruction']['fvu']['value']:.4f}" in done.stdout
+        assert f"{layer['grafted']['ce_recovered']['value']:.4f}" in done.stdout
