@@ -139,9 +139,8 @@ def render(inspection: Inspection, evaluation: dict[str, Any], features: Feature
 
 
 def _name(inspection: Inspection) -> str:
-    """The model's: a hub id as it is, of a local folder the last part."""
-    model = inspection.model or inspection.checkpoint.name
-    return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
+    """The model's: a hub id as it is, of a local folder the last two parts, as a hub id has two."""
+    return "/".join(Path(inspection.model or inspection.checkpoint.name).parts[-2:])
 
 
 def _fits(record: dict[str, Any], prepared: Prepared) -> bool:

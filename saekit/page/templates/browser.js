@@ -200,7 +200,7 @@ const LISTS = {
     const note = silent.length ? `${silent.length} of ${page.layers[shown.layer].num_latents} fired on none of the tokens.` : "Every latent fired on some token.";
     return { entries: silent.slice(0, LISTED).map((latent) => ({ latent, label: latent, value: "" })), note };
   },
-  found: () => ({ entries: found, note: found.length ? "By the share of their firings on the token, then by what they promote." : "No latent of this layer has such a token among its first." }),
+  found: () => ({ entries: found, note: found.length ? `By the share of their firings on the token${page.has_lens ? ", then by how much they promote it" : ""}.` : "No latent of this layer has such a token among its first." }),
 };
 
 function entry(arrays, place) {
