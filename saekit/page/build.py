@@ -22,12 +22,18 @@ from saekit.features import Features, LayerFeatures, gather_features
 from saekit.features.contexts import BEFORE
 from saekit.features.gather import QUANTILES, TOP
 from saekit.layout import EVAL_FORMAT
-from saekit.page.charts import density_chart, layer_charts, similarity_chart, training_charts
+from saekit.page.charts import (
+    density_chart,
+    evaluation_charts,
+    layer_charts,
+    similarity_chart,
+    training_charts,
+)
 from saekit.page.packing import pack
 from saekit.page.tokens import token_texts
 from saekit.placement import Placement
 from saekit.report.inspect import Inspection, inspect_path, plain
-from saekit.report.jsonl import read_metrics
+from saekit.report.jsonl import EVALUATION, read_metrics
 
 NOTHING = -1
 
@@ -98,13 +104,11 @@ def build_report(
 
 def render(inspection: Inspection, evaluation: dict[str, Any], features: Features, prepared: Prepared) -> str:
     """The page's text."""
-    file = inspection.checkpoint.parent / "metrics.jsonl"
-    records = read_metrics(file) if file.is_file() else []
-    if inspection.step is not None:
-        records = [record for record in records if record["step"] <= inspection.step]
+    records, evaluations = (_records(inspection, kind) for kind in (None, EVALUATION))
     names = [layer.hookpoint for layer in features.layers]
     figures = {
         **(training_charts(records, names) if records else {}),
+        **(evaluation_charts(evaluations, records) if records and evaluations else {}),
         **layer_charts(evaluation),
         "density": density_chart(evaluation),
         "similarity": similarity_chart({layer.hookpoint: _nearest(layer) for layer in features.layers}),
@@ -136,6 +140,13 @@ def render(inspection: Inspection, evaluation: dict[str, Any], features: Feature
         plotly=get_plotlyjs(),
         version=__version__,
     )
+
+
+def _records(inspection: Inspection, kind: str | None) -> list[dict[str, Any]]:
+    """The run's metrics up to the checkpoint; none without the file."""
+    file = inspection.checkpoint.parent / "metrics.jsonl"
+    records = read_metrics(file, kind) if file.is_file() else []
+    return [record for record in records if inspection.step is None or record["step"] <= inspection.step]
 
 
 def _name(inspection: Inspection) -> str:

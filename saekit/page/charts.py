@@ -48,6 +48,37 @@ def training_charts(records: Sequence[Mapping[str, Any]], hookpoints: Sequence[s
     }
 
 
+def evaluation_charts(
+    evaluations: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+) -> dict[str, go.Figure]:
+    """Each layer's FVU and CE recovered on held-out tokens while it trained, over the tokens that were trained on.
+
+    Args:
+        evaluations: Of `metrics.jsonl`, in its order; at least one.
+        records: The reports of the same file, which tell how many tokens a step is; at least one.
+    """
+    steps, counts = [record["step"] for record in records], [record["tokens"] for record in records]
+    tokens = np.interp([record["step"] for record in evaluations], steps, counts).round().astype(int).tolist()
+    layers = [{each["hookpoint"]: each for each in record["evaluation"]["layers"]} for record in evaluations]
+
+    def curves(part: str, metric: str) -> list[go.Scatter]:
+        return [
+            go.Scatter(
+                x=tokens,
+                y=[each[name][part][metric]["value"] for each in layers],
+                name=name,
+                mode="lines+markers",
+                line={"color": colour},
+            )
+            for name, colour in _coloured(list(layers[0]))
+        ]
+
+    charts = {"held-out-fvu": _figure(curves("reconstruction", "fvu"), "tokens", "FVU", yaxis=LOG_FVU)}
+    if evaluations[0]["evaluation"]["together"] is not None:
+        charts["held-out-ce"] = _figure(curves("grafted", "ce_recovered"), "tokens", "CE recovered")
+    return charts
+
+
 def layer_charts(evaluation: Mapping[str, Any]) -> dict[str, go.Figure]:
     """Each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
     layers = evaluation["layers"]

@@ -16,6 +16,7 @@ def demo_run(tmp_path_factory):
     lines = (json.dumps({"text": f"def f{n}(x):\n    return x + {n * n}\n"}) for n in range(3000))
     text.write_text("\n".join(lines), encoding="utf-8")
     options = ["--layers", "0,3", "--num-latents", 256, "--k", 8, "--ctx-len", 64, "--max-tokens", 8192]
+    options += ["--eval-every", 6, "--eval-tokens", 512]
     command = [sys.executable, "-m", "saekit", "train", DEMO_LM, text, *options, "--dtype", "float32"]
     command += ["--save-dir", folder, "--run-name", "run"]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=folder)

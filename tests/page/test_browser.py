@@ -44,7 +44,10 @@ def test_its_numbers_are_those_of_eval_json(open_page, evaluation):
     assert together.inner_text().startswith(f"{evaluation['together']['ce_recovered']['value']:.4f}")
 
 
-@pytest.mark.parametrize("name", ["layer-fvu", "layer-ce", "layer-kl", "training-fvu", "density", "similarity"])
+@pytest.mark.parametrize(
+    "name",
+    ["layer-fvu", "layer-ce", "layer-kl", "training-fvu", "held-out-fvu", "held-out-ce", "density", "similarity"],
+)
 def test_charts_are_drawn(open_page, name):
     page = open_page()
     chart = page.locator(f'[data-chart="{name}"]')

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from saekit import Sae
-from saekit.page.charts import POINTS, density_chart, layer_charts, similarity_chart, training_charts
+from saekit.page.charts import (
+    POINTS,
+    density_chart,
+    evaluation_charts,
+    layer_charts,
+    similarity_chart,
+    training_charts,
+)
 from saekit.page.packing import pack
 from saekit.page.tokens import token_texts
+from saekit.report.jsonl import EVALUATION, read_metrics
 
 
 def unpack(text):
@@ -90,6 +98,18 @@ def test_curves_of_a_long_run():
     assert (curve.x[0], curve.y[0]) == (10, 1)
     assert (curve.x[-1], curve.y[-1]) == (100_000, 1e-4)
     assert set(charts["training-dead"].data[0].y) == {None}
+
+
+def test_evaluations_while_training(demo_run):
+    reports, found = (read_metrics(demo_run / "metrics.jsonl", kind) for kind in (None, EVALUATION))
+    charts = evaluation_charts(found, reports)
+    assert [record["step"] for record in found] == [6, 12, 16]
+    for chart, part, metric in (("held-out-fvu", "reconstruction", "fvu"), ("held-out-ce", "grafted", "ce_recovered")):
+        for number, line in enumerate(charts[chart].data):
+            assert list(line.x) == [reports[step - 1]["tokens"] for step in (6, 12, 16)]
+            layers = [record["evaluation"]["layers"][number] for record in found]
+            assert list(line.y) == [layer[part][metric]["value"] for layer in layers]
+            assert {layer["hookpoint"] for layer in layers} == {line.name}
 
 
 def test_nearest_neighbours_are_all_counted():
