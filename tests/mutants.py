@@ -150,8 +150,8 @@ FAULTS = [
     (
         "together, layers read the true activations",
         EVALUATE,
-        'replacements["spliced"][name] = _reconstruct',
-        'replacements["spliced"][name] = _reconstruct if False else lambda acts, out=out: out.recon  #',
+        'replacements["spliced"][name] = self._reconstruct(name)',
+        'replacements["spliced"][name] = lambda acts, out=out: out.recon',
     ),
     (
         "KL the wrong way round",
