@@ -71,20 +71,78 @@ def held_out(
         UserError: If nothing is left, or less than one sequence.
     """
     if cfg.dataset.endswith(".bin"):
-        return _unread(load_sequences(cfg, tokenizer, ctx_len, token), seen, cfg, remedy)
+        whole = load_sequences(cfg, tokenizer, ctx_len, token)
+        numbers = np.setdiff1d(np.arange(len(whole)), seen)
+        if len(numbers) == 0:
+            raise _nothing_left(cfg, "no sequence", remedy)
+        return Chosen(whole, numbers)
+    rows = _tokenized(cfg, tokenizer, token)
+    return _some(rows, ~_read(rows, ctx_len, seen), ctx_len, cfg, remedy)
+
+
+def other_split(
+    cfg: DataConfig,
+    trained: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx_len: int,
+    seen: np.ndarray,
+    token: str | None = None,
+    remedy: str = OTHER_DATA,
+) -> Sequences:
+    """Another split of a run's data set, without documents that the run was trained on.
+
+    Splits overlap where one is a slice of the other (`train[:50%]` and `train`), and some data sets hold a document
+    more than once. Documents are the same whose token ids are (by a hash of 64 bits).
+
+    Args:
+        cfg: The split.
+        trained: The same data set as the run read it.
+        tokenizer: The language model's.
+        ctx_len: Tokens per sequence.
+        seen: Numbers of the sequences that the run trains on, of those of `trained`.
+        token: For a private or gated data set on the hub.
+        remedy: What to do if nothing is left.
+
+    Raises:
+        UserError: If nothing is left, or less than one sequence.
+    """
+    if cfg.dataset.endswith(".bin"):  # has no splits
+        return held_out(trained, tokenizer, ctx_len, seen, token, remedy)
+    rows, own = _tokenized(cfg, tokenizer, token), _tokenized(trained, tokenizer, token)
+    read = fingerprints(own)[_read(own, ctx_len, seen)]
+    return _some(rows, ~np.isin(fingerprints(rows), read), ctx_len, cfg, remedy)
+
+
+def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str | None) -> Dataset:
+    """One row of `input_ids` per document, or as the data set has them."""
     rows = load_rows(cfg, token)
     if cfg.max_examples is not None:
         rows = rows.select(range(min(cfg.max_examples, len(rows))))
-    if "input_ids" not in rows.column_names:
-        rows = tokenize(rows, tokenizer, text_key=cfg.text_column, num_proc=cfg.num_proc)
+    if "input_ids" in rows.column_names:
+        return rows
+    return tokenize(rows, tokenizer, text_key=cfg.text_column, num_proc=cfg.num_proc)
+
+
+def _read(rows: Dataset, ctx_len: int, seen: np.ndarray) -> np.ndarray:
+    """Which rows have a token in one of the sequences `seen`; bool, one per row."""
     lengths = row_lengths(rows)
+    if not (lengths == ctx_len).all():
+        return touched(lengths, ctx_len, seen)
+    is_seen = np.zeros(len(rows), dtype=bool)
+    is_seen[seen] = True
+    return is_seen
+
+
+def _some(rows: Dataset, wanted: np.ndarray, ctx_len: int, cfg: DataConfig, remedy: str) -> Sequences:
+    lengths, numbers = row_lengths(rows), np.flatnonzero(wanted)
     if (lengths == ctx_len).all():
-        return _unread(sequences(rows, ctx_len), seen, cfg, remedy)
-    unseen = np.flatnonzero(~touched(lengths, ctx_len, seen))
-    if lengths[unseen].sum() < ctx_len:
-        left = f"{len(unseen)} of its {len(rows)} documents, less than one sequence of {ctx_len}"
+        if len(numbers) == 0:
+            raise _nothing_left(cfg, "no sequence", remedy)
+        return Chosen(sequences(rows, ctx_len), numbers)
+    if lengths[numbers].sum() < ctx_len:
+        left = f"{len(numbers)} of its {len(rows)} documents, less than one sequence of {ctx_len}"
         raise _nothing_left(cfg, left, remedy)
-    return sequences(pack(rows.select(unseen), ctx_len), ctx_len)
+    return sequences(pack(rows.select(numbers), ctx_len), ctx_len)
 
 
 def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
@@ -117,11 +175,16 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
 
-def _unread(data: Sequences, seen: np.ndarray, cfg: DataConfig, remedy: str) -> Sequences:
-    numbers = np.setdiff1d(np.arange(len(data)), seen)
-    if len(numbers) == 0:
-        raise _nothing_left(cfg, "no sequence", remedy)
-    return Chosen(data, numbers)
+def fingerprints(rows: Dataset) -> np.ndarray:
+    """A hash of each row's token ids, uint64."""
+    import xxhash
+
+    found = []
+    for batch in rows.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000):
+        for ids in batch.column("input_ids"):
+            values = np.empty(0) if ids.values is None else ids.values.to_numpy(zero_copy_only=False)
+            found.append(xxhash.xxh3_64_intdigest(values.astype(np.int32).tobytes()))
+    return np.array(found, dtype=np.uint64)
 
 
 def _nothing_left(cfg: DataConfig, what: str, remedy: str) -> UserError:

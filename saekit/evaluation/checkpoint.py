@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,10 +23,10 @@ from saekit.activations import (
     no_bars,
     resolve_ctx_len,
 )
-from saekit.config import RunConfig
+from saekit.config import DataConfig, RunConfig
 from saekit.config.run import read_yaml
 from saekit.data import Sequences, StepBatches, load_sequences
-from saekit.data.held_out import held_out, shuffled
+from saekit.data.held_out import held_out, other_split, shuffled
 from saekit.errors import UserError
 from saekit.evaluation.evaluate import Progress, Subject, evaluate
 from saekit.evaluation.objective import NO_HEAD, choose_objective
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = "documents of the run's data set that it was not trained on"
+OTHER_SPLIT = "another split of the run's data set, without documents that the run was trained on"
 OTHER = "another data set than the run's"
 SEEN = "the run's data set, what it was trained on included"
 
@@ -80,7 +81,7 @@ class Prepared:
     cfg: RunConfig
     """The run's, with what was asked for instead."""
     origin: str
-    """What the data is: `HELD_OUT`, `OTHER` or `SEEN`."""
+    """What the data is: `HELD_OUT`, `OTHER_SPLIT`, `OTHER` or `SEEN`."""
     tokenizer: PreTrainedTokenizerBase
     subject: Subject
 
@@ -103,7 +104,8 @@ def prepare(
     """
     location = locate(path)
     check_files(location, location.saes)
-    cfg, own = _config(location.checkpoint, options)
+    run = _config(location.checkpoint, options)
+    cfg = run.cfg
     status(f"Reading the configuration of {cfg.model.model}")
     shape = model_shape(cfg.model)
     ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
@@ -111,7 +113,7 @@ def prepare(
     status(f"Reading and tokenising {cfg.data.dataset}")
     if placement.rank > 0:  # one rank tokenises, the others read what it left in the cache
         placement.gather(None)
-    data, origin = _data(cfg, own, tokenizer, ctx_len, options)
+    data, origin = _data(run, tokenizer, ctx_len, options)
     if placement.rank == 0:
         placement.gather(None)
     data = shuffled(data, options.max_tokens)
@@ -200,13 +202,21 @@ def _record(found: Evaluation, cfg: RunConfig, origin: str) -> dict[str, Any]:
         "dataset": cfg.data.dataset,
         "split": cfg.data.split,
         "data": origin,
-        "held_out": {HELD_OUT: True, SEEN: False}.get(origin),
+        "held_out": {HELD_OUT: True, OTHER_SPLIT: True, SEEN: False}.get(origin),
     }
     return {**about, **found.to_json(), "warnings": found.warnings()}
 
 
-def _config(checkpoint: Path, options: EvalOptions) -> tuple[RunConfig, bool]:
-    """The run's configuration with what was asked for instead, and whether the data is the run's own."""
+class _Run(NamedTuple):
+    """What is evaluated, and on what."""
+
+    cfg: RunConfig
+    """The run's, with what was asked for instead."""
+    trained: DataConfig | None
+    """What the run read; None where nothing tells, or where it is another data set than the one to evaluate on."""
+
+
+def _config(checkpoint: Path, options: EvalOptions) -> _Run:
     file = checkpoint.parent / "config.yaml"
     values = read_yaml(file) if file.is_file() else {}
     asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
@@ -214,21 +224,23 @@ def _config(checkpoint: Path, options: EvalOptions) -> tuple[RunConfig, bool]:
         if name not in values and name not in asked:
             given = "DATASET" if name == "dataset" else "--model"
             raise UserError(f"{checkpoint} does not say which {name} it was trained with: name it by {given}")
-    own = all(name not in asked or asked[name] == values.get(name) for name in ("dataset", "split"))
-    if not own and "dataset" in asked and asked["dataset"] != values.get("dataset"):
+    if "dataset" in asked and asked["dataset"] != values.get("dataset"):
         # What says how to read the run's own data set means nothing for another.
         values = {name: value for name, value in values.items() if name not in ("split", "data_args", "max_examples")}
-    return RunConfig.from_flat({**values, **asked}), own
+        return _Run(RunConfig.from_flat({**values, **asked}), None)
+    # The run's model may have been moved: only its data is asked for here.
+    return _Run(RunConfig.from_flat({**values, **asked}), RunConfig.from_flat({**asked, **values}).data)
 
 
-def _data(cfg: RunConfig, own: bool, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
+def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
     """The sequences, and what they are."""
+    cfg, trained = run
     token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
-    whole = load_sequences(cfg.data, tokenizer, ctx_len, token)
-    if not own:
-        return whole, OTHER
-    if options.include_training_data:
-        return whole, SEEN
+    if trained is None or options.include_training_data:
+        return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
+    whole = load_sequences(trained, tokenizer, ctx_len, token)
     # The whole run's, not only this checkpoint's: so all checkpoints of a run are evaluated on the same tokens.
     seen = StepBatches(whole, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
-    return held_out(cfg.data, tokenizer, ctx_len, seen, token), HELD_OUT
+    if cfg.data.split == trained.split:
+        return held_out(trained, tokenizer, ctx_len, seen, token), HELD_OUT
+    return other_split(cfg.data, trained, tokenizer, ctx_len, seen, token), OTHER_SPLIT

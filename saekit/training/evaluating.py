@@ -11,7 +11,7 @@ import numpy as np
 from saekit.activations import context_length, predicts, resolve_ctx_len
 from saekit.config import RunConfig
 from saekit.data import Sequences, StepBatches, load_sequences, sequences
-from saekit.data.held_out import held_out, shuffled
+from saekit.data.held_out import held_out, other_split, shuffled
 from saekit.errors import UserError
 from saekit.evaluation.evaluate import Subject, evaluate
 from saekit.evaluation.objective import NO_HEAD, choose_objective
@@ -32,7 +32,7 @@ REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --
 def load_eval_data(
     cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase, ctx_len: int
 ) -> Sequences | None:
-    """What `--eval-every` evaluates on: other data, or the documents that the whole run never reads; None without it.
+    """What `--eval-every` evaluates on: other data, or documents that the whole run never reads; None without it.
 
     Args:
         cfg: The run.
@@ -46,9 +46,12 @@ def load_eval_data(
     if cfg.train.eval_every is None:
         return None
     token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
-    if not cfg.data.evaluates_on_own:
-        return load_sequences(cfg.data.for_evaluation(), tokenizer, ctx_len, token)
+    other = None if cfg.data.evaluates_on_own else cfg.data.for_evaluation()
+    if other is not None and other.dataset != cfg.data.dataset:
+        return load_sequences(other, tokenizer, ctx_len, token)
     read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    if other is not None:
+        return other_split(other, cfg.data, tokenizer, ctx_len, read, token, REMEDY)
     return held_out(cfg.data, tokenizer, ctx_len, read, token, REMEDY)
 
 

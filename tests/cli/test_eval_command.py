@@ -77,6 +77,24 @@ def test_another_data_set(run, saekit, tmp_path, text_file):
     assert the_file(run)["held_out"] is True
 
 
+def test_another_split_that_overlaps(train, saekit, tmp_path):
+    texts = (json.dumps({"text": f"{n * n} is {n} times {n}, as {n} plus {n} is {n + n}"}) for n in range(400))
+    data = tmp_path / "numbers.jsonl"
+    data.write_text("\n".join(texts), encoding="utf-8")
+    options = ["--split", "train[:50%]", "--save-dir", tmp_path, "--run-name", "half", "--max-tokens", 10**9]
+    assert train(*options, data=data).code == 0
+    everything = saekit("eval", tmp_path / "half", "--split", "train", "--max-tokens", 10**9, "--json")
+    assert everything.code == 0, everything.err
+    record = json.loads(everything.out)
+    assert record["held_out"] is True
+    assert "without documents that the run was trained on" in record["data"]
+    rest = json.loads(saekit("eval", tmp_path / "half", "--split", "train[50%:]", "--max-tokens", 10**9, "--json").out)
+    assert rest["layers"] == record["layers"]
+    result = saekit("eval", tmp_path / "half", "--split", "train[:20%]")
+    assert result.code == 2
+    assert "would not be held out" in result.err
+
+
 def test_saes_that_do_not_say_where_they_come_from(saekit, tmp_path, model_dir, text_file):
     Sae(16, 64, 4).save_to_disk(tmp_path / "saes" / "layers.0")
     result = saekit("eval", tmp_path / "saes")

@@ -9,7 +9,9 @@ from saekit import UserError
 from saekit.activations import load_tokenizer
 from saekit.config import DataConfig, ModelConfig
 from saekit.data import StepBatches, load_sequences
-from saekit.data.held_out import held_out, shuffled, touched
+from saekit.data.held_out import held_out, other_split, shuffled, touched
+from saekit.data.load import load_rows
+from saekit.data.pack import tokenize
 
 CTX_LEN = 16
 
@@ -79,6 +81,61 @@ def test_what_is_left_of_tokens_without_documents(tmp_path, tokenizer):
     for name in ("rows", "ids.bin"):
         data = held_out(DataConfig(dataset=str(tmp_path / name)), tokenizer, CTX_LEN, seen)
         assert torch.equal(data.read(np.arange(len(data))), rows[left])
+
+
+@pytest.fixture
+def doubled(tmp_path):
+    """500 documents, of which the last 100 are the first 100 once more."""
+    draw = np.random.default_rng(1)
+    texts = ["".join(draw.choice(list("abcdefghij"), draw.integers(10, 40))) for _ in range(400)]
+    Dataset.from_dict({"text": texts + texts[:100]}).to_json(tmp_path / "text.jsonl")
+    return str(tmp_path / "text.jsonl")
+
+
+@pytest.mark.parametrize("split", ["train", "train[50%:]", "train[:60%]", "train[80%:]+train[30%:40%]"])
+def test_of_another_split_only_what_the_run_did_not_read(doubled, tokenizer, split):
+    trained = DataConfig(dataset=doubled, split="train[:50%]")
+    whole = load_sequences(trained, tokenizer, CTX_LEN)
+    seen = StepBatches(whole, 4, seed=42, max_tokens=CTX_LEN * 60).order
+    rows = [tuple(row) for row in load_rows_of(doubled, "train[:50%]", tokenizer)]
+    ends = np.cumsum([len(row) for row in rows])
+    read = {
+        row
+        for row, end in zip(rows, ends, strict=True)
+        if set(range((end - len(row)) // CTX_LEN, (end - 1) // CTX_LEN + 1)) & set(seen.tolist())
+    }
+    wanted = [row for row in load_rows_of(doubled, split, tokenizer) if tuple(row) not in read]
+    stream = np.concatenate([np.array(row) for row in wanted])
+    data = other_split(DataConfig(dataset=doubled, split=split), trained, tokenizer, CTX_LEN, seen)
+    assert data.read(np.arange(len(data))).flatten().tolist() == stream[: len(data) * CTX_LEN].tolist()
+    assert len(data) == len(stream) // CTX_LEN
+
+
+def load_rows_of(dataset, split, tokenizer):
+    rows = tokenize(load_rows(DataConfig(dataset=dataset, split=split)), tokenizer)
+    return rows.with_format(None)["input_ids"]
+
+
+def test_nothing_left_of_another_split(doubled, tokenizer):
+    trained = DataConfig(dataset=doubled, split="train[:50%]")
+    seen = np.arange(len(load_sequences(trained, tokenizer, CTX_LEN)))
+    again = DataConfig(dataset=doubled, split="train[80%:]")  # the same documents as the first fifth
+    with pytest.raises(UserError, match=r"train\[80%:\].* left unread .* would not be held out"):
+        other_split(again, trained, tokenizer, CTX_LEN, seen)
+
+
+def test_another_split_of_rows_without_documents(tmp_path, tokenizer):
+    rows = torch.randint(1, 200, (40, CTX_LEN))
+    Dataset.from_dict({"input_ids": rows.tolist()}).save_to_disk(tmp_path / "rows")
+    rows.numpy().astype(np.uint16).tofile(tmp_path / "ids.bin")
+    seen = np.array([0, 5, 9])
+    trained = DataConfig(dataset=str(tmp_path / "rows"), split="train[:25%]")
+    data = other_split(DataConfig(dataset=str(tmp_path / "rows")), trained, tokenizer, CTX_LEN, seen)
+    left = rows[np.setdiff1d(np.arange(40), seen)]
+    assert torch.equal(data.read(np.arange(len(data))), left)
+    flat = DataConfig(dataset=str(tmp_path / "ids.bin"))
+    data = other_split(flat, flat, tokenizer, CTX_LEN, seen)
+    assert torch.equal(data.read(np.arange(len(data))), left)
 
 
 @pytest.mark.parametrize("ctx_len", [CTX_LEN, 1024])
