@@ -146,7 +146,7 @@ FAULTS = [
         "mean_D.expand(acts.shape), torch.zeros_like)",
         "mean_D.expand(acts.shape), lambda acts: mean_D.expand(acts.shape))",
     ),
-    ("excluded tokens are ablated, too", EVALUATE, "{name: replace}, ~kept)", "{name: replace})"),
+    ("excluded tokens are ablated, too", EVALUATE, "{name: ways[change]}, ~kept)", "{name: ways[change]})"),
     (
         "together, layers read the true activations",
         EVALUATE,
@@ -174,8 +174,8 @@ FAULTS = [
     (
         "evaluating moves the global random numbers",
         EVALUATING,
-        "found = evaluate(self.subject, self._look_up)",
-        "found = (__import__('torch').rand(1), evaluate(self.subject, self._look_up))[1]",
+        "found = self.evaluate(self._look_up)",
+        "found = (__import__('torch').rand(1), self.evaluate(self._look_up))[1]",
     ),
     (
         "the point is evaluated, not the average that is saved",

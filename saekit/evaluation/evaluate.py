@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,7 +81,6 @@ class Subject:
         return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)
 
 
-@torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
 def evaluate(subject: Subject, progress: Progress = lambda done, of: None) -> Evaluation:
     """Evaluate SAEs on a language model's activations, and the language model with them in it.
 
@@ -96,26 +95,44 @@ def evaluate(subject: Subject, progress: Progress = lambda done, of: None) -> Ev
     Raises:
         UserError: If an SAE does not fit the model, or every token is excluded.
     """
-    _check(subject)
-    passes = _Passes(subject, progress)
-    means = passes.means()
-    return passes.rest(means)
+    return Evaluator(subject)(progress)
 
 
-class _Passes:
-    def __init__(self, subject: Subject, progress: Progress) -> None:
+class Evaluator:
+    """Evaluates a subject as often as it is called, while its SAEs change.
+
+    What does not depend on them, the means and the ablations, is computed in the first call only.
+
+    Args:
+        subject: What is evaluated.
+
+    Raises:
+        UserError: If an SAE does not fit the model.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        _check(subject)
         self.subject = subject
         self.names = list(subject.saes)
-        runs = 1 + (1 + 3 * (len(self.names) + 1) if subject.objective else 1)
-        self._step = iter(range(1, runs * subject.num_batches + 1))
-        self._of = runs * subject.num_batches
-        self._progress = progress
         self._no_cache = without_cache(subject.model)
+        self._means: dict[str, Tensor] | None = None
+        self._grafts: dict[str, GraftSums] | None = None
+        """Of the last call; "" is all layers together."""
+        self._done: Callable[[], None] = lambda: None
 
-    def done(self) -> None:
-        self._progress(next(self._step), self._of)
+    @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
+    def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
+        """See `evaluate`."""
+        subject = self.subject
+        changes = CHANGES if self._grafts is None else CHANGES[:1]
+        runs = (self._means is None) + (1 + len(changes) * (len(self.names) + 1) if subject.objective else 1)
+        steps, of = iter(range(1, runs * subject.num_batches + 1)), runs * subject.num_batches
+        self._done = lambda: progress(next(steps), of)
+        if self._means is None:
+            self._means = self._find_means()
+        return self._rest(self._means, changes)
 
-    def means(self) -> dict[str, Tensor]:
+    def _find_means(self) -> dict[str, Tensor]:
         """Each layer's mean activation over all kept tokens, float32 `[D]`, the same on all ranks."""
         subject = self.subject
         sums = {
@@ -128,16 +145,17 @@ class _Passes:
                 for name, acts in read(input_ids.to(subject.device)).items():
                     sums[name][:-1] += acts[kept].sum(0, dtype=torch.float64)
                     sums[name][-1] += kept.sum()
-                self.done()
+                self._done()
         sums = {name: subject.total(each) for name, each in sums.items()}
         if not sums[self.names[0]][-1]:
             raise UserError("every token is excluded (special tokens, --exclude-tokens): nothing to evaluate")
         return {name: (each[:-1] / each[-1]).float() for name, each in sums.items()}
 
-    def rest(self, means: dict[str, Tensor]) -> Evaluation:
+    def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
         subject, device, count = self.subject, self.subject.device, len(self.subject.data)
         recons = {name: ReconstructionSums(means[name], sae.num_latents, count) for name, sae in subject.saes.items()}
-        grafts = {name: GraftSums(count, device) for name in (*self.names, "")}  # "" is all together
+        # The spliced rows are all written anew; the others stay.
+        grafts = self._grafts or {name: GraftSums(count, device) for name in (*self.names, "")}
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
         for numbers, input_ids, kept in subject.batches():
             rows, kept = numbers.to(device), kept.to(device)
@@ -149,29 +167,31 @@ class _Passes:
                     x = acts.float()
                     recons[name].add(rows, x, subject.sae(name)(x), kept)
             if question is None:
-                self.done()
+                self._done()
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
             logits, seen = self._clean(inputs)
             clean.add(rows, compare(logits, logits, targets))
-            self.done()
-            replacements: dict[str, dict[str, Replace]] = {change: {} for change in CHANGES}
+            self._done()
+            replacements: dict[str, dict[str, Replace]] = {change: {} for change in changes}
             for name in self.names:
                 x = seen.pop(name).float()
                 out = subject.sae(name)(x)
                 if as_it_is:
                     recons[name].add(rows, x, out, kept)
-                for change, replace in _changes(out.recon, means[name]).items():
+                ways = _changes(out.recon, means[name])
+                for change in changes:
                     answers = grafts[name].answers[change]
-                    answers.add(rows, compare(logits, self._logits(inputs, {name: replace}, ~kept), targets))
-                    self.done()
-                    replacements[change][name] = replace
+                    answers.add(rows, compare(logits, self._logits(inputs, {name: ways[change]}, ~kept), targets))
+                    self._done()
+                    replacements[change][name] = ways[change]
                 replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
             for change, several in replacements.items():
                 answers = grafts[""].answers[change]
                 answers.add(rows, compare(logits, self._logits(inputs, several, ~kept), targets))
-                self.done()
+                self._done()
+        self._grafts = grafts
         return self._result(recons, grafts, clean, scored_S)
 
     def _result(

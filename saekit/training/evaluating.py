@@ -13,7 +13,7 @@ from saekit.config import RunConfig
 from saekit.data import Sequences, StepBatches, load_sequences, sequences
 from saekit.data.held_out import held_out, other_split, shuffled
 from saekit.errors import UserError
-from saekit.evaluation.evaluate import Subject, evaluate
+from saekit.evaluation.evaluate import Evaluator, Subject
 from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.placement import Placement
 from saekit.report import EvalStats, Reporter
@@ -150,7 +150,7 @@ class Evaluating:
         report: Reporter,
         interruption: Interruption,
     ) -> None:
-        self.subject = subject
+        self.evaluate = None if subject is None else Evaluator(subject)
         self.plan = plan
         self.placement = placement
         self.report = report
@@ -170,11 +170,11 @@ class Evaluating:
 
     def __call__(self, run: RunState) -> Pause:
         """Evaluate if that is due, and look whether a stop was asked for, once for all ranks. Collective."""
-        if self.subject is None or not self.due(run):
+        if self.evaluate is None or not self.due(run):
             return Pause(self._asked())
         began = time.perf_counter()
         with suppress(_StopAsked):
-            found = evaluate(self.subject, self._look_up)
+            found = self.evaluate(self._look_up)
             run.evaluated = run.step
             record = {**found.to_json(), "warnings": found.warnings()}
             self.report.evaluated(EvalStats(run.step, time.perf_counter() - began, record))

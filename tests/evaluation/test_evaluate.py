@@ -10,6 +10,7 @@ import torch
 
 from saekit import Sae, UserError
 from saekit.evaluation import evaluate
+from saekit.evaluation.evaluate import Evaluator
 from saekit.evaluation.objective import IGNORED, Question
 from tests.evaluation.toy import Scaling, subject, surprise
 
@@ -199,6 +200,41 @@ def test_saes_of_another_model(saes, message):
 def test_nothing_but_excluded_tokens():
     with pytest.raises(UserError, match="every token is excluded"):
         evaluate(subject(1.0, excluded=(0, 1)))
+
+
+@pytest.mark.parametrize("objective", ["next token", None])
+def test_what_does_not_depend_on_the_saes_is_computed_once(objective):
+    more = {} if objective else {"objective": None}
+    own = subject(0.5, depth=3, **more)
+    again = Evaluator(own)
+    assert again() == evaluate(subject(0.5, depth=3, **more))
+    before = own.model.passes
+    for sae in own.saes.values():
+        sae.factor = 0.25
+    assert again() == evaluate(subject(0.25, depth=3, **more))
+    assert own.model.passes - before == (1 + 3 + 1 if objective else 1)  # clean, each layer, all of them
+
+
+def test_an_evaluation_that_was_broken_off_leaves_no_trace():
+    own = subject(0.5, depth=2, batch_size=1)
+    again, of = Evaluator(own), []
+
+    def give_up(at):
+        def progress(done, total):
+            of.append(total)
+            if done == at:
+                raise KeyboardInterrupt
+
+        return progress
+
+    for at in range(1, 21):  # in the first call everywhere
+        with pytest.raises(KeyboardInterrupt):
+            again(give_up(at if at < 3 else at - 2))
+    assert again() == evaluate(own)
+    for at in range(1, 9):
+        with pytest.raises(KeyboardInterrupt):
+            again(give_up(at))
+    assert again() == evaluate(own)
 
 
 class Together:
