@@ -237,7 +237,7 @@ class TrainConfig:
         ge=1,
     )
     eval_tokens: int = option(
-        32_768, "How much is read for each, always the same.", panel=EVALUATION, unit="tokens", ge=1
+        16_384, "How much is read for each, always the same.", panel=EVALUATION, unit="tokens", ge=1
     )
 
     @property

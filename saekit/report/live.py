@@ -68,6 +68,7 @@ class LiveReporter:
     def evaluated(self, stats: EvalStats) -> None:
         """Show its means below the numbers of the training."""
         if self._state is not None:
+            self._state.pace.pause(stats)
             self._state = replace(self._state, evaluation=stats)
 
     def saved(self, path: Path, step: int) -> None:

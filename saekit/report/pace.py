@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from saekit.report.stats import RunInfo, StepStats
+from saekit.report.stats import EvalStats, RunInfo, StepStats
 
 
 class Pace:
@@ -13,7 +13,7 @@ class Pace:
 
     Steps, not tokens, measure progress: excluded tokens are not counted, so tokens done never reach the tokens read.
     Both averages are exponential. They start as plain means, so that a slow first report (compilation, calibration)
-    does not weigh on the estimate for long.
+    does not weigh on the estimate for long. Evaluations count by themselves: the next will take what the last one took.
 
     Args:
         info: The run; its `start_step` is where this session began.
@@ -26,6 +26,8 @@ class Pace:
     def __init__(self, info: RunInfo, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._total_steps = info.total_steps
+        self._eval_every = info.eval_every
+        self._seconds_per_evaluation = 0.0
         self._began = self._last = clock()
         self._step = info.start_step
         self._reports = 0
@@ -46,11 +48,24 @@ class Pace:
         self.tokens_per_second = before + weight * (rate - before)
         self._step, self._last = stats.step, now
 
+    def pause(self, stats: EvalStats) -> None:
+        """Take in an evaluation, for which the steps had to wait."""
+        self._last += stats.seconds
+        self._seconds_per_evaluation = stats.seconds
+
+    def _evaluations_left(self) -> int:
+        """Every so many steps, and after the last one."""
+        if self._eval_every is None or self._step >= self._total_steps:
+            return 0
+        odd = self._total_steps % self._eval_every > 0
+        return self._total_steps // self._eval_every - self._step // self._eval_every + odd
+
     def seconds_left(self) -> float | None:
         """Estimated seconds until the last step, counting down between reports; None before the first report."""
         if self._reports == 0:
             return None
         left = (self._total_steps - self._step) * self._seconds_per_step
+        left += self._evaluations_left() * self._seconds_per_evaluation
         return max(0.0, left - (self._clock() - self._last))
 
     def seconds_gone(self) -> float:

@@ -64,6 +64,8 @@ class PlainReporter:
 
     def evaluated(self, stats: EvalStats) -> None:
         """Write what was found in a few words; `metrics.jsonl` has all of it."""
+        if self._run is not None:
+            self._run[1].pause(stats)
         self._write(f"evaluated step {stats.step:,} in {units.duration(stats.seconds)} | {' | '.join(stats.summary)}")
 
     def saved(self, path: Path, step: int) -> None:

@@ -126,7 +126,7 @@ def test_an_encoder_predicts_masked_tokens(saekit, tmp_path):
     assert result.code == 0, result.err
     ((_, found),) = evaluations_of(tmp_path / "run")
     assert found["objective"] == "masked token"
-    result = saekit("eval", tmp_path / "run", other, "--max-tokens", 32_768)
+    result = saekit("eval", tmp_path / "run", other, "--max-tokens", 16_384)
     assert result.code == 0, result.err
     record = plain(json.loads((tmp_path / "run" / "latest" / EVAL_FILE).read_text("utf-8")))
     assert record["layers"] == found["layers"]

@@ -198,3 +198,20 @@ def test_pace_smooths_and_counts_down(make_info, make_stats, clock):
     pace.update(make_stats(120))  # 2 s a step now: the mean is 1.5
     assert pace.seconds_left() == pytest.approx(880 * 1.5)
     assert pace.seconds_gone() == pytest.approx(30)
+
+
+def test_evaluations_do_not_slow_the_steps_and_the_next_ones_are_waited_for(
+    make_info, make_stats, make_evaluation, clock
+):
+    pace = Pace(replace(make_info(), eval_every=300), clock)  # of 1,000 steps: after 300, 600, 900 and 1,000
+    for step in range(1, 300):
+        clock.now += 2
+        pace.update(make_stats(step))
+    assert pace.seconds_left() == pytest.approx(701 * 2)
+    clock.now += 2 + 3
+    pace.pause(make_evaluation(300))
+    pace.update(make_stats(300))
+    assert pace.seconds_left() == pytest.approx(700 * 2 + 3 * 3)
+    clock.now += 2
+    pace.update(make_stats(1000))
+    assert pace.seconds_left() == 0
