@@ -15,6 +15,7 @@ from saekit.activations.lm import (
     resolve_dtype,
 )
 from saekit.activations.quiet import no_bars
+from saekit.activations.shortcut import start_behind
 from saekit.activations.splice import splice
 from saekit.activations.tap import tap
 
@@ -40,5 +41,6 @@ __all__ = [
     "resolve_dtype",
     "select_layers",
     "splice",
+    "start_behind",
     "tap",
 ]

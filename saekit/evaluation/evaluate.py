@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.activations import find_blocks, splice, tap
+from saekit.activations import find_blocks, splice, start_behind, tap
 from saekit.activations.hookpoints import text_config_of, width
 from saekit.activations.splice import Replace
 from saekit.activations.tap import without_cache
@@ -81,21 +81,25 @@ class Subject:
         return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)
 
 
-def evaluate(subject: Subject, progress: Progress = lambda done, of: None) -> Evaluation:
+def evaluate(
+    subject: Subject, progress: Progress = lambda done, of: None, *, start_anywhere: bool = True
+) -> Evaluation:
     """Evaluate SAEs on a language model's activations, and the language model with them in it.
 
     Two passes over the sequences: one for each layer's mean activation, one for everything else. Each batch runs the
     clean model once, and with a head once for each layer and once for all layers together, spliced, mean-ablated and
-    zero-ablated.
+    zero-ablated; for one layer, the blocks up to it need not run again.
 
     Args:
         subject: What is evaluated.
         progress: Told how far it is.
+        start_anywhere: Whether those are left out, in a model that was seen to give the same without; the result is
+            the same, later.
 
     Raises:
         UserError: If an SAE does not fit the model, or every token is excluded.
     """
-    return Evaluator(subject)(progress)
+    return Evaluator(subject, start_anywhere)(progress)
 
 
 class Evaluator:
@@ -105,20 +109,24 @@ class Evaluator:
 
     Args:
         subject: What is evaluated.
+        start_anywhere: See `evaluate`.
 
     Raises:
         UserError: If an SAE does not fit the model.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, start_anywhere: bool = True) -> None:
         _check(subject)
         self.subject = subject
+        self.start_anywhere = start_anywhere
         self.names = list(subject.saes)
         self._no_cache = without_cache(subject.model)
         self._means: dict[str, Tensor] | None = None
         self._grafts: dict[str, GraftSums] | None = None
         """Of the last call; "" is all layers together."""
         self._done: Callable[[], None] = lambda: None
+        self._can_start_behind: dict[str, bool] = {}
+        """Whether a model with one layer replaced needs to be run from there on only."""
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
@@ -176,14 +184,18 @@ class Evaluator:
             self._done()
             replacements: dict[str, dict[str, Replace]] = {change: {} for change in changes}
             for name in self.names:
-                x = seen.pop(name).float()
+                acts = seen.pop(name)
+                x = acts.float()
                 out = subject.sae(name)(x)
                 if as_it_is:
                     recons[name].add(rows, x, out, kept)
+                if name not in self._can_start_behind:
+                    self._can_start_behind[name] = self._starts_behind(name, acts, inputs, logits)
                 ways = _changes(out.recon, means[name])
                 for change in changes:
                     answers = grafts[name].answers[change]
-                    answers.add(rows, compare(logits, self._logits(inputs, {name: ways[change]}, ~kept), targets))
+                    new = torch.where(kept[..., None], ways[change](x).to(acts), acts)
+                    answers.add(rows, compare(logits, self._logits_behind(name, new, inputs), targets))
                     self._done()
                     replacements[change][name] = ways[change]
                 replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
@@ -236,6 +248,24 @@ class Evaluator:
     def _logits(self, inputs: Tensor, replacements: Mapping[str, Replace], keep: Tensor | None = None) -> Tensor:
         with splice(self.subject.model, replacements, keep):
             return self.subject.model(input_ids=inputs, **self._no_cache).logits
+
+    def _logits_behind(self, name: str, new: Tensor, inputs: Tensor) -> Tensor:
+        """Logits with `new` as the output of one block."""
+        if not self._can_start_behind[name]:
+            return self._logits(inputs, {name: lambda _: new})
+        with start_behind(self.subject.model, name, new):
+            return self.subject.model(input_ids=inputs, **self._no_cache).logits
+
+    def _starts_behind(self, name: str, acts: Tensor, inputs: Tensor, logits: Tensor) -> bool:
+        """Whether the model gives the same from a block's own output on: else it is always run as a whole."""
+        if not self.start_anywhere:
+            return False
+        try:
+            with start_behind(self.subject.model, name, acts):
+                again = self.subject.model(input_ids=inputs, **self._no_cache).logits
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # it misses something that the idle blocks would have left
+        return torch.equal(again, logits)
 
     def _reconstruct(self, name: str) -> Replace:
         return lambda acts: self.subject.sae(name)(acts).recon

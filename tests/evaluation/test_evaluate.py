@@ -12,7 +12,7 @@ from saekit import Sae, UserError
 from saekit.evaluation import evaluate
 from saekit.evaluation.evaluate import Evaluator
 from saekit.evaluation.objective import IGNORED, Question
-from tests.evaluation.toy import Scaling, subject, surprise
+from tests.evaluation.toy import Block, Scaling, subject, surprise
 
 # Of the three predictions of a sequence such as 0 0 1 1, two are as the model expects and one is not.
 CLEAN = (2 * surprise(2) + surprise(-2)) / 3
@@ -111,6 +111,34 @@ def test_layers_alone_and_together():
         assert layer.grafted.ce.value == pytest.approx(HALVED)
         assert layer.reconstruction.fvu.value == pytest.approx(0.5)  # of the true activation
     assert found.together.ce.value == pytest.approx((2 * surprise(0.25) + surprise(-0.25)) / 3)
+
+
+class Remembering(Block):
+    """Adds what an earlier block was given: more goes from block to block than the residual stream."""
+
+    def __init__(self, earlier=None):
+        super().__init__()
+        self.earlier, self.given = earlier, None
+
+    def forward(self, x):
+        self.given = x
+        return x if self.earlier is None else x + self.earlier.given.flip(1)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_model_that_cannot_start_in_the_middle_runs_as_a_whole(forgets):
+    def whole():
+        built = subject(0.5, rows=((0, 0, 0, 1), (1, 0, 0, 1)), depth=3)
+        first = Remembering()
+        built.model.layers[0], built.model.layers[2] = first, Remembering(first)
+        if forgets:  # what is missing is no number but nothing at all
+            built.model.register_forward_pre_hook(lambda *_: setattr(first, "given", None))
+        return built
+
+    found = evaluate(whole())
+    slow = evaluate(whole(), start_anywhere=False)
+    assert found == slow
+    assert found.layers[1].grafted != found.layers[2].grafted
 
 
 def test_excluded_tokens_keep_their_true_activations():
