@@ -2,6 +2,7 @@
 
 from saekit.config.inputs import DataConfig, ModelConfig
 from saekit.config.run import RunConfig
-from saekit.config.schema import SaeConfig, TrainConfig
+from saekit.config.sae import SaeConfig
+from saekit.config.schema import TrainConfig
 
 __all__ = ["DataConfig", "ModelConfig", "RunConfig", "SaeConfig", "TrainConfig"]

@@ -118,6 +118,16 @@ def _parse_ids(value: Any) -> Any:
         raise ValueError("expected token ids such as 0,50256") from None
 
 
+def _parse_shares(value: Any) -> Any:
+    """`"0.125,0.25,1"` → `(0.125, 0.25, 1.0)`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise ValueError("expected shares such as 0.125,0.25,1") from None
+
+
 def _parse_mapping(value: Any) -> Any:
     """`"name=en,streaming=true"` → `{"name": "en", "streaming": True}`, values read as YAML."""
     if not isinstance(value, str):
@@ -145,5 +155,6 @@ def _parse_resume(value: Any) -> Any:
 
 LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids)]
+Shares = Annotated[tuple[float, ...], BeforeValidator(_parse_shares)]
 Resume = Annotated[bool | Literal["auto"] | Path, BeforeValidator(_parse_resume)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from saekit.config.inputs import DataConfig, ModelConfig
 from saekit.config.options import problems
-from saekit.config.schema import SaeConfig, TrainConfig
+from saekit.config.sae import SaeConfig
+from saekit.config.schema import TrainConfig
 from saekit.errors import UserError
 
 SECRETS = frozenset({"hf_token"})

@@ -1,6 +1,7 @@
 """What a user can choose. Validated and serialisable, with no side effects; each option documented once.
 
-The training stands here, what is read (the language model, the data) in `saekit.config.inputs`.
+The training stands here, what is read (the language model, the data) in `saekit.config.inputs`, the shape of an SAE in
+`saekit.config.sae`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from pydantic.dataclasses import dataclass
 
 from saekit.config.inputs import EVALUATION
 from saekit.config.options import CONFIG, LayerList, Resume, TokenIds, option
+from saekit.config.sae import SAE, SaeConfig
 
-DEFAULT_EXPANSION_FACTOR = 32
-
-SAE = "Sparse autoencoder"
 BATCH = "Batches"
 OPTIMIZER = "Optimiser"
 DEAD = "Dead latents"
@@ -24,55 +23,6 @@ SPEED = "Speed"
 PLACEMENT = "Several ranks"
 SAVING = "Saving"
 LOGGING = "Logging"
-
-
-@dataclass(frozen=True, config=CONFIG)
-class SaeConfig:
-    """The shape of one SAE (the same for every layer)."""
-
-    d_in: int | None = None
-    """D, the width of the residual stream; None takes it from the model."""
-    expansion_factor: int | None = option(
-        None,
-        f"Latents per dimension of the residual stream; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
-        panel=SAE,
-        ge=1,
-    )
-    num_latents: int | None = option(
-        None, "Size of the dictionary, instead of --expansion-factor.", panel=SAE, unit="latents", ge=1
-    )
-    k: int = option(32, "Latents that are active for each token.", panel=SAE, unit="latents", ge=1)
-    normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
-    multi_topk: bool = option(
-        False, "Add the loss at 4k latents with weight 1/8, so that the code also works at other k.", panel=SAE
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> SaeConfig:
-        if self.num_latents is not None and self.expansion_factor is not None:
-            raise ValueError(
-                f"--num-latents {self.num_latents} and --expansion-factor {self.expansion_factor} both set the size of "
-                "the dictionary: give one of them"
-            )
-        if self.num_latents is not None or self.d_in is not None:
-            self.resolve_num_latents(self.d_in or 1)
-        return self
-
-    def resolve_num_latents(self, d_in: int) -> int:
-        """M for a residual stream of width `d_in`.
-
-        Raises:
-            ValueError: If `d_in` contradicts the config's own, or `k` is larger than M.
-        """
-        if self.d_in is not None and self.d_in != d_in:
-            raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the model's residual stream is {d_in} wide")
-        num_latents = self.num_latents or d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
-        if self.k > num_latents:
-            raise ValueError(
-                f"--k {self.k} is larger than the dictionary of {num_latents} latents: "
-                "choose a smaller --k or more latents"
-            )
-        return num_latents
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -39,6 +39,7 @@ class Layer:
                 multi_topk=cfg.sae.multi_topk,
             ).train()
         self.sae.chosen_kernels = kernels
+        self.sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
         on_meta = device.type == "meta"
         stand_in = on_meta and cfg.optimizer == "adam8bit"
         self.optimizer = make_optimizer(replace(cfg, optimizer="adam") if stand_in else cfg, self.sae)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from saekit.sae.model import SaeOutput
@@ -20,17 +21,22 @@ class Losses(NamedTuple):
     """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
 
     total: Tensor
-    """What is differentiated: `mse + auxk_alpha · auxk + multi_topk / 8`."""
+    """What is differentiated: `mse + nested + auxk_alpha · auxk + multi_topk / 8`."""
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
     """`Σ_t ‖e_t − ê_t‖² / (N σ²) · min(1, dead / k_aux)` with the detached residual `e = x − x̂`."""
     multi_topk: Tensor | None
     """As `mse`, for the reconstruction from 4k latents."""
+    nested: Tensor | None = None
+    """The sum of as many terms like `mse` as there are smaller prefixes of a Matryoshka."""
 
 
 def sae_losses(x_ND: Tensor, out: SaeOutput, *, scale: float, auxk_alpha: float, num_dead: int) -> Losses:
     """The loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
+
+    Of a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, section 3) the reconstruction from each prefix of the
+    dictionary counts like the whole one.
 
     Args:
         x_ND: `[N, D]`, the SAE's input in the parameters' type.
@@ -59,4 +65,9 @@ def sae_losses(x_ND: Tensor, out: SaeOutput, *, scale: float, auxk_alpha: float,
         multi_topk = (x_ND - out.multi_recon).square().sum() * scale
         total = total + MULTI_TOPK_WEIGHT * multi_topk
 
-    return Losses(total, mse, auxk, multi_topk)
+    nested = None
+    if out.prefix_recons:
+        nested = torch.stack([(x_ND - recon).square().sum() for recon in out.prefix_recons]).sum() * scale
+        total = total + nested
+
+    return Losses(total, mse, auxk, multi_topk, nested)

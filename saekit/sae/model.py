@@ -35,6 +35,8 @@ class SaeOutput(NamedTuple):
     """`[..., D]`: what dead latents predict of `x - x̂`, without `b_dec`; None when AuxK is off."""
     multi_recon: Tensor | None = None
     """`[..., D]`: the reconstruction from `4k` latents; None when Multi-TopK is off."""
+    prefix_recons: tuple[Tensor, ...] = ()
+    """`[..., D]` each: from the chosen latents of each smaller prefix alone; empty but in a Matryoshka's training."""
 
 
 class Sae(nn.Module):
@@ -83,6 +85,8 @@ class Sae(nn.Module):
         self.normalize_decoder = normalize_decoder
         self.multi_topk = multi_topk
         self.chosen_kernels: Kernels | None = None
+        self.prefixes: tuple[int, ...] = ()
+        """Of a Matryoshka SAE in training: numbers of latents, ascending, the last one M."""
         # U(−1/√D, 1/√D), the field's usual start for a linear layer; the decoder is its transpose with unit rows.
         W_MD = torch.empty(num_latents, d_in).uniform_(-(d_in**-0.5), d_in**-0.5, generator=generator)
         self.W_enc = nn.Parameter(W_MD.to(device))
@@ -140,14 +144,21 @@ class Sae(nn.Module):
             dead: Numbers of the dead latents, int64 `[dead]`, for AuxK; None or empty turns it off.
 
         Returns:
-            The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK is computed
-            only in training mode.
+            The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK and the prefixes
+            of a Matryoshka are computed only in training mode.
         """
         x_ND = self._flat(x)
         with_multi = self.multi_topk and self.training
         widest = min(4 * self.k, self.num_latents) if with_multi else self.k
-        rows_ND, acts, indices = self.kernels.autoencode(x_ND, self.W_enc, self.b_enc, self.W_dec, self.b_dec, widest)
-        recon_ND, multi_ND = rows_ND + self.b_dec, None
+        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        smaller_GND: list[Tensor] = []
+        if self.prefixes and self.training:
+            rows_GND, acts, indices = self.kernels.autoencode_nested(x_ND, *weights, widest, self.prefixes)
+            *smaller_GND, recon_ND = (rows_GND + self.b_dec).unbind()
+        else:
+            rows_ND, acts, indices = self.kernels.autoencode(x_ND, *weights, widest)
+            recon_ND = rows_ND + self.b_dec
+        multi_ND = None
         # Largest first, so the code at k is a prefix of the code at 4k.
         acts_NK, indices_NK = acts[:, : self.k], indices[:, : self.k]
         if with_multi:
@@ -161,6 +172,7 @@ class Sae(nn.Module):
             indices_NK.reshape(*lead, self.k),
             None if aux_ND is None else aux_ND.view(x.shape),
             None if multi_ND is None else multi_ND.view(x.shape),
+            tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),
         )
 
     def _flat(self, x: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
         generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
     )
     fresh.chosen_kernels = plan.kernels
+    fresh.prefixes = sae.resolve_prefixes(plan.num_latents)
     return fresh
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from saekit.activations import select_layers
 from saekit.config import SaeConfig
-from saekit.config.schema import DEFAULT_EXPANSION_FACTOR
+from saekit.config.sae import DEFAULT_EXPANSION_FACTOR
 from saekit.errors import UserError
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.numbers import parse_count

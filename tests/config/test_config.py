@@ -39,18 +39,35 @@ def test_sizes():
         SaeConfig(8).resolve_num_latents(16)
 
 
+def test_nested_dictionaries():
+    cfg = SaeConfig(num_latents=1000, matryoshka="0.125,0.25,1")
+    assert cfg.resolve_prefixes(1000) == (125, 250, 1000)
+    assert SaeConfig().resolve_prefixes(1000) == ()
+    for wrong in ("0.5", "1", "0.5,0.25,1", "0.5,0.9", "0,1", "0.5,2", "a,1", ""):
+        with pytest.raises(ValueError, match="shares"):
+            SaeConfig(matryoshka=wrong)
+    with pytest.raises(ValueError, match=r"makes dictionaries of 50, 50, 100 latents"):
+        SaeConfig(num_latents=100, matryoshka=(0.5, 0.501, 1))
+    with pytest.raises(ValueError, match="makes dictionaries of 0, 32"):
+        SaeConfig(expansion_factor=32, k=1, matryoshka=(0.01, 1)).resolve_num_latents(1)
+    with pytest.raises(ValueError, match="--multi-topk"):
+        SaeConfig(matryoshka=(0.5, 1), multi_topk=True)
+
+
 def test_flat_and_back():
     values = {
         **BASE,
         "layers": "0-2",
         "data_args": "name=en,streaming=true",
         "k": 5,
+        "matryoshka": "0.25,1",
         "exclude_tokens": "1,2",
         "lr": 0.1,
     }
     cfg = RunConfig.from_flat(values)
     flat = cfg.to_flat()
     assert flat["layers"] == [0, 1, 2]
+    assert flat["matryoshka"] == [0.25, 1]
     assert flat["data_args"] == {"name": "en", "streaming": True}
     assert flat["exclude_tokens"] == [1, 2]
     assert RunConfig.from_flat(flat) == cfg

@@ -68,6 +68,13 @@ def test_splits_of_the_same_batch_agree(train, gpt2_dir, placement, batch_size, 
     assert_same_run(found, train(gpt2_dir))
 
 
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement):
+    nested = ["--matryoshka", "0.2,0.5,1"]
+    found = train(gpt2_dir, "--placement", placement, "--micro-acc-steps", 2, *nested, ranks=2)
+    assert_same_run(found, train(gpt2_dir, *nested))
+
+
 def test_a_map_of_ones_own_agrees(train):
     found = train(DEMO_LM, "--placement", "layer-map", "--layer-map", "0:1,1-4:0,5:1", ranks=3)
     assert_same_run(found, train(DEMO_LM))

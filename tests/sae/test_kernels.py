@@ -54,6 +54,31 @@ def test_sparse_equals_eager(size, shift, call):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
+def nested(kernels, N, D, M, k, prefixes, shift=0.0):
+    parameters = leaves(N, D, M, shift)
+    rows, acts, indices = kernels.autoencode_nested(*parameters, k, prefixes)
+    generator = torch.Generator().manual_seed(k)
+    rows_grad, acts_grad = (torch.randn(*each.shape, generator=generator, dtype=each.dtype) for each in (rows, acts))
+    gradients = torch.autograd.grad([rows, acts], parameters, [rows_grad, acts_grad])
+    return rows, acts, indices, gradients
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shift", [0.0, -3.0, -100.0], ids=["some active", "few active", "none active"])
+@pytest.mark.parametrize("cut", [0.2, 0.5, 0.9])
+def test_nested_sparse_equals_eager(size, shift, cut):
+    M = size[2]
+    prefixes = tuple(sorted({max(1, int(cut * M) - 1), max(1, int(cut * M)), M}))
+    rows, acts, _, gradients = nested(CPU, *size, prefixes, shift)
+    expected_rows, expected_acts, _, expected_gradients = nested(eager, *size, prefixes, shift)
+    assert rows.shape == (len(prefixes), *size[:2])
+    torch.testing.assert_close(rows, expected_rows)
+    torch.testing.assert_close(acts, expected_acts)
+    torch.testing.assert_close(rows[-1], CPU.autoencode(*leaves(*size[:3], shift), size[3])[0])
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_scores_are_made_in_chunks_of_tokens(monkeypatch):
     monkeypatch.setattr(sparse, "WORTH_FROM", 0)
     for kernels in (CPU, SELECTS_IN_INT8):  # 8 bytes per score in float64, and for an int32 and a float32

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from saekit.sae import Sae, sae_losses
+from saekit.sae.kernels import choose_kernels
 
 N, D, M, K = 40, 12, 48, 3
 SCALE = 1 / (N * 7.5)
@@ -133,3 +134,22 @@ def test_no_dead_latents_means_no_auxk():
     out = sae(x, torch.empty(0, dtype=torch.int64))
     assert out.aux_recon is None
     assert sae_losses(x, out, scale=SCALE, auxk_alpha=1.0, num_dead=0).auxk is None
+
+
+@pytest.mark.parametrize("kernels", ["eager", "cpu"])
+def test_matryoshka(kernels):
+    """Bussmann et al. 2025: each prefix of the dictionary is to reconstruct, with what it has of the k latents."""
+    sae, x = make_sae(), make_x()
+    sae.chosen_kernels = choose_kernels(kernels, "fp32", torch.device("cpu"))
+    sae.prefixes = (6, 20, M)
+    scores = dense_topk(F.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc), K)
+    errors = [
+        (x - scores[:, :prefix] @ sae.W_dec[:prefix] - sae.b_dec).square().sum() * SCALE for prefix in sae.prefixes
+    ]
+    losses = sae_losses(x, sae(x), scale=SCALE, auxk_alpha=0.0, num_dead=0)
+    torch.testing.assert_close(losses.mse, errors[-1])
+    torch.testing.assert_close(losses.nested, errors[0] + errors[1])
+    torch.testing.assert_close(losses.total, sum(errors))
+    for got, wanted in zip(gradients(sae, losses.total).values(), gradients(sae, sum(errors)).values(), strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert sae.eval()(x).prefix_recons == ()

@@ -43,6 +43,18 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode`."""
 
+    def autoencode_nested(
+        self,
+        x_ND: Tensor,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        W_dec_MD: Tensor,
+        centre_D: Tensor,
+        k: int,
+        prefixes: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `eager.autoencode_nested`."""
+
     @property
     def adam_(self) -> Callable[..., None]:
         """See `eager.adam_`."""
@@ -56,6 +68,7 @@ class Eager:
     encode_topk = staticmethod(eager.encode_topk)
     decode = staticmethod(eager.decode)
     autoencode = staticmethod(eager.autoencode)
+    autoencode_nested = staticmethod(eager.autoencode_nested)
     adam_ = staticmethod(eager.adam_)
 
 

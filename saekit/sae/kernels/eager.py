@@ -42,6 +42,34 @@ def autoencode(
     return decode(acts_NK, indices_NK, W_dec_MD), acts_NK, indices_NK
 
 
+def autoencode_nested(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    W_dec_MD: Tensor,
+    centre_D: Tensor,
+    k: int,
+    prefixes: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`autoencode`, with a sum of rows for each prefix of the dictionary: of the chosen latents below it alone.
+
+    Args:
+        x_ND: As for `autoencode`, like the four behind it.
+        W_enc_MD: `[M, D]`.
+        b_enc_M: `[M]`.
+        W_dec_MD: `[M, D]`.
+        centre_D: `[D]`.
+        k: How many latents are kept, of all M.
+        prefixes: Numbers of latents, ascending, the last one M.
+
+    Returns:
+        The sums `[G, N, D]`, values `[N, K]` and latents `[N, K]`.
+    """
+    acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D)
+    rows = [decode(acts_NK * (indices_NK < prefix), indices_NK, W_dec_MD) for prefix in prefixes]
+    return torch.stack(rows), acts_NK, indices_NK
+
+
 @torch.no_grad()
 def adam_(
     param: Tensor,

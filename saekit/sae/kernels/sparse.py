@@ -79,6 +79,21 @@ class Sparse(NamedTuple):
         acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
         return _Decode.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops), acts_NK, indices_NK
 
+    def autoencode_nested(
+        self,
+        x_ND: Tensor,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        W_dec_MD: Tensor,
+        centre_D: Tensor,
+        k: int,
+        prefixes: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `eager.autoencode_nested`; its weight gradients cost what `autoencode`'s do."""
+        acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
+        rows_GND = _DecodeNested.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops, prefixes)
+        return rows_GND, acts_NK, indices_NK
+
     @property
     def adam_(self) -> Callable[..., None]:
         """As `eager.adam_`, in one pass over memory."""
@@ -116,9 +131,11 @@ class _Pairs:
         tokens = order.div(max(1, self.indices_NK.shape[1]), rounding_mode="floor")
         return order, tokens, starts_M
 
-    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, ops: Ops) -> Tensor:
-        """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n]`: `[M, D]`."""
+    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, ops: Ops, shifts_NK: Tensor | None = None) -> Tensor:
+        """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n + shifts[n,k]]`: `[M, D]`."""
         order, tokens, starts_M = self._sorted
+        if shifts_NK is not None:
+            tokens = tokens + shifts_NK.flatten()[order]
         weights = coefficients_NK.flatten()[order].to(rows_ND.dtype)
         return ops.segment_sum(weights, tokens, starts_M, rows_ND)
 
@@ -190,3 +207,36 @@ class _Decode(torch.autograd.Function):
         dacts_NK = ctx.ops.gather_dot(grad_ND, W_MD, indices_NK) if need_acts else None
         dW_MD = ctx.pairs.sum(acts_NK, grad_ND, ctx.ops) if need_W else None
         return dacts_NK, None, dW_MD, None, None
+
+
+class _DecodeNested(torch.autograd.Function):
+    """Sums of chosen rows, `[G, N, D]`: for each prefix, of those below it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor, pairs: _Pairs, ops: Ops, prefixes: tuple[int, ...]
+    ) -> Tensor:
+        # Which prefix is the first to hold a latent: the group it adds to, and to all groups behind.
+        groups_NK = torch.bucketize(indices_NK, torch.tensor(prefixes, device=indices_NK.device), right=True)
+        ctx.save_for_backward(acts_NK, indices_NK, W_MD, groups_NK)
+        ctx.pairs, ctx.ops = pairs, ops
+        parts = [ops.gather_sum(acts_NK * (groups_NK == group), indices_NK, W_MD) for group in range(len(prefixes))]
+        return torch.stack(parts).cumsum_(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GND: Tensor) -> tuple[Tensor | None, ...]:
+        acts_NK, indices_NK, W_MD, groups_NK = ctx.saved_tensors
+        # What a latent of a group is told: the gradients of all sums that it is in.
+        told_GND = grad_GND.flip(0).cumsum_(0).flip(0)
+        need_acts, _, need_W, *_ = ctx.needs_input_grad
+        dacts_NK = dW_MD = None
+        if need_acts:
+            dacts_NK = torch.zeros_like(acts_NK)
+            for group, told_ND in enumerate(told_GND):
+                dots_NK = ctx.ops.gather_dot(told_ND, W_MD, indices_NK)
+                dacts_NK = torch.where(groups_NK == group, dots_NK, dacts_NK)
+        if need_W:
+            shifts_NK = groups_NK * told_GND.shape[1]
+            dW_MD = ctx.pairs.sum(acts_NK, told_GND.flatten(0, 1), ctx.ops, shifts_NK)
+        return dacts_NK, None, dW_MD, None, None, None

@@ -1,0 +1,98 @@
+"""The options of what an SAE is. `saekit.config.schema` has the others."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from saekit.config.options import CONFIG, Shares, option
+
+DEFAULT_EXPANSION_FACTOR = 32
+SAE = "Sparse autoencoder"
+
+
+@dataclass(frozen=True, config=CONFIG)
+class SaeConfig:
+    """The shape of one SAE (the same for every layer)."""
+
+    d_in: int | None = None
+    """D, the width of the residual stream; None takes it from the model."""
+    expansion_factor: int | None = option(
+        None,
+        f"Latents per dimension of the residual stream; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
+        panel=SAE,
+        ge=1,
+    )
+    num_latents: int | None = option(
+        None, "Size of the dictionary, instead of --expansion-factor.", panel=SAE, unit="latents", ge=1
+    )
+    k: int = option(32, "Latents that are active for each token.", panel=SAE, unit="latents", ge=1)
+    normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
+    multi_topk: bool = option(
+        False, "Add the loss at 4k latents with weight 1/8, so that the code also works at other k.", panel=SAE
+    )
+
+    matryoshka: Shares | None = option(
+        None,
+        "Nested dictionaries, as shares of the latents that end in 1, such as 0.125,0.25,1: what the first latents "
+        "reconstruct without the others counts as well (Matryoshka SAEs).",
+        panel=SAE,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SaeConfig:
+        if self.num_latents is not None and self.expansion_factor is not None:
+            raise ValueError(
+                f"--num-latents {self.num_latents} and --expansion-factor {self.expansion_factor} both set the size of "
+                "the dictionary: give one of them"
+            )
+        if self.matryoshka is not None and self.multi_topk:
+            raise ValueError("--matryoshka and --multi-topk each add a loss of their own: give one of them")
+        if self.matryoshka is not None:
+            _check_shares(self.matryoshka)
+        if self.num_latents is not None or self.d_in is not None:
+            self.resolve_num_latents(self.d_in or 1)
+        return self
+
+    def resolve_prefixes(self, num_latents: int) -> tuple[int, ...]:
+        """How many latents each of the nested dictionaries has, ascending, the last one M; empty without any.
+
+        Raises:
+            ValueError: If two of them would be the same, or one empty.
+        """
+        prefixes = tuple(round(share * num_latents) for share in self.matryoshka or ())
+        if any(size <= before for before, size in zip((0, *prefixes), prefixes, strict=False)):
+            sizes = ", ".join(map(str, prefixes))
+            raise ValueError(
+                f"{_named(self.matryoshka or ())} makes dictionaries of {sizes} latents: each must be larger than the one "
+                "before"
+            )
+        return prefixes
+
+    def resolve_num_latents(self, d_in: int) -> int:
+        """M for a residual stream of width `d_in`.
+
+        Raises:
+            ValueError: If `d_in` contradicts the config's own, `k` is larger than M, or two nested dictionaries would
+                be the same.
+        """
+        if self.d_in is not None and self.d_in != d_in:
+            raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the model's residual stream is {d_in} wide")
+        num_latents = self.num_latents or d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
+        if self.k > num_latents:
+            raise ValueError(
+                f"--k {self.k} is larger than the dictionary of {num_latents} latents: "
+                "choose a smaller --k or more latents"
+            )
+        self.resolve_prefixes(num_latents)
+        return num_latents
+
+
+def _check_shares(shares: tuple[float, ...]) -> None:
+    in_order = all(before < share for before, share in zip((0.0, *shares), shares, strict=False))
+    if len(shares) < 2 or shares[-1] != 1 or not in_order:
+        raise ValueError(f"{_named(shares)}: expected two or more ascending shares, the last of them 1")
+
+
+def _named(shares: tuple[float, ...]) -> str:
+    return f"--matryoshka {','.join(f'{share:g}' for share in shares)}"
