@@ -64,8 +64,8 @@ class SaeConfig:
         if any(size <= before for before, size in zip((0, *prefixes), prefixes, strict=False)):
             sizes = ", ".join(map(str, prefixes))
             raise ValueError(
-                f"{_named(self.matryoshka or ())} makes dictionaries of {sizes} latents: each must be larger than the one "
-                "before"
+                f"{_named(self.matryoshka or ())} makes dictionaries of {sizes} latents: each must be larger than the "
+                "one before"
             )
         return prefixes
 

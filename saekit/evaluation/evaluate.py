@@ -93,8 +93,8 @@ def evaluate(
     Args:
         subject: What is evaluated.
         progress: Told how far it is.
-        start_anywhere: Whether those are left out, in a model that was seen to give the same without; the result is
-            the same, later.
+        start_anywhere: Whether those blocks may be left out, in a model that was seen to give the same without them;
+            the result is the same either way.
 
     Raises:
         UserError: If an SAE does not fit the model, or every token is excluded.
