@@ -32,8 +32,8 @@ from saekit.page.charts import (
 from saekit.page.packing import pack
 from saekit.page.tokens import token_texts
 from saekit.placement import Placement
-from saekit.report.inspect import Inspection, inspect_path, plain
-from saekit.report.jsonl import EVALUATION, read_metrics
+from saekit.report.inspect import Inspection, inspect_path
+from saekit.report.jsonl import EVALUATION, plain, read_metrics
 
 NOTHING = -1
 
