@@ -23,8 +23,7 @@ from saekit.report.inspect_measure import (
     neighbours,
     norms,
 )
-from saekit.report.jsonl import plain
-from saekit.report.jsonl import read_metrics
+from saekit.report.jsonl import plain, read_metrics
 
 
 @dataclass(frozen=True)
