@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saekit.placement import Placement
-from saekit.report.stats import LayerStats, StepStats
+from saekit.report.stats import LayerStats
 from saekit.sae import Losses, SaeOutput
-from saekit.training.resources import peak_memory_bytes
-
-if TYPE_CHECKING:
-    from saekit.training.plan import RunPlan
-    from saekit.training.state import RunState
 
 
 @dataclass
@@ -123,50 +116,6 @@ class LayerWindow:
         moments = self.moments
         known = self.sums.new_tensor([dead, steps])
         return torch.cat([self.sums, known, moments.sum_D, moments.sum_squares.view(1), moments.count.view(1)])
-
-
-def read_windows(
-    windows: Mapping[str, LayerWindow],
-    num_dead: Mapping[str, int],
-    run: RunState,
-    plan: RunPlan,
-    placement: Placement,
-    tokens_per_second: float,
-) -> StepStats:
-    """The finished numbers since the last report. Collective.
-
-    Args:
-        windows: Of each layer of this rank.
-        num_dead: How many latents of each are dead.
-        run: Where the run stands.
-        plan: What is trained.
-        placement: Where.
-        tokens_per_second: Since the last report.
-    """
-    rows = {}
-    for name, window in windows.items():
-        # One rank speaks for what all ranks of a layer know, so that sums over ranks count it once.
-        leads = placement.leads(name)
-        rows[name] = window.row(num_dead[name] if leads else 0, window.steps if leads else 0)
-    memory = torch.zeros(placement.world_size, dtype=torch.float64, device=placement.device)
-    memory[placement.rank] = peak_memory_bytes(placement.device)
-    blank = LayerWindow.empty(plan.d_in, placement.device).row(0, 0)
-    mine = torch.cat([*(rows.get(name, blank) for name in plan.hookpoints), memory])
-    together = placement.sum(mine).cpu()  # once, and not number by number
-    parts = together[: -placement.world_size].view(len(plan.hookpoints), -1)
-    layers = {
-        name: read_row(part, num_latents=plan.num_latents, with_multi_topk=plan.cfg.sae.multi_topk)
-        for name, part in zip(plan.hookpoints, parts, strict=True)
-    }
-    return StepStats(
-        step=run.step,
-        tokens=run.tokens,
-        tokens_per_second=tokens_per_second,
-        learning_rate=plan.base_lr * plan.lr_scale(run.step - 1),
-        skipped_steps=run.skipped,
-        memory_bytes=int(together[-placement.world_size :].max()),
-        layers=layers,
-    )
 
 
 def read_row(row: Tensor, *, num_latents: int, with_multi_topk: bool) -> LayerStats:

@@ -33,7 +33,8 @@ from saekit.training.readback import read_later
 from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
-from saekit.training.statistics import LayerWindow, Moments, read_windows
+from saekit.training.statistics import LayerWindow, Moments
+from saekit.training.step_stats import read_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
