@@ -146,7 +146,12 @@ FAULTS = [
         "mean_D.expand(acts.shape), torch.zeros_like)",
         "mean_D.expand(acts.shape), lambda acts: mean_D.expand(acts.shape))",
     ),
-    ("excluded tokens are ablated, too", EVALUATE, "{name: ways[change]}, ~kept)", "{name: ways[change]})"),
+    (
+        "excluded tokens are ablated, too",
+        EVALUATE,
+        "torch.where(kept[..., None], ways[change](x).to(acts), acts)",
+        "ways[change](x).to(acts)",
+    ),
     (
         "together, layers read the true activations",
         EVALUATE,
@@ -191,6 +196,55 @@ FAULTS = [
         "range(0, self.num_batches * self.batch_size, self.batch_size)",
         "range(0, len(mine), self.batch_size)",
     ),
+    (
+        "a smaller dictionary learns nothing from its own errors",
+        SPARSE,
+        "told_GND = grad_GND.flip(0)",
+        "told_GND = 0 * grad_GND.flip(0)",
+    ),
+    (
+        "a latent hears its own dictionary's error only",
+        SPARSE,
+        "grad_GND.flip(0).cumsum_(0).flip(0)",
+        "grad_GND",
+    ),
+    (
+        "what another split shares with the trained one stays in",
+        "saekit/data/held_out.py",
+        "~np.isin(finger",
+        "np.isin(finger",
+    ),
+    (
+        "a latent that does not fire shows its neighbour's activation",
+        "saekit/features/codes.py",
+        "np.where(self._keys_P[found] == keys, self.acts_P[found], np.float32(0))",
+        "self.acts_P[found]",
+    ),
+    (
+        "a window runs into the next sequence",
+        "saekit/features/contexts.py",
+        "(places_LCW // ctx_len == places_LC[:, :, None] // ctx_len)",
+        "(places_LCW >= 0)",
+    ),
+    (
+        "one passage fills the list",
+        "saekit/features/contexts.py",
+        "new_P[1:] = (np.diff(stretch_P) != 0) | (np",
+        "new_P[1:] = (stretch_P[1:] >= 0) | (np",
+    ),
+    (
+        "the logit lens leaves the norm out",
+        "saekit/features/lens.py",
+        "make_dual(mean_D.to(directions)",
+        "make_dual(0 * mean_D.to(directions) + 1",
+    ),
+    ("excluded tokens have codes", "saekit/features/gather.py", "(out.acts > 0) & kept[..., None]", "out.acts > 0"),
+    (
+        "shades are of the wrong quantile",
+        "saekit/page/build.py",
+        "layer.quantiles_L[:, -1][:, None, None]",
+        "layer.quantiles_L[:, -2][:, None, None]",
+    ),
 ]
 
 
@@ -205,7 +259,7 @@ def notices(file: str, good: str, bad: str) -> bool:
         (copy / file).write_text(text.replace(good, bad), encoding="utf-8")
         room = file.split("/")[1]
         tests = ["tests/sae", "tests/placement", "tests/training"]
-        if room in ("evaluation", "data"):
+        if room in ("evaluation", "data", "features", "page"):
             tests = [f"tests/{room}"]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 1
