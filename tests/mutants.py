@@ -236,7 +236,7 @@ FAULTS = [
         "the logit lens leaves the norm out",
         "saekit/features/lens.py",
         "make_dual(mean_D.to(directions)",
-        "make_dual(0 * mean_D.to(directions) + 1",
+        "make_dual((0 * mean_D + 1).to(directions)",
     ),
     ("excluded tokens have codes", "saekit/features/gather.py", "(out.acts > 0) & kept[..., None]", "out.acts > 0"),
     (
