@@ -76,7 +76,7 @@ def wizard(tmp_path):
     def begin(*arguments, size=(60, 200)):
         command = ["-m", "saekit", "config", *map(str, arguments)]
         child = Wizard(
-            sys.executable, command, cwd=tmp_path, env=environment(), encoding="utf-8", timeout=60, dimensions=size
+            sys.executable, command, cwd=tmp_path, env=environment(), encoding="utf-8", timeout=180, dimensions=size
         )
         running.append(child)
         return child
