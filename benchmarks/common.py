@@ -20,15 +20,18 @@ import psutil
 import torch
 
 HERE = Path(__file__).parent
-PEER_FOLDER = HERE / ".venv-peers"
-PEER = "eai-sparsify==1.3.3"
+PEERS = {
+    "sparsify": "eai-sparsify==1.3.3",
+    "dictionary-learning": "dictionary-learning==0.1.0",
+}
+"""What is installed for each peer, into an environment of its own: they want different releases of the same things."""
 LOG_LINES = 30
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; the same file of settings is handed to either toolkit's script."""
+    """One training run; the same file is handed to every toolkit's script."""
 
     model: str
     """Folder of the language model."""
@@ -39,25 +42,21 @@ class Job:
     hookpoints: list[str]
     num_latents: int
     k: int
-    optimizer: str
-    lr: float
-    warmup: int
-    """Optimiser steps of warm-up."""
     batch_size: int
     """Sequences per optimiser step."""
-    auxk_alpha: float
-    dead_feature_threshold: int
-    """In tokens."""
     exclude_tokens: list[int]
     seed: int
     """Of the initial weights."""
+    settings: dict[str, Any]
+    """Options by the toolkit's own names; what is not here stays at the toolkit's default."""
 
 
 def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:
     """Tokenise Python's own standard library, split by documents, and save `train` and `heldout` below `folder`.
 
     A random twentieth of the documents is held out. The sequences of each part are shuffled once, here; whoever
-    trains on them must not shuffle again.
+    trains on them must not shuffle again. Where the text is shorter than what is asked for, it is read several times,
+    each time in another order.
 
     Args:
         tokenizer: The language model's.
@@ -66,11 +65,8 @@ def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, fold
         held_out: Sequences to evaluate on, at most.
         folder: Where the two data sets go.
         seed: Of the split and of both orders.
-
-    Raises:
-        ValueError: If the standard library is too short for so many training sequences.
     """
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
     from saekit.data import chunk_and_tokenize
     from saekit.demo.text import standard_library
@@ -82,28 +78,29 @@ def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, fold
         "train": (documents.select(range(border, len(documents))), train),
     }
     for name, (part, wanted) in parts.items():
-        packed = chunk_and_tokenize(part, tokenizer, max_seq_len=ctx_len, num_proc=1).shuffle(seed=seed)
-        if name == "train" and len(packed) < wanted:
-            raise ValueError(f"the standard library gives {len(packed)} sequences, fewer than {wanted}: lower --tokens")
-        packed.select(range(min(wanted, len(packed)))).flatten_indices().save_to_disk(folder / name)
+        packed = chunk_and_tokenize(part, tokenizer, max_seq_len=ctx_len, num_proc=1)
+        passes = -(-wanted // len(packed)) if name == "train" else 1
+        ordered = concatenate_datasets([packed.shuffle(seed=seed + number) for number in range(passes)])
+        ordered.select(range(min(wanted, len(ordered)))).flatten_indices().save_to_disk(folder / name)
     return folder
 
 
-def peer_python(given: Path | None, say: Any) -> Path:
-    """The Python that has the peer: the one given, or that of an environment beside this file, made where missing."""
+def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
+    """The Python that has a peer: the one given, or that of an environment beside this file, made where missing."""
     if given is not None:
         return given
-    python = PEER_FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    finished = PEER_FOLDER / ".complete"
+    folder = HERE / (".venv-peers" if peer == "sparsify" else f".venv-peers-{peer}")
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    finished = folder / ".complete"
     if not finished.exists():
-        say(f"Making an environment for the peer in {PEER_FOLDER.relative_to(HERE.parent)} (once; minutes)")
-        venv.create(PEER_FOLDER, with_pip=True, clear=True)
+        say(f"Making an environment for {PEERS[peer]} in {folder.relative_to(HERE.parent)} (once; minutes)")
+        venv.create(folder, with_pip=True, clear=True)
         import transformers
 
         # torch first, so that the peer's own looser bound does not choose it, and as here: another release has other
-        # matmuls, or needs another driver of a GPU. transformers as here, so that both read the same activations.
+        # matmuls, or needs another driver of a GPU. transformers as here, so that all read the same activations.
         same_torch = f"torch=={torch.__version__.partition('+')[0]}"
-        for packages in ([same_torch], [PEER, f"transformers=={transformers.__version__}", "numpy"]):
+        for packages in ([same_torch], [PEERS[peer], f"transformers=={transformers.__version__}", "numpy"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         finished.touch()
     return python
@@ -191,7 +188,8 @@ def versions(python: Path | str) -> dict[str, str]:
         "import json, platform\n"
         "from importlib.metadata import PackageNotFoundError, version\n"
         "found = {'python': platform.python_version()}\n"
-        "for name in ('saekit', 'eai-sparsify', 'schedulefree', 'torch', 'triton', 'transformers', 'bitsandbytes'):\n"
+        "for name in ('saekit', 'eai-sparsify', 'dictionary-learning', 'schedulefree', 'torch', 'triton', "
+        "'transformers', 'bitsandbytes'):\n"
         "    try: found[name] = version(name)\n"
         "    except PackageNotFoundError: pass\n"
         "import sys; sys.stdout.write(json.dumps(found))\n"

@@ -1,16 +1,19 @@
-"""Held-out quality of saekit's SAEs beside eai-sparsify's, everything else being equal.
+"""Held-out quality: saekit with its defaults beside the peers with theirs and with sweeps, everything else being equal.
 
-    python benchmarks/quality.py                       both models, all settings
-    python benchmarks/quality.py --quick               a few tokens, to see that it works
+    python benchmarks/quality.py                            both models, 1M tokens, all recipes, one seed
+    python benchmarks/quality.py --tokens 1M --tokens 10M --seed 0 --seed 1
+    python benchmarks/quality.py --only saekit --again      what was changed, against what is known of the peers
+    python benchmarks/quality.py --quick                    few tokens, to see that it works
 
-What is compared, and what came out, is in docs/quality.md.
+The results are written after every run, and a run that is in the file already is not made again: whoever stops the
+script loses one run. What is compared, and what came out, is in docs/quality.md.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import statistics
 import tempfile
 from dataclasses import replace
 from datetime import date
@@ -24,97 +27,129 @@ from rich.table import Table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and text are on this machine already
 
-from common import HERE, hardware, peer_python, versions
-from quality_bench import OURS, THEIRS, Bench, prepare, subjects
+from common import HERE, hardware, versions
+from quality_bench import Bench, prepare, python_of, subjects
+from recipes import DICTIONARY_LEARNING, SPARSIFY
 
 QUICK_TOKENS = 20_480
-DEFAULT_GRID = (("adam", "default"), ("adam", "2e-3"), ("signum", "default"))
+FORMAT = 2
 console = Console()
 
 
 def main(
     model: Annotated[Literal["demo", "bert", "both"], typer.Option(help="Language model.")] = "both",
-    tokens: Annotated[int | None, typer.Option(help="Training tokens; 500,000 (demo), 300,000 (bert).")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="To train on, such as 1M; repeatable.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers such as 0,2,5; all by default.")] = None,
     expansion: Annotated[int | None, typer.Option(help="Latents per dimension; 32 (demo), 8 (bert).")] = None,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
-    optimizer: Annotated[list[str] | None, typer.Option(help="adam or signum; repeatable.")] = None,
-    lr: Annotated[list[str] | None, typer.Option(help="A learning rate, or `default`; repeatable.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed of the initial weights; repeatable.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few tokens and one setting: a check of this script.")] = False,
-    peer: Annotated[Path | None, typer.Option("--peer-python", help="A Python that has eai-sparsify.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Recipes whose label starts so; repeatable.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Make runs again that are in the file.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few tokens and latents: a check of this script.")] = False,
+    sparsify_python: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
+    dictionary_learning_python: Annotated[
+        Path | None, typer.Option(help="A Python that has dictionary-learning.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "quality.json",
 ) -> None:
-    """Compare the held-out quality of saekit's and eai-sparsify's SAEs."""
+    """Compare the held-out quality of the SAEs of saekit and its peers."""
     datasets.disable_progress_bars()
-    python = peer_python(peer, console.print)
-    grid = DEFAULT_GRID
-    if quick or optimizer or lr:
-        grid = tuple((name, rate) for name in optimizer or ["adam"] for rate in lr or ["default"])
-    origin = {
-        "date": date.today().isoformat(),
-        "hardware": hardware(),
-        "versions": {OURS: versions(sys.executable), THEIRS: versions(python)},
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="saekit-quality-") as work:
-        benches = []
-        for subject in subjects(model):
-            wanted = replace(
-                subject,
-                tokens=QUICK_TOKENS if quick else tokens or subject.tokens,
-                expansion=expansion or subject.expansion,
-                k=k,
-            )
-            benches.append(prepare(wanted, Path(work) / wanted.name, python))
-        for name, rate in grid:  # the most telling setting first, for every model
-            for number in seed or [0]:
-                for bench in benches:
-                    console.print(table(bench.subject.name, bench.compare(name, rate, number)))
-                    write(out, bench, origin)  # each time, so that nothing is lost if the rest is stopped
-        for bench in benches:
-            report_interop(bench)
-    console.print(f"The numbers are in {out.name}.")
+    given = {SPARSIFY: sparsify_python, DICTIONARY_LEARNING: dictionary_learning_python}
+    pythons = {name: python for name, python in given.items() if python is not None}
+    budgets = [QUICK_TOKENS] if quick else [count(each) for each in tokens or ["1M"]]
+    runs = read(out)
+    for subject in subjects(model):
+        wanted = replace(
+            subject,
+            expansion=2 if quick else expansion or subject.expansion,
+            k=k,
+            layers=tuple(map(int, layers.split(","))) if layers else None,
+        )
+        for budget in budgets:
+            with tempfile.TemporaryDirectory(prefix="saekit-quality-") as work:
+                bench = prepare(wanted, budget, Path(work))
+                for number in seed or [0]:
+                    compare(bench, number, only, again, pythons, runs, out)
+                console.print(table(bench.about(), runs))
 
 
-def write(out: Path, bench: Bench, origin: dict[str, Any]) -> None:
-    """Put what one model's bench has so far into the file, which may hold other models' numbers."""
-    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    done = {"settings": bench.settings(), "runs": bench.runs, "interop": bench.interop}
-    record[bench.subject.name] = {**origin, **done}
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def compare(
+    bench: Bench,
+    seed: int,
+    only: list[str] | None,
+    again: bool,
+    pythons: dict[str, Path],
+    runs: list[dict[str, Any]],
+    out: Path,
+) -> None:
+    """Make the runs that are missing, one after the other; each is written as soon as it is there."""
+    for recipe in bench.recipes():
+        if only and not any(recipe.label.startswith(start) for start in only):
+            continue
+        about = {**bench.about(), "recipe": recipe.label, "settings": recipe.settings, "seed": seed}
+        known = [run for run in runs if about.items() <= run.items()]
+        if known and not again:
+            continue
+        python = python_of(recipe.toolkit, pythons, console.print)
+        found = bench.run(recipe, python, seed)
+        for run in known:
+            runs.remove(run)
+        runs.append(
+            {**about, **found, "date": date.today().isoformat(), "hardware": hardware(), "versions": versions(python)}
+        )
+        write(out, runs)
+        means = summary([runs[-1]])
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in means.items() if value is not None)
+        console.print(f"{recipe.label}, seed {seed}: {shown} ({found['seconds']:.0f} s)", soft_wrap=True)
 
 
-def table(name: str, run: dict[str, Any]) -> Table:
-    """One run's layers, both toolkits side by side."""
-    title = f"{name}: {run['optimizer']}, learning rate {run['lr']:.2g}, seed {run['seed']} (held-out tokens)"
-    caption = ", ".join(f"{toolkit} {seconds:.0f} s" for toolkit, seconds in run["seconds"].items())
-    shown = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    shown.add_column("layer")
-    for column in (
-        "FVU\nsaekit",
-        "FVU\nsparsify",
-        "\nratio",
-        "dead %\nsaekit",
-        "dead %\nsparsify",
-        "L0\nsaekit",
-        "L0\nsparsify",
-    ):
+def read(file: Path) -> list[dict[str, Any]]:
+    """The runs so far."""
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return record["runs"] if record.get("format") == FORMAT else []
+
+
+def write(file: Path, runs: list[dict[str, Any]]) -> None:
+    """All runs, in one go, so that a stop leaves the file whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over layers and runs."""
+    layers = [layer for run in runs for layer in run["layers"].values()]
+    found: dict[str, float | None] = {}
+    for name in ("fvu", "dead", "ce_recovered", "kl"):
+        values = [layer[name] for layer in layers if layer[name] is not None]
+        found[name] = statistics.fmean(values) if values else None
+    return found
+
+
+def table(about: dict[str, Any], runs: list[dict[str, Any]]) -> Table:
+    """All recipes on one model and budget: means over layers and seeds, and the spread of FVU between seeds."""
+    title = f"{about['model']}, {about['tokens']:,} tokens, {about['num_latents']:,} latents, k {about['k']}"
+    shown = Table("recipe", title=title, title_justify="left")
+    for column in ("seeds", "FVU", "± seeds", "worst layer", "dead %", "CE recovered", "KL"):
         shown.add_column(column, justify="right")
-    for layer, by_run in enumerate(run["layers"].values()):
-        a, b = by_run[OURS], by_run[THEIRS]
-        numbers = [f"{a['fvu']:.4f}", f"{b['fvu']:.4f}", f"{a['fvu'] / b['fvu']:.4f}"]
-        shares = [f"{100 * a['dead']:.2f}", f"{100 * b['dead']:.2f}", f"{a['l0']:.2f}", f"{b['l0']:.2f}"]
-        shown.add_row(str(layer), *numbers, *shares)
+    here = [run for run in runs if about.items() <= run.items()]
+    for label in dict.fromkeys(run["recipe"] for run in here):
+        own = [run for run in here if run["recipe"] == label]
+        mean = summary(own)
+        each = [summary([run])["fvu"] for run in own]
+        worst = max(layer["fvu"] for run in own for layer in run["layers"].values())
+        spread = f"{(max(each) - min(each)) / 2:.4f}" if len(own) > 1 else ""
+        answers = ["" if mean[name] is None else f"{mean[name]:.4f}" for name in ("ce_recovered", "kl")]
+        row = (label, str(len(own)), f"{mean['fvu']:.4f}", spread, f"{worst:.4f}", f"{100 * mean['dead']:.2f}")
+        shown.add_row(*row, *answers)
     return shown
 
 
-def report_interop(bench: Bench) -> None:
-    """Say how far the two toolkits' reconstructions with the same files are apart."""
-    for whose, by_hook in bench.interop.items():
-        worst = max(by_hook.values())
-        console.print(
-            f"{bench.subject.name}: {whose}, read by both: at most {worst:.1e} of the RMS apart", soft_wrap=True
-        )
+def count(text: str) -> int:
+    """`10M` → 10,000,000."""
+    units = {"k": 1000, "M": 10**6}
+    return int(float(text[:-1]) * units[text[-1]]) if text[-1] in units else int(text)
 
 
 if __name__ == "__main__":

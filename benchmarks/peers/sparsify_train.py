@@ -20,11 +20,6 @@ def main() -> None:
     cfg = TrainConfig(
         SparseCoderConfig(num_latents=job["num_latents"], k=job["k"]),
         batch_size=job["batch_size"],
-        optimizer=job["optimizer"],
-        lr=job["lr"],
-        lr_warmup_steps=job["warmup"],
-        auxk_alpha=job["auxk_alpha"],
-        dead_feature_threshold=job["dead_feature_threshold"],
         exclude_tokens=job["exclude_tokens"],
         hookpoints=job["hookpoints"],
         init_seeds=[job["seed"]],
@@ -32,6 +27,7 @@ def main() -> None:
         log_to_wandb=False,
         save_dir=str(out.parent),
         run_name=out.name,
+        **job["settings"],
     )
     trainer = Trainer(cfg, load_from_disk(job["data"]).with_format("torch"), model)
     if trainer.cfg.hookpoints != job["hookpoints"]:

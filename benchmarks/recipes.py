@@ -1,0 +1,54 @@
+"""Who takes part in the comparison of quality, and with which settings: defaults, and sweeps for the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+SAEKIT, SPARSIFY, DICTIONARY_LEARNING = "saekit", "sparsify", "dictionary-learning"
+ADAM_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
+SIGNUM_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+UNIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train, but for the model, the data, k, the number of latents and the seed."""
+
+    toolkit: str
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """By the toolkit's own names; what is not here stays at its default."""
+
+    @property
+    def label(self) -> str:
+        """In tables and in the file of results."""
+        return f"{self.toolkit} {self.name}"
+
+
+def recipes(steps: int) -> Iterator[Recipe]:
+    """All of them, the most telling first.
+
+    The peers' warm-up is 1000 steps by default, longer than a short run: a sweep gives them a tenth of the run, as
+    whoever tunes would. A sweep of dictionary-learning scales its inputs and lets the rate fall over the last fifth,
+    as its own example does.
+
+    Args:
+        steps: Optimiser steps of a run.
+    """
+    warmup = max(1, steps // 10)
+    yield Recipe(SAEKIT, "defaults")
+    for rate in ADAM_RATES:
+        yield Recipe(SPARSIFY, f"adam {rate:g}", {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup})
+    for rate in SIGNUM_RATES:
+        yield Recipe(SPARSIFY, f"signum {rate:g}", {"optimizer": "signum", "lr": rate})
+    for rate in UNIT_RATES:
+        falling = {"warmup_steps": warmup, "decay_start": max(warmup + 1, int(0.8 * steps))}
+        yield Recipe(DICTIONARY_LEARNING, f"{rate:g}", {"lr": rate, "normalize_activations": True, **falling})
+    yield Recipe(SPARSIFY, "defaults")
+    yield Recipe(SPARSIFY, "adam", {"optimizer": "adam"})
+    yield Recipe(DICTIONARY_LEARNING, "defaults")
+    # The recipe of Gao et al. as sparsify has it, given to saekit: the two should agree with `sparsify adam 0.002`.
+    same = {"optimizer": "adam", "lr": 2e-3, "lr_warmup_steps": warmup, "auxk_alpha": 0.0}
+    yield Recipe(SAEKIT, "as sparsify adam 0.002", same)
