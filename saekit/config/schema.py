@@ -88,6 +88,12 @@ class TrainConfig:
         unit="optimiser steps",
         ge=0,
     )
+    scale_biases: bool = option(
+        True,
+        "Multiply the biases' learning rate by the layer's root mean square, so that one rate suits activations of any "
+        "size.",
+        panel=OPTIMIZER,
+    )
 
     max_bad_steps: int = option(
         10,
@@ -101,8 +107,19 @@ class TrainConfig:
     auxk_alpha: float = option(
         1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0
     )
-    dead_feature_threshold: int = option(
-        10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
+    auxk_relative_to: Literal["residual", "variance"] = option(
+        "residual",
+        "What the AuxK loss is divided by: the mean squared error of the step before, so that it keeps its weight as "
+        "the SAEs get better, or the layer's variance, as the main loss is.",
+        panel=DEAD,
+    )
+    dead_feature_threshold: int | None = option(
+        None,
+        "A latent is dead when it fired for none of so many last tokens. 10,000,000, or a twentieth of the run if that "
+        "is less.",
+        panel=DEAD,
+        unit="tokens",
+        ge=1,
     )
 
     kernels: Literal["auto", "eager", "cpu", "triton"] = option(

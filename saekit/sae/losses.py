@@ -25,14 +25,22 @@ class Losses(NamedTuple):
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
-    """`Σ_t ‖e_t − ê_t‖² / (N σ²) · min(1, dead / k_aux)` with the detached residual `e = x − x̂`."""
+    """`Σ_t ‖e_t − ê_t‖² / (N v) · min(1, dead / k_aux)` with the detached residual `e = x − x̂`; v see `sae_losses`."""
     multi_topk: Tensor | None
     """As `mse`, for the reconstruction from 4k latents."""
     nested: Tensor | None = None
     """The sum of as many terms like `mse` as there are smaller prefixes of a Matryoshka."""
 
 
-def sae_losses(x_ND: Tensor, out: SaeOutput, *, scale: float, auxk_alpha: float, num_dead: int) -> Losses:
+def sae_losses(
+    x_ND: Tensor,
+    out: SaeOutput,
+    *,
+    scale: float,
+    auxk_alpha: float,
+    num_dead: int,
+    auxk_scale: float | Tensor | None = None,
+) -> Losses:
     """The loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
 
     Of a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, section 3) the reconstruction from each prefix of the
@@ -45,6 +53,8 @@ def sae_losses(x_ND: Tensor, out: SaeOutput, *, scale: float, auxk_alpha: float,
             variance (trace of the covariance) from calibration.
         auxk_alpha: Weight of the AuxK term.
         num_dead: Latents that were dead when the step began.
+        auxk_scale: `1 / (N v)`, by which AuxK's loss is multiplied: v is σ², as by default, or what is left of it to
+            explain.
 
     Returns:
         The terms; those that are off are None.
@@ -57,7 +67,9 @@ def sae_losses(x_ND: Tensor, out: SaeOutput, *, scale: float, auxk_alpha: float,
     if out.aux_recon is not None:
         k_aux = x_ND.shape[-1] // 2
         # Few dead latents cannot explain much of the residual: their loss counts less.
-        auxk = (error_ND.detach() - out.aux_recon).square().sum() * (scale * min(1.0, num_dead / k_aux))
+        auxk = (error_ND.detach() - out.aux_recon).square().sum() * (
+            (scale if auxk_scale is None else auxk_scale) * min(1.0, num_dead / k_aux)
+        )
         total = total + auxk_alpha * auxk
 
     multi_topk = None

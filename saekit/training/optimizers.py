@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,31 +37,52 @@ def decays(cfg: TrainConfig) -> bool:
     return cfg.optimizer != "signum"
 
 
-def make_optimizer(cfg: TrainConfig, sae: Sae) -> TorchOptimizer:
+def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> TorchOptimizer:
     """The configured optimiser for one SAE.
+
+    Args:
+        cfg: How to train.
+        sae: The SAE.
+        input_scale: By which the biases' learning rate is multiplied: see `bias_scale`.
 
     Raises:
         UserError: If the optimiser's library is missing or too old.
     """
     lr = base_lr(cfg, sae.num_latents)
-    everything = list(sae.parameters())
+    matrices = [parameter for parameter in sae.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in sae.parameters() if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "lr": lr * input_scale}]
     if cfg.optimizer == "adam":
         unit_rows = [sae.W_dec] if sae.normalize_decoder else []
         dtype = torch.bfloat16 if cfg.moments_dtype == "bf16" else torch.float32
-        adam = SaeAdam(everything, lr=lr, kernels=sae.kernels, unit_rows=unit_rows, moments_dtype=dtype)
+        adam = SaeAdam(groups, lr=lr, kernels=sae.kernels, unit_rows=unit_rows, moments_dtype=dtype)
         return TorchOptimizer(sae, [adam])
     if cfg.optimizer == "adam8bit":
-        return TorchOptimizer(sae, [_adam_8bit(everything, lr)])
+        return TorchOptimizer(sae, [_adam_8bit(groups, lr)])
     if cfg.optimizer == "signum":
-        return TorchOptimizer(sae, [ScheduleFreeSignum(everything, lr=lr)])
+        return TorchOptimizer(sae, [ScheduleFreeSignum(groups, lr=lr)])
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
-    matrices = [parameter for parameter in everything if parameter.ndim == 2]
-    vectors = [parameter for parameter in everything if parameter.ndim < 2]
     # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
     # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalised.
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return TorchOptimizer(sae, [muon, torch.optim.Adam(vectors, lr=lr, fused=True)])
+    return TorchOptimizer(sae, [muon, torch.optim.Adam(vectors, lr=lr * input_scale, fused=True)])
+
+
+def bias_scale(cfg: TrainConfig, variance: float, d_in: int) -> float:
+    """By what the biases' learning rate is multiplied: the root mean square of a layer's centred activations, or 1.
+
+    Biases have the unit of the activations, and Adam's steps have no unit: with one rate for all, the biases of a layer
+    whose activations are of size 100 hardly move, and those of one of size 0.01 jump about. With this factor, Adam
+    trains the same SAE on `s · x` as on `x`, but for its biases that are `s` times as large: as if the activations had
+    been normalised, and the weights that saekit saves take them as they are.
+
+    Args:
+        cfg: How to train.
+        variance: σ², the total variance of the activations.
+        d_in: D, their width.
+    """
+    return (variance / d_in) ** 0.5 if cfg.scale_biases else 1.0
 
 
 class TorchOptimizer:
@@ -148,7 +170,7 @@ def _plain_number(value: Tensor) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _adam_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def _adam_8bit(parameters: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     try:
         import bitsandbytes
     except ImportError as error:

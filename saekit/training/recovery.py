@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -100,9 +101,12 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return index
 
 
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """A layer's counters, calibration and optimiser state, on the CPU."""
+def read_state(folder: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """A layer's counters, calibration and optimiser state, on the CPU; only those of some names, if they are given."""
     try:
-        return load_file(folder / STATE_FILE)
+        if names is None:
+            return load_file(folder / STATE_FILE)
+        with safe_open(folder / STATE_FILE, "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / STATE_FILE} cannot be read ({error}): use another checkpoint") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
     Momentum is the averaging itself, which is why no decay of the learning rate is needed.
 
     Args:
-        params: Parameters, all of float type.
+        params: Parameters of float type, or groups of them, as torch takes them.
         lr: Learning rate.
         beta: β, how near the mean the gradients are taken.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, beta: float = 0.95) -> None:
+    def __init__(self, params: Any, lr: float, beta: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "beta": beta})
 
     @torch.no_grad()

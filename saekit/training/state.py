@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ class RunState:
     """How many of them were the last ones."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
     counters: dict[str, LayerCounters] = field(default_factory=dict)
+    error: dict[str, Tensor] = field(default_factory=dict)
+    """Mean squared error per token in the last step that counted, over all ranks: float64 scalars on the device. The
+    variance before the first one."""
     evaluated: int = 0
     """The step after which the SAEs were evaluated last; 0 before the first time."""
     best_fvu: float = float("inf")
@@ -135,6 +138,7 @@ def records(
         tensors = {
             **state.counters[name].state(),
             "mean": calibration.mean_D,
+            "error": state.error[name],
             "variance": torch.tensor(calibration.variance, dtype=torch.float64),
             **{f"optim.{key}": value for key, value in optimizer_state.items()},
         }
@@ -142,8 +146,21 @@ def records(
         yield name, LayerRecord(placement.sae(name), weights, tensors, layer_about)
 
 
+def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, Calibration]:
+    """What a checkpoint knows of the first global batch, on the CPU.
+
+    Raises:
+        UserError: If a file is missing or damaged.
+    """
+    found = {}
+    for name in hookpoints:
+        tensors = read_state(checkpoint / name, ("mean", "variance"))
+        found[name] = Calibration(tensors["mean"].clone(), float(tensors["variance"]))
+    return found
+
+
 def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement: Placement) -> None:
-    """Put a run back to where a checkpoint left it; `index` is what `read_index` said of it.
+    """Put a run back to where a checkpoint left it; `index` is what `read_index` said of it, its calibration is read.
 
     Raises:
         UserError: If a file is missing or damaged.
@@ -155,9 +172,10 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():
         tensors = read_state(checkpoint / name)
-        state.calibration[name] = Calibration(
-            tensors["mean"].to(placement.device, copy=True), float(tensors["variance"])
-        )
+        known = state.calibration[name]
+        state.calibration[name] = Calibration(known.mean_D.to(placement.device), known.variance)
         state.counters[name].load_state(tensors)
+        if "error" in tensors:  # older checkpoints do not have it
+            state.error[name].copy_(tensors["error"])
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
         placement.load(name, load_from_disk(checkpoint / name).state_dict(), optimizer)

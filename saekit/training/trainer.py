@@ -27,12 +27,13 @@ from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.faults import leave_out_step, look_for_faults, name_faults
 from saekit.training.forward import Forward
 from saekit.training.interrupt import BY_USER, graceful_interrupt
-from saekit.training.optimizers import make_optimizer
+from saekit.training.optimizers import bias_scale, make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.readback import read_later
 from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
+from saekit.training.scales import Scales, error_per_token, scales_of
 from saekit.training.statistics import LayerWindow, Moments
 from saekit.training.step_stats import read_windows
 
@@ -108,7 +109,7 @@ class SaeTrainer:
             evaluate = Evaluating(self.subject, plan, placement, report, interruption)
             forward = Forward(self.model, read_residual, plan, placement)
             run = self._start(forward)
-            num_dead = {name: int(each.count_dead(cfg.dead_feature_threshold)) for name, each in run.counters.items()}
+            num_dead = {name: int(each.count_dead(plan.dead_threshold)) for name, each in run.counters.items()}
             saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
             clock, tokens_at_report = time.perf_counter(), run.tokens
@@ -120,7 +121,7 @@ class SaeTrainer:
                 step, batches = coming
                 # The loss is a sum over tokens divided by numbers that are fixed here, before any backward pass.
                 tokens = forward.count_tokens(batches)
-                scale = {name: 1 / (max(1, tokens) * run.calibration[name].variance) for name in placement.layers()}
+                scale = {name: scales_of(cfg, run, name, tokens) for name in placement.layers()}
                 dead = self._dead(run, num_dead)
 
                 fresh = self._fresh_windows()
@@ -135,8 +136,9 @@ class SaeTrainer:
                 # next batch is put behind it: a GPU has work while the host reads, and while it asks for the rest.
                 faults = look_for_faults(plan.hookpoints, fresh, placement.collect(), placement)
                 fired = placement.share({name: run.counters[name].fired_now_M for name in fresh})
+                errors = error_per_token(fresh, plan.hookpoints, tokens, placement)
                 after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
-                dead_after = [each.count_dead(cfg.dead_feature_threshold) for each in after.values()]
+                dead_after = [each.count_dead(plan.dead_threshold) for each in after.values()]
                 message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
@@ -152,6 +154,7 @@ class SaeTrainer:
                 else:
                     placement.apply(plan.lr_scale(step))
                     run.counters.update(after)
+                    run.error.update(errors)
                     num_dead.update(zip(after, numbers[faults.numel() :], strict=True))
                     for name, window in windows.items():
                         fresh[name].steps = 1
@@ -183,7 +186,7 @@ class SaeTrainer:
         self,
         name: str,
         chunk_ND: Tensor,
-        scale: float,
+        scale: Scales,
         dead: tuple[Tensor | None, int],
         run: state.RunState,
         window: LayerWindow,
@@ -191,10 +194,11 @@ class SaeTrainer:
         """Forward and backward pass of one layer over a chunk of tokens; what they make is gone when it returns."""
         x_ND = chunk_ND.float()
         out = self.placement.sae(name)(x_ND, dead[0])
-        losses = sae_losses(x_ND, out, scale=scale, auxk_alpha=self.cfg.auxk_alpha, num_dead=dead[1])
+        alpha = self.cfg.auxk_alpha
+        losses = sae_losses(x_ND, out, scale=scale.main, auxk_alpha=alpha, num_dead=dead[1], auxk_scale=scale.auxk)
         self.placement.backward(name, losses.total)
         run.counters[name].observe(out.acts, out.indices)
-        window.observe(x_ND, out, losses, scale, run.calibration[name].mean_D)
+        window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D)
 
     def _start(self, forward: Forward) -> state.RunState:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""
@@ -204,6 +208,9 @@ class SaeTrainer:
         if found is None:
             self.report.status("Calibrating on the first batch")
             run.calibration = self._calibrate(forward)
+        else:
+            run.calibration = state.read_calibration(found.folder, plan.hookpoints)
+        scales: dict[Sae, float] = {}
 
         def make_sae(hookpoint: str) -> Sae:
             sae = state.new_sae(plan, hookpoint)
@@ -211,11 +218,15 @@ class SaeTrainer:
                 sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
             if found is None and cfg.finetune is not None:
                 state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
+            scales[sae] = bias_scale(cfg, run.calibration[hookpoint].variance, plan.d_in)
             return sae
 
-        placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae))
+        # What a placement makes later, to put a sharded layer together, takes no step: its rate does not matter.
+        placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae, scales.get(sae, 1.0)))
         for name in placement.layers():
             run.counters[name] = LayerCounters.fresh(plan.num_latents, placement.device)
+            variance = run.calibration[name].variance
+            run.error[name] = torch.tensor(variance, dtype=torch.float64, device=placement.device)
         if found is not None:
             state.restore(found.folder, found.index, run, placement)
 
@@ -264,7 +275,7 @@ class SaeTrainer:
         """The dead latents of each layer of this rank, for AuxK; nothing where it is off."""
         if self.cfg.auxk_alpha == 0:
             return {}
-        threshold = self.cfg.dead_feature_threshold
+        threshold = self.plan.dead_threshold
         return {name: counters.dead(threshold, num_dead[name]) for name, counters in run.counters.items()}
 
     def _last_words(self, message: str) -> None:
