@@ -34,6 +34,11 @@ class TrainConfig:
         None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
     )
     layer_stride: int = option(1, "Train on every so-manieth layer.", panel=SAE, unit="layers", ge=1)
+    init: Literal["data", "random"] = option(
+        "data",
+        "Where latents begin: near activations of the first batch, or anywhere.",
+        panel=SAE,
+    )
     init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
     finetune: Path | None = option(
         None, "Start from the SAEs in this run, checkpoint or folder instead of random ones.", panel=SAE

@@ -34,6 +34,7 @@ from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.scales import Scales, error_per_token, scales_of
+from saekit.training.start import Sample, start_from_data_
 from saekit.training.statistics import LayerWindow, Moments
 from saekit.training.step_stats import read_windows
 
@@ -205,9 +206,10 @@ class SaeTrainer:
         cfg, plan, placement = self.cfg, self.plan, self.placement
         run = state.RunState()
         found = self._find_checkpoint()
+        sample: dict[str, Tensor] = {}
         if found is None:
             self.report.status("Calibrating on the first batch")
-            run.calibration = self._calibrate(forward)
+            run.calibration, sample = self._calibrate(forward)
         else:
             run.calibration = state.read_calibration(found.folder, plan.hookpoints)
         scales: dict[Sae, float] = {}
@@ -216,6 +218,8 @@ class SaeTrainer:
             sae = state.new_sae(plan, hookpoint)
             if found is None:
                 sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
+            if found is None and cfg.init == "data":
+                start_from_data_(sae, sample.pop(hookpoint), state.seed_of(plan, hookpoint))
             if found is None and cfg.finetune is not None:
                 state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
             scales[sae] = bias_scale(cfg, run.calibration[hookpoint].variance, plan.d_in)
@@ -254,17 +258,22 @@ class SaeTrainer:
             write_at_once(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False))
             self.report.start(plan.info(placement, self.model.dtype, step))
 
-    def _calibrate(self, forward: Forward) -> dict[str, state.Calibration]:
-        """Mean and variance of every layer over the first global batch."""
+    def _calibrate(self, forward: Forward) -> tuple[dict[str, state.Calibration], dict[str, Tensor]]:
+        """Mean and variance of every layer over the first global batch, and some of its activations. Collective."""
         placement = self.placement
         moments = {name: Moments.zero(self.plan.d_in, placement.device) for name in self.plan.hookpoints}
         batches = self._batches(0)
         if forward.count_tokens(batches) == 0:
             raise UserError("--exclude-tokens leaves no token of the first batch to train on")
-        for input_ids in batches:
+        kept = [int(self.plan.kept(input_ids).sum()) for input_ids in batches]
+        sample = Sample(kept, self.plan.num_latents, self.cfg.init_seed, placement)
+        for micro, input_ids in enumerate(batches):
             for name, x_ND in forward(input_ids).items():
                 moments[name].add(x_ND)
-        return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}
+                if self.cfg.init == "data":
+                    sample.add(micro, name, x_ND)
+        sample.complete()
+        return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}, sample.rows
 
     def _batches(self, step: int) -> list[Tensor]:
         """This rank's micro-batches of an optimiser step."""

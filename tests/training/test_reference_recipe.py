@@ -1,0 +1,73 @@
+"""The recipe of Gao et al. 2024, given explicitly, written out once more in plain torch."""
+
+import torch
+import torch.nn.functional as F
+
+from saekit import Sae
+from saekit.activations import tap
+from tests.training.conftest import CTX_LEN
+
+LR, WARMUP, ALPHA, THRESHOLD, STEPS = 3e-3, 2, 1 / 32, 150, 6
+RECIPE = {
+    "optimizer": "adam",
+    "lr": LR,
+    "lr_warmup_steps": WARMUP,
+    "auxk_alpha": ALPHA,
+    "dead_feature_threshold": THRESHOLD,
+    "init": "random",
+    "scale_biases": False,
+    "auxk_relative_to": "variance",
+    "shuffle": False,
+    "kernels": "eager",
+}
+
+
+def reference(activations, sae, k):
+    """Trains one SAE on a list of `[N, D]`, in float64, with torch's Adam, and returns its parameters by name."""
+    W_enc, b_enc, W_dec, b_dec = (p.detach().double().requires_grad_() for p in sae.parameters())
+    first = activations[0].double()
+    b_dec.data = first.mean(0)
+    variance = (first - first.mean(0)).square().sum(1).mean()
+    adam = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=LR, betas=(0.9, 0.999), eps=1e-8)
+    slept = torch.zeros(len(W_enc), dtype=torch.int64)
+    revived = 0
+    for step, x in enumerate(each.double() for each in activations):
+        rising, falling = (step + 1) / (WARMUP + 1), (len(activations) - step) / (len(activations) - WARMUP)
+        adam.param_groups[0]["lr"] = LR * (rising if step < WARMUP else falling)
+        scores = F.relu((x - b_dec) @ W_enc.T + b_enc)
+        acts, latents = scores.topk(k)
+        error = x - torch.einsum("nk,nkd->nd", acts, W_dec[latents]) - b_dec
+        loss = error.square().sum() / (len(x) * variance)
+        dead = (slept >= THRESHOLD).nonzero().squeeze(1)
+        if len(dead):
+            revived += 1
+            k_aux = x.shape[1] // 2
+            aux_acts, aux = scores[:, dead].topk(min(k_aux, len(dead)))
+            predicted = torch.einsum("nk,nkd->nd", aux_acts, W_dec[dead][aux])
+            auxk = (error.detach() - predicted).square().sum() / (len(x) * variance)
+            loss = loss + ALPHA * min(1, len(dead) / k_aux) * auxk
+        adam.zero_grad()
+        loss.backward()
+        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.detach()
+        adam.step()
+        W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
+        fired = torch.zeros_like(slept).scatter_add_(0, latents.flatten(), (acts > 0).flatten().long()) > 0
+        slept = (slept + len(x)).masked_fill(fired, 0)
+    assert revived, "else AuxK would not be tested"
+    return dict(zip(dict(sae.named_parameters()), (W_enc, b_enc, W_dec, b_dec), strict=True))
+
+
+def test_reference_recipe(make_trainer, tiny_llama, tokens):
+    data = tokens.select(range(8 * STEPS))
+    trainer = make_trainer(data=data, **RECIPE)
+    found = Sae.load_many(trainer.fit())
+    hookpoint, excluded = trainer.plan.hookpoints[1], torch.tensor([0, 1])
+    activations = []
+    with torch.inference_mode(), tap(tiny_llama, [hookpoint]) as read:
+        for batch in data.with_format("torch").iter(8):
+            assert batch["input_ids"].shape[1] == CTX_LEN
+            kept = ~torch.isin(batch["input_ids"], excluded)
+            activations.append(read(batch["input_ids"])[hookpoint][kept].clone())
+    fresh = Sae(16, 64, 4, generator=torch.Generator().manual_seed(1))  # layer 1 of seed 0
+    for name, expected in reference(activations, fresh, 4).items():
+        torch.testing.assert_close(found[hookpoint].get_parameter(name).double(), expected, rtol=1e-3, atol=1e-4)
