@@ -48,7 +48,8 @@ def recipes(steps: int) -> Iterator[Recipe]:
         yield Recipe(DICTIONARY_LEARNING, f"{rate:g}", {"lr": rate, "normalize_activations": True, **falling})
     yield Recipe(SPARSIFY, "defaults")
     yield Recipe(SPARSIFY, "adam", {"optimizer": "adam"})
-    yield Recipe(DICTIONARY_LEARNING, "defaults")
+    # It refuses a warm-up that is longer than the run.
+    yield Recipe(DICTIONARY_LEARNING, "defaults", {"warmup_steps": min(1000, steps - 1)})
     # The recipe of Gao et al. as sparsify has it, given to saekit: the two should agree with `sparsify adam 0.002`.
     same = {"optimizer": "adam", "lr": 2e-3, "lr_warmup_steps": warmup, "auxk_alpha": 0.0}
     yield Recipe(SAEKIT, "as sparsify adam 0.002", same)
