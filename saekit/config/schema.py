@@ -93,6 +93,10 @@ class TrainConfig:
         unit="optimiser steps",
         ge=0,
     )
+    decoder_lr_ratio: float = option(2.0, "The decoder's learning rate over the others'.", panel=OPTIMIZER, gt=0)
+    beta2: float = option(
+        0.95, "Decay per step of Adam's second moment (adam, adam8bit, muon's biases).", panel=OPTIMIZER, gt=0, lt=1
+    )
     scale_biases: bool = option(
         True,
         "Multiply the biases' learning rate by the layer's root mean square, so that one rate suits activations of any "

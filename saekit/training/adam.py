@@ -10,7 +10,7 @@ from torch import nn
 
 from saekit.sae.kernels import Kernels
 
-BETAS = (0.9, 0.999)
+BETA1 = 0.9
 EPS = 1e-8
 
 
@@ -20,6 +20,7 @@ class SaeAdam(torch.optim.Optimizer):
     Args:
         params: What to train.
         lr: Learning rate.
+        betas: Decay per step of the first and the second moment.
         kernels: Whose `adam_` does the work.
         unit_rows: Those of the parameters that are matrices with rows of norm 1: their gradients are projected before
             the step, and their rows scaled to norm 1 after it.
@@ -31,11 +32,12 @@ class SaeAdam(torch.optim.Optimizer):
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
+        betas: tuple[float, float],
         kernels: Kernels,
         unit_rows: Collection[nn.Parameter] = (),
         moments_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": BETAS, "eps": EPS})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": EPS})
         self.kernels = kernels
         self.moments_dtype = moments_dtype
         self._unit_rows = {id(parameter) for parameter in unit_rows}

@@ -12,7 +12,7 @@ from saekit.config import TrainConfig
 from saekit.errors import UserError
 from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 from saekit.sae.model import unit_rows
-from saekit.training.adam import SaeAdam
+from saekit.training.adam import BETA1, SaeAdam
 from saekit.training.signum import ScheduleFreeSignum
 
 REFERENCE_LATENTS = 2**14
@@ -49,24 +49,28 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
         UserError: If the optimiser's library is missing or too old.
     """
     lr = base_lr(cfg, sae.num_latents)
-    matrices = [parameter for parameter in sae.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in sae.parameters() if parameter.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "lr": lr * input_scale}]
+    betas = (BETA1, cfg.beta2)
+    groups: list[dict[str, Any]] = [
+        {"params": [sae.W_enc]},
+        {"params": [sae.W_dec], "lr": lr * cfg.decoder_lr_ratio},
+        {"params": vectors, "lr": lr * input_scale},
+    ]
     if cfg.optimizer == "adam":
         unit_rows = [sae.W_dec] if sae.normalize_decoder else []
         dtype = torch.bfloat16 if cfg.moments_dtype == "bf16" else torch.float32
-        adam = SaeAdam(groups, lr=lr, kernels=sae.kernels, unit_rows=unit_rows, moments_dtype=dtype)
+        adam = SaeAdam(groups, lr=lr, betas=betas, kernels=sae.kernels, unit_rows=unit_rows, moments_dtype=dtype)
         return TorchOptimizer(sae, [adam])
     if cfg.optimizer == "adam8bit":
-        return TorchOptimizer(sae, [_adam_8bit(groups, lr)])
+        return TorchOptimizer(sae, [_adam_8bit(groups, lr, betas)])
     if cfg.optimizer == "signum":
         return TorchOptimizer(sae, [ScheduleFreeSignum(groups, lr=lr)])
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
     # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
     # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalised.
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return TorchOptimizer(sae, [muon, torch.optim.Adam(vectors, lr=lr * input_scale, fused=True)])
+    muon = torch.optim.Muon(groups[:2], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return TorchOptimizer(sae, [muon, torch.optim.Adam(vectors, lr=lr * input_scale, betas=betas, fused=True)])
 
 
 def bias_scale(cfg: TrainConfig, variance: float, d_in: int) -> float:
@@ -170,11 +174,11 @@ def _plain_number(value: Tensor) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _adam_8bit(parameters: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+def _adam_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError(
             f"--optimizer adam8bit needs bitsandbytes, which cannot be imported here ({error}): use --optimizer adam"
         ) from error
-    return bitsandbytes.optim.Adam8bit(parameters, lr=lr)
+    return bitsandbytes.optim.Adam8bit(groups, lr=lr, betas=betas)

@@ -7,7 +7,7 @@ from saekit import Sae, TrainConfig
 from saekit.sae import normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels import eager, torch_ops
 from saekit.sae.kernels.eager import row_norms
-from saekit.training.optimizers import base_lr, make_optimizer
+from saekit.training.optimizers import base_lr, bias_scale, make_optimizer
 from saekit.training.signum import ScheduleFreeSignum
 
 OPTIMIZERS = ["adam", "signum", pytest.param("adam8bit", marks=pytest.mark.filterwarnings("default")), "muon"]
@@ -36,7 +36,7 @@ def test_default_rates(name, expected):
 
 def test_adam_is_adam():
     sae, twin = make_sae(), make_sae()
-    optimizer = make_optimizer(TrainConfig(lr=0.01), sae)
+    optimizer = make_optimizer(TrainConfig(lr=0.01, decoder_lr_ratio=1, beta2=0.999), sae)
     plain = torch.optim.Adam(twin.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(1)
     for scale in (0.5, 1.0, 0.25):
@@ -200,3 +200,22 @@ def test_signum_exports_the_average_with_unit_rows():
     trained = copy.deepcopy(sae.W_enc.detach())
     assert not torch.equal(exported["W_enc"], trained)
     assert torch.equal(optimizer.state()["W_enc.trained"], trained)
+
+
+@pytest.mark.parametrize("name", ["adam", "signum", "adam8bit", "muon"])
+def test_rates_of_the_decoder_and_the_biases(name):
+    """Their first step is theirs in size, whatever the gradient's."""
+    sae = Sae(8, 32, 4, normalize_decoder=False, generator=torch.Generator().manual_seed(0))
+    before = {key: value.detach().clone() for key, value in sae.named_parameters()}
+    optimizer = make_optimizer(TrainConfig(optimizer=name, lr=1e-3, decoder_lr_ratio=3, beta2=0.9), sae, 50.0)
+    step_some(sae, optimizer, 1, seed=3)
+    moved = {key: float((value.detach() - before[key]).abs().mean()) for key, value in sae.named_parameters()}
+    assert moved["W_dec"] == pytest.approx(3 * moved["W_enc"], rel=0.1)
+    assert moved["b_enc"] == pytest.approx(0.05, rel=0.1 if name != "signum" else 0.2)
+    assert moved["b_dec"] == pytest.approx(moved["b_enc"], rel=0.01)
+
+
+def test_biases_learn_in_the_activations_unit():
+    plain, scaled = TrainConfig(scale_biases=False), TrainConfig()
+    assert bias_scale(plain, 4e6, 100) == 1
+    assert bias_scale(scaled, 4e6, 100) == pytest.approx(200)

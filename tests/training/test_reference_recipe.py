@@ -16,6 +16,8 @@ RECIPE = {
     "dead_feature_threshold": THRESHOLD,
     "init": "random",
     "scale_biases": False,
+    "decoder_lr_ratio": 1.0,
+    "beta2": 0.999,
     "auxk_relative_to": "variance",
     "shuffle": False,
     "kernels": "eager",
