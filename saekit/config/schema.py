@@ -34,9 +34,9 @@ class TrainConfig:
         None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
     )
     layer_stride: int = option(1, "Train on every so-manieth layer.", panel=SAE, unit="layers", ge=1)
-    init: Literal["data", "random"] = option(
-        "data",
-        "Where latents begin: near activations of the first batch, or anywhere.",
+    init: Literal["random", "data"] = option(
+        "random",
+        "Where latents begin: anywhere, or near activations of the first batch.",
         panel=SAE,
     )
     init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
@@ -93,12 +93,12 @@ class TrainConfig:
         unit="optimiser steps",
         ge=0,
     )
-    decoder_lr_ratio: float = option(2.0, "The decoder's learning rate over the others'.", panel=OPTIMIZER, gt=0)
+    decoder_lr_ratio: float = option(1.0, "The decoder's learning rate over the others'.", panel=OPTIMIZER, gt=0)
     beta2: float = option(
-        0.95, "Decay per step of Adam's second moment (adam, adam8bit, muon's biases).", panel=OPTIMIZER, gt=0, lt=1
+        0.999, "Decay per step of Adam's second moment (adam, adam8bit, muon's biases).", panel=OPTIMIZER, gt=0, lt=1
     )
     scale_biases: bool = option(
-        True,
+        False,
         "Multiply the biases' learning rate by the layer's root mean square, so that one rate suits activations of any "
         "size.",
         panel=OPTIMIZER,
@@ -116,19 +116,14 @@ class TrainConfig:
     auxk_alpha: float = option(
         1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0
     )
-    auxk_relative_to: Literal["residual", "variance"] = option(
-        "residual",
-        "What the AuxK loss is divided by: the mean squared error of the step before, so that it keeps its weight as "
-        "the SAEs get better, or the layer's variance, as the main loss is.",
+    auxk_relative_to: Literal["variance", "residual"] = option(
+        "variance",
+        "What the AuxK loss is divided by: the layer's variance, as the main loss is, or the mean squared error of the "
+        "step before, so that it keeps its weight as the SAEs get better.",
         panel=DEAD,
     )
-    dead_feature_threshold: int | None = option(
-        None,
-        "A latent is dead when it fired for none of so many last tokens. 10,000,000, or a twentieth of the run if that "
-        "is less.",
-        panel=DEAD,
-        unit="tokens",
-        ge=1,
+    dead_feature_threshold: int = option(
+        10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
     )
 
     kernels: Literal["auto", "eager", "cpu", "triton"] = option(

@@ -21,7 +21,7 @@ from saekit.report import RunInfo
 from saekit.sae.kernels import SELECT_DTYPES, Kernels, choose_kernels
 from saekit.training.optimizers import base_lr, decays
 from saekit.training.run_folder import run_folder
-from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
+from saekit.training.schedule import lr_scale, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,11 +68,6 @@ class RunPlan:
         """The learning rate that warm-up rises to."""
         return base_lr(self.cfg, self.num_latents)
 
-    @cached_property
-    def dead_threshold(self) -> int:
-        """Tokens after which a latent that has not fired is dead."""
-        return dead_threshold(self.cfg.dead_feature_threshold, self.batches.num_sequences * self.ctx_len)
-
     def lr_scale(self, step: int) -> float:
         """Factor on `base_lr` in optimiser step `step`, which counts from 0."""
         return lr_scale(step, warmup=self.warmup, total_steps=self.total_steps, decay=decays(self.cfg))
@@ -97,7 +92,6 @@ class RunPlan:
         return {
             "lr": self.base_lr,
             "lr_warmup_steps": self.warmup,
-            "dead_feature_threshold": self.dead_threshold,
             "num_latents": self.num_latents,
             "d_in": self.d_in,
             "global_batch": self.batches.global_batch,
@@ -134,7 +128,7 @@ class RunPlan:
             "model": self.model_name,
             "dataset": self.dataset_name,
             "ctx_len": self.ctx_len,
-            "dead_feature_threshold": self.dead_threshold,
+            "dead_feature_threshold": self.cfg.dead_feature_threshold,
         }
 
     def info(self, placement: Placement, dtype: torch.dtype, start_step: int) -> RunInfo:

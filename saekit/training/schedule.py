@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 DEFAULT_WARMUP_STEPS = 1000
-DEFAULT_DEAD_THRESHOLD = 10_000_000
-"""In tokens (Gao et al. 2024, appendix A.2)."""
-DEAD_SHARE = 20
-"""A latent that slept through one in so many parts of a run is dead; it has the rest to be revived."""
 
 
 def warmup_steps(asked: int | None, total_steps: int) -> int:
@@ -25,8 +21,3 @@ def lr_scale(step: int, *, warmup: int, total_steps: int, decay: bool) -> float:
     if not decay:
         return 1.0
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
-
-
-def dead_threshold(asked: int | None, total_tokens: int) -> int:
-    """Tokens after which a latent is dead: what was asked for, or 10M or a twentieth of the run if that is less."""
-    return asked or max(1, min(DEFAULT_DEAD_THRESHOLD, total_tokens // DEAD_SHARE))

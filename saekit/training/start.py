@@ -52,10 +52,11 @@ class Sample:
         rows_RD = self.rows.setdefault(name, torch.zeros(len(self._numbers), x_ND.shape[1]))
         rows_RD[here_R] = x_ND[(self._numbers[here_R] - start).to(x_ND.device)].float().cpu()
 
-    def complete(self) -> None:
-        """Put together what the ranks have taken. Collective."""
+    def complete(self) -> dict[str, Tensor]:
+        """Put together what the ranks have taken: by hookpoint `[R, D]`, float32, on the CPU. Collective."""
         for name, rows_RD in self.rows.items():  # one layer at a time
             self.rows[name] = self._placement.sum(rows_RD.to(self._placement.device)).cpu()
+        return self.rows
 
 
 @torch.no_grad()

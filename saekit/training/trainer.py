@@ -110,7 +110,7 @@ class SaeTrainer:
             evaluate = Evaluating(self.subject, plan, placement, report, interruption)
             forward = Forward(self.model, read_residual, plan, placement)
             run = self._start(forward)
-            num_dead = {name: int(each.count_dead(plan.dead_threshold)) for name, each in run.counters.items()}
+            num_dead = {name: int(each.count_dead(cfg.dead_feature_threshold)) for name, each in run.counters.items()}
             saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
             clock, tokens_at_report = time.perf_counter(), run.tokens
@@ -137,9 +137,10 @@ class SaeTrainer:
                 # next batch is put behind it: a GPU has work while the host reads, and while it asks for the rest.
                 faults = look_for_faults(plan.hookpoints, fresh, placement.collect(), placement)
                 fired = placement.share({name: run.counters[name].fired_now_M for name in fresh})
-                errors = error_per_token(fresh, plan.hookpoints, tokens, placement)
+                relative = cfg.auxk_relative_to == "residual"
+                errors = error_per_token(fresh, plan.hookpoints, tokens, placement) if relative else {}
                 after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
-                dead_after = [each.count_dead(plan.dead_threshold) for each in after.values()]
+                dead_after = [each.count_dead(cfg.dead_feature_threshold) for each in after.values()]
                 message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
@@ -265,15 +266,17 @@ class SaeTrainer:
         batches = self._batches(0)
         if forward.count_tokens(batches) == 0:
             raise UserError("--exclude-tokens leaves no token of the first batch to train on")
-        kept = [int(self.plan.kept(input_ids).sum()) for input_ids in batches]
-        sample = Sample(kept, self.plan.num_latents, self.cfg.init_seed, placement)
+        sample = None
+        if self.cfg.init == "data":
+            kept = [int(self.plan.kept(input_ids).sum()) for input_ids in batches]
+            sample = Sample(kept, self.plan.num_latents, self.cfg.init_seed, placement)
         for micro, input_ids in enumerate(batches):
             for name, x_ND in forward(input_ids).items():
                 moments[name].add(x_ND)
-                if self.cfg.init == "data":
+                if sample is not None:
                     sample.add(micro, name, x_ND)
-        sample.complete()
-        return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}, sample.rows
+        rows = {} if sample is None else sample.complete()
+        return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}, rows
 
     def _batches(self, step: int) -> list[Tensor]:
         """This rank's micro-batches of an optimiser step."""
@@ -284,7 +287,7 @@ class SaeTrainer:
         """The dead latents of each layer of this rank, for AuxK; nothing where it is off."""
         if self.cfg.auxk_alpha == 0:
             return {}
-        threshold = self.plan.dead_threshold
+        threshold = self.cfg.dead_feature_threshold
         return {name: counters.dead(threshold, num_dead[name]) for name, counters in run.counters.items()}
 
     def _last_words(self, message: str) -> None:

@@ -75,6 +75,25 @@ def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement):
     assert_same_run(found, train(gpt2_dir, *nested))
 
 
+RECIPE = [
+    "--init",
+    "data",
+    "--scale-biases",
+    "--auxk-relative-to",
+    "residual",
+    "--decoder-lr-ratio",
+    2,
+    "--beta2",
+    0.95,
+]
+
+
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+def test_what_else_a_recipe_can_say_is_the_same_everywhere(train, gpt2_dir, placement):
+    found = train(gpt2_dir, "--placement", placement, *RECIPE, ranks=2)
+    assert_same_run(found, train(gpt2_dir, *RECIPE))
+
+
 def test_a_map_of_ones_own_agrees(train):
     found = train(DEMO_LM, "--placement", "layer-map", "--layer-map", "0:1,1-4:0,5:1", ranks=3)
     assert_same_run(found, train(DEMO_LM))

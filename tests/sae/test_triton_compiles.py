@@ -208,7 +208,8 @@ def train(d_in, num_latents, k, tokens):
         (recon - x).square().sum().backward()
     for moments_dtype in (torch.float32, torch.bfloat16):
         parameters = (W_enc, b_enc, W_dec, b_dec)
-        adam = SaeAdam(parameters, lr=1e-3, betas=(0.9, 0.999), kernels=kernels, unit_rows=[W_dec], moments_dtype=moments_dtype)
+        options = {"betas": (0.9, 0.999), "unit_rows": [W_dec], "moments_dtype": moments_dtype}
+        adam = SaeAdam(parameters, lr=1e-3, kernels=kernels, **options)
         for _ in range(STEPS):
             adam.step()
 

@@ -216,6 +216,6 @@ def test_rates_of_the_decoder_and_the_biases(name):
 
 
 def test_biases_learn_in_the_activations_unit():
-    plain, scaled = TrainConfig(scale_biases=False), TrainConfig()
+    plain, scaled = TrainConfig(), TrainConfig(scale_biases=True)
     assert bias_scale(plain, 4e6, 100) == 1
     assert bias_scale(scaled, 4e6, 100) == pytest.approx(200)

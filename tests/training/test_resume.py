@@ -28,10 +28,14 @@ class StopAfter(Recorder):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+RECIPE = {"init": "data", "scale_biases": True, "auxk_relative_to": "residual", "decoder_lr_ratio": 2, "beta2": 0.95}
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
 @pytest.mark.parametrize("stop_at", [2, 5])
-def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at):
-    options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100}
+@pytest.mark.parametrize("recipe", [{}, RECIPE], ids=["reference", "recipe"])
+def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at, recipe):
+    options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **recipe}
     whole = make_trainer("whole", **options).fit()
     with pytest.raises(Interrupted) as stopped:
         make_trainer("parts", reporter=StopAfter(stop_at), **options).fit()

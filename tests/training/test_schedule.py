@@ -1,6 +1,6 @@
 import pytest
 
-from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
+from saekit.training.schedule import lr_scale, warmup_steps
 
 
 def test_shape():
@@ -24,11 +24,3 @@ def test_warmup_longer_than_the_run_never_divides_by_zero():
 )
 def test_default_warmup(asked, total, expected):
     assert warmup_steps(asked, total) == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "total", "expected"),
-    [(None, 10**9, 10_000_000), (None, 10**6, 50_000), (None, 3, 1), (7, 10**9, 7)],
-)
-def test_default_dead_threshold(asked, total, expected):
-    assert dead_threshold(asked, total) == expected
