@@ -34,9 +34,10 @@ class TrainConfig:
         None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
     )
     layer_stride: int = option(1, "Train on every so-manieth layer.", panel=SAE, unit="layers", ge=1)
-    init: Literal["random", "data"] = option(
-        "random",
-        "Where latents begin: anywhere, or near activations of the first batch.",
+    init: Literal["uniform", "fit"] = option(
+        "uniform",
+        "How long the encoder's rows are at first: uniform, as they come when drawn from ±1/√D; fit, so that "
+        "reconstructions of the first batch fit best.",
         panel=SAE,
     )
     init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)

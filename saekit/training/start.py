@@ -1,4 +1,4 @@
-"""Initial weights made of the first global batch: latents that begin where the data are."""
+"""Initial weights that fit the first global batch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from torch import Tensor
 from saekit.placement import Placement
 from saekit.sae import Sae
 from saekit.sae.kernels.eager import decode, encode_topk
-from saekit.sae.model import unit_rows
 
-MAX_ROWS = 8192
+ROWS = 512
 """Tokens whose activations are looked at; each rank holds so many of every layer for a moment, on the CPU."""
-SCALED_ON = 256
-"""Of them, so many tell how large the encoder's rows should be."""
-MIX = 0.5
-"""How much of a latent's first direction is a token's; the rest is noise, so that latents of one token differ."""
 
 
 class Sample:
@@ -25,12 +20,11 @@ class Sample:
 
     Args:
         kept: Tokens that train the SAEs in each of this rank's micro-batches of the step.
-        num_latents: M: no more rows are needed.
         seed: Of the choice.
         placement: The ranks. Making a sample is collective.
     """
 
-    def __init__(self, kept: Sequence[int], num_latents: int, seed: int, placement: Placement) -> None:
+    def __init__(self, kept: Sequence[int], seed: int, placement: Placement) -> None:
         self._placement = placement
         everywhere = placement.gather(list(kept))
         # Micro-batches are dealt out first, then ranks: so a token's number does not depend on how many there are.
@@ -41,7 +35,7 @@ class Sample:
             total += sum(of_rank[micro] for of_rank in everywhere)
         self._spans = [(start, start + count) for start, count in zip(starts, kept, strict=True)]
         generator = torch.Generator().manual_seed(seed)
-        self._numbers = torch.randperm(total, generator=generator)[: min(num_latents, MAX_ROWS)]
+        self._numbers = torch.randperm(total, generator=generator)[:ROWS]
         self.rows: dict[str, Tensor] = {}
         """By hookpoint `[R, D]`, float32, on the CPU."""
 
@@ -60,27 +54,20 @@ class Sample:
 
 
 @torch.no_grad()
-def start_from_data_(sae: Sae, rows_RD: Tensor, generator: torch.Generator) -> None:
-    """Point a fresh SAE's latents to where activations lie, as seen from `b_dec`, in place.
+def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
+    """Make a fresh SAE's encoder so long that the first reconstructions fit best, in place.
 
-    With a token's activations x and noise n drawn anew for each latent, both scaled to norm 1 after x's distance from
-    `b_dec` is taken:
+        W_enc = s · W_dec        s = Σ_t (x_t − b_dec) · y_t / Σ_t ‖y_t‖²
 
-        W_dec = unit(x / 2 + √¾ n)        W_enc = s · W_dec
-
-    where s is the factor by which the first reconstructions of a few tokens fit best (least squares).
+    where y is what the SAE makes of x with s = 1, without `b_dec`. The k latents that are chosen all point to where x
+    does, so that together they overshoot by a multiple; an SAE that starts so unlearns it by pushing latents away from
+    the data, where some of them die.
 
     Args:
         sae: A fresh SAE on the CPU whose `b_dec` is the activations' mean.
-        rows_RD: `[R, D]`, float32: activations of R tokens, each used for every R-th latent.
-        generator: Source of the noise, on the CPU.
+        rows_RD: `[R, D]`, float32: activations of R tokens.
     """
-    centred_RD = rows_RD - sae.b_dec
-    token_M = torch.arange(sae.num_latents) % len(rows_RD)
-    noise_MD = unit_rows(torch.randn(sae.W_dec.shape, generator=generator))
-    sae.W_dec.copy_(unit_rows(MIX * unit_rows(centred_RD)[token_M] + (1 - MIX**2) ** 0.5 * noise_MD))
-
-    x_ND = centred_RD[:SCALED_ON]
-    recon_ND = decode(*encode_topk(x_ND, sae.W_dec, sae.b_enc, sae.k), sae.W_dec)
-    fit = float((x_ND * recon_ND).sum() / recon_ND.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    x_RD = rows_RD - sae.b_dec
+    y_RD = decode(*encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k), sae.W_dec)
+    fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     sae.W_enc.copy_(sae.W_dec * (fit or 1.0))

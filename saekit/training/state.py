@@ -58,6 +58,7 @@ class RunState:
 
 def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
     """A fresh SAE on the CPU. Its weights depend on the seed and the layer's number only, not on the other layers."""
+    layer = plan.layers[plan.hookpoints.index(hookpoint)]
     sae = plan.cfg.sae
     fresh = Sae(
         plan.d_in,
@@ -65,17 +66,11 @@ def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
         sae.k,
         normalize_decoder=sae.normalize_decoder,
         multi_topk=sae.multi_topk,
-        generator=seed_of(plan, hookpoint),
+        generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
     )
     fresh.chosen_kernels = plan.kernels
     fresh.prefixes = sae.resolve_prefixes(plan.num_latents)
     return fresh
-
-
-def seed_of(plan: RunPlan, hookpoint: str) -> torch.Generator:
-    """The source of a layer's initial weights, on the CPU, at its beginning."""
-    layer = plan.layers[plan.hookpoints.index(hookpoint)]
-    return torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer)
 
 
 def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:

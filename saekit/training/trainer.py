@@ -34,7 +34,7 @@ from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.scales import Scales, error_per_token, scales_of
-from saekit.training.start import Sample, start_from_data_
+from saekit.training.start import Sample, fit_encoder_
 from saekit.training.statistics import LayerWindow, Moments
 from saekit.training.step_stats import read_windows
 
@@ -219,8 +219,8 @@ class SaeTrainer:
             sae = state.new_sae(plan, hookpoint)
             if found is None:
                 sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
-            if found is None and cfg.init == "data":
-                start_from_data_(sae, sample.pop(hookpoint), state.seed_of(plan, hookpoint))
+            if found is None and cfg.init == "fit":
+                fit_encoder_(sae, sample.pop(hookpoint))
             if found is None and cfg.finetune is not None:
                 state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
             scales[sae] = bias_scale(cfg, run.calibration[hookpoint].variance, plan.d_in)
@@ -267,9 +267,9 @@ class SaeTrainer:
         if forward.count_tokens(batches) == 0:
             raise UserError("--exclude-tokens leaves no token of the first batch to train on")
         sample = None
-        if self.cfg.init == "data":
+        if self.cfg.init == "fit":
             kept = [int(self.plan.kept(input_ids).sum()) for input_ids in batches]
-            sample = Sample(kept, self.plan.num_latents, self.cfg.init_seed, placement)
+            sample = Sample(kept, self.cfg.init_seed, placement)
         for micro, input_ids in enumerate(batches):
             for name, x_ND in forward(input_ids).items():
                 moments[name].add(x_ND)

@@ -14,7 +14,7 @@ RECIPE = {
     "lr_warmup_steps": WARMUP,
     "auxk_alpha": ALPHA,
     "dead_feature_threshold": THRESHOLD,
-    "init": "random",
+    "init": "uniform",
     "scale_biases": False,
     "decoder_lr_ratio": 1.0,
     "beta2": 0.999,

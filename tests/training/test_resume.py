@@ -28,7 +28,7 @@ class StopAfter(Recorder):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-RECIPE = {"init": "data", "scale_biases": True, "auxk_relative_to": "residual", "decoder_lr_ratio": 2, "beta2": 0.95}
+RECIPE = {"init": "fit", "scale_biases": True, "auxk_relative_to": "residual", "decoder_lr_ratio": 2, "beta2": 0.95}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
