@@ -31,6 +31,16 @@ HARMLESS = frozenset(
 Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
 
 
+BEFORE_THERE_WERE_OPTIONS = {
+    "init": "uniform",
+    "decoder_lr_ratio": 1.0,
+    "beta2": 0.999,
+    "scale_biases": False,
+    "auxk_relative_to": "variance",
+}
+"""How runs trained that were begun before there was a choice, and so do not say."""
+
+
 class Saver:
     """Writes the checkpoints of one run and knows which was the best."""
 
@@ -129,7 +139,8 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     Raises:
         UserError: If an option that the training depends on has changed; the message lists all that did.
     """
-    before, now = {**index["config"], **index["resolved"]}, {**plan.config(), **plan.resolved()}
+    before = {**BEFORE_THERE_WERE_OPTIONS, **index["config"], **index["resolved"]}
+    now = {**plan.config(), **plan.resolved()}
     changed = [
         f"{_named(name)} was {before.get(name)} and is {now.get(name)}"
         for name in sorted({*before, *now} - HARMLESS)

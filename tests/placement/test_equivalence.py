@@ -77,7 +77,7 @@ def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement):
 
 RECIPE = [
     "--init",
-    "data",
+    "fit",
     "--scale-biases",
     "--auxk-relative-to",
     "residual",

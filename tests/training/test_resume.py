@@ -11,6 +11,7 @@ import torch
 from saekit import UserError
 from saekit.errors import Interrupted, SaveError
 from saekit.training.recovery import read_index
+from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
@@ -66,6 +67,17 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
     assert "--auxk-alpha was 0.03125 and is 0.0" in message
     assert "save-every" not in message
     make_trainer(resume=True, save_every=3, micro_acc_steps=2, log_every=2).fit()
+
+
+def test_a_run_from_before_there_were_some_options_goes_on(make_trainer, tmp_path):
+    file = make_trainer().fit() / "checkpoint.json"
+    index = json.loads(file.read_text("utf-8"))
+    for name, value in BEFORE_THERE_WERE_OPTIONS.items():
+        assert index["config"].pop(name) == value
+    file.write_text(json.dumps(index), encoding="utf-8")
+    make_trainer(resume=True).fit()
+    with pytest.raises(UserError, match=r"--beta2 was 0.999 and is 0.95"):
+        make_trainer(resume=True, beta2=0.95).fit()
 
 
 def test_the_index_says_what_it_should(make_trainer, tmp_path):
