@@ -40,7 +40,9 @@ ASKS = {
 
 
 def environment():
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # Where tests run in several processes, each has a size of terminal in its environment.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    variables = {**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**variables, "TERM": "xterm-256color", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -76,7 +78,7 @@ def wizard(tmp_path):
     def begin(*arguments, size=(60, 200)):
         command = ["-m", "saekit", "config", *map(str, arguments)]
         child = Wizard(
-            sys.executable, command, cwd=tmp_path, env=environment(), encoding="utf-8", timeout=180, dimensions=size
+            sys.executable, command, cwd=tmp_path, env=environment(), encoding="utf-8", timeout=120, dimensions=size
         )
         running.append(child)
         return child
