@@ -9,27 +9,34 @@ from typing import Annotated
 
 import typer
 
+# What is evaluated, and on what: `saekit report` takes the same.
+SaePath = Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")]
+DataSet = Annotated[
+    str | None, typer.Argument(help="Data to evaluate on; by default what the run left unread of its own data set.")
+]
+Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of DATASET; as for train.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Language model, where the checkpoint does not say.")
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass, on each rank.")
+]
+IncludeTrainingData = Annotated[
+    bool,
+    typer.Option("--include-training-data", help="Also use what the run was trained on; the result then says so."),
+]
+
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")],
-    dataset: Annotated[
-        str | None,
-        typer.Argument(help="Data to evaluate on; by default what the run left unread of its own data set."),
-    ] = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of DATASET; as for train.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="Language model, where the checkpoint does not say.")
-    ] = None,
+    path: SaePath,
+    dataset: DataSet = None,
+    split: Split = None,
+    model: Model = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to evaluate on.")] = (
         200_000
     ),
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass, on each rank.")
-    ] = 8,
-    include_training_data: Annotated[
-        bool,
-        typer.Option("--include-training-data", help="Also use what the run was trained on; the result then says so."),
-    ] = False,
+    batch_size: BatchSize = 8,
+    include_training_data: IncludeTrainingData = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:

@@ -72,10 +72,7 @@ def held_out(
     """
     if cfg.dataset.endswith(".bin"):
         whole = load_sequences(cfg, tokenizer, ctx_len, token)
-        numbers = np.setdiff1d(np.arange(len(whole)), seen)
-        if len(numbers) == 0:
-            raise _nothing_left(cfg, "no sequence", remedy)
-        return Chosen(whole, numbers)
+        return _chosen(whole, np.setdiff1d(np.arange(len(whole)), seen), cfg, remedy)
     rows = _tokenized(cfg, tokenizer, token)
     return _some(rows, ~_read(rows, ctx_len, seen), ctx_len, cfg, remedy)
 
@@ -136,13 +133,17 @@ def _read(rows: Dataset, ctx_len: int, seen: np.ndarray) -> np.ndarray:
 def _some(rows: Dataset, wanted: np.ndarray, ctx_len: int, cfg: DataConfig, remedy: str) -> Sequences:
     lengths, numbers = row_lengths(rows), np.flatnonzero(wanted)
     if (lengths == ctx_len).all():
-        if len(numbers) == 0:
-            raise _nothing_left(cfg, "no sequence", remedy)
-        return Chosen(sequences(rows, ctx_len), numbers)
+        return _chosen(sequences(rows, ctx_len), numbers, cfg, remedy)
     if lengths[numbers].sum() < ctx_len:
         left = f"{len(numbers)} of its {len(rows)} documents, less than one sequence of {ctx_len}"
         raise _nothing_left(cfg, left, remedy)
     return sequences(pack(rows.select(numbers), ctx_len), ctx_len)
+
+
+def _chosen(whole: Sequences, numbers: np.ndarray, cfg: DataConfig, remedy: str) -> Sequences:
+    if len(numbers) == 0:
+        raise _nothing_left(cfg, "no sequence", remedy)
+    return Chosen(whole, numbers)
 
 
 def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from saekit.config import RunConfig
 from saekit.demo import MODEL_DIR
 from saekit.demo.text import standard_library
 from saekit.evaluation import EvalOptions, joined
-from saekit.page import ReportOptions, build_report
+from saekit.page import build_report
 from saekit.report.inspect import inspect_path
 from saekit.report.inspect_view import render
 from saekit.training.launch import train_from_config
@@ -55,8 +55,8 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
     run_dir = save_dir / f"run-{number}"
     page = run_dir / "report.html"
     with joined(quiet=not sys.stderr.isatty()) as placement, progress() as bar:
-        options = ReportOptions(EvalOptions(), max_tokens=max(1, max_tokens // EVALUATED_SHARE))
-        build_report(run_dir, options, page, placement, bar.status, bar.update)
+        options = EvalOptions(max_tokens=max(1, max_tokens // EVALUATED_SHARE))
+        build_report(run_dir, options, page, placement, status=bar.status, progress=bar.update)
     render(inspect_path(run_dir), results())
     messages().print(
         Text(

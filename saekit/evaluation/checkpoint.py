@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from saekit.errors import UserError
 from saekit.evaluation.evaluate import Progress, Subject, evaluate
 from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.evaluation.results import Evaluation
+from saekit.files import write_at_once
 from saekit.layout import EVAL_FILE
 from saekit.placement import Placement, connect
 from saekit.report.inspect_files import check_files, locate
@@ -39,6 +39,7 @@ from saekit.sae.storage import load_from_disk
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DEFAULT_TOKENS = 200_000
 HELD_OUT = "documents of the run's data set that it was not trained on"
 OTHER_SPLIT = "another split of the run's data set, without documents that the run was trained on"
 OTHER = "another data set than the run's"
@@ -52,7 +53,8 @@ class EvalOptions:
     dataset: str | None = None
     split: str | None = None
     model: str | None = None
-    max_tokens: int = 200_000
+    max_tokens: int | None = None
+    """`DEFAULT_TOKENS` where None."""
     batch_size: int = 8
     """Sequences per forward pass of the language model, on each rank."""
     include_training_data: bool = False
@@ -116,7 +118,7 @@ def prepare(
     data, origin = _data(run, tokenizer, ctx_len, options)
     if placement.rank == 0:
         placement.gather(None)
-    data = shuffled(data, options.max_tokens)
+    data = shuffled(data, options.max_tokens or DEFAULT_TOKENS)
 
     status(f"Loading {cfg.model.model}")
     model, predicts = load_with_head(cfg.model, shape, placement.device)
@@ -185,12 +187,9 @@ def write(record: dict[str, Any], file: Path) -> None:
     Raises:
         UserError: If the folder cannot be written to.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_at_once(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written ({error.strerror})") from None
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from saekit.evaluation.evaluate import Progress
 from saekit.features import Features, LayerFeatures, gather_features
 from saekit.features.contexts import BEFORE
 from saekit.features.gather import QUANTILES, TOP
+from saekit.files import write_at_once
 from saekit.layout import EVAL_FORMAT
 from saekit.page.charts import (
     density_chart,
@@ -38,23 +38,15 @@ from saekit.report.jsonl import EVALUATION, plain, read_metrics
 NOTHING = -1
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """What a page is made of."""
-
-    evaluation: EvalOptions
-    """Its `max_tokens` stands where there is no evaluation yet."""
-    max_tokens: int | None = None
-    """To evaluate on and to take contexts from; None takes what the checkpoint was evaluated on."""
-    latents: int = 32_768
-    """To look at closely, over all layers: they are what makes the page large."""
+DEFAULT_LATENTS = 32_768
 
 
 def build_report(
     path: Path,
-    options: ReportOptions,
+    options: EvalOptions,
     file: Path,
     placement: Placement,
+    latents: int = DEFAULT_LATENTS,
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> int:
@@ -62,9 +54,10 @@ def build_report(
 
     Args:
         path: A run (its newest checkpoint), a checkpoint, or one SAE's folder.
-        options: How.
+        options: What to evaluate on and to take contexts from; without `max_tokens`, as many as were evaluated already.
         file: Where the page goes.
         placement: One process.
+        latents: To look at closely, over all layers: they are what makes the page large.
         status: Told what is going on, as a line of text.
         progress: Told how far it is.
 
@@ -80,24 +73,18 @@ def build_report(
         raise UserError(f"--output {file}: there is no folder {file.parent}")
     inspection = inspect_path(path, status=status)
     known = inspection.evaluation
-    evaluation = options.evaluation
-    if options.max_tokens is not None:
-        evaluation = replace(evaluation, max_tokens=options.max_tokens)
-    elif known is not None:  # as many tokens of the same data are the same tokens
-        evaluation = replace(evaluation, max_tokens=known["sequences"] * known["ctx_len"])
-    prepared = prepare(path, evaluation, placement, status)
+    if options.max_tokens is None and known is not None:  # as many tokens of the same data are the same tokens
+        options = replace(options, max_tokens=known["sequences"] * known["ctx_len"])
+    prepared = prepare(path, options, placement, status)
     if known is None or not _fits(known, prepared):
         known = evaluate_prepared(prepared, status, progress)
     status(f"Reading the codes of {len(prepared.subject.saes)} SAEs")
-    features = gather_features(prepared.subject, options.latents, progress)
+    features = gather_features(prepared.subject, latents, progress)
     status("Writing the page")
     page = render(inspection, known, features, prepared)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, file)
+        write_at_once(file, page)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written ({error.strerror})") from None
     return file.stat().st_size
 
@@ -122,7 +109,6 @@ def render(inspection: Inspection, evaluation: dict[str, Any], features: Feature
         "quantiles": QUANTILES,
         "vocabulary": token_texts(prepared.tokenizer, vocabulary.tolist()),
         "has_lens": features.layers[0].lens is not None,
-        "evaluation": evaluation,
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("saekit.page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -171,11 +157,7 @@ def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
 
 
 def _facts(layer: LayerFeatures) -> dict[str, Any]:
-    return {
-        "hookpoint": layer.hookpoint,
-        "num_latents": len(layer.counts_M),
-        "dead": int((layer.counts_M == 0).sum()),
-    }
+    return {"hookpoint": layer.hookpoint, "num_latents": len(layer.counts_M)}
 
 
 def _nearest(layer: LayerFeatures) -> np.ndarray:

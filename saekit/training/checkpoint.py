@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saekit.files import flush, write_at_once
 from saekit.layout import ABOUT_FILE, FORMAT, INDEX_FILE, STATE_FILE, checkpoint_folders
 from saekit.sae import Sae
 from saekit.sae.storage import save_to_disk
@@ -207,21 +208,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own[name] = flat.clone() if flat.data_ptr() in seen else flat
         seen.add(flat.data_ptr())
     return own
-
-
-def write_at_once(file: Path, text: str) -> None:
-    """Write a file of which a crash leaves the old content or the new one, never a part of it."""
-    unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    flush(unfinished)
-    os.replace(unfinished, file)
-    flush(file.parent)
-
-
-def flush(path: Path) -> None:
-    """Have the operating system write a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from saekit.config import TrainConfig
 from saekit.errors import UserError
+from saekit.files import flush
 from saekit.layout import has_checkpoints, run_of
-from saekit.training.checkpoint import flush
 
 OWN_FILES = ("config.yaml", "config.yaml.tmp", "metrics.jsonl", "metrics.jsonl.tmp")
 """What a run has in its folder before the first checkpoint."""

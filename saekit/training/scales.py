@@ -40,16 +40,19 @@ def scales_of(cfg: TrainConfig, run: RunState, name: str, tokens: int) -> Scales
 
 
 def error_per_token(
-    windows: Mapping[str, LayerWindow], hookpoints: Sequence[str], tokens: int, placement: Placement
+    cfg: TrainConfig, windows: Mapping[str, LayerWindow], hookpoints: Sequence[str], tokens: int, placement: Placement
 ) -> dict[str, Tensor]:
-    """The mean squared error of a step by layer of this rank: float64 scalars. Collective.
+    """The mean squared error of a step by layer of this rank: float64 scalars; empty if no scale needs it. Collective.
 
     Args:
+        cfg: How to train.
         windows: Of this rank's layers and of this step alone.
         hookpoints: Of all layers.
         tokens: Of the step, over all ranks.
         placement: Where the layers are.
     """
+    if cfg.auxk_relative_to == "variance":
+        return {}
     errors = torch.zeros(len(hookpoints), dtype=torch.float64, device=placement.device)
     for name, window in windows.items():
         errors[hookpoints.index(name)] = window.sums[0]

@@ -1,4 +1,4 @@
-"""Initial weights that fit the first global batch."""
+"""What the first global batch says: calibration, and initial weights that fit it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
 from saekit.sae.kernels.eager import decode, encode_topk
+from saekit.training.forward import Forward
+from saekit.training.plan import RunPlan
+from saekit.training.state import Calibration, calibration
+from saekit.training.statistics import Moments
 
 ROWS = 512
 """Tokens whose activations are looked at; each rank holds so many of every layer for a moment, on the CPU."""
+
+
+def calibrate(
+    forward: Forward, batches: Sequence[Tensor], plan: RunPlan, placement: Placement
+) -> tuple[dict[str, Calibration], dict[str, Tensor]]:
+    """Mean and variance of every layer over the first global batch, and some of its activations. Collective.
+
+    Args:
+        forward: Gives each layer's activations.
+        batches: This rank's micro-batches of token ids.
+        plan: The run.
+        placement: The ranks.
+
+    Returns:
+        Both by hookpoint; activations `[R, D]` only where the initial weights are to fit them.
+
+    Raises:
+        UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
+    """
+    moments = {name: Moments.zero(plan.d_in, placement.device) for name in plan.hookpoints}
+    if forward.count_tokens(batches) == 0:
+        raise UserError("--exclude-tokens leaves no token of the first batch to train on")
+    sample = None
+    if plan.cfg.init == "fit":
+        kept = [int(plan.kept(input_ids).sum()) for input_ids in batches]
+        sample = Sample(kept, plan.cfg.init_seed, placement)
+    for micro, input_ids in enumerate(batches):
+        for name, x_ND in forward(input_ids).items():
+            moments[name].add(x_ND)
+            if sample is not None:
+                sample.add(micro, name, x_ND)
+    rows = {} if sample is None else sample.complete()
+    return {name: calibration(name, each.reduced(placement.sum)) for name, each in moments.items()}, rows
 
 
 class Sample:

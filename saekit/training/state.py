@@ -101,7 +101,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:
         raise UserError(f"--finetune {path}: {error}") from error
 
 
-def calibrate(name: str, moments: Moments) -> Calibration:
+def calibration(name: str, moments: Moments) -> Calibration:
     """Mean and variance of one layer from the sums over the first global batch.
 
     Raises:

@@ -17,11 +17,11 @@ from saekit.activations import tap
 from saekit.config import RunConfig, TrainConfig
 from saekit.data import read_ahead
 from saekit.errors import Interrupted, SaveError, UserError
+from saekit.files import write_at_once
 from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, terminal_reporter, tracker_reporter
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
-from saekit.training.checkpoint import write_at_once
 from saekit.training.counters import LayerCounters
 from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.faults import leave_out_step, look_for_faults, name_faults
@@ -34,8 +34,8 @@ from saekit.training.recovery import Found, find_checkpoint
 from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.scales import Scales, error_per_token, scales_of
-from saekit.training.start import Sample, fit_encoder_
-from saekit.training.statistics import LayerWindow, Moments
+from saekit.training.start import calibrate, fit_encoder_
+from saekit.training.statistics import LayerWindow
 from saekit.training.step_stats import read_windows
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ class SaeTrainer:
                 # next batch is put behind it: a GPU has work while the host reads, and while it asks for the rest.
                 faults = look_for_faults(plan.hookpoints, fresh, placement.collect(), placement)
                 fired = placement.share({name: run.counters[name].fired_now_M for name in fresh})
-                relative = cfg.auxk_relative_to == "residual"
-                errors = error_per_token(fresh, plan.hookpoints, tokens, placement) if relative else {}
+                errors = error_per_token(cfg, fresh, plan.hookpoints, tokens, placement)
                 after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
                 dead_after = [each.count_dead(cfg.dead_feature_threshold) for each in after.values()]
                 message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
@@ -210,7 +209,7 @@ class SaeTrainer:
         sample: dict[str, Tensor] = {}
         if found is None:
             self.report.status("Calibrating on the first batch")
-            run.calibration, sample = self._calibrate(forward)
+            run.calibration, sample = calibrate(forward, self._batches(0), plan, placement)
         else:
             run.calibration = state.read_calibration(found.folder, plan.hookpoints)
         scales: dict[Sae, float] = {}
@@ -258,25 +257,6 @@ class SaeTrainer:
         with new_run_folder(cfg, plan.run_dir):
             write_at_once(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False))
             self.report.start(plan.info(placement, self.model.dtype, step))
-
-    def _calibrate(self, forward: Forward) -> tuple[dict[str, state.Calibration], dict[str, Tensor]]:
-        """Mean and variance of every layer over the first global batch, and some of its activations. Collective."""
-        placement = self.placement
-        moments = {name: Moments.zero(self.plan.d_in, placement.device) for name in self.plan.hookpoints}
-        batches = self._batches(0)
-        if forward.count_tokens(batches) == 0:
-            raise UserError("--exclude-tokens leaves no token of the first batch to train on")
-        sample = None
-        if self.cfg.init == "fit":
-            kept = [int(self.plan.kept(input_ids).sum()) for input_ids in batches]
-            sample = Sample(kept, self.cfg.init_seed, placement)
-        for micro, input_ids in enumerate(batches):
-            for name, x_ND in forward(input_ids).items():
-                moments[name].add(x_ND)
-                if sample is not None:
-                    sample.add(micro, name, x_ND)
-        rows = {} if sample is None else sample.complete()
-        return {name: state.calibrate(name, each.reduced(placement.sum)) for name, each in moments.items()}, rows
 
     def _batches(self, step: int) -> list[Tensor]:
         """This rank's micro-batches of an optimiser step."""

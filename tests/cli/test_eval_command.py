@@ -119,11 +119,11 @@ def test_a_folder_that_cannot_be_written_to(run, saekit, monkeypatch):
     def refuse(source, target):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("saekit.evaluation.checkpoint.os.replace", refuse)
+    monkeypatch.setattr("saekit.files.os.replace", refuse)
     result = saekit("eval", run, "--max-tokens", 200)
     assert result.code == 2
     assert "eval.json cannot be written (Read-only file system)" in result.err
-    assert not list((run / "latest").glob(".eval*"))
+    assert not list((run / "latest").glob("eval.json*"))
 
 
 def test_inspect_shows_it(run, saekit):

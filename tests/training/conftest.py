@@ -1,5 +1,8 @@
 """A tiny language model with random weights, and random tokens for it."""
 
+import os
+import signal
+
 import pytest
 import torch
 from datasets import Dataset
@@ -40,7 +43,7 @@ class Recorder:
     """A reporter that keeps what it is told."""
 
     def __init__(self):
-        self.said, self.infos, self.steps, self.saves, self.finished = [], [], [], [], 0
+        self.said, self.infos, self.steps, self.evaluations, self.saves, self.finished = [], [], [], [], [], 0
 
     def status(self, message):
         self.said.append(message)
@@ -52,13 +55,26 @@ class Recorder:
         self.steps.append(stats)
 
     def evaluated(self, stats):
-        pass
+        self.evaluations.append(stats)
 
     def saved(self, path, step):
         self.saves.append(step)
 
     def finish(self):
         self.finished += 1
+
+
+class StopAfter(Recorder):
+    """Presses Ctrl-C when a step is reported, so that the next one is the last."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.stop_at = step
+
+    def step(self, stats):
+        super().step(stats)
+        if stats.step == self.stop_at - 1:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture

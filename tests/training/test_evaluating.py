@@ -22,21 +22,10 @@ from saekit.evaluation.objective import next_token
 from saekit.placement import Single
 from saekit.report import Reporters
 from saekit.report.jsonl import EVALUATION, plain, read_metrics
-from tests.training.conftest import CTX_LEN, Recorder
+from tests.training.conftest import CTX_LEN, Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 STEPS = 7
-
-
-class Watcher(Recorder):
-    """Keeps evaluations, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.evaluations = []
-
-    def evaluated(self, stats):
-        self.evaluations.append(stats)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +58,7 @@ def evaluations_of(run):
     ("every", "steps"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (7, [7]), (100, [7])], ids=str
 )
 def test_when(train, tmp_path, every, steps):
-    watcher = Watcher()
+    watcher = Recorder()
     train(eval_every=every, reporter=watcher)
     assert [stats.step for stats in watcher.evaluations] == steps
     assert [step for step, _ in evaluations_of(tmp_path / "run")] == steps
@@ -131,7 +120,7 @@ def test_no_more_than_eval_tokens_are_read(train, tmp_path):
 
 
 def test_a_model_without_a_head_is_reconstructed_only(train, tiny_llama, tmp_path):
-    watcher = Watcher()
+    watcher = Recorder()
     train("bare", model=tiny_llama.model, eval_every=7, reporter=watcher)
     train("whole", eval_every=7)
     assert any("none: the model's checkpoint has no language modelling head" in said for said in watcher.said)
@@ -169,25 +158,12 @@ def test_a_stop_ends_an_evaluation_and_who_goes_on_makes_it_up(train, unread, tm
     assert stopped.value.step == 4
     assert data.reads == 1 + 4 + 1
     assert [step for step, _ in evaluations_of(tmp_path / "parts")] == [2]
-    watcher = Watcher()
+    watcher = Recorder()
     resumed = train("parts", eval_every=2, resume=True, reporter=watcher)
     assert [stats.step for stats in watcher.evaluations] == [4, 6, 7]
     assert evaluations_of(tmp_path / "parts") == evaluations_of(tmp_path / "whole")
     assert_same_tensors(tensors_of(resumed), tensors_of(tmp_path / "whole" / "latest"))
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
-
-
-class StopAfter(Watcher):
-    """Presses Ctrl-C when a step is reported, so that the next one is the last."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.stop_at = step
-
-    def step(self, stats):
-        super().step(stats)
-        if stats.step == self.stop_at - 1:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(("stop_at", "left"), [(3, [4, 6, 7]), (4, [4, 6, 7]), (5, [6, 7])])
@@ -196,18 +172,18 @@ def test_a_resumed_run_evaluates_at_the_same_steps(train, tmp_path, stop_at, lef
     with pytest.raises(Interrupted) as stopped:
         train("parts", eval_every=2, reporter=StopAfter(stop_at))
     assert stopped.value.step == stop_at
-    watcher = Watcher()
+    watcher = Recorder()
     train("parts", eval_every=2, resume=True, reporter=watcher)
     assert [stats.step for stats in watcher.evaluations] == left
     assert evaluations_of(tmp_path / "parts") == evaluations_of(tmp_path / "whole")
-    again = Watcher()
+    again = Recorder()
     train("parts", eval_every=2, resume=True, reporter=again)
     assert again.evaluations == []
 
 
 def test_a_run_that_is_done_can_be_evaluated_afterwards(train):
     train()
-    watcher = Watcher()
+    watcher = Recorder()
     train(resume=True, eval_every=5, eval_tokens=100, reporter=watcher)
     assert [stats.step for stats in watcher.evaluations] == [7]
 

@@ -2,8 +2,6 @@
 
 import errno
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -12,22 +10,8 @@ from saekit import UserError
 from saekit.errors import Interrupted, SaveError
 from saekit.training.recovery import read_index
 from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS
-from tests.training.conftest import Recorder
+from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
-
-
-class StopAfter(Recorder):
-    """Presses Ctrl-C during a step."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.stop_at = step
-
-    def step(self, stats):
-        super().step(stats)
-        if stats.step == self.stop_at - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
 
 RECIPE = {"init": "fit", "scale_biases": True, "auxk_relative_to": "residual", "decoder_lr_ratio": 2, "beta2": 0.95}
 
