@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -37,18 +38,33 @@ def tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
         )
     if record["together"] is None:
         return (shown,)
-    grafted = _table("spliced in", "CE\nrecovered", "KL", "CE", "CE, mean\nablated", "CE, zero\nablated", "same\ntop-1")
-    for name, own in [*((layer["hookpoint"], layer["grafted"]) for layer in layers), ("all", record["together"])]:
-        grafted.add_row(
+    return shown, Text(), _IfThereIsRoom(_grafted(record), _grafted(record, brief=True))
+
+
+def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
+    """What the reconstructions cost; in brief, cross-entropies stand without their intervals."""
+    shown = _table("spliced in", "CE\nrecovered", "KL", "CE", "CE, mean\nablated", "CE, zero\nablated", "same\ntop-1")
+    layers = ((layer["hookpoint"], layer["grafted"]) for layer in record["layers"])
+    for name, own in [*layers, ("all", record["together"])]:
+        shown.add_row(
             name,
             _number(own["ce_recovered"], bold=True),
             _number(own["kl"]),
-            _number(own["ce"], 3),
-            _number(own["ce_mean_ablated"], 3),
-            _number(own["ce_zero_ablated"], 3),
+            *(_number(own[key], 3, brief=brief) for key in ("ce", "ce_mean_ablated", "ce_zero_ablated")),
             units.percent(own["top1"]["value"]),
         )
-    return shown, Text(), grafted
+    return shown
+
+
+class _IfThereIsRoom:
+    """One table, or where that would be cut off another."""
+
+    def __init__(self, wide: Table, narrow: Table) -> None:
+        self.wide, self.narrow = wide, narrow
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(max_width=10_000), self.wide).maximum
+        yield self.wide if needed <= options.max_width else self.narrow
 
 
 def _table(*columns: str) -> Table:
@@ -59,11 +75,11 @@ def _table(*columns: str) -> Table:
     return shown
 
 
-def _number(estimate: Estimate, digits: int = 4, bold: bool = False) -> Text:
-    """A value and half of its 95% interval: `0.1234 ± 0.0012`."""
+def _number(estimate: Estimate, digits: int = 4, bold: bool = False, brief: bool = False) -> Text:
+    """A value and, unless in brief, half of its 95% interval: `0.1234 ± 0.0012`."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     text = Text(units.decimal(value, digits), style="bold" if bold else "")
-    if low is not None and high is not None:
+    if not brief and low is not None and high is not None:
         text.append(f" ± {units.decimal((high - low) / 2, digits)}", style="dim not bold")
     return text
 

@@ -38,6 +38,17 @@ def test_on_what_the_run_left_unread(run, saekit):
     assert f"{layer['reconstruction']['fvu']['value']:.4f}" in result.out
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_number_is_cut_off(run, saekit, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = saekit("eval", run, "--max-tokens", 1000).out
+    assert "…" not in out
+    (layer,) = the_file(run)["layers"]
+    lines = [line for line in out.splitlines() if line.startswith("layers.1")]
+    assert f"{layer['grafted']['ce_zero_ablated']['value']:.3f}" in lines[1]
+    assert lines[1].count("±") == (2 if columns == 80 else 5)
+
+
 def test_twice_the_same(run, saekit):
     first, second = (json.loads(saekit("eval", run, "--max-tokens", 500, "--json").out) for _ in range(2))
     assert {**first, "date": ""} == {**second, "date": ""}
