@@ -103,6 +103,8 @@ def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
         same_torch = f"torch=={torch.__version__.partition('+')[0]}"
         for packages in ([same_torch], [same_torch, PEERS[peer], f"transformers=={transformers.__version__}", "numpy"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        # It comes along for pictures, as a build that may not fit torch's; transformers then fails to import.
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
         finished.touch()
     return python
 

@@ -35,7 +35,7 @@ class TrainConfig:
     )
     layer_stride: int = option(1, "Train on every so-manieth layer.", panel=SAE, unit="layers", ge=1)
     init: Literal["uniform", "fit"] = option(
-        "uniform",
+        "fit",
         "How long the encoder's rows are at first: uniform, as they come when drawn from ±1/√D; fit, so that "
         "reconstructions of the first batch fit best.",
         panel=SAE,
@@ -81,7 +81,7 @@ class TrainConfig:
     )
     lr: float | None = option(
         None,
-        "Learning rate. By default adam and adam8bit 2e-4 / √(latents / 2¹⁴), signum 5e-3 / √(latents / 2¹⁴), "
+        "Learning rate. By default adam and adam8bit 1.75e-3 / √(latents / 2¹⁴), signum 5e-3 / √(latents / 2¹⁴), "
         "muon 2e-3.",
         panel=OPTIMIZER,
         gt=0,
@@ -89,17 +89,29 @@ class TrainConfig:
     lr_warmup_steps: int | None = option(
         None,
         "Steps of linear warm-up, after which the rate falls linearly to zero at the end of the run (signum: stays). "
-        "1000, or a tenth of the run if that is less.",
+        "By default three tenths of the run.",
         panel=OPTIMIZER,
         unit="optimiser steps",
         ge=0,
     )
-    decoder_lr_ratio: float = option(1.0, "The decoder's learning rate over the others'.", panel=OPTIMIZER, gt=0)
+    decoder_lr_ratio: float | None = option(
+        None,
+        "The decoder's learning rate over the encoder's; 4 for adam and adam8bit, else 1.",
+        panel=OPTIMIZER,
+        gt=0,
+    )
+    encoder_bias_lr_ratio: float | None = option(
+        None,
+        "The learning rate of the encoder's biases over that of its matrix, to let dead latents rise; 6 for adam and "
+        "adam8bit, else 1.",
+        panel=OPTIMIZER,
+        gt=0,
+    )
     beta2: float = option(
-        0.999, "Decay per step of Adam's second moment (adam, adam8bit, muon's biases).", panel=OPTIMIZER, gt=0, lt=1
+        0.95, "Decay per step of Adam's second moment (adam, adam8bit, muon's biases).", panel=OPTIMIZER, gt=0, lt=1
     )
     scale_biases: bool = option(
-        False,
+        True,
         "Multiply the biases' learning rate by the layer's root mean square, so that one rate suits activations of any "
         "size.",
         panel=OPTIMIZER,
@@ -114,8 +126,19 @@ class TrainConfig:
         ge=1,
     )
 
+    revive_alpha: float = option(
+        1e-4,
+        "Weight of the loss that raises the biases of dead latents until they fire again; 0 is off. To Adam only its "
+        "sign matters where nothing else reaches a latent.",
+        panel=DEAD,
+        ge=0,
+    )
     auxk_alpha: float = option(
-        1 / 32, "Weight of the AuxK loss, which revives dead latents; 0 is off.", panel=DEAD, ge=0
+        0.0,
+        "Weight of the AuxK loss, in which dead latents predict what the others leave unexplained (1/32 in Gao et al. "
+        "2024); 0 is off.",
+        panel=DEAD,
+        ge=0,
     )
     auxk_relative_to: Literal["variance", "residual"] = option(
         "variance",
@@ -123,8 +146,13 @@ class TrainConfig:
         "step before, so that it keeps its weight as the SAEs get better.",
         panel=DEAD,
     )
-    dead_feature_threshold: int = option(
-        10_000_000, "A latent is dead when it fired for none of so many last tokens.", panel=DEAD, unit="tokens", ge=1
+    dead_feature_threshold: int | None = option(
+        None,
+        "A latent is dead when it fired for none of so many last tokens. By default a fiftieth of the run's tokens, "
+        "but 10,000,000 at most.",
+        panel=DEAD,
+        unit="tokens",
+        ge=1,
     )
 
     kernels: Literal["auto", "eager", "cpu", "triton"] = option(

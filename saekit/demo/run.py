@@ -43,9 +43,6 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
             "dataset": str(text),
             "ctx_len": 256,
             "max_tokens": max_tokens,
-            "lr": 2e-3,
-            # A latent that slept through a fifth of so short a run is worth reviving.
-            "dead_feature_threshold": max(1, max_tokens // 5),
             "save_dir": save_dir,
             "run_name": f"run-{number}",
         }

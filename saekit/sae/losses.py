@@ -21,7 +21,7 @@ class Losses(NamedTuple):
     """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
 
     total: Tensor
-    """What is differentiated: `mse + nested + auxk_alpha · auxk + multi_topk / 8`."""
+    """What is differentiated: `mse + nested + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
@@ -30,6 +30,8 @@ class Losses(NamedTuple):
     """As `mse`, for the reconstruction from 4k latents."""
     nested: Tensor | None = None
     """The sum of as many terms like `mse` as there are smaller prefixes of a Matryoshka."""
+    revive: Tensor | None = None
+    """`−(n / N) Σ_m b_enc,m / σ₁` over the dead latents m, for a chunk of n tokens; σ₁ see `sae_losses`."""
 
 
 def sae_losses(
@@ -40,8 +42,15 @@ def sae_losses(
     auxk_alpha: float,
     num_dead: int,
     auxk_scale: float | Tensor | None = None,
+    revive_alpha: float = 0.0,
+    revive_scale: float = 0.0,
 ) -> Losses:
     """The loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
+
+    A dead latent gets no gradient from the reconstruction. The term `revive` raises its bias instead, until it is among
+    the k largest somewhere and learns again; a loss on dead latents' pre-activations is in Anthropic's "Circuits
+    Updates, January 2025", "Dictionary Learning Optimization Techniques". Under Adam, whose steps do not depend on a
+    gradient's size, the bias of a latent that stays dead rises by the biases' learning rate in every step.
 
     Of a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, section 3) the reconstruction from each prefix of the
     dictionary counts like the whole one.
@@ -55,6 +64,8 @@ def sae_losses(
         num_dead: Latents that were dead when the step began.
         auxk_scale: `1 / (N v)`, by which AuxK's loss is multiplied: v is σ², as by default, or what is left of it to
             explain.
+        revive_alpha: Weight of the term that raises dead latents' biases.
+        revive_scale: `1 / (N σ₁)`, with σ₁ the root mean square of the layer's centred activations, the biases' unit.
 
     Returns:
         The terms; those that are off are None.
@@ -82,4 +93,9 @@ def sae_losses(
         nested = torch.stack([(x_ND - recon).square().sum() for recon in out.prefix_recons]).sum() * scale
         total = total + nested
 
-    return Losses(total, mse, auxk, multi_topk, nested)
+    revive = None
+    if out.dead_biases is not None and revive_alpha > 0:
+        revive = -(len(x_ND) * revive_scale) * out.dead_biases
+        total = total + revive_alpha * revive
+
+    return Losses(total, mse, auxk, multi_topk, nested, revive)

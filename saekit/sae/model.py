@@ -33,6 +33,8 @@ class SaeOutput(NamedTuple):
     """`[..., K]`, int64."""
     aux_recon: Tensor | None = None
     """`[..., D]`: what dead latents predict of `x - x̂`, without `b_dec`; None when AuxK is off."""
+    dead_biases: Tensor | None = None
+    """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
     multi_recon: Tensor | None = None
     """`[..., D]`: the reconstruction from `4k` latents; None when Multi-TopK is off."""
     prefix_recons: tuple[Tensor, ...] = ()
@@ -136,12 +138,13 @@ class Sae(nn.Module):
         out_ND = self.kernels.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
         return out_ND.view(*acts.shape[:-1], self.d_in)
 
-    def forward(self, x: Tensor, dead: Tensor | None = None) -> SaeOutput:
+    def forward(self, x: Tensor, dead: Tensor | None = None, *, auxk: bool = True) -> SaeOutput:
         """Encode and decode, with what the auxiliary losses need.
 
         Args:
             x: `[..., D]`, residual-stream activations as the language model gives them, in any float type.
-            dead: Numbers of the dead latents, int64 `[dead]`, for AuxK; None or empty turns it off.
+            dead: Numbers of the dead latents, int64 `[dead]`, for the losses that revive them; None or empty for none.
+            auxk: Whether they are also to predict the residual, for AuxK.
 
         Returns:
             The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK and the prefixes
@@ -163,7 +166,10 @@ class Sae(nn.Module):
         acts_NK, indices_NK = acts[:, : self.k], indices[:, : self.k]
         if with_multi:
             recon_ND, multi_ND = self.kernels.decode(acts_NK, indices_NK, self.W_dec) + self.b_dec, recon_ND
-        aux_ND = None if dead is None or len(dead) == 0 else self._predict_with_dead(x_ND, dead)
+        aux_ND = dead_biases = None
+        if dead is not None and len(dead) > 0:
+            dead_biases = self.b_enc[dead].sum()
+            aux_ND = self._predict_with_dead(x_ND, dead) if auxk else None
 
         lead = x.shape[:-1]
         return SaeOutput(
@@ -171,6 +177,7 @@ class Sae(nn.Module):
             acts_NK.reshape(*lead, self.k),
             indices_NK.reshape(*lead, self.k),
             None if aux_ND is None else aux_ND.view(x.shape),
+            dead_biases,
             None if multi_ND is None else multi_ND.view(x.shape),
             tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),
         )

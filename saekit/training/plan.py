@@ -19,9 +19,9 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
 from saekit.sae.kernels import SELECT_DTYPES, Kernels, choose_kernels
-from saekit.training.optimizers import base_lr, decays
+from saekit.training.optimizers import base_lr, decays, rate_ratios
 from saekit.training.run_folder import run_folder
-from saekit.training.schedule import lr_scale, warmup_steps
+from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +64,11 @@ class RunPlan:
         return warmup_steps(self.cfg.lr_warmup_steps, self.total_steps)
 
     @cached_property
+    def dead_threshold(self) -> int:
+        """Tokens without firing after which a latent is dead."""
+        return dead_threshold(self.cfg.dead_feature_threshold, self.batches.num_sequences * self.ctx_len)
+
+    @cached_property
     def base_lr(self) -> float:
         """The learning rate that warm-up rises to."""
         return base_lr(self.cfg, self.num_latents)
@@ -89,9 +94,13 @@ class RunPlan:
         Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
         for the next.
         """
+        to_decoder, to_biases = rate_ratios(self.cfg)
         return {
             "lr": self.base_lr,
             "lr_warmup_steps": self.warmup,
+            "decoder_lr_ratio": to_decoder,
+            "encoder_bias_lr_ratio": to_biases,
+            "dead_feature_threshold": self.dead_threshold,
             "num_latents": self.num_latents,
             "d_in": self.d_in,
             "global_batch": self.batches.global_batch,
@@ -128,7 +137,7 @@ class RunPlan:
             "model": self.model_name,
             "dataset": self.dataset_name,
             "ctx_len": self.ctx_len,
-            "dead_feature_threshold": self.cfg.dead_feature_threshold,
+            "dead_feature_threshold": self.dead_threshold,
         }
 
     def info(self, placement: Placement, dtype: torch.dtype, start_step: int) -> RunInfo:

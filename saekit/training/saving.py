@@ -37,8 +37,19 @@ BEFORE_THERE_WERE_OPTIONS = {
     "beta2": 0.999,
     "scale_biases": False,
     "auxk_relative_to": "variance",
+    "encoder_bias_lr_ratio": 1.0,
+    "revive_alpha": 0.0,
 }
 """How runs trained that were begun before there was a choice, and so do not say."""
+
+
+def with_old_defaults(kept: dict[str, Any]) -> dict[str, Any]:
+    """The options that a run has written down, and those that it could not know of.
+
+    Args:
+        kept: From its `config.yaml`, where what was left to a default that depends on the run does not stand.
+    """
+    return kept if "revive_alpha" in kept else {**BEFORE_THERE_WERE_OPTIONS, **kept}
 
 
 class Saver:

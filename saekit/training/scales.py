@@ -21,6 +21,8 @@ class Scales(NamedTuple):
     """`1 / (N σ²)`, of the reconstruction's loss."""
     auxk: float | Tensor
     """Of AuxK's: the same, or `1 / (N e)` with the mean squared error e of the step before."""
+    revive: float
+    """`1 / (N σ₁)`, of the loss that raises dead latents' biases."""
 
 
 def scales_of(cfg: TrainConfig, run: RunState, name: str, tokens: int) -> Scales:
@@ -31,12 +33,14 @@ def scales_of(cfg: TrainConfig, run: RunState, name: str, tokens: int) -> Scales
     in the code of Gao et al. 2024. It is the error of the step before: this step's is known only when its last chunk
     is through.
     """
-    main = 1 / (max(1, tokens) * run.calibration[name].variance)
+    layer = run.calibration[name]
+    main = 1 / (max(1, tokens) * layer.variance)
+    revive = 1 / (max(1, tokens) * layer.rms)
     if cfg.auxk_relative_to == "variance":
-        return Scales(main, main)
+        return Scales(main, main, revive)
     # A perfect reconstruction leaves nothing to divide by, and nothing to predict.
-    least = 1e-9 * run.calibration[name].variance
-    return Scales(main, (1 / (max(1, tokens) * run.error[name].clamp_min(least))).float())
+    least = 1e-9 * layer.variance
+    return Scales(main, (1 / (max(1, tokens) * run.error[name].clamp_min(least))).float(), revive)
 
 
 def error_per_token(

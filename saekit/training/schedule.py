@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-DEFAULT_WARMUP_STEPS = 1000
+WARMUP_SHARE = 0.3
+"""Of the run, by default: measured in docs/quality.md."""
+MOST_TOKENS_ASLEEP = 10_000_000
 
 
 def warmup_steps(asked: int | None, total_steps: int) -> int:
-    """Optimiser steps of warm-up: what was asked for, or 1000 or a tenth of the run if that is less."""
-    return min(DEFAULT_WARMUP_STEPS, total_steps // 10) if asked is None else asked
+    """Optimiser steps of warm-up: what was asked for, or three tenths of the run."""
+    return int(WARMUP_SHARE * total_steps) if asked is None else asked
+
+
+def dead_threshold(asked: int | None, total_tokens: int) -> int:
+    """Tokens without firing after which a latent is dead: what was asked for, or a fiftieth of the run's, at most 10M.
+
+    The 10M are those of Gao et al. 2024, appendix A.2, whose runs are of billions of tokens; in a run of fewer than
+    that nothing would ever be dead.
+    """
+    return min(MOST_TOKENS_ASLEEP, max(1, total_tokens // 50)) if asked is None else asked
 
 
 def lr_scale(step: int, *, warmup: int, total_steps: int, decay: bool) -> float:

@@ -30,6 +30,11 @@ class Calibration:
     variance: float
     """σ², the total variance (trace of the covariance), by which the loss is divided."""
 
+    @property
+    def rms(self) -> float:
+        """Root mean square of the centred activations, `σ / √D`: the unit of the biases."""
+        return float((self.variance / len(self.mean_D)) ** 0.5)
+
 
 @dataclass
 class RunState:

@@ -27,7 +27,7 @@ from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.faults import leave_out_step, look_for_faults, name_faults
 from saekit.training.forward import Forward
 from saekit.training.interrupt import BY_USER, graceful_interrupt
-from saekit.training.optimizers import bias_scale, make_optimizer
+from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.readback import read_later
 from saekit.training.recovery import Found, find_checkpoint
@@ -110,7 +110,7 @@ class SaeTrainer:
             evaluate = Evaluating(self.subject, plan, placement, report, interruption)
             forward = Forward(self.model, read_residual, plan, placement)
             run = self._start(forward)
-            num_dead = {name: int(each.count_dead(cfg.dead_feature_threshold)) for name, each in run.counters.items()}
+            num_dead = {name: int(each.count_dead(plan.dead_threshold)) for name, each in run.counters.items()}
             saver = Saver(plan, placement, run, report.status)
             windows = self._fresh_windows()
             clock, tokens_at_report = time.perf_counter(), run.tokens
@@ -139,7 +139,7 @@ class SaeTrainer:
                 fired = placement.share({name: run.counters[name].fired_now_M for name in fresh})
                 errors = error_per_token(cfg, fresh, plan.hookpoints, tokens, placement)
                 after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
-                dead_after = [each.count_dead(cfg.dead_feature_threshold) for each in after.values()]
+                dead_after = [each.count_dead(plan.dead_threshold) for each in after.values()]
                 message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
@@ -194,9 +194,17 @@ class SaeTrainer:
     ) -> None:
         """Forward and backward pass of one layer over a chunk of tokens; what they make is gone when it returns."""
         x_ND = chunk_ND.float()
-        out = self.placement.sae(name)(x_ND, dead[0])
-        alpha = self.cfg.auxk_alpha
-        losses = sae_losses(x_ND, out, scale=scale.main, auxk_alpha=alpha, num_dead=dead[1], auxk_scale=scale.auxk)
+        out = self.placement.sae(name)(x_ND, dead[0], auxk=self.cfg.auxk_alpha > 0)
+        losses = sae_losses(
+            x_ND,
+            out,
+            scale=scale.main,
+            auxk_alpha=self.cfg.auxk_alpha,
+            num_dead=dead[1],
+            auxk_scale=scale.auxk,
+            revive_alpha=self.cfg.revive_alpha,
+            revive_scale=scale.revive,
+        )
         self.placement.backward(name, losses.total)
         run.counters[name].observe(out.acts, out.indices)
         window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D)
@@ -222,7 +230,7 @@ class SaeTrainer:
                 fit_encoder_(sae, sample.pop(hookpoint))
             if found is None and cfg.finetune is not None:
                 state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
-            scales[sae] = bias_scale(cfg, run.calibration[hookpoint].variance, plan.d_in)
+            scales[sae] = run.calibration[hookpoint].rms if cfg.scale_biases else 1.0
             return sae
 
         # What a placement makes later, to put a sharded layer together, takes no step: its rate does not matter.
@@ -264,10 +272,10 @@ class SaeTrainer:
         return list(self.plan.batches.step(step, placement.rank, placement.world_size, self.cfg.grad_acc_steps))
 
     def _dead(self, run: state.RunState, num_dead: dict[str, int]) -> dict[str, Tensor]:
-        """The dead latents of each layer of this rank, for AuxK; nothing where it is off."""
-        if self.cfg.auxk_alpha == 0:
+        """The dead latents of each layer of this rank, for the losses that revive them; nothing where they are off."""
+        if self.cfg.auxk_alpha == 0 and self.cfg.revive_alpha == 0:
             return {}
-        threshold = self.cfg.dead_feature_threshold
+        threshold = self.plan.dead_threshold
         return {name: counters.dead(threshold, num_dead[name]) for name, counters in run.counters.items()}
 
     def _last_words(self, message: str) -> None:

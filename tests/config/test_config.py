@@ -25,7 +25,7 @@ def test_layers_that_mean_nothing(text):
 def test_the_field_knows_its_recipe():
     cfg = TrainConfig(SaeConfig(768), batch_size=16)
     assert cfg.sae.resolve_num_latents(768) == 32 * 768
-    assert (cfg.auxk_alpha, cfg.dead_feature_threshold, cfg.sae.k) == (1 / 32, 10_000_000, 32)
+    assert (cfg.sae.k, cfg.optimizer, cfg.sae.normalize_decoder) == (32, "adam", True)
 
 
 def test_sizes():

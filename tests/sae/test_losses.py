@@ -1,5 +1,7 @@
 """Every loss term and its gradients against the formulas, written out densely and differentiated by autograd."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,14 +121,55 @@ def test_auxk_residual_is_detached():
 
 def test_a_batch_in_pieces_gives_the_same_gradient():
     sae, x = make_sae(multi_topk=True), make_x()
-    whole = sae_losses(x, sae(x, DEAD), scale=SCALE, auxk_alpha=0.5, num_dead=len(DEAD)).total
-    pieces = sum(
-        sae_losses(part, sae(part, DEAD), scale=SCALE, auxk_alpha=0.5, num_dead=len(DEAD)).total
-        for part in (x[:1], x[1:17], x[17:17], x[17:])
-    )
+    options = {
+        "scale": SCALE,
+        "auxk_alpha": 0.5,
+        "num_dead": len(DEAD),
+        "revive_alpha": 2.0,
+        "revive_scale": 1 / N,
+    }
+    whole = sae_losses(x, sae(x, DEAD), **options).total
+    pieces = sum(sae_losses(part, sae(part, DEAD), **options).total for part in (x[:1], x[1:17], x[17:17], x[17:]))
     found, wanted = gradients(sae, pieces), gradients(sae, whole)
     for name in found:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-14)
+
+
+def test_dead_biases_are_raised_and_nothing_else_is_touched():
+    sae, x = make_sae(), make_x()
+    out = sae(x, DEAD, auxk=False)
+    assert out.aux_recon is None
+    options = {"scale": SCALE, "auxk_alpha": 0.0, "num_dead": len(DEAD)}
+    plain = sae_losses(x, out, **options)
+    raised = sae_losses(x, out, **options, revive_alpha=0.25, revive_scale=1 / (2 * N * 3.0))  # of a step of 2N tokens
+    assert plain.revive is None
+    torch.testing.assert_close(raised.revive, -sae.b_enc[DEAD].sum() / 6)
+    torch.testing.assert_close(raised.total, plain.total - sae.b_enc[DEAD].sum() / 24)
+    found, expected = gradients(sae, raised.total), gradients(sae, sae_losses(x, sae(x), **options).total)
+    expected["b_enc"] = expected["b_enc"].index_add(0, DEAD, torch.full((len(DEAD),), -1 / 24, dtype=torch.float64))
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-14)
+
+
+def test_raised_latents_fire_again():
+    sae, x = make_sae(), make_x()
+    with torch.no_grad():
+        sae.b_enc[DEAD] = -15.0
+    fired = {alpha: set() for alpha in (0.0, 1e-4)}
+    for alpha, seen in fired.items():
+        own = copy.deepcopy(sae)
+        adam = torch.optim.Adam([{"params": [own.b_enc], "lr": 0.3}, {"params": [own.W_enc, own.W_dec]}], lr=1e-3)
+        for _ in range(100):
+            dead = torch.tensor([m for m in DEAD.tolist() if m not in seen], dtype=torch.int64)
+            out = own(x, dead, auxk=False)
+            seen |= set(out.indices[out.acts > 0].tolist()) & set(DEAD.tolist())
+            losses = sae_losses(
+                x, out, scale=SCALE, auxk_alpha=0.0, num_dead=len(dead), revive_alpha=alpha, revive_scale=1 / N
+            )
+            adam.zero_grad()
+            losses.total.backward()
+            adam.step()
+    assert fired == {0.0: set(), 1e-4: set(DEAD.tolist())}
 
 
 def test_no_dead_latents_means_no_auxk():

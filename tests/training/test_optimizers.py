@@ -7,7 +7,7 @@ from saekit import Sae, TrainConfig
 from saekit.sae import normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels import eager, torch_ops
 from saekit.sae.kernels.eager import row_norms
-from saekit.training.optimizers import base_lr, bias_scale, make_optimizer
+from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
 from saekit.training.signum import ScheduleFreeSignum
 
 OPTIMIZERS = ["adam", "signum", pytest.param("adam8bit", marks=pytest.mark.filterwarnings("default")), "muon"]
@@ -26,7 +26,9 @@ def step_some(sae, optimizer, steps, seed):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("name", "expected"), [("adam", 2e-4), ("adam8bit", 2e-4), ("signum", 5e-3), ("muon", 2e-3)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adam", 1.75e-3), ("adam8bit", 1.75e-3), ("signum", 5e-3), ("muon", 2e-3)]
+)
 def test_default_rates(name, expected):
     cfg = TrainConfig(optimizer=name)
     assert base_lr(cfg, 2**14) == pytest.approx(expected)
@@ -36,7 +38,7 @@ def test_default_rates(name, expected):
 
 def test_adam_is_adam():
     sae, twin = make_sae(), make_sae()
-    optimizer = make_optimizer(TrainConfig(lr=0.01, decoder_lr_ratio=1, beta2=0.999), sae)
+    optimizer = make_optimizer(TrainConfig(lr=0.01, decoder_lr_ratio=1, encoder_bias_lr_ratio=1, beta2=0.999), sae)
     plain = torch.optim.Adam(twin.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(1)
     for scale in (0.5, 1.0, 0.25):
@@ -207,15 +209,19 @@ def test_rates_of_the_decoder_and_the_biases(name):
     """Their first step is theirs in size, whatever the gradient's."""
     sae = Sae(8, 32, 4, normalize_decoder=False, generator=torch.Generator().manual_seed(0))
     before = {key: value.detach().clone() for key, value in sae.named_parameters()}
-    optimizer = make_optimizer(TrainConfig(optimizer=name, lr=1e-3, decoder_lr_ratio=3, beta2=0.9), sae, 50.0)
+    optimizer = make_optimizer(
+        TrainConfig(optimizer=name, lr=1e-3, decoder_lr_ratio=3, encoder_bias_lr_ratio=6, beta2=0.9), sae, 50.0
+    )
     step_some(sae, optimizer, 1, seed=3)
     moved = {key: float((value.detach() - before[key]).abs().mean()) for key, value in sae.named_parameters()}
     assert moved["W_dec"] == pytest.approx(3 * moved["W_enc"], rel=0.1)
-    assert moved["b_enc"] == pytest.approx(0.05, rel=0.1 if name != "signum" else 0.2)
-    assert moved["b_dec"] == pytest.approx(moved["b_enc"], rel=0.01)
+    assert moved["b_enc"] == pytest.approx(0.3, rel=0.1 if name != "signum" else 0.2)
+    assert moved["b_dec"] == pytest.approx(moved["b_enc"] / 6, rel=0.01)
 
 
-def test_biases_learn_in_the_activations_unit():
-    plain, scaled = TrainConfig(), TrainConfig(scale_biases=True)
-    assert bias_scale(plain, 4e6, 100) == 1
-    assert bias_scale(scaled, 4e6, 100) == pytest.approx(200)
+def test_default_ratios_are_adams_alone():
+    for name in ("adam", "adam8bit"):
+        assert rate_ratios(TrainConfig(optimizer=name)) == (4, 6)
+        assert rate_ratios(TrainConfig(optimizer=name, decoder_lr_ratio=1, encoder_bias_lr_ratio=2)) == (1, 2)
+    for name in ("signum", "muon"):
+        assert rate_ratios(TrainConfig(optimizer=name)) == (1, 1)

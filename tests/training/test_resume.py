@@ -9,16 +9,23 @@ import torch
 from saekit import UserError
 from saekit.errors import Interrupted, SaveError
 from saekit.training.recovery import read_index
-from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS
+from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
-RECIPE = {"init": "fit", "scale_biases": True, "auxk_relative_to": "residual", "decoder_lr_ratio": 2, "beta2": 0.95}
+REFERENCE = {
+    "init": "uniform",
+    "scale_biases": False,
+    "decoder_lr_ratio": 1.0,
+    "encoder_bias_lr_ratio": 1.0,
+    "beta2": 0.999,
+    "revive_alpha": 0.0,
+}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
 @pytest.mark.parametrize("stop_at", [2, 5])
-@pytest.mark.parametrize("recipe", [{}, RECIPE], ids=["reference", "recipe"])
+@pytest.mark.parametrize("recipe", [{"auxk_relative_to": "residual"}, REFERENCE], ids=["defaults", "reference"])
 def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at, recipe):
     options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **recipe}
     whole = make_trainer("whole", **options).fit()
@@ -54,14 +61,15 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
 
 
 def test_a_run_from_before_there_were_some_options_goes_on(make_trainer, tmp_path):
-    file = make_trainer().fit() / "checkpoint.json"
+    file = make_trainer(**BEFORE_THERE_WERE_OPTIONS).fit() / "checkpoint.json"
     index = json.loads(file.read_text("utf-8"))
     for name, value in BEFORE_THERE_WERE_OPTIONS.items():
         assert index["config"].pop(name) == value
+        index["resolved"].pop(name, None)
     file.write_text(json.dumps(index), encoding="utf-8")
-    make_trainer(resume=True).fit()
+    make_trainer(resume=True, **BEFORE_THERE_WERE_OPTIONS).fit()
     with pytest.raises(UserError, match=r"--beta2 was 0.999 and is 0.95"):
-        make_trainer(resume=True, beta2=0.95).fit()
+        make_trainer(resume=True, **{**BEFORE_THERE_WERE_OPTIONS, "beta2": 0.95}).fit()
 
 
 def test_the_index_says_what_it_should(make_trainer, tmp_path):
@@ -213,8 +221,8 @@ def test_what_the_defaults_came_to_is_kept_apart(make_trainer):
     checkpoint = make_trainer(lr=None, lr_warmup_steps=None).fit()
     index = json.loads((checkpoint / "checkpoint.json").read_text())
     assert "lr" not in index["config"]
-    assert index["resolved"]["lr"] == pytest.approx(2e-4 * (2**14 / 64) ** 0.5)
-    assert index["resolved"] == {**index["resolved"], "lr_warmup_steps": 0, "num_latents": 64, "d_in": 16}
+    assert index["resolved"]["lr"] == pytest.approx(1.75e-3 * (2**14 / 64) ** 0.5)
+    assert index["resolved"] == {**index["resolved"], "lr_warmup_steps": 2, "num_latents": 64, "d_in": 16}
 
 
 def test_layers_are_saved_one_at_a_time(make_trainer, monkeypatch):
@@ -262,3 +270,10 @@ def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_p
     with pytest.raises(SaveError, match=r"layers\.1/sae\.safetensors was written by another rank and is not here"):
         make_trainer().fit()
     assert not list((tmp_path / "run").glob("*step*"))
+
+
+def test_options_that_an_old_run_does_not_name_are_what_they_were():
+    old = {"model": "m", "beta2": 0.9}
+    assert with_old_defaults(old) == {**BEFORE_THERE_WERE_OPTIONS, "model": "m", "beta2": 0.9}
+    new = {"model": "m", "revive_alpha": 1e-4}
+    assert with_old_defaults(new) == new, "a ratio that a new run leaves to the optimiser's default is not 1"

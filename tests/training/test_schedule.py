@@ -1,6 +1,6 @@
 import pytest
 
-from saekit.training.schedule import lr_scale, warmup_steps
+from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
 
 
 def test_shape():
@@ -19,8 +19,14 @@ def test_warmup_longer_than_the_run_never_divides_by_zero():
     assert [lr_scale(step, warmup=9, total_steps=2, decay=True) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
 
 
-@pytest.mark.parametrize(
-    ("asked", "total", "expected"), [(None, 50_000, 1000), (None, 200, 20), (7, 200, 7), (0, 9, 0)]
-)
+@pytest.mark.parametrize(("asked", "total", "expected"), [(None, 50_000, 15_000), (None, 9, 2), (7, 200, 7), (0, 9, 0)])
 def test_default_warmup(asked, total, expected):
     assert warmup_steps(asked, total) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "expected"),
+    [(None, 10**6, 20_000), (None, 10**10, 10**7), (None, 30, 1), (7, 10**6, 7), (10**9, 10**6, 10**9)],
+)
+def test_default_dead_threshold(asked, total, expected):
+    assert dead_threshold(asked, total) == expected

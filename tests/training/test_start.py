@@ -78,7 +78,7 @@ def test_runs_begin_alike_whatever_the_micro_batches(make_trainer):
     near = {"rtol": 1e-4, "atol": 1e-5}
     found, expected = ({k: v for k, v in tensors_of(each).items() if "/sae/" in k} for each in (split, whole))
     assert_same_tensors(found, expected, **near)
-    uniform = tensors_of(make_trainer("uniform", lr=1e-9).fit())
+    uniform = tensors_of(make_trainer("uniform", lr=1e-9, init="uniform").fit())
     assert all(
         torch.allclose(uniform[name], value, atol=1e-5) == ("encoder.w" not in name) for name, value in expected.items()
     )

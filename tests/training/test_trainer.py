@@ -128,9 +128,9 @@ def test_micro_acc_steps_really_cuts_what_the_encoder_sees(make_trainer, monkeyp
     rows = []
     forward = Sae.forward
 
-    def watched(self, x, dead=None):
+    def watched(self, x, *args, **kwargs):
         rows.append(x.shape[0])
-        return forward(self, x, dead)
+        return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(Sae, "forward", watched)
     make_trainer(micro_acc_steps=4, layers="1").fit()
@@ -165,8 +165,8 @@ def test_dead_latents_are_counted_in_tokens_and_revived(make_trainer, tmp_path):
     trainer = make_trainer(reporter=watcher, dead_feature_threshold=100)
     forward = Sae.forward
 
-    def watched(sae, x, dead=None):
-        out = forward(sae, x, dead)
+    def watched(sae, x, *args, **kwargs):
+        out = forward(sae, x, *args, **kwargs)
         name = next(n for n in HOOKPOINTS if trainer.placement.sae(n) is sae)
         fired = torch.zeros(64, dtype=torch.int64)
         fired.index_add_(0, out.indices[out.acts > 0], torch.ones(int((out.acts > 0).sum()), dtype=torch.int64))
