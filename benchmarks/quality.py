@@ -128,10 +128,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def table(about: dict[str, Any], runs: list[dict[str, Any]]) -> Table:
-    """All recipes on one model and budget: means over layers and seeds, and the spread of FVU between seeds."""
+    """All recipes on one model and budget: means over layers and seeds, FVU's spread between seeds and worst layer."""
     title = f"{about['model']}, {about['tokens']:,} tokens, {about['num_latents']:,} latents, k {about['k']}"
     shown = Table("recipe", title=title, title_justify="left")
-    for column in ("seeds", "FVU", "± seeds", "worst layer", "dead %", "CE recovered", "KL"):
+    for column in ("seeds", "FVU", "±", "worst", "dead %", "CE rec.", "KL"):
         shown.add_column(column, justify="right")
     here = [run for run in runs if about.items() <= run.items()]
     for label in dict.fromkeys(run["recipe"] for run in here):

@@ -10,6 +10,17 @@ SAEKIT, SPARSIFY, DICTIONARY_LEARNING = "saekit", "sparsify", "dictionary-learni
 ADAM_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 SIGNUM_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 UNIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+REFERENCE = {
+    "optimizer": "adam",
+    "init": "uniform",
+    "scale_biases": False,
+    "decoder_lr_ratio": 1.0,
+    "encoder_bias_lr_ratio": 1.0,
+    "beta2": 0.999,
+    "revive_alpha": 0.0,
+    "auxk_alpha": 0.0,  # sparsify's encoder does not see its gradient
+}
+"""saekit's options for what sparsify does; the learning rate and the warm-up are missing."""
 
 
 @dataclass(frozen=True)
@@ -51,5 +62,4 @@ def recipes(steps: int) -> Iterator[Recipe]:
     # It refuses a warm-up that is longer than the run.
     yield Recipe(DICTIONARY_LEARNING, "defaults", {"warmup_steps": min(1000, steps - 1)})
     # The recipe of Gao et al. as sparsify has it, given to saekit: the two should agree with `sparsify adam 0.002`.
-    same = {"optimizer": "adam", "lr": 2e-3, "lr_warmup_steps": warmup, "auxk_alpha": 0.0}
-    yield Recipe(SAEKIT, "as sparsify adam 0.002", same)
+    yield Recipe(SAEKIT, "as sparsify adam 0.002", {**REFERENCE, "lr": 2e-3, "lr_warmup_steps": warmup})

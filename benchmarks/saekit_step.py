@@ -14,12 +14,16 @@ keep_memory()  # as `saekit train` does
 
 import torch
 from measure import PeakMemory, summary, time_steps
+from recipes import REFERENCE
 from safetensors.torch import load_file
 
 from saekit import Sae, TrainConfig
 from saekit.sae import sae_losses
 from saekit.sae.kernels import choose_kernels
 from saekit.training.optimizers import TorchOptimizer, make_optimizer
+
+RECIPE = {**REFERENCE, "lr": 2e-4}
+"""The peer's, so that what both reach can be compared."""
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def make_step(job: dict[str, Any], x_ND: torch.Tensor) -> tuple[Callable[[], Non
     sae.train()
     sae.b_dec.data.copy_(x_ND.float().mean(0))
     sae.chosen_kernels = choose_kernels(job["kernels"], job["select_dtype"], device)
-    optimizer = make_optimizer(TrainConfig(lr=2e-4, moments_dtype=job["moments_dtype"]), sae)
+    optimizer = make_optimizer(TrainConfig(**RECIPE, moments_dtype=job["moments_dtype"]), sae)
     scale = 1 / float((x_ND.float() - x_ND.float().mean(0)).square().sum())
 
     def step() -> None:

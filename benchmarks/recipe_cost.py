@@ -1,0 +1,103 @@
+"""What the default recipe costs: its step against a plain TopK step and one with AuxK, in turn, in one process.
+
+    python benchmarks/recipe_cost.py                   three sizes, a tenth of the latents dead
+    python benchmarks/recipe_cost.py --dead 0.5
+
+The three differ in what happens to dead latents and in the optimiser's rates; which latents are dead is given, so that
+all do the same work throughout. The learning rate is tiny, for the same reason.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import activations, spread
+from measure import synchronize
+from recipes import REFERENCE
+from rich.console import Console
+from rich.table import Table
+
+from saekit import Sae, TrainConfig
+from saekit.sae import sae_losses
+from saekit.sae.kernels import choose_kernels
+from saekit.training.optimizers import make_optimizer
+
+SIZES = [(128, 4096, 32, 2048), (512, 16384, 32, 4096), (768, 24576, 32, 2048)]
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain TopK": REFERENCE,
+    "defaults": {},
+    "Gao et al., AuxK": {**REFERENCE, "auxk_alpha": 1 / 32},
+}
+TINY_RATE = 1e-9
+
+
+class Step:
+    """One optimiser step of one SAE, as the trainer makes it."""
+
+    def __init__(self, recipe: dict[str, Any], x_ND: torch.Tensor, num_latents: int, k: int, dead: float) -> None:
+        self.cfg = TrainConfig(**{**recipe, "lr": TINY_RATE})
+        self.x_ND = x_ND
+        self.sae = Sae(x_ND.shape[1], num_latents, k, generator=torch.Generator().manual_seed(0)).to(x_ND.device)
+        self.sae.train().chosen_kernels = choose_kernels("auto", "auto", x_ND.device)
+        self.sae.b_dec.data.copy_(x_ND.mean(0))
+        self.dead = torch.arange(int(dead * num_latents), device=x_ND.device)
+        self.sae.b_enc.data[self.dead] = -1e3
+        self.optimizer = make_optimizer(self.cfg, self.sae)
+        self.scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
+
+    def __call__(self) -> float:
+        """Do it; returns seconds."""
+        synchronize(self.x_ND.device)
+        start = time.perf_counter()
+        revives = self.cfg.auxk_alpha > 0 or self.cfg.revive_alpha > 0
+        out = self.sae(self.x_ND, self.dead if revives else None, auxk=self.cfg.auxk_alpha > 0)
+        losses = sae_losses(
+            self.x_ND,
+            out,
+            scale=self.scale,
+            auxk_alpha=self.cfg.auxk_alpha,
+            num_dead=len(self.dead),
+            revive_alpha=self.cfg.revive_alpha,
+            revive_scale=1 / len(self.x_ND),
+        )
+        losses.total.backward()
+        self.optimizer.step(1.0)
+        self.optimizer.zero_grad()
+        synchronize(self.x_ND.device)
+        return time.perf_counter() - start
+
+
+def main(
+    dead: Annotated[float, typer.Option(help="Share of the latents that are dead.")] = 0.1,
+    repeats: Annotated[int, typer.Option(help="Steps of each that count.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Print the step of each recipe, and its ratio to the plain one's."""
+    shown = Table("D, M, k, N", title=f"{dead:.0%} of the latents dead", title_justify="left")
+    for name in RECIPES:
+        shown.add_column(name, justify="right")
+    for d_in, num_latents, k, tokens in SIZES:
+        x_ND = activations(tokens, d_in).to(device)
+        steps = {name: Step(recipe, x_ND, num_latents, k, dead) for name, recipe in RECIPES.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(repeats + 2):
+            for name, step in steps.items():
+                taken = step()
+                if turn >= 2:  # the first allocate
+                    seconds[name].append(taken)
+        plain = seconds["plain TopK"]
+        cells = []
+        for own in seconds.values():
+            ratios = spread([mine / its for mine, its in zip(own, plain, strict=True)])
+            milliseconds = 1e3 * statistics.median(own)
+            cells.append(f"{milliseconds:.0f} ms ({ratios['median']:.2f}, {ratios['min']:.2f} to {ratios['max']:.2f})")
+        shown.add_row(f"{d_in}, {num_latents}, {k}, {tokens}", *cells)
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    typer.run(main)
