@@ -82,6 +82,7 @@ def train(tmp_path_factory, token_dir):
             launcher += ["--main_process_port", 0]
         sizes = ["--batch-size", batch_size or GLOBAL_BATCH // ranks, "--num-latents", 64, "--k", 4]
         settings = ["--lr", 1e-3, "--lr-warmup-steps", 2, "--dead-feature-threshold", 300, "--exclude-tokens", 5]
+        settings += ["--auxk-alpha", 1 / 32]
         # Bit-exact work: in bfloat16 the split of a batch over ranks shows in the activations' last bits.
         settings += ["--select-dtype", "fp32", *([] if "--dtype" in options else ["--dtype", "float32"])]
         place = ["--ctx-len", CTX_LEN, "--save-dir", root, "--run-name", name]

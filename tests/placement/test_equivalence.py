@@ -77,14 +77,18 @@ def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement):
 
 RECIPE = [
     "--init",
-    "fit",
-    "--scale-biases",
+    "uniform",
+    "--no-scale-biases",
     "--auxk-relative-to",
     "residual",
     "--decoder-lr-ratio",
+    1,
+    "--encoder-bias-lr-ratio",
     2,
     "--beta2",
-    0.95,
+    0.999,
+    "--revive-alpha",
+    0,
 ]
 
 
