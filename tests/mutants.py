@@ -196,6 +196,20 @@ FAULTS = [
         "range(0, self.num_batches * self.batch_size, self.batch_size)",
         "range(0, len(mine), self.batch_size)",
     ),
+    ("dead biases sink", LOSSES, "revive = -(len(x_ND)", "revive = (len(x_ND)"),
+    ("every chunk raises dead biases as a whole batch", LOSSES, "-(len(x_ND) * revive_scale)", "-(40 * revive_scale)"),
+    (
+        "b_dec learns at b_enc's rate",
+        "saekit/training/optimizers.py",
+        '"params": [sae.b_dec], "lr": lr * input_scale',
+        '"params": [sae.b_dec], "lr": lr * to_biases * input_scale',
+    ),
+    (
+        "in a short run nothing is ever dead",
+        "saekit/training/schedule.py",
+        "min(MOST_TOKENS_ASLEEP, max(1, total_tokens // 50))",
+        "MOST_TOKENS_ASLEEP",
+    ),
     (
         "a smaller dictionary learns nothing from its own errors",
         SPARSE,
