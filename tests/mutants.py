@@ -43,7 +43,12 @@ FAULTS = [
     ("second moments in bfloat16 are cut off", EAGER, "(mixed >> 16 & 0xFFFF)", "0"),
     ("a group's first member is taken for its best", TORCH_OPS, "members_NGg.amax(1)", "members_NGg[:, 0]"),
     ("the residual is not detached", LOSSES, "error_ND.detach() - out", "error_ND - out"),
-    ("AuxK is not scaled by the number of dead latents", LOSSES, "(scale * min(1.0, num_dead / k_aux))", "scale"),
+    (
+        "AuxK is not scaled by the number of dead latents",
+        LOSSES,
+        "auxk_scale) * min(1.0, num_dead / k_aux)",
+        "auxk_scale)",
+    ),
     ("selected counts as fired", COUNTERS, "(acts_NK > 0)", "(acts_NK >= 0)"),
     ("counters count micro-batches", TRAINER, ADVANCE, ADVANCE.replace("tokens)", "len(batches))")),
     ("micro_acc_steps cuts nothing", TRAINER, "x_ND.tensor_split(cfg.micro_acc_steps)", "[x_ND]"),
