@@ -89,7 +89,7 @@ class TrainConfig:
     lr_warmup_steps: int | None = option(
         None,
         "Steps of linear warm-up, after which the rate falls linearly to zero at the end of the run (signum: stays). "
-        "By default three tenths of the run.",
+        "By default three tenths of the run (signum: a tenth).",
         panel=OPTIMIZER,
         unit="optimiser steps",
         ge=0,

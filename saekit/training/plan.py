@@ -61,7 +61,7 @@ class RunPlan:
     @cached_property
     def warmup(self) -> int:
         """Optimiser steps of warm-up."""
-        return warmup_steps(self.cfg.lr_warmup_steps, self.total_steps)
+        return warmup_steps(self.cfg.lr_warmup_steps, self.total_steps, decay=decays(self.cfg))
 
     @cached_property
     def dead_threshold(self) -> int:

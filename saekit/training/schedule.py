@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 WARMUP_SHARE = 0.3
-"""Of the run, by default: measured in docs/quality.md."""
+"""Of the run, by default, where the rate falls afterwards: measured in docs/quality.md."""
+CONSTANT_WARMUP_SHARE = 0.1
+"""The same where it stays: a schedule-free optimiser averages over the rest."""
 MOST_TOKENS_ASLEEP = 10_000_000
 
 
-def warmup_steps(asked: int | None, total_steps: int) -> int:
-    """Optimiser steps of warm-up: what was asked for, or three tenths of the run."""
-    return int(WARMUP_SHARE * total_steps) if asked is None else asked
+def warmup_steps(asked: int | None, total_steps: int, *, decay: bool) -> int:
+    """Optimiser steps of warm-up: what was asked for, or a share of the run that depends on what follows."""
+    share = WARMUP_SHARE if decay else CONSTANT_WARMUP_SHARE
+    return int(share * total_steps) if asked is None else asked
 
 
 def dead_threshold(asked: int | None, total_tokens: int) -> int:

@@ -21,7 +21,8 @@ def test_warmup_longer_than_the_run_never_divides_by_zero():
 
 @pytest.mark.parametrize(("asked", "total", "expected"), [(None, 50_000, 15_000), (None, 9, 2), (7, 200, 7), (0, 9, 0)])
 def test_default_warmup(asked, total, expected):
-    assert warmup_steps(asked, total) == expected
+    assert warmup_steps(asked, total, decay=True) == expected
+    assert warmup_steps(asked, total, decay=False) == (expected // 3 if asked is None else asked)
 
 
 @pytest.mark.parametrize(
