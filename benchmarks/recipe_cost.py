@@ -53,8 +53,7 @@ class Step:
         """Do it; returns seconds."""
         synchronize(self.x_ND.device)
         start = time.perf_counter()
-        revives = self.cfg.auxk_alpha > 0 or self.cfg.revive_alpha > 0
-        out = self.sae(self.x_ND, self.dead if revives else None, auxk=self.cfg.auxk_alpha > 0)
+        out = self.sae(self.x_ND, self.dead if self.cfg.revives else None, auxk=self.cfg.auxk_alpha > 0)
         losses = sae_losses(
             self.x_ND,
             out,

@@ -119,6 +119,7 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
 def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
     """What the run that `--resume PATH` names was started with."""
     from saekit.config.run import read_yaml
+    from saekit.training.recovery import resolved_of
     from saekit.training.saving import with_old_defaults
 
     run = run_of(path)
@@ -129,7 +130,7 @@ def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
         if name in typed:
             option = f"--{name.replace('_', '-')} {typed[name]}"
             raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
-    kept = with_old_defaults(read_yaml(run / "config.yaml"))
+    kept = with_old_defaults(read_yaml(run / "config.yaml"), resolved_of(run))
     if "placement" in typed:  # what belongs to another one does not come along
         kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
     return kept

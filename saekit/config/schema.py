@@ -241,6 +241,11 @@ class TrainConfig:
     )
 
     @property
+    def revives(self) -> bool:
+        """Whether a loss reaches dead latents."""
+        return self.revive_alpha > 0 or self.auxk_alpha > 0
+
+    @property
     def loads_whole_model(self) -> bool:
         """Whether the blocks after the last tapped one and the head are loaded, too: evaluations need them.
 

@@ -65,7 +65,7 @@ def layer_cost(
         act_dtype: Of the language model's activations.
         kernels: From `on_meta`.
         on_gpu: Whether it is a GPU's memory.
-        dead: Dead latents, which AuxK trains.
+        dead: Dead latents, which the losses that revive them look at.
     """
     settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha)
     asked = (settings, d_in, num_latents, tokens, act_dtype, kernels.name, kernels.select_dtype, on_gpu, dead)
@@ -75,7 +75,7 @@ def layer_cost(
     layer = Layer(cfg, d_in, num_latents, kernels, META)
     parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in layer.sae.parameters())
     chunk = torch.empty(tokens, d_in, dtype=act_dtype, device=META)
-    dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead else None
+    dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead and cfg.revives else None
     with Meter(on_gpu) as meter:
         layer.passes(chunk, dead_latents)
         gradients = meter.live

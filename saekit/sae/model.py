@@ -33,12 +33,12 @@ class SaeOutput(NamedTuple):
     """`[..., K]`, int64."""
     aux_recon: Tensor | None = None
     """`[..., D]`: what dead latents predict of `x - x̂`, without `b_dec`; None when AuxK is off."""
-    dead_biases: Tensor | None = None
-    """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
     multi_recon: Tensor | None = None
     """`[..., D]`: the reconstruction from `4k` latents; None when Multi-TopK is off."""
     prefix_recons: tuple[Tensor, ...] = ()
     """`[..., D]` each: from the chosen latents of each smaller prefix alone; empty but in a Matryoshka's training."""
+    dead_biases: Tensor | None = None
+    """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
 
 
 class Sae(nn.Module):
@@ -177,9 +177,9 @@ class Sae(nn.Module):
             acts_NK.reshape(*lead, self.k),
             indices_NK.reshape(*lead, self.k),
             None if aux_ND is None else aux_ND.view(x.shape),
-            dead_biases,
             None if multi_ND is None else multi_ND.view(x.shape),
             tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),
+            dead_biases,
         )
 
     def _flat(self, x: Tensor) -> Tensor:

@@ -70,6 +70,17 @@ def _newest_whole(run_dir: Path) -> Found:
     raise UserError("; ".join(damage) or f"there is no checkpoint in {run_dir}")
 
 
+def resolved_of(run_dir: Path) -> dict[str, Any]:
+    """What a run's defaults came to, as any of its checkpoints says; empty where none can be read.
+
+    Nothing is verified: whoever goes on from one does that.
+    """
+    for folder, _ in numbered(run_dir):
+        with suppress(OSError, ValueError, KeyError):
+            return dict(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["resolved"])
+    return {}
+
+
 def read_index(checkpoint: Path) -> dict[str, Any]:
     """The content of `checkpoint.json`, after checking that every file it names is there and whole.
 

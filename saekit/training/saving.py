@@ -43,13 +43,20 @@ BEFORE_THERE_WERE_OPTIONS = {
 """How runs trained that were begun before there was a choice, and so do not say."""
 
 
-def with_old_defaults(kept: dict[str, Any]) -> dict[str, Any]:
-    """The options that a run has written down, and those that it could not know of.
+OLD_FORMULAS = ("lr", "lr_warmup_steps")
+"""Defaults that depend on the run, and that depended on it in another way then."""
+
+
+def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, those that it could not know of and those whose defaults have changed included.
 
     Args:
         kept: From its `config.yaml`, where what was left to a default that depends on the run does not stand.
+        resolved: What such defaults came to then, from a checkpoint's index.
     """
-    return kept if "revive_alpha" in kept else {**BEFORE_THERE_WERE_OPTIONS, **kept}
+    if "revive_alpha" in kept:
+        return kept
+    return {**BEFORE_THERE_WERE_OPTIONS, **{name: resolved[name] for name in OLD_FORMULAS if name in resolved}, **kept}
 
 
 class Saver:

@@ -273,7 +273,7 @@ class SaeTrainer:
 
     def _dead(self, run: state.RunState, num_dead: dict[str, int]) -> dict[str, Tensor]:
         """The dead latents of each layer of this rank, for the losses that revive them; nothing where they are off."""
-        if self.cfg.auxk_alpha == 0 and self.cfg.revive_alpha == 0:
+        if not self.cfg.revives:
             return {}
         threshold = self.plan.dead_threshold
         return {name: counters.dead(threshold, num_dead[name]) for name, counters in run.counters.items()}

@@ -77,19 +77,16 @@ class StopAfter(Recorder):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+SETTINGS = {"batch_size": 8, "lr": 1e-2, "lr_warmup_steps": 2, "dead_feature_threshold": 150, "auxk_alpha": 1 / 32}
+"""Of the tiny model's runs: short, with dead latents, and with both losses that revive them."""
+
+
 @pytest.fixture
 def make_trainer(tiny_llama, tokens, tmp_path):
     """A trainer of the tiny model with small settings; keyword arguments are those of `TrainConfig`."""
 
     def make(run_name="run", sae=None, reporter=None, data=None, **options):
-        settings = {
-            "batch_size": 8,
-            "lr": 1e-2,
-            "lr_warmup_steps": 2,
-            "dead_feature_threshold": 150,
-            "auxk_alpha": 1 / 32,
-            **options,
-        }
+        settings = {**SETTINGS, **options}
         cfg = TrainConfig(sae or SaeConfig(num_latents=64, k=4), save_dir=tmp_path, run_name=run_name, **settings)
         return SaeTrainer(cfg, data or tokens, tiny_llama, reporter=reporter or Reporters())
 

@@ -22,7 +22,7 @@ from saekit.evaluation.objective import next_token
 from saekit.placement import Single
 from saekit.report import Reporters
 from saekit.report.jsonl import EVALUATION, plain, read_metrics
-from tests.training.conftest import CTX_LEN, Recorder, StopAfter
+from tests.training.conftest import CTX_LEN, SETTINGS, Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 STEPS = 7
@@ -40,14 +40,7 @@ def train(tiny_llama, tokens, unread, tmp_path):
     """Train to the end; `eval_every` among the options evaluates on what is unread."""
 
     def run(name="run", model=tiny_llama, reporter=None, data=None, **options):
-        settings = {
-            "batch_size": 8,
-            "lr": 1e-2,
-            "lr_warmup_steps": 2,
-            "dead_feature_threshold": 150,
-            "auxk_alpha": 1 / 32,
-            **options,
-        }
+        settings = {**SETTINGS, **options}
         settings.setdefault("sae", SaeConfig(num_latents=64, k=4))
         cfg = TrainConfig(save_dir=tmp_path, run_name=name, **settings)
         eval_data = (unread if data is None else data) if "eval_every" in options else None

@@ -13,19 +13,12 @@ from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
-REFERENCE = {
-    "init": "uniform",
-    "scale_biases": False,
-    "decoder_lr_ratio": 1.0,
-    "encoder_bias_lr_ratio": 1.0,
-    "beta2": 0.999,
-    "revive_alpha": 0.0,
-}
-
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
 @pytest.mark.parametrize("stop_at", [2, 5])
-@pytest.mark.parametrize("recipe", [{"auxk_relative_to": "residual"}, REFERENCE], ids=["defaults", "reference"])
+@pytest.mark.parametrize(
+    "recipe", [{"auxk_relative_to": "residual"}, BEFORE_THERE_WERE_OPTIONS], ids=["defaults", "reference"]
+)
 def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at, recipe):
     options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **recipe}
     whole = make_trainer("whole", **options).fit()
@@ -273,7 +266,8 @@ def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_p
 
 
 def test_options_that_an_old_run_does_not_name_are_what_they_were():
-    old = {"model": "m", "beta2": 0.9}
-    assert with_old_defaults(old) == {**BEFORE_THERE_WERE_OPTIONS, "model": "m", "beta2": 0.9}
+    resolved = {"lr": 2e-4, "lr_warmup_steps": 1000, "num_latents": 64}
+    old = {"model": "m", "beta2": 0.9, "lr_warmup_steps": 5}
+    assert with_old_defaults(old, resolved) == {**BEFORE_THERE_WERE_OPTIONS, "lr": 2e-4, **old}
     new = {"model": "m", "revive_alpha": 1e-4}
-    assert with_old_defaults(new) == new, "a ratio that a new run leaves to the optimiser's default is not 1"
+    assert with_old_defaults(new, resolved) == new, "a ratio that a new run leaves to the optimiser's default is not 1"
