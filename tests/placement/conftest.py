@@ -80,7 +80,14 @@ def train(tmp_path_factory, token_dir):
             file = Path(saekit.__file__).parent.parent / "accelerate_configs" / launch_file
             launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", ranks]
             launcher += ["--main_process_port", 0]
-        sizes = ["--batch-size", batch_size or GLOBAL_BATCH // ranks, "--num-latents", 64, "--k", 4]
+        sizes = [
+            "--batch-size",
+            batch_size or GLOBAL_BATCH // ranks,
+            "--num-latents",
+            256,
+            "--k",
+            4,
+        ]  # so many that some die
         settings = ["--lr", 1e-3, "--lr-warmup-steps", 2, "--dead-feature-threshold", 300, "--exclude-tokens", 5]
         settings += ["--auxk-alpha", 1 / 32]
         # Bit-exact work: in bfloat16 the split of a batch over ranks shows in the activations' last bits.

@@ -38,7 +38,8 @@ def killer(seed, kills, run, *command):
 def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, optimizer, seed):
     np.random.default_rng(0).integers(2, 250, 2400 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     sizes = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 2, "--grad-acc-steps", 2]
-    options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--save-every", 3, "--keep-last", 2]
+    options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--auxk-alpha", 1 / 32]
+    options += ["--save-every", 3, "--keep-last", 2]
     command = ["train", model_dir, tmp_path / "tokens.bin", *sizes, *options, "--save-best", "--save-dir", tmp_path]
 
     assert killer(seed, 0, tmp_path / "whole", *command, "--run-name", "whole") == {"start": 0, "step": 0, "save": 0}
