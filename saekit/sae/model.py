@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from saekit.sae.kernels import Kernels, default_kernels
-from saekit.sae.kernels.eager import row_norms
+from saekit.sae.kernels.eager import keep_above, row_norms
+
+WIDER = 4
+"""So many times k latents are Multi-TopK's second code, and the most that a BatchTopK code has for one token."""
 
 
 class Encoded(NamedTuple):
-    """A k-sparse code: which latents are active for each token, and how much."""
+    """A sparse code: which latents are active for each token, and how much. K is `Sae.max_active`."""
 
     acts: Tensor
-    """`[..., K]`, largest first; zero where fewer than `k` latents are positive."""
+    """`[..., K]`, largest first; zero where fewer than K latents are positive or above the threshold."""
     indices: Tensor
     """`[..., K]`, int64: the latents' numbers."""
 
@@ -49,17 +52,25 @@ class Sae(nn.Module):
         z = TopK(ReLU(W_enc (x − b_dec) + b_enc))        k of M latents are kept
         x̂ = W_decᵀ z + b_dec
 
+    With a threshold θ it is a BatchTopK autoencoder (Bussmann et al. 2024, arXiv 2412.06410, section 3) in the form in
+    which that paper uses it after training: a token has as many latents as it needs, and k is their mean.
+
+        z_m = a_m if a_m > θ else 0        a = TopK(ReLU(W_enc (x − b_dec) + b_enc)) with 4k of M latents kept
+
     Args:
         d_in: D, the width of the residual stream.
         num_latents: M, the size of the dictionary.
-        k: Active latents per token, at most `num_latents`.
+        k: Active latents per token, at most `num_latents`; with a threshold, their mean over many tokens.
         normalize_decoder: Whether the rows of `W_dec` are kept at unit norm while training.
         multi_topk: Whether the forward pass in training also reconstructs from `4k` latents (section 5.4 of the paper).
+        threshold: θ, in the activations' unit, at least 0; None for TopK. It is a plain number of this module, not a
+            parameter: whoever trains moves it between optimiser steps.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 
     Raises:
-        ValueError: If a size is not positive or `k` is larger than `num_latents`.
+        ValueError: If a size is not positive, `k` is larger than `num_latents`, `threshold` is negative or goes with
+            `multi_topk`.
 
     The parameters sit on this module itself (a sharded placement gathers them around `forward`):
     `W_enc [M, D]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`.
@@ -73,6 +84,7 @@ class Sae(nn.Module):
         *,
         normalize_decoder: bool = True,
         multi_topk: bool = False,
+        threshold: float | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -81,11 +93,16 @@ class Sae(nn.Module):
             raise ValueError(f"d_in, num_latents and k must be positive, got {d_in}, {num_latents} and {k}")
         if k > num_latents:
             raise ValueError(f"k = {k} is larger than num_latents = {num_latents}: choose a smaller k or more latents")
+        if threshold is not None and not threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}")
+        if threshold is not None and multi_topk:
+            raise ValueError("multi_topk is for TopK: a code with a threshold has up to 4k latents as it is")
         self.d_in = d_in
         self.num_latents = num_latents
         self.k = k
         self.normalize_decoder = normalize_decoder
         self.multi_topk = multi_topk
+        self.threshold = threshold
         self.chosen_kernels: Kernels | None = None
         self.prefixes: tuple[int, ...] = ()
         """Of a Matryoshka SAE in training: numbers of latents, ascending, the last one M."""
@@ -104,11 +121,18 @@ class Sae(nn.Module):
             "k": self.k,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
+            "threshold": self.threshold,
         }
 
     def extra_repr(self) -> str:
         """Sizes, for `print(sae)`."""
-        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}"
+        threshold = "" if self.threshold is None else f", threshold={self.threshold:.6g}"
+        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}{threshold}"
+
+    @property
+    def max_active(self) -> int:
+        """K, the most latents that a token can have: k, or 4k with a threshold."""
+        return self.k if self.threshold is None else min(WIDER * self.k, self.num_latents)
 
     @property
     def device(self) -> torch.device:
@@ -126,10 +150,11 @@ class Sae(nn.Module):
         return self.chosen_kernels or default_kernels(self.device.type)
 
     def encode(self, x: Tensor) -> Encoded:
-        """The k-sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
-        x_ND = self._flat(x)
-        acts_NK, indices_NK = self.kernels.encode_topk(x_ND, self.W_enc, self.b_enc, self.k, centre_D=self.b_dec)
-        shape = (*x.shape[:-1], self.k)
+        """The sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
+        x_ND, k = self._flat(x), self.max_active
+        acts_NK, indices_NK = self.kernels.encode_topk(x_ND, self.W_enc, self.b_enc, k, centre_D=self.b_dec)
+        acts_NK = keep_above(acts_NK, self.threshold)
+        shape = (*x.shape[:-1], k)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
 
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
@@ -152,18 +177,21 @@ class Sae(nn.Module):
         """
         x_ND = self._flat(x)
         with_multi = self.multi_topk and self.training
-        widest = min(4 * self.k, self.num_latents) if with_multi else self.k
+        k = self.max_active
+        widest = min(WIDER * k, self.num_latents) if with_multi else k
         weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         smaller_GND: list[Tensor] = []
         if self.prefixes and self.training:
-            rows_GND, acts, indices = self.kernels.autoencode_nested(x_ND, *weights, widest, self.prefixes)
+            rows_GND, acts, indices = self.kernels.autoencode_nested(
+                x_ND, *weights, widest, self.prefixes, self.threshold
+            )
             *smaller_GND, recon_ND = (rows_GND + self.b_dec).unbind()
         else:
-            rows_ND, acts, indices = self.kernels.autoencode(x_ND, *weights, widest)
+            rows_ND, acts, indices = self.kernels.autoencode(x_ND, *weights, widest, self.threshold)
             recon_ND = rows_ND + self.b_dec
         multi_ND = None
         # Largest first, so the code at k is a prefix of the code at 4k.
-        acts_NK, indices_NK = acts[:, : self.k], indices[:, : self.k]
+        acts_NK, indices_NK = acts[:, :k], indices[:, :k]
         if with_multi:
             recon_ND, multi_ND = self.kernels.decode(acts_NK, indices_NK, self.W_dec) + self.b_dec, recon_ND
         aux_ND = dead_biases = None
@@ -174,8 +202,8 @@ class Sae(nn.Module):
         lead = x.shape[:-1]
         return SaeOutput(
             recon_ND.view(x.shape),
-            acts_NK.reshape(*lead, self.k),
-            indices_NK.reshape(*lead, self.k),
+            acts_NK.reshape(*lead, k),
+            indices_NK.reshape(*lead, k),
             None if aux_ND is None else aux_ND.view(x.shape),
             None if multi_ND is None else multi_ND.view(x.shape),
             tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),

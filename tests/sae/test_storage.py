@@ -49,6 +49,25 @@ def test_round_trip(sae, tmp_path):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_a_threshold_is_kept_exactly(sae, tmp_path):
+    sae.threshold = 0.1 + 0.2
+    sae.save_to_disk(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["activation"], config["threshold"], config["k"]) == ("batchtopk", 0.1 + 0.2, 4)
+    loaded = Sae.load_from_disk(tmp_path)
+    assert loaded.threshold == sae.threshold
+    x = torch.randn(5, 8)
+    assert torch.equal(loaded(x).recon, sae(x).recon)
+
+
+@pytest.mark.parametrize("threshold", [None, -1, "0.1", True, float("nan"), float("inf")])
+def test_batchtopk_without_a_threshold_is_damaged(sae, tmp_path, threshold):
+    sae.save_to_disk(tmp_path)
+    damage_config(tmp_path, activation="batchtopk", threshold=threshold)
+    with pytest.raises(ValueError, match="'threshold', which BatchTopK needs"):
+        Sae.load_from_disk(tmp_path)
+
+
 def test_reads_what_sparsify_writes(sae, tmp_path):
     # Its defaults: num_latents 0 means d_in × expansion_factor, and newer versions may add fields.
     config = {"activation": "topk", "expansion_factor": 4, "normalize_decoder": True, "num_latents": 0, "k": 4}
@@ -101,7 +120,7 @@ def damage_config(folder, **changes):
         (damage_truncated, ValueError, "sae.safetensors is damaged or cut short"),
         (lambda f: damage_config(f, num_latents=33), ValueError, r"has shape \[32, 8\], but cfg.json says \[33, 8\]"),
         (lambda f: damage_config(f, k=None), ValueError, "no whole number 'k'"),
-        (lambda f: damage_config(f, activation="groupmax"), ValueError, "not TopK"),
+        (lambda f: damage_config(f, activation="groupmax"), ValueError, "neither TopK nor BatchTopK"),
         (lambda f: damage_config(f, transcode=True), ValueError, "transcoder"),
     ],
 )

@@ -39,7 +39,14 @@ class Kernels(Protocol):
         """See `eager.decode`."""
 
     def autoencode(
-        self, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, W_dec_MD: Tensor, centre_D: Tensor, k: int
+        self,
+        x_ND: Tensor,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        W_dec_MD: Tensor,
+        centre_D: Tensor,
+        k: int,
+        threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode`."""
 
@@ -52,6 +59,7 @@ class Kernels(Protocol):
         centre_D: Tensor,
         k: int,
         prefixes: tuple[int, ...],
+        threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode_nested`."""
 

@@ -34,11 +34,29 @@ def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
     return (acts_NK.unsqueeze(-1) * W_MD[indices_NK]).sum(dim=1)
 
 
+def keep_above(acts_NK: Tensor, threshold: float | None) -> Tensor:
+    """The values above a threshold, and exactly zero, without a gradient, in the place of the others.
+
+    NaN stays, so that it is noticed. None leaves all values as they are.
+    """
+    return acts_NK if threshold is None else acts_NK.masked_fill(acts_NK <= threshold, 0.0)
+
+
 def autoencode(
-    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, W_dec_MD: Tensor, centre_D: Tensor, k: int
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    W_dec_MD: Tensor,
+    centre_D: Tensor,
+    k: int,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`encode_topk` of `x − centre`, then `decode`: the sum of rows `[N, D]`, values `[N, K]` and latents `[N, K]`."""
+    """`encode_topk` of `x − centre`, then `decode`: the sum of rows `[N, D]`, values `[N, K]` and latents `[N, K]`.
+
+    With a threshold, `keep_above` stands between the two.
+    """
     acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D)
+    acts_NK = keep_above(acts_NK, threshold)
     return decode(acts_NK, indices_NK, W_dec_MD), acts_NK, indices_NK
 
 
@@ -50,6 +68,7 @@ def autoencode_nested(
     centre_D: Tensor,
     k: int,
     prefixes: tuple[int, ...],
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`autoencode`, with a sum of rows for each prefix of the dictionary: of the chosen latents below it alone.
 
@@ -61,11 +80,13 @@ def autoencode_nested(
         centre_D: `[D]`.
         k: How many latents are kept, of all M.
         prefixes: Numbers of latents, ascending, the last one M.
+        threshold: See `keep_above`.
 
     Returns:
         The sums `[G, N, D]`, values `[N, K]` and latents `[N, K]`.
     """
     acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D)
+    acts_NK = keep_above(acts_NK, threshold)
     rows = [decode(acts_NK * (indices_NK < prefix), indices_NK, W_dec_MD) for prefix in prefixes]
     return torch.stack(rows), acts_NK, indices_NK
 

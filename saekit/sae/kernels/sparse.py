@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saekit.sae.kernels.eager import keep_above
+
 LEAST_SPARE = 8
 """Candidates beyond k that low precision names at least."""
 WORTH_FROM = 32
@@ -73,10 +75,18 @@ class Sparse(NamedTuple):
         return _Decode.apply(acts_NK, indices_NK, W_MD, _Pairs(indices_NK, W_MD.shape[0]), self.ops)
 
     def autoencode(
-        self, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, W_dec_MD: Tensor, centre_D: Tensor, k: int
+        self,
+        x_ND: Tensor,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        W_dec_MD: Tensor,
+        centre_D: Tensor,
+        k: int,
+        threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.autoencode`; both weight gradients come from one sort of the pairs."""
         acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
+        acts_NK = keep_above(acts_NK, threshold)
         return _Decode.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops), acts_NK, indices_NK
 
     def autoencode_nested(
@@ -88,9 +98,11 @@ class Sparse(NamedTuple):
         centre_D: Tensor,
         k: int,
         prefixes: tuple[int, ...],
+        threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.autoencode_nested`; its weight gradients cost what `autoencode`'s do."""
         acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
+        acts_NK = keep_above(acts_NK, threshold)
         rows_GND = _DecodeNested.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops, prefixes)
         return rows_GND, acts_NK, indices_NK
 

@@ -1,0 +1,66 @@
+"""One SAE in a folder as SAELens reads it: `cfg.json` and `sae_weights.safetensors` (sae-lens 6).
+
+Names there (M latents, D model width): `W_enc [D, M]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`, and for its
+architecture `jumprelu` (Rajamanoharan et al. 2024, arXiv 2407.14435) `threshold [M]`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from saekit.sae.model import Sae
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+FORMAT_VERSION = "6.0.0"
+"""The first sae-lens with this format; it takes a configuration without a version for an older one."""
+
+
+def saelens_config(sae: Sae, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of SAELens' `cfg.json`; the arguments are those of `save_as_saelens`."""
+    if sae.threshold is None:
+        # Otherwise its top-k would compare latents after multiplying them with the norms of their decoder rows.
+        architecture = {"architecture": "topk", "k": sae.k, "rescale_acts_by_decoder_norm": False}
+    else:
+        architecture = {"architecture": "jumprelu"}
+    return {
+        **architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.num_latents,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": FORMAT_VERSION, **(metadata or {})},
+    }
+
+
+def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write an SAE for SAELens' `SAE.load_from_disk`, as `topk`, or as `jumprelu` if it has a threshold.
+
+    What is written gives the same codes and reconstructions. One thing JumpReLU cannot say: that a token has 4k latents
+    at most. Where more are above the threshold, SAELens keeps them all.
+
+    Args:
+        sae: The SAE.
+        folder: Where to; it is made if need be.
+        metadata: What SAELens is to know besides, such as `{"model_name": "gpt2", "hook_name":
+            "blocks.3.hook_resid_post", "context_size": 1024, "prepend_bos": False}`. That hook of TransformerLens is
+            the output of block 3, our `h.3` or `layers.3`. The model must be loaded there as HuggingFace's is
+            (`from_pretrained_no_processing`): by default its weights are changed, and with them the residual stream.
+    """
+    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.threshold is not None:
+        tensors["threshold"] = torch.full_like(sae.b_enc, sae.threshold)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, folder / WEIGHTS_FILE)
+    config = json.dumps(saelens_config(sae, metadata), indent=2)
+    (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
