@@ -25,6 +25,9 @@ EVALUATE = "saekit/evaluation/evaluate.py"
 EVALUATING = "saekit/training/evaluating.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
+BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
+MICRO_TOKENS = "of_layers[len(after) :], tokens * len(batches), placement"
+ROUNDED = '"threshold": round(sae.threshold, 6)}'
 
 FAULTS = [
     ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
@@ -226,6 +229,27 @@ FAULTS = [
         SPARSE,
         "grad_GND.flip(0).cumsum_(0).flip(0)",
         "grad_GND",
+    ),
+    (
+        "what lies below the threshold still learns",
+        EAGER,
+        "acts_NK.masked_fill(acts_NK <= threshold, 0.0)",
+        BELOW_LEARNS,
+    ),
+    ("a BatchTopK code is as wide as k", MODEL, "min(WIDER * self.k, self.num_latents)", "self.k"),
+    (
+        "thresholds see micro-batches' firings as a step's",
+        TRAINER,
+        "of_layers[len(after) :], tokens, placement",
+        MICRO_TOKENS,
+    ),
+    ("thresholds are forgotten on resume", "saekit/training/state.py", ".threshold = saved.threshold", ".threshold"),
+    ("a threshold is not saved exactly", "saekit/sae/storage.py", '"threshold": sae.threshold}', ROUNDED),
+    (
+        "SAELens reads the encoder the wrong way round",
+        "saekit/sae/saelens.py",
+        "sae.W_enc.T,",
+        "sae.W_enc,",
     ),
     (
         "what another split shares with the trained one stays in",

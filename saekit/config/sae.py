@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
@@ -26,7 +28,15 @@ class SaeConfig:
     num_latents: int | None = option(
         None, "Size of the dictionary, instead of --expansion-factor.", panel=SAE, unit="latents", ge=1
     )
-    k: int = option(32, "Latents that are active for each token.", panel=SAE, unit="latents", ge=1)
+    k: int = option(
+        32, "Latents that are active for each token; with batchtopk, on average.", panel=SAE, unit="latents", ge=1
+    )
+    activation: Literal["topk", "batchtopk"] = option(
+        "topk",
+        "Which latents are active: topk, each token's k largest; batchtopk, those above a threshold per layer that is "
+        "moved so that they are k on average, at most 4k for one token.",
+        panel=SAE,
+    )
     normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
     multi_topk: bool = option(
         False, "Add the loss at 4k latents with weight 1/8, so that the code also works at other k.", panel=SAE
@@ -46,6 +56,10 @@ class SaeConfig:
                 f"--num-latents {self.num_latents} and --expansion-factor {self.expansion_factor} both set the size of "
                 "the dictionary: give one of them"
             )
+        if self.activation == "batchtopk" and self.multi_topk:
+            raise ValueError(
+                "--multi-topk is for --activation topk: under batchtopk a token has up to 4k latents as it is"
+            )
         if self.matryoshka is not None and self.multi_topk:
             raise ValueError("--matryoshka and --multi-topk each add a loss of their own: give one of them")
         if self.matryoshka is not None:
@@ -53,6 +67,11 @@ class SaeConfig:
         if self.num_latents is not None or self.d_in is not None:
             self.resolve_num_latents(self.d_in or 1)
         return self
+
+    @property
+    def first_threshold(self) -> float | None:
+        """`Sae.threshold` before data have been seen; None for TopK, which has none."""
+        return 0.0 if self.activation == "batchtopk" else None
 
     def resolve_prefixes(self, num_latents: int) -> tuple[int, ...]:
         """How many latents each of the nested dictionaries has, ascending, the last one M; empty without any.

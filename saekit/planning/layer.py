@@ -37,6 +37,7 @@ class Layer:
                 cfg.sae.k,
                 normalize_decoder=cfg.sae.normalize_decoder,
                 multi_topk=cfg.sae.multi_topk,
+                threshold=cfg.sae.first_threshold,
             ).train()
         self.sae.chosen_kernels = kernels
         self.sae.prefixes = cfg.sae.resolve_prefixes(num_latents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from saekit.config import RunConfig
+from saekit.config import RunConfig, SaeConfig
 from saekit.errors import UserError
 from saekit.placement.planner import PlacementName, Workload, balanced_map, resolve_map, traffic
 from saekit.planning.bank import layer_cost, on_meta
@@ -15,6 +15,7 @@ from saekit.planning.memory import NO_OFFLOAD, Demand, Offload, Placing, RankMem
 from saekit.planning.rates import optimizer_key
 from saekit.planning.speed import StepTime, StepWork, step_time
 from saekit.sae.kernels import SELECT_DTYPES
+from saekit.sae.model import WIDER
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _time(job: Job, placement: Placing, owned: int | None, sent: int) -> StepTim
         layers=len(job.layers) if owned is None else owned,
         d_in=job.shape.d_in,
         num_latents=job.num_latents,
-        k=train.sae.k * (5 if train.sae.multi_topk else 1),
+        k=train.sae.k * _codes_in_k(train.sae),
         lm_operations=job.lm.flops_per_token,
         lm_blocks=job.lm.blocks,
         lm_type="fp32" if job.dtype.itemsize == 4 else "bf16",
@@ -195,6 +196,13 @@ def _time(job: Job, placement: Placing, owned: int | None, sent: int) -> StepTim
         whole_layers_travel=placement == "layer-map",
     )
     return step_time(work, job.machine.rates)
+
+
+def _codes_in_k(sae: SaeConfig) -> int:
+    """Of how many times k latents a token's codes are: Multi-TopK has two, BatchTopK one that may be as wide."""
+    if sae.activation == "batchtopk":
+        return WIDER
+    return 1 + WIDER if sae.multi_topk else 1
 
 
 def _owned(job: Job, ranks: int) -> Iterator[int]:

@@ -14,6 +14,8 @@ from saekit.sae.kernels.eager import keep_above, row_norms
 
 WIDER = 4
 """So many times k latents are Multi-TopK's second code, and the most that a BatchTopK code has for one token."""
+NEAR = 1.1
+"""Values above a BatchTopK threshold by this factor at most are counted as near it."""
 
 
 class Encoded(NamedTuple):
@@ -42,6 +44,9 @@ class SaeOutput(NamedTuple):
     """`[..., D]` each: from the chosen latents of each smaller prefix alone; empty but in a Matryoshka's training."""
     dead_biases: Tensor | None = None
     """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
+    near: Tensor | None = None
+    """How many values are above the threshold by a factor of `NEAR` at most, an int64 scalar; only in training with a
+    threshold."""
 
 
 class Sae(nn.Module):
@@ -208,11 +213,17 @@ class Sae(nn.Module):
             None if multi_ND is None else multi_ND.view(x.shape),
             tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),
             dead_biases,
+            self._count_near(acts_NK) if self.training else None,
         )
 
     def _flat(self, x: Tensor) -> Tensor:
         """`x` as `[N, D]` in the parameters' type."""
         return x.reshape(-1, self.d_in).to(self.dtype)
+
+    def _count_near(self, acts_NK: Tensor) -> Tensor | None:
+        if self.threshold is None:
+            return None
+        return ((acts_NK > self.threshold) & (acts_NK <= NEAR * self.threshold)).sum()
 
     def _predict_with_dead(self, x_ND: Tensor, dead: Tensor) -> Tensor:
         """AuxK's prediction of `x − x̂` from the top D/2 dead latents, without `b_dec` (appendix A.2 of the paper)."""

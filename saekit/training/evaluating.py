@@ -99,6 +99,7 @@ def subject_of(
         k=cfg.sae.k,
         normalize_decoder=cfg.sae.normalize_decoder,
         multi_topk=cfg.sae.multi_topk,
+        threshold=cfg.sae.first_threshold,
     )
     return Subject(
         model=model,

@@ -39,6 +39,7 @@ BEFORE_THERE_WERE_OPTIONS = {
     "auxk_relative_to": "variance",
     "encoder_bias_lr_ratio": 1.0,
     "revive_alpha": 0.0,
+    "activation": "topk",
 }
 """How runs trained that were begun before there was a choice, and so do not say."""
 

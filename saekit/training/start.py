@@ -32,7 +32,7 @@ def calibrate(
         placement: The ranks.
 
     Returns:
-        Both by hookpoint; activations `[R, D]` only where the initial weights are to fit them.
+        Both by hookpoint; activations `[R, D]` only where initial weights or thresholds are to fit them.
 
     Raises:
         UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
@@ -41,7 +41,7 @@ def calibrate(
     if forward.count_tokens(batches) == 0:
         raise UserError("--exclude-tokens leaves no token of the first batch to train on")
     sample = None
-    if plan.cfg.init == "fit":
+    if plan.cfg.init == "fit" or plan.cfg.sae.activation == "batchtopk":
         kept = [int(plan.kept(input_ids).sum()) for input_ids in batches]
         sample = Sample(kept, plan.cfg.init_seed, placement)
     for micro, input_ids in enumerate(batches):

@@ -71,6 +71,7 @@ def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
         sae.k,
         normalize_decoder=sae.normalize_decoder,
         multi_topk=sae.multi_topk,
+        threshold=sae.first_threshold,
         generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
     )
     fresh.chosen_kernels = plan.kernels
@@ -183,4 +184,6 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
         if "error" in tensors:  # older checkpoints do not have it
             state.error[name].copy_(tensors["error"])
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
-        placement.load(name, load_from_disk(checkpoint / name).state_dict(), optimizer)
+        saved = load_from_disk(checkpoint / name)
+        placement.load(name, saved.state_dict(), optimizer)
+        placement.sae(name).threshold = saved.threshold

@@ -76,12 +76,15 @@ class LayerWindow:
     sums: Tensor
     """float64 `[5]`: squared error, squared error at 4k, firings, loss, AuxK loss. The last two are already divided
     by their step's tokens, so their mean is over steps."""
+    near: Tensor
+    """Firings near a BatchTopK threshold, see `SaeOutput.near`: an int64 scalar. Of one step: no report needs it."""
     steps: int = 0
 
     @classmethod
     def empty(cls, d_in: int, device: torch.device) -> LayerWindow:
         """Over no step."""
-        return cls(Moments.zero(d_in, device), torch.zeros(NUM_SUMS, dtype=torch.float64, device=device))
+        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
+        return cls(Moments.zero(d_in, device), sums, torch.zeros((), dtype=torch.int64, device=device))
 
     def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float, centre_D: Tensor) -> None:
         """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again.
@@ -89,6 +92,8 @@ class LayerWindow:
         `centre_D` is the layer's mean from calibration, the same in all windows of a run.
         """
         self.moments.add_centred(x_ND, centre_D)
+        if out.near is not None:
+            self.near += out.near
         zero = losses.total.new_zeros(())
         self.sums += torch.stack(
             [

@@ -37,6 +37,7 @@ from saekit.training.scales import Scales, error_per_token, scales_of
 from saekit.training.start import calibrate, fit_encoder_
 from saekit.training.statistics import LayerWindow
 from saekit.training.step_stats import read_windows
+from saekit.training.thresholds import count_codes, fit_threshold_, move_thresholds_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +141,8 @@ class SaeTrainer:
                 errors = error_per_token(cfg, fresh, plan.hookpoints, tokens, placement)
                 after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
                 dead_after = [each.count_dead(plan.dead_threshold) for each in after.values()]
-                message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
+                codes = count_codes(cfg, run, fresh, plan.hookpoints, placement)
+                message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after), codes]))
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
                 # What is to be saved is, before new data can be at fault; an evaluation needs the memory.
@@ -156,7 +158,9 @@ class SaeTrainer:
                     placement.apply(plan.lr_scale(step))
                     run.counters.update(after)
                     run.error.update(errors)
-                    num_dead.update(zip(after, numbers[faults.numel() :], strict=True))
+                    of_layers = numbers[faults.numel() :]
+                    num_dead.update(zip(after, of_layers[: len(after)], strict=True))
+                    move_thresholds_(run, of_layers[len(after) :], tokens, placement)
                     for name, window in windows.items():
                         fresh[name].steps = 1
                         window.add(fresh[name])
@@ -226,10 +230,13 @@ class SaeTrainer:
             sae = state.new_sae(plan, hookpoint)
             if found is None:
                 sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
-            if found is None and cfg.init == "fit":
-                fit_encoder_(sae, sample.pop(hookpoint))
+            rows_RD = sample.pop(hookpoint, None)
+            if rows_RD is not None and cfg.init == "fit":
+                fit_encoder_(sae, rows_RD)
             if found is None and cfg.finetune is not None:
                 state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
+            if rows_RD is not None:
+                fit_threshold_(sae, rows_RD, run.calibration[hookpoint].rms)
             scales[sae] = run.calibration[hookpoint].rms if cfg.scale_biases else 1.0
             return sae
 

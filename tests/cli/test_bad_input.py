@@ -32,6 +32,8 @@ def assert_refused(result, *says, folder=None):
             ["--num-latents", "64", "--expansion-factor", "4"],
             ["--num-latents 64", "--expansion-factor 4", "one of them"],
         ),
+        (["--activation", "relu"], ["--activation", "batchtopk"]),
+        (["--activation", "batchtopk", "--multi-topk"], ["--multi-topk", "batchtopk"]),
         (["--ctx-len", "65"], ["--ctx-len 65", "64 tokens"]),
         (["--batch-size", "1000"], ["64 sequences of 32 tokens", "1000", "--batch-size"]),
         (["--max-tokens", "100"], ["--max-tokens 100", "3 sequences"]),

@@ -54,6 +54,15 @@ def test_nested_dictionaries():
         SaeConfig(matryoshka=(0.5, 1), multi_topk=True)
 
 
+def test_activations():
+    assert SaeConfig().activation == "topk"
+    assert SaeConfig(activation="batchtopk", matryoshka="0.5,1").activation == "batchtopk"
+    with pytest.raises(ValueError, match="--multi-topk is for --activation topk"):
+        SaeConfig(activation="batchtopk", multi_topk=True)
+    with pytest.raises(ValueError, match="activation"):
+        SaeConfig(activation="relu")
+
+
 def test_flat_and_back():
     values = {
         **BASE,
@@ -61,6 +70,7 @@ def test_flat_and_back():
         "data_args": "name=en,streaming=true",
         "k": 5,
         "matryoshka": "0.25,1",
+        "activation": "batchtopk",
         "exclude_tokens": "1,2",
         "lr": 0.1,
     }

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.placement.conftest import DEMO_LM
-from tests.training.runs import metrics_of, tensors_of
+from tests.training.runs import metrics_of, tensors_of, thresholds_of
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
@@ -73,6 +73,29 @@ def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement):
     nested = ["--matryoshka", "0.2,0.5,1"]
     found = train(gpt2_dir, "--placement", placement, "--micro-acc-steps", 2, *nested, ranks=2)
     assert_same_run(found, train(gpt2_dir, *nested))
+
+
+BATCH_TOPK = ["--activation", "batchtopk"]
+
+
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+def test_thresholds_are_the_same_everywhere(train, gpt2_dir, placement):
+    found = train(gpt2_dir, "--placement", placement, "--micro-acc-steps", 2, *BATCH_TOPK, ranks=2)
+    alone = train(gpt2_dir, *BATCH_TOPK)
+    assert_same_run(found, alone)
+    assert thresholds_of(found / "latest") == pytest.approx(thresholds_of(alone / "latest"), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero3", "layer-map"), ("ddp", "zero3")])
+def test_thresholds_go_on_under_another_placement(train, gpt2_dir, before, after):
+    options = [*BATCH_TOPK, "--placement", before, "--save-every", 10, "--keep-last", 2]
+    run = train(gpt2_dir, *options, ranks=2, name=f"batchtopk-{before}-{after}")
+    shutil.rmtree(run / "step_00000020")
+    again = [*BATCH_TOPK, "--placement", after, "--resume", "auto"]
+    found = train(gpt2_dir, *again, ranks=2, name=run.name)
+    assert_same_run(found, train(gpt2_dir, *BATCH_TOPK))
+    expected = thresholds_of(train(gpt2_dir, *BATCH_TOPK) / "latest")
+    assert thresholds_of(found / "latest") == pytest.approx(expected, rel=TOLERANCE)
 
 
 RECIPE = [

@@ -47,6 +47,14 @@ def test_the_average_is_evaluated_and_left_as_it_was(train, gpt2_dir, placement)
     assert_same_run(found, expected, steps=6)
 
 
+@pytest.mark.parametrize("placement", ["layer-map", "zero3"])
+def test_thresholds_are_lent_with_the_sae(train, gpt2_dir, placement):
+    batch_topk = [*EVALUATED, "--activation", "batchtopk"]
+    found, expected = train(gpt2_dir, "--placement", placement, *batch_topk, ranks=2), train(gpt2_dir, *batch_topk)
+    assert_same_evaluations(found, expected)
+    assert_same_run(found, expected, steps=6)
+
+
 def test_a_rank_without_layers_and_without_sequences(train, gpt2_dir):
     few = [*SHORT, "--eval-every", 3, "--eval-tokens", 2 * CTX_LEN]
     found = train(gpt2_dir, "--placement", "layer-map", *few, ranks=4)

@@ -89,6 +89,17 @@ def test_what_makes_room_does(planned):
     assert chunked < whole
 
 
+def test_codes_of_batchtopk_take_more_room(planned):
+    """Four times the pairs of a value and a latent, and nothing else."""
+    topk, batch_topk = (
+        planned("--batch-size", 32, "--k", 128, *more)["placements"]["layer-map"]["parts"]
+        for more in ([], ["--activation", "batchtopk"])
+    )
+    pairs = 32 * 2048 * 8 * 128  # of the ranks' tokens, which all arrive at the layer's owner
+    assert batch_topk["working"] - topk["working"] >= 3 * pairs * (4 + 8)
+    assert {**batch_topk, "working": 0} == {**topk, "working": 0}
+
+
 def test_an_optimiser_that_needs_whole_tensors_leaves_out_zero3(planned):
     assert set(planned("--optimizer", "muon")["placements"]) == {"ddp", "layer-map"}
 

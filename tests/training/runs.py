@@ -1,5 +1,7 @@
 """Reading what a run left behind."""
 
+import json
+
 from safetensors.torch import load_file
 
 from saekit.report.jsonl import read_metrics
@@ -12,6 +14,13 @@ def tensors_of(checkpoint):
         for file in sorted(checkpoint.rglob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+
+
+def thresholds_of(checkpoint):
+    """BatchTopK's threshold of each layer of a checkpoint, by hookpoint."""
+    configs = {file.parent.name: json.loads(file.read_text("utf-8")) for file in sorted(checkpoint.glob("*/cfg.json"))}
+    assert all(each["activation"] == "batchtopk" for each in configs.values())
+    return {name: each["threshold"] for name, each in configs.items()}
 
 
 def assert_same_tensors(found, expected, **tolerance):
