@@ -27,7 +27,7 @@ ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
 MICRO_TOKENS = "of_layers[len(after) :], tokens * len(batches), placement"
-ROUNDED = '"threshold": round(sae.threshold, 6)}'
+ROUNDED = '{"threshold": round(sae.threshold, 6)}'
 
 FAULTS = [
     ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
@@ -244,7 +244,10 @@ FAULTS = [
         MICRO_TOKENS,
     ),
     ("thresholds are forgotten on resume", "saekit/training/state.py", ".threshold = saved.threshold", ".threshold"),
-    ("a threshold is not saved exactly", "saekit/sae/storage.py", '"threshold": sae.threshold}', ROUNDED),
+    ("a threshold is not saved exactly", "saekit/sae/storage.py", '{"threshold": sae.threshold}', ROUNDED),
+    ("all groups of a GroupMax SAE are the first one", EAGER, "[:, None] * (num_columns // parts)", "[:, None] * 0"),
+    ("a GroupMax code is the k largest", MODEL, "return self.k if self.groupmax else 1", "return 1"),
+    ("low precision alone chooses in a group", SPARSE, "LEAST_SPARE // parts, 1)", "LEAST_SPARE // parts)"),
     (
         "SAELens reads the encoder the wrong way round",
         "saekit/sae/saelens.py",

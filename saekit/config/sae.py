@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
@@ -31,10 +31,11 @@ class SaeConfig:
     k: int = option(
         32, "Latents that are active for each token; with batchtopk, on average.", panel=SAE, unit="latents", ge=1
     )
-    activation: Literal["topk", "batchtopk"] = option(
+    activation: Literal["topk", "batchtopk", "groupmax"] = option(
         "topk",
         "Which latents are active: topk, each token's k largest; batchtopk, those above a threshold per layer that is "
-        "moved so that they are k on average, at most 4k for one token.",
+        "moved so that they are k on average, at most 4k for one token; groupmax, the largest of each of k equal "
+        "groups.",
         panel=SAE,
     )
     normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
@@ -56,10 +57,8 @@ class SaeConfig:
                 f"--num-latents {self.num_latents} and --expansion-factor {self.expansion_factor} both set the size of "
                 "the dictionary: give one of them"
             )
-        if self.activation == "batchtopk" and self.multi_topk:
-            raise ValueError(
-                "--multi-topk is for --activation topk: under batchtopk a token has up to 4k latents as it is"
-            )
+        if self.activation != "topk" and self.multi_topk:
+            raise ValueError(f"--multi-topk is for --activation topk: under {self.activation} there is no code at 4k")
         if self.matryoshka is not None and self.multi_topk:
             raise ValueError("--matryoshka and --multi-topk each add a loss of their own: give one of them")
         if self.matryoshka is not None:
@@ -68,10 +67,17 @@ class SaeConfig:
             self.resolve_num_latents(self.d_in or 1)
         return self
 
-    @property
-    def first_threshold(self) -> float | None:
-        """`Sae.threshold` before data have been seen; None for TopK, which has none."""
-        return 0.0 if self.activation == "batchtopk" else None
+    def sizes(self, d_in: int, num_latents: int) -> dict[str, Any]:
+        """The arguments of a fresh `Sae` of D dimensions and M latents; a threshold is zero before data are seen."""
+        return {
+            "d_in": d_in,
+            "num_latents": num_latents,
+            "k": self.k,
+            "normalize_decoder": self.normalize_decoder,
+            "multi_topk": self.multi_topk,
+            "threshold": 0.0 if self.activation == "batchtopk" else None,
+            "groupmax": self.activation == "groupmax",
+        }
 
     def resolve_prefixes(self, num_latents: int) -> tuple[int, ...]:
         """How many latents each of the nested dictionaries has, ascending, the last one M; empty without any.
@@ -92,8 +98,8 @@ class SaeConfig:
         """M for a residual stream of width `d_in`.
 
         Raises:
-            ValueError: If `d_in` contradicts the config's own, `k` is larger than M, or two nested dictionaries would
-                be the same.
+            ValueError: If `d_in` contradicts the config's own, `k` is larger than M, groups would not be of one size,
+                or two nested dictionaries would be the same.
         """
         if self.d_in is not None and self.d_in != d_in:
             raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the model's residual stream is {d_in} wide")
@@ -102,6 +108,11 @@ class SaeConfig:
             raise ValueError(
                 f"--k {self.k} is larger than the dictionary of {num_latents} latents: "
                 "choose a smaller --k or more latents"
+            )
+        if self.activation == "groupmax" and num_latents % self.k:
+            raise ValueError(
+                f"--activation groupmax makes --k {self.k} groups of equal size: {num_latents} latents are no multiple "
+                "of that"
             )
         self.resolve_prefixes(num_latents)
         return num_latents

@@ -11,7 +11,7 @@ from saekit.config import TrainConfig
 from saekit.planning.layer import Layer
 from saekit.planning.meter import Bytes, Meter, all_of, sized
 from saekit.sae import project_decoder_gradient_
-from saekit.sae.kernels import Kernels, torch_ops
+from saekit.sae.kernels import Kernels, eager, torch_ops
 from saekit.sae.kernels.choose import Eager
 from saekit.sae.kernels.sparse import Sparse
 
@@ -138,7 +138,7 @@ class _TritonOps:
     """What `triton_ops` allocates."""
 
     def topk(
-        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Inputs in `dtype`, a chunk's scores, maxima and candidates."""
         N, M = x_ND.shape[0], W_MD.shape[0]
@@ -147,7 +147,9 @@ class _TritonOps:
         rows = max(1, min(N, TRITON_CHUNK_BYTES // (padded * dtype.itemsize)))
         scores, maxima = x_ND.new_empty(rows, padded), x_ND.new_empty(rows, padded // TRITON_GROUP)
         values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
-        if k < padded // TRITON_GROUP:
+        if parts > 1:
+            eager.topk_in_parts(scores[:, :M], k, parts)
+        elif k < padded // TRITON_GROUP:
             best_NK = maxima.topk(k, dim=-1, sorted=False).indices
             members = scores.view(rows, -1, TRITON_GROUP).gather(1, best_NK[:, :, None].expand(rows, k, TRITON_GROUP))
             members.view(rows, -1).topk(k, dim=-1)

@@ -31,14 +31,7 @@ class Layer:
     def __init__(self, cfg: TrainConfig, d_in: int, num_latents: int, kernels: Kernels, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         with device:
-            self.sae = Sae(
-                d_in,
-                num_latents,
-                cfg.sae.k,
-                normalize_decoder=cfg.sae.normalize_decoder,
-                multi_topk=cfg.sae.multi_topk,
-                threshold=cfg.sae.first_threshold,
-            ).train()
+            self.sae = Sae(**cfg.sae.sizes(d_in, num_latents)).train()
         self.sae.chosen_kernels = kernels
         self.sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
         on_meta = device.type == "meta"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from saekit.sae.kernels import Kernels, default_kernels
 from saekit.sae.kernels.eager import keep_above, row_norms
 
+ACTIVATIONS = ("topk", "batchtopk", "groupmax")
+"""Ways to choose a token's latents, by the names that `--activation` and `cfg.json` have for them."""
 WIDER = 4
 """So many times k latents are Multi-TopK's second code, and the most that a BatchTopK code has for one token."""
 NEAR = 1.1
@@ -22,7 +24,8 @@ class Encoded(NamedTuple):
     """A sparse code: which latents are active for each token, and how much. K is `Sae.max_active`."""
 
     acts: Tensor
-    """`[..., K]`, largest first; zero where fewer than K latents are positive or above the threshold."""
+    """`[..., K]`, largest first (GroupMax: group by group); zero where fewer than K latents are positive or above the
+    threshold."""
     indices: Tensor
     """`[..., K]`, int64: the latents' numbers."""
 
@@ -62,6 +65,9 @@ class Sae(nn.Module):
 
         z_m = a_m if a_m > θ else 0        a = TopK(ReLU(W_enc (x − b_dec) + b_enc)) with 4k of M latents kept
 
+    Or a GroupMax autoencoder, as sparsify has it: the latents are k groups of M / k, in their order, and the largest of
+    each group is kept.
+
     Args:
         d_in: D, the width of the residual stream.
         num_latents: M, the size of the dictionary.
@@ -70,12 +76,13 @@ class Sae(nn.Module):
         multi_topk: Whether the forward pass in training also reconstructs from `4k` latents (section 5.4 of the paper).
         threshold: θ, in the activations' unit, at least 0; None for TopK. It is a plain number of this module, not a
             parameter: whoever trains moves it between optimiser steps.
+        groupmax: Whether one latent of each of k groups is kept, instead of the k largest of all.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 
     Raises:
-        ValueError: If a size is not positive, `k` is larger than `num_latents`, `threshold` is negative or goes with
-            `multi_topk`.
+        ValueError: If a size is not positive, `k` is larger than `num_latents`, `threshold` is negative, two of
+            `threshold`, `groupmax` and `multi_topk` are given, or `groupmax` while `num_latents` is no multiple of `k`.
 
     The parameters sit on this module itself (a sharded placement gathers them around `forward`):
     `W_enc [M, D]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`.
@@ -90,6 +97,7 @@ class Sae(nn.Module):
         normalize_decoder: bool = True,
         multi_topk: bool = False,
         threshold: float | None = None,
+        groupmax: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -102,12 +110,17 @@ class Sae(nn.Module):
             raise ValueError(f"threshold must be at least 0, got {threshold}")
         if threshold is not None and multi_topk:
             raise ValueError("multi_topk is for TopK: a code with a threshold has up to 4k latents as it is")
+        if groupmax and (threshold is not None or multi_topk):
+            raise ValueError("groupmax chooses one latent per group: it has neither a threshold nor multi_topk")
+        if groupmax and num_latents % k:
+            raise ValueError(f"groupmax needs k groups of one size: {num_latents} latents are no multiple of {k}")
         self.d_in = d_in
         self.num_latents = num_latents
         self.k = k
         self.normalize_decoder = normalize_decoder
         self.multi_topk = multi_topk
         self.threshold = threshold
+        self.groupmax = groupmax
         self.chosen_kernels: Kernels | None = None
         self.prefixes: tuple[int, ...] = ()
         """Of a Matryoshka SAE in training: numbers of latents, ascending, the last one M."""
@@ -127,12 +140,24 @@ class Sae(nn.Module):
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
             "threshold": self.threshold,
+            "groupmax": self.groupmax,
         }
 
     def extra_repr(self) -> str:
         """Sizes, for `print(sae)`."""
         threshold = "" if self.threshold is None else f", threshold={self.threshold:.6g}"
-        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}{threshold}"
+        groupmax = ", groupmax" if self.groupmax else ""
+        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}{threshold}{groupmax}"
+
+    @property
+    def activation(self) -> str:
+        """Which of `ACTIVATIONS`."""
+        return "groupmax" if self.groupmax else "topk" if self.threshold is None else "batchtopk"
+
+    @property
+    def parts(self) -> int:
+        """In how many equal parts of the dictionary the latents of a token are chosen."""
+        return self.k if self.groupmax else 1
 
     @property
     def max_active(self) -> int:
@@ -157,7 +182,9 @@ class Sae(nn.Module):
     def encode(self, x: Tensor) -> Encoded:
         """The sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
         x_ND, k = self._flat(x), self.max_active
-        acts_NK, indices_NK = self.kernels.encode_topk(x_ND, self.W_enc, self.b_enc, k, centre_D=self.b_dec)
+        acts_NK, indices_NK = self.kernels.encode_topk(
+            x_ND, self.W_enc, self.b_enc, k, centre_D=self.b_dec, parts=self.parts
+        )
         acts_NK = keep_above(acts_NK, self.threshold)
         shape = (*x.shape[:-1], k)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
@@ -188,11 +215,11 @@ class Sae(nn.Module):
         smaller_GND: list[Tensor] = []
         if self.prefixes and self.training:
             rows_GND, acts, indices = self.kernels.autoencode_nested(
-                x_ND, *weights, widest, self.prefixes, self.threshold
+                x_ND, *weights, widest, self.prefixes, self.threshold, self.parts
             )
             *smaller_GND, recon_ND = (rows_GND + self.b_dec).unbind()
         else:
-            rows_ND, acts, indices = self.kernels.autoencode(x_ND, *weights, widest, self.threshold)
+            rows_ND, acts, indices = self.kernels.autoencode(x_ND, *weights, widest, self.threshold, self.parts)
             recon_ND = rows_ND + self.b_dec
         multi_ND = None
         # Largest first, so the code at k is a prefix of the code at 4k.

@@ -23,7 +23,9 @@ FORMAT_VERSION = "6.0.0"
 
 
 def saelens_config(sae: Sae, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The content of SAELens' `cfg.json`; the arguments are those of `save_as_saelens`."""
+    """The content of SAELens' `cfg.json`; arguments and errors are those of `save_as_saelens`."""
+    if sae.groupmax:
+        raise ValueError("SAELens has no architecture that keeps the largest latent of each group (GroupMax)")
     if sae.threshold is None:
         # Otherwise its top-k would compare latents after multiplying them with the norms of their decoder rows.
         architecture = {"architecture": "topk", "k": sae.k, "rescale_acts_by_decoder_norm": False}
@@ -55,12 +57,15 @@ def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | 
             "blocks.3.hook_resid_post", "context_size": 1024, "prepend_bos": False}`. That hook of TransformerLens is
             the output of block 3, our `h.3` or `layers.3`. The model must be loaded there as HuggingFace's is
             (`from_pretrained_no_processing`): by default its weights are changed, and with them the residual stream.
+
+    Raises:
+        ValueError: If it is a GroupMax SAE, which SAELens does not have.
     """
+    config = json.dumps(saelens_config(sae, metadata), indent=2)
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if sae.threshold is not None:
         tensors["threshold"] = torch.full_like(sae.b_enc, sae.threshold)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, folder / WEIGHTS_FILE)
-    config = json.dumps(saelens_config(sae, metadata), indent=2)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")

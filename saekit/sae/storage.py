@@ -2,9 +2,9 @@
 
 Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec [M, D]`, `b_dec [D]`.
 
-sparsify knows no BatchTopK. Such an SAE's `cfg.json` has `"activation": "batchtopk"` and its `"threshold"`: sparsify
-refuses to read that name, where under the name of TopK it would give other codes. `saekit.sae.saelens` writes a format
-that has it.
+sparsify has TopK and GroupMax, and knows no BatchTopK. Such an SAE's `cfg.json` has `"activation": "batchtopk"` and its
+`"threshold"`: sparsify refuses to read that name, where under the name of TopK it would give other codes.
+`saekit.sae.saelens` writes a format that has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saekit.sae.model import Sae, around
+from saekit.sae.model import ACTIVATIONS, Sae, around
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -29,9 +29,8 @@ FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_de
 
 def sae_config(sae: Sae) -> dict[str, Any]:
     """The content of `cfg.json`."""
-    batch_topk = sae.threshold is not None
     return {
-        "activation": "batchtopk" if batch_topk else "topk",
+        "activation": sae.activation,
         "expansion_factor": max(1, sae.num_latents // sae.d_in),
         "normalize_decoder": sae.normalize_decoder,
         "num_latents": sae.num_latents,
@@ -40,7 +39,7 @@ def sae_config(sae: Sae) -> dict[str, Any]:
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_in,
-        **({"threshold": sae.threshold} if batch_topk else {}),
+        **({} if sae.threshold is None else {"threshold": sae.threshold}),
     }
 
 
@@ -66,8 +65,8 @@ def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
 
     Raises:
         FileNotFoundError: If the folder or one of its two files is not there.
-        ValueError: If a file is damaged, or holds something that is neither a TopK nor a BatchTopK SAE (a transcoder,
-            a skip connection).
+        ValueError: If a file is damaged, or holds something that is no TopK, BatchTopK or GroupMax SAE (a
+            transcoder, a skip connection).
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -98,6 +97,7 @@ def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
         normalize_decoder=config.get("normalize_decoder", True),
         multi_topk=config.get("multi_topk", False),
         threshold=config["threshold"] if config.get("activation") == "batchtopk" else None,
+        groupmax=config.get("activation") == "groupmax",
     )
 
 
@@ -156,10 +156,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     for key in ("d_in", "k"):
         if not isinstance(config.get(key), int):
             raise ValueError(f"{file} has no whole number {key!r}")
-    if config.get("activation", "topk") not in ("topk", "batchtopk") or config.get("signed"):
+    if config.get("activation", "topk") not in ACTIVATIONS or config.get("signed"):
         raise ValueError(
             f"{file}: activation {config.get('activation')!r} (signed: {config.get('signed')}) is neither TopK nor "
-            "BatchTopK"
+            "BatchTopK nor GroupMax"
         )
     if config.get("activation") == "batchtopk" and not _is_threshold(config.get("threshold")):
         raise ValueError(f"{file} has no number of at least 0 as 'threshold', which BatchTopK needs")

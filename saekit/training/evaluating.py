@@ -93,14 +93,7 @@ def subject_of(
     no_head = "--shard-lm loads the language model without its head" if cfg.shard_lm else NO_HEAD
     mask_id = None if tokenizer is None else tokenizer.mask_token_id
     objective, name = choose_objective(predicts(model), mask_id, plan.excluded, no_head)
-    sizes = without_memory(
-        d_in=plan.d_in,
-        num_latents=plan.num_latents,
-        k=cfg.sae.k,
-        normalize_decoder=cfg.sae.normalize_decoder,
-        multi_topk=cfg.sae.multi_topk,
-        threshold=cfg.sae.first_threshold,
-    )
+    sizes = without_memory(**cfg.sae.sizes(plan.d_in, plan.num_latents))
     return Subject(
         model=model,
         saes=dict.fromkeys(plan.hookpoints, sizes),

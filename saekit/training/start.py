@@ -106,6 +106,6 @@ def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
         rows_RD: `[R, D]`, float32: activations of R tokens.
     """
     x_RD = rows_RD - sae.b_dec
-    y_RD = decode(*encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k), sae.W_dec)
+    y_RD = decode(*encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k, parts=sae.parts), sae.W_dec)
     fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     sae.W_enc.copy_(sae.W_dec * (fit or 1.0))

@@ -64,18 +64,10 @@ class RunState:
 def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
     """A fresh SAE on the CPU. Its weights depend on the seed and the layer's number only, not on the other layers."""
     layer = plan.layers[plan.hookpoints.index(hookpoint)]
-    sae = plan.cfg.sae
-    fresh = Sae(
-        plan.d_in,
-        plan.num_latents,
-        sae.k,
-        normalize_decoder=sae.normalize_decoder,
-        multi_topk=sae.multi_topk,
-        threshold=sae.first_threshold,
-        generator=torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer),
-    )
+    generator = torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer)
+    fresh = Sae(**plan.cfg.sae.sizes(plan.d_in, plan.num_latents), generator=generator)
     fresh.chosen_kernels = plan.kernels
-    fresh.prefixes = sae.resolve_prefixes(plan.num_latents)
+    fresh.prefixes = plan.cfg.sae.resolve_prefixes(plan.num_latents)
     return fresh
 
 

@@ -83,8 +83,8 @@ def count_codes(
 ) -> Tensor:
     """What thresholds are moved by: int64 `[layers of this rank · 2]`, the firings and those `near`. Collective.
 
-    Empty for TopK. They are whole numbers, so that they and the thresholds are the same on all ranks of a layer,
-    whatever the order in which they are added up.
+    Empty without thresholds. They are whole numbers, so that they and the thresholds are the same on all ranks of a
+    layer, whatever the order in which they are added up.
 
     Args:
         cfg: How to train.
@@ -93,7 +93,7 @@ def count_codes(
         hookpoints: Of all layers.
         placement: Where the layers are.
     """
-    if cfg.sae.activation == "topk":
+    if cfg.sae.activation != "batchtopk":
         return torch.zeros(0, dtype=torch.int64, device=placement.device)
     counts = torch.zeros(len(hookpoints), 2, dtype=torch.int64, device=placement.device)
     for name, window in windows.items():

@@ -68,9 +68,12 @@ def test_splits_of_the_same_batch_agree(train, gpt2_dir, placement, batch_size, 
     assert_same_run(found, train(gpt2_dir))
 
 
-@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
-def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement):
-    nested = ["--matryoshka", "0.2,0.5,1"]
+@pytest.mark.parametrize(
+    ("placement", "activation"),
+    [("ddp", "groupmax"), ("layer-map", "topk"), ("zero3", "topk"), ("zero3", "groupmax")],
+)
+def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement, activation):
+    nested = ["--matryoshka", "0.2,0.5,1", "--activation", activation]
     found = train(gpt2_dir, "--placement", placement, "--micro-acc-steps", 2, *nested, ranks=2)
     assert_same_run(found, train(gpt2_dir, *nested))
 

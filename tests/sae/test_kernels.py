@@ -150,7 +150,7 @@ class TestSelectionInLowPrecision:
         assert torch.equal(indices, expected[2])
 
     def test_without_spare_candidates_only_near_ties_change(self, kernels, monkeypatch):
-        monkeypatch.setattr(sparse, "num_candidates", lambda k, num_latents: k)
+        monkeypatch.setattr(sparse, "num_candidates", lambda k, *_: k)
         (x, W_enc, b_enc, _, centre), (_, _, indices), (_, exact_acts, exact) = self.both(kernels)
         scores = (x - centre) @ W_enc.T + b_enc
         assert (indices.sort().values.diff() > 0).all()  # k different latents
@@ -186,7 +186,7 @@ class TestSelectionInLowPrecision:
             torch.testing.assert_close(got, wanted)
 
     def test_values_and_gradients_are_exact_for_what_was_chosen(self, kernels, monkeypatch):
-        monkeypatch.setattr(sparse, "num_candidates", lambda k, num_latents: k)
+        monkeypatch.setattr(sparse, "num_candidates", lambda k, *_: k)
         parameters, (out, acts, indices), _ = self.both(kernels)
         x, W_enc, b_enc, W_dec, centre = parameters
         expected_acts = torch.relu((x - centre) @ W_enc.T + b_enc).gather(1, indices)

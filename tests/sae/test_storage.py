@@ -120,7 +120,7 @@ def damage_config(folder, **changes):
         (damage_truncated, ValueError, "sae.safetensors is damaged or cut short"),
         (lambda f: damage_config(f, num_latents=33), ValueError, r"has shape \[32, 8\], but cfg.json says \[33, 8\]"),
         (lambda f: damage_config(f, k=None), ValueError, "no whole number 'k'"),
-        (lambda f: damage_config(f, activation="groupmax"), ValueError, "neither TopK nor BatchTopK"),
+        (lambda f: damage_config(f, activation="relu"), ValueError, "neither TopK nor BatchTopK nor GroupMax"),
         (lambda f: damage_config(f, transcode=True), ValueError, "transcoder"),
     ],
 )

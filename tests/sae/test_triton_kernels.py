@@ -50,6 +50,19 @@ class TestAgainstFormulas:
             assert (indices.sort().values.diff() > 0).all()
             assert (values.float().diff() <= 0).all()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_topk_of_parts(self, size, dtype, monkeypatch):
+        N, D, M, K = size
+        M = M // K * K
+        x, W, b = numbers(N, D), numbers(M, D, seed=1), numbers(M, seed=2)
+        monkeypatch.setattr(triton_ops, "CHUNK_BYTES", 16 * 64 * triton_ops.GROUP * dtype.itemsize)
+        values, indices = triton_ops.topk(x, W, b, K, dtype, parts=K)
+        scores = x.to(dtype).float() @ W.to(dtype).float().T + b
+        near = NEAR if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-6}
+        torch.testing.assert_close(values.float(), eager.topk_in_parts(scores, K, K)[0], **near)
+        torch.testing.assert_close(scores.gather(1, indices), values.float(), **near)
+        assert torch.equal((indices // (M // K)).cpu(), torch.arange(K).expand(N, K))
+
     def test_gather_dot(self, size):
         N, D, M, K = size
         x, W, indices = numbers(N, D), numbers(M, D, seed=1), chosen(N, M, K)

@@ -13,12 +13,13 @@ from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
+OLD_RECIPE = {name: value for name, value in BEFORE_THERE_WERE_OPTIONS.items() if name != "activation"}
+"""Without what is set in `SaeConfig`."""
+
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
 @pytest.mark.parametrize("stop_at", [2, 5])
-@pytest.mark.parametrize(
-    "recipe", [{"auxk_relative_to": "residual"}, BEFORE_THERE_WERE_OPTIONS], ids=["defaults", "reference"]
-)
+@pytest.mark.parametrize("recipe", [{"auxk_relative_to": "residual"}, OLD_RECIPE], ids=["defaults", "reference"])
 def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at, recipe):
     options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **recipe}
     whole = make_trainer("whole", **options).fit()
@@ -54,16 +55,15 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
 
 
 def test_a_run_from_before_there_were_some_options_goes_on(make_trainer, tmp_path):
-    options = {name: value for name, value in BEFORE_THERE_WERE_OPTIONS.items() if name != "activation"}  # `sae` has it
-    file = make_trainer(**options).fit() / "checkpoint.json"
+    file = make_trainer(**OLD_RECIPE).fit() / "checkpoint.json"
     index = json.loads(file.read_text("utf-8"))
     for name, value in BEFORE_THERE_WERE_OPTIONS.items():
         assert index["config"].pop(name) == value
         index["resolved"].pop(name, None)
     file.write_text(json.dumps(index), encoding="utf-8")
-    make_trainer(resume=True, **options).fit()
+    make_trainer(resume=True, **OLD_RECIPE).fit()
     with pytest.raises(UserError, match=r"--beta2 was 0.999 and is 0.95"):
-        make_trainer(resume=True, **{**options, "beta2": 0.95}).fit()
+        make_trainer(resume=True, **{**OLD_RECIPE, "beta2": 0.95}).fit()
 
 
 def test_the_index_says_what_it_should(make_trainer, tmp_path):

@@ -31,7 +31,7 @@ class Kernels(Protocol):
         """In what precision candidates are found; None is the parameters' own."""
 
     def encode_topk(
-        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
         """See `eager.encode_topk`."""
 
@@ -47,6 +47,7 @@ class Kernels(Protocol):
         centre_D: Tensor,
         k: int,
         threshold: float | None = None,
+        parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode`."""
 
@@ -60,6 +61,7 @@ class Kernels(Protocol):
         k: int,
         prefixes: tuple[int, ...],
         threshold: float | None = None,
+        parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode_nested`."""
 

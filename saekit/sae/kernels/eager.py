@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 def encode_topk(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The `k` largest values of `ReLU((x − centre) Wᵀ + b)` per token, largest first.
+
+    With `parts`, the latents are in so many equal parts, in their order, and it is the `k / parts` largest of each,
+    part by part. With as many parts as `k` that is GroupMax.
 
     Args:
         x_ND: `[N, D]`, one row per token.
@@ -18,6 +21,7 @@ def encode_topk(
         b_M: `[M]`.
         k: How many latents to keep, at most `M`.
         centre_D: `[D]`, what is subtracted from `x`: the decoder's bias.
+        parts: A divisor of both `k` and M.
 
     Returns:
         Values `[N, K]` (zero where fewer than `k` latents are positive) and their latents' numbers `[N, K]`, int64.
@@ -25,8 +29,19 @@ def encode_topk(
     if centre_D is not None:
         x_ND = x_ND - centre_D
     scores_NM = F.relu(F.linear(x_ND, W_MD, b_M))
-    acts_NK, indices_NK = scores_NM.topk(k, dim=-1, sorted=True)
-    return acts_NK, indices_NK
+    return topk_in_parts(scores_NM, k, parts)
+
+
+def topk_in_parts(scores_NM: Tensor, k: int, parts: int) -> tuple[Tensor, Tensor]:
+    """The `k / parts` largest of each of `parts` equal parts of the columns: values and column numbers, `[N, K]`."""
+    acts_NPk, within_NPk = scores_NM.unflatten(1, (parts, -1)).topk(k // parts, dim=-1, sorted=True)
+    return acts_NPk.flatten(1), from_parts(within_NPk, scores_NM.shape[1]).flatten(1)
+
+
+def from_parts(within_NPk: Tensor, num_columns: int) -> Tensor:
+    """Column numbers, from numbers within each of P equal parts of the columns, `[N, P, k]`."""
+    parts = within_NPk.shape[1]
+    return within_NPk + torch.arange(parts, device=within_NPk.device)[:, None] * (num_columns // parts)
 
 
 def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
@@ -50,12 +65,13 @@ def autoencode(
     centre_D: Tensor,
     k: int,
     threshold: float | None = None,
+    parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`encode_topk` of `x − centre`, then `decode`: the sum of rows `[N, D]`, values `[N, K]` and latents `[N, K]`.
 
     With a threshold, `keep_above` stands between the two.
     """
-    acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D)
+    acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D, parts=parts)
     acts_NK = keep_above(acts_NK, threshold)
     return decode(acts_NK, indices_NK, W_dec_MD), acts_NK, indices_NK
 
@@ -69,6 +85,7 @@ def autoencode_nested(
     k: int,
     prefixes: tuple[int, ...],
     threshold: float | None = None,
+    parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`autoencode`, with a sum of rows for each prefix of the dictionary: of the chosen latents below it alone.
 
@@ -81,11 +98,12 @@ def autoencode_nested(
         k: How many latents are kept, of all M.
         prefixes: Numbers of latents, ascending, the last one M.
         threshold: See `keep_above`.
+        parts: See `encode_topk`.
 
     Returns:
         The sums `[G, N, D]`, values `[N, K]` and latents `[N, K]`.
     """
-    acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D)
+    acts_NK, indices_NK = encode_topk(x_ND, W_enc_MD, b_enc_M, k, centre_D=centre_D, parts=parts)
     acts_NK = keep_above(acts_NK, threshold)
     rows = [decode(acts_NK * (indices_NK < prefix), indices_NK, W_dec_MD) for prefix in prefixes]
     return torch.stack(rows), acts_NK, indices_NK

@@ -3,6 +3,7 @@
 - The dense scores only *select*. In low precision, if asked, they name half as many candidates again as are wanted,
   whose pre-activations are computed from their rows in the parameters' precision; the K largest of those are taken. So
   low precision can cost a latent its place only where its error is larger than the distance to the last candidate.
+- Latents may be chosen in equal parts of the dictionary, as GroupMax does; low precision then names candidates in each.
 - Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
   `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
   gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saekit.sae.kernels.eager import keep_above
+from saekit.sae.kernels.eager import keep_above, topk_in_parts
 
 LEAST_SPARE = 8
 """Candidates beyond k that low precision names at least."""
@@ -34,11 +35,11 @@ class Ops(Protocol):
     """The loops that a backend provides; none knows of gradients. `torch_ops` says in full what they compute."""
 
     def topk(
-        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool, parts: int
     ) -> tuple[Tensor, Tensor]:
         """The k largest scores of each token and their latents, largest first if they are to be in order.
 
-        For int8 only the latents mean anything.
+        Of each of `parts` equal parts of the latents k / parts, part by part. For int8 only the latents mean anything.
         """
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ class Sparse(NamedTuple):
     """In what precision candidates are found; None: the parameters' own, which needs none."""
 
     def encode_topk(
-        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
         """As `eager.encode_topk`, with a backward pass over the K chosen latents only."""
-        acts_NK, indices_NK, _ = self._encode(x_ND, W_MD, b_M, k, centre_D)
+        acts_NK, indices_NK, _ = self._encode(x_ND, W_MD, b_M, k, centre_D, parts)
         return acts_NK, indices_NK
 
     def decode(self, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
@@ -83,9 +84,10 @@ class Sparse(NamedTuple):
         centre_D: Tensor,
         k: int,
         threshold: float | None = None,
+        parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.autoencode`; both weight gradients come from one sort of the pairs."""
-        acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
+        acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D, parts)
         acts_NK = keep_above(acts_NK, threshold)
         return _Decode.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops), acts_NK, indices_NK
 
@@ -99,9 +101,10 @@ class Sparse(NamedTuple):
         k: int,
         prefixes: tuple[int, ...],
         threshold: float | None = None,
+        parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.autoencode_nested`; its weight gradients cost what `autoencode`'s do."""
-        acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D)
+        acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D, parts)
         acts_NK = keep_above(acts_NK, threshold)
         rows_GND = _DecodeNested.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops, prefixes)
         return rows_GND, acts_NK, indices_NK
@@ -112,18 +115,20 @@ class Sparse(NamedTuple):
         return self.ops.adam_
 
     def _encode(
-        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None
+        self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None, parts: int
     ) -> tuple[Tensor, Tensor, _Pairs]:
         pairs = _Pairs(None, W_MD.shape[0])
-        few = num_candidates(k, W_MD.shape[0]) * WORTH_FROM <= W_MD.shape[0]
+        few = num_candidates(k, W_MD.shape[0], parts) * WORTH_FROM <= W_MD.shape[0]
         select_dtype = self.select_dtype if self.select_dtype and few else W_MD.dtype
-        acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, pairs, self.ops, select_dtype)
+        acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, parts, pairs, self.ops, select_dtype)
         return acts_NK, indices_NK, pairs
 
 
-def num_candidates(k: int, num_latents: int) -> int:
-    """How many latents low precision names for `k` to be chosen from."""
-    return min(k + max(k // 2, LEAST_SPARE), num_latents)
+def num_candidates(k: int, num_latents: int, parts: int = 1) -> int:
+    """How many latents low precision names for `k` to be chosen from, as many in each part."""
+    each = k // parts
+    spare = max(each // 2, LEAST_SPARE // parts, 1)
+    return min(each + spare, num_latents // parts) * parts
 
 
 class _Pairs:
@@ -163,17 +168,19 @@ class _EncodeTopK(torch.autograd.Function):
         b_M: Tensor,
         centre_D: Tensor | None,
         k: int,
+        parts: int,
         pairs: _Pairs,
         ops: Ops,
         select_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         x_ND = x_ND if centre_D is None else x_ND - centre_D
         if select_dtype == W_MD.dtype:
-            values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype, True)
+            values_NK, indices_NK = ops.topk(x_ND, W_MD, b_M, k, select_dtype, True, parts)
         else:
-            _, candidates_NC = ops.topk(x_ND, W_MD, b_M, num_candidates(k, W_MD.shape[0]), select_dtype, False)
+            wanted = num_candidates(k, W_MD.shape[0], parts)
+            _, candidates_NC = ops.topk(x_ND, W_MD, b_M, wanted, select_dtype, False, parts)
             exact_NC = ops.gather_dot(x_ND, W_MD, candidates_NC).add_(b_M[candidates_NC])
-            values_NK, order_NK = exact_NC.topk(k, dim=-1, sorted=True)
+            values_NK, order_NK = topk_in_parts(exact_NC, k, parts)
             indices_NK = candidates_NC.gather(1, order_NK)
         # ReLU after the choice gives the same values as before it, and touches K instead of M numbers per token.
         acts_NK = values_NK.relu_()
@@ -198,7 +205,7 @@ class _EncodeTopK(torch.autograd.Function):
             db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1), ops).squeeze(1)
         # Summed over tokens first, the centre's gradient is a matrix times a vector; no token needs one of its own.
         dcentre_D = -(db_M @ W_MD) if need_centre else None
-        return dx_ND, dW_MD, db_M if need_b else None, dcentre_D, None, None, None, None
+        return dx_ND, dW_MD, db_M if need_b else None, dcentre_D, None, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):

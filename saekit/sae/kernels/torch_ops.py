@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam as adam_of_torch
 
-from saekit.sae.kernels.eager import round_stochastically, row_norms
+from saekit.sae.kernels.eager import from_parts, round_stochastically, row_norms
 
 CHUNK_BYTES = 8 * 2**20
 """Scores are made for so many tokens at a time that they stay in a CPU's last-level cache until the top-k read them."""
@@ -32,10 +32,11 @@ LEAST_SCALE = 1e-30
 
 
 def topk(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
 
+    With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part.
     The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
 
     Returns:
@@ -53,7 +54,10 @@ def topk(
     indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
     for start in range(0, N, rows):
         some = slice(start, min(start + rows, N))
-        values_NK[some], indices_NK[some] = topk_of_groups(scores_of(some), k, in_order)
+        scores_nPm = scores_of(some).unflatten(1, (parts, M // parts))
+        values, within = topk_of_groups(scores_nPm.flatten(0, 1), k // parts, in_order)
+        values_NK[some] = values.view(-1, k)
+        indices_NK[some] = from_parts(within.view(-1, parts, k // parts), M).flatten(1)
     return values_NK, indices_NK
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saekit.sae.kernels.eager import topk_in_parts
 from saekit.sae.kernels.triton_adam import OPTIONS, adam_, adam_rows, on_its_device
 
 __all__ = ["INTERPRETED", "adam_", "gather_dot", "gather_sum", "segment_sum", "topk"]
@@ -142,7 +143,7 @@ def _segment_sum(weights_ptr, tokens_ptr, starts_ptr, rows_ptr, out_ptr, D, BP: 
 
 @on_its_device
 def topk(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents.
 
@@ -150,6 +151,9 @@ def topk(
     epilogue, so that of the scores only `k` groups per token are read again. In float32 the matmul is torch's: tensor
     cores have no float32 (tf32 keeps 10 bits of it), and what Triton makes without them spills its registers.
     Among equal scores any may be chosen. They come largest first if `in_order`.
+
+    With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part; the groups
+    may lie across the parts' borders, so all scores are read again.
 
     Returns:
         Scores `[N, K]` in `dtype` and latents `[N, K]`, int64.
@@ -181,7 +185,10 @@ def topk(
         else:
             torch.mm(x_nD, W_MD.t(), out=scores[:n, :M]).add_(b_M)
             torch.amax(scores[:n].view(n, -1, GROUP), 2, out=maxima[:n])
-        found = _topk_of_groups(scores[:n], maxima[:n], k, in_order)
+        if parts > 1:
+            found = topk_in_parts(scores[:n, :M], k, parts)
+        else:
+            found = _topk_of_groups(scores[:n], maxima[:n], k, in_order)
         values_NK[start : start + n], indices_NK[start : start + n] = found
     return values_NK, indices_NK
 
