@@ -89,7 +89,7 @@ def line(*parts: str | tuple[str, str]) -> Text:
 
 def _header(info: RunInfo, width: int) -> list[Text]:
     layers = len(info.hookpoints)
-    shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.num_latents:,} latents · k {info.k}"
+    shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.code}"
     parts = [shape, f"width {info.d_in:,}", f"{info.place}, {info.dtype}", info.computed_by]
     batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens a step"
     if len(" · ".join([*parts, batch])) <= width:
@@ -156,8 +156,9 @@ def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
     fits = len(names) + with_mean <= room
     rows = spread(len(names), max(0, room - with_mean - (not fits)))
     owners = state.info.owners if width >= WIDE_ENOUGH_FOR_RANKS else {}
-    # The numbers and the gaps between columns take 42 columns, the layers' ranks six more.
-    taken = 42 + 6 * bool(owners)
+    headings = [("FVU", 7), ("dead", 7), ("", 5), ("L0", 5), *([("AuxK", 6)] if state.info.with_auxk else [])]
+    # A gap of two behind every column but the last, the trend; the layers' ranks take six.
+    taken = 2 + sum(columns + 2 for _, columns in headings) + 6 * bool(owners)
     longest = max(len("layer"), *map(len, names), len(f"all {len(names)}"))
     name_width = min(longest, max(len("layers.10"), width - taken - len("FVU trend")))
     trend_room = width - name_width - taken
@@ -168,7 +169,7 @@ def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
     table.add_column("layer", width=name_width, no_wrap=True, overflow="ellipsis")
     if owners:
         table.add_column("rank", width=4, justify="right", no_wrap=True)
-    for heading, columns in (("FVU", 7), ("dead", 7), ("", 5), ("L0", 5), ("AuxK", 6)):
+    for heading, columns in headings:
         table.add_column(heading, width=columns, justify="right", no_wrap=True)
     table.add_column(title, min_width=trend_width, no_wrap=True, overflow="crop", style="cyan")
     for name in (names[row] for row in rows):
@@ -176,13 +177,19 @@ def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
             # As a Text, a name in brackets is no markup.
             Text(units.tail(name, name_width)),
             *([str(owners[name])] if owners else []),
-            *_cells(layers.get(name)),
+            *_cells(layers.get(name))[: len(headings)],
             sparkline(state.trends.get(name, ()), trend_width),
         )
     if with_mean:
         trend = sparkline(state.trends.get(ALL_LAYERS, ()), trend_width)
         blank = [""] if owners else []
-        table.add_row(f"all {len(names)}", *blank, *_cells(mean_layer(list(layers.values()))), trend, style="bold")
+        table.add_row(
+            f"all {len(names)}",
+            *blank,
+            *_cells(mean_layer(list(layers.values())))[: len(headings)],
+            trend,
+            style="bold",
+        )
     if fits:
         return [table]
     shown = {names[row] for row in rows}
@@ -204,6 +211,7 @@ def mean_layer(layers: list[LayerStats]) -> LayerStats | None:
 
 
 def _cells(layer: LayerStats | None) -> list[str | Text]:
+    """The numbers; AuxK's loss is the last one."""
     if layer is None:
         return [units.UNKNOWN] * 5
     worry = "red" if layer.dead_fraction >= 0.5 else "yellow" if layer.dead_fraction >= 0.1 else ""

@@ -47,7 +47,7 @@ class PlainReporter:
         self._run = (info, Pace(info, self._clock))
         resumed = f", resumed at step {info.start_step:,}" if info.start_step else ""
         self._write(
-            f"training {len(info.hookpoints)} x {info.num_latents:,} latents, k {info.k}, on {info.model} with "
+            f"training {len(info.hookpoints)} x {info.code}, on {info.model} with "
             f"{info.dataset}: {info.total_steps:,} steps of {info.global_batch:,} x {info.ctx_len:,} tokens, "
             f"{info.place}, {info.dtype}, {info.computed_by}, in {info.run_dir}{resumed}"
         )
@@ -79,7 +79,7 @@ class PlainReporter:
             return
         if stats is not self._written:
             self._write_step(stats)
-        for row in _table(stats.layers):
+        for row in _table(stats.layers, self._run is not None and self._run[0].with_auxk):
             self._write(row)
         if self._run is not None:
             info, pace = self._run
@@ -123,12 +123,13 @@ class PlainReporter:
         stream.flush()
 
 
-def _table(layers: dict[str, LayerStats]) -> list[str]:
+def _table(layers: dict[str, LayerStats], with_auxk: bool) -> list[str]:
     width = max([len("layer"), *map(len, layers)])
-    rows = [f"{'layer':<{width}}  {'FVU':>8}  {'dead':>9}  {'':>6}  {'L0':>7}  {'AuxK':>8}"]
+    rows = [f"{'layer':<{width}}  {'FVU':>8}  {'dead':>9}  {'':>6}  {'L0':>7}" + ("      AuxK" if with_auxk else "")]
     for name, layer in layers.items():
+        auxk = f"  {units.decimal(layer.auxk_loss):>8}" if with_auxk else ""
         rows.append(
             f"{name:<{width}}  {units.decimal(layer.fvu):>8}  {layer.dead:>9,}  {units.percent(layer.dead_fraction):>6}"
-            f"  {units.decimal(layer.l0, 1):>7}  {units.decimal(layer.auxk_loss):>8}"
+            f"  {units.decimal(layer.l0, 1):>7}{auxk}"
         )
     return rows

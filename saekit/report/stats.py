@@ -152,6 +152,16 @@ class RunInfo:
     """In what precision latents are selected: fp32 or bf16."""
     eval_every: int | None = None
     """Optimiser steps between evaluations; None without."""
+    activation: str = "topk"
+    """How the active latents are chosen: topk, batchtopk or groupmax."""
+    with_auxk: bool = False
+    """Whether dead latents are trained with AuxK; if not, its loss is 0 and need not be shown."""
+
+    @property
+    def code(self) -> str:
+        """What a token is turned into: `4,096 latents, k 32`, with how they are chosen unless by TopK."""
+        chosen = "" if self.activation == "topk" else f" ({self.activation})"
+        return f"{self.num_latents:,} latents, k {self.k}{chosen}"
 
     @property
     def place(self) -> str:

@@ -165,6 +165,8 @@ class RunPlan:
             owners=placement.owners(),
             shard_bytes=placement.shard_bytes(),
             eval_every=self.cfg.eval_every,
+            activation=self.cfg.sae.activation,
+            with_auxk=self.cfg.auxk_alpha > 0,
         )
 
 

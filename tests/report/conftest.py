@@ -25,7 +25,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def make_info(tmp_path: Path) -> Callable[..., RunInfo]:
-    def make(layers: int = 2, start_step: int = 0, names: Sequence[str] | None = None) -> RunInfo:
+    def make(layers: int = 2, start_step: int = 0, names: Sequence[str] | None = None, **more: object) -> RunInfo:
         return RunInfo(
             run_dir=tmp_path / "run",
             model="EleutherAI/pythia-14m",
@@ -43,6 +43,7 @@ def make_info(tmp_path: Path) -> Callable[..., RunInfo]:
             dtype="float32",
             global_batch=64,
             config={"lr": None, "sae": {"k": 32, "multi_topk": False}, "layers": [0, 1], "dataset": "wikitext"},
+            **more,
         )
 
     return make

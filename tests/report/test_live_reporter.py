@@ -25,8 +25,8 @@ def picture(state, width=80, height=24):
 
 @pytest.fixture
 def make_state(make_info, make_stats, clock):
-    def make(layers, reports=30, names=None, fvu=0.5):
-        info = make_info(layers, names=names)
+    def make(layers, reports=30, names=None, fvu=0.5, **more):
+        info = make_info(layers, names=names, **more)
         state = RunState(info, Pace(info, clock))
         for step in range(1, reports + 1):
             clock.now += 2
@@ -38,16 +38,24 @@ def make_state(make_info, make_stats, clock):
     return make
 
 
+@pytest.mark.parametrize("with_auxk", [False, True])
 @pytest.mark.parametrize("reports", [0, 1, 30])
 @pytest.mark.parametrize("layers", [1, 6, 12, 32, 200])
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (60, 12), (200, 10)])
-def test_view_never_leaves_the_terminal(make_state, layers, reports, width, height):
-    lines = picture(make_state(layers, reports), width, height)
+def test_view_never_leaves_the_terminal(make_state, layers, reports, width, height, with_auxk):
+    lines = picture(make_state(layers, reports, with_auxk=with_auxk), width, height)
     assert len(lines) < height
     assert max(map(len, lines)) <= width
     # The layer that a person looks for first, and the header, are there in every size.
     assert lines[0].startswith("saekit  EleutherAI/pythia-14m on wikitext [train]")
     assert any(line.startswith("layers.0 ") for line in lines)
+
+
+def test_auxk_has_a_column_where_it_is_on(make_state):
+    with_it, without = (picture(make_state(6, with_auxk=on)) for on in (True, False))
+    assert [sum("AuxK" in line for line in lines) for lines in (with_it, without)] == [1, 0]
+    assert any(line.startswith("layers.1 ") and " 0.800 " in line for line in with_it)
+    assert not any(" 0.800 " in line for line in without)
 
 
 def test_view_keeps_its_height_while_reports_come_in(make_state):
@@ -71,13 +79,13 @@ def test_finished_view_has_every_layer(make_state):
 def test_numbers(make_state):
     lines = picture(make_state(2, reports=10), 100)
     text = "\n".join(lines)
-    assert "2 layers × 4,096 latents · k 32" in text
+    assert "2 layers × 4,096 latents, k 32" in text
     assert "10/1,000 steps" in text
     assert "1.0%" in text
     assert "ETA 33m 00s" in text  # 990 steps of 2 s
     assert "160k tokens of ≤ 16.4M · 12.3k tokens/s · lr 2.0e-04 · 3.0 GiB peak" in text
     row = next(line for line in lines if line.startswith("layers.1"))
-    assert row.split()[:6] == ["layers.1", "0.0600", "41", "1.0%", "31.5", "0.800"]
+    assert row.split()[:5] == ["layers.1", "0.0600", "41", "1.0%", "31.5"]
 
 
 @pytest.mark.parametrize("layers", [1, 6, 32])

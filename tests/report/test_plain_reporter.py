@@ -33,11 +33,31 @@ def test_lines_are_rare_and_the_last_one_is_there(make_info, make_stats, clock, 
     )
     assert f"saved step 12 in {tmp_path / 'step_00000012'}" in lines
     assert [line.split() for line in lines[-4:-1]] == [
+        ["layer", "FVU", "dead", "L0"],
+        ["layers.0", "0.5000", "0", "0.0%", "31.5"],
+        ["layers.1", "0.5100", "41", "1.0%", "31.5"],
+    ]
+    assert lines[-1] == "stopped after 12s"
+
+
+def test_auxk_has_a_column_where_it_is_on(make_info, make_stats):
+    stream = io.StringIO()
+    reporter = PlainReporter(stream)
+    reporter.start(make_info(with_auxk=True))
+    reporter.step(make_stats(1))
+    reporter.finish()
+    assert [line.split() for line in stream.getvalue().splitlines()[-4:-1]] == [
         ["layer", "FVU", "dead", "L0", "AuxK"],
         ["layers.0", "0.5000", "0", "0.0%", "31.5", "0.0000"],
         ["layers.1", "0.5100", "41", "1.0%", "31.5", "0.8000"],
     ]
-    assert lines[-1] == "stopped after 12s"
+
+
+@pytest.mark.parametrize(("activation", "says"), [("topk", "k 32, on"), ("batchtopk", "k 32 (batchtopk), on")])
+def test_what_is_trained(make_info, activation, says):
+    stream = io.StringIO()
+    PlainReporter(stream).start(make_info(activation=activation))
+    assert f"training 2 x 4,096 latents, {says} EleutherAI/pythia-14m with" in stream.getvalue()
 
 
 def test_evaluations_are_lines_of_their_own(make_info, make_stats, make_evaluation):
