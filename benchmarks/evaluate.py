@@ -78,14 +78,17 @@ def load_saes(folder: Path, job: Job) -> dict[str, Sae]:
     if (folder / "latest").exists():
         folder = folder / "latest"
     if (folder / job.hookpoints[0] / "ae.pt").exists():
-        found = {name: _of_dictionary_learning(folder / name / "ae.pt", job.k) for name in job.hookpoints}
+        found = {name: _of_dictionary_learning(folder / name / "ae.pt", job) for name in job.hookpoints}
     else:
         found = {name: Sae.load_from_disk(folder / name) for name in job.hookpoints}
     return {name: sae.eval() for name, sae in found.items()}
 
 
-def _of_dictionary_learning(file: Path, k: int) -> Sae:
-    """dictionary-learning's TopK SAE: the same equations, with the decoder the other way round."""
+def _of_dictionary_learning(file: Path, job: Job) -> Sae:
+    """dictionary-learning's TopK or BatchTopK SAE: the same equations, with the decoder the other way round.
+
+    Of its BatchTopK SAE's code `Sae` keeps the 4k largest values of a token, more than it has but for rare tokens.
+    """
     state = torch.load(file, weights_only=True)
     tensors = {
         "W_enc": state["encoder.weight"],
@@ -94,4 +97,7 @@ def _of_dictionary_learning(file: Path, k: int) -> Sae:
         "b_dec": state["b_dec"],
     }
     num_latents, d_in = tensors["W_enc"].shape
-    return around(tensors, d_in=d_in, num_latents=num_latents, k=k)
+    # Its TopK SAEs keep a threshold, too, and do without it.
+    by_threshold = job.settings.get("sae", {}).get("activation") == "batchtopk"
+    threshold = float(state["threshold"]) if by_threshold else None
+    return around(tensors, d_in=d_in, num_latents=num_latents, k=job.k, threshold=threshold)

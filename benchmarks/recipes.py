@@ -10,6 +10,7 @@ SAEKIT, SPARSIFY, DICTIONARY_LEARNING = "saekit", "sparsify", "dictionary-learni
 ADAM_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 SIGNUM_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 UNIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+NESTED = (0.125, 0.25, 1.0)
 REFERENCE = {
     "optimizer": "adam",
     "init": "uniform",
@@ -30,7 +31,7 @@ class Recipe:
     toolkit: str
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """By the toolkit's own names; what is not here stays at its default."""
+    """By the toolkit's own names; what is not here stays at its default. What it counts to the SAE is below `sae`."""
 
     @property
     def label(self) -> str:
@@ -61,5 +62,21 @@ def recipes(steps: int) -> Iterator[Recipe]:
     yield Recipe(SPARSIFY, "adam", {"optimizer": "adam"})
     # It refuses a warm-up that is longer than the run.
     yield Recipe(DICTIONARY_LEARNING, "defaults", {"warmup_steps": min(1000, steps - 1)})
+    for name, sae in (
+        ("batchtopk", {"activation": "batchtopk"}),
+        ("groupmax", {"activation": "groupmax"}),
+        ("matryoshka", {"matryoshka": NESTED}),
+        ("matryoshka batchtopk", {"matryoshka": NESTED, "activation": "batchtopk"}),
+    ):
+        yield Recipe(SAEKIT, name, {"sae": sae})
+    for rate in (5e-3, 1e-2):
+        adam = {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup}
+        yield Recipe(SPARSIFY, f"groupmax adam {rate:g}", {"sae": {"activation": "groupmax"}, **adam})
+    for rate in UNIT_RATES[2:]:
+        falling = {"warmup_steps": warmup, "decay_start": max(warmup + 1, int(0.8 * steps))}
+        # It looks for its threshold from step 1000 on, if a run is that long, and forgets 1000 steps back.
+        sought = {"threshold_start_step": min(1000, steps // 2), "threshold_beta": 0.999 if steps > 5000 else 0.98}
+        settings = {"lr": rate, "normalize_activations": True, **falling, **sought}
+        yield Recipe(DICTIONARY_LEARNING, f"batchtopk {rate:g}", {"sae": {"activation": "batchtopk"}, **settings})
     # The recipe of Gao et al. as sparsify has it, given to saekit: the two should agree with `sparsify adam 0.002`.
     yield Recipe(SAEKIT, "as sparsify adam 0.002", {**REFERENCE, "lr": 2e-3, "lr_warmup_steps": warmup})

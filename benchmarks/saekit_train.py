@@ -19,8 +19,9 @@ def main() -> None:
     model = AutoModel.from_pretrained(job["model"], dtype="float32").eval()
     out = Path(job["out"])
     out.rmdir()  # the trainer wants to make its run folder itself
+    settings = dict(job["settings"])
     cfg = TrainConfig(
-        sae=SaeConfig(num_latents=job["num_latents"], k=job["k"]),
+        sae=SaeConfig(num_latents=job["num_latents"], k=job["k"], **settings.pop("sae", {})),
         layers=tuple(int(name.rsplit(".", 1)[1]) for name in job["hookpoints"]),
         init_seed=job["seed"],
         batch_size=job["batch_size"],
@@ -31,7 +32,7 @@ def main() -> None:
         run_name=out.name,
         save_every=NEVER,
         log_every=50,
-        **job["settings"],
+        **settings,
     )
     trainer = SaeTrainer(cfg, load_from_disk(job["data"]), model)
     if list(trainer.plan.hookpoints) != job["hookpoints"]:

@@ -1,4 +1,4 @@
-"""Trains dictionary-learning's TopK SAEs as a job file says, in the peer's environment: `... JOB.json`.
+"""Trains dictionary-learning's TopK or BatchTopK SAEs as a job file says, in the peer's environment: `... JOB.json`.
 
 Its own loop trains on one layer and keeps a buffer of shuffled activations. Here its trainers are given the
 activations of all layers, step by step, so that they see the tokens that the other toolkits see, in their order.
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from transformers import AutoModel
+
+TRAINERS = {"topk": (TopKTrainer, AutoEncoderTopK), "batchtopk": (BatchTopKTrainer, BatchTopKSAE)}
 
 
 def main() -> None:
@@ -22,8 +25,9 @@ def main() -> None:
     data = load_from_disk(job["data"]).with_format("torch")
     settings = dict(job["settings"])
     normalise = settings.pop("normalize_activations", False)  # an option of its loop, not of its trainer
+    trainer_class, dict_class = TRAINERS[settings.pop("sae", {}).get("activation", "topk")]
     steps = len(data) // job["batch_size"]
-    trainers: dict[str, TopKTrainer] = {}
+    trainers: dict[str, TopKTrainer | BatchTopKTrainer] = {}
     norms: dict[str, float] = {}
 
     seen: dict[str, torch.Tensor] = {}
@@ -42,14 +46,14 @@ def main() -> None:
             if step == 0:
                 # Its loop scales activations to a mean square norm of 1 where it is asked to.
                 norms[hookpoint] = float(x_ND.square().sum(1).mean().sqrt()) if normalise else 1.0
-                trainers[hookpoint] = TopKTrainer(
+                trainers[hookpoint] = trainer_class(
                     steps=steps,
                     activation_dim=x_ND.shape[1],
                     dict_size=job["num_latents"],
                     k=job["k"],
                     layer=number,
                     lm_name=job["model"],
-                    dict_class=AutoEncoderTopK,
+                    dict_class=dict_class,
                     seed=100_003 * job["seed"] + number,
                     device="cpu",
                     **settings,

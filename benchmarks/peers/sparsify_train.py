@@ -17,8 +17,9 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     model = AutoModel.from_pretrained(job["model"], dtype="float32").eval()
     out = Path(job["out"])
+    settings = dict(job["settings"])
     cfg = TrainConfig(
-        SparseCoderConfig(num_latents=job["num_latents"], k=job["k"]),
+        SparseCoderConfig(num_latents=job["num_latents"], k=job["k"], **settings.pop("sae", {})),
         batch_size=job["batch_size"],
         exclude_tokens=job["exclude_tokens"],
         hookpoints=job["hookpoints"],
@@ -27,7 +28,7 @@ def main() -> None:
         log_to_wandb=False,
         save_dir=str(out.parent),
         run_name=out.name,
-        **job["settings"],
+        **settings,
     )
     trainer = Trainer(cfg, load_from_disk(job["data"]).with_format("torch"), model)
     if trainer.cfg.hookpoints != job["hookpoints"]:
