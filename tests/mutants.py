@@ -26,7 +26,6 @@ EVALUATING = "saekit/training/evaluating.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
-MICRO_TOKENS = "of_layers[len(after) :], tokens * len(batches), placement"
 ROUNDED = '{"threshold": round(sae.threshold, 6)}'
 
 FAULTS = [
@@ -238,13 +237,27 @@ FAULTS = [
     ),
     ("a BatchTopK code is as wide as k", MODEL, "min(WIDER * self.k, self.num_latents)", "self.k"),
     (
-        "thresholds see micro-batches' firings as a step's",
-        TRAINER,
-        "of_layers[len(after) :], tokens, placement",
-        MICRO_TOKENS,
+        "thresholds are moved by twice the tokens",
+        "saekit/training/thresholds.py",
+        "window.moments.count.long()",
+        "2 * window.moments.count.long()",
     ),
     ("thresholds are forgotten on resume", "saekit/training/state.py", ".threshold = saved.threshold", ".threshold"),
     ("a threshold is not saved exactly", "saekit/sae/storage.py", '{"threshold": sae.threshold}', ROUNDED),
+    (
+        "what is too long still trains",
+        TRAINER,
+        "out if covered_N1 is None else out.only(covered_N1)",
+        "out",
+    ),
+    ("what is too long counts as variance", "saekit/training/statistics.py", "x_ND *= counted_N1", "pass"),
+    (
+        "calibration is of all activations, however long",
+        "saekit/training/start.py",
+        "x_ND if limits is None else x_ND[~(norms_N > limits[name])]",
+        "x_ND",
+    ),
+    ("an SAE forgets which activations it is for", MODEL, '"max_norm": self.max_norm,', ""),
     ("all groups of a GroupMax SAE are the first one", EAGER, "[:, None] * (num_columns // parts)", "[:, None] * 0"),
     ("a GroupMax code is the k largest", MODEL, "return self.k if self.groupmax else 1", "return 1"),
     ("low precision alone chooses in a group", SPARSE, "LEAST_SPARE // parts, 1)", "LEAST_SPARE // parts)"),

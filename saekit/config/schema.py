@@ -68,6 +68,13 @@ class TrainConfig:
     exclude_special_tokens: bool = option(
         True, "Leave the tokenizer's special tokens (BOS, EOS, padding, ...) out of the SAEs' training.", panel=BATCH
     )
+    max_norm_multiple: float = option(
+        10.0,
+        "Leave out of a layer's training what is longer than so many times the median norm of its activations, such as "
+        "attention sinks; 0 leaves nothing out.",
+        panel=BATCH,
+        ge=0,
+    )
 
     optimizer: Literal["adam", "adam8bit", "signum", "muon"] = option(
         "adam",

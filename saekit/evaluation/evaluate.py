@@ -42,7 +42,7 @@ class Subject:
     """By hookpoint, on the model's device; where `whole` is given, only their sizes are looked at."""
     data: Sequences
     excluded: Tensor
-    """int64: ids of tokens that no SAE sees; they keep their true activations."""
+    """int64: ids of tokens that no SAE sees; they keep their true activations, like those that no SAE covers."""
     objective: Objective | None
     """None for a model without a head."""
     objective_name: str
@@ -141,7 +141,7 @@ class Evaluator:
         return self._rest(self._means, changes)
 
     def _find_means(self) -> dict[str, Tensor]:
-        """Each layer's mean activation over all kept tokens, float32 `[D]`, the same on all ranks."""
+        """Each layer's mean activation over all tokens that count, float32 `[D]`, the same on all ranks."""
         subject = self.subject
         sums = {
             name: torch.zeros(sae.d_in + 1, dtype=torch.float64, device=subject.device)
@@ -151,12 +151,17 @@ class Evaluator:
             for _, input_ids, kept in subject.batches():
                 kept = kept.to(subject.device)
                 for name, acts in read(input_ids.to(subject.device)).items():
-                    sums[name][:-1] += acts[kept].sum(0, dtype=torch.float64)
-                    sums[name][-1] += kept.sum()
+                    counted = kept & subject.saes[name].covers(acts)
+                    sums[name][:-1] += acts[counted].sum(0, dtype=torch.float64)
+                    sums[name][-1] += counted.sum()
                 self._done()
         sums = {name: subject.total(each) for name, each in sums.items()}
-        if not sums[self.names[0]][-1]:
-            raise UserError("every token is excluded (special tokens, --exclude-tokens): nothing to evaluate")
+        for name, each in sums.items():
+            if not each[-1]:
+                raise UserError(
+                    f"{name}: every token is excluded (special tokens, --exclude-tokens, --max-norm-multiple): nothing "
+                    "to evaluate"
+                )
         return {name: (each[:-1] / each[-1]).float() for name, each in sums.items()}
 
     def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
@@ -165,15 +170,17 @@ class Evaluator:
         # The spliced rows are all written anew; the others stay.
         grafts = self._grafts or {name: GraftSums(count, device) for name in (*self.names, "")}
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
+        kept_S = torch.zeros_like(scored_S)
         for numbers, input_ids, kept in subject.batches():
             rows, kept = numbers.to(device), kept.to(device)
+            kept_S[rows] = kept.sum(1).double()[: len(rows)]
             asked = numbers if len(numbers) else numbers.new_zeros(1)
             question = None if subject.objective is None else subject.objective(input_ids, asked)
             as_it_is = question is not None and question.input_ids is input_ids
             if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
                 for name, acts in self._read(input_ids.to(device)).items():
-                    x = acts.float()
-                    recons[name].add(rows, x, subject.sae(name)(x), kept)
+                    x, sae = acts.float(), subject.sae(name)
+                    recons[name].add(rows, x, sae(x), kept & sae.covers(x))
             if question is None:
                 self._done()
                 continue
@@ -185,26 +192,27 @@ class Evaluator:
             replacements: dict[str, dict[str, Replace]] = {change: {} for change in changes}
             for name in self.names:
                 acts = seen.pop(name)
-                x = acts.float()
-                out = subject.sae(name)(x)
+                x, sae = acts.float(), subject.sae(name)
+                out, counted = sae(x), kept & sae.covers(x)
+                del sae
                 if as_it_is:
-                    recons[name].add(rows, x, out, kept)
+                    recons[name].add(rows, x, out, counted)
                 if name not in self._can_start_behind:
                     self._can_start_behind[name] = self._starts_behind(name, acts, inputs, logits)
                 ways = _changes(out.recon, means[name])
                 for change in changes:
                     answers = grafts[name].answers[change]
-                    new = torch.where(kept[..., None], ways[change](x).to(acts), acts)
+                    new = torch.where(counted[..., None], ways[change](x).to(acts), acts)
                     answers.add(rows, compare(logits, self._logits_behind(name, new, inputs), targets))
                     self._done()
-                    replacements[change][name] = ways[change]
+                    replacements[change][name] = _where(counted, ways[change])
                 replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
             for change, several in replacements.items():
                 answers = grafts[""].answers[change]
                 answers.add(rows, compare(logits, self._logits(inputs, several, ~kept), targets))
                 self._done()
         self._grafts = grafts
-        return self._result(recons, grafts, clean, scored_S)
+        return self._result(recons, grafts, clean, scored_S, kept_S)
 
     def _result(
         self,
@@ -212,11 +220,11 @@ class Evaluator:
         grafts: dict[str, GraftSums],
         clean: AnswerSums,
         scored_S: Tensor,
+        kept_S: Tensor,
     ) -> Evaluation:
         subject, total = self.subject, self.subject.total
         with_head = subject.objective is not None
         clean_S, scored_S = clean.total(total).ce, total(scored_S)
-        tokens = total(recons[self.names[0]].sums["tokens"]).sum()
 
         def grafted(name: str) -> Grafted | None:
             return grafts[name].result(clean_S, scored_S, total) if with_head else None
@@ -228,7 +236,7 @@ class Evaluator:
             objective=subject.objective_name,
             sequences=len(subject.data),
             ctx_len=subject.data.ctx_len,
-            tokens=int(tokens),
+            tokens=int(total(kept_S).sum()),
             scored=int(scored_S.sum()),
         )
 
@@ -268,7 +276,16 @@ class Evaluator:
         return torch.equal(again, logits)
 
     def _reconstruct(self, name: str) -> Replace:
-        return lambda acts: self.subject.sae(name)(acts).recon
+        def reconstruct(acts: Tensor) -> Tensor:
+            sae = self.subject.sae(name)
+            return torch.where(sae.covers(acts)[..., None], sae(acts).recon, acts)
+
+        return reconstruct
+
+
+def _where(counted: Tensor, replace: Replace) -> Replace:
+    """Only of some tokens, bool `[B, T]`; the others keep what they have."""
+    return lambda acts: torch.where(counted[..., None], replace(acts), acts)
 
 
 def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:

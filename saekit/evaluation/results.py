@@ -12,7 +12,7 @@ from saekit.report.inspect_measure import Density
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well an SAE reconstructs its layer's activations, over all tokens that are not excluded."""
+    """How well an SAE reconstructs its layer's activations, over all tokens that it is for."""
 
     fvu: Estimate
     """Fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖², with the mean x̄ over the same tokens."""
@@ -22,6 +22,8 @@ class Reconstruction:
     """Mean over tokens of the cosine of x and x̂."""
     l0: Estimate
     """Mean number of latents above zero per token."""
+    tokens: int
+    """That count: not excluded, and no longer than the SAE's `max_norm`."""
     dead: int
     """Latents that fired on none of the tokens."""
     num_latents: int
@@ -73,7 +75,7 @@ class Evaluation:
     sequences: int
     ctx_len: int
     tokens: int
-    """That were reconstructed."""
+    """That are not excluded."""
     scored: int
     """Predictions that were scored."""
 

@@ -77,6 +77,7 @@ class ReconstructionSums:
             explained_variance=ratio(scattered_S, sums["deviation"]).complement(),
             cosine=ratio(sums["cosine"], tokens_S),
             l0=ratio(sums["l0"], tokens_S),
+            tokens=int(tokens_S.sum()),
             dead=int((fired_M == 0).sum()),
             num_latents=len(fired_M),
             density=density(fired_M.cpu(), int(tokens_S.sum())),

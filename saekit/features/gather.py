@@ -110,8 +110,9 @@ def read_codes(
             total_D = total_D + acts[last][kept].sum(0, dtype=torch.float64).cpu()
             count += int(kept.sum())
             for name in names:
-                out = subject.saes[name](acts[name].float())
-                fired = (out.acts > 0) & kept[..., None]
+                sae, x = subject.saes[name], acts[name].float()
+                out = sae(x)
+                fired = (out.acts > 0) & (kept & sae.covers(x))[..., None]
                 where = places[..., None].expand(fired.shape)[fired.cpu()]
                 found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
             done()

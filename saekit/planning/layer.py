@@ -12,7 +12,7 @@ from saekit.sae import Sae, sae_losses
 from saekit.sae.kernels import Kernels
 from saekit.training.counters import LayerCounters
 from saekit.training.optimizers import make_optimizer
-from saekit.training.statistics import LayerWindow
+from saekit.training.statistics import LayerWindow, covered
 
 
 class Layer:
@@ -31,7 +31,8 @@ class Layer:
     def __init__(self, cfg: TrainConfig, d_in: int, num_latents: int, kernels: Kernels, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         with device:
-            self.sae = Sae(**cfg.sae.sizes(d_in, num_latents)).train()
+            limit = float("inf") if cfg.max_norm_multiple > 0 else None  # that it is looked at is what counts
+            self.sae = Sae(**cfg.sae.sizes(d_in, num_latents), max_norm=limit).train()
         self.sae.chosen_kernels = kernels
         self.sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
         on_meta = device.type == "meta"
@@ -45,14 +46,15 @@ class Layer:
     def passes(self, chunk_ND: Tensor, dead: Tensor | None = None) -> None:
         """Forward and backward pass, as in `SaeTrainer`."""
         num_dead = 0 if dead is None else len(dead)
-        x_ND = chunk_ND.float()
+        x_ND, covered_N1 = covered(self.sae, chunk_ND.float())
         out = self.sae(x_ND, dead, auxk=self.cfg.auxk_alpha > 0)
+        out = out if covered_N1 is None else out.only(covered_N1)
         losses = sae_losses(
             x_ND, out, scale=1.0, auxk_alpha=self.cfg.auxk_alpha, num_dead=num_dead, revive_alpha=self.cfg.revive_alpha
         )
         losses.total.backward()
         self.counters.observe(out.acts, out.indices)
-        self.window.observe(x_ND, out, losses, 1.0, self.sae.b_dec.detach())
+        self.window.observe(x_ND, out, losses, 1.0, self.sae.b_dec.detach(), covered_N1)
 
     def update(self) -> None:
         """The optimiser's step; the gradients stay."""

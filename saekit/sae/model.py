@@ -51,6 +51,20 @@ class SaeOutput(NamedTuple):
     """How many values are above the threshold by a factor of `NEAR` at most, an int64 scalar; only in training with a
     threshold."""
 
+    def only(self, keep: Tensor) -> SaeOutput:
+        """Zeros in the place of what was made of some tokens, whose gradient is zero then; `keep` is `[..., 1]`."""
+
+        def kept(each: Tensor | None) -> Tensor | None:
+            return None if each is None else each * keep
+
+        return self._replace(
+            recon=self.recon * keep,
+            acts=self.acts * keep,
+            aux_recon=kept(self.aux_recon),
+            multi_recon=kept(self.multi_recon),
+            prefix_recons=tuple(each * keep for each in self.prefix_recons),
+        )
+
 
 class Sae(nn.Module):
     """A TopK sparse autoencoder (Gao et al. 2024, arXiv 2406.04093, sections 2.1 and 2.3).
@@ -77,6 +91,8 @@ class Sae(nn.Module):
         threshold: θ, in the activations' unit, at least 0; None for TopK. It is a plain number of this module, not a
             parameter: whoever trains moves it between optimiser steps.
         groupmax: Whether one latent of each of k groups is kept, instead of the k largest of all.
+        max_norm: How long the activations are at most that the SAE is trained on; None for any. Longer ones, attention
+            sinks, are none that it is for (`covers`); `forward` treats them like others.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 
@@ -98,6 +114,7 @@ class Sae(nn.Module):
         multi_topk: bool = False,
         threshold: float | None = None,
         groupmax: bool = False,
+        max_norm: float | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -121,6 +138,7 @@ class Sae(nn.Module):
         self.multi_topk = multi_topk
         self.threshold = threshold
         self.groupmax = groupmax
+        self.max_norm = max_norm
         self.chosen_kernels: Kernels | None = None
         self.prefixes: tuple[int, ...] = ()
         """Of a Matryoshka SAE in training: numbers of latents, ascending, the last one M."""
@@ -141,6 +159,7 @@ class Sae(nn.Module):
             "multi_topk": self.multi_topk,
             "threshold": self.threshold,
             "groupmax": self.groupmax,
+            "max_norm": self.max_norm,
         }
 
     def extra_repr(self) -> str:
@@ -188,6 +207,12 @@ class Sae(nn.Module):
         acts_NK = keep_above(acts_NK, self.threshold)
         shape = (*x.shape[:-1], k)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
+
+    def covers(self, x: Tensor) -> Tensor:
+        """Which of the activations `[..., D]` are no longer than `max_norm`: bool `[...]`; NaN is, so that it shows."""
+        if self.max_norm is None:
+            return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return ~(x.float().norm(dim=-1) > self.max_norm)
 
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
         """The reconstruction from a code, two tensors `[..., K]` → `[..., D]`. Any `K` will do."""

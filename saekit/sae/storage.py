@@ -4,7 +4,7 @@ Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [
 
 sparsify has TopK and GroupMax, and knows no BatchTopK. Such an SAE's `cfg.json` has `"activation": "batchtopk"` and its
 `"threshold"`: sparsify refuses to read that name, where under the name of TopK it would give other codes.
-`saekit.sae.saelens` writes a format that has it.
+`saekit.sae.saelens` writes a format that has it. `"max_norm"`, see `Sae`, is ours; sparsify does not look at it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def sae_config(sae: Sae) -> dict[str, Any]:
         "transcode": False,
         "d_in": sae.d_in,
         **({} if sae.threshold is None else {"threshold": sae.threshold}),
+        **({} if sae.max_norm is None else {"max_norm": sae.max_norm}),
     }
 
 
@@ -98,6 +99,7 @@ def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
         multi_topk=config.get("multi_topk", False),
         threshold=config["threshold"] if config.get("activation") == "batchtopk" else None,
         groupmax=config.get("activation") == "groupmax",
+        max_norm=config.get("max_norm"),
     )
 
 
@@ -161,14 +163,16 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"{file}: activation {config.get('activation')!r} (signed: {config.get('signed')}) is neither TopK nor "
             "BatchTopK nor GroupMax"
         )
-    if config.get("activation") == "batchtopk" and not _is_threshold(config.get("threshold")):
+    if config.get("max_norm") is not None and not _is_number(config["max_norm"]):
+        raise ValueError(f"{file} has no number of at least 0 as 'max_norm'")
+    if config.get("activation") == "batchtopk" and not _is_number(config.get("threshold")):
         raise ValueError(f"{file} has no number of at least 0 as 'threshold', which BatchTopK needs")
     if config.get("transcode") or config.get("skip_connection"):
         raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
     return config
 
 
-def _is_threshold(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 

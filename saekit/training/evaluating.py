@@ -93,10 +93,9 @@ def subject_of(
     no_head = "--shard-lm loads the language model without its head" if cfg.shard_lm else NO_HEAD
     mask_id = None if tokenizer is None else tokenizer.mask_token_id
     objective, name = choose_objective(predicts(model), mask_id, plan.excluded, no_head)
-    sizes = without_memory(**cfg.sae.sizes(plan.d_in, plan.num_latents))
     return Subject(
         model=model,
-        saes=dict.fromkeys(plan.hookpoints, sizes),
+        saes={name: without_memory(**cfg.sae.sizes(plan.d_in, plan.num_latents)) for name in plan.hookpoints},
         data=chosen,
         excluded=plan.excluded,
         objective=objective,
@@ -168,6 +167,8 @@ class Evaluating:
             return Pause(self._asked())
         began = time.perf_counter()
         with suppress(_StopAsked):
+            for name, sizes in self.evaluate.subject.saes.items():
+                sizes.max_norm = run.calibration[name].max_norm
             found = self.evaluate(self._look_up)
             run.evaluated = run.step
             record = {**found.to_json(), "warnings": found.warnings()}

@@ -112,12 +112,16 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return index
 
 
-def read_state(folder: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """A layer's counters, calibration and optimiser state, on the CPU; only those of some names, if they are given."""
+def read_state(folder: Path, names: Collection[str] | None = None, if_there: Collection[str] = ()) -> dict[str, Tensor]:
+    """A layer's counters, calibration and optimiser state, on the CPU; only those of some names, if they are given.
+
+    What is in `if_there` may be missing, as it is where an older version has written.
+    """
     try:
         if names is None:
             return load_file(folder / STATE_FILE)
         with safe_open(folder / STATE_FILE, "pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+            found = [name for name in if_there if name in file.keys()]  # noqa: SIM118  # it is no dictionary
+            return {name: file.get_tensor(name) for name in (*names, *found)}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / STATE_FILE} cannot be read ({error}): use another checkpoint") from None

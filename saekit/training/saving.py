@@ -40,6 +40,7 @@ BEFORE_THERE_WERE_OPTIONS = {
     "encoder_bias_lr_ratio": 1.0,
     "revive_alpha": 0.0,
     "activation": "topk",
+    "max_norm_multiple": 0.0,
 }
 """How runs trained that were begun before there was a choice, and so do not say."""
 
@@ -55,8 +56,8 @@ def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[st
         kept: From its `config.yaml`, where what was left to a default that depends on the run does not stand.
         resolved: What such defaults came to then, from a checkpoint's index.
     """
-    if "revive_alpha" in kept:
-        return kept
+    if "revive_alpha" in kept:  # the newest but for these
+        return {**{name: BEFORE_THERE_WERE_OPTIONS[name] for name in ("activation", "max_norm_multiple")}, **kept}
     return {**BEFORE_THERE_WERE_OPTIONS, **{name: resolved[name] for name in OLD_FORMULAS if name in resolved}, **kept}
 
 

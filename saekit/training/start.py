@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from saekit.errors import UserError
 from saekit.placement import Placement
+from saekit.report.units import percent
 from saekit.sae import Sae
 from saekit.sae.kernels.eager import decode, encode_topk
 from saekit.training.forward import Forward
@@ -21,36 +22,80 @@ ROWS = 512
 
 
 def calibrate(
-    forward: Forward, batches: Sequence[Tensor], plan: RunPlan, placement: Placement
+    forward: Forward,
+    batches: Sequence[Tensor],
+    plan: RunPlan,
+    placement: Placement,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Calibration], dict[str, Tensor]]:
     """Mean and variance of every layer over the first global batch, and some of its activations. Collective.
+
+    Where tokens are longer than `max_norm_multiple` medians, mean and variance are of the others; that takes a second
+    pass. Attention sinks, a few tokens that are a hundred times as long as the others and nearly alike, would otherwise
+    be all of the variance (Sun et al. 2024, arXiv 2402.17762).
 
     Args:
         forward: Gives each layer's activations.
         batches: This rank's micro-batches of token ids.
         plan: The run.
         placement: The ranks.
+        say: Told whether tokens are left out.
 
     Returns:
-        Both by hookpoint; activations `[R, D]` only where initial weights or thresholds are to fit them.
+        Both by hookpoint; activations `[R, D]`, none of them too long, only where initial weights or thresholds are to
+        fit them.
 
     Raises:
         UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
     """
-    moments = {name: Moments.zero(plan.d_in, placement.device) for name in plan.hookpoints}
     if forward.count_tokens(batches) == 0:
         raise UserError("--exclude-tokens leaves no token of the first batch to train on")
-    sample = None
-    if plan.cfg.init == "fit" or plan.cfg.sae.activation == "batchtopk":
+    cfg = plan.cfg
+    sample, rows = None, {}
+    if cfg.init == "fit" or cfg.sae.activation == "batchtopk" or cfg.max_norm_multiple > 0:
         kept = [int(plan.kept(input_ids).sum()) for input_ids in batches]
-        sample = Sample(kept, plan.cfg.init_seed, placement)
+        sample = Sample(kept, cfg.init_seed, placement)
+    moments, longest = _moments(forward, batches, plan, placement, sample=sample)
+    limits: dict[str, float] = {}
+    if sample is not None:
+        rows = sample.complete()
+    if cfg.max_norm_multiple > 0:
+        limits = {name: cfg.max_norm_multiple * float(rows_RD.norm(dim=1).median()) for name, rows_RD in rows.items()}
+        rows = {name: rows_RD[~(rows_RD.norm(dim=1) > limits[name])] for name, rows_RD in rows.items()}
+    if any(longest[name] > limit for name, limit in limits.items()):
+        before, (moments, _) = moments, _moments(forward, batches, plan, placement, limits)
+        shares = {name: 1 - float(moments[name].count / before[name].count) for name in moments}
+        worst = max(shares, key=lambda name: shares[name])
+        say(
+            f"Activations of more than {cfg.max_norm_multiple:g} times the median norm train no SAE "
+            f"(--max-norm-multiple): {percent(shares[worst])} of the tokens of {worst}, and some of "
+            f"{sum(share > 0 for share in shares.values())} of {len(shares)} layers"
+        )
+    return {name: calibration(name, each, limits.get(name)) for name, each in moments.items()}, rows
+
+
+def _moments(
+    forward: Forward,
+    batches: Sequence[Tensor],
+    plan: RunPlan,
+    placement: Placement,
+    limits: Mapping[str, float] | None = None,
+    sample: Sample | None = None,
+) -> tuple[dict[str, Moments], dict[str, float]]:
+    """Moments of every layer's activations up to its limit over a global batch, and the largest norm. Collective."""
+    moments = {name: Moments.zero(plan.d_in, placement.device) for name in plan.hookpoints}
+    longest = {name: torch.zeros((), device=placement.device) for name in plan.hookpoints}
     for micro, input_ids in enumerate(batches):
         for name, x_ND in forward(input_ids).items():
-            moments[name].add(x_ND)
+            norms_N = x_ND.float().norm(dim=1)
+            moments[name].add(x_ND if limits is None else x_ND[~(norms_N > limits[name])])
             if sample is not None:
                 sample.add(micro, name, x_ND)
-    rows = {} if sample is None else sample.complete()
-    return {name: calibration(name, each.reduced(placement.sum)) for name, each in moments.items()}, rows
+            if len(norms_N):
+                longest[name] = torch.maximum(longest[name], norms_N.max())
+    everywhere = placement.gather([float(longest[name]) for name in plan.hookpoints])
+    largest = dict(zip(plan.hookpoints, map(max, zip(*everywhere, strict=True)), strict=True))
+    return {name: each.reduced(placement.sum) for name, each in moments.items()}, largest
 
 
 class Sample:

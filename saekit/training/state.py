@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Calibration:
     """`[D]`, float32: the initial `b_dec`."""
     variance: float
     """σ², the total variance (trace of the covariance), by which the loss is divided."""
+    max_norm: float | None = None
+    """How long activations are at most that train the layer; None for any. Mean and variance are of such ones."""
 
     @property
     def rms(self) -> float:
@@ -99,8 +101,8 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:
         raise UserError(f"--finetune {path}: {error}") from error
 
 
-def calibration(name: str, moments: Moments) -> Calibration:
-    """Mean and variance of one layer from the sums over the first global batch.
+def calibration(name: str, moments: Moments, max_norm: float | None = None) -> Calibration:
+    """Mean and variance of one layer from the sums over the first global batch's activations up to `max_norm`.
 
     Raises:
         UserError: If the activations hold NaN or Inf, or do not vary.
@@ -114,7 +116,7 @@ def calibration(name: str, moments: Moments) -> Calibration:
     # Rounding leaves a little of a variance that is zero.
     if not variance > 1e-12 * float(moments.sum_squares / moments.count):
         raise UserError(f"{name}: its activations on the first batch do not vary, so there is nothing to learn")
-    return Calibration(moments.mean_D().float(), variance)
+    return Calibration(moments.mean_D().float(), variance, max_norm)
 
 
 def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
@@ -132,12 +134,13 @@ def records(
     """What a checkpoint keeps of each layer that this rank leads, made one layer at a time. Collective."""
     for name, weights, optimizer_state in placement.each_whole():
         check_weights(name, weights, state.step)
-        calibration = state.calibration[name]
+        calibration, limit = state.calibration[name], state.calibration[name].max_norm
         tensors = {
             **state.counters[name].state(),
             "mean": calibration.mean_D,
             "error": state.error[name],
             "variance": torch.tensor(calibration.variance, dtype=torch.float64),
+            **({} if limit is None else {"max_norm": torch.tensor(limit, dtype=torch.float64)}),
             **{f"optim.{key}": value for key, value in optimizer_state.items()},
         }
         layer_about = {"hookpoint": name, "step": state.step, "tokens": state.tokens, **about, "fvu": fvu.get(name)}
@@ -152,8 +155,9 @@ def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, C
     """
     found = {}
     for name in hookpoints:
-        tensors = read_state(checkpoint / name, ("mean", "variance"))
-        found[name] = Calibration(tensors["mean"].clone(), float(tensors["variance"]))
+        tensors = read_state(checkpoint / name, ("mean", "variance"), ("max_norm",))
+        max_norm = float(tensors["max_norm"]) if "max_norm" in tensors else None
+        found[name] = Calibration(tensors["mean"].clone(), float(tensors["variance"]), max_norm)
     return found
 
 
@@ -171,7 +175,7 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     for name in placement.layers():
         tensors = read_state(checkpoint / name)
         known = state.calibration[name]
-        state.calibration[name] = Calibration(known.mean_D.to(placement.device), known.variance)
+        state.calibration[name] = replace(known, mean_D=known.mean_D.to(placement.device))
         state.counters[name].load_state(tensors)
         if "error" in tensors:  # older checkpoints do not have it
             state.error[name].copy_(tensors["error"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.report.stats import LayerStats
-from saekit.sae import Losses, SaeOutput
+from saekit.sae import Losses, Sae, SaeOutput
 
 
 @dataclass
@@ -36,16 +36,18 @@ class Moments:
         self.sum_squares += x_ND.square().sum()
         self.count += x_ND.shape[0]
 
-    def add_centred(self, x_ND: Tensor, centre_D: Tensor) -> None:
-        """Count a chunk of tokens, as seen from a fixed point near their mean.
+    def add_centred(self, x_ND: Tensor, centre_D: Tensor, counted_N1: Tensor | None = None) -> None:
+        """Count a chunk of tokens, or those of them that are `counted`, as seen from a fixed point near their mean.
 
         Then float32 will do within the chunk: nothing large cancels. On a CPU it is some 20 times as fast. Variance
         and deviation are the same from wherever one looks; the mean is the mean's distance from that point.
         """
         x_ND = x_ND - centre_D
+        if counted_N1 is not None:
+            x_ND *= counted_N1
         self.sum_D += x_ND.sum(0)
         self.sum_squares += x_ND.square().sum(1).sum(dtype=torch.float64)
-        self.count += x_ND.shape[0]
+        self.count += x_ND.shape[0] if counted_N1 is None else counted_N1.sum()
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Moments:
         """The same over all ranks, in one reduction."""
@@ -63,6 +65,18 @@ class Moments:
     def total_variance(self) -> Tensor:
         """σ², the trace of the covariance, a float64 scalar."""
         return self.deviation() / self.count
+
+
+def covered(sae: Sae, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Activations with zeros in the place of those that the SAE is not for, and which are left, bool `[N, 1]`.
+
+    Rows stay as many as they are, so that nobody waits for a GPU to count them, and NaN stays NaN, so that it is
+    noticed. None stands for all.
+    """
+    if sae.max_norm is None:
+        return x_ND, None
+    covered_N1 = sae.covers(x_ND).unsqueeze(1)
+    return x_ND * covered_N1, covered_N1
 
 
 NUM_SUMS = 5
@@ -86,12 +100,20 @@ class LayerWindow:
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
         return cls(Moments.zero(d_in, device), sums, torch.zeros((), dtype=torch.int64, device=device))
 
-    def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float, centre_D: Tensor) -> None:
+    def observe(
+        self,
+        x_ND: Tensor,
+        out: SaeOutput,
+        losses: Losses,
+        scale: float,
+        centre_D: Tensor,
+        covered_N1: Tensor | None = None,
+    ) -> None:
         """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again.
 
-        `centre_D` is the layer's mean from calibration, the same in all windows of a run.
+        `centre_D` is the layer's mean from calibration, the same in all windows of a run; `covered_N1` see `covered`.
         """
-        self.moments.add_centred(x_ND, centre_D)
+        self.moments.add_centred(x_ND, centre_D, covered_N1)
         if out.near is not None:
             self.near += out.near
         zero = losses.total.new_zeros(())

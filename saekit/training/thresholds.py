@@ -81,7 +81,7 @@ def count_codes(
     hookpoints: Sequence[str],
     placement: Placement,
 ) -> Tensor:
-    """What thresholds are moved by: int64 `[layers of this rank · 2]`, the firings and those `near`. Collective.
+    """What thresholds are moved by: int64 `[layers of this rank · 3]`, firings, those `near`, and tokens. Collective.
 
     Empty without thresholds. They are whole numbers, so that they and the thresholds are the same on all ranks of a
     layer, whatever the order in which they are added up.
@@ -95,17 +95,19 @@ def count_codes(
     """
     if cfg.sae.activation != "batchtopk":
         return torch.zeros(0, dtype=torch.int64, device=placement.device)
-    counts = torch.zeros(len(hookpoints), 2, dtype=torch.int64, device=placement.device)
+    counts = torch.zeros(len(hookpoints), 3, dtype=torch.int64, device=placement.device)
     for name, window in windows.items():
-        counts[hookpoints.index(name)] = torch.stack([run.counters[name].fired_now_M.sum(), window.near])
+        counts[hookpoints.index(name)] = torch.stack(
+            [run.counters[name].fired_now_M.sum(), window.near, window.moments.count.long()]
+        )
     counts = placement.sum(counts)
     return torch.stack([counts[hookpoints.index(name)] for name in windows]).flatten() if windows else counts[:0, 0]
 
 
-def move_thresholds_(run: RunState, counts: Sequence[int], tokens: int, placement: Placement) -> None:
+def move_thresholds_(run: RunState, counts: Sequence[int], placement: Placement) -> None:
     """Move the thresholds of this rank's layers after a step that counts, in place; `counts` are `count_codes`'."""
     for number, name in enumerate(placement.layers() if counts else ()):
         sae, least = placement.sae(name), LEAST * run.calibration[name].rms
         assert sae.threshold is not None, "else nothing was counted"
-        firings, near = counts[2 * number : 2 * number + 2]
+        firings, near, tokens = counts[3 * number : 3 * number + 3]
         sae.threshold = moved(sae.threshold, k=sae.k, firings=firings, near=near, tokens=tokens, least=least)

@@ -35,7 +35,7 @@ from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.scales import Scales, error_per_token, scales_of
 from saekit.training.start import calibrate, fit_encoder_
-from saekit.training.statistics import LayerWindow
+from saekit.training.statistics import LayerWindow, covered
 from saekit.training.step_stats import read_windows
 from saekit.training.thresholds import count_codes, fit_threshold_, move_thresholds_
 
@@ -160,7 +160,7 @@ class SaeTrainer:
                     run.error.update(errors)
                     of_layers = numbers[faults.numel() :]
                     num_dead.update(zip(after, of_layers[: len(after)], strict=True))
-                    move_thresholds_(run, of_layers[len(after) :], tokens, placement)
+                    move_thresholds_(run, of_layers[len(after) :], placement)
                     for name, window in windows.items():
                         fresh[name].steps = 1
                         window.add(fresh[name])
@@ -197,8 +197,9 @@ class SaeTrainer:
         window: LayerWindow,
     ) -> None:
         """Forward and backward pass of one layer over a chunk of tokens; what they make is gone when it returns."""
-        x_ND = chunk_ND.float()
+        x_ND, covered_N1 = covered(self.placement.sae(name), chunk_ND.float())
         out = self.placement.sae(name)(x_ND, dead[0], auxk=self.cfg.auxk_alpha > 0)
+        out = out if covered_N1 is None else out.only(covered_N1)
         losses = sae_losses(
             x_ND,
             out,
@@ -211,7 +212,7 @@ class SaeTrainer:
         )
         self.placement.backward(name, losses.total)
         run.counters[name].observe(out.acts, out.indices)
-        window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D)
+        window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D, covered_N1)
 
     def _start(self, forward: Forward) -> state.RunState:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""
@@ -221,13 +222,14 @@ class SaeTrainer:
         sample: dict[str, Tensor] = {}
         if found is None:
             self.report.status("Calibrating on the first batch")
-            run.calibration, sample = calibrate(forward, self._batches(0), plan, placement)
+            run.calibration, sample = calibrate(forward, self._batches(0), plan, placement, self.report.status)
         else:
             run.calibration = state.read_calibration(found.folder, plan.hookpoints)
         scales: dict[Sae, float] = {}
 
         def make_sae(hookpoint: str) -> Sae:
             sae = state.new_sae(plan, hookpoint)
+            sae.max_norm = run.calibration[hookpoint].max_norm
             if found is None:
                 sae.b_dec.data.copy_(run.calibration[hookpoint].mean_D)
             rows_RD = sample.pop(hookpoint, None)

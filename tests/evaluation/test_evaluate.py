@@ -105,6 +105,28 @@ def test_a_wrong_sign_turns_predictions_round():
     assert grafted.top1.value == 0
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_what_is_too_long_for_an_sae_is_left_as_it_is(head):
+    """The first tokens are; so every number is what it is with them excluded by their id."""
+
+    def found(**options):
+        objective = {} if head else {"objective": None}
+        max_norm = options.pop("max_norm", math.inf)
+        saes = {f"layers.{layer}": Scaling(0.5, max_norm) for layer in range(3)}
+        rows = ((2, 0, 0, 1), (2, 1, 0, 0))
+        return evaluate(subject(0.5, rows, depth=3, saes=saes, **objective, **options))
+
+    by_length, by_id = found(max_norm=3.0), found(excluded=(2,))
+    assert by_length.tokens == 8
+    assert by_length.layers[0].reconstruction.tokens == by_id.tokens == 6
+    assert by_length.layers == by_id.layers
+    assert by_length.together == by_id.together
+    assert by_length.ce_clean == by_id.ce_clean
+    assert by_length.layers != found().layers
+    with pytest.raises(UserError, match=r"layers\.0: every token is excluded .*--max-norm-multiple"):
+        found(max_norm=1.0)
+
+
 def test_layers_alone_and_together():
     found = evaluate(subject(0.5, depth=3))
     for layer in found.layers:

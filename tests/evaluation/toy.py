@@ -1,7 +1,8 @@
 """A language model of two tokens whose every number can be worked out on paper.
 
 Token 0 is embedded as (2, 0) and token 1 as (0, 2); the blocks pass on what they are given; the logits are the
-residual stream. So the model expects the last token again, by log-odds of 2.
+residual stream. So the model expects the last token again, by log-odds of 2. A third token, which it never predicts, is
+embedded as (6, 6).
 """
 
 import math
@@ -28,7 +29,7 @@ class Toy(nn.Module):
     def __init__(self, depth=1):
         super().__init__()
         self.config = PretrainedConfig(hidden_size=2, num_hidden_layers=depth)
-        self.embeddings = nn.Embedding.from_pretrained(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+        self.embeddings = nn.Embedding.from_pretrained(torch.tensor([[2.0, 0.0], [0.0, 2.0], [6.0, 6.0]]))
         self.layers = nn.ModuleList(Block() for _ in range(depth))
         self.passes = 0
 
@@ -49,9 +50,12 @@ class Scaling(nn.Module):
 
     d_in, num_latents = 2, 2
 
-    def __init__(self, factor):
+    def __init__(self, factor, max_norm=math.inf):
         super().__init__()
-        self.factor = factor
+        self.factor, self.max_norm = factor, max_norm
+
+    def covers(self, x):
+        return x.norm(dim=-1) <= self.max_norm
 
     def forward(self, x):
         acts = torch.tensor([1.0, 0.0]).expand(*x.shape[:-1], 2)

@@ -78,6 +78,16 @@ def test_a_matryoshka_is_the_same_everywhere(train, gpt2_dir, placement, activat
     assert_same_run(found, train(gpt2_dir, *nested))
 
 
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+def test_long_activations_are_left_out_everywhere(train, gpt2_dir, placement):
+    """A multiple at which half of all tokens are long, and others in each layer."""
+    short = ["--max-norm-multiple", "1", "--activation", "batchtopk"]
+    found = train(gpt2_dir, "--placement", placement, "--micro-acc-steps", 2, *short, ranks=2)
+    assert_same_run(found, train(gpt2_dir, *short))
+    l0 = [layer["l0"] for step in metrics_of(found) if "layers" in step for layer in step["layers"].values()]
+    assert sum(l0) / len(l0) > 4, "else firings are counted over tokens that are left out"
+
+
 BATCH_TOPK = ["--activation", "batchtopk"]
 
 

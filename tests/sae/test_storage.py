@@ -60,6 +60,17 @@ def test_a_threshold_is_kept_exactly(sae, tmp_path):
     assert torch.equal(loaded(x).recon, sae(x).recon)
 
 
+def test_how_long_activations_may_be_is_kept_exactly(sae, tmp_path):
+    sae.save_to_disk(tmp_path / "any")
+    assert "max_norm" not in json.loads((tmp_path / "any" / "cfg.json").read_text())
+    sae.max_norm = 0.1 + 0.2
+    sae.save_to_disk(tmp_path)
+    assert Sae.load_from_disk(tmp_path).max_norm == 0.1 + 0.2
+    damage_config(tmp_path, max_norm="long")
+    with pytest.raises(ValueError, match="no number of at least 0 as 'max_norm'"):
+        Sae.load_from_disk(tmp_path)
+
+
 @pytest.mark.parametrize("threshold", [None, -1, "0.1", True, float("nan"), float("inf")])
 def test_batchtopk_without_a_threshold_is_damaged(sae, tmp_path, threshold):
     sae.save_to_disk(tmp_path)

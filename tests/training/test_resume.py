@@ -270,5 +270,6 @@ def test_options_that_an_old_run_does_not_name_are_what_they_were():
     resolved = {"lr": 2e-4, "lr_warmup_steps": 1000, "num_latents": 64}
     old = {"model": "m", "beta2": 0.9, "lr_warmup_steps": 5}
     assert with_old_defaults(old, resolved) == {**BEFORE_THERE_WERE_OPTIONS, "lr": 2e-4, **old}
-    new = {"model": "m", "revive_alpha": 1e-4}
-    assert with_old_defaults(new, resolved) == new, "a ratio that a new run leaves to the optimiser's default is not 1"
+    new = {"model": "m", "revive_alpha": 1e-4, "activation": "groupmax"}
+    expected = {**new, "max_norm_multiple": 0.0}
+    assert with_old_defaults(new, resolved) == expected, "a ratio that it leaves to the optimiser's default is not 1"
