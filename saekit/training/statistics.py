@@ -76,6 +76,8 @@ def covered(sae: Sae, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
     if sae.max_norm is None:
         return x_ND, None
     covered_N1 = sae.covers(x_ND).unsqueeze(1)
+    if x_ND.device.type == "cpu" and bool(covered_N1.all()):  # nearly always; a GPU would have to be waited for
+        return x_ND, None
     return x_ND * covered_N1, covered_N1
 
 
