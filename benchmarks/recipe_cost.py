@@ -1,36 +1,43 @@
-"""What the default recipe costs: its step against a plain TopK step and one with AuxK, in turn, in one process.
+"""What recipes cost: the default's step, AuxK's and other kinds of SAEs' against a plain TopK step, in turn.
 
     python benchmarks/recipe_cost.py                   three sizes, a tenth of the latents dead
     python benchmarks/recipe_cost.py --dead 0.5
 
-The three differ in what happens to dead latents and in the optimiser's rates; which latents are dead is given, so that
-all do the same work throughout. The learning rate is tiny, for the same reason.
+The first three differ in what happens to dead latents and to long activations, and in the optimiser's rates; the others
+are the default's with another `--activation` or with nested dictionaries. All in one process. Which latents are dead is
+given, so that all do the same work throughout. The learning rate is tiny, for the same reason.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 import typer
 from common import activations, spread
 from measure import synchronize
-from recipes import REFERENCE
+from recipes import NESTED, REFERENCE
 from rich.console import Console
 from rich.table import Table
 
-from saekit import Sae, TrainConfig
+from saekit import Sae, SaeConfig, TrainConfig
 from saekit.sae import sae_losses
 from saekit.sae.kernels import choose_kernels
 from saekit.training.optimizers import make_optimizer
+from saekit.training.statistics import covered
+from saekit.training.thresholds import fit_threshold_
 
 SIZES = [(128, 4096, 32, 2048), (512, 16384, 32, 4096), (768, 24576, 32, 2048)]
 RECIPES: dict[str, dict[str, Any]] = {
     "plain TopK": REFERENCE,
     "defaults": {},
     "Gao et al., AuxK": {**REFERENCE, "auxk_alpha": 1 / 32},
+    "batchtopk": {"sae": SaeConfig(activation="batchtopk")},
+    "groupmax": {"sae": SaeConfig(activation="groupmax")},
+    "matryoshka": {"sae": SaeConfig(matryoshka=NESTED)},
 }
 TINY_RATE = 1e-9
 
@@ -41,9 +48,15 @@ class Step:
     def __init__(self, recipe: dict[str, Any], x_ND: torch.Tensor, num_latents: int, k: int, dead: float) -> None:
         self.cfg = TrainConfig(**{**recipe, "lr": TINY_RATE})
         self.x_ND = x_ND
-        self.sae = Sae(x_ND.shape[1], num_latents, k, generator=torch.Generator().manual_seed(0)).to(x_ND.device)
+        shape = replace(self.cfg.sae, k=k)
+        self.sae = Sae(**shape.sizes(x_ND.shape[1], num_latents), generator=torch.Generator().manual_seed(0))
         self.sae.train().chosen_kernels = choose_kernels("auto", "auto", x_ND.device)
         self.sae.b_dec.data.copy_(x_ND.mean(0))
+        self.sae.prefixes = shape.resolve_prefixes(num_latents)
+        fit_threshold_(self.sae, x_ND[:512].cpu(), float(x_ND.std()))
+        if self.cfg.max_norm_multiple > 0:
+            self.sae.max_norm = self.cfg.max_norm_multiple * float(x_ND.norm(dim=1).median())
+        self.sae.to(x_ND.device)
         self.dead = torch.arange(int(dead * num_latents), device=x_ND.device)
         self.sae.b_enc.data[self.dead] = -1e3
         self.optimizer = make_optimizer(self.cfg, self.sae)
@@ -53,10 +66,11 @@ class Step:
         """Do it; returns seconds."""
         synchronize(self.x_ND.device)
         start = time.perf_counter()
-        out = self.sae(self.x_ND, self.dead if self.cfg.revives else None, auxk=self.cfg.auxk_alpha > 0)
+        x_ND, covered_N1 = covered(self.sae, self.x_ND)
+        out = self.sae(x_ND, self.dead if self.cfg.revives else None, auxk=self.cfg.auxk_alpha > 0)
         losses = sae_losses(
-            self.x_ND,
-            out,
+            x_ND,
+            out if covered_N1 is None else out.only(covered_N1),
             scale=self.scale,
             auxk_alpha=self.cfg.auxk_alpha,
             num_dead=len(self.dead),

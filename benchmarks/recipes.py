@@ -20,6 +20,7 @@ REFERENCE = {
     "beta2": 0.999,
     "revive_alpha": 0.0,
     "auxk_alpha": 0.0,  # sparsify's encoder does not see its gradient
+    "max_norm_multiple": 0.0,
 }
 """saekit's options for what sparsify does; the learning rate and the warm-up are missing."""
 
