@@ -32,7 +32,8 @@ def splice(
 
     Args:
         model: Any HuggingFace model, with or without a head.
-        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction goes in, or a function.
+        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction goes in where it covers the
+            activations (`Sae.reconstruct`), or a function.
         keep: Where true, a token keeps its true activation; bool `[B, T]`.
     """
     handles: list[Any] = []
@@ -49,7 +50,7 @@ def splice(
 def _function(replace: Sae | Replace) -> Replace:
     if not isinstance(replace, Sae):
         return replace
-    return lambda acts: replace(acts).recon
+    return replace.reconstruct
 
 
 def _hook(replace: Replace, keep: Tensor | None) -> Callable[..., Any]:

@@ -283,6 +283,11 @@ class TrainConfig:
                 f"--layers and --layer-stride {self.layer_stride} both choose layers: give one of them "
                 "(a range such as 0-31:2 has a stride of its own)"
             )
+        if 0 < self.max_norm_multiple < 1:
+            raise ValueError(
+                f"--max-norm-multiple {self.max_norm_multiple:g} would leave out ordinary tokens: give at least 1, or "
+                "0 to leave nothing out"
+            )
         if self.layer_map is not None and self.placement in ("ddp", "zero3"):
             raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
         if self.moments_dtype != "fp32" and self.optimizer != "adam":

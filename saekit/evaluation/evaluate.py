@@ -276,11 +276,7 @@ class Evaluator:
         return torch.equal(again, logits)
 
     def _reconstruct(self, name: str) -> Replace:
-        def reconstruct(acts: Tensor) -> Tensor:
-            sae = self.subject.sae(name)
-            return torch.where(sae.covers(acts)[..., None], sae(acts).recon, acts)
-
-        return reconstruct
+        return lambda acts: self.subject.sae(name).reconstruct(acts)
 
 
 def _where(counted: Tensor, replace: Replace) -> Replace:

@@ -107,8 +107,9 @@ def read_codes(
             places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
             acts = read(input_ids.to(subject.device))
             kept = kept.to(subject.device)
-            total_D = total_D + acts[last][kept].sum(0, dtype=torch.float64).cpu()
-            count += int(kept.sum())
+            ends = kept & subject.saes[last].covers(acts[last]) if last in subject.saes else kept
+            total_D = total_D + acts[last][ends].sum(0, dtype=torch.float64).cpu()
+            count += int(ends.sum())
             for name in names:
                 sae, x = subject.saes[name], acts[name].float()
                 out = sae(x)

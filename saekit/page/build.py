@@ -102,8 +102,7 @@ def render(inspection: Inspection, evaluation: dict[str, Any], features: Feature
     }
     vocabulary = _vocabulary(features)
     data = {
-        "layers": [_facts(layer) for layer in features.layers],
-        "tokens": evaluation["tokens"],
+        "layers": [_facts(layer, evaluation) for layer in features.layers],
         "before": BEFORE,
         "top": TOP,
         "quantiles": QUANTILES,
@@ -156,8 +155,10 @@ def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
     return same_layers and all(record.get(name) == value for name, value in wanted.items())
 
 
-def _facts(layer: LayerFeatures) -> dict[str, Any]:
-    return {"hookpoint": layer.hookpoint, "num_latents": len(layer.counts_M)}
+def _facts(layer: LayerFeatures, evaluation: dict[str, Any]) -> dict[str, Any]:
+    (found,) = (each["reconstruction"] for each in evaluation["layers"] if each["hookpoint"] == layer.hookpoint)
+    tokens = found.get("tokens", evaluation["tokens"])  # older files do not say it of each layer
+    return {"hookpoint": layer.hookpoint, "num_latents": len(layer.counts_M), "tokens": tokens}
 
 
 def _nearest(layer: LayerFeatures) -> np.ndarray:

@@ -67,7 +67,7 @@ def layer_cost(
         on_gpu: Whether it is a GPU's memory.
         dead: Dead latents, which the losses that revive them look at.
     """
-    settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha)
+    settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha, cfg.max_norm_multiple > 0)
     asked = (settings, d_in, num_latents, tokens, act_dtype, kernels.name, kernels.select_dtype, on_gpu, dead)
     if asked in KNOWN:
         return KNOWN[asked]

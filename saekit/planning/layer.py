@@ -31,7 +31,7 @@ class Layer:
     def __init__(self, cfg: TrainConfig, d_in: int, num_latents: int, kernels: Kernels, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         with device:
-            limit = float("inf") if cfg.max_norm_multiple > 0 else None  # that it is looked at is what counts
+            limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to leave out
             self.sae = Sae(**cfg.sae.sizes(d_in, num_latents), max_norm=limit).train()
         self.sae.chosen_kernels = kernels
         self.sae.prefixes = cfg.sae.resolve_prefixes(num_latents)

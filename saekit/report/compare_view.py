@@ -35,7 +35,9 @@ def render(comparison: Comparison, console: Console) -> None:
         if with_evaluation:
             cells += _evaluation(comparison, layer.hookpoint)
         table.add_row(layer.hookpoint, *cells, _shared(layer.of_first), _shared(layer.of_second))
-    console.print(Group(_origin(comparison), Text(), table, Text(), Text(_legend(with_evaluation), style="dim")))
+    console.print(
+        Group(_origin(comparison), Text(), table, Text(), Text(_legend(comparison, with_evaluation), style="dim"))
+    )
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -58,10 +60,14 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 def _origin(comparison: Comparison) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     for name, one in (("A", comparison.first), ("B", comparison.second)):
-        sizes = "/".join(dict.fromkeys(f"{layer.num_latents:,} latents, k {layer.k}" for layer in one.layers))
+        sizes = "/".join(dict.fromkeys(f"{layer.num_latents:,} latents, {_code(layer)}" for layer in one.layers))
         tokens = f"{units.short_count(one.tokens)} tokens"
         grid.add_row(Text(name, "dim"), Text(str(one.path), "bold cyan"), Text(f"{sizes} · {tokens}"))
     return grid
+
+
+def _code(layer: LayerInspection) -> str:
+    return f"k {layer.k}" if layer.activation in (None, "topk") else f"k {layer.k} ({layer.activation})"
 
 
 def _pair(both: Both, show: Show, larger_is_better: bool = False) -> list[Text]:
@@ -101,12 +107,16 @@ def _shared(shared: Shared | None) -> Text:
     return Text(units.UNKNOWN if shared is None else f"{units.percent(shared.share)} ({shared.mean:.2f})")
 
 
-def _legend(with_evaluation: bool) -> str:
+def _legend(comparison: Comparison, with_evaluation: bool) -> str:
     sentences = [
         "FVU: as last reported while training.",
         f"Shared: latents whose decoder row has a cosine of {SHARED_COSINE} or more with one of the other's; "
         "in brackets the mean of the largest cosines.",
     ]
+    if any((layer.first.max_norm is None) != (layer.second.max_norm is None) for layer in comparison.layers):
+        sentences.append(
+            "Only one of them leaves out long activations (max_norm): where there are any, FVUs say little."
+        )
     if not with_evaluation:
         sentences.append("With saekit eval of both, what they cost the language model is compared, too.")
     return " ".join(sentences)

@@ -25,8 +25,11 @@ def render(record: Mapping[str, Any], console: Console) -> None:
 def tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
     """The layers' reconstructions, and what they cost the language model."""
     layers = record["layers"]
-    shown = _table("layer", "FVU", "explained\nvariance", "cosine", "L0", "dead")
-    for layer in layers:
+    left_out = [_too_long(record, layer["reconstruction"]) for layer in layers]
+    shown = _table(
+        "layer", "FVU", "explained\nvariance", "cosine", "L0", "dead", *(["too long"] if any(left_out) else [])
+    )
+    for layer, share in zip(layers, left_out, strict=True):
         own = layer["reconstruction"]
         shown.add_row(
             layer["hookpoint"],
@@ -35,10 +38,16 @@ def tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
             _number(own["cosine"]),
             _number(own["l0"], 1),
             units.percent(own["dead"] / own["num_latents"]),
+            *([units.percent(share)] if any(left_out) else []),
         )
     if record["together"] is None:
         return (shown,)
     return shown, Text(), _IfThereIsRoom(_grafted(record), _grafted(record, brief=True))
+
+
+def _too_long(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:
+    """The share of tokens whose activations are longer than those that the SAE is for; they are left as they are."""
+    return 1 - own.get("tokens", record["tokens"]) / record["tokens"]  # older files do not say it
 
 
 def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
@@ -90,7 +99,9 @@ def _origin(record: Mapping[str, Any]) -> Table:
     grid.add_column(overflow="fold")
     grid.add_row("model", Text(record["model"], "bold"))
     grid.add_row("data", Text(f"{record['dataset']} ({record['data']})"))
-    amount = f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} tokens reconstructed"
+    amount = (
+        f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} tokens that are not excluded"
+    )
     grid.add_row("", Text(amount))
     scored = Text(record["objective"])
     if record["ce_clean"] is not None:
@@ -106,9 +117,13 @@ def _legend(record: Mapping[str, Any]) -> str:
         "± is half of a 95% interval over sequences.",
         "Dead: fired on none of these tokens.",
     ]
+    if any(_too_long(record, layer["reconstruction"]) for layer in record["layers"]):
+        sentences.append(
+            "Too long: of so many tokens the activation is longer than the SAE is for, and stays as it is."
+        )
     if record["together"] is not None:
         sentences += [
-            "CE recovered: 1 is the model as it is, 0 its layer set to zero.",
+            "CE recovered: 1 is the model as it is, 0 its layer set to zero where a token is reconstructed.",
             "CE and KL in nats per token.",
             "All: every layer replaced at once.",
         ]

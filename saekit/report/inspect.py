@@ -37,6 +37,10 @@ class LayerInspection:
     num_latents: int
     k: int | None
     activation: str | None
+    threshold: float | None
+    """What a BatchTopK SAE's values are above."""
+    max_norm: float | None
+    """How long the activations are at most that it is for."""
     fvu: float | None
     """Fraction of variance unexplained, as last reported while training."""
     trend: tuple[tuple[int, float | None], ...]
@@ -156,6 +160,8 @@ def _inspect_sae(
         num_latents=num_latents,
         k=_whole(config, "k"),
         activation=_text(config, "activation"),
+        threshold=_number(config, "threshold"),
+        max_norm=_number(config, "max_norm"),
         fvu=float(fvu) if isinstance(fvu, (int, float)) else (trend[-1][1] if trend else None),
         trend=trend,
         tokens=tokens,
@@ -215,6 +221,11 @@ def _evaluation(location: Location, hookpoints: set[str]) -> dict[str, Any] | No
 def _whole(facts: dict[str, Any], key: str) -> int | None:
     value = facts.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(facts: dict[str, Any], key: str) -> float | None:
+    value = facts.get(key)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class SaeOutput(NamedTuple):
     dead_biases: Tensor | None = None
     """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
     near: Tensor | None = None
-    """How many values are above the threshold by a factor of `NEAR` at most, an int64 scalar; only in training with a
+    """`[...]`, int64: how many values are above the threshold by a factor of `NEAR` at most; only in training with a
     threshold."""
 
     def only(self, keep: Tensor) -> SaeOutput:
@@ -63,6 +63,7 @@ class SaeOutput(NamedTuple):
             aux_recon=kept(self.aux_recon),
             multi_recon=kept(self.multi_recon),
             prefix_recons=tuple(each * keep for each in self.prefix_recons),
+            near=None if self.near is None else self.near * keep.squeeze(-1),
         )
 
 
@@ -97,7 +98,7 @@ class Sae(nn.Module):
         device: Where the parameters live.
 
     Raises:
-        ValueError: If a size is not positive, `k` is larger than `num_latents`, `threshold` is negative, two of
+        ValueError: If a size is not positive, `k` is larger than `num_latents`, a number is negative, two of
             `threshold`, `groupmax` and `multi_topk` are given, or `groupmax` while `num_latents` is no multiple of `k`.
 
     The parameters sit on this module itself (a sharded placement gathers them around `forward`):
@@ -127,6 +128,8 @@ class Sae(nn.Module):
             raise ValueError(f"threshold must be at least 0, got {threshold}")
         if threshold is not None and multi_topk:
             raise ValueError("multi_topk is for TopK: a code with a threshold has up to 4k latents as it is")
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"max_norm must be at least 0, got {max_norm}")
         if groupmax and (threshold is not None or multi_topk):
             raise ValueError("groupmax chooses one latent per group: it has neither a threshold nor multi_topk")
         if groupmax and num_latents % k:
@@ -166,7 +169,8 @@ class Sae(nn.Module):
         """Sizes, for `print(sae)`."""
         threshold = "" if self.threshold is None else f", threshold={self.threshold:.6g}"
         groupmax = ", groupmax" if self.groupmax else ""
-        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}{threshold}{groupmax}"
+        limit = "" if self.max_norm is None else f", max_norm={self.max_norm:.6g}"
+        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}{threshold}{groupmax}{limit}"
 
     @property
     def activation(self) -> str:
@@ -214,6 +218,10 @@ class Sae(nn.Module):
             return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         return ~(x.float().norm(dim=-1) > self.max_norm)
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The reconstruction of the activations `[..., D]` that the SAE `covers`; the others as they are."""
+        return torch.where(self.covers(x)[..., None], self(x).recon.to(x.dtype), x)
+
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
         """The reconstruction from a code, two tensors `[..., K]` → `[..., D]`. Any `K` will do."""
         k = acts.shape[-1]
@@ -256,7 +264,7 @@ class Sae(nn.Module):
             dead_biases = self.b_enc[dead].sum()
             aux_ND = self._predict_with_dead(x_ND, dead) if auxk else None
 
-        lead = x.shape[:-1]
+        lead, near_N = x.shape[:-1], self._count_near(acts_NK) if self.training else None
         return SaeOutput(
             recon_ND.view(x.shape),
             acts_NK.reshape(*lead, k),
@@ -265,7 +273,7 @@ class Sae(nn.Module):
             None if multi_ND is None else multi_ND.view(x.shape),
             tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),
             dead_biases,
-            self._count_near(acts_NK) if self.training else None,
+            None if near_N is None else near_N.view(lead),
         )
 
     def _flat(self, x: Tensor) -> Tensor:
@@ -275,7 +283,7 @@ class Sae(nn.Module):
     def _count_near(self, acts_NK: Tensor) -> Tensor | None:
         if self.threshold is None:
             return None
-        return ((acts_NK > self.threshold) & (acts_NK <= NEAR * self.threshold)).sum()
+        return ((acts_NK > self.threshold) & (acts_NK <= NEAR * self.threshold)).sum(1)
 
     def _predict_with_dead(self, x_ND: Tensor, dead: Tensor) -> Tensor:
         """AuxK's prediction of `x − x̂` from the top D/2 dead latents, without `b_dec` (appendix A.2 of the paper)."""

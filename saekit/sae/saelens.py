@@ -48,7 +48,8 @@ def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | 
     """Write an SAE for SAELens' `SAE.load_from_disk`, as `topk`, or as `jumprelu` if it has a threshold.
 
     What is written gives the same codes and reconstructions. One thing JumpReLU cannot say: that a token has 4k latents
-    at most. Where more are above the threshold, SAELens keeps them all.
+    at most. Where more are above the threshold, SAELens keeps them all. Nor does it know `max_norm`: what is measured
+    there is of all tokens, attention sinks included.
 
     Args:
         sae: The SAE.

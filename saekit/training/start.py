@@ -42,8 +42,8 @@ def calibrate(
         say: Told whether tokens are left out.
 
     Returns:
-        Both by hookpoint; activations `[R, D]`, none of them too long, only where initial weights or thresholds are to
-        fit them.
+        Both by hookpoint; activations `[R, D]`, none of them too long, where initial weights, thresholds or the limit
+        of norms are made of them.
 
     Raises:
         UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
@@ -62,7 +62,8 @@ def calibrate(
     if cfg.max_norm_multiple > 0:
         limits = {name: cfg.max_norm_multiple * float(rows_RD.norm(dim=1).median()) for name, rows_RD in rows.items()}
         rows = {name: rows_RD[~(rows_RD.norm(dim=1) > limits[name])] for name, rows_RD in rows.items()}
-    if any(longest[name] > limit for name, limit in limits.items()):
+    finite = all(bool(torch.isfinite(each.sum_squares)) for each in moments.values())  # else it is an error below
+    if finite and any(longest[name] > limit for name, limit in limits.items()):
         before, (moments, _) = moments, _moments(forward, batches, plan, placement, limits)
         shares = {name: 1 - float(moments[name].count / before[name].count) for name in moments}
         worst = max(shares, key=lambda name: shares[name])

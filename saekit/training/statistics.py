@@ -93,7 +93,7 @@ class LayerWindow:
     """float64 `[5]`: squared error, squared error at 4k, firings, loss, AuxK loss. The last two are already divided
     by their step's tokens, so their mean is over steps."""
     near: Tensor
-    """Firings near a BatchTopK threshold, see `SaeOutput.near`: an int64 scalar. Of one step: no report needs it."""
+    """Firings near a BatchTopK threshold (`SaeOutput.near`), an int64 scalar. Of one step: no report needs it."""
     steps: int = 0
 
     @classmethod
@@ -117,7 +117,7 @@ class LayerWindow:
         """
         self.moments.add_centred(x_ND, centre_D, covered_N1)
         if out.near is not None:
-            self.near += out.near
+            self.near += out.near.sum()
         zero = losses.total.new_zeros(())
         self.sums += torch.stack(
             [

@@ -44,6 +44,24 @@ def test_an_sae_gives_its_reconstruction(llama):
         torch.testing.assert_close(read(ids)["layers.1"], sae(acts).recon)
 
 
+def test_what_is_too_long_for_an_sae_stays(llama):
+    ids = torch.arange(6).view(2, 3)
+    sae = Sae(llama.config.hidden_size, 32, 4)
+    with torch.no_grad():
+        seen = {}
+        with splice(llama, {"layers.0": lambda acts: seen.setdefault("x", acts)}):
+            llama(ids)
+        norms = seen["x"].norm(dim=-1)
+        sae.max_norm = float(norms.median())
+        long = norms > sae.max_norm
+        assert long.any()
+        assert not long.all()
+        with splice(llama, {"layers.0": sae}), tap(llama, ["layers.0"]) as read:
+            new = read(ids)["layers.0"]
+    assert torch.equal(new[long], seen["x"][long])
+    torch.testing.assert_close(new[~long], sae(seen["x"]).recon[~long])
+
+
 def test_later_saes_read_what_earlier_ones_left(llama):
     ids, read_by_second = torch.randint(3, 90, (1, 5)), []
     with torch.no_grad():

@@ -34,6 +34,7 @@ def assert_refused(result, *says, folder=None):
         ),
         (["--activation", "relu"], ["--activation", "batchtopk"]),
         (["--activation", "batchtopk", "--multi-topk"], ["--multi-topk", "batchtopk"]),
+        (["--max-norm-multiple", "0.5"], ["--max-norm-multiple 0.5", "at least 1"]),
         (["--activation", "groupmax", "--k", "7"], ["--activation groupmax", "--k 7", "no multiple"]),
         (["--ctx-len", "65"], ["--ctx-len 65", "64 tokens"]),
         (["--batch-size", "1000"], ["64 sequences of 32 tokens", "1000", "--batch-size"]),

@@ -111,7 +111,7 @@ def test_what_is_too_long_for_an_sae_is_left_as_it_is(head):
 
     def found(**options):
         objective = {} if head else {"objective": None}
-        max_norm = options.pop("max_norm", math.inf)
+        max_norm = options.pop("max_norm", None)
         saes = {f"layers.{layer}": Scaling(0.5, max_norm) for layer in range(3)}
         rows = ((2, 0, 0, 1), (2, 1, 0, 0))
         return evaluate(subject(0.5, rows, depth=3, saes=saes, **objective, **options))

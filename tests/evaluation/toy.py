@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from saekit import Sae
 from saekit.evaluation import Subject
 from saekit.evaluation.objective import next_token
 from saekit.sae.model import SaeOutput
@@ -50,12 +51,11 @@ class Scaling(nn.Module):
 
     d_in, num_latents = 2, 2
 
-    def __init__(self, factor, max_norm=math.inf):
+    def __init__(self, factor, max_norm=None):
         super().__init__()
         self.factor, self.max_norm = factor, max_norm
 
-    def covers(self, x):
-        return x.norm(dim=-1) <= self.max_norm
+    covers, reconstruct = Sae.covers, Sae.reconstruct
 
     def forward(self, x):
         acts = torch.tensor([1.0, 0.0]).expand(*x.shape[:-1], 2)

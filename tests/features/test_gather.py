@@ -1,5 +1,6 @@
 """Features of real SAEs on a real language model, against the plain computation."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,21 @@ def test_they_agree_with_the_evaluation(subject, features):
         assert layer.hookpoint == result.hookpoint
         assert int((layer.counts_M == 0).sum()) == result.reconstruction.dead
         assert layer.counts_M.sum() / found.tokens == pytest.approx(result.reconstruction.l0.value)
+
+
+def test_what_is_too_long_fires_nothing(subject):
+    name = next(iter(subject.saes))
+    ids = subject.data.read(np.arange(len(subject.data)))
+    with torch.inference_mode(), tap(subject.model, [name]) as read:
+        norms = read(ids)[name].float().norm(dim=-1).flatten()
+    limit = float(norms.median())
+    saes = {each: copy.copy(sae) for each, sae in subject.saes.items()}
+    saes[name].max_norm = limit
+    found, _ = read_codes(replace(subject, saes=saes), [name])
+    whole, _ = read_codes(subject, [name])
+    at = whole[name].places_P
+    assert np.array_equal(found[name].places_P, at[(norms <= limit).numpy()[at]])
+    assert len(found[name].places_P) < 0.9 * len(at)
 
 
 def test_in_groups_of_layers_as_all_at_once(subject, features, monkeypatch):

@@ -132,6 +132,8 @@ def test_the_threshold_goes_with_the_sizes():
         ({"threshold": -1.0}, "at least 0"),
         ({"threshold": math.nan}, "at least 0"),
         ({"threshold": 1.0, "multi_topk": True}, "multi_topk is for TopK"),
+        ({"max_norm": -1.0}, "max_norm must be at least 0"),
+        ({"max_norm": math.nan}, "max_norm must be at least 0"),
     ],
 )
 def test_what_cannot_be(options, says):

@@ -1,12 +1,14 @@
 """Tokens whose activations are far longer than the others': what is left out, and that nothing else changes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.errors import Interrupted
+from saekit.evaluation import evaluate
 from saekit.report import Reporters
 from saekit.sae import sae_losses
 from saekit.training.state import read_calibration
@@ -29,24 +31,30 @@ def sink_llama(tiny_llama):
 
 @pytest.fixture
 def with_sinks(sink_llama, tokens, tmp_path):
-    def make(run_name="run", reporter=None, data=None, sae=None, **options):
+    def make(run_name="run", reporter=None, data=None, sae=None, eval_data=None, **options):
         cfg = TrainConfig(
             sae or SaeConfig(num_latents=64, k=4), save_dir=tmp_path, run_name=run_name, **{**SETTINGS, **options}
         )
-        return SaeTrainer(cfg, data or tokens, sink_llama, reporter=reporter or Reporters())
+        return SaeTrainer(cfg, data or tokens, sink_llama, reporter=reporter or Reporters(), eval_data=eval_data)
 
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"multi_topk": True}, {"threshold": 0.4}], ids=["topk", "multi", "batchtopk"])
+@pytest.mark.parametrize("options", [{}, {"multi_topk": True}, {"threshold": 0.0}], ids=["topk", "multi", "batchtopk"])
 @pytest.mark.parametrize("prefixes", [(), (8, M)], ids=["", "matryoshka"])
 def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, prefixes):
+    torch.manual_seed(0)
     sae = Sae(D, M, K, max_norm=6.0, **options).double().train()
     sae.prefixes = () if options.get("multi_topk") else prefixes
+    with torch.no_grad():
+        sae.b_dec += 0.4  # so that a row of zeros has a code
     x_ND = torch.randn(N, D, dtype=torch.float64)
     x_ND[::7] *= 50
     few_ND = x_ND[x_ND.norm(dim=1) <= 6.0]
     assert 0 < len(few_ND) < N
+    if "threshold" in options:  # just below a value of a row of zeros, or nobody would see whether such rows count
+        sae.threshold = 0.99 * float(sae.encode(torch.zeros(1, D)).acts[0, 2].detach())
+        assert sae(torch.zeros(1, D)).near.all()
     dead, scale, centre_D = torch.tensor([1, 3, 5, 20]), 0.01, torch.ones(D)
     results = []
     for rows_ND in (x_ND, few_ND):
@@ -58,7 +66,7 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
         window.observe(rows_ND, out, losses, scale, centre_D, keep_N1)
         gradients = torch.autograd.grad(losses.total, list(sae.parameters()))
         fired_M = torch.bincount(out.indices[out.acts > 0], minlength=M)
-        results.append((losses.total, *gradients, window.sums, window.moments.sum_D, fired_M.double()))
+        results.append((losses.total, *gradients, window.sums, window.moments.sum_D, fired_M.double(), window.near))
         results[-1] += (window.moments.sum_squares, window.moments.count)
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
@@ -71,6 +79,18 @@ def test_nan_is_not_taken_for_long():
     assert keep_N1.flatten().tolist() == [True, True, False]
     assert rows_ND.isnan().any(1).tolist() == [False, True, True], "infinity is as bad as NaN"
     assert covered(Sae(D, M, K), x_ND) == (x_ND, None)
+
+
+@pytest.mark.parametrize("multiple", [0, 10])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_first_batch_that_overflows_is_refused(with_sinks, sink_llama, multiple, value):
+    embedding = sink_llama.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, args, out: out.masked_fill((args[0] == 9)[..., None], value))
+    try:
+        with pytest.raises(UserError, match="NaN or Inf in the activations of the first batch"):
+            with_sinks(max_norm_multiple=multiple).fit()
+    finally:
+        handle.remove()
 
 
 def test_calibration_is_of_the_others(with_sinks, sink_llama):
@@ -117,6 +137,20 @@ def test_splits_of_a_batch_end_alike(with_sinks, sae):
     whole = with_sinks("whole", sae=sae).fit()
     split = with_sinks("split", sae=sae, batch_size=2, grad_acc_steps=4, micro_acc_steps=3).fit()
     assert_same_tensors(tensors_of(split), tensors_of(whole), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluations_between_steps_leave_them_out_too(with_sinks, tokens):
+    watcher = Recorder()
+    trainer = with_sinks(
+        reporter=watcher, data=tokens.select(range(40)), eval_every=2, eval_data=tokens.select([49, 50])
+    )
+    saes = Sae.load_many(trainer.fit())
+    found = evaluate(replace(trainer.subject, saes=saes, whole=None))
+    last = watcher.evaluations[-1].record
+    for layer, expected in zip(last["layers"], found.layers, strict=True):
+        assert layer["reconstruction"]["tokens"] == expected.reconstruction.tokens < last["tokens"]
+        assert layer["reconstruction"]["fvu"]["value"] == pytest.approx(expected.reconstruction.fvu.value, rel=1e-5)
+        assert layer["grafted"]["ce"]["value"] == pytest.approx(expected.grafted.ce.value, rel=1e-5)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(with_sinks, tmp_path):

@@ -71,7 +71,8 @@ def test_it_finds_k_however_steep_and_however_far(power, start):
 def test_values_near_the_threshold_are_counted():
     sae = Sae(16, 64, 8, threshold=0.5).train()
     out = sae(torch.randn(60, 16))
-    assert int(out.near) == int(((out.acts > 0.5) & (out.acts <= 0.5 * NEAR)).sum()) > 0
+    assert torch.equal(out.near, ((out.acts > 0.5) & (out.acts <= 0.5 * NEAR)).sum(1))
+    assert out.near.any()
     assert sae.eval()(torch.randn(60, 16)).near is None
     assert Sae(16, 64, 8).train()(torch.randn(60, 16)).near is None
 

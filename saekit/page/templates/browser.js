@@ -87,8 +87,8 @@ function facts(arrays, place) {
   const count = arrays.counts.values[place];
   const box = make("dl", { className: "facts" });
   const add = (name, value) => box.append(make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value })));
-  add("Fires on", count ? `${percent(count / page.tokens)} of tokens` : "no token: dead");
-  box.lastChild.title = `${count} of ${page.tokens} tokens`;
+  add("Fires on", count ? `${percent(count / page.layers[shown.layer].tokens)} of tokens` : "no token: dead");
+  box.lastChild.title = `${count} of ${page.layers[shown.layer].tokens} tokens`;
   if (count) {
     row(arrays.quantiles, place).forEach((value, i) => {
       const share = page.quantiles[i];
@@ -206,7 +206,7 @@ const LISTS = {
 function entry(arrays, place) {
   const latent = arrays.latents.values[place];
   const favourite = row(arrays.favourites, place)[0];
-  return { latent, label: latent, token: favourite < 0 ? "" : visible(word(favourite)), value: percent(arrays.counts.values[place] / page.tokens) };
+  return { latent, label: latent, token: favourite < 0 ? "" : visible(word(favourite)), value: percent(arrays.counts.values[place] / page.layers[shown.layer].tokens) };
 }
 
 function showList(arrays) {
