@@ -10,11 +10,14 @@ import torch
 from common import Job
 
 from saekit import Sae
+from saekit.activations import tap
 from saekit.data import sequences
 from saekit.evaluation import Evaluation, Subject, evaluate
 from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.sae.model import around
 
+LENGTHS_FROM = 64
+"""Sequences."""
 GRAFTED_TOKENS = 25_000
 """So many are read with the reconstructions in the language model, which takes three passes per layer."""
 
@@ -51,6 +54,15 @@ class Reading:
         return evaluate(subject)
 
 
+@torch.inference_mode()
+def longest(reading: Reading) -> dict[str, float]:
+    """How long the activations are at most that SAEs are measured on, the same for all toolkits: 10 median norms."""
+    ids = torch.tensor([reading.data[row]["input_ids"] for row in range(min(LENGTHS_FROM, len(reading.data)))])
+    kept = ~torch.isin(ids, torch.tensor(reading.exclude_tokens))
+    with tap(reading.model, reading.hookpoints) as read:
+        return {name: 10 * float(acts[kept].norm(dim=1).median()) for name, acts in read(ids).items()}
+
+
 def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float | None]]:
     """How good each layer's SAE is on held-out tokens.
 
@@ -58,6 +70,8 @@ def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float
         By hookpoint: `fvu`, `l0` and `dead` (the share of latents that fired on none of the tokens) over all held-out
         tokens; `ce_recovered` and `kl` over the first of them, None for a language model without a head.
     """
+    for name, limit in longest(reading).items():
+        saes[name].max_norm = limit
     whole = reading.evaluate(saes, None)
     grafted = reading.evaluate(saes, GRAFTED_TOKENS) if reading.predicts else whole
     found: dict[str, dict[str, float | None]] = {}
