@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import Job
 
@@ -57,7 +58,8 @@ class Reading:
 @torch.inference_mode()
 def longest(reading: Reading) -> dict[str, float]:
     """How long the activations are at most that SAEs are measured on, the same for all toolkits: 10 median norms."""
-    ids = torch.tensor([reading.data[row]["input_ids"] for row in range(min(LENGTHS_FROM, len(reading.data)))])
+    first = sequences(reading.data.select(range(min(LENGTHS_FROM, len(reading.data)))))
+    ids = first.read(np.arange(len(first)))
     kept = ~torch.isin(ids, torch.tensor(reading.exclude_tokens))
     with tap(reading.model, reading.hookpoints) as read:
         return {name: 10 * float(acts[kept].norm(dim=1).median()) for name, acts in read(ids).items()}
