@@ -155,8 +155,8 @@ class TrainConfig:
     )
     dead_feature_threshold: int | None = option(
         None,
-        "A latent is dead when it fired for none of so many last tokens. By default a fiftieth of the run's tokens, "
-        "but 10,000,000 at most.",
+        "A latent is dead when it fired for none of so many last tokens. By default 300 times latents / k, but a "
+        "fiftieth of the run's tokens or 10,000,000 at most, and ten steps at least.",
         panel=DEAD,
         unit="tokens",
         ge=1,

@@ -66,7 +66,13 @@ class RunPlan:
     @cached_property
     def dead_threshold(self) -> int:
         """Tokens without firing after which a latent is dead."""
-        return dead_threshold(self.cfg.dead_feature_threshold, self.batches.num_sequences * self.ctx_len)
+        return dead_threshold(
+            self.cfg.dead_feature_threshold,
+            total_tokens=self.batches.num_sequences * self.ctx_len,
+            step_tokens=self.batches.global_batch * self.ctx_len,
+            num_latents=self.num_latents,
+            k=self.cfg.sae.k,
+        )
 
     @cached_property
     def base_lr(self) -> float:

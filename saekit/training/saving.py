@@ -45,7 +45,7 @@ BEFORE_THERE_WERE_OPTIONS = {
 """How runs trained that were begun before there was a choice, and so do not say."""
 
 
-OLD_FORMULAS = ("lr", "lr_warmup_steps")
+OLD_FORMULAS = ("lr", "lr_warmup_steps", "dead_feature_threshold")
 """Defaults that depend on the run, and that depended on it in another way then."""
 
 
@@ -56,9 +56,13 @@ def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[st
         kept: From its `config.yaml`, where what was left to a default that depends on the run does not stand.
         resolved: What such defaults came to then, from a checkpoint's index.
     """
+    if "max_norm_multiple" in kept:
+        return kept
+    options, formulas = list(BEFORE_THERE_WERE_OPTIONS), list(OLD_FORMULAS)
     if "revive_alpha" in kept:  # the newest but for these
-        return {**{name: BEFORE_THERE_WERE_OPTIONS[name] for name in ("activation", "max_norm_multiple")}, **kept}
-    return {**BEFORE_THERE_WERE_OPTIONS, **{name: resolved[name] for name in OLD_FORMULAS if name in resolved}, **kept}
+        options, formulas = ["activation", "max_norm_multiple"], ["dead_feature_threshold"]
+    old = {name: BEFORE_THERE_WERE_OPTIONS[name] for name in options}
+    return {**old, **{name: resolved[name] for name in formulas if name in resolved}, **kept}
 
 
 class Saver:

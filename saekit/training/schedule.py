@@ -6,6 +6,7 @@ WARMUP_SHARE = 0.3
 """Of the run, by default, where the rate falls afterwards: measured in docs/quality.md."""
 CONSTANT_WARMUP_SHARE = 0.1
 """The same where it stays: a schedule-free optimiser averages over the rest."""
+SLEEPS_OF_THE_DEAD, STEPS_OF_THE_DEAD = 300, 10
 MOST_TOKENS_ASLEEP = 10_000_000
 
 
@@ -15,13 +16,24 @@ def warmup_steps(asked: int | None, total_steps: int, *, decay: bool) -> int:
     return int(share * total_steps) if asked is None else asked
 
 
-def dead_threshold(asked: int | None, total_tokens: int) -> int:
-    """Tokens without firing after which a latent is dead: what was asked for, or a fiftieth of the run's, at most 10M.
+def dead_threshold(asked: int | None, *, total_tokens: int, step_tokens: int, num_latents: int, k: int) -> int:
+    """Tokens without firing after which a latent is dead: what was asked for, or what suits the run.
 
-    The 10M are those of Gao et al. 2024, appendix A.2, whose runs are of billions of tokens; in a run of fewer than
-    that nothing would ever be dead.
+    By default that is 300 times as long as a latent sleeps on average, which is M / k tokens, but ten optimiser steps
+    at least; of a short run a fiftieth; and never more than the 10M tokens of Gao et al. 2024, appendix A.2, whose runs
+    are of billions of tokens. In a run of fewer than that nothing would ever be dead.
+
+    Args:
+        asked: By the user.
+        total_tokens: Of the run.
+        step_tokens: Of an optimiser step, over all ranks.
+        num_latents: M.
+        k: Active latents per token.
     """
-    return min(MOST_TOKENS_ASLEEP, max(1, total_tokens // 50)) if asked is None else asked
+    if asked is not None:
+        return asked
+    long = max(SLEEPS_OF_THE_DEAD * num_latents // k, STEPS_OF_THE_DEAD * step_tokens)
+    return max(1, min(total_tokens // 50, long, MOST_TOKENS_ASLEEP))
 
 
 def lr_scale(step: int, *, warmup: int, total_steps: int, decay: bool) -> float:

@@ -267,9 +267,16 @@ def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_p
 
 
 def test_options_that_an_old_run_does_not_name_are_what_they_were():
-    resolved = {"lr": 2e-4, "lr_warmup_steps": 1000, "num_latents": 64}
+    resolved = {"lr": 2e-4, "lr_warmup_steps": 1000, "dead_feature_threshold": 9, "num_latents": 64}
     old = {"model": "m", "beta2": 0.9, "lr_warmup_steps": 5}
-    assert with_old_defaults(old, resolved) == {**BEFORE_THERE_WERE_OPTIONS, "lr": 2e-4, **old}
+    assert with_old_defaults(old, resolved) == {
+        **BEFORE_THERE_WERE_OPTIONS,
+        "lr": 2e-4,
+        "dead_feature_threshold": 9,
+        **old,
+    }
     new = {"model": "m", "revive_alpha": 1e-4, "activation": "groupmax"}
-    expected = {**new, "max_norm_multiple": 0.0}
+    expected = {**new, "max_norm_multiple": 0.0, "dead_feature_threshold": 9}
     assert with_old_defaults(new, resolved) == expected, "a ratio that it leaves to the optimiser's default is not 1"
+    newest = {**new, "max_norm_multiple": 10.0}
+    assert with_old_defaults(newest, resolved) == newest

@@ -26,8 +26,16 @@ def test_default_warmup(asked, total, expected):
 
 
 @pytest.mark.parametrize(
-    ("asked", "total", "expected"),
-    [(None, 10**6, 20_000), (None, 10**10, 10**7), (None, 30, 1), (7, 10**6, 7), (10**9, 10**6, 10**9)],
+    ("total", "step", "latents", "expected"),
+    [
+        (10**6, 2048, 4096, 20_000),  # a fiftieth of the run
+        (10**7, 2048, 4096, 38_400),  # 300 x 128
+        (10**9, 16_384, 4096, 163_840),  # ten steps
+        (10**10, 2048, 10**7, 10**7),
+        (30, 30, 64, 1),
+    ],
 )
-def test_default_dead_threshold(asked, total, expected):
-    assert dead_threshold(asked, total) == expected
+def test_default_dead_threshold(total, step, latents, expected):
+    sizes = {"total_tokens": total, "step_tokens": step, "num_latents": latents, "k": 32}
+    assert dead_threshold(None, **sizes) == expected
+    assert dead_threshold(7, **sizes) == 7
