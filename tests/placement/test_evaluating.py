@@ -48,8 +48,8 @@ def test_the_average_is_evaluated_and_left_as_it_was(train, gpt2_dir, placement)
 
 
 @pytest.mark.parametrize("placement", ["layer-map", "zero3"])
-def test_thresholds_are_lent_with_the_sae(train, gpt2_dir, placement):
-    batch_topk = [*EVALUATED, "--activation", "batchtopk"]
+def test_thresholds_and_limits_are_lent_with_the_sae(train, gpt2_dir, placement):
+    batch_topk = [*EVALUATED, "--activation", "batchtopk", "--max-norm-multiple", 1]
     found, expected = train(gpt2_dir, "--placement", placement, *batch_topk, ranks=2), train(gpt2_dir, *batch_topk)
     assert_same_evaluations(found, expected)
     assert_same_run(found, expected, steps=6)
