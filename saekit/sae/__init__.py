@@ -5,7 +5,8 @@ T positions. `x_ND` is a tensor of N rows and D columns.
 """
 
 from saekit.sae.losses import Losses, sae_losses
-from saekit.sae.model import Encoded, Sae, SaeOutput, normalize_decoder_, project_decoder_gradient_
+from saekit.sae.model import Sae, normalize_decoder_, project_decoder_gradient_
+from saekit.sae.output import Encoded, SaeOutput
 from saekit.sae.saelens import save_as_saelens
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.sae.model import SaeOutput
+from saekit.sae.output import SaeOutput
 
 MULTI_TOPK_WEIGHT = 1 / 8
 """Weight of the loss at 4k (Gao et al. 2024, section 5.4)."""

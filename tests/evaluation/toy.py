@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from saekit import Sae
 from saekit.evaluation import Subject
 from saekit.evaluation.objective import next_token
-from saekit.sae.model import SaeOutput
+from saekit.sae.output import SaeOutput
 
 
 class Block(nn.Module):

@@ -1,0 +1,54 @@
+"""What an SAE makes of activations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Encoded(NamedTuple):
+    """A sparse code: which latents are active for each token, and how much. K is `Sae.max_active`."""
+
+    acts: Tensor
+    """`[..., K]`, largest first (GroupMax: group by group); zero where fewer than K latents are positive or above the
+    threshold."""
+    indices: Tensor
+    """`[..., K]`, int64: the latents' numbers."""
+
+
+class SaeOutput(NamedTuple):
+    """What one forward pass gives; leading dimensions are those of the input."""
+
+    recon: Tensor
+    """`[..., D]`: the reconstruction `x̂`."""
+    acts: Tensor
+    """`[..., K]`: values of the active latents."""
+    indices: Tensor
+    """`[..., K]`, int64."""
+    aux_recon: Tensor | None = None
+    """`[..., D]`: what dead latents predict of `x - x̂`, without `b_dec`; None when AuxK is off."""
+    multi_recon: Tensor | None = None
+    """`[..., D]`: the reconstruction from `4k` latents; None when Multi-TopK is off."""
+    prefix_recons: tuple[Tensor, ...] = ()
+    """`[..., D]` each: from the chosen latents of each smaller prefix alone; empty but in a Matryoshka's training."""
+    dead_biases: Tensor | None = None
+    """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
+    near: Tensor | None = None
+    """`[...]`, int64: how many values are above the threshold by a factor of `NEAR` at most; only in training with a
+    threshold."""
+
+    def only(self, keep: Tensor) -> SaeOutput:
+        """Zeros in the place of what was made of some tokens, whose gradient is zero then; `keep` is `[..., 1]`."""
+
+        def kept(each: Tensor | None) -> Tensor | None:
+            return None if each is None else each * keep
+
+        return self._replace(
+            recon=self.recon * keep,
+            acts=self.acts * keep,
+            aux_recon=kept(self.aux_recon),
+            multi_recon=kept(self.multi_recon),
+            prefix_recons=tuple(each * keep for each in self.prefix_recons),
+            near=None if self.near is None else self.near * keep.squeeze(-1),
+        )
