@@ -38,7 +38,7 @@ FAULTS = [
         "self.W_dec) + self.b_dec, recon_ND.detach()\n",
     ),
     ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
-    ("no candidate to spare", SPARSE, "k + max(k // 2, LEAST_SPARE)", "k"),
+    ("no candidate to spare", SPARSE, "min(each + spare, num_latents // parts)", "each"),
     ("large dimensions take all bits", TORCH_OPS, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
     ("a token's scale is lost on the bias", TORCH_OPS, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
     ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[candidates_NC])", ""),
@@ -156,7 +156,7 @@ FAULTS = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "torch.where(kept[..., None], ways[change](x).to(acts), acts)",
+        "torch.where(counted[..., None], ways[change](x).to(acts), acts)",
         "ways[change](x).to(acts)",
     ),
     (
@@ -214,7 +214,7 @@ FAULTS = [
     (
         "in a short run nothing is ever dead",
         "saekit/training/schedule.py",
-        "min(MOST_TOKENS_ASLEEP, max(1, total_tokens // 50))",
+        "min(total_tokens // 50, long, MOST_TOKENS_ASLEEP)",
         "MOST_TOKENS_ASLEEP",
     ),
     (
@@ -297,7 +297,22 @@ FAULTS = [
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),
-    ("excluded tokens have codes", "saekit/features/gather.py", "(out.acts > 0) & kept[..., None]", "out.acts > 0"),
+    ("excluded tokens have codes", "saekit/features/gather.py", "& (kept & sae.covers(x))[..., None]", ""),
+    ("what is too long has codes", "saekit/features/gather.py", "(kept & sae.covers(x))", "kept"),
+    ("what is too long is ablated with the others", EVALUATE, "_where(counted, ways[change])", "ways[change]"),
+    (
+        "evaluations between steps take all lengths",
+        EVALUATING,
+        "sizes.max_norm = run.calibration[name].max_norm",
+        "pass",
+    ),
+    ("an overflow in the first batch is left out", "saekit/training/start.py", "if finite and any(", "if any("),
+    (
+        "a token that is left out is near the threshold",
+        "saekit/sae/output.py",
+        "self.near * keep.squeeze(-1)",
+        "self.near",
+    ),
     (
         "shades are of the wrong quantile",
         "saekit/page/build.py",
