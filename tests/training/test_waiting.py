@@ -38,11 +38,14 @@ def questions_of_a_step(make_trainer, monkeypatch, name, **options):
 
 
 @pytest.mark.parametrize("auxk", [{"auxk_alpha": 0.0}, {"auxk_alpha": 1 / 32, "dead_feature_threshold": 1}])
-def test_no_layer_is_asked_for_anything_in_a_step(make_trainer, monkeypatch, auxk):
-    one = questions_of_a_step(make_trainer, monkeypatch, "one", layers=[1], **auxk)
-    three = questions_of_a_step(make_trainer, monkeypatch, "three", **auxk)
+@pytest.mark.parametrize("multiple", [0, 10])
+def test_no_layer_is_asked_for_anything_in_a_step(make_trainer, monkeypatch, auxk, multiple):
+    options = {**auxk, "max_norm_multiple": multiple}
+    one = questions_of_a_step(make_trainer, monkeypatch, "one", layers=[1], **options)
+    three = questions_of_a_step(make_trainer, monkeypatch, "three", **options)
     adams_own = 4  # of each layer: the number of steps of each parameter, which lies on the CPU
-    assert three - one == 2 * adams_own
+    too_long = 1 if multiple else 0  # whether an activation is, which is asked on a CPU only (`covered`)
+    assert three - one == 2 * (adams_own + too_long)
 
 
 def test_the_message_comes_in_one_piece(make_trainer, monkeypatch):
