@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
+from saekit.activations.tap import residual
 from saekit.errors import Interrupted
 from saekit.evaluation import evaluate
 from saekit.report import Reporters
@@ -84,11 +85,15 @@ def test_nan_is_not_taken_for_long():
 @pytest.mark.parametrize("multiple", [0, 10])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_first_batch_that_overflows_is_refused(with_sinks, sink_llama, multiple, value):
-    embedding = sink_llama.get_input_embeddings()
-    handle = embedding.register_forward_hook(lambda _, args, out: out.masked_fill((args[0] == 9)[..., None], value))
+    def overflow(_module, _args, output):
+        acts = residual(output).clone()
+        acts[:, 3] = value
+        return acts if isinstance(output, torch.Tensor) else (acts, *output[1:])
+
+    handle = sink_llama.model.layers[1].register_forward_hook(overflow)
     try:
-        with pytest.raises(UserError, match="NaN or Inf in the activations of the first batch"):
-            with_sinks(max_norm_multiple=multiple).fit()
+        with pytest.raises(UserError, match=r"layers\.1: NaN or Inf in the activations of the first batch"):
+            with_sinks(max_norm_multiple=multiple, layers=(1,)).fit()
     finally:
         handle.remove()
 
