@@ -155,8 +155,8 @@ class TrainConfig:
     )
     dead_feature_threshold: int | None = option(
         None,
-        "A latent is dead when it fired for none of so many last tokens. By default 300 times latents / k, but a "
-        "fiftieth of the run's tokens or 10,000,000 at most, and ten steps at least.",
+        "A latent is dead when it fired for none of so many last tokens. By default 300 times latents / k, or ten "
+        "steps where that is more, but a fiftieth of the run's tokens or 10,000,000 at most.",
         panel=DEAD,
         unit="tokens",
         ge=1,
