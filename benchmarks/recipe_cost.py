@@ -67,10 +67,10 @@ class Step:
         synchronize(self.x_ND.device)
         start = time.perf_counter()
         x_ND, covered_N1 = covered(self.sae, self.x_ND)
-        out = self.sae(x_ND, self.dead if self.cfg.revives else None, auxk=self.cfg.auxk_alpha > 0)
+        out = self.sae(x_ND, self.dead if self.cfg.revives else None, auxk=self.cfg.auxk_alpha > 0).only(covered_N1)
         losses = sae_losses(
             x_ND,
-            out if covered_N1 is None else out.only(covered_N1),
+            out,
             scale=self.scale,
             auxk_alpha=self.cfg.auxk_alpha,
             num_dead=len(self.dead),

@@ -56,8 +56,8 @@ def recipes(steps: int) -> Iterator[Recipe]:
         yield Recipe(SPARSIFY, f"adam {rate:g}", {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup})
     for rate in SIGNUM_RATES:
         yield Recipe(SPARSIFY, f"signum {rate:g}", {"optimizer": "signum", "lr": rate})
+    falling = {"warmup_steps": warmup, "decay_start": max(warmup + 1, int(0.8 * steps))}
     for rate in UNIT_RATES:
-        falling = {"warmup_steps": warmup, "decay_start": max(warmup + 1, int(0.8 * steps))}
         yield Recipe(DICTIONARY_LEARNING, f"{rate:g}", {"lr": rate, "normalize_activations": True, **falling})
     yield Recipe(SPARSIFY, "defaults")
     yield Recipe(SPARSIFY, "adam", {"optimizer": "adam"})
@@ -74,7 +74,6 @@ def recipes(steps: int) -> Iterator[Recipe]:
         adam = {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup}
         yield Recipe(SPARSIFY, f"groupmax adam {rate:g}", {"sae": {"activation": "groupmax"}, **adam})
     for rate in UNIT_RATES[2:]:
-        falling = {"warmup_steps": warmup, "decay_start": max(warmup + 1, int(0.8 * steps))}
         # It looks for its threshold from step 1000 on, if a run is that long, and forgets 1000 steps back.
         sought = {"threshold_start_step": min(1000, steps // 2), "threshold_beta": 0.999 if steps > 5000 else 0.98}
         settings = {"lr": rate, "normalize_activations": True, **falling, **sought}

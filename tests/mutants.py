@@ -247,8 +247,8 @@ FAULTS = [
     (
         "what is too long still trains",
         TRAINER,
-        "out if covered_N1 is None else out.only(covered_N1)",
-        "out",
+        ".only(covered_N1)",
+        "",
     ),
     ("what is too long counts as variance", "saekit/training/statistics.py", "x_ND *= counted_N1", "pass"),
     (

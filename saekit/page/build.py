@@ -32,6 +32,7 @@ from saekit.page.charts import (
 from saekit.page.packing import pack
 from saekit.page.tokens import token_texts
 from saekit.placement import Placement
+from saekit.report import units
 from saekit.report.inspect import Inspection, inspect_path
 from saekit.report.jsonl import EVALUATION, plain, read_metrics
 
@@ -113,6 +114,7 @@ def render(inspection: Inspection, evaluation: dict[str, Any], features: Feature
         loader=jinja2.PackageLoader("saekit.page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["script_json"] = _script_json
+    environment.globals["active"] = units.active
     return environment.get_template("report.html.j2").render(
         name=_name(inspection),
         inspection=inspection,

@@ -60,14 +60,14 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 def _origin(comparison: Comparison) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     for name, one in (("A", comparison.first), ("B", comparison.second)):
-        sizes = "/".join(dict.fromkeys(f"{layer.num_latents:,} latents, {_code(layer)}" for layer in one.layers))
+        sizes = "/".join(
+            dict.fromkeys(
+                f"{layer.num_latents:,} latents, k {units.active(layer.k, layer.activation)}" for layer in one.layers
+            )
+        )
         tokens = f"{units.short_count(one.tokens)} tokens"
         grid.add_row(Text(name, "dim"), Text(str(one.path), "bold cyan"), Text(f"{sizes} · {tokens}"))
     return grid
-
-
-def _code(layer: LayerInspection) -> str:
-    return f"k {layer.k}" if layer.activation in (None, "topk") else f"k {layer.k} ({layer.activation})"
 
 
 def _pair(both: Both, show: Show, larger_is_better: bool = False) -> list[Text]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from saekit.report.units import decimal, size
+from saekit.report.units import active, decimal, size
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,7 @@ class RunInfo:
     @property
     def code(self) -> str:
         """What a token is turned into: `4,096 latents, k 32`, with how they are chosen unless by TopK."""
-        chosen = "" if self.activation == "topk" else f" ({self.activation})"
-        return f"{self.num_latents:,} latents, k {self.k}{chosen}"
+        return f"{self.num_latents:,} latents, k {active(self.k, self.activation)}"
 
     @property
     def place(self) -> str:

@@ -79,6 +79,11 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
 
 
+def active(k: int | None, activation: str | None) -> str:
+    """How many latents are active, and how they are chosen unless by TopK: `32`, `32 (batchtopk)`."""
+    return count(k) if activation in (None, "topk") else f"{count(k)} ({activation})"
+
+
 def tail(name: str, width: int) -> str:
     """A hookpoint's name in at most `width` characters; what is cut off is its beginning, as its number is its end."""
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]

@@ -38,8 +38,17 @@ class SaeOutput(NamedTuple):
     """`[...]`, int64: how many values are above the threshold by a factor of `NEAR` at most; only in training with a
     threshold."""
 
-    def only(self, keep: Tensor) -> SaeOutput:
-        """Zeros in the place of what was made of some tokens, whose gradient is zero then; `keep` is `[..., 1]`."""
+    kept: Tensor | None = None
+    """`[..., 1]`, bool: which tokens are not left out (`only`); None for all."""
+
+    def only(self, keep: Tensor | None) -> SaeOutput:
+        """Zeros in the place of what was made of the other tokens, whose gradient is zero then; None keeps all.
+
+        Args:
+            keep: Bool `[..., 1]`.
+        """
+        if keep is None:
+            return self
 
         def kept(each: Tensor | None) -> Tensor | None:
             return None if each is None else each * keep
@@ -51,4 +60,5 @@ class SaeOutput(NamedTuple):
             multi_recon=kept(self.multi_recon),
             prefix_recons=tuple(each * keep for each in self.prefix_recons),
             near=None if self.near is None else self.near * keep.squeeze(-1),
+            kept=keep,
         )

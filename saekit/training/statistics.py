@@ -68,7 +68,7 @@ class Moments:
 
 
 def covered(sae: Sae, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Activations with zeros in the place of those that the SAE is not for, and which are left, bool `[N, 1]`.
+    """Activations with zeros in the place of those that the SAE is not for, and for `SaeOutput.only` which are left.
 
     Rows stay as many as they are, so that nobody waits for a GPU to count them, and NaN stays NaN, so that it is
     noticed. None stands for all.
@@ -102,20 +102,12 @@ class LayerWindow:
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
         return cls(Moments.zero(d_in, device), sums, torch.zeros((), dtype=torch.int64, device=device))
 
-    def observe(
-        self,
-        x_ND: Tensor,
-        out: SaeOutput,
-        losses: Losses,
-        scale: float,
-        centre_D: Tensor,
-        covered_N1: Tensor | None = None,
-    ) -> None:
+    def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float, centre_D: Tensor) -> None:
         """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again.
 
-        `centre_D` is the layer's mean from calibration, the same in all windows of a run; `covered_N1` see `covered`.
+        `centre_D` is the layer's mean from calibration, the same in all windows of a run.
         """
-        self.moments.add_centred(x_ND, centre_D, covered_N1)
+        self.moments.add_centred(x_ND, centre_D, out.kept)
         if out.near is not None:
             self.near += out.near.sum()
         zero = losses.total.new_zeros(())

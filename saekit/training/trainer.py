@@ -197,9 +197,9 @@ class SaeTrainer:
         window: LayerWindow,
     ) -> None:
         """Forward and backward pass of one layer over a chunk of tokens; what they make is gone when it returns."""
-        x_ND, covered_N1 = covered(self.placement.sae(name), chunk_ND.float())
-        out = self.placement.sae(name)(x_ND, dead[0], auxk=self.cfg.auxk_alpha > 0)
-        out = out if covered_N1 is None else out.only(covered_N1)
+        sae = self.placement.sae(name)
+        x_ND, covered_N1 = covered(sae, chunk_ND.float())
+        out = sae(x_ND, dead[0], auxk=self.cfg.auxk_alpha > 0).only(covered_N1)
         losses = sae_losses(
             x_ND,
             out,
@@ -212,7 +212,7 @@ class SaeTrainer:
         )
         self.placement.backward(name, losses.total)
         run.counters[name].observe(out.acts, out.indices)
-        window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D, covered_N1)
+        window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D)
 
     def _start(self, forward: Forward) -> state.RunState:
         """Make and place the SAEs, calibrate or restore them, and only then make the run's folder."""

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from saekit import RunConfig, SaeConfig, TrainConfig, UserError
+from saekit import RunConfig, Sae, SaeConfig, TrainConfig, UserError
 from saekit.config.run import read_yaml
+from saekit.sae.model import ACTIVATIONS
 
 BASE = {"model": "m", "dataset": "d"}
 
@@ -55,6 +56,8 @@ def test_nested_dictionaries():
 
 
 def test_activations():
+    for name in ACTIVATIONS:
+        assert Sae(**SaeConfig(activation=name, k=4).sizes(8, 32)).activation == name
     assert SaeConfig().activation == "topk"
     assert SaeConfig(activation="batchtopk", matryoshka="0.5,1").activation == "batchtopk"
     with pytest.raises(ValueError, match="--multi-topk is for --activation topk"):

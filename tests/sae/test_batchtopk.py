@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from saekit.sae import Sae, sae_losses
 from saekit.sae.kernels import choose_kernels
+from tests.sae.dense import away_from_the_start_, dense, dense_topk, gradients, tokens
 
 N, D, M, K = 40, 12, 64, 3
 THRESHOLD = 5.0
@@ -17,30 +18,17 @@ SCALE = 1 / (N * 7.5)
 def make_sae(kernels="cpu", threshold=THRESHOLD):
     sae = Sae(D, M, K, threshold=threshold, generator=torch.Generator().manual_seed(1)).double()
     sae.chosen_kernels = choose_kernels(kernels, "fp32", torch.device("cpu"))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in sae.parameters():  # away from the special start: biases at zero, a tied decoder
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return sae
+    return away_from_the_start_(sae, 0.5)
 
 
 def make_x():
-    return torch.randn(N, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 + 1
+    return tokens(N, D)
 
 
 def dense_code(sae, x):
     """`[N, M]`: of each token's 4k largest latents those above the threshold, zero elsewhere."""
     scores = F.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-    largest = torch.zeros_like(scores).scatter(1, scores.topk(4 * K, dim=1).indices, 1.0)
-    return scores * largest * (scores > sae.threshold)
-
-
-def dense(acts, indices):
-    return torch.zeros(*acts.shape[:-1], M, dtype=acts.dtype).scatter(-1, indices, acts)
-
-
-def gradients(sae, loss):
-    return dict(zip(dict(sae.named_parameters()), torch.autograd.grad(loss, list(sae.parameters())), strict=True))
+    return dense_topk(scores, 4 * K) * (scores > sae.threshold)
 
 
 def test_the_example_has_tokens_of_all_kinds():
@@ -59,7 +47,7 @@ def test_code_loss_and_gradients_equal_the_formulas(kernels, prefixes):
     errors = [(x - code[:, :size] @ sae.W_dec[:size] - sae.b_dec).square().sum() * SCALE for size in prefixes or (M,)]
     out = sae(x)
     assert out.acts.shape == out.indices.shape == (N, 4 * K)
-    torch.testing.assert_close(dense(out.acts, out.indices), code)
+    torch.testing.assert_close(dense(out.acts, out.indices, M), code)
     losses = sae_losses(x, out, scale=SCALE, auxk_alpha=0.0, num_dead=0)
     torch.testing.assert_close(losses.mse, errors[-1])
     torch.testing.assert_close(losses.total, sum(errors))
@@ -73,8 +61,7 @@ def test_auxk_is_the_same_as_without_a_threshold():
     sae, x, dead = make_sae(), make_x(), torch.tensor([1, 5, 8, 13, 30, 31, 40])
     out = sae(x, dead)
     scores = F.relu((x - sae.b_dec) @ sae.W_enc[dead].T + sae.b_enc[dead])
-    largest = torch.zeros_like(scores).scatter(1, scores.topk(D // 2, dim=1).indices, 1.0)
-    torch.testing.assert_close(out.aux_recon, (scores * largest) @ sae.W_dec[dead])
+    torch.testing.assert_close(out.aux_recon, dense_topk(scores, D // 2) @ sae.W_dec[dead])
 
 
 @pytest.mark.parametrize("kernels", ["eager", "cpu"])
@@ -96,7 +83,7 @@ def test_encode_decode_and_forward_agree(lead):
     assert acts.shape == indices.shape == (*lead, 4 * K)
     assert ((acts == 0) | (acts > THRESHOLD)).all()
     torch.testing.assert_close(sae.decode(acts, indices), sae(x).recon)
-    torch.testing.assert_close(dense(acts, indices), dense_code(sae, x.reshape(-1, D)).view(*lead, M))
+    torch.testing.assert_close(dense(acts, indices, M), dense_code(sae, x.reshape(-1, D)).view(*lead, M))
 
 
 def test_what_lies_on_the_threshold_is_not_above_it():

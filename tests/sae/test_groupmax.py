@@ -10,6 +10,7 @@ from saekit import SaeConfig
 from saekit.sae import Sae, sae_losses, save_as_saelens
 from saekit.sae.kernels import choose_kernels, eager, sparse, torch_ops
 from saekit.sae.kernels.sparse import Sparse, num_candidates
+from tests.sae.dense import away_from_the_start_, dense, dense_topk, gradients, tokens
 
 N, D, M, K = 40, 12, 60, 5
 GROUP = M // K
@@ -20,16 +21,12 @@ LOW_PRECISION = [torch.bfloat16, torch.int8]
 def make_sae(kernels="cpu", shift=0.0):
     sae = Sae(D, M, K, groupmax=True, generator=torch.Generator().manual_seed(1)).double()
     sae.chosen_kernels = choose_kernels(kernels, "fp32", torch.device("cpu"))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in sae.parameters():  # away from the special start: biases at zero, a tied decoder
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        sae.b_enc.sub_(shift)
+    away_from_the_start_(sae, 0.5).b_enc.data.sub_(shift)
     return sae
 
 
 def make_x(*lead):
-    return torch.randn(*(lead or (N,)), D, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 + 1
+    return tokens(*(lead or (N,)), D)
 
 
 def dense_code(sae, x):
@@ -40,14 +37,6 @@ def dense_code(sae, x):
         best = scores[:, start : start + GROUP].argmax(1)
         kept[torch.arange(len(x)), start + best] = 1.0
     return scores * kept
-
-
-def dense(acts, indices):
-    return torch.zeros(*acts.shape[:-1], M, dtype=acts.dtype).scatter(-1, indices, acts)
-
-
-def gradients(sae, loss):
-    return dict(zip(dict(sae.named_parameters()), torch.autograd.grad(loss, list(sae.parameters())), strict=True))
 
 
 @pytest.mark.parametrize("kernels", ["eager", "cpu"])
@@ -62,7 +51,7 @@ def test_code_loss_and_gradients_equal_the_formulas(kernels, prefixes, shift):
     out = sae(x)
     assert out.acts.shape == out.indices.shape == (N, K)
     assert torch.equal(out.indices // GROUP, torch.arange(K).expand(N, K)), "one of each group"
-    torch.testing.assert_close(dense(out.acts, out.indices), code)
+    torch.testing.assert_close(dense(out.acts, out.indices, M), code)
     losses = sae_losses(x, out, scale=SCALE, auxk_alpha=0.0, num_dead=0)
     torch.testing.assert_close(losses.total, sum(errors))
     found, wanted = gradients(sae, losses.total), gradients(sae, sum(errors))
@@ -83,15 +72,14 @@ def test_encode_decode_and_forward_agree(lead):
     acts, indices = sae.encode(x)
     assert acts.shape == indices.shape == (*lead, K)
     torch.testing.assert_close(sae.decode(acts, indices), sae(x).recon)
-    torch.testing.assert_close(dense(acts, indices), dense_code(sae, x.reshape(-1, D)).view(*lead, M))
+    torch.testing.assert_close(dense(acts, indices, M), dense_code(sae, x.reshape(-1, D)).view(*lead, M))
 
 
 def test_auxk_chooses_among_all_dead_latents():
     sae, x, dead = make_sae(), make_x(), torch.tensor([1, 5, 8, 13, 30, 31, 40])
     out = sae(x, dead)
     scores = F.relu((x - sae.b_dec) @ sae.W_enc[dead].T + sae.b_enc[dead])
-    largest = torch.zeros_like(scores).scatter(1, scores.topk(D // 2, dim=1).indices, 1.0)
-    torch.testing.assert_close(out.aux_recon, (scores * largest) @ sae.W_dec[dead])
+    torch.testing.assert_close(out.aux_recon, dense_topk(scores, D // 2) @ sae.W_dec[dead])
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -120,7 +108,7 @@ def test_scores_are_made_in_chunks_of_tokens(rows, monkeypatch):
     monkeypatch.setattr(torch_ops, "SHARED_FROM", 0)
     monkeypatch.setattr(torch_ops, "CHUNK_BYTES", rows * M * 8)
     sae, x = make_sae(), make_x()
-    torch.testing.assert_close(dense(*sae.encode(x)), dense_code(sae, x))
+    torch.testing.assert_close(dense(*sae.encode(x), M), dense_code(sae, x))
 
 
 def test_parts_of_more_than_one_latent_each():

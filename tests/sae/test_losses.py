@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from saekit.sae import Sae, sae_losses
 from saekit.sae.kernels import choose_kernels
+from tests.sae.dense import away_from_the_start_, dense_topk, gradients, tokens
 
 N, D, M, K = 40, 12, 48, 3
 SCALE = 1 / (N * 7.5)
@@ -16,21 +17,11 @@ DEAD = torch.tensor([1, 5, 8, 13, 30, 31, 40])
 
 def make_sae(multi_topk=False):
     sae = Sae(D, M, K, multi_topk=multi_topk, generator=torch.Generator().manual_seed(1)).double()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in sae.parameters():  # away from the special start: biases at zero, a tied decoder
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return sae
+    return away_from_the_start_(sae, 0.3)
 
 
 def make_x():
-    return torch.randn(N, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 + 1
-
-
-def dense_topk(scores, k):
-    """`[N, M]` with all but the k largest entries of each row set to zero."""
-    kept = torch.zeros_like(scores).scatter(1, scores.topk(k, dim=1).indices, 1.0)
-    return scores * kept
+    return tokens(N, D)
 
 
 def reference(sae, x, *, auxk_alpha, dead, multi_topk, k_aux=D // 2):
@@ -52,10 +43,6 @@ def reference(sae, x, *, auxk_alpha, dead, multi_topk, k_aux=D // 2):
         terms["multi_topk"] = (x - wide).square().sum() * SCALE
         total = total + terms["multi_topk"] / 8
     return total, terms
-
-
-def gradients(sae, loss):
-    return dict(zip(dict(sae.named_parameters()), torch.autograd.grad(loss, list(sae.parameters())), strict=True))
 
 
 CASES = {

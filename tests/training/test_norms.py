@@ -60,11 +60,10 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
     results = []
     for rows_ND in (x_ND, few_ND):
         rows_ND, keep_N1 = covered(sae, rows_ND)
-        out = sae(rows_ND, dead)
-        out = out if keep_N1 is None else out.only(keep_N1)
+        out = sae(rows_ND, dead).only(keep_N1)
         losses = sae_losses(rows_ND, out, scale=scale, auxk_alpha=0.5, num_dead=4)
         window = LayerWindow.empty(D, rows_ND.device)
-        window.observe(rows_ND, out, losses, scale, centre_D, keep_N1)
+        window.observe(rows_ND, out, losses, scale, centre_D)
         gradients = torch.autograd.grad(losses.total, list(sae.parameters()))
         fired_M = torch.bincount(out.indices[out.acts > 0], minlength=M)
         results.append((losses.total, *gradients, window.sums, window.moments.sum_D, fired_M.double(), window.near))
