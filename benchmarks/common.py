@@ -197,7 +197,7 @@ def versions(python: Path | str) -> dict[str, str]:
         "    except PackageNotFoundError: pass\n"
         "import sys; sys.stdout.write(json.dumps(found))\n"
     )
-    return json.loads(subprocess.check_output([str(python), "-I", "-c", code], text=True))
+    return json.loads(subprocess.check_output([str(python), "-c", code], text=True))
 
 
 def fingerprint(model: Path) -> str:

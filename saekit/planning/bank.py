@@ -17,7 +17,7 @@ from saekit.sae.kernels.sparse import Sparse
 
 ADAM_8BIT_STATE = 2 + 2 * 4 / 256
 """Bytes per parameter of bitsandbytes' Adam: two moments in 8 bits, and a float32 scale for each block of 256."""
-TRITON_CHUNK_BYTES, TRITON_BLOCK, TRITON_GROUP = 2**30, 128, 32
+TRITON_CHUNK_BYTES, TRITON_GROUP, TRITON_SLICE, TRITON_PARTIAL_BYTES = 2**30, 32, 64, 2**28
 """As in `saekit.sae.kernels.triton_ops`, which can only be imported where Triton is; a test compares them."""
 META = torch.device("meta")
 
@@ -142,22 +142,34 @@ class _TritonOps:
     ) -> tuple[Tensor, Tensor]:
         """Inputs in `dtype`, a chunk's scores, maxima and candidates."""
         N, M = x_ND.shape[0], W_MD.shape[0]
-        x_ND, W_MD = x_ND.to(dtype), W_MD.to(dtype)
-        padded = -(-M // TRITON_BLOCK) * TRITON_BLOCK
-        rows = max(1, min(N, TRITON_CHUNK_BYTES // (padded * dtype.itemsize)))
-        scores, maxima = x_ND.new_empty(rows, padded), x_ND.new_empty(rows, padded // TRITON_GROUP)
+        x_ND, W_MD, b_M = x_ND.to(dtype), W_MD.to(dtype), b_M.to(dtype)
+        groups = -(-M // TRITON_GROUP)
+        rows = max(1, min(N, TRITON_CHUNK_BYTES // (groups * TRITON_GROUP * dtype.itemsize)))
+        scores = x_ND.new_empty(rows, groups * TRITON_GROUP)
         values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
+        found: tuple[Tensor, ...]
         if parts > 1:
-            eager.topk_in_parts(scores[:, :M], k, parts)
-        elif k < padded // TRITON_GROUP:
+            found = eager.topk_in_parts(scores[:, :M], k, parts)
+        elif k >= groups:
+            found = tuple(scores.topk(k, dim=-1))
+        else:
+            maxima = scores.new_empty(rows, groups)
             best_NK = maxima.topk(k, dim=-1, sorted=False).indices
             members = scores.view(rows, -1, TRITON_GROUP).gather(1, best_NK[:, :, None].expand(rows, k, TRITON_GROUP))
-            members.view(rows, -1).topk(k, dim=-1)
+            members += b_M.new_empty(groups, TRITON_GROUP)[best_NK]
+            found = tuple(members.view(rows, -1).topk(k, dim=-1))
+            group_NK = found[1] // TRITON_GROUP
+            best_NK.gather(1, group_NK) * TRITON_GROUP + (found[1] - group_NK * TRITON_GROUP)
+        del found
         return values_NK, indices_NK
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-        """The result only, as in the others."""
-        return x_ND.new_empty(indices_NK.shape)
+        """Its slices' products, and their sums."""
+        (N, K), slices = indices_NK.shape, -(-x_ND.shape[1] // TRITON_SLICE)
+        rows = min(N, max(1, TRITON_PARTIAL_BYTES // (4 * slices * max(1, K))))
+        out_NK = x_ND.new_empty(N, K)
+        x_ND.new_empty(slices, rows, K)
+        return out_NK
 
     def gather_sum(self, weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
         """`[N, D]`."""
