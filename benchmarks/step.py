@@ -10,7 +10,7 @@ A process warms up, times steps, and reads its own peak memory. Contestants:
 - saekit: as `saekit train` runs it; bf16 selects.
 - saekit fp32: fp32 selects, too.
 - sparsify: as its Trainer does a step with `optimizer="adam"` where bitsandbytes is missing (Adam of torch).
-- sparsify huge pages: the same with the allocator setting that `saekit train` makes for itself.
+- sparsify huge pages: the same with the allocator setting that `saekit train` makes for itself (on a CPU only).
 
 Ends with code 1 where saekit is less than the asked-for times as fast as sparsify, or takes more than half its memory.
 """
@@ -34,7 +34,13 @@ from safetensors.torch import save_file
 
 CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
 GPU_SIZES = ["4096,131072,64,8192"]
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+CONTESTANTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "saekit": ({}, {}),
+    "sparsify": ({}, {}),
+    "saekit fp32": ({"select_dtype": "fp32"}, {}),
+    "sparsify huge pages": ({}, {"THP_MEM_ALLOC_ENABLE": "1"}),
+}
+"""What each changes in the job, and in the environment."""
 MEMORY_LIMIT = 0.5
 console = Console()
 
@@ -45,6 +51,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="Processes per contestant and size.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps per process.", min=1)] = 7,
     at_least: Annotated[float | None, typer.Option(help="Times sparsify's tokens/s; 4 on a CPU, 2 on a GPU.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Of the contestants besides saekit and sparsify; repeatable.")
+    ] = None,
     peer: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
@@ -52,12 +61,13 @@ def main(
     python = peer_python(peer, console.print)
     at_least = at_least or (2.0 if gpu else 4.0)
     out = out or HERE / "results" / ("step_gpu.json" if gpu else "step.json")
+    names = only or [name for name in CONTESTANTS if not (gpu and name == "sparsify huge pages")]
     results = []
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))
         job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": steps, "bf16": gpu}
         job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": "auto", "moments_dtype": "fp32"}
-        results.append({"size": text, **measure(job, tokens, python, repeats)})
+        results.append({"size": text, **measure(job, tokens, python, repeats, names)})
         console.print(table(results[-1]))
     record = {
         "date": date.today().isoformat(),
@@ -80,21 +90,18 @@ def main(
         raise typer.Exit(1)
 
 
-def measure(job: dict[str, Any], tokens: int, peer: Path, repeats: int) -> dict[str, Any]:
-    """All contestants in turn, `repeats` times."""
+def measure(job: dict[str, Any], tokens: int, peer: Path, repeats: int, names: list[str]) -> dict[str, Any]:
+    """The named contestants in turn, `repeats` times; saekit and sparsify always."""
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="saekit-step-") as work:
         folder = Path(work)
         job = job | {"activations": str(folder / "x.safetensors")}
         save_file({"x": activations(tokens, job["d_in"])}, job["activations"])
-        theirs = "peers/sparsify_step.py"
         for _ in range(repeats):
-            for name, python, script, changes, env in (
-                ("saekit", sys.executable, "saekit_step.py", {}, {}),
-                ("sparsify", peer, theirs, {}, {}),
-                ("saekit fp32", sys.executable, "saekit_step.py", {"select_dtype": "fp32"}, {}),
-                ("sparsify huge pages", peer, theirs, {}, HUGE_PAGES),
-            ):
+            for name in dict.fromkeys(("saekit", "sparsify", *names)):
+                changes, env = CONTESTANTS[name]
+                theirs = name.startswith("sparsify")
+                python, script = (peer, "peers/sparsify_step.py") if theirs else (sys.executable, "saekit_step.py")
                 runs.setdefault(name, []).append(json_from(python, script, job | changes, folder, **env))
     contestants = {}
     for name, own in runs.items():

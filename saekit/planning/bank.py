@@ -155,11 +155,10 @@ class _TritonOps:
         else:
             maxima = scores.new_empty(rows, groups)
             best_NK = maxima.topk(k, dim=-1, sorted=False).indices
-            members = scores.view(rows, -1, TRITON_GROUP).gather(1, best_NK[:, :, None].expand(rows, k, TRITON_GROUP))
-            members += b_M.new_empty(groups, TRITON_GROUP)[best_NK]
-            found = tuple(members.view(rows, -1).topk(k, dim=-1))
+            members = scores.new_empty(rows, k * TRITON_GROUP)
+            found = tuple(members.topk(k, dim=-1))
             group_NK = found[1] // TRITON_GROUP
-            best_NK.gather(1, group_NK) * TRITON_GROUP + (found[1] - group_NK * TRITON_GROUP)
+            best_NK.gather(1, group_NK)
         del found
         return values_NK, indices_NK
 

@@ -22,7 +22,7 @@ class Launch:
 
 @pytest.fixture(autouse=True)
 def _without_launches(monkeypatch):
-    for name in ("_maxima", "_gather_dot", "_gather_sum", "_segment_sum"):
+    for name in ("_maxima", "_members", "_gather_dot", "_gather_sum", "_segment_sum"):
         monkeypatch.setattr(triton_ops, name, Launch())
 
 

@@ -53,7 +53,7 @@ def kernels(found, target):
 
 def test_every_kernel_is_launched(found, kernels):
     assert {kernel["name"] for kernel in kernels} == set(found["names"])
-    assert found["names"] == ["_gather_dot", "_gather_sum", "_maxima", "_segment_sum", "adam_rows"]
+    assert found["names"] == ["_gather_dot", "_gather_sum", "_maxima", "_members", "_segment_sum", "adam_rows"]
 
 
 def test_shared_memory_suffices(kernels, target):

@@ -2,7 +2,7 @@
 
 For CUDA devices of the Ampere generation or later (torch 2.11 to 2.13, Triton 3.6 to 3.9). They run in Triton's
 interpreter, where the tests hold them to the formulas, and are compiled for compute capabilities 8.0 to 10.0
-(tests/sae/test_triton_compiles.py). No GPU has run them yet: sizes of blocks are reasoned and not tuned.
+(tests/sae/test_triton_compiles.py). Sizes of blocks are the best of those tried on an H200 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +27,8 @@ GROUP = 32
 """Latents that have a maximum."""
 MAXIMA_BLOCK, MAXIMA_WARPS = 8192, 8
 """Scores that one program of `_maxima` reads, 32 a thread."""
+MEMBERS_BLOCK = 64
+"""Groups that one program of `_members` reads."""
 SLICE = 64
 """Columns that all tokens are done with before the next ones are read: those of 131,072 rows are 32 MiB and stay in the
 L2 cache of a data centre's GPU (40 MiB on an A100, 50 on an H100), so that memory is read once for all tokens."""
@@ -49,6 +50,18 @@ def _maxima(scores_ptr, b_ptr, maxima_ptr, M, padded_M, BLOCK: tl.constexpr, G: 
     maxima = tl.max(tl.reshape(scores, (BLOCK // G, G)), axis=1)
     g = tl.program_id(1) * (BLOCK // G) + tl.arange(0, BLOCK // G)
     tl.store(maxima_ptr + n * (padded_M // G) + g, maxima.to(maxima_ptr.dtype.element_ty), mask=g < padded_M // G)
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def _members(scores_ptr, b_ptr, groups_ptr, out_ptr, M, padded_M, K, BK: tl.constexpr, G: tl.constexpr):
+    """The scores of K groups of each token, rounded as they were for the maxima."""
+    n, k, g = tl.program_id(0).to(tl.int64), tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, G)
+    groups = tl.load(groups_ptr + n * K + k, mask=k < K, other=0)
+    m = groups[:, None] * G + g[None, :]
+    scores = tl.load(scores_ptr + n * padded_M + m, mask=m < M, other=float("-inf")).to(tl.float32)
+    scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)
+    at = (n * K + k)[:, None] * G + g[None, :]
+    tl.store(out_ptr + at, scores.to(out_ptr.dtype.element_ty), mask=k[:, None] < K)
 
 
 @triton.jit(do_not_specialize=["K", "nK"])
@@ -115,7 +128,6 @@ def topk(
     rows = max(1, min(N, CHUNK_BYTES // (padded * dtype.itemsize)))
     x_ND, W_MD, b_M = x_ND.to(dtype), W_MD.to(dtype), b_M.to(dtype)
     scores = x_ND.new_empty(rows, padded)
-    scores[:, M:] = float("-inf")
     values_NK = x_ND.new_empty(N, k)
     indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
     for start in range(0, N, rows):
@@ -135,19 +147,20 @@ def _topk_of_groups(scores_NM: Tensor, b_M: Tensor, k: int, in_order: bool) -> t
     (N, padded), M = scores_NM.shape, len(b_M)
     groups = padded // GROUP
     if k >= groups:
-        scores_NM[:, :M].add_(b_M)
-        return scores_NM.topk(k, dim=-1, sorted=in_order)
+        return scores_NM[:, :M].add_(b_M).topk(k, dim=-1, sorted=in_order)
     maxima_NG = scores_NM.new_empty(N, groups)
     block = _block(padded, MAXIMA_BLOCK)
     _maxima[(N, triton.cdiv(padded, block))](
         scores_NM, b_M, maxima_NG, M, padded, BLOCK=block, G=GROUP, num_warps=MAXIMA_WARPS, **OPTIONS
     )
     best_NK = maxima_NG.topk(k, dim=-1, sorted=False).indices
-    members = scores_NM.view(N, groups, GROUP).gather(1, best_NK[:, :, None].expand(N, k, GROUP))
-    members += F.pad(b_M, (0, padded - M)).view(groups, GROUP)[best_NK]
-    values_NK, at_NK = members.view(N, k * GROUP).topk(k, dim=-1, sorted=in_order)
+    members = scores_NM.new_empty(N, k * GROUP)
+    _members[(N, triton.cdiv(k, MEMBERS_BLOCK))](
+        scores_NM, b_M, best_NK, members, M, padded, k, BK=MEMBERS_BLOCK, G=GROUP, **OPTIONS
+    )
+    values_NK, at_NK = members.topk(k, dim=-1, sorted=in_order)
     group_NK = at_NK // GROUP
-    return values_NK, best_NK.gather(1, group_NK) * GROUP + (at_NK - group_NK * GROUP)
+    return values_NK, best_NK.gather(1, group_NK).sub_(group_NK).mul_(GROUP).add_(at_NK)
 
 
 @on_its_device
