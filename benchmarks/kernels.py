@@ -42,7 +42,8 @@ from saekit.training.optimizers import make_optimizer
 
 CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
 GPU_SIZES = ["4096,131072,64,8192"]
-STREAM_BYTES = 2**29
+STREAM_BYTES = {"cpu": 2**29, "cuda": 2**32}
+"""So many that on a GPU the launch does not count."""
 OPERATIONS = ("encode", "forward", "forward and backward", "step")
 console = Console()
 
@@ -111,7 +112,7 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
         "selects_in": str(selects).removeprefix("torch."),
         "tera_ops_selecting": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul that selects"]) / 1e12,
         "tera_ops_fp32": 2 * x_ND.numel() * num_latents / statistics.median(seconds["matmul fp32"]) / 1e12,
-        "gigabytes_per_second": 2 * STREAM_BYTES / statistics.median(seconds["stream"]) / 1e9,
+        "gigabytes_per_second": 2 * STREAM_BYTES[x_ND.device.type] / statistics.median(seconds["stream"]) / 1e9,
         "floor": {part: statistics.median(each[part] for each in floors) for part in floors[0]},
         "step_over_floor": spread([step / each["total"] for step, each in zip(seconds[fastest], floors, strict=True)]),
         "times_first": {
@@ -130,7 +131,7 @@ def machine(x_ND: torch.Tensor, num_latents: int, selects: torch.dtype) -> dict[
     """What the machine's rates are measured by: plain torch calls into memory that is there already."""
     tokens, d_in = x_ND.shape
     W_DM = torch.randn(num_latents, d_in, device=x_ND.device).t()
-    stream = torch.ones(STREAM_BYTES // 4, device=x_ND.device)
+    stream = torch.ones(STREAM_BYTES[x_ND.device.type] // 4, device=x_ND.device)
 
     def matmul(dtype: torch.dtype) -> Callable[[], object]:
         left, right = x_ND.to(dtype), W_DM.to(dtype)
@@ -163,7 +164,7 @@ def floor(
     parts = {
         "dense": matmul,
         "sparse": sparse * matmul32 / (2 * tokens * d_in * num_latents),
-        "memory": sum(moved.values()) * stream / (2 * STREAM_BYTES),
+        "memory": sum(moved.values()) * stream / (2 * STREAM_BYTES[x_ND.device.type]),
     }
     return {**parts, "total": sum(parts.values())}
 
