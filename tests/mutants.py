@@ -16,6 +16,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
+TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
@@ -37,6 +38,20 @@ FAULTS = [
         "self.W_dec) + self.b_dec, recon_ND\n",
         "self.W_dec) + self.b_dec, recon_ND.detach()\n",
     ),
+    (
+        "Triton: maxima without the bias",
+        TRITON_OPS,
+        "    scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)\n    # Of",
+        "    # Of",
+    ),
+    (
+        "Triton: members without the bias",
+        TRITON_OPS,
+        "    scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)\n    at",
+        "    at",
+    ),
+    ("Triton: each chunk's products where the first one's are", TRITON_OPS, "out=out_NK[some])", "out=out_NK[:rows])"),
+    ("the plan forgets products of slices", "saekit/planning/bank.py", "x_ND.new_empty(slices, rows, K)\n", "x_ND\n"),
     ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
     ("no candidate to spare", SPARSE, "min(each + spare, num_latents // parts)", "each"),
     ("large dimensions take all bits", TORCH_OPS, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
