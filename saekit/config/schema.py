@@ -88,8 +88,8 @@ class TrainConfig:
     )
     lr: float | None = option(
         None,
-        "Learning rate. By default adam and adam8bit 1.75e-3 / √(latents / 2¹⁴), signum 5e-3 / √(latents / 2¹⁴), "
-        "muon 2e-3.",
+        "Learning rate. By default adam and adam8bit 1.75e-3 / √(latents / 2¹⁴ · width / 128), signum 5e-3 / "
+        "√(latents / 2¹⁴), muon 2e-3.",
         panel=OPTIMIZER,
         gt=0,
     )
@@ -109,8 +109,8 @@ class TrainConfig:
     )
     encoder_bias_lr_ratio: float | None = option(
         None,
-        "The learning rate of the encoder's biases over that of its matrix, to let dead latents rise; 6 for adam and "
-        "adam8bit, else 1.",
+        "The learning rate of the encoder's biases over that of its matrix, to let dead latents rise; 6 √(width / 128) "
+        "for adam and adam8bit, else 1.",
         panel=OPTIMIZER,
         gt=0,
     )

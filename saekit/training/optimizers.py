@@ -17,30 +17,35 @@ from saekit.training.signum import ScheduleFreeSignum
 
 REFERENCE_LATENTS = 2**14
 """The dictionary size at which the default learning rates are quoted."""
+REFERENCE_WIDTH = 128
+"""The width of the residual stream at which Adam's are."""
 TRAINED_WEIGHTS = "trained"
 """Under this name the state holds the weights that gradients are taken at, where others are exported."""
 
 
-def base_lr(cfg: TrainConfig, num_latents: int) -> float:
+def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
     """`--lr`, or the optimiser's default for a dictionary of this size.
 
-    The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3).
+    The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3). Adam moves each number
+    by about the rate, which turns a row of norm 1 by the rate times √D: so that it turns as far whatever the width,
+    Adam's rate falls with the square root of D, too. Both are measured in docs/quality.md.
     """
     if cfg.lr is not None:
         return cfg.lr
     size = (num_latents / REFERENCE_LATENTS) ** 0.5
-    return {"adam": 1.75e-3 / size, "adam8bit": 1.75e-3 / size, "signum": 5e-3 / size, "muon": 2e-3}[cfg.optimizer]
+    adam = 1.75e-3 / size * (REFERENCE_WIDTH / d_in) ** 0.5
+    return {"adam": adam, "adam8bit": adam, "signum": 5e-3 / size, "muon": 2e-3}[cfg.optimizer]
 
 
-def rate_ratios(cfg: TrainConfig) -> tuple[float, float]:
+def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
     """The learning rates of the decoder and of `b_enc` over that of the encoder's matrix: as asked, or by default.
 
-    The defaults are measured for Adam alone (docs/quality.md).
+    The defaults are measured for Adam alone (docs/quality.md). A bias is one number, so its rate does not fall with D.
     """
     adam = cfg.optimizer in ("adam", "adam8bit")
+    default = 6 * (d_in / REFERENCE_WIDTH) ** 0.5 if adam else 1.0
     decoder = (4.0 if adam else 1.0) if cfg.decoder_lr_ratio is None else cfg.decoder_lr_ratio
-    biases = (6.0 if adam else 1.0) if cfg.encoder_bias_lr_ratio is None else cfg.encoder_bias_lr_ratio
-    return decoder, biases
+    return decoder, default if cfg.encoder_bias_lr_ratio is None else cfg.encoder_bias_lr_ratio
 
 
 def decays(cfg: TrainConfig) -> bool:
@@ -64,8 +69,8 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     Raises:
         UserError: If the optimiser's library is missing or too old.
     """
-    lr = base_lr(cfg, sae.num_latents)
-    to_decoder, to_biases = rate_ratios(cfg)
+    lr = base_lr(cfg, sae.num_latents, sae.d_in)
+    to_decoder, to_biases = rate_ratios(cfg, sae.d_in)
     betas = (BETA1, cfg.beta2)
     groups: list[dict[str, Any]] = [
         {"params": [sae.W_enc]},

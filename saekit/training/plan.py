@@ -77,7 +77,7 @@ class RunPlan:
     @cached_property
     def base_lr(self) -> float:
         """The learning rate that warm-up rises to."""
-        return base_lr(self.cfg, self.num_latents)
+        return base_lr(self.cfg, self.num_latents, self.d_in)
 
     def lr_scale(self, step: int) -> float:
         """Factor on `base_lr` in optimiser step `step`, which counts from 0."""
@@ -100,7 +100,7 @@ class RunPlan:
         Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
         for the next.
         """
-        to_decoder, to_biases = rate_ratios(self.cfg)
+        to_decoder, to_biases = rate_ratios(self.cfg, self.d_in)
         return {
             "lr": self.base_lr,
             "lr_warmup_steps": self.warmup,

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saekit import versions
+from saekit.config import TrainConfig
 from saekit.errors import SaveError, UserError
 from saekit.layout import INDEX_FILE, checkpoint_folders
 from saekit.placement import Placement
 from saekit.report import StepStats
 from saekit.training import checkpoint
+from saekit.training.optimizers import base_lr, rate_ratios
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState, records
 
@@ -56,13 +58,25 @@ def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[st
         kept: From its `config.yaml`, where what was left to a default that depends on the run does not stand.
         resolved: What such defaults came to then, from a checkpoint's index.
     """
-    if "max_norm_multiple" in kept:
-        return kept
-    options, formulas = list(BEFORE_THERE_WERE_OPTIONS), list(OLD_FORMULAS)
+    options, formulas = list(BEFORE_THERE_WERE_OPTIONS), [*OLD_FORMULAS]
     if "revive_alpha" in kept:  # the newest but for these
-        options, formulas = ["activation", "max_norm_multiple"], ["dead_feature_threshold"]
+        options, formulas = (
+            ["activation", "max_norm_multiple"],
+            ["dead_feature_threshold", *_other_rates(kept, resolved)],
+        )
+    if "max_norm_multiple" in kept:
+        options, formulas = [], _other_rates(kept, resolved)
     old = {name: BEFORE_THERE_WERE_OPTIONS[name] for name in options}
     return {**old, **{name: resolved[name] for name in formulas if name in resolved}, **kept}
+
+
+def _other_rates(kept: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
+    """Which rates today's formulas would choose otherwise."""
+    if not {"num_latents", "d_in"} <= resolved.keys():
+        return []
+    cfg, d_in = TrainConfig(optimizer=kept.get("optimizer", "adam")), resolved["d_in"]
+    today = {"lr": base_lr(cfg, resolved["num_latents"], d_in), "encoder_bias_lr_ratio": rate_ratios(cfg, d_in)[1]}
+    return [name for name, value in today.items() if resolved.get(name, value) != value]
 
 
 class Saver:

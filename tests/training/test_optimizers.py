@@ -31,9 +31,17 @@ def step_some(sae, optimizer, steps, seed):
 )
 def test_default_rates(name, expected):
     cfg = TrainConfig(optimizer=name)
-    assert base_lr(cfg, 2**14) == pytest.approx(expected)
-    assert base_lr(cfg, 2**16) == pytest.approx(expected if name == "muon" else expected / 2)
-    assert base_lr(TrainConfig(optimizer=name, lr=0.5), 2**16) == 0.5
+    assert base_lr(cfg, 2**14, 128) == pytest.approx(expected)
+    assert base_lr(cfg, 2**16, 128) == pytest.approx(expected if name == "muon" else expected / 2)
+    assert base_lr(cfg, 2**14, 512) == pytest.approx(expected / 2 if name.startswith("adam") else expected)
+    assert base_lr(TrainConfig(optimizer=name, lr=0.5), 2**16, 512) == 0.5
+
+
+@pytest.mark.parametrize("d_in", [32, 2048])
+def test_by_default_rows_turn_and_biases_move_as_far_whatever_the_width(d_in):
+    optimizer = make_optimizer(TrainConfig(), Sae(d_in, 64, 2)).optimizers[0]
+    W_enc, W_dec, b_enc, _ = (group["lr"] for group in optimizer.param_groups)
+    assert [W_enc * d_in**0.5, W_dec * d_in**0.5, b_enc] == pytest.approx([28e-3 * 2**3.5, 112e-3 * 2**3.5, 0.168])
 
 
 def test_adam_is_adam():
@@ -221,7 +229,7 @@ def test_rates_of_the_decoder_and_the_biases(name):
 
 def test_default_ratios_are_adams_alone():
     for name in ("adam", "adam8bit"):
-        assert rate_ratios(TrainConfig(optimizer=name)) == (4, 6)
-        assert rate_ratios(TrainConfig(optimizer=name, decoder_lr_ratio=1, encoder_bias_lr_ratio=2)) == (1, 2)
+        assert rate_ratios(TrainConfig(optimizer=name), 512) == (4, 12)
+        assert rate_ratios(TrainConfig(optimizer=name, decoder_lr_ratio=1, encoder_bias_lr_ratio=2), 512) == (1, 2)
     for name in ("signum", "muon"):
-        assert rate_ratios(TrainConfig(optimizer=name)) == (1, 1)
+        assert rate_ratios(TrainConfig(optimizer=name), 512) == (1, 1)

@@ -32,7 +32,7 @@ DEFAULTS = {
     "auxk_alpha": 0.0,
     "scale_biases": True,
     "decoder_lr_ratio": 4.0,
-    "encoder_bias_lr_ratio": 6.0,
+    "encoder_bias_lr_ratio": 6 * (16 / 128) ** 0.5,  # of the model below, whose width is 16
     "beta2": 0.95,
     "revive_alpha": 1e-4,
 }
@@ -98,5 +98,5 @@ def test_recipe(make_trainer, tiny_llama, tokens, recipe):
 
 def test_the_defaults_are_the_defaults():
     cfg = TrainConfig()
-    assert rate_ratios(cfg) == (DEFAULTS["decoder_lr_ratio"], DEFAULTS["encoder_bias_lr_ratio"])
+    assert rate_ratios(cfg, 16) == (DEFAULTS["decoder_lr_ratio"], DEFAULTS["encoder_bias_lr_ratio"])
     assert all(getattr(cfg, name) == value for name, value in DEFAULTS.items() if "ratio" not in name)

@@ -215,7 +215,7 @@ def test_what_the_defaults_came_to_is_kept_apart(make_trainer):
     checkpoint = make_trainer(lr=None, lr_warmup_steps=None).fit()
     index = json.loads((checkpoint / "checkpoint.json").read_text())
     assert "lr" not in index["config"]
-    assert index["resolved"]["lr"] == pytest.approx(1.75e-3 * (2**14 / 64) ** 0.5)
+    assert index["resolved"]["lr"] == pytest.approx(1.75e-3 * (2**14 / 64 * 128 / 16) ** 0.5)
     assert index["resolved"] == {**index["resolved"], "lr_warmup_steps": 2, "num_latents": 64, "d_in": 16}
 
 
@@ -280,3 +280,13 @@ def test_options_that_an_old_run_does_not_name_are_what_they_were():
     assert with_old_defaults(new, resolved) == expected, "a ratio that it leaves to the optimiser's default is not 1"
     newest = {**new, "max_norm_multiple": 10.0}
     assert with_old_defaults(newest, resolved) == newest
+
+
+def test_rates_that_another_formula_has_chosen_stay_as_they_were(make_trainer):
+    checkpoint = make_trainer(lr=None).fit()
+    index = json.loads((checkpoint / "checkpoint.json").read_text())
+    kept, resolved = index["config"], index["resolved"]
+    assert with_old_defaults(kept, resolved) == kept
+    before = {**resolved, "lr": 1.75e-3 * (2**14 / 64) ** 0.5, "encoder_bias_lr_ratio": 6.0}  # of any width
+    rates = {name: before[name] for name in ("lr", "encoder_bias_lr_ratio")}
+    assert with_old_defaults(kept, before) == {**kept, **rates}
