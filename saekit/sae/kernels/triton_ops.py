@@ -42,6 +42,7 @@ SEGMENT_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["M"])
 def _maxima(scores_ptr, b_ptr, maxima_ptr, M, padded_M, BLOCK: tl.constexpr, G: tl.constexpr):
+    """The largest of each group of scores, with the bias."""
     n, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scores = tl.load(scores_ptr + n * padded_M + m, mask=m < M, other=float("-inf")).to(tl.float32)
     scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)
@@ -93,6 +94,7 @@ def _gather_sum(weights_ptr, indices_ptr, w_ptr, out_ptr, K, D, BK: tl.constexpr
 
 @triton.jit
 def _segment_sum(weights_ptr, tokens_ptr, starts_ptr, rows_ptr, out_ptr, D, BP: tl.constexpr, BD: tl.constexpr):
+    """A block of columns of one latent's sum."""
     m, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     end = tl.load(starts_ptr + m + 1)
     sums = tl.zeros((BP, BD), dtype=tl.float32)
@@ -114,7 +116,7 @@ def topk(
 
     The matmul is torch's. The `k` largest lie in the `k` groups with the largest maxima, which one pass over the
     scores finds; behind it `k` groups per token are read again. The maxima could come out of a matmul of our own while
-    its tiles are in registers, but the best of those took more time (docs/performance.md) than this pass.
+    its tiles are in registers, but the best of those took longer than torch's and this pass (docs/performance.md).
     Among equal scores any may be chosen. They come largest first if `in_order`.
 
     With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part; the groups
