@@ -28,12 +28,13 @@ def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
 
     The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3). Adam moves each number
     by about the rate, which turns a row of norm 1 by the rate times √D: so that it turns as far whatever the width,
-    Adam's rate falls with the square root of D, too. Both are measured in docs/quality.md.
+    Adam's rate falls with the square root of D, too. BatchTopK's is twice TopK's. All three are measured in
+    docs/quality.md.
     """
     if cfg.lr is not None:
         return cfg.lr
     size = (num_latents / REFERENCE_LATENTS) ** 0.5
-    adam = 1.75e-3 / size * (REFERENCE_WIDTH / d_in) ** 0.5
+    adam = 1.75e-3 / size * (REFERENCE_WIDTH / d_in) ** 0.5 * (2 if cfg.sae.activation == "batchtopk" else 1)
     return {"adam": adam, "adam8bit": adam, "signum": 5e-3 / size, "muon": 2e-3}[cfg.optimizer]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saekit import versions
-from saekit.config import TrainConfig
+from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import SaveError, UserError
 from saekit.layout import INDEX_FILE, checkpoint_folders
 from saekit.placement import Placement
@@ -74,7 +74,8 @@ def _other_rates(kept: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
     """Which rates today's formulas would choose otherwise."""
     if not {"num_latents", "d_in"} <= resolved.keys():
         return []
-    cfg, d_in = TrainConfig(optimizer=kept.get("optimizer", "adam")), resolved["d_in"]
+    sae, d_in = SaeConfig(activation=kept.get("activation", "topk")), resolved["d_in"]
+    cfg = TrainConfig(sae=sae, optimizer=kept.get("optimizer", "adam"))
     today = {"lr": base_lr(cfg, resolved["num_latents"], d_in), "encoder_bias_lr_ratio": rate_ratios(cfg, d_in)[1]}
     return [name for name, value in today.items() if resolved.get(name, value) != value]
 

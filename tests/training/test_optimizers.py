@@ -1,9 +1,10 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from saekit import Sae, TrainConfig
+from saekit import Sae, SaeConfig, TrainConfig
 from saekit.sae import normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels import eager, torch_ops
 from saekit.sae.kernels.eager import row_norms
@@ -34,6 +35,8 @@ def test_default_rates(name, expected):
     assert base_lr(cfg, 2**14, 128) == pytest.approx(expected)
     assert base_lr(cfg, 2**16, 128) == pytest.approx(expected if name == "muon" else expected / 2)
     assert base_lr(cfg, 2**14, 512) == pytest.approx(expected / 2 if name.startswith("adam") else expected)
+    batchtopk = replace(cfg, sae=SaeConfig(activation="batchtopk"))
+    assert base_lr(batchtopk, 2**14, 128) == pytest.approx(2 * expected if name.startswith("adam") else expected)
     assert base_lr(TrainConfig(optimizer=name, lr=0.5), 2**16, 512) == 0.5
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from saekit import UserError
+from saekit import SaeConfig, UserError
 from saekit.errors import Interrupted, SaveError
 from saekit.training.recovery import read_index
 from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
@@ -282,8 +282,9 @@ def test_options_that_an_old_run_does_not_name_are_what_they_were():
     assert with_old_defaults(newest, resolved) == newest
 
 
-def test_rates_that_another_formula_has_chosen_stay_as_they_were(make_trainer):
-    checkpoint = make_trainer(lr=None).fit()
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_rates_that_another_formula_has_chosen_stay_as_they_were(make_trainer, activation):
+    checkpoint = make_trainer(lr=None, sae=SaeConfig(num_latents=64, k=4, activation=activation)).fit()
     index = json.loads((checkpoint / "checkpoint.json").read_text())
     kept, resolved = index["config"], index["resolved"]
     assert with_old_defaults(kept, resolved) == kept
