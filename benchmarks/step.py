@@ -58,10 +58,12 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
     """Measure steps."""
+    names = only or [name for name in CONTESTANTS if not (gpu and name == "sparsify huge pages")]
+    if unknown := set(names) - CONTESTANTS.keys():
+        raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: there are {', '.join(CONTESTANTS)}")
     python = peer_python(peer, console.print)
     at_least = at_least or (2.0 if gpu else 4.0)
     out = out or HERE / "results" / ("step_gpu.json" if gpu else "step.json")
-    names = only or [name for name in CONTESTANTS if not (gpu and name == "sparsify huge pages")]
     results = []
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))
