@@ -31,7 +31,7 @@ MEMBERS_BLOCK = 64
 """Groups that one program of `_members` reads."""
 SLICE = 64
 """Columns that all tokens are done with before the next ones are read: those of 131,072 rows are 32 MiB and fit into
-the L2 cache of a data centre's GPU (40 MiB on an A100, 50 on an H100), so that memory need not be read for each token."""
+the L2 cache of a data centre's GPU (40 MiB on an A100, 50 on an H100): memory need not be read for each token."""
 ROWS = 16
 """That one program reads at a time of a slice."""
 PARTIAL_BYTES = 2**28
