@@ -106,6 +106,15 @@ def test_next_previous_and_layers_by_key(open_page):
     assert page.locator("#feature .contexts li").count() > 0
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.999])
+def test_a_random_latent_is_never_the_one_shown(open_page, chance):
+    page = open_page()
+    page.evaluate("chance => { Math.random = () => chance; }", chance)
+    press(page, "r")  # the first of the choices, or the last: it would be chosen again
+    press(page, "r")
+    assert page.locator("#feature .contexts li").count() > 0
+
+
 def test_from_the_last_to_the_first(open_page):
     page = open_page("#layers.0/255")
     press(page, "j")

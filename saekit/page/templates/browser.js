@@ -59,8 +59,11 @@ async function otherLayer(by) {
 
 async function anyLatent() {
   const { latents, counts } = await layerAt(shown.layer);
-  const alive = [...latents.values.keys()].filter((place) => counts.values[place] > 0);
-  await go(shown.layer, latents.values[(alive.length ? alive : [0])[Math.floor(Math.random() * (alive.length || 1))]]);
+  // Never the one that is shown: a key that changes nothing looks broken.
+  const others = [...latents.values.keys()].filter(
+    (place) => counts.values[place] > 0 && latents.values[place] !== shown.latent,
+  );
+  if (others.length) await go(shown.layer, latents.values[others[Math.floor(Math.random() * others.length)]]);
 }
 
 // ---- one latent
