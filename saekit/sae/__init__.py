@@ -4,8 +4,9 @@ Shape suffixes here and in the rest of the package: N tokens, D model width, M l
 T positions. `x_ND` is a tensor of N rows and D columns.
 """
 
+from saekit.sae.decoder import normalize_decoder_, project_decoder_gradient_
 from saekit.sae.losses import Losses, sae_losses
-from saekit.sae.model import Sae, normalize_decoder_, project_decoder_gradient_
+from saekit.sae.model import Sae
 from saekit.sae.output import Encoded, SaeOutput
 from saekit.sae.saelens import save_as_saelens
 

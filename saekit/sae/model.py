@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.sae.kernels import Kernels, default_kernels
-from saekit.sae.kernels.eager import keep_above, row_norms
+from saekit.sae.kernels.eager import keep_above, unit_rows
 from saekit.sae.output import Encoded, SaeOutput
 
 ACTIVATIONS = ("topk", "batchtopk", "groupmax")
@@ -286,27 +286,3 @@ def around(tensors: Mapping[str, Tensor], **sizes: Any) -> Sae:
     sae = without_memory(**sizes)
     sae.load_state_dict(dict(tensors), assign=True)
     return sae
-
-
-def unit_rows(W_MD: Tensor) -> Tensor:
-    """`W` with every row scaled to norm 1; a zero row stays zero."""
-    return W_MD / row_norms(W_MD)
-
-
-@torch.no_grad()
-def normalize_decoder_(sae: Sae) -> None:
-    """Scale the rows of `W_dec` to norm 1, in place."""
-    sae.W_dec.div_(row_norms(sae.W_dec))
-
-
-@torch.no_grad()
-def project_decoder_gradient_(sae: Sae) -> None:
-    """Take the part parallel to each decoder row out of its gradient, in place.
-
-    Renormalising would undo a step along the row anyway; without the projection that part would still enter Adam's
-    moments (Bricken et al. 2023, "Towards Monosemanticity", appendix on training; Gao et al. 2024 do the same).
-    """
-    grad_MD = sae.W_dec.grad
-    if grad_MD is not None:
-        unit_MD = unit_rows(sae.W_dec)
-        grad_MD.sub_((grad_MD * unit_MD).sum(dim=1, keepdim=True) * unit_MD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saekit.config import TrainConfig
 from saekit.errors import UserError
 from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
-from saekit.sae.model import unit_rows
+from saekit.sae.kernels.eager import unit_rows
 from saekit.training.adam import BETA1, SaeAdam
 from saekit.training.signum import ScheduleFreeSignum
 

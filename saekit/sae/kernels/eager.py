@@ -172,3 +172,8 @@ def round_stochastically(values: Tensor, noise: Tensor, step: int) -> Tensor:
 def row_norms(W_MD: Tensor) -> Tensor:
     """Norms of the rows, `[M, 1]`, at least the smallest normal number, so that they can be divided by."""
     return W_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_MD.dtype).tiny)
+
+
+def unit_rows(W_MD: Tensor) -> Tensor:
+    """`W` with every row scaled to norm 1; a zero row stays zero."""
+    return W_MD / row_norms(W_MD)

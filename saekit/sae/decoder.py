@@ -1,0 +1,27 @@
+"""Keeping decoder rows at norm 1: the part of the gradient that would leave it, and scaling back."""
+
+from __future__ import annotations
+
+import torch
+
+from saekit.sae.kernels.eager import row_norms, unit_rows
+from saekit.sae.model import Sae
+
+
+@torch.no_grad()
+def normalize_decoder_(sae: Sae) -> None:
+    """Scale the rows of `W_dec` to norm 1, in place."""
+    sae.W_dec.div_(row_norms(sae.W_dec))
+
+
+@torch.no_grad()
+def project_decoder_gradient_(sae: Sae) -> None:
+    """Take the part parallel to each decoder row out of its gradient, in place.
+
+    Renormalising would undo a step along the row anyway; without the projection that part would still enter Adam's
+    moments (Bricken et al. 2023, "Towards Monosemanticity", appendix on training; Gao et al. 2024 do the same).
+    """
+    grad_MD = sae.W_dec.grad
+    if grad_MD is not None:
+        unit_MD = unit_rows(sae.W_dec)
+        grad_MD.sub_((grad_MD * unit_MD).sum(dim=1, keepdim=True) * unit_MD)
