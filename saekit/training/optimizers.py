@@ -12,7 +12,7 @@ from saekit.config import TrainConfig
 from saekit.errors import UserError
 from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels.eager import unit_rows
-from saekit.training.adam import BETA1, SaeAdam
+from saekit.training.adam import BETA1, EPS, SaeAdam
 from saekit.training.signum import ScheduleFreeSignum
 
 REFERENCE_LATENTS = 2**14
@@ -65,7 +65,7 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     Args:
         cfg: How to train.
         sae: The SAE.
-        input_scale: By which the biases' learning rate is multiplied.
+        input_scale: By which the biases' learning rate is multiplied, and Adam's ε divided.
 
     Raises:
         UserError: If the optimiser's library is missing or too old.
@@ -73,11 +73,12 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     lr = base_lr(cfg, sae.num_latents, sae.d_in)
     to_decoder, to_biases = rate_ratios(cfg, sae.d_in)
     betas = (BETA1, cfg.beta2)
+    eps = EPS / input_scale  # the biases' gradients have the inverse of their unit
     groups: list[dict[str, Any]] = [
         {"params": [sae.W_enc]},
         {"params": [sae.W_dec], "lr": lr * to_decoder},
-        {"params": [sae.b_enc], "lr": lr * to_biases * input_scale},
-        {"params": [sae.b_dec], "lr": lr * input_scale},
+        {"params": [sae.b_enc], "lr": lr * to_biases * input_scale, "eps": eps},
+        {"params": [sae.b_dec], "lr": lr * input_scale, "eps": eps},
     ]
     if cfg.optimizer == "adam":
         unit_rows = [sae.W_dec] if sae.normalize_decoder else []

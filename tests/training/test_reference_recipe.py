@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from saekit import Sae, TrainConfig
 from saekit.activations import tap
+from saekit.training.forward import Forward
 from saekit.training.optimizers import rate_ratios
 from tests.training.conftest import CTX_LEN
 
@@ -100,3 +101,21 @@ def test_the_defaults_are_the_defaults():
     cfg = TrainConfig()
     assert rate_ratios(cfg, 16) == (DEFAULTS["decoder_lr_ratio"], DEFAULTS["encoder_bias_lr_ratio"])
     assert all(getattr(cfg, name) == value for name, value in DEFAULTS.items() if "ratio" not in name)
+
+
+@pytest.mark.parametrize("unit", [1 / 64, 64.0])
+def test_activations_in_another_unit_train_the_same_sae(make_trainer, tokens, monkeypatch, unit):
+    recipe = {"dead_feature_threshold": THRESHOLD, "shuffle": False, "kernels": "eager"}
+    data = tokens.select(range(8 * STEPS))
+    plain = Sae.load_many(make_trainer(data=data, **recipe).fit())
+    run = Forward._run
+    monkeypatch.setattr(Forward, "_run", lambda self, ids: {name: x_ND * unit for name, x_ND in run(self, ids).items()})
+    scaled = Sae.load_many(make_trainer(data=data, run_name="scaled", **recipe).fit())
+    assert plain.keys() == scaled.keys()
+    for hookpoint, sae in plain.items():
+        assert scaled[hookpoint].max_norm == pytest.approx(sae.max_norm * unit)
+        for name, expected in sae.named_parameters():
+            factor = unit if name.startswith("b_") else 1.0
+            torch.testing.assert_close(
+                scaled[hookpoint].get_parameter(name), expected * factor, rtol=1e-4, atol=1e-5 * factor
+            )
