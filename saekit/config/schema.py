@@ -42,7 +42,10 @@ class TrainConfig:
     )
     init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
     finetune: Path | None = option(
-        None, "Start from the SAEs in this run, checkpoint or folder instead of random ones.", panel=SAE
+        None,
+        "Start from the SAEs in this run, checkpoint or folder instead of random ones; this run's options say how "
+        "latents are chosen.",
+        panel=SAE,
     )
 
     batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)

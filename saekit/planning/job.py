@@ -74,6 +74,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
     if backend == "eager":
         select_dtype = "fp32"
+    if select_dtype == "int8" and (machine.on_gpu or backend == "triton"):
+        raise UserError("--select-dtype int8 is for CPUs; on a GPU choose bf16")
     lm = language_model_cost(
         shape,
         list(layers),

@@ -17,6 +17,8 @@ from saekit.report.jsonl import plain
 
 Show = Callable[[Any], str]
 Both = tuple[float | None, float | None]
+ALIKE = 0.1
+"""Limits of length from two first batches differ by less than this part of them."""
 
 
 def render(comparison: Comparison, console: Console) -> None:
@@ -113,10 +115,15 @@ def _legend(comparison: Comparison, with_evaluation: bool) -> str:
         f"Shared: latents whose decoder row has a cosine of {SHARED_COSINE} or more with one of the other's; "
         "in brackets the mean of the largest cosines.",
     ]
-    if any((layer.first.max_norm is None) != (layer.second.max_norm is None) for layer in comparison.layers):
-        sentences.append(
-            "Only one of them leaves out long activations (max_norm): where there are any, FVUs say little."
-        )
+    if any(_others_left_out(layer.first.max_norm, layer.second.max_norm) for layer in comparison.layers):
+        sentences.append("They leave out other long activations (max_norm): where there are any, FVUs say little.")
     if not with_evaluation:
         sentences.append("With saekit eval of both, what they cost the language model is compared, too.")
     return " ".join(sentences)
+
+
+def _others_left_out(first: float | None, second: float | None) -> bool:
+    """Whether two limits of length differ by more than two first batches make them differ."""
+    if first is None or second is None:
+        return first is not second
+    return abs(first - second) > ALIKE * max(first, second)

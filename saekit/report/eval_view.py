@@ -24,6 +24,14 @@ def render(record: Mapping[str, Any], console: Console) -> None:
 
 def tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
     """The layers' reconstructions, and what they cost the language model."""
+    shown = _IfThereIsRoom(_reconstructions(record), _reconstructions(record, brief=True))
+    if record["together"] is None:
+        return (shown,)
+    return shown, Text(), _IfThereIsRoom(_grafted(record), _grafted(record, brief=True))
+
+
+def _reconstructions(record: Mapping[str, Any], brief: bool = False) -> Table:
+    """What is explained; in brief, only the FVU stands with its interval."""
     layers = record["layers"]
     left_out = [_too_long(record, layer["reconstruction"]) for layer in layers]
     shown = _table(
@@ -34,15 +42,13 @@ def tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
         shown.add_row(
             layer["hookpoint"],
             _number(own["fvu"], bold=True),
-            _number(own["explained_variance"]),
-            _number(own["cosine"]),
-            _number(own["l0"], 1),
+            _number(own["explained_variance"], brief=brief),
+            _number(own["cosine"], brief=brief),
+            _number(own["l0"], 1, brief=brief),
             units.percent(own["dead"] / own["num_latents"]),
             *([units.percent(share)] if any(left_out) else []),
         )
-    if record["together"] is None:
-        return (shown,)
-    return shown, Text(), _IfThereIsRoom(_grafted(record), _grafted(record, brief=True))
+    return shown
 
 
 def _too_long(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:

@@ -224,4 +224,5 @@ def _layer_record(layer: LayerStats) -> dict[str, float | int | None]:
         "loss": finite(layer.loss),
         "auxk_loss": finite(layer.auxk_loss),
         "multi_topk_fvu": finite(layer.multi_topk_fvu),
+        "too_long": finite(layer.too_long),
     }

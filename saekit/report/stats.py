@@ -30,6 +30,8 @@ class LayerStats:
     """The AuxK term before its weight, in the same units; 0 when no latent was dead."""
     multi_topk_fvu: float | None = None
     """FVU of the reconstruction from 4k latents; None without Multi-TopK."""
+    too_long: float = 0.0
+    """Share of the tokens whose activations are longer than `max_norm_multiple` allows, which trained nothing."""
 
     @property
     def dead_fraction(self) -> float:
@@ -149,7 +151,7 @@ class RunInfo:
     kernels: str = "eager"
     """What computes the SAEs: eager, cpu or triton."""
     select_dtype: str = "fp32"
-    """In what precision latents are selected: fp32 or bf16."""
+    """In what precision latents are selected: fp32, bf16 or int8."""
     eval_every: int | None = None
     """Optimiser steps between evaluations; None without."""
     activation: str = "topk"

@@ -80,6 +80,7 @@ def metrics(stats: StepStats) -> dict[str, float | int]:
         flat[f"l0/{hookpoint}"] = layer.l0
         flat[f"loss/{hookpoint}"] = layer.loss
         flat[f"auxk/{hookpoint}"] = layer.auxk_loss
+        flat[f"too_long/{hookpoint}"] = layer.too_long
         if layer.multi_topk_fvu is not None:
             flat[f"multi_topk_fvu/{hookpoint}"] = layer.multi_topk_fvu
     return flat

@@ -1,4 +1,4 @@
-"""Keeping decoder rows at norm 1: the part of the gradient that would leave it, and scaling back."""
+"""Keeping decoder rows at norm 1: the part of the gradient that would leave it, scaling back, and what was not so."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ def project_decoder_gradient_(sae: Sae) -> None:
     if grad_MD is not None:
         unit_MD = unit_rows(sae.W_dec)
         grad_MD.sub_((grad_MD * unit_MD).sum(dim=1, keepdim=True) * unit_MD)
+
+
+@torch.no_grad()
+def give_encoder_the_norms_(sae: Sae) -> None:
+    """Scale the rows of `W_dec` to norm 1, and the encoder's by as much in the other direction, in place.
+
+    What each latent adds to the reconstruction stays the same: `z_m W_dec[m]`. Which are the k largest may change. A
+    zero row stays zero, and its latent as it is.
+    """
+    norms_M1 = row_norms(sae.W_dec)
+    scale_M1 = torch.where(sae.W_dec.any(dim=1, keepdim=True), norms_M1, 1.0)
+    sae.W_dec.div_(norms_M1)
+    sae.W_enc.mul_(scale_M1)
+    sae.b_enc.mul_(scale_M1.squeeze(1))

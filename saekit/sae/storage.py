@@ -96,7 +96,8 @@ def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
         num_latents=num_latents,
         k=config["k"],
         normalize_decoder=config.get("normalize_decoder", True),
-        multi_topk=config.get("multi_topk", False),
+        # Only training looks at it, and only a TopK SAE's; sparsify writes it for others, too.
+        multi_topk=config.get("multi_topk", False) and config.get("activation", "topk") == "topk",
         threshold=config["threshold"] if config.get("activation") == "batchtopk" else None,
         groupmax=config.get("activation") == "groupmax",
         max_norm=config.get("max_norm"),

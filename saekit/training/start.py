@@ -11,7 +11,8 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report.units import percent
 from saekit.sae import Sae
-from saekit.sae.kernels.eager import decode, encode_topk
+from saekit.sae.kernels.eager import encode_topk
+from saekit.sae.kernels.torch_ops import gather_sum
 from saekit.training.forward import Forward
 from saekit.training.plan import RunPlan
 from saekit.training.state import Calibration, calibration
@@ -152,6 +153,7 @@ def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
         rows_RD: `[R, D]`, float32: activations of R tokens.
     """
     x_RD = rows_RD - sae.b_dec
-    y_RD = decode(*encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k, parts=sae.parts), sae.W_dec)
+    acts_RK, indices_RK = encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k, parts=sae.parts)
+    y_RD = gather_sum(acts_RK, indices_RK, sae.W_dec)  # without an [R, K, D] tensor
     fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     sae.W_enc.copy_(sae.W_dec * (fit or 1.0))

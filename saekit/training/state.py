@@ -13,6 +13,7 @@ from torch import Tensor
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
+from saekit.sae.decoder import give_encoder_the_norms_
 from saekit.sae.storage import find_sae_folders, load_from_disk
 from saekit.training.checkpoint import LayerRecord
 from saekit.training.counters import LayerCounters
@@ -73,14 +74,20 @@ def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
     return fresh
 
 
-def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:
+def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
     """Replace the weights of a fresh SAE by those of an earlier one, in place.
+
+    Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
+    latent adds to the reconstruction stays, and the first optimiser step does not change it at one blow.
 
     Args:
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
         hookpoint: Whose SAE it is.
         sae: The fresh one.
         alone: Whether the bank has this layer only.
+
+    Returns:
+        The earlier one, as it is in its file.
 
     Raises:
         UserError: If the SAE is missing there, is damaged or has another size.
@@ -97,6 +104,9 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> None:
                 f"this run {sae.num_latents} for width {sae.d_in}"
             )
         sae.load_state_dict(source.state_dict())
+        if sae.normalize_decoder:
+            give_encoder_the_norms_(sae)
+        return source
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--finetune {path}: {error}") from error
 

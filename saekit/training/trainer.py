@@ -20,6 +20,7 @@ from saekit.errors import Interrupted, SaveError, UserError
 from saekit.files import write_at_once
 from saekit.placement import Placement, Single
 from saekit.report import JsonlReporter, Reporter, Reporters, terminal_reporter, tracker_reporter
+from saekit.report.units import active
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.counters import LayerCounters
@@ -226,6 +227,7 @@ class SaeTrainer:
         else:
             run.calibration = state.read_calibration(found.folder, plan.hookpoints)
         scales: dict[Sae, float] = {}
+        earlier: set[str] = set()
 
         def make_sae(hookpoint: str) -> Sae:
             sae = state.new_sae(plan, hookpoint)
@@ -236,7 +238,8 @@ class SaeTrainer:
             if rows_RD is not None and cfg.init == "fit":
                 fit_encoder_(sae, rows_RD)
             if found is None and cfg.finetune is not None:
-                state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
+                source = state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
+                earlier.add(active(source.k, source.activation))
             if rows_RD is not None:
                 fit_threshold_(sae, rows_RD, run.calibration[hookpoint].rms)
             scales[sae] = run.calibration[hookpoint].rms if cfg.scale_biases else 1.0
@@ -244,6 +247,9 @@ class SaeTrainer:
 
         # What a placement makes later, to put a sharded layer together, takes no step: its rate does not matter.
         placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae, scales.get(sae, 1.0)))
+        own = active(cfg.sae.k, cfg.sae.activation)
+        if earlier - {own}:
+            self.report.status(f"Warning: the SAEs of --finetune have k {', '.join(sorted(earlier))}, this run k {own}")
         for name in placement.layers():
             run.counters[name] = LayerCounters.fresh(plan.num_latents, placement.device)
             variance = run.calibration[name].variance

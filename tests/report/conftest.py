@@ -61,7 +61,13 @@ def make_stats() -> Callable[..., StepStats]:
             memory_bytes=3 * 2**30,
             layers={
                 name: LayerStats(
-                    fvu=fvu + i / 100, l0=31.5, dead=41 * i, num_latents=4096, loss=0.6, auxk_loss=0.8 if i else 0.0
+                    fvu=fvu + i / 100,
+                    l0=31.5,
+                    dead=41 * i,
+                    num_latents=4096,
+                    loss=0.6,
+                    auxk_loss=0.8 if i else 0.0,
+                    too_long=0.004,
                 )
                 for i, name in enumerate(names)
             },

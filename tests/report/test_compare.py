@@ -51,6 +51,19 @@ def pair(tmp_path):
     return tmp_path / "a", tmp_path / "b"
 
 
+@pytest.mark.parametrize(
+    ("limits", "warned"),
+    [((None, None), False), ((10.0, None), True), ((10.0, 10.5), False), ((10.0, 30.0), True)],
+)
+def test_other_limits_of_length_are_pointed_out(pair, capsys, limits, warned):
+    for folder, limit in zip(pair, limits, strict=True):
+        file = folder / "layers.1" / "cfg.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config if limit is None else {**config, "max_norm": limit}))
+    comparison = compare(*(inspect_path(folder) for folder in pair))
+    assert ("other long activations" in shown(comparison, capsys)) == warned
+
+
 def shown(comparison, capsys):
     from rich.console import Console
 

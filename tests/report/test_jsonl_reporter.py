@@ -48,7 +48,7 @@ def test_record(path, make_info, make_stats):
 
 
 def layer(**numbers):
-    return {"l0": 31.5, "num_latents": 4096, "loss": 0.6, "multi_topk_fvu": None, **numbers}
+    return {"l0": 31.5, "num_latents": 4096, "loss": 0.6, "multi_topk_fvu": None, "too_long": 0.004, **numbers}
 
 
 def test_a_fresh_run_starts_an_empty_file(path, make_info, make_stats):

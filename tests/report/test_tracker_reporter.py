@@ -67,6 +67,7 @@ def test_metric_names(make_stats):
     assert flat["dead_pct/layers.1"] == pytest.approx(100 * 41 / 4096)
     assert flat["fvu_mean"] == pytest.approx(0.505)
     assert flat["tokens_per_second"] == 12_345.6
+    assert flat["too_long/layers.0"] == 0.004
     assert "multi_topk_fvu/layers.1" not in flat
     assert all(isinstance(value, (int, float)) for value in flat.values())
 

@@ -136,6 +136,9 @@ def test_round_trip(tmp_path):
     torch.testing.assert_close(loaded(x).recon, sae(x).recon)
     assert Sae(**loaded.sizes()).groupmax
     assert "groupmax" in repr(loaded)
+    # sparsify can have both, and looks at the second only while it trains.
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, "multi_topk": True}))
+    torch.testing.assert_close(Sae.load_from_disk(tmp_path).double()(x).recon, sae(x).recon)
 
 
 def test_saelens_has_none(tmp_path):

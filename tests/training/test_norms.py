@@ -1,6 +1,7 @@
 """Tokens whose activations are far longer than the others': what is left out, and that nothing else changes."""
 
 import copy
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -124,12 +125,17 @@ def test_what_is_reported_is_of_the_others(with_sinks, tokens):
     fired = int(tensors_of(folder)["layers.1/state/fire_count"].sum())
     assert 3.5 * others < fired <= 4 * others
     assert all(3.5 < layer.l0 <= 4 for stats in watcher.steps for layer in stats.layers.values())
+    sinks = int((ids == SINK).sum())
+    shares = [[stats.layers[name].too_long for stats in watcher.steps] for name in watcher.steps[0].layers]
+    assert shares[0] == shares[1] == shares[2]
+    assert statistics.fmean(shares[0]) == pytest.approx(sinks / (sinks + others), rel=0.05)
     said = [message for message in watcher.said if "--max-norm-multiple" in message]
     assert len(said) == 1
     assert said[0].endswith("and some of 3 of 3 layers")
     blind = Recorder()
     with_sinks("blind", reporter=blind, max_norm_multiple=0).fit()
     assert not any("--max-norm-multiple" in message for message in blind.said)
+    assert not any(layer.too_long for stats in blind.steps for layer in stats.layers.values())
     name = "layers.1"  # sinks are alike: with them nearly all of the variance is explained by one latent
     assert blind.steps[-1].layers[name].fvu < 0.5 * watcher.steps[-1].layers[name].fvu
 
