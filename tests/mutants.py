@@ -322,6 +322,14 @@ FAULTS = [
         "pass",
     ),
     ("an overflow in the first batch is left out", "saekit/training/start.py", "if finite and any(", "if any("),
+    ("finetuning forgets how long decoder rows were", "saekit/sae/decoder.py", "sae.W_enc.mul_(scale_M1)", "pass"),
+    ("ε is the same in any unit", "saekit/training/optimizers.py", "EPS / input_scale", "EPS"),
+    (
+        "what is too long is counted as nothing",
+        "saekit/training/statistics.py",
+        "_ratio(of_all - tokens, of_all)",
+        "0.0",
+    ),
     (
         "a token that is left out is near the threshold",
         "saekit/sae/output.py",
