@@ -18,7 +18,7 @@ from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.planning.language_model import LmCost, language_model_cost
 from saekit.planning.machine import Machine
-from saekit.sae.kernels import has_fast_bf16, has_fast_int8
+from saekit.sae.kernels import check_select_dtype, has_fast_bf16, has_fast_int8
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     check_device(cfg.model, machine.device)
     shape = model_shape(cfg.model)
     layers = tuple(select_layers(shape.num_layers, train.layers, train.layer_stride))
+    backend = ("triton" if machine.on_gpu else "cpu") if train.kernels == "auto" else train.kernels
     try:
         num_latents = train.sae.resolve_num_latents(shape.d_in)
+        check_select_dtype(backend, train.select_dtype, machine.device)
     except ValueError as error:
         raise UserError(str(error)) from None
     ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
@@ -70,12 +72,9 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     else:
         dtype = resolve_dtype(cfg.model.dtype, machine.device)
         fast = "bf16" if has_fast_bf16(machine.device) else "int8" if has_fast_int8(machine.device) else "fp32"
-    backend = ("triton" if machine.on_gpu else "cpu") if train.kernels == "auto" else train.kernels
     select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
     if backend == "eager":
         select_dtype = "fp32"
-    if select_dtype == "int8" and (machine.on_gpu or backend == "triton"):
-        raise UserError("--select-dtype int8 is for CPUs; on a GPU choose bf16")
     lm = language_model_cost(
         shape,
         list(layers),

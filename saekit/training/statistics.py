@@ -95,8 +95,6 @@ class LayerWindow:
     near: Tensor
     """Firings near a BatchTopK threshold (`SaeOutput.near`), an int64 scalar. Of one step: no report needs it."""
     steps: int = 0
-    tokens: int = 0
-    """All of them, those that are too long for the SAE included, which `moments` does not count."""
 
     @classmethod
     def empty(cls, d_in: int, device: torch.device) -> LayerWindow:
@@ -109,7 +107,6 @@ class LayerWindow:
 
         `centre_D` is the layer's mean from calibration, the same in all windows of a run.
         """
-        self.tokens += x_ND.shape[0]
         self.moments.add_centred(x_ND, centre_D, out.kept)
         if out.near is not None:
             self.near += out.near.sum()
@@ -131,7 +128,6 @@ class LayerWindow:
         self.moments.count += other.moments.count
         self.sums += other.sums
         self.steps += other.steps
-        self.tokens += other.tokens
 
     def row(self, dead: int, steps: int) -> Tensor:
         """Everything that is to be summed over ranks, in one float64 row that `read_row` understands.
@@ -139,24 +135,24 @@ class LayerWindow:
         Start an `empty` window afterwards, so that both parts of every ratio are cleared together.
         """
         moments = self.moments
-        known = self.sums.new_tensor([dead, steps, self.tokens])
+        known = self.sums.new_tensor([dead, steps])
         return torch.cat([self.sums, known, moments.sum_D, moments.sum_squares.view(1), moments.count.view(1)])
 
 
-def read_row(row: Tensor, *, num_latents: int, with_multi_topk: bool) -> LayerStats:
-    """The finished numbers of one layer, from the sum of its ranks' rows."""
-    squared_error, multi_error, firings, loss, auxk, dead, steps, of_all = row[: NUM_SUMS + 3].tolist()
-    moments = Moments(row[NUM_SUMS + 3 : -2], row[-2], row[-1])
-    deviation, tokens = float(moments.deviation()), float(moments.count)
+def read_row(row: Tensor, tokens: int, *, num_latents: int, with_multi_topk: bool) -> LayerStats:
+    """The finished numbers of one layer over so many tokens of all ranks, from the sum of the ranks' rows."""
+    squared_error, multi_error, firings, loss, auxk, dead, steps = row[: NUM_SUMS + 2].tolist()
+    moments = Moments(row[NUM_SUMS + 2 : -2], row[-2], row[-1])
+    deviation, counted = float(moments.deviation()), float(moments.count)
     return LayerStats(
         fvu=_ratio(squared_error, deviation),
-        l0=_ratio(firings, tokens),
+        l0=_ratio(firings, counted),
         dead=int(dead),
         num_latents=num_latents,
         loss=_ratio(loss, steps),
         auxk_loss=_ratio(auxk, steps),
         multi_topk_fvu=_ratio(multi_error, deviation) if with_multi_topk else None,
-        too_long=_ratio(of_all - tokens, of_all),
+        too_long=_ratio(tokens - counted, tokens),
     )
 
 

@@ -20,7 +20,8 @@ def read_windows(
     run: RunState,
     plan: RunPlan,
     placement: Placement,
-    tokens_per_second: float,
+    tokens: int,
+    seconds: float,
 ) -> StepStats:
     """The finished numbers since the last report. Collective.
 
@@ -30,7 +31,8 @@ def read_windows(
         run: Where the run stands.
         plan: What is trained.
         placement: Where.
-        tokens_per_second: Since the last report.
+        tokens: Of all ranks, since the last report.
+        seconds: The same.
     """
     rows = {}
     for name, window in windows.items():
@@ -44,13 +46,13 @@ def read_windows(
     together = placement.sum(mine).cpu()  # once, and not number by number
     parts = together[: -placement.world_size].view(len(plan.hookpoints), -1)
     layers = {
-        name: read_row(part, num_latents=plan.num_latents, with_multi_topk=plan.cfg.sae.multi_topk)
+        name: read_row(part, tokens, num_latents=plan.num_latents, with_multi_topk=plan.cfg.sae.multi_topk)
         for name, part in zip(plan.hookpoints, parts, strict=True)
     }
     return StepStats(
         step=run.step,
         tokens=run.tokens,
-        tokens_per_second=tokens_per_second,
+        tokens_per_second=tokens / seconds,
         learning_rate=plan.base_lr * plan.lr_scale(run.step - 1),
         skipped_steps=run.skipped,
         memory_bytes=int(together[-placement.world_size :].max()),

@@ -173,8 +173,9 @@ class SaeTrainer:
                 clock += seconds
                 if stop or save or run.step % cfg.log_every == 0:
                     now = time.perf_counter()  # once: what the report waits for belongs to the next interval
-                    rate, clock = (run.tokens - tokens_at_report) / (now - clock), now
-                    stats = read_windows(windows, num_dead, run, plan, placement, rate)
+                    since = run.tokens - tokens_at_report
+                    stats = read_windows(windows, num_dead, run, plan, placement, since, now - clock)
+                    clock = now
                     report.step(stats)
                     saver.note(stats)
                     windows = self._fresh_windows()

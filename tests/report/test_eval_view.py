@@ -1,4 +1,4 @@
-"""What `saekit eval` shows: no number is cut off, however narrow the terminal."""
+"""What `saekit eval` shows: no number is cut off on 80 columns."""
 
 import io
 

@@ -95,18 +95,27 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
     """
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and has_triton() else "cpu"
+    check_select_dtype(backend, select_dtype, device)
     if backend == "eager":
-        if select_dtype not in ("auto", "fp32"):
-            raise ValueError("the eager kernels select in the parameters' own precision only")
         return Eager()
     if select_dtype == "auto":
         select_dtype = "bf16" if has_fast_bf16(device) else "int8" if has_fast_int8(device) else "fp32"
-    if select_dtype == "int8" and (backend == "triton" or device.type != "cpu"):
-        raise ValueError("selecting in int8 is for CPUs: choose bf16")
     dtype = SELECT_DTYPES[select_dtype]
     if backend == "cpu":
         return Sparse("cpu", torch_ops, dtype)
     return Sparse("triton", _triton_ops(device), dtype)
+
+
+def check_select_dtype(backend: str, select_dtype: str, device: torch.device) -> None:
+    """See that a backend, which is not `auto`, can select in that precision on a device.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if backend == "eager" and select_dtype not in ("auto", "fp32"):
+        raise ValueError("the eager kernels select in the parameters' own precision only")
+    if select_dtype == "int8" and (backend == "triton" or device.type != "cpu"):
+        raise ValueError("selecting in int8 is for CPUs: choose bf16")
 
 
 def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a module
