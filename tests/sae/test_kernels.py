@@ -1,5 +1,6 @@
 """The sparse kernels against the readable ones: values and gradients."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -81,7 +82,12 @@ def test_nested_sparse_equals_eager(size, shift, cut):
 
 def test_scores_are_made_in_chunks_of_tokens(monkeypatch):
     monkeypatch.setattr(sparse, "WORTH_FROM", 0)
-    for kernels in (CPU, SELECTS_IN_INT8):  # 8 bytes per score in float64, and for an int32 and a float32
+    monkeypatch.setattr(torch_ops, "ROWS", 1)
+    for kernels in (
+        CPU,
+        SELECTS_IN_BF16,
+        SELECTS_IN_INT8,
+    ):  # 8 bytes per score in float64; int32 and float32
         whole = values_and_gradients(kernels, 64, 16, 128, 8)
         with monkeypatch.context() as patch:
             patch.setattr(torch_ops, "SHARED_FROM", 0)
@@ -148,6 +154,37 @@ class TestSelectionInLowPrecision:
         _, (out, acts, indices), expected = self.both(kernels)
         torch.testing.assert_close((out, acts), expected[:2])
         assert torch.equal(indices, expected[2])
+
+    @pytest.mark.parametrize("shift", [-30.0, -40.0, -100.0], ids=["some active", "few active", "none active"])
+    def test_all_that_is_positive_is_among_the_candidates(self, kernels, shift):
+        parameters = leaves(self.N, self.D, self.M, shift)
+        expected = eager.autoencode(*parameters, self.K)
+        assert 0 <= (expected[1] > 0).double().mean() < 0.99
+        torch.testing.assert_close(kernels.autoencode(*parameters, self.K)[:2], expected[:2])
+
+    def test_biases_keep_what_low_precision_rounds_off(self, kernels):
+        left = torch.linspace(0, 0.9, self.M)[torch.randperm(self.M, generator=torch.Generator().manual_seed(0))]
+        x, W_enc = torch.tensor([[100.0, 0.0]]), torch.tensor([[1.0, 0.0]]).expand(self.M, 2)
+        _, indices = kernels.encode_topk(x, W_enc, left - 100, self.K)
+        assert torch.equal(indices[0], left.topk(self.K).indices)
+
+    def test_an_infinite_bias_keeps_a_latent_out(self, kernels):
+        x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+        b_enc = b_enc.detach().clone().index_fill_(0, torch.arange(0, self.M, 2), -torch.inf)
+        acts, indices = kernels.encode_topk(x, W_enc, b_enc, self.K)
+        expected = eager.encode_topk(x, W_enc, b_enc, self.K)
+        torch.testing.assert_close((acts, indices), expected)
+
+    def test_what_is_not_a_number_is_chosen(self, kernels):
+        # A step must find it, to refuse it.
+        for latent, number, parts in product((0, 777), (float("nan"), -float("nan")), (1, 2)):
+            x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+            W_enc = W_enc.detach().clone().index_fill_(0, torch.tensor([latent]), number)
+            acts, _ = kernels.encode_topk(x, W_enc, b_enc, self.K, parts=parts)
+            assert acts.isnan().any(1).all()
+        x = x.detach().clone().index_fill_(0, torch.tensor([3]), number)
+        acts, _ = kernels.encode_topk(x, *leaves(self.N, self.D, self.M)[1:3], self.K)
+        assert acts.isnan().any(1).nonzero().tolist() == [[3]]
 
     def test_without_spare_candidates_only_near_ties_change(self, kernels, monkeypatch):
         monkeypatch.setattr(sparse, "num_candidates", lambda k, *_: k)
