@@ -16,6 +16,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
+SCORES, NATIVE = "saekit/sae/kernels/scores.py", "saekit/sae/kernels/native.cpp"
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
@@ -54,9 +55,15 @@ FAULTS = [
     ("the plan forgets products of slices", "saekit/planning/bank.py", "x_ND.new_empty(slices, rows, K)\n", "x_ND\n"),
     ("no ReLU mask in the backward pass", SPARSE, "grad_NK * (acts_NK > 0)", "grad_NK * 1"),
     ("no candidate to spare", SPARSE, "min(each + spare, num_latents // parts)", "each"),
-    ("large dimensions take all bits", TORCH_OPS, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
-    ("a token's scale is lost on the bias", TORCH_OPS, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
-    ("a bias loses what bfloat16 rounds off", TORCH_OPS, "(b_M - W_low_ME[:, D]).nan_to_num_(0.0)", "0"),
+    ("large dimensions take all bits", SCORES, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
+    ("a token's scale is lost on the bias", SCORES, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
+    ("a native bias is not in the token's unit", NATIVE, "bias[m] * one_over_x", "bias[m]"),
+    ("a native choice passes over what is no number", NATIVE, "score == score ? score : INFINITE", "score"),
+    ("a native bound is the least of all", NATIVE, "return int32_t(low);", "return INT32_MIN + 1;"),
+    ("native sums forget all but the last", NATIVE, "sum[d] += weight * row[d]", "sum[d] = weight * row[d]"),
+    ("a native step keeps the gradient along a row", NATIVE, "grad[d] - along * param[d]", "grad[d]"),
+    ("native kernels on some of the ranks", "saekit/training/plan.py", "if len(wanted) == 1", "if wanted"),
+    ("a bias loses what bfloat16 rounds off", SCORES, "(b_M - W_low_ME[:, D]).nan_to_num_(0.0)", "0"),
     ("negative scores are chosen by their bits", TORCH_OPS, "(bits_NK < 0).any(1)", "(bits_NK != bits_NK).any(1)"),
     ("what is not a number is passed over", TORCH_OPS, "by_bits and not scores_nM[0].isnan().any()", "by_bits"),
     ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[candidates_NC])", ""),

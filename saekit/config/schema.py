@@ -165,10 +165,11 @@ class TrainConfig:
         ge=1,
     )
 
-    kernels: Literal["auto", "eager", "cpu", "triton"] = option(
+    kernels: Literal["auto", "eager", "cpu", "native", "triton"] = option(
         "auto",
-        "What computes the SAEs: eager, the readable reference; cpu, sparse operations of torch; triton, fused ones on "
-        "a GPU. auto takes triton where there is a GPU with it, else cpu.",
+        "What computes the SAEs: eager, the readable reference; cpu, sparse operations of torch; native, fused "
+        "ones that this machine's C++ compiler makes at first use; triton, fused ones on a GPU. auto takes triton on a "
+        "GPU, native on a CPU that has a compiler, else cpu.",
         panel=SPEED,
     )
     select_dtype: Literal["auto", "fp32", "bf16", "int8"] = option(

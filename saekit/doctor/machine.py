@@ -165,6 +165,7 @@ def kernels(device: torch.device, *, triton: bool, capability: tuple[int, int] |
         capability: The GPU's; None elsewhere.
     """
     from saekit.sae.kernels import SELECT_DTYPES, choose_kernels, has_fast_bf16
+    from saekit.sae.kernels.native_build import why_not
 
     dtype = "fast here: --dtype auto takes it" if has_fast_bf16(device) else "slow here: --dtype auto is float32"
     yield Finding(DEVICES, "bf16", "ok", dtype)
@@ -177,5 +178,8 @@ def kernels(device: torch.device, *, triton: bool, capability: tuple[int, int] |
     elif chosen.name == "triton" and capability is not None and capability < (8, 0):
         found += f"; Triton speaks of GPUs from capability 8.0 on, and this is {capability[0]}.{capability[1]}"
         yield Finding(DEVICES, "kernels", "note", found, "use --kernels cpu if they fail")
+    elif chosen.name == "cpu" and device.type == "cpu":
+        found += f"; native ones, which are faster, cannot be used: {why_not()}"
+        yield Finding(DEVICES, "kernels", "note", found, "apt install g++ (or name a C++ compiler in CXX)")
     else:
         yield Finding(DEVICES, "kernels", "ok", found)

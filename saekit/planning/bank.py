@@ -11,9 +11,9 @@ from saekit.config import TrainConfig
 from saekit.planning.layer import Layer
 from saekit.planning.meter import Bytes, Meter, all_of, sized
 from saekit.sae import project_decoder_gradient_
-from saekit.sae.kernels import Kernels, eager, torch_ops
+from saekit.sae.kernels import Kernels, eager, native_ops, torch_ops
 from saekit.sae.kernels.choose import Eager
-from saekit.sae.kernels.sparse import Sparse
+from saekit.sae.kernels.sparse import Ops, Sparse
 
 ADAM_8BIT_STATE = 2 + 2 * 4 / 256
 """Bytes per parameter of bitsandbytes' Adam: two moments in 8 bits, and a float32 scale for each block of 256."""
@@ -109,7 +109,8 @@ def on_meta(backend: str, select_dtype: torch.dtype | None) -> Kernels:
     """
     if backend == "eager":
         return Eager()
-    return Sparse(backend, _CpuOps() if backend == "cpu" else _TritonOps(), select_dtype)
+    ops: dict[str, Ops] = {"cpu": _CpuOps(), "native": native_ops, "triton": _TritonOps()}
+    return Sparse(backend, ops[backend], select_dtype)
 
 
 class _CpuOps:

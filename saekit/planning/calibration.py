@@ -20,8 +20,7 @@ from saekit.planning.layer import Layer
 from saekit.planning.machine import Machine
 from saekit.planning.rates import Network, PassCost, Rates, device_key, keep_rates, optimizer_key
 from saekit.planning.speed import DENSE_PASSES, MUON_WIDTH
-from saekit.sae.kernels import choose_kernels, has_fast_bf16, has_fast_int8
-from saekit.sae.kernels.choose import has_triton
+from saekit.sae.kernels import auto_backend, choose_kernels, has_fast_bf16, has_fast_int8
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """In which the language model may run."""
@@ -153,7 +152,7 @@ def _block(dtype: torch.dtype, rate: float, device: torch.device, scale: int) ->
 
 def _kernels(device: torch.device) -> Iterator[tuple[str, str]]:
     """Backends and types of selection that training may use on a device."""
-    backend = "triton" if device.type == "cuda" and has_triton() else "cpu"
+    backend = auto_backend(device)
     yield "eager", "fp32"
     yield backend, "fp32"
     if has_fast_bf16(device):

@@ -18,7 +18,7 @@ from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.planning.language_model import LmCost, language_model_cost
 from saekit.planning.machine import Machine
-from saekit.sae.kernels import check_select_dtype, has_fast_bf16, has_fast_int8
+from saekit.sae.kernels import auto_backend, check_select_dtype, has_fast_bf16, has_fast_int8
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     check_device(cfg.model, machine.device)
     shape = model_shape(cfg.model)
     layers = tuple(select_layers(shape.num_layers, train.layers, train.layer_stride))
-    backend = ("triton" if machine.on_gpu else "cpu") if train.kernels == "auto" else train.kernels
+    auto = "triton" if machine.on_gpu else auto_backend(machine.device)
+    backend = auto if train.kernels == "auto" else train.kernels
     try:
         num_latents = train.sae.resolve_num_latents(shape.d_in)
         check_select_dtype(backend, train.select_dtype, machine.device)

@@ -18,7 +18,7 @@ from saekit.data import StepBatches, sequences
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
-from saekit.sae.kernels import SELECT_DTYPES, Kernels, choose_kernels
+from saekit.sae.kernels import SELECT_DTYPES, Kernels, auto_backend, choose_kernels
 from saekit.training.optimizers import base_lr, decays, rate_ratios
 from saekit.training.run_folder import run_folder
 from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
@@ -194,7 +194,8 @@ def plan_run(
     d_in = width(text_config_of(model.config))
     try:
         num_latents = cfg.sae.resolve_num_latents(d_in)
-        kernels = choose_kernels(cfg.kernels, cfg.select_dtype, placement.device)
+        backend = _one_backend(placement) if cfg.kernels == "auto" else cfg.kernels
+        kernels = choose_kernels(backend, cfg.select_dtype, placement.device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -229,3 +230,9 @@ def default_run_name(model_name: str, source: RunConfig | None) -> str:
     parts = [Path(model_name).name] + ([Path(source.data.dataset).name.split("*")[0]] if source else [])
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "-" for c in part).strip("-.") for part in parts)
     return name.strip("-.") or "run"
+
+
+def _one_backend(placement: Placement) -> str:
+    """The kernels of all ranks, which step replicas of the same SAEs: where one has no compiler, torch's for all."""
+    wanted = set(placement.gather(auto_backend(placement.device)))
+    return wanted.pop() if len(wanted) == 1 else "cpu"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from saekit import SaeConfig
 from saekit.sae import Sae, sae_losses, save_as_saelens
-from saekit.sae.kernels import choose_kernels, eager, sparse, torch_ops
+from saekit.sae.kernels import choose_kernels, eager, scores, sparse, torch_ops
 from saekit.sae.kernels.sparse import Sparse, num_candidates
 from tests.sae.dense import away_from_the_start_, dense, dense_topk, gradients, tokens
 
@@ -105,8 +105,8 @@ def test_how_many_candidates():
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_scores_are_made_in_chunks_of_tokens(rows, monkeypatch):
-    monkeypatch.setattr(torch_ops, "SHARED_FROM", 0)
-    monkeypatch.setattr(torch_ops, "CHUNK_BYTES", rows * M * 8)
+    monkeypatch.setattr(scores, "SHARED_FROM", 0)
+    monkeypatch.setattr(scores, "CHUNK_BYTES", rows * M * 8)
     sae, x = make_sae(), make_x()
     torch.testing.assert_close(dense(*sae.encode(x), M), dense_code(sae, x))
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from saekit.sae import Sae
-from saekit.sae.kernels import choose, choose_kernels, eager, sparse, torch_ops
+from saekit.sae.kernels import choose, choose_kernels, eager, native_build, native_ops, scores, sparse, torch_ops
 from saekit.sae.kernels.sparse import Sparse
+from tests.sae.native import needs_native
 
 SIZES = [(7, 5, 33, 4), (64, 16, 128, 8), (1, 3, 9, 1), (5, 8, 6, 6), (0, 4, 10, 2)]
 CPU = Sparse("cpu", torch_ops)
@@ -16,11 +17,11 @@ SELECTS_IN_BF16 = Sparse("cpu", torch_ops, torch.bfloat16)
 SELECTS_IN_INT8 = Sparse("cpu", torch_ops, torch.int8)
 
 
-def leaves(N, D, M, shift=0.0):
+def leaves(N, D, M, shift=0.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(N * 1000 + M)
     shapes = ((N, D), (M, D), (M,), (M, D), (D,))
     x, W_enc, b_enc, W_dec, centre = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return [each.requires_grad_() for each in (x, W_enc, b_enc + shift, W_dec, centre)]
+    return [each.to(dtype).requires_grad_() for each in (x, W_enc, b_enc + shift, W_dec, centre)]
 
 
 def two_calls(kernels, x, W_enc, b_enc, W_dec, centre, k):
@@ -32,8 +33,8 @@ def one_call(kernels, *arguments):
     return kernels.autoencode(*arguments)
 
 
-def values_and_gradients(kernels, N, D, M, k, shift=0.0, call=one_call):
-    parameters = leaves(N, D, M, shift)
+def values_and_gradients(kernels, N, D, M, k, shift=0.0, call=one_call, dtype=torch.float64):
+    parameters = leaves(N, D, M, shift, dtype)
     out, acts, indices = call(kernels, *parameters, k)
     generator = torch.Generator().manual_seed(k)
     out_grad, acts_grad = (torch.randn(*each.shape, generator=generator, dtype=each.dtype) for each in (out, acts))
@@ -82,7 +83,7 @@ def test_nested_sparse_equals_eager(size, shift, cut):
 
 def test_scores_are_made_in_chunks_of_tokens(monkeypatch):
     monkeypatch.setattr(sparse, "WORTH_FROM", 0)
-    monkeypatch.setattr(torch_ops, "ROWS", 1)
+    monkeypatch.setattr(scores, "ROWS", 1)
     for kernels in (
         CPU,
         SELECTS_IN_BF16,
@@ -90,16 +91,14 @@ def test_scores_are_made_in_chunks_of_tokens(monkeypatch):
     ):  # 8 bytes per score in float64; int32 and float32
         whole = values_and_gradients(kernels, 64, 16, 128, 8)
         with monkeypatch.context() as patch:
-            patch.setattr(torch_ops, "SHARED_FROM", 0)
+            patch.setattr(scores, "SHARED_FROM", 0)
             for rows in (1, 7, 63):
-                patch.setattr(torch_ops, "CHUNK_BYTES", rows * 128 * 8)
+                patch.setattr(scores, "CHUNK_BYTES", rows * 128 * 8)
                 chunked = values_and_gradients(kernels, 64, 16, 128, 8)
                 torch.testing.assert_close(chunked[:3], whole[:3])
-            patch.setattr(
-                torch_ops, "SHARED_FROM", 8 * 32 // 2 * 20
-            )  # longer chunks, so that top-k has enough to share
+            patch.setattr(scores, "SHARED_FROM", 8 * 32 // 2 * 20)  # longer chunks, so that top-k has enough to share
             for most in (1, 5 * 128 * 8):
-                patch.setattr(torch_ops, "MOST_CHUNK_BYTES", most)
+                patch.setattr(scores, "MOST_CHUNK_BYTES", most)
                 torch.testing.assert_close(values_and_gradients(kernels, 64, 16, 128, 8)[:3], whole[:3])
 
 
@@ -126,41 +125,59 @@ def test_no_gradient_machinery_without_gradients():
         assert not CPU.decode(acts, indices, W).requires_grad
 
 
-@pytest.mark.parametrize("kernels", [SELECTS_IN_BF16, SELECTS_IN_INT8], ids=["bf16", "int8"])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        SELECTS_IN_BF16,
+        SELECTS_IN_INT8,
+        pytest.param(Sparse("native", native_ops, torch.bfloat16), marks=needs_native),
+        pytest.param(Sparse("native", native_ops, torch.int8), marks=needs_native),
+    ],
+    ids=["bf16", "int8", "native bf16", "native int8"],
+)
 class TestSelectionInLowPrecision:
+    """In float64, or float32 where the kernels are for that alone."""
+
     N, D, M, K = 200, 64, 1000, 16
+
+    def leaves(self, kernels, shift=0.0):
+        return leaves(self.N, self.D, self.M, shift, torch.float32 if kernels.name == "native" else torch.float64)
 
     @pytest.fixture(autouse=True)
     def _at_any_size(self, monkeypatch):
         monkeypatch.setattr(sparse, "WORTH_FROM", 0)
 
+    def assert_close(self, kernels, got, expected):
+        near = {"rtol": 1e-4, "atol": 1e-3} if kernels.name == "native" else {"rtol": None, "atol": None}
+        torch.testing.assert_close(got, expected, **near)
+
     def test_is_left_to_large_dictionaries(self, kernels, monkeypatch):
         asked = []
-        topk = torch_ops.topk
-        recording = SimpleNamespace(**vars(torch_ops))
+        topk = kernels.ops.topk
+        recording = SimpleNamespace(**vars(kernels.ops))
         recording.topk = lambda *arguments: asked.append((arguments[3], arguments[4])) or topk(*arguments)
         monkeypatch.setattr(sparse, "WORTH_FROM", 32)
         for M in (24 * 32 - 1, 24 * 32):
-            Sparse("cpu", recording, kernels.select_dtype).encode_topk(
+            Sparse(kernels.name, recording, kernels.select_dtype).encode_topk(
                 torch.ones(2, 4), torch.ones(M, 4), torch.ones(M), 16
             )
         assert asked == [(16, torch.float32), (24, kernels.select_dtype)]
 
     def both(self, kernels):
-        parameters = leaves(self.N, self.D, self.M)
+        parameters = self.leaves(kernels)
         return parameters, kernels.autoencode(*parameters, self.K), eager.autoencode(*parameters, self.K)
 
     def test_the_k_largest_are_among_the_candidates(self, kernels):
         _, (out, acts, indices), expected = self.both(kernels)
-        torch.testing.assert_close((out, acts), expected[:2])
+        self.assert_close(kernels, (out, acts), expected[:2])
         assert torch.equal(indices, expected[2])
 
     @pytest.mark.parametrize("shift", [-30.0, -40.0, -100.0], ids=["some active", "few active", "none active"])
     def test_all_that_is_positive_is_among_the_candidates(self, kernels, shift):
-        parameters = leaves(self.N, self.D, self.M, shift)
+        parameters = self.leaves(kernels, shift)
         expected = eager.autoencode(*parameters, self.K)
         assert 0 <= (expected[1] > 0).double().mean() < 0.99
-        torch.testing.assert_close(kernels.autoencode(*parameters, self.K)[:2], expected[:2])
+        self.assert_close(kernels, kernels.autoencode(*parameters, self.K)[:2], expected[:2])
 
     def test_biases_keep_what_low_precision_rounds_off(self, kernels):
         left = torch.linspace(0, 0.9, self.M)[torch.randperm(self.M, generator=torch.Generator().manual_seed(0))]
@@ -169,21 +186,21 @@ class TestSelectionInLowPrecision:
         assert torch.equal(indices[0], left.topk(self.K).indices)
 
     def test_an_infinite_bias_keeps_a_latent_out(self, kernels):
-        x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+        x, W_enc, b_enc, *_ = self.leaves(kernels)
         b_enc = b_enc.detach().clone().index_fill_(0, torch.arange(0, self.M, 2), -torch.inf)
         acts, indices = kernels.encode_topk(x, W_enc, b_enc, self.K)
         expected = eager.encode_topk(x, W_enc, b_enc, self.K)
-        torch.testing.assert_close((acts, indices), expected)
+        self.assert_close(kernels, (acts, indices), expected)
 
     def test_what_is_not_a_number_is_chosen(self, kernels):
         # A step must find it, to refuse it.
         for latent, number, parts in product((0, 777), (float("nan"), -float("nan")), (1, 2)):
-            x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+            x, W_enc, b_enc, *_ = self.leaves(kernels)
             W_enc = W_enc.detach().clone().index_fill_(0, torch.tensor([latent]), number)
             acts, _ = kernels.encode_topk(x, W_enc, b_enc, self.K, parts=parts)
             assert acts.isnan().any(1).all()
         x = x.detach().clone().index_fill_(0, torch.tensor([3]), number)
-        acts, _ = kernels.encode_topk(x, *leaves(self.N, self.D, self.M)[1:3], self.K)
+        acts, _ = kernels.encode_topk(x, *self.leaves(kernels)[1:3], self.K)
         assert acts.isnan().any(1).nonzero().tolist() == [[3]]
 
     def test_without_spare_candidates_only_near_ties_change(self, kernels, monkeypatch):
@@ -199,7 +216,7 @@ class TestSelectionInLowPrecision:
         assert (chosen_worst >= exact_acts[:, -1:] - 2 * rounding).all()
 
     def test_large_dimensions_leave_bits_to_the_small_ones(self, kernels):
-        x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
+        x, W_enc, b_enc, *_ = self.leaves(kernels)
         x = x.detach() * torch.ones(self.D).index_fill_(0, torch.tensor([3, 20, 41]), 30.0)
         x[:, 7] = 0  # and one that is nothing at all
         _, indices = kernels.encode_topk(x, W_enc, b_enc, self.K)
@@ -207,9 +224,9 @@ class TestSelectionInLowPrecision:
         assert (indices == exact).double().mean() > 0.998
 
     def test_tokens_and_latents_of_any_size(self, kernels):
-        x, W_enc, b_enc, *_ = leaves(self.N, self.D, self.M)
-        x = (x * torch.logspace(-4, 4, self.N, dtype=torch.float64)[:, None]).detach()
-        W_enc = (W_enc * torch.logspace(-1, 1, self.M, dtype=torch.float64)[:, None]).detach()
+        x, W_enc, b_enc, *_ = self.leaves(kernels)
+        x = (x * torch.logspace(-4, 4, self.N)[:, None]).detach()
+        W_enc = (W_enc * torch.logspace(-1, 1, self.M)[:, None]).detach()
         x[5], W_enc[5] = 0, 0
         _, indices = kernels.encode_topk(x, W_enc, b_enc, self.K)
         _, exact = eager.encode_topk(x, W_enc, b_enc, self.K)
@@ -228,12 +245,12 @@ class TestSelectionInLowPrecision:
         x, W_enc, b_enc, W_dec, centre = parameters
         expected_acts = torch.relu((x - centre) @ W_enc.T + b_enc).gather(1, indices)
         expected = eager.decode(expected_acts, indices, W_dec)
-        torch.testing.assert_close(acts, expected_acts)
-        torch.testing.assert_close(out, expected)
+        self.assert_close(kernels, (out, acts), (expected, expected_acts))
         assert (acts.diff() <= 0).all()  # largest first, by the exact values
         gradients = torch.autograd.grad(out.square().sum(), parameters)
+        near = 1e-5 if kernels.name == "native" else 1e-10
         for got, wanted in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 * float(wanted.abs().max()))
+            torch.testing.assert_close(got, wanted, rtol=near, atol=near * float(wanted.abs().max()))
 
     def test_scores_that_float32_orders_by_a_hair_are_ordered_exactly_among_the_chosen(self, kernels):
         W = torch.tensor([[1.0], [1.0 + 2**-12], [0.5]])  # the first two are one number in 8 or 16 bits
@@ -245,7 +262,7 @@ class TestSelectionInLowPrecision:
 class TestChoice:
     def test_by_name(self):
         cpu = torch.device("cpu")
-        assert choose_kernels("auto", "fp32", cpu).name == "cpu"
+        assert choose_kernels("auto", "fp32", cpu).name == ("cpu" if native_build.why_not() else "native")
         assert choose_kernels("auto", "bf16", cpu).select_dtype == torch.bfloat16
         assert choose_kernels("cpu", "fp32", cpu).select_dtype is None
         assert choose_kernels("eager", "auto", cpu).name == "eager"

@@ -1,4 +1,4 @@
-"""Where training an SAE spends its time, behind one switch: `eager`, `cpu`, `triton`.
+"""Where training an SAE spends its time, behind one switch: `eager`, `cpu`, `native`, `triton`.
 
 `eager` is plain autograd over the formulas. The others compute the same values and gradients without the dense
 `[N, M]` and `[N, K, D]` tensors that plain autograd makes; tests hold each of them to `eager`.
@@ -8,6 +8,7 @@ from saekit.sae.kernels.choose import (
     BACKENDS,
     SELECT_DTYPES,
     Kernels,
+    auto_backend,
     check_select_dtype,
     choose_kernels,
     default_kernels,
@@ -19,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "SELECT_DTYPES",
     "Kernels",
+    "auto_backend",
     "check_select_dtype",
     "choose_kernels",
     "default_kernels",

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saekit.sae.kernels import eager, torch_ops
+from saekit.sae.kernels import eager, native_build, native_ops, torch_ops
 from saekit.sae.kernels.sparse import Sparse
 
-BACKENDS = ("eager", "cpu", "triton")
+BACKENDS = ("eager", "cpu", "native", "triton")
 SELECT_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
 """What candidates are found in, by the name that `--select-dtype` has for it; None is the parameters' own type."""
 
@@ -86,7 +86,7 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
     """The kernels for a device.
 
     Args:
-        backend: One of `BACKENDS`, or `auto`: `triton` on a CUDA device that has it, else `cpu`.
+        backend: One of `BACKENDS`, or `auto`: see `auto_backend`.
         select_dtype: One of `SELECT_DTYPES`, or `auto`: what the device multiplies faster than float32, if anything.
         device: Where the SAE is.
 
@@ -94,7 +94,7 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
         ValueError: If the backend cannot run on that device, or cannot select in that precision.
     """
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" and has_triton() else "cpu"
+        backend = auto_backend(device)
     check_select_dtype(backend, select_dtype, device)
     if backend == "eager":
         return Eager()
@@ -103,7 +103,16 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
     dtype = SELECT_DTYPES[select_dtype]
     if backend == "cpu":
         return Sparse("cpu", torch_ops, dtype)
+    if backend == "native":
+        return Sparse("native", _native_ops(device), dtype)
     return Sparse("triton", _triton_ops(device), dtype)
+
+
+def auto_backend(device: torch.device) -> str:
+    """`triton` on a CUDA device that has it, `native` on a CPU that can compile it, else `cpu`."""
+    if device.type == "cuda":
+        return "triton" if has_triton() else "cpu"
+    return "native" if device.type == "cpu" and native_build.why_not() is None else "cpu"
 
 
 def check_select_dtype(backend: str, select_dtype: str, device: torch.device) -> None:
@@ -116,6 +125,14 @@ def check_select_dtype(backend: str, select_dtype: str, device: torch.device) ->
         raise ValueError("the eager kernels select in the parameters' own precision only")
     if select_dtype == "int8" and (backend == "triton" or device.type != "cpu"):
         raise ValueError("selecting in int8 is for CPUs: choose bf16")
+
+
+def _native_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a module
+    if device.type != "cpu":
+        raise ValueError(f"the native kernels are for CPUs; this is {device.type}")
+    if (reason := native_build.why_not()) is not None:
+        raise ValueError(f"the native kernels cannot be used: {reason}")
+    return native_ops
 
 
 def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a module

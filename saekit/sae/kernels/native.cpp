@@ -1,0 +1,261 @@
+// The loops of the backend `native`: what torch's operations do in several passes over memory, in one.
+//
+// `native_build.py` compiles this file on the machine that runs it, `native_ops.py` calls it, and the tests hold it to
+// `torch_ops.py` and `eager.py`. Every row is computed by one thread in a fixed order: results do not depend on the
+// number of threads. All matrices are contiguous and lie row by row.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr int64_t CACHE_LINE = 16;  // floats
+constexpr int64_t BLOCK = 4096;     // numbers that Adam steps at a time where there are no rows to keep together
+
+// ---- The k largest scores of a row -----------------------------------------------------------------------------------
+
+// Where scores come from; `scores(m)` is that of latent m.
+
+struct Float32 {  // a product without its bias
+    const float* row;
+    const float* bias;
+    float operator()(int64_t m) const { return row[m] + bias[m]; }
+};
+
+struct BFloat16 {
+    const uint16_t* row;
+    float operator()(int64_t m) const {
+        const uint32_t bits = uint32_t(row[m]) << 16;
+        float score;
+        std::memcpy(&score, &bits, sizeof score);
+        return score;
+    }
+};
+
+struct Int8 {  // 32-bit sums of 8-bit products; all divided by the token's scale, which changes no order
+    const int32_t* row;
+    const float* scale;
+    const float* bias;
+    float one_over_x;
+    float operator()(int64_t m) const { return float(row[m]) * scale[m] + bias[m] * one_over_x; }
+};
+
+// What is not a number counts as the largest, so that it is chosen and a step can refuse it.
+inline float or_infinite(float score) { return score == score ? score : INFINITE; }
+
+// An integer that orders as the number does.
+inline int32_t key_of(float score) {
+    int32_t bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+struct Candidate {
+    int32_t key;
+    int32_t latent;
+    bool operator<(const Candidate& other) const {  // larger scores first; among equal ones smaller latents
+        return key != other.key ? key > other.key : latent < other.latent;
+    }
+};
+
+struct Scratch {
+    std::vector<float> maxima;
+    std::vector<int32_t> keys;
+    std::vector<Candidate> found, ties;
+};
+
+// The largest key that at least k of the keys reach.
+int32_t kth_largest(const std::vector<int32_t>& keys, int64_t k) {
+    int64_t low = *std::min_element(keys.begin(), keys.end()), high = *std::max_element(keys.begin(), keys.end());
+    while (low < high) {
+        const int32_t middle = int32_t((low + high + 1) >> 1);
+        int32_t reach = 0;
+        for (const int32_t key : keys) reach += key >= middle;
+        if (reach == k) return middle;
+        if (reach > k) low = middle;
+        else high = middle - 1;
+    }
+    return int32_t(low);
+}
+
+// Latents first..first + count - 1 are dealt to lanes in turn. The k-th largest of the lanes' maxima is a lower bound
+// of the k-th largest score, and what reaches it lies in the few lanes whose maxima do: so each score is read once,
+// without a branch, and only some are read again. `found` then has the k largest in front.
+template <class Scores>
+void topk_of_row(const Scores& scores, int64_t first, int64_t count, int64_t k, bool in_order, Scratch& scratch) {
+    auto& [maxima, keys, found, ties] = scratch;
+    const int64_t lanes = int64_t(maxima.size());
+    std::fill(maxima.begin(), maxima.end(), -INFINITE);
+    float* const maximum = maxima.data();
+    for (int64_t start = 0; start < count; start += lanes) {
+        const int64_t end = std::min(lanes, count - start);
+        for (int64_t lane = 0; lane < end; lane++) {
+            const float score = or_infinite(scores(first + start + lane));
+            maximum[lane] = maximum[lane] > score ? maximum[lane] : score;
+        }
+    }
+    std::transform(maxima.begin(), maxima.end(), keys.begin(), key_of);
+    const int32_t bound = kth_largest(keys, k);
+
+    found.clear();
+    ties.clear();
+    for (int64_t lane = 0; lane < std::min(lanes, count); lane++) {
+        if (keys[lane] < bound) continue;
+        for (int64_t m = lane; m < count; m += lanes) {
+            const int32_t key = key_of(or_infinite(scores(first + m)));
+            if (key > bound) found.push_back({key, int32_t(first + m)});
+            else if (key == bound && int64_t(ties.size()) < k) ties.push_back({key, int32_t(first + m)});
+        }
+    }
+    const int64_t missing = std::max<int64_t>(0, k - int64_t(found.size()));
+    found.insert(found.end(), ties.begin(), ties.begin() + std::min<int64_t>(missing, ties.size()));
+    if (int64_t(found.size()) > k) std::nth_element(found.begin(), found.begin() + k, found.end());
+    if (in_order) std::sort(found.begin(), found.begin() + k);
+}
+
+// Lanes per row: enough that few have two of the k largest, few enough that their maxima stay close at hand.
+int64_t lanes_for(int64_t count, int64_t k) {
+    int64_t lanes = 64;
+    while (lanes < 16 * k && lanes < count) lanes *= 2;
+    return lanes;
+}
+
+template <class ScoresOf>
+void topk(ScoresOf scores_of, int64_t N, int64_t M, int64_t k, int64_t parts, bool in_order, int64_t threads,
+          float* values, int64_t* latents) {
+    const int64_t count = M / parts, k_each = k / parts, lanes = lanes_for(count, k_each);
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch{std::vector<float>(lanes), std::vector<int32_t>(lanes), {}, {}};
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t n = 0; n < N; n++) {
+            const auto scores = scores_of(n);
+            for (int64_t part = 0; part < parts; part++) {
+                topk_of_row(scores, part * count, count, k_each, in_order, scratch);
+                for (int64_t i = 0; i < k_each; i++) {
+                    const int64_t at = n * k + part * k_each + i;
+                    latents[at] = scratch.found[i].latent;
+                    values[at] = scores(scratch.found[i].latent);
+                }
+            }
+        }
+    }
+}
+
+// ---- Sums over chosen rows -------------------------------------------------------------------------------------------
+
+// The hardware reads ahead within a row; where the next row lies only the list of rows says.
+inline void fetch(const float* row, int64_t D) {
+    for (int64_t d = 0; d < D; d += CACHE_LINE) __builtin_prefetch(row + d);
+}
+
+inline float dot(const float* a, const float* b, int64_t D) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < D; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+// ---- Adam ------------------------------------------------------------------------------------------------------------
+
+// In double precision, so that the square of a tiny row is not zero; at least the smallest normal number.
+inline float norm_of(const float* row, int64_t D) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < D; d++) sum += double(row[d]) * row[d];
+    return std::max(float(std::sqrt(sum)), std::numeric_limits<float>::min());
+}
+
+}  // namespace
+
+extern "C" {
+
+void topk_float32(const float* products, const float* bias, int64_t N, int64_t M, int64_t k, int64_t parts,
+                  bool in_order, int64_t threads, float* values, int64_t* latents) {
+    topk([=](int64_t n) { return Float32{products + n * M, bias}; }, N, M, k, parts, in_order, threads, values, latents);
+}
+
+void topk_bfloat16(const uint16_t* scores, int64_t N, int64_t M, int64_t k, int64_t parts, bool in_order,
+                   int64_t threads, float* values, int64_t* latents) {
+    topk([=](int64_t n) { return BFloat16{scores + n * M}; }, N, M, k, parts, in_order, threads, values, latents);
+}
+
+void topk_int8(const int32_t* sums, const float* scale, const float* bias, const float* one_over_x, int64_t N,
+               int64_t M, int64_t k, int64_t parts, bool in_order, int64_t threads, float* values, int64_t* latents) {
+    topk([=](int64_t n) { return Int8{sums + n * M, scale, bias, one_over_x[n]}; }, N, M, k, parts, in_order, threads,
+         values, latents);
+}
+
+// Whether all of them are numbers of rows; the sums below trust that.
+bool all_below(const int64_t* indices, int64_t count, int64_t rows) {
+    uint64_t largest = 0;  // a negative one is larger than any
+    for (int64_t i = 0; i < count; i++) largest = std::max(largest, uint64_t(indices[i]));
+    return count == 0 || largest < uint64_t(rows);
+}
+
+// out[n, i] = <x[n], W[indices[n, i]]>
+void gather_dot(const float* x, const float* W, const int64_t* indices, int64_t N, int64_t K, int64_t D,
+                int64_t threads, float* out) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t at = n * K; at < (n + 1) * K; at++) {
+            if (at + 1 < N * K) fetch(W + indices[at + 1] * D, D);
+            out[at] = dot(x + n * D, W + indices[at] * D, D);
+        }
+}
+
+// out[s] = sum of weights[p] * rows[indices[p]] over p from starts[s] to starts[s + 1]
+void weighted_sums(const float* weights, const int64_t* indices, const int64_t* starts, const float* rows, int64_t S,
+                   int64_t D, int64_t threads, float* out) {
+    const int64_t last = starts[S];
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 32)
+    for (int64_t s = 0; s < S; s++) {
+        float* const sum = out + s * D;
+        std::fill_n(sum, D, 0.0f);
+        for (int64_t p = starts[s]; p < starts[s + 1]; p++) {
+            if (p + 1 < last) fetch(rows + indices[p + 1] * D, D);
+            const float weight = weights[p];
+            const float* const row = rows + indices[p] * D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) sum[d] += weight * row[d];
+        }
+    }
+}
+
+// One step of Adam, as `eager.adam_` has it; with unit_rows on rows of D numbers, which stay at norm 1.
+void adam(float* params, const float* grads, float* firsts, float* seconds, int64_t count, int64_t D, float step_size,
+          float beta1, float beta2, float correction2, float eps, bool unit_rows, int64_t threads) {
+    const int64_t size = unit_rows ? D : BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t start = 0; start < count; start += size) {
+        const int64_t end = std::min(size, count - start);
+        float* const param = params + start;
+        const float* const grad = grads + start;
+        float* const first = firsts + start;
+        float* const second = seconds + start;
+        float along = 0;  // the gradient's part along the row, in units of the row
+        if (unit_rows) {
+            const float norm = norm_of(param, end);
+            along = dot(grad, param, end) / norm / norm;
+        }
+#pragma omp simd
+        for (int64_t d = 0; d < end; d++) {
+            const float g = grad[d] - along * param[d];
+            first[d] = beta1 * first[d] + (1 - beta1) * g;
+            second[d] = beta2 * second[d] + (1 - beta2) * g * g;
+            param[d] -= step_size * first[d] / (std::sqrt(second[d] / correction2) + eps);
+        }
+        if (unit_rows) {
+            const float norm = norm_of(param, end);
+#pragma omp simd
+            for (int64_t d = 0; d < end; d++) param[d] /= norm;
+        }
+    }
+}
+
+}  // extern "C"

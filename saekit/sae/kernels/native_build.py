@@ -1,0 +1,138 @@
+"""Compiles `native.cpp` on the machine that runs it, once, and loads it.
+
+Compiled here rather than in a wheel, it uses every instruction that this CPU has. It shares the threads of torch's own
+OpenMP runtime: a pool of its own would fight with torch's, which spins for milliseconds after each operation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
+"""By architecture, the flag for all instructions of this CPU."""
+COMPILERS = ("c++", "g++", "clang++")
+RUNTIMES = ("libgomp", "libiomp5", "libomp")
+"""OpenMP runtimes that know the calls that compilers make; torch has loaded one of them."""
+LONGEST_S = 120
+
+
+class NoNativeKernelsError(RuntimeError):
+    """The native kernels cannot be had here; says why."""
+
+
+@cache
+def why_not() -> str | None:
+    """Why there are no native kernels here, or None where there are; the first call may compile for some seconds."""
+    try:
+        library()
+    except NoNativeKernelsError as error:
+        return str(error)
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, from the cache if this CPU and compiler have compiled this source before.
+
+    Raises:
+        NoNativeKernelsError: If there is no compiler, it fails, or torch's OpenMP runtime is none that is known.
+    """
+    runtime, compiler = _openmp_runtime(), _compiler()
+    flags = (*FLAGS, THIS_CPU[platform.machine()]) if platform.machine() in THIS_CPU else FLAGS
+    name = hashlib.sha256("\0".join((SOURCE.read_text("utf-8"), _version(compiler), *flags, _cpu())).encode())
+    path = _cache() / f"native-{name.hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(compiler, flags, path)
+    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the kernels find their OpenMP calls there, and link to none
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoNativeKernelsError(f"compiled kernels cannot be loaded: {error}") from error
+    loaded.all_below.restype = ctypes.c_bool
+    return loaded
+
+
+def _openmp_runtime() -> str:
+    """The file of the runtime that torch's threads belong to."""
+    torch.empty(1)  # torch is loaded, and with it the runtime
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        raise NoNativeKernelsError(f"native kernels are for Linux, this is {sys.platform}") from None
+    loaded = {line.split(maxsplit=5)[5].strip() for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    found = sorted(file for file in loaded if Path(file).name.startswith(RUNTIMES))
+    torchs = [file for file in found if Path(file).is_relative_to(Path(torch.__file__).parent)] or found
+    if not torchs:
+        raise NoNativeKernelsError("torch uses no OpenMP runtime that native kernels could share threads with")
+    return torchs[0]
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
+    if found is None:
+        raise NoNativeKernelsError(f"no C++ compiler ({named or ', '.join(COMPILERS)})")
+    return found
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoNativeKernelsError(f"the C++ compiler does not run: {error}") from error
+
+
+def _cpu() -> str:
+    """What a CPU can do: a cache in a home directory may be seen by machines that differ."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
+
+
+def _cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = base / "saekit"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+    except OSError:
+        pass
+    return _cache_of_this_process()
+
+
+@cache
+def _cache_of_this_process() -> Path:
+    """Where nothing can be kept, each process compiles for itself."""
+    return Path(tempfile.mkdtemp(prefix="saekit-"))
+
+
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
+    """Compile to `path` whole or not at all: other ranks may do the same at the same time."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        object_file, shared = Path(directory, "native.o"), Path(directory, "native.so")
+        # Linked without -fopenmp, which would tie it to another runtime than torch's.
+        for command in (
+            [compiler, *flags, "-c", str(SOURCE), "-o", str(object_file)],
+            [compiler, "-shared", str(object_file), "-o", str(shared)],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, check=False)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise NoNativeKernelsError(f"{compiler} failed: {error}") from error
+            if done.returncode:
+                raise NoNativeKernelsError(f"{compiler} failed: {done.stderr.strip() or done.returncode}")
+        shared.replace(path)

@@ -1,0 +1,126 @@
+"""The sparse operations in C++ that is compiled on this machine (`native.cpp`): the backend `native`.
+
+For contiguous float32 on a CPU, which is what SAEs are trained in; anything else goes to `torch_ops`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saekit.sae.kernels import scores, torch_ops
+from saekit.sae.kernels.native_build import library
+
+DEVICES = ("cpu", "meta")
+"""On the second nothing is computed, and what is allocated can be counted."""
+TOPK = {torch.float32: "topk_float32", torch.bfloat16: "topk_bfloat16", torch.int8: "topk_int8"}
+
+
+def topk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
+) -> tuple[Tensor, Tensor]:
+    """As `torch_ops.topk`; scores are read once, as the matmul leaves them."""
+    N, M = x_ND.shape[0], W_MD.shape[0]
+    if not (_all_float32(x_ND, W_MD, b_M) and dtype in TOPK and b_M.shape == (M,) and 0 < k // parts <= M // parts):
+        return torch_ops.topk(x_ND, W_MD, b_M, k, dtype, in_order, parts)
+    rows = scores.chunk_rows(N, M, k, dtype, bytes_per_score=4 if dtype == torch.int8 else dtype.itemsize)
+    values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
+    also: Callable[[slice], tuple[Tensor, ...]]
+    if dtype == torch.int8:
+        rounded = scores.round_to_8_bits(x_ND, W_MD)
+        scores_of, also = rounded.products(rows), lambda some: (rounded.W_scale_M, b_M, rounded.one_over_x_N[some])
+    elif dtype == torch.bfloat16:
+        scores_of, also = scores.in_bfloat16(x_ND, W_MD, b_M, rows), lambda _: ()
+    else:
+        scores_of, also = scores.products(x_ND, W_MD, rows), lambda _: (b_M,)
+    for start in range(0, N, rows):
+        some = slice(start, min(start + rows, N))
+        numbers = (some.stop - start, M, k, parts, in_order, torch.get_num_threads())
+        _call(TOPK[dtype], scores_of(some), *also(some), *numbers, values_NK[some], indices_NK[some])
+    return values_NK, indices_NK
+
+
+def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
+    """As `torch_ops.gather_dot`."""
+    (N, D), K = x_ND.shape, indices_NK.shape[1]
+    if not (_all_float32(x_ND, W_MD) and W_MD.shape[1] == D and len(indices_NK) == N):
+        return torch_ops.gather_dot(x_ND, W_MD, indices_NK)
+    indices_NK, out_NK = _rows_of(W_MD, indices_NK), x_ND.new_empty(N, K)
+    _call("gather_dot", x_ND, W_MD, indices_NK, N, K, D, torch.get_num_threads(), out_NK)
+    return out_NK
+
+
+def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
+    """As `torch_ops.gather_sum`."""
+    N, K = indices_NK.shape
+    if not (_all_float32(weights_NK, W_MD) and weights_NK.shape == (N, K)):
+        return torch_ops.gather_sum(weights_NK, indices_NK, W_MD)
+    starts = torch.arange(N + 1, device=W_MD.device) * K
+    return segment_sum(weights_NK.view(-1), indices_NK.flatten(), starts, W_MD)
+
+
+def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
+    """As `torch_ops.segment_sum`."""
+    if not (_all_float32(weights_P, rows_ND) and weights_P.shape == tokens_P.shape):
+        return torch_ops.segment_sum(weights_P, tokens_P, starts_M, rows_ND)
+    M, D = len(starts_M) - 1, rows_ND.shape[1]
+    tokens_P, out_MD = _rows_of(rows_ND, tokens_P), rows_ND.new_empty(M, D)
+    _call("weighted_sums", weights_P, tokens_P, starts_M, rows_ND, M, D, torch.get_num_threads(), out_MD)
+    return out_MD
+
+
+def _rows_of(rows_RD: Tensor, indices: Tensor) -> Tensor:
+    """The numbers of rows as the loops in C++ read them, which trust that they are such.
+
+    Raises:
+        IndexError: If one is none.
+    """
+    indices = indices.to(torch.int64).contiguous()
+    if not indices.is_meta and not library().all_below(_as_c(indices), _as_c(indices.numel()), _as_c(len(rows_RD))):
+        raise IndexError(f"an index is not below {len(rows_RD)}, the number of rows")
+    return indices
+
+
+@torch.no_grad()
+def adam_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """As `eager.adam_`, each row from its projection to its new norm while it is in the cache."""
+    tensors = (param, grad, exp_avg, exp_avg_sq)
+    if not _all_float32(*tensors):
+        torch_ops.adam_(*tensors, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
+        return
+    numbers = lr / (1 - beta1**step), beta1, beta2, 1 - beta2**step, eps
+    count, D = param.numel(), param.shape[-1] if unit_rows else 1
+    _call("adam", *tensors, count, D, *numbers, unit_rows, torch.get_num_threads())
+
+
+def _all_float32(*tensors: Tensor) -> bool:
+    return all(each.dtype == torch.float32 and each.device.type in DEVICES and each.is_contiguous() for each in tensors)
+
+
+def _call(name: str, *arguments: Tensor | int | float | bool) -> None:
+    """Call a function of `native.cpp`: tensors as pointers, and numbers as its int64_t, float and bool."""
+    if not any(isinstance(each, Tensor) and each.is_meta for each in arguments):
+        getattr(library(), name)(*map(_as_c, arguments))
+
+
+def _as_c(argument: Tensor | int | float | bool) -> ctypes._SimpleCData:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, bool):
+        return ctypes.c_bool(argument)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

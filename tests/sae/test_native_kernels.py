@@ -1,0 +1,244 @@
+"""The native kernels against torch's operations and the formulas, and where they cannot be had."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from saekit.sae.kernels import choose_kernels, eager, native_build, native_ops, scores, torch_ops
+from saekit.sae.kernels.sparse import Sparse
+from saekit.training.plan import _one_backend
+from tests.sae.native import needs_native
+
+TYPES = [torch.float32, torch.bfloat16, torch.int8]
+SIZES = [(1, 1, 1, 1), (7, 5, 33, 4), (3, 8, 64, 64), (5, 16, 1000, 24), (2, 4, 4099, 300), (0, 4, 10, 2)]
+
+
+def small_integers(*shape, seed=0, below=2):
+    """Whose products and sums every precision holds exactly, so that many scores are equal."""
+    return torch.randint(-below, below + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@needs_native
+class TestTopk:
+    @pytest.mark.parametrize("dtype", TYPES)
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("shift", [0, -100], ids=["some positive", "none positive"])
+    def test_of_scores_that_are_exact(self, dtype, size, shift, monkeypatch):
+        N, D, M, k = size
+        if dtype == torch.int8:  # rounds to what is in the factors already, if each row has the same largest number
+            monkeypatch.setattr(scores, "INT8", 4)
+            monkeypatch.setattr(scores, "_mean_square", lambda rows: rows.new_ones(rows.shape[1]))
+        x, W, b = small_integers(N, D), small_integers(M, D, seed=1), small_integers(M, seed=2) + shift
+        x[:, 0] = W[:, 0] = 4
+        values, latents = native_ops.topk(x, W, b, k, dtype)
+        dense = x @ W.T + b
+        expected = dense.topk(k).values
+        assert all(len(set(row)) == k for row in latents.tolist())
+        torch.testing.assert_close(dense.gather(1, latents), expected, rtol=0, atol=0)
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("dtype", TYPES)
+    @pytest.mark.parametrize("parts", [1, 4, 12])
+    def test_in_parts_and_in_any_order(self, dtype, parts):
+        x, W, b = (
+            torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((9, 8), (600, 8), (600,))
+        )
+        values, latents = native_ops.topk(x, W, b, 12, dtype, True, parts)
+        expected, _ = torch_ops.topk(x, W, b, 12, dtype, True, parts)  # of equal scores it may have others
+        torch.testing.assert_close(values, expected.float(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(
+            latents.view(9, parts, -1) // (600 // parts), torch.arange(parts)[:, None].expand(9, -1, 12 // parts)
+        )
+        any_values, any_latents = native_ops.topk(x, W, b, 12, dtype, False, parts)
+        for got, ordered in ((any_values, values), (any_latents, latents)):
+            assert torch.equal(got.view(9, parts, -1).sort().values, ordered.view(9, parts, -1).sort().values)
+
+    @pytest.mark.parametrize("dtype", TYPES)
+    def test_chunks_and_threads_change_nothing(self, dtype, monkeypatch):
+        x, W, b = small_integers(50, 8, below=90), small_integers(700, 8, seed=1, below=90), small_integers(700, seed=2)
+        whole = native_ops.topk(x, W, b, 20, dtype)
+        monkeypatch.setattr(scores, "SHARED_FROM", 0)
+        monkeypatch.setattr(scores, "ROWS", 1)
+        threads = torch.get_num_threads()
+        try:
+            for count, rows in ((1, 1), (3, 7), (2, 49)):
+                torch.set_num_threads(count)
+                monkeypatch.setattr(scores, "CHUNK_BYTES", rows * 700 * 2)
+                for got, expected in zip(native_ops.topk(x, W, b, 20, dtype), whole, strict=True):
+                    assert torch.equal(got, expected)
+        finally:
+            torch.set_num_threads(threads)
+
+    @pytest.mark.parametrize("dtype", TYPES)
+    def test_more_than_there_are_is_refused(self, dtype):
+        with pytest.raises(RuntimeError, match="out of range"):
+            native_ops.topk(torch.ones(2, 4), torch.ones(6, 4), torch.ones(6), 7, dtype)
+
+
+def random_code(N, M, D, K):
+    generator = torch.Generator().manual_seed(N + M)
+    rows, x = torch.randn(M, D, generator=generator), torch.randn(N, D, generator=generator)
+    return rows, x, torch.randint(0, M, (N, K), generator=generator), torch.randn(N, K, generator=generator)
+
+
+@needs_native
+class TestSums:
+    @pytest.mark.parametrize("size", [(7, 33, 5, 4), (1, 1, 1, 1), (40, 9, 100, 3), (0, 10, 4, 2), (3, 10, 4, 0)])
+    def test_are_those_of_torch(self, size):
+        rows, x, indices, weights = random_code(*size)
+        torch.testing.assert_close(native_ops.gather_dot(x, rows, indices), torch_ops.gather_dot(x, rows, indices))
+        torch.testing.assert_close(
+            native_ops.gather_sum(weights, indices, rows), torch_ops.gather_sum(weights, indices, rows)
+        )
+
+    @pytest.mark.parametrize("size", [(7, 33, 5, 4), (64, 128, 17, 8), (0, 10, 4, 2), (1, 3, 9, 1)])
+    @pytest.mark.parametrize("shift", [0.0, -3.0], ids=["some active", "few active"])
+    def test_values_and_gradients(self, size, shift):
+        N, M, D, k = size
+        generator = torch.Generator().manual_seed(M)
+        shapes = ((N, D), (M, D), (M,), (M, D), (D,))
+        leaves = [torch.randn(*shape, generator=generator) for shape in shapes]
+        leaves[2] += shift
+        found = []
+        for kernels in (Sparse("native", native_ops), eager):
+            parameters = [each.clone().requires_grad_() for each in leaves]
+            out, acts, _ = kernels.autoencode(*parameters, k)
+            gradients = torch.autograd.grad((out.square().sum() + acts.sum()), parameters)
+            found.append((out, acts, *gradients))
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    def test_threads_change_nothing(self):
+        rows, x, indices, weights = random_code(100, 50, 33, 8)
+        threads = torch.get_num_threads()
+        found = []
+        try:
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append((native_ops.gather_dot(x, rows, indices), native_ops.gather_sum(weights, indices, rows)))
+        finally:
+            torch.set_num_threads(threads)
+        for one, three in zip(*found, strict=True):
+            assert torch.equal(one, three)
+
+    @pytest.mark.parametrize("index", [-1, 33, 2**40])
+    def test_a_row_that_is_not_there(self, index):
+        rows, x, indices, weights = random_code(7, 33, 5, 4)
+        indices[3, 2] = index
+        for call in (
+            lambda: native_ops.gather_dot(x, rows, indices),
+            lambda: native_ops.gather_sum(weights, indices, rows),
+        ):
+            with pytest.raises(IndexError, match="not below 33"):
+                call()
+
+    def test_views_and_other_types(self):
+        rows, x, indices, weights = random_code(6, 20, 8, 6)
+        for change in (lambda each: each.t().contiguous().t(), torch.Tensor.double):
+            torch.testing.assert_close(
+                native_ops.gather_dot(change(x), change(rows), indices.t().contiguous().t()),
+                torch_ops.gather_dot(change(x), change(rows), indices),
+            )
+            torch.testing.assert_close(
+                native_ops.gather_sum(change(weights), indices, change(rows)),
+                torch_ops.gather_sum(change(weights), indices, change(rows)),
+            )
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("shape", "unit_rows"), [((7, 5), True), ((300, 96), True), ((7, 5), False), ((10_001,), False), ((), False)]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-25], ids=["ordinary", "tiny"])
+def test_adam(shape, unit_rows, scale):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator) * scale
+    if unit_rows:
+        start[3] = 0
+    start = (start, start.double())  # the formulas in float64, in which a tiny row's square is not zero
+    states = [[each.clone(), torch.zeros_like(each), torch.zeros_like(each)] for each in start]
+    for step in (1, 2, 3):
+        grad = torch.randn(shape, generator=generator)
+        for adam_, (param, first, second) in zip((native_ops.adam_, eager.adam_), states, strict=True):
+            settings = {"step": step, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": unit_rows}
+            adam_(param, grad.to(param.dtype, copy=True), first, second, **settings)
+    for got, expected in zip(*states, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def in_a_new_process(tmp_path, say, **environment):
+    """What Python prints in a process with a cache of its own."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", say], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+WHY_NOT = "from saekit.sae.kernels.native_build import why_not; print(why_not())"
+
+
+class TestBuilding:
+    def test_without_a_compiler(self, tmp_path):
+        assert in_a_new_process(tmp_path, WHY_NOT, CXX="no-such-compiler") == "no C++ compiler (no-such-compiler)"
+        say = "import torch; from saekit.sae.kernels import choose_kernels as choose; cpu = torch.device('cpu')\n"
+        auto = "print(choose('auto', 'fp32', cpu).name)"
+        assert in_a_new_process(tmp_path, say + auto, CXX="no-such-compiler") == "cpu"
+        asked = "try: choose('native', 'fp32', cpu)\nexcept ValueError as error: print(error)"
+        assert "no C++ compiler" in in_a_new_process(tmp_path, say + asked, CXX="no-such-compiler")
+
+    def test_a_compiler_that_fails(self, tmp_path):
+        broken = tmp_path / "c++"
+        broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "out of order" >&2; exit 3; }\n')
+        broken.chmod(0o755)
+        assert in_a_new_process(tmp_path, WHY_NOT, CXX=str(broken)).endswith("failed: out of order")
+
+    @needs_native
+    def test_is_compiled_once_and_whole(self, tmp_path):
+        run = [sys.executable, "-c", WHY_NOT]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        both = [subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert [each.communicate()[0].strip() for each in both] == ["None", "None"]
+        (kept,) = (tmp_path / "saekit").iterdir()
+        before = kept.stat()
+        assert in_a_new_process(tmp_path, WHY_NOT) == "None"
+        assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+    @needs_native
+    def test_where_nothing_can_be_kept(self, tmp_path):
+        (tmp_path / "saekit").write_text("a file where the folder should be")
+        assert in_a_new_process(tmp_path, WHY_NOT) == "None"
+
+    @needs_native
+    def test_is_torchs_own_threads(self):
+        from saekit.sae.kernels.native_build import _openmp_runtime, library
+
+        library()
+        loaded = Path("/proc/self/maps").read_text()
+        runtimes = {word for word in loaded.split() if Path(word).name.startswith(native_build.RUNTIMES)}
+        assert _openmp_runtime() in runtimes
+        linked = subprocess.run(["ldd", library()._name], capture_output=True, text=True, check=True).stdout
+        assert not any(name in linked for name in native_build.RUNTIMES)
+
+
+def test_is_for_cpus():
+    with pytest.raises(ValueError, match="for CPUs"):
+        choose_kernels("native", "fp32", torch.device("cuda"))
+
+
+def test_all_ranks_take_the_same_kernels():
+    class Ranks:
+        device = torch.device("cpu")
+
+        def __init__(self, *others):
+            self.others = others
+
+        def gather(self, value):
+            return [value, *self.others]
+
+    own = choose_kernels("auto", "fp32", Ranks.device).name
+    assert _one_backend(Ranks(own, own)) == own
+    assert _one_backend(Ranks("cpu", "native")) == "cpu"
