@@ -59,7 +59,6 @@ FAULTS = [
     ("a token's scale is lost on the bias", SCORES, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
     ("a native bias is not in the token's unit", NATIVE, "bias[m] * one_over_x", "bias[m]"),
     ("a native choice passes over what is no number", NATIVE, "score == score ? score : INFINITE", "score"),
-    ("a native bound is the least of all", NATIVE, "return int32_t(low);", "return INT32_MIN + 1;"),
     ("native sums forget all but the last", NATIVE, "sum[d] += weight * row[d]", "sum[d] = weight * row[d]"),
     ("a native step keeps the gradient along a row", NATIVE, "grad[d] - along * param[d]", "grad[d]"),
     ("native kernels on some of the ranks", "saekit/training/plan.py", "if len(wanted) == 1", "if wanted"),

@@ -71,7 +71,7 @@ def test_the_maths_needs_torch_only():
         "subprocess",
         "sys",
         "tempfile",
-    }  # to compile native kernels
+    }  # compiles
     for file in (ROOT / "sae").rglob("*.py"):
         found = {name.split(".")[0] for name in imports_of(file)}
         assert found <= allowed | standard, file
