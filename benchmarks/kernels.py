@@ -37,7 +37,7 @@ from rich.table import Table
 
 from saekit import Sae, TrainConfig
 from saekit.sae import sae_losses
-from saekit.sae.kernels import Kernels, choose_kernels
+from saekit.sae.kernels import Kernels, auto_backend, choose_kernels
 from saekit.training.optimizers import make_optimizer
 
 CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
@@ -60,6 +60,8 @@ def main(
     device = torch.device("cuda" if gpu else "cpu")
     at_most = at_most or (1.6 if gpu else 2.0)
     backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", "auto")]
+    if auto_backend(device) == "native":
+        backends += [("native", "fp32"), ("native", "auto")]
     if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
         backends = [("triton", "fp32"), ("triton", "bf16")]
     results = []
