@@ -119,6 +119,7 @@ class _CpuOps:
     topk = staticmethod(torch_ops.topk)
     gather_sum = staticmethod(torch_ops.gather_sum)
     segment_sum = staticmethod(torch_ops.segment_sum)
+    sort_pairs = staticmethod(torch_ops.sort_pairs)
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
         """Its pattern and its result."""
@@ -137,6 +138,8 @@ class _CpuOps:
 
 class _TritonOps:
     """What `triton_ops` allocates."""
+
+    sort_pairs = staticmethod(torch_ops.sort_pairs)
 
     def topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1

@@ -136,6 +136,16 @@ class TestSums:
             with pytest.raises(IndexError, match="not below 33"):
                 call()
 
+    @pytest.mark.parametrize("size", [(7, 33, 1, 4), (100, 5, 1, 3), (0, 10, 1, 2), (3, 10, 1, 0)])
+    def test_pairs_in_order(self, size):
+        _, _, indices, _ = random_code(*size)
+        for got, expected in zip(
+            native_ops.sort_pairs(indices, size[1]), torch_ops.sort_pairs(indices, size[1]), strict=True
+        ):
+            assert torch.equal(got, expected)
+        with pytest.raises(IndexError, match="not below 10"):
+            native_ops.sort_pairs(torch.tensor([[3, 10]]), 10)
+
     def test_views_and_other_types(self):
         rows, x, indices, weights = random_code(6, 20, 8, 6)
         for change in (lambda each: each.t().contiguous().t(), torch.Tensor.double):

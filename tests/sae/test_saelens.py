@@ -36,7 +36,7 @@ COMMON = {
 
 
 def test_topk(tmp_path):
-    sae, x = make_sae(None), torch.randn(20, D)
+    sae, x = make_sae(None), torch.randn(20, D, generator=torch.Generator().manual_seed(0))
     save_as_saelens(sae, tmp_path / "new" / "folder", {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post"})
     config, w = read(tmp_path / "new" / "folder")
     metadata = {"sae_lens_version": "6.0.0", "model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post"}
@@ -55,7 +55,7 @@ def test_topk(tmp_path):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
 def test_batchtopk_is_a_jumprelu(tmp_path, threshold):
-    sae, x = make_sae(threshold), torch.randn(20, D)
+    sae, x = make_sae(threshold), torch.randn(20, D, generator=torch.Generator().manual_seed(0))
     save_as_saelens(sae, tmp_path)
     config, w = read(tmp_path)
     assert config == {**COMMON, "architecture": "jumprelu", "metadata": {"sae_lens_version": "6.0.0"}}

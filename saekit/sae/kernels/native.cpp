@@ -191,7 +191,23 @@ void topk_int8(const int32_t* sums, const float* scale, const float* bias, const
          values, latents);
 }
 
-// Whether all of them are numbers of rows; the sums below trust that.
+// Pairs (token, latent) in the order of latents, and of tokens within a latent: where each was, its token, and where
+// each latent's begin. Counted, not compared. `starts` has M + 1 numbers.
+void sort_pairs(const int64_t* latents, int64_t count, int64_t K, int64_t M, int64_t* order, int64_t* tokens,
+                int64_t* starts) {
+    std::fill_n(starts, M + 1, 0);
+    for (int64_t p = 0; p < count; p++) starts[latents[p] + 1]++;
+    for (int64_t m = 0; m < M; m++) starts[m + 1] += starts[m];
+    std::vector<int64_t> next(starts, starts + M);
+    for (int64_t n = 0, p = 0; p < count; n++)
+        for (const int64_t end = p + K; p < end; p++) {
+            const int64_t at = next[latents[p]]++;
+            order[at] = p;
+            tokens[at] = n;
+        }
+}
+
+// Whether all of them are numbers of rows; the sums below, and the sort above, trust that.
 bool all_below(const int64_t* indices, int64_t count, int64_t rows) {
     uint64_t largest = 0;  // a negative one is larger than any
     for (int64_t i = 0; i < count; i++) largest = std::max(largest, uint64_t(indices[i]));
@@ -231,6 +247,7 @@ void weighted_sums(const float* weights, const int64_t* indices, const int64_t* 
 void adam(float* params, const float* grads, float* firsts, float* seconds, int64_t count, int64_t D, float step_size,
           float beta1, float beta2, float correction2, float eps, bool unit_rows, int64_t threads) {
     const int64_t size = unit_rows ? D : BLOCK;
+    const float scale2 = 1 / correction2;  // divisions take most of the time
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < count; start += size) {
         const int64_t end = std::min(size, count - start);
@@ -248,12 +265,12 @@ void adam(float* params, const float* grads, float* firsts, float* seconds, int6
             const float g = grad[d] - along * param[d];
             first[d] = beta1 * first[d] + (1 - beta1) * g;
             second[d] = beta2 * second[d] + (1 - beta2) * g * g;
-            param[d] -= step_size * first[d] / (std::sqrt(second[d] / correction2) + eps);
+            param[d] -= step_size * first[d] / (std::sqrt(second[d] * scale2) + eps);
         }
         if (unit_rows) {
-            const float norm = norm_of(param, end);
+            const float scale = 1 / norm_of(param, end);
 #pragma omp simd
-            for (int64_t d = 0; d < end; d++) param[d] /= norm;
+            for (int64_t d = 0; d < end; d++) param[d] *= scale;
         }
     }
 }

@@ -48,7 +48,7 @@ def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
     (N, D), K = x_ND.shape, indices_NK.shape[1]
     if not (_all_float32(x_ND, W_MD) and W_MD.shape[1] == D and len(indices_NK) == N):
         return torch_ops.gather_dot(x_ND, W_MD, indices_NK)
-    indices_NK, out_NK = _rows_of(W_MD, indices_NK), x_ND.new_empty(N, K)
+    indices_NK, out_NK = _below(len(W_MD), indices_NK), x_ND.new_empty(N, K)
     _call("gather_dot", x_ND, W_MD, indices_NK, N, K, D, torch.get_num_threads(), out_NK)
     return out_NK
 
@@ -67,20 +67,30 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
     if not (_all_float32(weights_P, rows_ND) and weights_P.shape == tokens_P.shape):
         return torch_ops.segment_sum(weights_P, tokens_P, starts_M, rows_ND)
     M, D = len(starts_M) - 1, rows_ND.shape[1]
-    tokens_P, out_MD = _rows_of(rows_ND, tokens_P), rows_ND.new_empty(M, D)
+    tokens_P, out_MD = _below(len(rows_ND), tokens_P), rows_ND.new_empty(M, D)
     _call("weighted_sums", weights_P, tokens_P, starts_M, rows_ND, M, D, torch.get_num_threads(), out_MD)
     return out_MD
 
 
-def _rows_of(rows_RD: Tensor, indices: Tensor) -> Tensor:
-    """The numbers of rows as the loops in C++ read them, which trust that they are such.
+def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch_ops.sort_pairs`."""
+    if indices_NK.device.type not in DEVICES:
+        return torch_ops.sort_pairs(indices_NK, num_latents)
+    indices_NK = _below(num_latents, indices_NK)
+    (order, tokens), starts = indices_NK.new_empty(2, indices_NK.numel()), indices_NK.new_empty(num_latents + 1)
+    _call("sort_pairs", indices_NK, indices_NK.numel(), indices_NK.shape[1], num_latents, order, tokens, starts)
+    return order, tokens, starts
+
+
+def _below(rows: int, indices: Tensor) -> Tensor:
+    """Numbers of rows as the loops in C++ read them, which trust that they are such.
 
     Raises:
         IndexError: If one is none.
     """
     indices = indices.to(torch.int64).contiguous()
-    if not indices.is_meta and not library().all_below(_as_c(indices), _as_c(indices.numel()), _as_c(len(rows_RD))):
-        raise IndexError(f"an index is not below {len(rows_RD)}, the number of rows")
+    if not indices.is_meta and not library().all_below(_as_c(indices), _as_c(indices.numel()), _as_c(rows)):
+        raise IndexError(f"an index is not below {rows}, the number of rows")
     return indices
 
 

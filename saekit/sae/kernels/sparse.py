@@ -51,6 +51,9 @@ class Ops(Protocol):
     def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
         """The weighted sum of the tokens' rows for each latent."""
 
+    def sort_pairs(self, indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs (latent, token), sorted by latent."""
+
     @property
     def adam_(self) -> Callable[..., None]:
         """One step of Adam, with projection and renormalisation where rows have norm 1."""
@@ -73,7 +76,7 @@ class Sparse(NamedTuple):
 
     def decode(self, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
         """As `eager.decode`, without an `[N, K, D]` tensor and with a backward pass over the chosen rows only."""
-        return _Decode.apply(acts_NK, indices_NK, W_MD, _Pairs(indices_NK, W_MD.shape[0]), self.ops)
+        return _Decode.apply(acts_NK, indices_NK, W_MD, _Pairs(indices_NK, W_MD.shape[0], self.ops), self.ops)
 
     def autoencode(
         self,
@@ -117,7 +120,7 @@ class Sparse(NamedTuple):
     def _encode(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None, parts: int
     ) -> tuple[Tensor, Tensor, _Pairs]:
-        pairs = _Pairs(None, W_MD.shape[0])
+        pairs = _Pairs(None, W_MD.shape[0], self.ops)
         few = num_candidates(k, W_MD.shape[0], parts) * WORTH_FROM <= W_MD.shape[0]
         select_dtype = self.select_dtype if self.select_dtype and few else W_MD.dtype
         acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, parts, pairs, self.ops, select_dtype)
@@ -134,27 +137,23 @@ def num_candidates(k: int, num_latents: int, parts: int = 1) -> int:
 class _Pairs:
     """The pairs (latent, token) of a k-sparse code, sorted by latent once for all sums over them, when first needed."""
 
-    def __init__(self, indices_NK: Tensor | None, num_latents: int) -> None:
+    def __init__(self, indices_NK: Tensor | None, num_latents: int, ops: Ops) -> None:
         self.indices_NK = indices_NK
         self.num_latents = num_latents
+        self.ops = ops
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.indices_NK is not None, "encode sets them"
-        flat = self.indices_NK.flatten()
-        latents, order = flat.to(torch.int32).sort(stable=True)  # half the bytes to sort
-        borders = torch.arange(self.num_latents + 1, dtype=torch.int32, device=flat.device)
-        starts_M = torch.searchsorted(latents, borders)
-        tokens = order.div(max(1, self.indices_NK.shape[1]), rounding_mode="floor")
-        return order, tokens, starts_M
+        return self.ops.sort_pairs(self.indices_NK, self.num_latents)
 
-    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, ops: Ops, shifts_NK: Tensor | None = None) -> Tensor:
+    def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None = None) -> Tensor:
         """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n + shifts[n,k]]`: `[M, D]`."""
         order, tokens, starts_M = self._sorted
         if shifts_NK is not None:
             tokens = tokens + shifts_NK.flatten()[order]
         weights = coefficients_NK.flatten()[order].to(rows_ND.dtype)
-        return ops.segment_sum(weights, tokens, starts_M, rows_ND)
+        return self.ops.segment_sum(weights, tokens, starts_M, rows_ND)
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -198,11 +197,11 @@ class _EncodeTopK(torch.autograd.Function):
         need_x, need_W, need_b, need_centre, *_ = ctx.needs_input_grad
         pairs, ops = ctx.pairs, ctx.ops
         dx_ND = ops.gather_sum(grad_NK, indices_NK, W_MD) if need_x else None
-        dW_MD = pairs.sum(grad_NK, x_ND, ops) if need_W else None
+        dW_MD = pairs.sum(grad_NK, x_ND) if need_W else None
         db_M = None
         if need_b or need_centre:
             # Not `index_add_`, which adds in any order on a GPU.
-            db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1), ops).squeeze(1)
+            db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1)).squeeze(1)
         # Summed over tokens first, the centre's gradient is a matrix times a vector; no token needs one of its own.
         dcentre_D = -(db_M @ W_MD) if need_centre else None
         return dx_ND, dW_MD, db_M if need_b else None, dcentre_D, None, None, None, None, None
@@ -224,7 +223,7 @@ class _Decode(torch.autograd.Function):
         grad_ND = grad_ND.contiguous()  # the gradient of a mere sum is an expanded scalar
         need_acts, _, need_W, *_ = ctx.needs_input_grad
         dacts_NK = ctx.ops.gather_dot(grad_ND, W_MD, indices_NK) if need_acts else None
-        dW_MD = ctx.pairs.sum(acts_NK, grad_ND, ctx.ops) if need_W else None
+        dW_MD = ctx.pairs.sum(acts_NK, grad_ND) if need_W else None
         return dacts_NK, None, dW_MD, None, None
 
 
@@ -257,5 +256,5 @@ class _DecodeNested(torch.autograd.Function):
                 dacts_NK = torch.where(groups_NK == group, dots_NK, dacts_NK)
         if need_W:
             shifts_NK = groups_NK * told_GND.shape[1]
-            dW_MD = ctx.pairs.sum(acts_NK, told_GND.flatten(0, 1), ctx.ops, shifts_NK)
+            dW_MD = ctx.pairs.sum(acts_NK, told_GND.flatten(0, 1), shifts_NK)
         return dacts_NK, None, dW_MD, None, None, None

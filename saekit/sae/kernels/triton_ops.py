@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from saekit.sae.kernels.eager import topk_in_parts
+from saekit.sae.kernels.torch_ops import sort_pairs
 from saekit.sae.kernels.triton_adam import OPTIONS, adam_, adam_rows, on_its_device
 
-__all__ = ["INTERPRETED", "adam_", "gather_dot", "gather_sum", "segment_sum", "topk"]
+__all__ = ["INTERPRETED", "adam_", "gather_dot", "gather_sum", "segment_sum", "sort_pairs", "topk"]
 
 INTERPRETED = not isinstance(adam_rows, triton.runtime.jit.JITFunction)
 """Whether Triton runs these kernels in its interpreter, on any device; it decides so when it sees a kernel."""
