@@ -37,11 +37,8 @@ mutants: $(STAMP)  ## put known faults back and see that a test notices each
 	$(BIN)/python -m tests.mutants
 
 bench: $(STAMP)  ## speed and memory beside eai-sparsify's, half an hour; tables as in docs/performance.md
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/train.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/selection.py
+	missed=0; for each in kernels step train memory selection; do \
+		$(BIN)/python benchmarks/$$each.py || missed=1; done; exit $$missed
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -70,7 +70,7 @@ def deepspeed(outcome: Outcome) -> Iterator[Finding]:
 
 
 def compilers(which: Callable[[str], str | None], environment: Mapping[str, str], *, triton: bool) -> Iterator[Finding]:
-    """A compiler, which only Triton needs: what DeepSpeed can compile (its CPU Adam, shared memory) saekit never uses.
+    """Compilers: Triton needs one, and native kernels; what DeepSpeed can compile (CPU Adam, ...) saekit never uses.
 
     zero3 trains with saekit's own optimisers, offloaded or not, and switches DeepSpeed's shared-memory operation off:
     see `saekit.placement.deepspeed`.
@@ -86,11 +86,11 @@ def compilers(which: Callable[[str], str | None], environment: Mapping[str, str]
         remedy = "apt install gcc (or name one in CC), or use --kernels cpu"
         yield Finding(RANKS, "compiler", "problem", "no C compiler, which Triton starts its kernels with", remedy)
     elif missing:
-        found = f"no {' and no '.join(missing)}: saekit needs none, only DeepSpeed's own CPU Adam would"
+        found = f"no {' and no '.join(missing)}: DeepSpeed's own CPU Adam, which saekit does not use, would need it"
         remedy = " and ".join("pip install ninja" if name == "ninja" else "apt install g++" for name in missing)
         yield Finding(RANKS, "compiler", "note", found, f"nothing, or {remedy}")
     else:
-        need = f"{c} starts Triton's kernels" if triton else "saekit needs none here"
+        need = f"{c} starts Triton's kernels" if triton else "C++ for native kernels"
         yield Finding(RANKS, "compiler", "ok", f"C++ and ninja; {need}")
 
 

@@ -42,7 +42,8 @@ struct Int8 {  // 32-bit sums of 8-bit products; all divided by the token's scal
     const float* scale;
     const float* bias;
     float one_over_x;
-    float operator()(int64_t m) const { return float(row[m]) * scale[m] + bias[m] * one_over_x; }
+    // Fused by name, so that a score is the same number each time it is computed.
+    float operator()(int64_t m) const { return std::fma(float(row[m]), scale[m], bias[m] * one_over_x); }
 };
 
 // What is not a number counts as the largest, so that it is chosen and a step can refuse it.
