@@ -53,15 +53,16 @@ def main(
     gpu: Annotated[bool, typer.Option(help="On the CUDA device, with the default sizes for one.")] = False,
     rounds: Annotated[int, typer.Option(help="Times everything is measured, in turn; medians count.", min=1)] = 9,
     at_most: Annotated[float | None, typer.Option(help="Times the floor.")] = None,
+    select_dtype: Annotated[str, typer.Option(help="In the place of auto, what the hardware is fast at.")] = "auto",
     profile: Annotated[bool, typer.Option(help="Also print torch's profile of the fastest backend's step.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
     """Measure kernels."""
     device = torch.device("cuda" if gpu else "cpu")
     at_most = at_most or (1.6 if gpu else 2.0)
-    backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", "auto")]
+    backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", select_dtype)]
     if auto_backend(device) == "native":
-        backends += [("native", "fp32"), ("native", "auto")]
+        backends += [("native", "fp32"), ("native", select_dtype)]
     if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
         backends = [("triton", "fp32"), ("triton", "bf16")]
     results = []

@@ -7,7 +7,7 @@
 Each repetition starts a process per contestant, one after the other, so that a slow minute of the machine meets all.
 A process warms up, times steps, and reads its own peak memory. Contestants:
 
-- saekit: as `saekit train` runs it; bf16 selects.
+- saekit: as `saekit train` runs it, or with `--select-dtype`.
 - saekit fp32: fp32 selects, too.
 - sparsify: as its Trainer does a step with `optimizer="adam"` where bitsandbytes is missing (Adam of torch).
 - sparsify huge pages: the same with the allocator setting that `saekit train` makes for itself (on a CPU only).
@@ -54,6 +54,7 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="Of the contestants besides saekit and sparsify; repeatable.")
     ] = None,
+    select_dtype: Annotated[str, typer.Option(help="Of saekit: auto, as it trains, fp32, bf16 or int8.")] = "auto",
     peer: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
@@ -68,7 +69,8 @@ def main(
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))
         job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": steps, "bf16": gpu}
-        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": "auto", "moments_dtype": "fp32"}
+        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": select_dtype}
+        job |= {"moments_dtype": "fp32"}
         results.append({"size": text, **measure(job, tokens, python, repeats, names)})
         console.print(table(results[-1]))
     record = {
