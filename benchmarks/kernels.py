@@ -64,7 +64,7 @@ def main(
     if auto_backend(device) == "native":
         backends += [("native", "fp32"), ("native", select_dtype)]
     if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
-        backends = [("triton", "fp32"), ("triton", "bf16")]
+        backends = [("triton", "fp32"), ("triton", select_dtype)]
     results = []
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))

@@ -90,8 +90,8 @@ def compilers(which: Callable[[str], str | None], environment: Mapping[str, str]
         remedy = " and ".join("pip install ninja" if name == "ninja" else "apt install g++" for name in missing)
         yield Finding(RANKS, "compiler", "note", found, f"nothing, or {remedy}")
     else:
-        need = f"{c} starts Triton's kernels" if triton else "C++ for native kernels"
-        yield Finding(RANKS, "compiler", "ok", f"C++ and ninja; {need}")
+        need = f"; {c} starts Triton's kernels" if triton else ", which compiles native kernels"
+        yield Finding(RANKS, "compiler", "ok", f"ninja and C++{need}")
 
 
 def headers(include: Path) -> Iterator[Finding]:

@@ -66,8 +66,7 @@ def library() -> ctypes.CDLL:
 
 
 def _openmp_runtime() -> str:
-    """The file of the runtime that torch's threads belong to."""
-    torch.empty(1)  # torch is loaded, and with it the runtime
+    """The file of the runtime that torch's threads belong to; importing torch has loaded it."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
