@@ -178,6 +178,7 @@ def operations(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -
     sae.b_dec.data.copy_(x_ND.mean(0))
     sae.chosen_kernels = kernels
     optimizer = make_optimizer(TrainConfig(lr=2e-4), sae)
+    optimizer.defer_gradients()  # as on one process
     scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
 
     def passes() -> None:

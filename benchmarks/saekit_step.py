@@ -51,6 +51,7 @@ def make_step(job: dict[str, Any], x_ND: torch.Tensor) -> tuple[Callable[[], Non
     sae.b_dec.data.copy_(x_ND.float().mean(0))
     sae.chosen_kernels = choose_kernels(job["kernels"], job["select_dtype"], device)
     optimizer = make_optimizer(TrainConfig(**RECIPE, moments_dtype=job["moments_dtype"]), sae)
+    optimizer.defer_gradients()  # as on one process
     scale = 1 / float((x_ND.float() - x_ND.float().mean(0)).square().sum())
 
     def step() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.sae import Sae
+from saekit.sae.kernels.row_sums import RowSums
 
 
 class LayerOptimizer(Protocol):
@@ -20,13 +21,22 @@ class LayerOptimizer(Protocol):
     """Whether `export` gives other weights than those that are trained, made of them and of the state."""
 
     def step(self, lr_scale: float) -> None:
-        """One optimiser step at `lr_scale` times the base learning rate, from `.grad` of the SAE's parameters.
+        """One optimiser step at `lr_scale` times the base learning rate, from the SAE's gradients.
 
         Where the decoder's rows are kept at norm 1, the gradient is projected before and the rows are scaled after it.
         """
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
+
+    def defer_gradients(self) -> None:
+        """Let gradients of matrices be left to the step, if that saves memory: for layers of one rank alone.
+
+        They are not in `.grad` then, but in `deferred`.
+        """
+
+    def deferred(self) -> list[RowSums]:
+        """What those gradients are the sums of that have been left to the step."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly, as whole tensors by name."""
@@ -88,8 +98,8 @@ class Placement(Protocol):
         """End the step's backward passes: bring gradients together. Collective.
 
         Returns:
-            For each layer of this rank a scalar, the sum of its gradient as far as this rank holds it: NaN or Inf
-            in the gradient show in it.
+            For each layer of this rank a scalar, the sum of its gradient as far as this rank holds it, or a bound of
+            what is deferred: NaN or Inf in the gradient show in it.
         """
 
     def apply(self, lr_scale: float) -> None:
@@ -130,7 +140,7 @@ class Placement(Protocol):
         """The inverse of `whole`, on every rank of the layer."""
 
     def held_bytes(self) -> int:
-        """Bytes of parameters, gradients and optimiser state on this rank."""
+        """Bytes of parameters, gradients and optimiser state on this rank at this moment."""
 
     def first_to_fail(self) -> bool:
         """Called by a rank that ends by an error: whether it is the first, whose error is the one to show."""

@@ -22,6 +22,7 @@ class Ddp(Ranked, LocalBank):
     """
 
     name = "ddp"
+    alone = False
 
     def __init__(self, world: World) -> None:
         Ranked.__init__(self, world)

@@ -15,6 +15,9 @@ from saekit.sae.model import around
 class LocalBank:
     """The part that `single`, `ddp` and `layer-map` share: whole parameters and whole optimiser states."""
 
+    alone = True
+    """Whether a layer's gradient is all on the rank that steps it."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._saes: dict[str, Sae] = {}
@@ -26,6 +29,8 @@ class LocalBank:
             sae = make_sae(hookpoint).to(self.device).train()
             self._saes[hookpoint] = sae
             self._optimizers[hookpoint] = make_optimizer(sae)
+            if self.alone:
+                self._optimizers[hookpoint].defer_gradients()
 
     def layers(self) -> tuple[str, ...]:
         """See `Placement.layers`."""
@@ -47,8 +52,9 @@ class LocalBank:
         """See `Placement.collect`."""
         sums = {}
         for hookpoint, sae in self._saes.items():
-            gradients = [each.grad for each in sae.parameters() if each.grad is not None]
-            sums[hookpoint] = sum((each.sum() for each in gradients), torch.zeros((), device=self.device))
+            parts = [each.grad.sum() for each in sae.parameters() if each.grad is not None]
+            parts += [each.bound() for each in self._optimizers[hookpoint].deferred()]
+            sums[hookpoint] = sum(parts, torch.zeros((), device=self.device))
         return sums
 
     def apply(self, lr_scale: float) -> None:
@@ -89,10 +95,11 @@ class LocalBank:
     def held_bytes(self) -> int:
         """See `Placement.held_bytes`."""
         parameters = [parameter for sae in self._saes.values() for parameter in sae.parameters()]
-        # A gradient is counted whether or not it exists at this moment: it has the parameter's size.
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        deferred = [tensor for each in self._optimizers.values() for sums in each.deferred() for tensor in sums]
         states = [tensor for each in self._optimizers.values() for tensor in each.state().values()]
-        known = {parameter.data_ptr() for parameter in parameters}  # some optimisers' state has the parameters in it
-        return 2 * size_of(parameters) + size_of(tensor for tensor in states if tensor.data_ptr() not in known)
+        held = {tensor.data_ptr(): tensor for tensor in (*parameters, *gradients, *deferred, *states)}
+        return size_of(held.values())  # each once: some optimisers' state has the parameters in it
 
     def shard_bytes(self) -> int | None:
         """See `Placement.shard_bytes`."""

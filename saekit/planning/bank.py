@@ -13,6 +13,7 @@ from saekit.planning.meter import Bytes, Meter, all_of, sized
 from saekit.sae import project_decoder_gradient_
 from saekit.sae.kernels import Kernels, eager, native_ops, torch_ops
 from saekit.sae.kernels.choose import Eager
+from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.sparse import Ops, Sparse
 
 ADAM_8BIT_STATE = 2 + 2 * 4 / 256
@@ -28,6 +29,7 @@ class LayerCost:
 
     parameters: Bytes
     gradients: Bytes
+    """Or what they are the sums of, where they are left to the step."""
     state: Bytes
     """The optimiser's."""
     counters: Bytes
@@ -54,6 +56,7 @@ def layer_cost(
     *,
     on_gpu: bool,
     dead: int = 0,
+    alone: bool = False,
 ) -> LayerCost:
     """Meter a step of one layer.
 
@@ -66,24 +69,27 @@ def layer_cost(
         kernels: From `on_meta`.
         on_gpu: Whether it is a GPU's memory.
         dead: Dead latents, which the losses that revive them look at.
+        alone: Whether the placement has a layer's gradient on one rank, where it may be left to the step.
     """
     settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha, cfg.max_norm_multiple > 0)
-    asked = (settings, d_in, num_latents, tokens, act_dtype, kernels.name, kernels.select_dtype, on_gpu, dead)
+    shape = (d_in, num_latents, tokens, cfg.grad_acc_steps, cfg.micro_acc_steps, dead)
+    asked = (settings, shape, act_dtype, kernels.name, kernels.select_dtype, on_gpu, alone)
     if asked in KNOWN:
         return KNOWN[asked]
     eight_bit = cfg.optimizer == "adam8bit"
-    layer = Layer(cfg, d_in, num_latents, kernels, META)
+    layer = Layer(cfg, d_in, num_latents, kernels, META, alone)
     parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in layer.sae.parameters())
     chunk = torch.empty(tokens, d_in, dtype=act_dtype, device=META)
     dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead and cfg.revives else None
     with Meter(on_gpu) as meter:
         layer.passes(chunk, dead_latents)
         gradients = meter.live
-        first = meter.peak - gradients
+        first = later = meter.peak - gradients
         meter.restart()
-        layer.passes(chunk, dead_latents)
-        later = meter.peak - gradients
-        meter.restart()
+        if not layer.optimizer.deferred():  # what is deferred is of one pass
+            layer.passes(chunk, dead_latents)
+            later = meter.peak - gradients
+            meter.restart()
         layer.update()
         state = meter.live - gradients
         meter.restart()
@@ -129,8 +135,9 @@ class _CpuOps:
         del starts, zeros
         return out
 
-    def adam_(self, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **_: object) -> None:
+    def adam_(self, param: Tensor, grad: Tensor | RowSums, *_: Tensor, **__: object) -> None:
         """A block of rows in float32 beside itself: products, and moments that are kept in another type."""
+        grad = self.segment_sum(*grad) if isinstance(grad, RowSums) else grad
         block = torch.empty(min(torch_ops.ADAM_BYTES // 4, param.numel()), device=param.device)
         more = torch.empty_like(block), torch.empty_like(block)
         del block, more
@@ -182,5 +189,7 @@ class _TritonOps:
         """`[M, D]`."""
         return rows_ND.new_empty(len(starts_M) - 1, rows_ND.shape[1])
 
-    def adam_(self, *_: object, **__: object) -> None:
-        """In place."""
+    def adam_(self, param: Tensor, grad: Tensor | RowSums, *_: Tensor, **__: object) -> None:
+        """In place, of a gradient that is there."""
+        if isinstance(grad, RowSums):
+            self.segment_sum(*grad)

@@ -26,9 +26,18 @@ class Layer:
         num_latents: M.
         kernels: What it is computed with.
         device: Where.
+        alone: As `saekit.placement.local.LocalBank.alone`.
     """
 
-    def __init__(self, cfg: TrainConfig, d_in: int, num_latents: int, kernels: Kernels, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        d_in: int,
+        num_latents: int,
+        kernels: Kernels,
+        device: torch.device,
+        alone: bool = False,
+    ) -> None:
         self.cfg, self.device = cfg, device
         with device:
             limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to leave out
@@ -41,6 +50,8 @@ class Layer:
         for each in self.optimizer.optimizers if on_meta else ():
             for group in each.param_groups:
                 group |= {"fused": False} if group.get("fused") else {}  # no such kernel there
+        if alone:
+            self.optimizer.defer_gradients()
         self.counters, self.window = LayerCounters.fresh(num_latents, device), LayerWindow.empty(d_in, device)
 
     def passes(self, chunk_ND: Tensor, dead: Tensor | None = None) -> None:

@@ -142,6 +142,7 @@ def _choice(job: Job, placement: Placing, offload: Offload) -> Choice:
         job.dtype,
         on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
         on_gpu=machine.on_gpu,
+        alone=placement in ("single", "layer-map"),
     )
     demand = Demand(
         layers=len(job.layers),

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saekit.sae.kernels import Kernels
+from saekit.sae.kernels.row_sums import RowSums, defer_gradient
 
 BETA1 = 0.9
 EPS = 1e-8
@@ -41,6 +42,16 @@ class SaeAdam(torch.optim.Optimizer):
         self.kernels = kernels
         self.moments_dtype = moments_dtype
         self._unit_rows = {id(parameter) for parameter in unit_rows}
+        self.deferred: dict[nn.Parameter, list[RowSums]] = {}
+        """What the gradients of matrices are the sums of, where they are left to the step."""
+
+    def defer_gradients(self) -> None:
+        """Have the gradients of all matrices left to the step, where the kernels can (`saekit.sae.kernels.row_sums`).
+
+        From then on a matrix's gradient is its `.grad`, if there is one, and all that is in `deferred`.
+        """
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        self.deferred = {each: defer_gradient(each) for each in parameters if each.ndim == 2}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -48,7 +59,8 @@ class SaeAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = self._gradient(parameter)
+                if gradient is None:
                     continue
                 state = self.state[parameter]
                 if not state:
@@ -58,7 +70,7 @@ class SaeAdam(torch.optim.Optimizer):
                 state["step"] += 1
                 self.kernels.adam_(
                     parameter,
-                    parameter.grad,
+                    gradient,
                     state["exp_avg"],
                     state["exp_avg_sq"],
                     step=int(state["step"]),
@@ -68,6 +80,23 @@ class SaeAdam(torch.optim.Optimizer):
                     eps=group["eps"],
                     unit_rows=id(parameter) in self._unit_rows,
                 )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what is deferred goes, too."""
+        super().zero_grad(set_to_none)
+        for sums in self.deferred.values():
+            sums.clear()
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | RowSums | None:
+        """The whole gradient; as it was deferred where that is all of it."""
+        deferred = self.deferred.get(parameter, [])
+        if len(deferred) == 1 and parameter.grad is None:
+            return deferred[0]
+        for sums in deferred:
+            dense = self.kernels.sum_rows(sums)
+            parameter.grad = dense if parameter.grad is None else parameter.grad.add_(dense)
+        deferred.clear()
+        return parameter.grad
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which makes every state the parameter's type; the moments keep theirs."""

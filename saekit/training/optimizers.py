@@ -12,6 +12,7 @@ from saekit.config import TrainConfig
 from saekit.errors import UserError
 from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels.eager import unit_rows
+from saekit.sae.kernels.row_sums import RowSums
 from saekit.training.adam import BETA1, EPS, SaeAdam
 from saekit.training.signum import ScheduleFreeSignum
 
@@ -84,7 +85,8 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
         unit_rows = [sae.W_dec] if sae.normalize_decoder else []
         dtype = torch.bfloat16 if cfg.moments_dtype == "bf16" else torch.float32
         adam = SaeAdam(groups, lr=lr, betas=betas, kernels=sae.kernels, unit_rows=unit_rows, moments_dtype=dtype)
-        return TorchOptimizer(sae, [adam])
+        one_sum = cfg.grad_acc_steps == cfg.micro_acc_steps == 1 and not (cfg.sae.multi_topk or cfg.auxk_alpha > 0)
+        return TorchOptimizer(sae, [adam], one_sum)
     if cfg.optimizer == "adam8bit":
         return TorchOptimizer(sae, [_adam_8bit(groups, lr, betas)])
     if cfg.optimizer == "signum":
@@ -98,11 +100,18 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
 
 
 class TorchOptimizer:
-    """One or more `torch.optim` optimisers that share the parameters of one SAE. Implements `LayerOptimizer`."""
+    """One or more `torch.optim` optimisers that share the parameters of one SAE. Implements `LayerOptimizer`.
 
-    def __init__(self, sae: Sae, optimizers: list[torch.optim.Optimizer]) -> None:
+    Args:
+        sae: The SAE.
+        optimizers: Its optimisers.
+        one_sum: Whether a step adds to the gradient of a matrix once only.
+    """
+
+    def __init__(self, sae: Sae, optimizers: list[torch.optim.Optimizer], one_sum: bool = False) -> None:
         self.sae = sae
         self.optimizers = optimizers
+        self.one_sum = one_sum
         self.averages = any(isinstance(each, ScheduleFreeSignum) for each in optimizers)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
@@ -123,6 +132,17 @@ class TorchOptimizer:
         """See `LayerOptimizer.zero_grad`."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def defer_gradients(self) -> None:
+        """See `LayerOptimizer.defer_gradients`: not where a gradient is a sum of several, which would take as much."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, SaeAdam) and self.one_sum:
+                optimizer.defer_gradients()
+
+    def deferred(self) -> list[RowSums]:
+        """See `LayerOptimizer.deferred`."""
+        of_adam = (each.deferred for each in self.optimizers if isinstance(each, SaeAdam))
+        return [sums for deferred in of_adam for each in deferred.values() for sums in each]
 
     def state(self) -> dict[str, Tensor]:
         """See `LayerOptimizer.state`: `W_enc.exp_avg` and so on; a plain number gets the ending `.number`."""

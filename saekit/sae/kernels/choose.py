@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.sae.kernels import eager, native_build, native_ops, torch_ops
+from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.sparse import Sparse
 
 BACKENDS = ("eager", "cpu", "native", "triton")
@@ -67,7 +68,10 @@ class Kernels(Protocol):
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """See `eager.adam_`."""
+        """See `eager.adam_`; those that defer gradients take `RowSums` for one."""
+
+    def sum_rows(self, sums: RowSums) -> Tensor:
+        """See `RowSums.dense`."""
 
 
 class Eager:
@@ -80,6 +84,7 @@ class Eager:
     autoencode = staticmethod(eager.autoencode)
     autoencode_nested = staticmethod(eager.autoencode_nested)
     adam_ = staticmethod(eager.adam_)
+    sum_rows = staticmethod(RowSums.dense)
 
 
 def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Kernels:

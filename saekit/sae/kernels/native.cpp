@@ -15,46 +15,57 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr int64_t CACHE_LINE = 16;  // floats
-constexpr int64_t BLOCK = 4096;     // numbers that Adam steps at a time where there are no rows to keep together
+constexpr int64_t BLOCK = 4096;     // numbers that are taken at a time where nothing else says how many
 
 // ---- The k largest scores of a row -----------------------------------------------------------------------------------
 
-// Where scores come from; `scores(m)` is that of latent m.
+// An integer that orders as the number with these bits does. What is not a number is the largest, so that it is chosen
+// and a step can refuse it.
+template <class Key>
+inline Key key_of(Key bits, Key infinity) {
+    constexpr Key LARGEST = std::numeric_limits<Key>::max();
+    const Key key = bits ^ ((bits >> (8 * sizeof(Key) - 1)) & LARGEST);
+    return Key(bits & LARGEST) > infinity ? LARGEST : key;
+}
+
+inline int32_t key_of(float score) {
+    int32_t bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    return key_of<int32_t>(bits, 0x7f800000);
+}
+
+// Where scores come from: that of latent m, and its key.
 
 struct Float32 {  // a product without its bias
+    using Key = int32_t;
     const float* row;
     const float* bias;
     float operator()(int64_t m) const { return row[m] + bias[m]; }
+    Key key(int64_t m) const { return key_of((*this)(m)); }
 };
 
 struct BFloat16 {
-    const uint16_t* row;
+    using Key = int16_t;
+    const int16_t* row;
     float operator()(int64_t m) const {
-        const uint32_t bits = uint32_t(row[m]) << 16;
+        const uint32_t bits = uint32_t(uint16_t(row[m])) << 16;
         float score;
         std::memcpy(&score, &bits, sizeof score);
         return score;
     }
+    Key key(int64_t m) const { return key_of<int16_t>(row[m], 0x7f80); }
 };
 
 struct Int8 {  // 32-bit sums of 8-bit products; all divided by the token's scale, which changes no order
+    using Key = int32_t;
     const int32_t* row;
     const float* scale;
     const float* bias;
     float one_over_x;
     // Fused by name, so that a score is the same number each time it is computed.
     float operator()(int64_t m) const { return std::fma(float(row[m]), scale[m], bias[m] * one_over_x); }
+    Key key(int64_t m) const { return key_of((*this)(m)); }
 };
-
-// What is not a number counts as the largest, so that it is chosen and a step can refuse it.
-inline float or_infinite(float score) { return score == score ? score : INFINITE; }
-
-// An integer that orders as the number does.
-inline int32_t key_of(float score) {
-    int32_t bits;
-    std::memcpy(&bits, &score, sizeof bits);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
-}
 
 struct Candidate {
     int32_t key;
@@ -64,51 +75,53 @@ struct Candidate {
     }
 };
 
+template <class Key>
 struct Scratch {
-    std::vector<float> maxima;
-    std::vector<int32_t> keys;
+    std::vector<Key> maxima;
     std::vector<Candidate> found, ties;
 };
 
 // The largest key that at least k of the keys reach.
-int32_t kth_largest(const std::vector<int32_t>& keys, int64_t k) {
+template <class Key>
+Key kth_largest(const std::vector<Key>& keys, int64_t k) {
     int64_t low = *std::min_element(keys.begin(), keys.end()), high = *std::max_element(keys.begin(), keys.end());
     while (low < high) {
-        const int32_t middle = int32_t((low + high + 1) >> 1);
-        int32_t reach = 0;
-        for (const int32_t key : keys) reach += key >= middle;
+        const Key middle = Key((low + high + 1) >> 1);
+        int64_t reach = 0;
+        for (size_t start = 0; start < keys.size(); start += BLOCK) {
+            Key some = 0;  // of the keys' type, so that a register counts as many as it holds
+            for (size_t i = start; i < std::min(keys.size(), start + BLOCK); i++) some += keys[i] >= middle;
+            reach += some;
+        }
         if (reach == k) return middle;
         if (reach > k) low = middle;
         else high = middle - 1;
     }
-    return int32_t(low);
+    return Key(low);
 }
 
 // Latents first..first + count - 1 are dealt to lanes in turn. The k-th largest of the lanes' maxima is a lower bound
 // of the k-th largest score, and what reaches it lies in the few lanes whose maxima do: so each score is read once,
 // without a branch, and only some are read again. `found` then has the k largest in front.
-template <class Scores>
-void topk_of_row(const Scores& scores, int64_t first, int64_t count, int64_t k, bool in_order, Scratch& scratch) {
-    auto& [maxima, keys, found, ties] = scratch;
+template <class Scores, class Key = typename Scores::Key>
+void topk_of_row(const Scores& scores, int64_t first, int64_t count, int64_t k, bool in_order, Scratch<Key>& scratch) {
+    auto& [maxima, found, ties] = scratch;
     const int64_t lanes = int64_t(maxima.size());
-    std::fill(maxima.begin(), maxima.end(), -INFINITE);
-    float* const maximum = maxima.data();
+    std::fill(maxima.begin(), maxima.end(), std::numeric_limits<Key>::min());
+    Key* const maximum = maxima.data();
     for (int64_t start = 0; start < count; start += lanes) {
         const int64_t end = std::min(lanes, count - start);
-        for (int64_t lane = 0; lane < end; lane++) {
-            const float score = or_infinite(scores(first + start + lane));
-            maximum[lane] = maximum[lane] > score ? maximum[lane] : score;
-        }
+        for (int64_t lane = 0; lane < end; lane++)
+            maximum[lane] = std::max(maximum[lane], scores.key(first + start + lane));
     }
-    std::transform(maxima.begin(), maxima.end(), keys.begin(), key_of);
-    const int32_t bound = kth_largest(keys, k);
+    const Key bound = kth_largest(maxima, k);
 
     found.clear();
     ties.clear();
     for (int64_t lane = 0; lane < std::min(lanes, count); lane++) {
-        if (keys[lane] < bound) continue;
+        if (maxima[lane] < bound) continue;
         for (int64_t m = lane; m < count; m += lanes) {
-            const int32_t key = key_of(or_infinite(scores(first + m)));
+            const Key key = scores.key(first + m);
             if (key > bound) found.push_back({key, int32_t(first + m)});
             else if (key == bound && int64_t(ties.size()) < k) ties.push_back({key, int32_t(first + m)});
         }
@@ -126,13 +139,13 @@ int64_t lanes_for(int64_t count, int64_t k) {
     return lanes;
 }
 
-template <class ScoresOf>
+template <class Scores, class ScoresOf>
 void topk(ScoresOf scores_of, int64_t N, int64_t M, int64_t k, int64_t parts, bool in_order, int64_t threads,
           float* values, int64_t* latents) {
     const int64_t count = M / parts, k_each = k / parts, lanes = lanes_for(count, k_each);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch scratch{std::vector<float>(lanes), std::vector<int32_t>(lanes), {}, {}};
+        Scratch<typename Scores::Key> scratch{std::vector<typename Scores::Key>(lanes), {}, {}};
 #pragma omp for schedule(dynamic, 8)
         for (int64_t n = 0; n < N; n++) {
             const auto scores = scores_of(n);
@@ -162,6 +175,26 @@ inline float dot(const float* a, const float* b, int64_t D) {
     return sum;
 }
 
+// Sums of chosen rows, one per segment: weights[p] * rows[indices[p]] over p from starts[s] to starts[s + 1].
+struct Sums {
+    const float* weights;
+    const int64_t* indices;
+    const int64_t* starts;
+    const float* rows;
+    int64_t D, last;
+
+    void of(int64_t s, float* sum) const {
+        std::fill_n(sum, D, 0.0f);
+        for (int64_t p = starts[s]; p < starts[s + 1]; p++) {
+            if (p + 1 < last) fetch(rows + indices[p + 1] * D, D);
+            const float weight = weights[p];
+            const float* const row = rows + indices[p] * D;
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) sum[d] += weight * row[d];
+        }
+    }
+};
+
 // ---- Adam ------------------------------------------------------------------------------------------------------------
 
 // In double precision, so that the square of a tiny row is not zero; at least the smallest normal number.
@@ -172,23 +205,48 @@ inline float norm_of(const float* row, int64_t D) {
     return std::max(float(std::sqrt(sum)), std::numeric_limits<float>::min());
 }
 
+struct Adam {
+    float step_size, beta1, beta2, scale2, eps;  // scale2: one over the second moment's correction
+
+    // One step of a row, or of any few numbers in sequence; with `unit` it stays at norm 1.
+    void step(float* param, const float* grad, float* first, float* second, int64_t D, bool unit) const {
+        float along = 0;  // the gradient's part along the row, in units of the row
+        if (unit) {
+            const float norm = norm_of(param, D);
+            along = dot(grad, param, D) / norm / norm;
+        }
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) {
+            const float g = grad[d] - along * param[d];
+            first[d] = beta1 * first[d] + (1 - beta1) * g;
+            second[d] = beta2 * second[d] + (1 - beta2) * g * g;
+            param[d] -= step_size * first[d] / (std::sqrt(second[d] * scale2) + eps);
+        }
+        if (unit) {
+            const float scale = 1 / norm_of(param, D);
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) param[d] *= scale;
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
 
 void topk_float32(const float* products, const float* bias, int64_t N, int64_t M, int64_t k, int64_t parts,
                   bool in_order, int64_t threads, float* values, int64_t* latents) {
-    topk([=](int64_t n) { return Float32{products + n * M, bias}; }, N, M, k, parts, in_order, threads, values, latents);
+    topk<Float32>([=](int64_t n) { return Float32{products + n * M, bias}; }, N, M, k, parts, in_order, threads, values, latents);
 }
 
-void topk_bfloat16(const uint16_t* scores, int64_t N, int64_t M, int64_t k, int64_t parts, bool in_order,
+void topk_bfloat16(const int16_t* scores, int64_t N, int64_t M, int64_t k, int64_t parts, bool in_order,
                    int64_t threads, float* values, int64_t* latents) {
-    topk([=](int64_t n) { return BFloat16{scores + n * M}; }, N, M, k, parts, in_order, threads, values, latents);
+    topk<BFloat16>([=](int64_t n) { return BFloat16{scores + n * M}; }, N, M, k, parts, in_order, threads, values, latents);
 }
 
 void topk_int8(const int32_t* sums, const float* scale, const float* bias, const float* one_over_x, int64_t N,
                int64_t M, int64_t k, int64_t parts, bool in_order, int64_t threads, float* values, int64_t* latents) {
-    topk([=](int64_t n) { return Int8{sums + n * M, scale, bias, one_over_x[n]}; }, N, M, k, parts, in_order, threads,
+    topk<Int8>([=](int64_t n) { return Int8{sums + n * M, scale, bias, one_over_x[n]}; }, N, M, k, parts, in_order, threads,
          values, latents);
 }
 
@@ -226,52 +284,37 @@ void gather_dot(const float* x, const float* W, const int64_t* indices, int64_t 
         }
 }
 
-// out[s] = sum of weights[p] * rows[indices[p]] over p from starts[s] to starts[s + 1]
+// out[s] = the sum of segment s
 void weighted_sums(const float* weights, const int64_t* indices, const int64_t* starts, const float* rows, int64_t S,
                    int64_t D, int64_t threads, float* out) {
-    const int64_t last = starts[S];
+    const Sums sums{weights, indices, starts, rows, D, starts[S]};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 32)
-    for (int64_t s = 0; s < S; s++) {
-        float* const sum = out + s * D;
-        std::fill_n(sum, D, 0.0f);
-        for (int64_t p = starts[s]; p < starts[s + 1]; p++) {
-            if (p + 1 < last) fetch(rows + indices[p + 1] * D, D);
-            const float weight = weights[p];
-            const float* const row = rows + indices[p] * D;
-#pragma omp simd
-            for (int64_t d = 0; d < D; d++) sum[d] += weight * row[d];
-        }
-    }
+    for (int64_t s = 0; s < S; s++) sums.of(s, out + s * D);
 }
 
 // One step of Adam, as `eager.adam_` has it; with unit_rows on rows of D numbers, which stay at norm 1.
 void adam(float* params, const float* grads, float* firsts, float* seconds, int64_t count, int64_t D, float step_size,
           float beta1, float beta2, float correction2, float eps, bool unit_rows, int64_t threads) {
+    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps};  // divisions take most of the time
     const int64_t size = unit_rows ? D : BLOCK;
-    const float scale2 = 1 / correction2;  // divisions take most of the time
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t start = 0; start < count; start += size) {
-        const int64_t end = std::min(size, count - start);
-        float* const param = params + start;
-        const float* const grad = grads + start;
-        float* const first = firsts + start;
-        float* const second = seconds + start;
-        float along = 0;  // the gradient's part along the row, in units of the row
-        if (unit_rows) {
-            const float norm = norm_of(param, end);
-            along = dot(grad, param, end) / norm / norm;
-        }
-#pragma omp simd
-        for (int64_t d = 0; d < end; d++) {
-            const float g = grad[d] - along * param[d];
-            first[d] = beta1 * first[d] + (1 - beta1) * g;
-            second[d] = beta2 * second[d] + (1 - beta2) * g * g;
-            param[d] -= step_size * first[d] / (std::sqrt(second[d] * scale2) + eps);
-        }
-        if (unit_rows) {
-            const float scale = 1 / norm_of(param, end);
-#pragma omp simd
-            for (int64_t d = 0; d < end; d++) param[d] *= scale;
+    for (int64_t at = 0; at < count; at += size)
+        adam.step(params + at, grads + at, firsts + at, seconds + at, std::min(size, count - at), unit_rows);
+}
+
+// The same with a gradient that is the sums of segments: each is there for as long as its row is stepped, in the cache.
+void adam_of_sums(float* params, const float* weights, const int64_t* indices, const int64_t* starts, const float* rows,
+                  float* firsts, float* seconds, int64_t M, int64_t D, float step_size, float beta1, float beta2,
+                  float correction2, float eps, bool unit_rows, int64_t threads) {
+    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps};
+    const Sums sums{weights, indices, starts, rows, D, starts[M]};
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> grad(D);
+#pragma omp for schedule(dynamic, 32)
+        for (int64_t m = 0; m < M; m++) {
+            sums.of(m, grad.data());
+            adam.step(params + m * D, grad.data(), firsts + m * D, seconds + m * D, D, unit_rows);
         }
     }
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saekit.sae.kernels import scores, torch_ops
 from saekit.sae.kernels.native_build import library
+from saekit.sae.kernels.row_sums import RowSums
 
 DEVICES = ("cpu", "meta")
 """On the second nothing is computed, and what is allocated can be counted."""
@@ -97,7 +98,7 @@ def _below(rows: int, indices: Tensor) -> Tensor:
 @torch.no_grad()
 def adam_(
     param: Tensor,
-    grad: Tensor,
+    grad: Tensor | RowSums,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
@@ -108,14 +109,24 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, each row from its projection to its new norm while it is in the cache."""
-    tensors = (param, grad, exp_avg, exp_avg_sq)
-    if not _all_float32(*tensors):
-        torch_ops.adam_(*tensors, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
+    """As `eager.adam_`, each row from its projection to its new norm while it is in the cache.
+
+    With a gradient of `RowSums` from the sum of its gradient on.
+    """
+    moments = exp_avg, exp_avg_sq
+    numbers = lr / (1 - beta1**step), beta1, beta2, 1 - beta2**step, eps, unit_rows, torch.get_num_threads()
+    if isinstance(grad, RowSums):
+        weights_P, tokens_P, starts_M, rows_ND = grad
+        (M, D), floats = param.shape, (param, *moments, weights_P, rows_ND)
+        if _all_float32(*floats) and (len(starts_M), rows_ND.shape[1]) == (M + 1, D):
+            sums = weights_P, _below(len(rows_ND), tokens_P), starts_M, rows_ND
+            _call("adam_of_sums", param, *sums, *moments, M, D, *numbers)
+            return
+        grad = segment_sum(*grad)
+    if not _all_float32(param, grad, *moments):
+        torch_ops.adam_(param, grad, *moments, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
         return
-    numbers = lr / (1 - beta1**step), beta1, beta2, 1 - beta2**step, eps
-    count, D = param.numel(), param.shape[-1] if unit_rows else 1
-    _call("adam", *tensors, count, D, *numbers, unit_rows, torch.get_num_threads())
+    _call("adam", param, grad, *moments, param.numel(), param.shape[-1] if unit_rows else 1, *numbers)
 
 
 def _all_float32(*tensors: Tensor) -> bool:

@@ -7,7 +7,7 @@
 - Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
   `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
   gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
-  order that is fixed, so that the result is the same on every run.
+  order that is fixed, so that the result is the same on every run. They may be left to the optimiser (`row_sums`).
 
 What is computed is written here once; `Ops` are the loops over memory that it is made of, one set per backend.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saekit.sae.kernels.eager import keep_above, topk_in_parts
+from saekit.sae.kernels.row_sums import RowSums, left_to_the_step
 
 LEAST_SPARE = 8
 """Candidates beyond k that low precision names at least."""
@@ -56,7 +57,10 @@ class Ops(Protocol):
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """One step of Adam, with projection and renormalisation where rows have norm 1."""
+        """One step of Adam, with projection and renormalisation where rows have norm 1.
+
+        As `eager.adam_`, and from a gradient that is `RowSums`, too.
+        """
 
 
 class Sparse(NamedTuple):
@@ -114,8 +118,12 @@ class Sparse(NamedTuple):
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """As `eager.adam_`, in one pass over memory."""
+        """As `eager.adam_`, in one pass over memory; of a gradient of `RowSums`, too."""
         return self.ops.adam_
+
+    def sum_rows(self, sums: RowSums) -> Tensor:
+        """As `RowSums.dense`."""
+        return self.ops.segment_sum(*sums)
 
     def _encode(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None, parts: int
@@ -149,11 +157,20 @@ class _Pairs:
 
     def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None = None) -> Tensor:
         """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n + shifts[n,k]]`: `[M, D]`."""
+        return self.ops.segment_sum(*self._sums(coefficients_NK, rows_ND, shifts_NK))
+
+    def gradient(
+        self, W_MD: Tensor, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None = None
+    ) -> Tensor | None:
+        """The same as the gradient of a matrix; None where that is left to the step."""
+        sums = self._sums(coefficients_NK, rows_ND, shifts_NK)
+        return None if left_to_the_step(W_MD, sums) else self.ops.segment_sum(*sums)
+
+    def _sums(self, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None) -> RowSums:
         order, tokens, starts_M = self._sorted
         if shifts_NK is not None:
             tokens = tokens + shifts_NK.flatten()[order]
-        weights = coefficients_NK.flatten()[order].to(rows_ND.dtype)
-        return self.ops.segment_sum(weights, tokens, starts_M, rows_ND)
+        return RowSums(coefficients_NK.flatten()[order].to(rows_ND.dtype), tokens, starts_M, rows_ND)
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -197,7 +214,7 @@ class _EncodeTopK(torch.autograd.Function):
         need_x, need_W, need_b, need_centre, *_ = ctx.needs_input_grad
         pairs, ops = ctx.pairs, ctx.ops
         dx_ND = ops.gather_sum(grad_NK, indices_NK, W_MD) if need_x else None
-        dW_MD = pairs.sum(grad_NK, x_ND) if need_W else None
+        dW_MD = pairs.gradient(W_MD, grad_NK, x_ND) if need_W else None
         db_M = None
         if need_b or need_centre:
             # Not `index_add_`, which adds in any order on a GPU.
@@ -223,7 +240,7 @@ class _Decode(torch.autograd.Function):
         grad_ND = grad_ND.contiguous()  # the gradient of a mere sum is an expanded scalar
         need_acts, _, need_W, *_ = ctx.needs_input_grad
         dacts_NK = ctx.ops.gather_dot(grad_ND, W_MD, indices_NK) if need_acts else None
-        dW_MD = ctx.pairs.sum(acts_NK, grad_ND) if need_W else None
+        dW_MD = ctx.pairs.gradient(W_MD, acts_NK, grad_ND) if need_W else None
         return dacts_NK, None, dW_MD, None, None
 
 
@@ -256,5 +273,5 @@ class _DecodeNested(torch.autograd.Function):
                 dacts_NK = torch.where(groups_NK == group, dots_NK, dacts_NK)
         if need_W:
             shifts_NK = groups_NK * told_GND.shape[1]
-            dW_MD = ctx.pairs.sum(acts_NK, told_GND.flatten(0, 1), shifts_NK)
+            dW_MD = ctx.pairs.gradient(W_MD, acts_NK, told_GND.flatten(0, 1), shifts_NK)
         return dacts_NK, None, dW_MD, None, None, None

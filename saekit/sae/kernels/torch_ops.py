@@ -11,6 +11,7 @@ from torch.optim.adam import adam as adam_of_torch
 
 from saekit.sae.kernels import scores
 from saekit.sae.kernels.eager import from_parts, round_stochastically, row_norms
+from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.scores import GROUP
 
 ADAM_BYTES = 4 * 2**20
@@ -139,7 +140,7 @@ def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Te
 @torch.no_grad()
 def adam_(
     param: Tensor,
-    grad: Tensor,
+    grad: Tensor | RowSums,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
@@ -150,7 +151,11 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalise."""
+    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalise.
+
+    A gradient of `RowSums` is summed first.
+    """
+    grad = segment_sum(*grad) if isinstance(grad, RowSums) else grad
     width = param[0].numel() if param.ndim > 1 else 1
     rows = max(1, ADAM_BYTES // (width * param.element_size())) if param.device.type == "cpu" else len(param)
     for p, g, first, second in zip(*(each.split(rows) for each in (param, grad, exp_avg, exp_avg_sq)), strict=True):

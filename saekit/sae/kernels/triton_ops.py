@@ -8,15 +8,18 @@ interpreter, where the tests hold them to the formulas, and are compiled for com
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from saekit.sae.kernels import triton_adam
 from saekit.sae.kernels.eager import topk_in_parts
+from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.torch_ops import sort_pairs
-from saekit.sae.kernels.triton_adam import OPTIONS, adam_, adam_rows, on_its_device
+from saekit.sae.kernels.triton_adam import OPTIONS, adam_rows, on_its_device
 
 __all__ = ["INTERPRETED", "adam_", "gather_dot", "gather_sum", "segment_sum", "sort_pairs", "topk"]
 
@@ -221,3 +224,8 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
 
 def _block(size: int, most: int) -> int:
     return min(most, 2 ** math.ceil(math.log2(max(1, size))))
+
+
+def adam_(param: Tensor, grad: Tensor | RowSums, *moments: Tensor, **settings: Any) -> None:
+    """As `triton_adam.adam_`; a gradient of `RowSums` is summed first."""
+    triton_adam.adam_(param, segment_sum(*grad) if isinstance(grad, RowSums) else grad, *moments, **settings)
