@@ -34,6 +34,14 @@ inline int32_t key_of(float score) {
     return key_of<int32_t>(bits, 0x7f800000);
 }
 
+// The inverse.
+inline float number_of(int32_t key) {
+    const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
 // Where scores come from: that of latent m, and its key.
 
 struct Float32 {  // a product without its bias
@@ -81,19 +89,24 @@ struct Scratch {
     std::vector<Candidate> found, ties;
 };
 
-// The largest key that at least k of the keys reach.
+// A key that at least k of the keys reach, and no more than `most`; if there is none, the largest that k reach.
 template <class Key>
-Key kth_largest(const std::vector<Key>& keys, int64_t k) {
-    int64_t low = *std::min_element(keys.begin(), keys.end()), high = *std::max_element(keys.begin(), keys.end());
+Key kth_largest(const Key* keys, int64_t count, int64_t k, int64_t most) {
+    Key smallest = keys[0], largest = keys[0];
+    for (int64_t i = 0; i < count; i++) {
+        smallest = std::min(smallest, keys[i]);
+        largest = std::max(largest, keys[i]);
+    }
+    int64_t low = smallest, high = largest;
     while (low < high) {
         const Key middle = Key((low + high + 1) >> 1);
         int64_t reach = 0;
-        for (size_t start = 0; start < keys.size(); start += BLOCK) {
+        for (int64_t start = 0; start < count; start += BLOCK) {
             Key some = 0;  // of the keys' type, so that a register counts as many as it holds
-            for (size_t i = start; i < std::min(keys.size(), start + BLOCK); i++) some += keys[i] >= middle;
+            for (int64_t i = start; i < std::min(count, start + BLOCK); i++) some += keys[i] >= middle;
             reach += some;
         }
-        if (reach == k) return middle;
+        if (reach >= k && reach <= most) return middle;
         if (reach > k) low = middle;
         else high = middle - 1;
     }
@@ -114,7 +127,7 @@ void topk_of_row(const Scores& scores, int64_t first, int64_t count, int64_t k, 
         for (int64_t lane = 0; lane < end; lane++)
             maximum[lane] = std::max(maximum[lane], scores.key(first + start + lane));
     }
-    const Key bound = kth_largest(maxima, k);
+    const Key bound = kth_largest(maxima.data(), lanes, k, k);
 
     found.clear();
     ties.clear();
@@ -320,3 +333,9 @@ void adam_of_sums(float* params, const float* weights, const int64_t* indices, c
 }
 
 }  // extern "C"
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#include "native_amx.h"
+#else
+extern "C" bool amx_ready() { return false; }
+#endif

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (SOURCE, SOURCE.with_name("native_amx.h"))
+"""It, and what it includes."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 """By architecture, the flag for all instructions of this CPU."""
@@ -52,7 +54,8 @@ def library() -> ctypes.CDLL:
     """
     runtime, compiler = _openmp_runtime(), _compiler()
     flags = (*FLAGS, THIS_CPU[platform.machine()]) if platform.machine() in THIS_CPU else FLAGS
-    name = hashlib.sha256("\0".join((SOURCE.read_text("utf-8"), _version(compiler), *flags, _cpu())).encode())
+    sources = (source.read_text("utf-8") for source in SOURCES)
+    name = hashlib.sha256("\0".join((*sources, _version(compiler), *flags, _cpu())).encode())
     path = _cache() / f"native-{name.hexdigest()[:16]}.so"
     if not path.exists():
         _compile(compiler, flags, path)
@@ -61,7 +64,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoNativeKernelsError(f"compiled kernels cannot be loaded: {error}") from error
-    loaded.all_below.restype = ctypes.c_bool
+    loaded.all_below.restype = loaded.amx_ready.restype = ctypes.c_bool
     return loaded
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from saekit.sae.kernels.row_sums import RowSums
 
 DEVICES = ("cpu", "meta")
 """On the second nothing is computed, and what is allocated can be counted."""
+AMX_TILE = 32
+"""Tokens, latents and numbers of each come in so many, in `native_amx.h`."""
 TOPK = {torch.float32: "topk_float32", torch.bfloat16: "topk_bfloat16", torch.int8: "topk_int8"}
 
 
@@ -27,6 +30,8 @@ def topk(
     N, M = x_ND.shape[0], W_MD.shape[0]
     if not (_all_float32(x_ND, W_MD, b_M) and dtype in TOPK and b_M.shape == (M,) and 0 < k // parts <= M // parts):
         return torch_ops.topk(x_ND, W_MD, b_M, k, dtype, in_order, parts)
+    if dtype == torch.bfloat16 and parts == 1 and has_amx():
+        return _topk_with_amx(x_ND, W_MD, b_M, k, in_order)
     rows = scores.chunk_rows(N, M, k, dtype, bytes_per_score=4 if dtype == torch.int8 else dtype.itemsize)
     values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
     also: Callable[[slice], tuple[Tensor, ...]]
@@ -42,6 +47,24 @@ def topk(
         numbers = (some.stop - start, M, k, parts, in_order, torch.get_num_threads())
         _call(TOPK[dtype], scores_of(some), *also(some), *numbers, values_NK[some], indices_NK[some])
     return values_NK, indices_NK
+
+
+def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
+    """The same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
+    (N, D), M, threads = x_ND.shape, len(W_MD), torch.get_num_threads()
+    E = -(-(D + 2) // AMX_TILE) * AMX_TILE
+    x_low, W_low = (x_ND.new_empty(-(-rows // AMX_TILE) * AMX_TILE, E, dtype=torch.bfloat16) for rows in (N, M))
+    _call("amx_pack_tokens", x_ND, N, D, E, threads, x_low)
+    _call("amx_pack_weights", W_MD, b_M, M, D, E, threads, W_low)
+    values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
+    _call("amx_topk", x_low, W_low, N, M, E, k, in_order, threads, values_NK, indices_NK)
+    return values_NK, indices_NK
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU has matrix units for bfloat16, and the operating system lets this process use them."""
+    return bool(library().amx_ready())
 
 
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
