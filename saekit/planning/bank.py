@@ -123,6 +123,7 @@ class _CpuOps:
     """`torch_ops`, less what has no implementation on the meta device."""
 
     topk = staticmethod(torch_ops.topk)
+    best_of = staticmethod(torch_ops.best_of)
     gather_sum = staticmethod(torch_ops.gather_sum)
     segment_sum = staticmethod(torch_ops.segment_sum)
     sort_pairs = staticmethod(torch_ops.sort_pairs)
@@ -146,6 +147,7 @@ class _CpuOps:
 class _TritonOps:
     """What `triton_ops` allocates."""
 
+    best_of = staticmethod(torch_ops.best_of)
     sort_pairs = staticmethod(torch_ops.sort_pairs)
 
     def topk(

@@ -263,6 +263,29 @@ void topk_int8(const int32_t* sums, const float* scale, const float* bias, const
          values, latents);
 }
 
+// Of C scores of each token the k largest, in order, and their latents; of each of `parts` equal parts of them k / parts.
+// Among equal ones the first. An element's place is the number of those before it: no branch, and C is small.
+void best_of(const float* scores, const int64_t* latents, int64_t N, int64_t C, int64_t k, int64_t parts,
+             int64_t threads, float* values, int64_t* indices) {
+    const int64_t count = C / parts, k_each = k / parts;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<int64_t> keys(count);
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < N * parts; group++) {
+            const int64_t from = group * count, to = group * k_each;
+            for (int64_t i = 0; i < count; i++) keys[i] = int64_t(key_of(scores[from + i])) * (1LL << 32) - i;
+            for (int64_t i = 0; i < count; i++) {
+                int64_t place = 0;
+                for (int64_t j = 0; j < count; j++) place += keys[j] > keys[i];
+                if (place >= k_each) continue;
+                values[to + place] = scores[from + i];
+                indices[to + place] = latents[from + i];
+            }
+        }
+    }
+}
+
 // Pairs (token, latent) in the order of latents, and of tokens within a latent: where each was, its token, and where
 // each latent's begin. Counted, not compared. `starts` has M + 1 numbers.
 void sort_pairs(const int64_t* latents, int64_t count, int64_t K, int64_t M, int64_t* order, int64_t* tokens,

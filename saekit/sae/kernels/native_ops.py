@@ -6,6 +6,7 @@ For contiguous float32 on a CPU, which is what SAEs are trained in; anything els
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -53,7 +54,8 @@ def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bo
     """The same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
     (N, D), M, threads = x_ND.shape, len(W_MD), torch.get_num_threads()
     E = -(-(D + 2) // AMX_TILE) * AMX_TILE
-    x_low, W_low = (x_ND.new_empty(-(-rows // AMX_TILE) * AMX_TILE, E, dtype=torch.bfloat16) for rows in (N, M))
+    x_low = x_ND.new_empty(-(-N // AMX_TILE) * AMX_TILE * E, dtype=torch.bfloat16)
+    W_low = _kept.numbers(-(-M // AMX_TILE) * AMX_TILE * E, x_ND)
     _call("amx_pack_tokens", x_ND, N, D, E, threads, x_low)
     _call("amx_pack_weights", W_MD, b_M, M, D, E, threads, W_low)
     values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
@@ -61,10 +63,40 @@ def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bo
     return values_NK, indices_NK
 
 
+class _Kept(threading.local):
+    """Memory for weights in low precision, the same for all SAEs and all steps.
+
+    From 32 MiB on, the C library would get it anew from the operating system each time: twice the time of packing them.
+    """
+
+    memory: Tensor | None = None
+
+    def numbers(self, count: int, like: Tensor) -> Tensor:
+        """So many in bfloat16, until the next call."""
+        if like.is_meta:
+            return like.new_empty(count, dtype=torch.bfloat16)
+        if self.memory is None or len(self.memory) < count:
+            self.memory = like.new_empty(count, dtype=torch.bfloat16)
+        return self.memory
+
+
+_kept = _Kept()
+
+
 @cache
 def has_amx() -> bool:
     """Whether this CPU has matrix units for bfloat16, and the operating system lets this process use them."""
     return bool(library().amx_ready())
+
+
+def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """As `torch_ops.best_of`."""
+    (N, C), latents_NC = scores_NC.shape, latents_NC.contiguous()
+    if not (_all_float32(scores_NC) and latents_NC.shape == (N, C) and 0 < k // parts <= C // parts):
+        return torch_ops.best_of(scores_NC, latents_NC, k, parts)
+    values_NK, indices_NK = scores_NC.new_empty(N, k), latents_NC.new_empty(N, k)
+    _call("best_of", scores_NC, latents_NC, N, C, k, parts, torch.get_num_threads(), values_NK, indices_NK)
+    return values_NK, indices_NK
 
 
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:

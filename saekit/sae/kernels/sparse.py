@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saekit.sae.kernels.eager import keep_above, topk_in_parts
+from saekit.sae.kernels.eager import keep_above
 from saekit.sae.kernels.row_sums import RowSums, left_to_the_step
 
 LEAST_SPARE = 8
@@ -42,6 +42,9 @@ class Ops(Protocol):
 
         Of each of `parts` equal parts of the latents k / parts, part by part. For int8 only the latents mean anything.
         """
+
+    def best_of(self, scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int) -> tuple[Tensor, Tensor]:
+        """The k largest of each token's few scores, and their latents, largest first; part by part."""
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
         """Each token's row times the rows chosen for it."""
@@ -196,8 +199,7 @@ class _EncodeTopK(torch.autograd.Function):
             wanted = num_candidates(k, W_MD.shape[0], parts)
             _, candidates_NC = ops.topk(x_ND, W_MD, b_M, wanted, select_dtype, False, parts)
             exact_NC = ops.gather_dot(x_ND, W_MD, candidates_NC).add_(b_M[candidates_NC])
-            values_NK, order_NK = topk_in_parts(exact_NC, k, parts)
-            indices_NK = candidates_NC.gather(1, order_NK)
+            values_NK, indices_NK = ops.best_of(exact_NC, candidates_NC, k, parts)
         # ReLU after the choice gives the same values as before it, and touches K instead of M numbers per token.
         acts_NK = values_NK.relu_()
         pairs.indices_NK = indices_NK

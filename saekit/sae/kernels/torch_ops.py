@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam as adam_of_torch
 
 from saekit.sae.kernels import scores
-from saekit.sae.kernels.eager import from_parts, round_stochastically, row_norms
+from saekit.sae.kernels.eager import from_parts, round_stochastically, row_norms, topk_in_parts
 from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.scores import GROUP
 
@@ -83,6 +83,15 @@ def topk_of_bits(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tens
     if others_N.any():
         values_NK[others_N], indices_NK[others_N] = topk_of_groups(scores_NM[others_N], k, in_order)
     return values_NK, indices_NK
+
+
+def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Of a few scores of each token the k largest, largest first, and their latents; both `[N, K]`.
+
+    With `parts` it is the `k / parts` largest of each of so many equal parts of them, part by part.
+    """
+    values_NK, order_NK = topk_in_parts(scores_NC, k, parts)
+    return values_NK, latents_NC.gather(1, order_NK)
 
 
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 from saekit.sae.kernels import triton_adam
 from saekit.sae.kernels.eager import topk_in_parts
 from saekit.sae.kernels.row_sums import RowSums
-from saekit.sae.kernels.torch_ops import sort_pairs
+from saekit.sae.kernels.torch_ops import best_of, sort_pairs
 from saekit.sae.kernels.triton_adam import OPTIONS, adam_rows, on_its_device
 
-__all__ = ["INTERPRETED", "adam_", "gather_dot", "gather_sum", "segment_sum", "sort_pairs", "topk"]
+__all__ = ["INTERPRETED", "adam_", "best_of", "gather_dot", "gather_sum", "segment_sum", "sort_pairs", "topk"]
 
 INTERPRETED = not isinstance(adam_rows, triton.runtime.jit.JITFunction)
 """Whether Triton runs these kernels in its interpreter, on any device; it decides so when it sees a kernel."""
