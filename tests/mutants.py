@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
 SCORES, NATIVE = "saekit/sae/kernels/scores.py", "saekit/sae/kernels/native.cpp"
+AMX, ADAM = "saekit/sae/kernels/native_amx.h", "saekit/training/adam.py"
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
@@ -58,9 +59,14 @@ FAULTS = [
     ("large dimensions take all bits", SCORES, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
     ("a token's scale is lost on the bias", SCORES, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
     ("a native bias is not in the token's unit", NATIVE, "bias[m] * one_over_x", "bias[m]"),
-    ("a native choice passes over what is no number", NATIVE, "score == score ? score : INFINITE", "score"),
+    ("a native choice passes over what is no number", NATIVE, "> infinity ? LARGEST : key", "> infinity ? key : key"),
     ("native sums forget all but the last", NATIVE, "sum[d] += weight * row[d]", "sum[d] = weight * row[d]"),
     ("a native step keeps the gradient along a row", NATIVE, "grad[d] - along * param[d]", "grad[d]"),
+    ("AMX loses one of equal scores", AMX, "ties-- <= 0", "ties-- <= 1"),
+    ("AMX forgets what came before a slab", AMX, "keys.data() + count + i", "keys.data() + i"),
+    ("a native step of sums forgets a latent's pairs", NATIVE, "sums.of(m, grad.data())", "sums.of(0, grad.data())"),
+    ("what is deferred outlives its step", ADAM, "sums.clear()", "pass"),
+    ("what is deferred hides what is not finite", "saekit/placement/local.py", "each.bound()", "each.bound().nan_to_num(0.0, 0.0, 0.0)"),
     ("native kernels on some of the ranks", "saekit/training/plan.py", "if len(wanted) == 1", "if wanted"),
     ("a bias loses what bfloat16 rounds off", SCORES, "(b_M - W_low_ME[:, D]).nan_to_num_(0.0)", "0"),
     ("negative scores are chosen by their bits", TORCH_OPS, "(bits_NK < 0).any(1)", "(bits_NK != bits_NK).any(1)"),
@@ -68,7 +74,7 @@ FAULTS = [
     ("the bias is forgotten when values are made exact", SPARSE, ".add_(b_M[candidates_NC])", ""),
     ("second moments in bfloat16 are cut off", EAGER, "(mixed >> 16 & 0xFFFF)", "0"),
     ("a group's first member is taken for its best", TORCH_OPS, "members_NGg.amax(1)", "members_NGg[:, 0]"),
-    ("the residual is not detached", LOSSES, "error_ND.detach() - out", "error_ND - out"),
+    ("the residual is not detached", LOSSES, "(x_ND - out.recon).detach()", "x_ND - out.recon"),
     (
         "AuxK is not scaled by the number of dead latents",
         LOSSES,

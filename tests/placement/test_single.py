@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from saekit import Sae, TrainConfig
@@ -48,3 +49,25 @@ def test_route_hands_over_and_lets_go():
         assert name not in acts
         assert x.shape[1] == 8
     assert not acts
+
+
+def test_what_is_not_finite_shows_in_gradients_that_are_left_to_the_step():
+    placement, sae = place()
+    for number in (1.0, torch.nan, torch.inf):
+        x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+        placement.backward("h.0", (sae(x).recon - x).square().sum() * number)
+        assert sae.W_enc.grad is None
+        assert placement.collect()["h.0"].isfinite() == (number == 1.0)
+        placement.skip()
+    torch.testing.assert_close(placement.collect(), {"h.0": torch.zeros(())})
+
+
+def test_held_bytes_are_those_of_the_moment():
+    placement, sae = place()
+    weights = sum(each.nbytes for each in sae.parameters())
+    assert placement.held_bytes() == weights
+    placement.backward("h.0", (sae(x := torch.randn(20, 8)).recon - x).square().sum())
+    numbers, pairs = 4 * (32 + 8) + 2 * 4 * 20 * 8, 20 * 4  # biases' gradients, tokens' rows
+    assert placement.held_bytes() == weights + numbers + pairs * (2 * 4 + 8) + 8 * 33
+    placement.apply(1.0)
+    assert placement.held_bytes() == pytest.approx(3 * weights, abs=16)

@@ -49,7 +49,13 @@ def test_llama_3_8b_on_eight_gpus_of_48_gib(planned):
     placements = found["placements"]
     for name, layers_held in (("ddp", 16), ("zero3", 16 / 8), ("layer-map", 2)):
         parts = placements[name]["parts"]
-        assert parts["parameters"] == parts["gradients"] == pytest.approx(4 * parameters * layers_held)
+        assert parts["parameters"] == pytest.approx(4 * parameters * layers_held)
+        if name == "layer-map":  # of all ranks' tokens a row for each matrix, and their pairs; the biases' gradients
+            rows, pairs = 8 * 2048, 8 * 2048 * 32
+            sums = 2 * 4 * rows * 4096 + pairs * (2 * 4 + 8) + 8 * (131072 + 1)
+            assert parts["gradients"] == pytest.approx(layers_held * (sums + 4 * (131072 + 4096)))
+        else:
+            assert parts["gradients"] == parts["parameters"]
         assert parts["optimizer_state"] == pytest.approx(8 * parameters * layers_held)
         # Blocks 0 to 30: attention 4096² twice and 4096 · 1024 twice, MLP 3 · 4096 · 14336, in one byte each and four
         # per output; two norms per block, the last norm, and the embeddings in two bytes.
@@ -58,7 +64,7 @@ def test_llama_3_8b_on_eight_gpus_of_48_gib(planned):
         rest = 2 * (128256 * 4096 + 63 * 4096)
         assert parts["language_model"] == pytest.approx(blocks + scales + rest, rel=1e-4)
     totals = {name: round(each["total"] / GIB, 1) for name, each in placements.items()}
-    assert totals == {"ddp": 266.7, "layer-map": 41.4, "zero3": 50.7}
+    assert totals == {"ddp": 266.7, "layer-map": 35.6, "zero3": 50.7}
     assert {name for name, each in placements.items() if each["fits"]} == {"layer-map"}
     assert found["recommended"] == "layer-map"
     # One sequence of 2048 tokens: 14 foreign layers' activations leave a rank; 7 ranks' arrive for its 2 layers.
@@ -108,7 +114,7 @@ def test_the_table(saekit, llama_3_8b):  # noqa: F811
     done = saekit("plan", llama_3_8b, "some/data", "--gpus", 8, "--gpu-memory", "48GiB", *RECIPE)
     assert "16 SAEs of 131,072 latents on width 4,096, 16,384 tokens per step" in done.out
     assert "layer-map █" in done.out
-    assert "86% of 48.0 GiB, fits" in done.out
+    assert "74% of 48.0 GiB, fits" in done.out
     assert "106% of 48.0 GiB, does not fit" in done.out
     assert "Take layer-map" in done.out
 

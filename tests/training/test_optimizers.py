@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from saekit import Sae, SaeConfig, TrainConfig
-from saekit.sae import normalize_decoder_, project_decoder_gradient_
-from saekit.sae.kernels import eager, torch_ops
+from saekit.sae import normalize_decoder_, project_decoder_gradient_, sae_losses
+from saekit.sae.kernels import choose_kernels, eager, torch_ops
 from saekit.sae.kernels.eager import row_norms
 from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
 from saekit.training.signum import ScheduleFreeSignum
+from tests.sae.native import needs_native
 
 OPTIMIZERS = ["adam", "signum", pytest.param("adam8bit", marks=pytest.mark.filterwarnings("default")), "muon"]
 
@@ -236,3 +237,73 @@ def test_default_ratios_are_adams_alone():
         assert rate_ratios(TrainConfig(optimizer=name, decoder_lr_ratio=1, encoder_bias_lr_ratio=2), 512) == (1, 2)
     for name in ("signum", "muon"):
         assert rate_ratios(TrainConfig(optimizer=name), 512) == (1, 1)
+
+
+BACKENDS = [pytest.param("native", marks=needs_native), "cpu", "eager"]
+
+
+class TestDeferredGradients:
+    """Those that are left to the step, against those that are made."""
+
+    N, D, M, K = 20, 8, 64, 4
+
+    def sae(self, backend, prefixes=()):
+        sae = Sae(self.D, self.M, self.K, generator=torch.Generator().manual_seed(0)).train()
+        sae.chosen_kernels = choose_kernels(backend, "fp32", torch.device("cpu"))
+        sae.prefixes = prefixes
+        return sae
+
+    def backward(self, sae, seed, tokens=N):
+        x = torch.randn(tokens, self.D, generator=torch.Generator().manual_seed(seed))
+        sae_losses(x, sae(x), scale=1 / tokens, auxk_alpha=0.0, num_dead=0).total.backward()
+
+    def trained(self, backend, defers, passes=1, tokens=N, prefixes=(), **options):
+        sae = self.sae(backend, prefixes)
+        optimizer = make_optimizer(TrainConfig(**options), sae)
+        if defers:
+            optimizer.defer_gradients()
+        for step in range(3):
+            for number in range(passes):
+                self.backward(sae, 10 * step + number, tokens)
+            optimizer.step(1.0)
+            optimizer.zero_grad()
+        return optimizer.export() | optimizer.state()
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("options", [{}, {"prefixes": (16, 64)}, {"moments_dtype": "bf16"}, {"tokens": 65}])
+    def test_train_the_same_bit_for_bit(self, backend, options):
+        expected, found = (self.trained(backend, defers, **options) for defers in (False, True))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_several_passes_add_up(self, backend):
+        expected, found = (self.trained(backend, defers, passes=3) for defers in (False, True))
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_are_in_no_tensor_of_the_matrix_size(self, backend):
+        defers = backend != "eager"
+        sae = self.sae(backend)
+        optimizer = make_optimizer(TrainConfig(), sae)
+        optimizer.defer_gradients()
+        self.backward(sae, 0)
+        assert len(optimizer.deferred()) == (2 if defers else 0)
+        assert (sae.W_enc.grad is None) == (sae.W_dec.grad is None) == defers
+        assert sae.b_enc.grad is not None
+        optimizer.zero_grad()
+        assert optimizer.deferred() == []
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"optimizer": "signum"}, {"grad_acc_steps": 2}, {"micro_acc_steps": 2}, {"auxk_alpha": 1 / 32}, "multi_topk"],
+    )
+    def test_are_made_where_they_are_sums_of_several(self, options):
+        sae = self.sae("cpu")
+        options = {"sae": SaeConfig(multi_topk=True)} if options == "multi_topk" else options
+        optimizer = make_optimizer(TrainConfig(**options), sae)
+        optimizer.defer_gradients()
+        self.backward(sae, 0)
+        assert optimizer.deferred() == []
+        assert sae.W_enc.grad is not None

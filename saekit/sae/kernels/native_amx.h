@@ -205,7 +205,7 @@ void amx_pack_tokens(const float* x, int64_t N, int64_t D, int64_t E, int64_t th
 void amx_topk(const uint16_t* x, const uint16_t* W, int64_t N, int64_t M, int64_t E, int64_t k, bool in_order,
               int64_t threads, float* values, int64_t* latents) {
     using namespace amx;
-    const int64_t tokens = std::min(TOKENS, whole((N + threads - 1) / threads, SIDE));
+    const int64_t tokens = std::min(TOKENS, whole(N / threads + 1, SIDE));
     const int64_t lines = (SIDE * SIDE + tokens - 1) / tokens;  // of the cache, to read ahead with each pair of tiles
 #pragma omp parallel num_threads(threads)
     {
