@@ -21,6 +21,7 @@ AMX, ADAM = "saekit/sae/kernels/native_amx.h", "saekit/training/adam.py"
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
+LOCAL = "saekit/placement/local.py"
 CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
 RECOVERY = "saekit/training/recovery.py"
 TAP = "saekit/activations/tap.py"
@@ -66,7 +67,7 @@ FAULTS = [
     ("AMX forgets what came before a slab", AMX, "keys.data() + count + i", "keys.data() + i"),
     ("a native step of sums forgets a latent's pairs", NATIVE, "sums.of(m, grad.data())", "sums.of(0, grad.data())"),
     ("what is deferred outlives its step", ADAM, "sums.clear()", "pass"),
-    ("what is deferred hides what is not finite", "saekit/placement/local.py", "each.bound()", "each.bound().nan_to_num(0.0, 0.0, 0.0)"),
+    ("what is deferred hides what is not finite", LOCAL, "each.bound()", "each.bound().nan_to_num(0.0, 0.0, 0.0)"),
     ("native kernels on some of the ranks", "saekit/training/plan.py", "if len(wanted) == 1", "if wanted"),
     ("a bias loses what bfloat16 rounds off", SCORES, "(b_M - W_low_ME[:, D]).nan_to_num_(0.0)", "0"),
     ("negative scores are chosen by their bits", TORCH_OPS, "(bits_NK < 0).any(1)", "(bits_NK != bits_NK).any(1)"),

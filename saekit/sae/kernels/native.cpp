@@ -357,7 +357,7 @@ void adam_of_sums(float* params, const float* weights, const int64_t* indices, c
 
 }  // extern "C"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512VBMI2__) && defined(__linux__)
 #include "native_amx.h"
 #else
 extern "C" bool amx_ready() { return false; }

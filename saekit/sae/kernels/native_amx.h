@@ -17,18 +17,10 @@ constexpr int64_t TOKENS = 8 * SIDE;        // that a core is busy with: they an
 constexpr int64_t SLAB = 16 * SIDE;         // latents whose scores stay in that cache, too
 constexpr int64_t STRIDE = SLAB + ROWS;     // scores from a token to the next: no power of two, for the cache's sake
 constexpr int64_t REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl
-
 constexpr int64_t MOST = 4;                 // times k that a token's best may be
 
-// 0 to 31.
-struct Numbers {
-    uint16_t numbers[SIDE];
-    constexpr Numbers() : numbers() {
-        for (int i = 0; i < SIDE; i++) numbers[i] = uint16_t(i);
-    }
-    const uint16_t* data() const { return numbers; }
-};
-constexpr Numbers NUMBERS;
+constexpr uint16_t UP_TO_31[SIDE] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
@@ -78,7 +70,7 @@ struct Best {
         uint16_t passing[SLAB + SIDE];
         int64_t more = 0;
         const __m512 least = _mm512_set1_ps(bound);
-        __m512i at = _mm512_loadu_si512(NUMBERS.data());
+        __m512i at = _mm512_loadu_si512(UP_TO_31);
         for (int64_t m = 0; m < size; m += SIDE) {
             const uint32_t low = _mm512_cmp_ps_mask(_mm512_load_ps(scores + m), least, _CMP_NLE_UQ);
             const uint32_t high = _mm512_cmp_ps_mask(_mm512_load_ps(scores + m + ROWS), least, _CMP_NLE_UQ);
@@ -205,7 +197,7 @@ void amx_pack_tokens(const float* x, int64_t N, int64_t D, int64_t E, int64_t th
 void amx_topk(const uint16_t* x, const uint16_t* W, int64_t N, int64_t M, int64_t E, int64_t k, bool in_order,
               int64_t threads, float* values, int64_t* latents) {
     using namespace amx;
-    const int64_t tokens = std::min(TOKENS, whole(N / threads + 1, SIDE));
+    const int64_t tokens = std::clamp(whole((N + threads - 1) / threads, SIDE), SIDE, TOKENS);
     const int64_t lines = (SIDE * SIDE + tokens - 1) / tokens;  // of the cache, to read ahead with each pair of tiles
 #pragma omp parallel num_threads(threads)
     {
