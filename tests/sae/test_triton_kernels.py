@@ -6,6 +6,7 @@ import torch
 from saekit import Sae
 from saekit.sae.kernels import choose_kernels, eager
 from saekit.sae.kernels.eager import row_norms
+from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.sparse import Sparse
 
 pytest.importorskip("triton", reason="Triton is not installed on this system")
@@ -151,3 +152,16 @@ def test_without_a_gpu_they_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="triton kernels need a CUDA device"):
         choose_kernels("triton", "fp32", DEVICE)
     assert choose_kernels("auto", "fp32", DEVICE).name in ("cpu", "native")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_adam_of_sums_is_adam_of_the_gradient(size):
+    N, D, M, K = size
+    order, tokens, starts = triton_ops.sort_pairs(chosen(N, M, K), M)
+    sums = RowSums(numbers(N, K, seed=2).flatten()[order], tokens, starts, numbers(N, D))
+    states = [[numbers(M, D, seed=3), *torch.zeros(2, M, D, device=DEVICE)] for _ in range(2)]
+    settings = {"step": 1, "lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "unit_rows": True}
+    triton_ops.adam_(states[0][0], sums, *states[0][1:], **settings)
+    triton_ops.adam_(states[1][0], sums.dense(), *states[1][1:], **settings)
+    for got, expected in zip(*states, strict=True):
+        torch.testing.assert_close(got, expected, **NEAR)
