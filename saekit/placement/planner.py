@@ -186,7 +186,7 @@ def memory(placement: PlacementName, load: Workload, owned: int = 0, state: int 
 
     - ddp: 4 + 4 + `state` per parameter of every layer.
     - zero3: the same divided by W. The layer at work is gathered for a while, too.
-    - layer-map: as ddp, for the layers that the rank owns.
+    - layer-map: as ddp, for the layers that the rank owns; less where gradients are left to the step.
 
     Args:
         placement: As in `--placement`.

@@ -50,7 +50,7 @@ class Layer:
         for each in self.optimizer.optimizers if on_meta else ():
             for group in each.param_groups:
                 group |= {"fused": False} if group.get("fused") else {}  # no such kernel there
-        if alone:
+        if alone and not stand_in:
             self.optimizer.defer_gradients()
         self.counters, self.window = LayerCounters.fresh(num_latents, device), LayerWindow.empty(d_in, device)
 

@@ -6,8 +6,8 @@ from saekit.placement import Single
 from saekit.training.optimizers import make_optimizer
 
 
-def place(**options):
-    sae = Sae(8, 32, 4, generator=torch.Generator().manual_seed(0), **options)
+def place(num_latents=32, **options):
+    sae = Sae(8, num_latents, 4, generator=torch.Generator().manual_seed(0), **options)
     placement = Single(torch.device("cpu"))
     placement.place(["h.0"], lambda _: sae, lambda module: make_optimizer(TrainConfig(lr=0.01), module))
     return placement, sae
@@ -52,7 +52,7 @@ def test_route_hands_over_and_lets_go():
 
 
 def test_what_is_not_finite_shows_in_gradients_that_are_left_to_the_step():
-    placement, sae = place()
+    placement, sae = place(1000)
     for number in (1.0, torch.nan, torch.inf):
         x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
         placement.backward("h.0", (sae(x).recon - x).square().sum() * number)
@@ -63,11 +63,11 @@ def test_what_is_not_finite_shows_in_gradients_that_are_left_to_the_step():
 
 
 def test_held_bytes_are_those_of_the_moment():
-    placement, sae = place()
+    placement, sae = place(1000)
     weights = sum(each.nbytes for each in sae.parameters())
     assert placement.held_bytes() == weights
     placement.backward("h.0", (sae(x := torch.randn(20, 8)).recon - x).square().sum())
-    numbers, pairs = 4 * (32 + 8) + 2 * 4 * 20 * 8, 20 * 4  # biases' gradients, tokens' rows
-    assert placement.held_bytes() == weights + numbers + pairs * (2 * 4 + 8) + 8 * 33
+    numbers, pairs = 4 * (1000 + 8) + 2 * 4 * 20 * 8, 20 * 4  # biases' gradients, tokens' rows
+    assert placement.held_bytes() == weights + numbers + pairs * (2 * 4 + 8) + 8 * 1001
     placement.apply(1.0)
     assert placement.held_bytes() == pytest.approx(3 * weights, abs=16)

@@ -179,6 +179,10 @@ class TestEncoderWithItsTopk:
             x, W, b = (torch.randn(*shape, generator=generator) for shape in ((9, 24), (M, 24), (M,)))
             assert_largest(x, W, b, 16, *native_ops.topk(x, W, b, 16, torch.bfloat16))
 
+    def test_rows_of_another_width_are_refused(self):
+        with pytest.raises(RuntimeError, match="size"):
+            native_ops.topk(torch.ones(4, 64), torch.ones(2000, 32), torch.ones(2000), 8, torch.bfloat16)
+
     def test_torchs_own_tiles_are_as_they_were(self):
         x, W = torch.randn(100, 64).bfloat16(), torch.randn(64, 90).bfloat16()
         before = x @ W
@@ -203,6 +207,7 @@ def test_best_of_few(C, k, parts):
     assert values[3].isnan().sum() == 1
     first = torch.arange(C).view(parts, -1)[:, : k // parts].flatten()
     assert torch.equal(found[4:6], latents[4:6][:, first])
+    assert native_ops.best_of(scores, latents.int(), k, parts)[1].dtype == torch.int32  # by torch
 
 
 def random_code(N, M, D, K):

@@ -73,6 +73,11 @@ def test_the_bound_shows_what_is_not_finite(spoiled, number):
     assert not sums.bound().isfinite()
 
 
+def test_the_bound_of_no_token():
+    sums, _ = row_sums(0, 10, 4, 2)
+    assert sums.bound() == 0
+
+
 def test_the_bound_shows_sums_that_overflow():
     sums, _ = row_sums(7, 33, 5, 4)
     sums.weights_P.mul_(1e20)
@@ -82,12 +87,21 @@ def test_the_bound_shows_sums_that_overflow():
 
 
 def test_only_what_saves_memory_is_deferred():
-    sums, _ = row_sums(7, 33, 5, 4)
-    assert not left_to_the_step(torch.ones(33, 5), sums)
-    matrix = torch.ones(33, 5)
+    sums, gradient = row_sums(7, 100, 50, 4)
+    matrix = torch.ones_like(gradient)
+    assert not left_to_the_step(matrix, sums)
     deferred = defer_gradient(matrix)
     assert left_to_the_step(matrix, sums)
     assert deferred == [sums]
-    many, _ = row_sums(34, 33, 5, 4)
-    assert not left_to_the_step(matrix, many)
+    for larger in (row_sums(100, 100, 50, 4), row_sums(7, 100, 50, 300)):  # as many tokens; many latents of each
+        assert not left_to_the_step(matrix, larger[0])
     assert deferred == [sums]
+
+
+def test_without_whoever_steps_it_a_matrix_has_its_gradient_again():
+    sums, gradient = row_sums(7, 100, 50, 4)
+    matrix = torch.ones_like(gradient)
+    deferred = defer_gradient(matrix)
+    assert left_to_the_step(matrix, sums)
+    del deferred
+    assert not left_to_the_step(matrix, sums)

@@ -245,7 +245,7 @@ BACKENDS = [pytest.param("native", marks=needs_native), "cpu", "eager"]
 class TestDeferredGradients:
     """Those that are left to the step, against those that are made."""
 
-    N, D, M, K = 20, 8, 64, 4
+    N, D, M, K = 20, 32, 64, 4
 
     def sae(self, backend, prefixes=()):
         sae = Sae(self.D, self.M, self.K, generator=torch.Generator().manual_seed(0)).train()

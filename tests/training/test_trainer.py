@@ -210,6 +210,16 @@ def test_special_and_chosen_tokens_are_left_out(make_trainer, tokens):
         assert watcher.steps[-1].tokens == int(kept.sum())
 
 
+@pytest.mark.parametrize("num_latents", [64, 4000], ids=["gradients are made", "gradients are left to the step"])
+def test_a_step_of_which_no_token_is_left(make_trainer, tokens, num_latents):
+    ids = torch.tensor(tokens["input_ids"])
+    ids[16:24] = 0  # the third batch
+    watcher = Recorder()
+    sae, data = SaeConfig(num_latents=num_latents, k=4), Dataset.from_dict({"input_ids": ids.tolist()})
+    make_trainer(sae=sae, data=data, reporter=watcher, shuffle=False).fit()
+    assert watcher.steps[-1].tokens == int((ids > 1).sum())
+
+
 def test_layers_do_not_influence_each_other(make_trainer, tmp_path):
     everything = tensors_of(make_trainer("all").fit())
     alone = tensors_of(make_trainer("alone", layers="1").fit())

@@ -21,6 +21,8 @@ DEVICES = ("cpu", "meta")
 """On the second nothing is computed, and what is allocated can be counted."""
 AMX_TILE = 32
 """Tokens, latents and numbers of each come in so many, in `native_amx.h`."""
+FEW = 192
+"""Of so many scores at most `best_of` counts how many are before each; above, torch's `topk` is as fast."""
 TOPK = {torch.float32: "topk_float32", torch.bfloat16: "topk_bfloat16", torch.int8: "topk_int8"}
 
 
@@ -28,10 +30,11 @@ def topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
     """As `torch_ops.topk`; scores are read once, as the matmul leaves them."""
-    N, M = x_ND.shape[0], W_MD.shape[0]
-    if not (_all_float32(x_ND, W_MD, b_M) and dtype in TOPK and b_M.shape == (M,) and 0 < k // parts <= M // parts):
+    (N, D), M = x_ND.shape, len(W_MD)
+    fit = W_MD.shape == (M, D) and b_M.shape == (M,) and 0 < k // parts <= M // parts
+    if not (fit and _all_float32(x_ND, W_MD, b_M) and dtype in TOPK):
         return torch_ops.topk(x_ND, W_MD, b_M, k, dtype, in_order, parts)
-    if dtype == torch.bfloat16 and parts == 1 and has_amx():
+    if dtype == torch.bfloat16 and parts == 1 and not x_ND.is_meta and has_amx():
         return _topk_with_amx(x_ND, W_MD, b_M, k, in_order)
     rows = scores.chunk_rows(N, M, k, dtype, bytes_per_score=4 if dtype == torch.int8 else dtype.itemsize)
     values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
@@ -55,7 +58,7 @@ def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bo
     (N, D), M, threads = x_ND.shape, len(W_MD), torch.get_num_threads()
     E = -(-(D + 2) // AMX_TILE) * AMX_TILE
     x_low = x_ND.new_empty(-(-N // AMX_TILE) * AMX_TILE * E, dtype=torch.bfloat16)
-    W_low = _kept.numbers(-(-M // AMX_TILE) * AMX_TILE * E, x_ND)
+    W_low = _kept.numbers(-(-M // AMX_TILE) * AMX_TILE * E)
     _call("amx_pack_tokens", x_ND, N, D, E, threads, x_low)
     _call("amx_pack_weights", W_MD, b_M, M, D, E, threads, W_low)
     values_NK, indices_NK = x_ND.new_empty(N, k), x_ND.new_empty(N, k, dtype=torch.int64)
@@ -71,12 +74,10 @@ class _Kept(threading.local):
 
     memory: Tensor | None = None
 
-    def numbers(self, count: int, like: Tensor) -> Tensor:
+    def numbers(self, count: int) -> Tensor:
         """So many in bfloat16, until the next call."""
-        if like.is_meta:
-            return like.new_empty(count, dtype=torch.bfloat16)
         if self.memory is None or len(self.memory) < count:
-            self.memory = like.new_empty(count, dtype=torch.bfloat16)
+            self.memory = torch.empty(count, dtype=torch.bfloat16)
         return self.memory
 
 
@@ -92,7 +93,8 @@ def has_amx() -> bool:
 def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     """As `torch_ops.best_of`."""
     (N, C), latents_NC = scores_NC.shape, latents_NC.contiguous()
-    if not (_all_float32(scores_NC) and latents_NC.shape == (N, C) and 0 < k // parts <= C // parts):
+    fit = latents_NC.shape == (N, C) and latents_NC.dtype == torch.int64 and 0 < k // parts <= C // parts
+    if not (fit and _all_float32(scores_NC) and C // parts <= FEW):
         return torch_ops.best_of(scores_NC, latents_NC, k, parts)
     values_NK, indices_NK = scores_NC.new_empty(N, k), latents_NC.new_empty(N, k)
     _call("best_of", scores_NC, latents_NC, N, C, k, parts, torch.get_num_threads(), values_NK, indices_NK)
@@ -133,7 +135,8 @@ def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Te
     if indices_NK.device.type not in DEVICES:
         return torch_ops.sort_pairs(indices_NK, num_latents)
     indices_NK = _below(num_latents, indices_NK)
-    (order, tokens), starts = indices_NK.new_empty(2, indices_NK.numel()), indices_NK.new_empty(num_latents + 1)
+    # Apart, since the tokens may live longer.
+    order, tokens, starts = map(indices_NK.new_empty, (indices_NK.numel(), indices_NK.numel(), num_latents + 1))
     _call("sort_pairs", indices_NK, indices_NK.numel(), indices_NK.shape[1], num_latents, order, tokens, starts)
     return order, tokens, starts
 

@@ -1,16 +1,18 @@
 """Gradients of matrices that are not made, but kept as what they are the sum of, until the optimiser takes their rows.
 
 The gradient of an SAE's matrix is as large as the matrix, and all layers' are there when a step ends. What it is the
-sum of is a row per token, and a number per pair (latent, token): with fewer tokens than latents that is less. Adam can
-then make a row of the gradient while it steps that row, so that no gradient goes through memory at all.
+sum of is a row per token, and a number per pair (latent, token): with fewer tokens than latents that is mostly less.
+Adam can then make a row of the gradient while it steps that row, so that no gradient goes through memory at all.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class RowSums(NamedTuple):
@@ -33,24 +35,34 @@ class RowSums(NamedTuple):
 
     def bound(self) -> Tensor:
         """A scalar that no number of the gradient exceeds: NaN or Inf if one of them is, and as good as only then."""
-        return self.weights_P.abs().sum() * self.rows_ND.norm(float("inf"))
+        largest = self.rows_ND.norm(float("inf")) if len(self.rows_ND) else 0
+        return self.weights_P.abs().sum() * largest
 
 
-def defer_gradient(W_MD: Tensor) -> list[RowSums]:
+class Deferred(list[RowSums]):
+    """What has been left to a step; a list that can be referred to weakly."""
+
+
+_DEFERRED = WeakTensorKeyDictionary()
+"""By matrix, and keeping neither alive: without whoever steps it a matrix has its `.grad` again."""
+
+
+def defer_gradient(W_MD: Tensor) -> Deferred:
     """From now on, backward passes leave the sums of a matrix's gradient in the list that is returned.
 
-    They do where there are no more tokens than latents; the others go to its `.grad`, as all do of kernels that make
+    They do where those take less memory than the gradient; others go to its `.grad`, as all do of kernels that make
     gradients in another way. Whoever steps the matrix adds up what is there, and empties the list.
     """
-    deferred: list[RowSums] = []
-    W_MD.deferred = deferred  # type: ignore[attr-defined]
+    deferred = Deferred()
+    _DEFERRED[W_MD] = weakref.ref(deferred)
     return deferred
 
 
 def left_to_the_step(W_MD: Tensor, sums: RowSums) -> bool:
     """Whether the gradient of a matrix is deferred: then the sums are in its list."""
-    deferred: list[RowSums] | None = getattr(W_MD, "deferred", None)
-    if deferred is None or len(sums.rows_ND) > len(W_MD):
+    reference = _DEFERRED.get(W_MD)
+    deferred = reference() if reference is not None else None
+    if deferred is None or sum(each.nbytes for each in sums) >= W_MD.nbytes:
         return False
     deferred.append(sums)
     return True
