@@ -5,6 +5,7 @@ Rank 0 prints, for each of its layers, how many layers' activations of a rank's 
 
 import gc
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -24,7 +25,8 @@ def alive():
 def main():
     placement = connect("layer-map")
     names = [f"layers.{number}" for number in range(LAYERS)]
-    placement.place(names, lambda name: torch.nn.Identity(), lambda sae: None)
+    optimizer = SimpleNamespace(defer_gradients=lambda: None)
+    placement.place(names, lambda name: torch.nn.Identity(), lambda sae: optimizer)
     numbers = []
     for _ in range(2):
         acts = {name: torch.full((TOKENS, WIDTH), float(number)) for number, name in enumerate(names)}

@@ -41,19 +41,21 @@ def compare(one, other, where):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options"),
+    ("lm", "ranks", "options"),
     [
-        (2, ["--placement", "ddp"]),
-        (3, ["--placement", "ddp"]),
-        (2, ["--placement", "layer-map"]),
-        (3, ["--placement", "layer-map"]),
-        (1, ["--placement", "zero3"]),
-        (2, ["--placement", "zero3"]),
-        (3, ["--placement", "zero3"]),  # 3 does not divide the number of latents: rows are cut apart
+        ("demo", 2, ["--placement", "ddp"]),
+        ("demo", 3, ["--placement", "ddp"]),
+        ("demo", 2, ["--placement", "layer-map"]),
+        ("demo", 3, ["--placement", "layer-map"]),
+        ("demo", 1, ["--placement", "zero3"]),
+        ("demo", 2, ["--placement", "zero3"]),
+        ("demo", 3, ["--placement", "zero3"]),  # 3 does not divide the number of latents: rows are cut apart
+        ("gpt2", 2, ["--placement", "ddp"]),
+        ("gpt2", 3, ["--placement", "layer-map"]),
+        ("gpt2", 2, ["--placement", "zero3"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
-@pytest.mark.parametrize("lm", ["demo", "gpt2"])
 def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
     model = DEMO_LM if lm == "demo" else gpt2_dir
     assert_same_run(train(model, *options, ranks=ranks), train(model))
@@ -140,17 +142,22 @@ def test_a_map_of_ones_own_agrees(train):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "after"),
+    ("before", "ranks", "after"),
     [
-        (2, ["--placement", "ddp"]),
-        (2, ["--placement", "layer-map"]),
-        (2, ["--placement", "zero3"]),
-        (1, []),
-        (1, ["--placement", "zero3"]),
+        ("ddp", 2, ["--placement", "ddp"]),
+        ("ddp", 2, ["--placement", "layer-map"]),
+        ("ddp", 2, ["--placement", "zero3"]),
+        ("layer-map", 2, ["--placement", "layer-map"]),
+        ("layer-map", 2, ["--placement", "zero3"]),
+        ("layer-map", 1, []),
+        ("zero3", 2, ["--placement", "ddp"]),
+        ("zero3", 2, ["--placement", "layer-map"]),
+        ("zero3", 2, ["--placement", "zero3"]),
+        ("zero3", 1, []),
+        ("zero3", 1, ["--placement", "zero3"]),
     ],
-    ids=["ddp", "layer-map", "zero3", "one", "one-zero3"],
+    ids=lambda value: (value or ["one"])[-1] if isinstance(value, list) else None,
 )
-@pytest.mark.parametrize("before", ["ddp", "layer-map", "zero3"])
 def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, ranks, after):
     halves = train(gpt2_dir, "--placement", before, "--save-every", 10, "--keep-last", 2, ranks=2)
     run = halves.with_name("-".join(["moved", before, str(ranks), *after[1:]]))

@@ -13,7 +13,7 @@ import pytest
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = 18
+KILLS = 12
 """Of each of two runs."""
 
 
@@ -45,8 +45,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, optimizer, see
     assert killer(seed, 0, tmp_path / "whole", *command, "--run-name", "whole") == {"start": 0, "step": 0, "save": 0}
     killed = killer(seed, KILLS, tmp_path / "r", *command, "--run-name", "r", "--resume", "auto")
     assert sum(killed.values()) == KILLS, "it was done too early"
-    assert killed["save"] >= 3, killed
-    assert killed["step"] >= 3, killed
+    assert killed["save"] >= 2, killed
+    assert killed["step"] >= 2, killed
     resumed_at = re.findall(r"Going on from .*step_0*(\d+)", (tmp_path / "r.log").read_text())
     assert len(set(resumed_at)) >= KILLS / 3, resumed_at
     for link in ("latest", "best"):
