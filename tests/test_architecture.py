@@ -62,28 +62,9 @@ def test_only_placement_knows_of_ranks(file):
 
 def test_the_maths_needs_torch_only():
     allowed = {"torch", "triton", "safetensors", "huggingface_hub", "saekit", "__future__"}
-    standard = {
-        "collections",
-        "functools",
-        "importlib",
-        "json",
-        "math",
-        "os",
-        "pathlib",
-        "re",
-        "threading",
-        "typing",
-        "warnings",
-    }
-    standard |= {
-        "ctypes",
-        "hashlib",
-        "platform",
-        "shutil",
-        "subprocess",
-        "sys",
-        "tempfile",
-    }  # compiles
+    standard = {"collections", "functools", "importlib", "json", "math", "os", "pathlib", "re", "typing", "warnings"}
+    compiling = {"ctypes", "hashlib", "platform", "shutil", "subprocess", "sys", "tempfile", "threading"}
+    standard |= compiling | {"weakref"}
     for file in (ROOT / "sae").rglob("*.py"):
         found = {name.split(".")[0] for name in imports_of(file)}
         assert found <= allowed | standard, file

@@ -197,6 +197,7 @@ void amx_pack_tokens(const float* x, int64_t N, int64_t D, int64_t E, int64_t th
     }
 }
 
+// The k largest scores of N tokens and their latents, largest first if `in_order`; tokens and weights as packed above.
 void amx_topk(const uint16_t* x, const uint16_t* W, int64_t N, int64_t M, int64_t E, int64_t k, bool in_order,
               int64_t threads, float* values, int64_t* latents) {
     using namespace amx;
