@@ -1,10 +1,11 @@
-"""Runs one command again and again, and kills it at random moments; a script of its own.
+"""Runs one command again and again, and kills it at random moments, so often amid each part; a script of its own.
 
 Each life is a process with a signal of its own, but a copy of this one, which has imported everything and computed
 nothing: starting again takes no time for imports that way.
 
-Usage: python -m tests.training.killer SEED KILLS RUN_DIR COMMAND...
-Prints as JSON how often it killed amid the start, a step and a save.
+Usage: python -m tests.training.killer SEED STARTS STEPS SAVES RUN_DIR COMMAND...
+Kills at least STARTS times amid the start, STEPS times amid the training and SAVES times amid a save, then lets the
+command end. Prints as JSON how often it killed amid each, which is less only where the command ended before.
 """
 
 import contextlib
@@ -69,12 +70,12 @@ def saves(run, since):
     return last_change(run.glob(".step_*.partial")) > since
 
 
-def live_and_die(child, run, chance, since):
+def live_and_die(child, run, chance, since, aim):
     """Kill amid the start, the training or a save; returns the exit code and which of them it was.
 
-    Steps are counted, not seconds, so that a fast machine does not get further in one life than a slow one.
+    It need not be the one aimed at: a start may be over and a save done before the signal arrives. Steps are counted,
+    not seconds, so that a fast machine does not get further in one life than a slow one.
     """
-    aim = chance.choice(["start", "step", "step", "save", "save"])
     moment = time.monotonic() + chance.uniform(0.0, 1.5)
     steps = chance.randint(1, {"start": 1, "step": 25, "save": 10}[aim])
     first = None
@@ -95,14 +96,14 @@ def live_and_die(child, run, chance, since):
     return code, "save" if saves(run, since) else "step" if trains(run, since) else "start"
 
 
-def until_done(seed, kills, run, command):
+def until_done(seed, wanted, run, command):
     """Returns how often it killed amid what."""
     chance = random.Random(seed)
     log = run.with_suffix(".log")
-    killed = Counter({"start": 0, "step": 0, "save": 0})
-    while killed.total() < kills:
+    killed = Counter(dict.fromkeys(wanted, 0))
+    while missing := [amid for amid, kills in wanted.items() for _ in range(kills - killed[amid])]:
         since = time.time()
-        code, amid = live_and_die(start(command, log), run, chance, since)
+        code, amid = live_and_die(start(command, log), run, chance, since, chance.choice(missing))
         if code != -signal.SIGKILL:
             assert code == 0, log.read_text()
             return killed
@@ -117,4 +118,6 @@ if __name__ == "__main__":
     with contextlib.suppress(RuntimeError):
         torch.set_num_interop_threads(1)
     assert saekit.training.launch  # imported once, for all lives
-    sys.stdout.write(json.dumps(until_done(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])))
+    seed, *kills = map(int, sys.argv[1:5])
+    wanted = dict(zip(("start", "step", "save"), kills, strict=True))
+    sys.stdout.write(json.dumps(until_done(seed, wanted, Path(sys.argv[5]), sys.argv[6:])))
