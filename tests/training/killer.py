@@ -18,10 +18,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-import saekit.training.launch
 from saekit.cli import main
+from tests.forked import import_everything
 
 
 def start(command, log):
@@ -114,10 +112,7 @@ def until_done(seed, wanted, run, command):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with contextlib.suppress(RuntimeError):
-        torch.set_num_interop_threads(1)
-    assert saekit.training.launch  # imported once, for all lives
+    import_everything()
     seed, *kills = map(int, sys.argv[1:5])
     wanted = dict(zip(("start", "step", "save"), kills, strict=True))
     sys.stdout.write(json.dumps(until_done(seed, wanted, Path(sys.argv[5]), sys.argv[6:])))

@@ -1,0 +1,145 @@
+"""Real ranks without a launcher: each is a copy of a process that has imported everything and computed nothing.
+
+A rank that starts from nothing imports for five seconds of a core, and its launcher for three more, which is most of
+what a run of a few steps takes. What launchers themselves do is tested with launchers (tests/cli/test_launch.py,
+tests/placement/test_failures.py, `launch_file`).
+
+As a script it reads requests, one JSON object per line, and answers each with the ranks' exit codes.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from saekit.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+class Forked:
+    """Starts ranks of `saekit`; a context manager."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
+        environment["PYTHONPATH"] = str(ROOT)
+        pipe = subprocess.PIPE
+        self._parent = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked"], env=environment, cwd=ROOT, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parent.communicate(timeout=60)
+
+    def run(self, command: list[object], ranks: int | None, log: Path, cwd: Path, timeout: float) -> list[int]:
+        """Run `saekit COMMAND...` as this many ranks, or as one process that no launcher started for None.
+
+        What they write to stderr goes to the log. When one ends with an error the others are ended, as a launcher
+        does. Returns the exit code of each.
+        """
+        request = {
+            "command": [str(part) for part in command],
+            "ranks": ranks,
+            "log": str(log),
+            "cwd": str(cwd),
+            "timeout": timeout,
+        }
+        self._parent.stdin.write(json.dumps(request) + "\n")
+        self._parent.stdin.flush()
+        return json.loads(self._parent.stdout.readline())
+
+
+def free_port() -> int:
+    """One below those that the system hands out by itself, so that no connection takes it before it is used."""
+    while True:
+        port = random.randint(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def launched_as(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank on a machine of its own."""
+    said = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return {**{name: str(value) for name, value in said.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def become(request: dict, environment: dict[str, str]) -> None:
+    """Turn this copy into the process that was asked for, up to its first line of code."""
+    os.environ.update(environment)
+    os.chdir(request["cwd"])
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for target, source in enumerate((nothing, os.open(os.devnull, os.O_WRONLY), log)):
+        os.dup2(source, target)
+    sys.argv = ["saekit", *request["command"]]
+
+
+def wait_for(children: list[int], timeout: float) -> list[int]:
+    """The exit codes, once all have ended; from the first error on the others have as long as a launcher gives."""
+    codes: dict[int, int] = {}
+    until, failed = time.monotonic() + timeout, False
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if not failed and any(codes.values()):
+            failed, until = True, time.monotonic() + 30
+            send(signal.SIGTERM, set(children) - codes.keys())
+        if time.monotonic() > until:
+            send(signal.SIGKILL, set(children) - codes.keys())
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def send(number: int, children: set[int]) -> None:
+    for child in children:
+        os.kill(child, number)
+
+
+def serve() -> bool:
+    """Answer requests until there are none; True in each copy that is to go on as a rank."""
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        ranks, port = request["ranks"], free_port()
+        children = []
+        for rank in range(ranks or 1):
+            if (child := os.fork()) == 0:
+                become(request, launched_as(rank, ranks, port) if ranks else {})
+                return True
+            children.append(child)
+        sys.stdout.write(json.dumps(wait_for(children, request["timeout"])) + "\n")
+        sys.stdout.flush()
+    return False
+
+
+def import_everything() -> None:
+    """What training will import, so that copies of this process need not; sets torch to one thread."""
+    import torch
+
+    import saekit.training.launch  # noqa: F401
+
+    torch.set_num_threads(1)
+    with suppress(RuntimeError):  # it has been set before
+        torch.set_num_interop_threads(1)
+    # At first use they import the language model's own module, and DeepSpeed, by way of a `torch.compile`, these two.
+    models = [f"transformers.models.{model}.modeling_{model}" for model in ("gpt2", "llama")]
+    for module in [*models, "torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]:
+        importlib.import_module(module)
+
+
+if __name__ == "__main__":
+    import_everything()
+    if serve():
+        main()
