@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from saekit.cli import main
@@ -48,71 +49,77 @@ def ended(child):
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def last_change(paths):
-    """When one of them was changed last, by the file system's clock; 0 if there is none."""
-    changes = [0.0]
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            changes.append(path.stat().st_ctime)
-    return max(changes)
-
-
-def trains(run, since):
-    """Whether this life has reported a step."""
-    metrics = run / "metrics.jsonl"
-    return last_change([metrics]) > since and metrics.stat().st_size > 0
+def reported(run):
+    """When each step that the run's folder knows of was reported, by the clock of all processes."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+        return [json.loads(line)["time"] for line in lines if line.endswith("\n")]
+    return []
 
 
 def saves(run, since):
     """Whether this life is writing a checkpoint: not whether an earlier one has left a part of one."""
-    return last_change(run.glob(".step_*.partial")) > since
+    for part in run.glob(".step_*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if part.stat().st_ctime > since:
+                return True
+    return False
 
 
-def live_and_die(child, run, chance, since, aim):
-    """Kill amid the start, the training or a save; returns the exit code and which of them it was.
+@dataclass
+class Killer:
+    """Lets one life begin after the other, and ends each."""
 
-    It need not be the one aimed at: a start may be over and a save done before the signal arrives. Steps are counted,
-    not seconds, so that a fast machine does not get further in one life than a slow one.
-    """
-    moment = time.monotonic() + chance.uniform(0.0, 1.5)
-    steps = chance.randint(1, {"start": 1, "step": 25, "save": 10}[aim])
-    first = None
-    while True:
-        if (code := ended(child)) is not None:
-            return code, aim
-        if aim == "start" and time.monotonic() > moment:
-            break
-        if trains(run, since):
-            done = (run / "metrics.jsonl").read_bytes().count(b"\n")
-            first = done if first is None else first
-            if done >= first + steps and (aim != "save" or saves(run, since)):
-                time.sleep(chance.uniform(0.0, 0.01))
+    run: Path
+    command: list[str]
+    chance: random.Random
+    start_takes: float = 1.0
+    """Seconds from a life's begin to its first step, as the last one that came so far took."""
+
+    def live_and_die(self, aim):
+        """Kill amid the start, the training or a save; returns the exit code and which of them it was.
+
+        It need not be the one aimed at: a start may be over and a save done before the signal arrives. Steps are
+        counted, not seconds, so that a fast machine does not get further in one life than a slow one.
+        """
+        since, began = time.time(), time.monotonic()
+        child = start(self.command, self.run.with_suffix(".log"))
+        moment = began + self.chance.uniform(0.0, self.start_takes)
+        steps = self.chance.randint(1, {"start": 1, "step": 25, "save": 10}[aim])
+        done = 0
+        while not (aim == "start" and time.monotonic() > moment):
+            if (code := ended(child)) is not None:
+                return code, aim
+            before, done = done, sum(at > since for at in reported(self.run))
+            if done and not before:
+                self.start_takes = time.monotonic() - began
+            if done >= steps and (aim != "save" or saves(self.run, since)):
+                time.sleep(self.chance.uniform(0.0, 0.01))
                 break
-        time.sleep(0.0005)
-    os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, "save" if saves(run, since) else "step" if trains(run, since) else "start"
+            time.sleep(0.0005)
+        os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        trained = any(at > since for at in reported(self.run))
+        return code, "save" if saves(self.run, since) else "step" if trained else "start"
 
-
-def until_done(seed, wanted, run, command):
-    """Returns how often it killed amid what."""
-    chance = random.Random(seed)
-    log = run.with_suffix(".log")
-    killed = Counter(dict.fromkeys(wanted, 0))
-    while missing := [amid for amid, kills in wanted.items() for _ in range(kills - killed[amid])]:
-        since = time.time()
-        code, amid = live_and_die(start(command, log), run, chance, since, chance.choice(missing))
-        if code != -signal.SIGKILL:
-            assert code == 0, log.read_text()
-            return killed
-        killed[amid] += 1
-    code = os.waitstatus_to_exitcode(os.waitpid(start(command, log), 0)[1])
-    assert code == 0, log.read_text()
-    return killed
+    def until_done(self, wanted):
+        """Returns how often it killed amid what."""
+        log = self.run.with_suffix(".log")
+        killed = Counter(dict.fromkeys(wanted, 0))
+        while missing := [amid for amid, kills in wanted.items() for _ in range(kills - killed[amid])]:
+            code, amid = self.live_and_die(self.chance.choice(missing))
+            if code != -signal.SIGKILL:
+                assert code == 0, log.read_text()
+                return killed
+            killed[amid] += 1
+        code = os.waitstatus_to_exitcode(os.waitpid(start(self.command, log), 0)[1])
+        assert code == 0, log.read_text()
+        return killed
 
 
 if __name__ == "__main__":
     import_everything()
     seed, *kills = map(int, sys.argv[1:5])
     wanted = dict(zip(("start", "step", "save"), kills, strict=True))
-    sys.stdout.write(json.dumps(until_done(seed, wanted, Path(sys.argv[5]), sys.argv[6:])))
+    killer = Killer(run=Path(sys.argv[5]), command=sys.argv[6:], chance=random.Random(seed))
+    sys.stdout.write(json.dumps(killer.until_done(wanted)))

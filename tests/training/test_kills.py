@@ -13,7 +13,7 @@ import pytest
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = {"start": 2, "step": 5, "save": 5}
+KILLS = {"start": 3, "step": 5, "save": 5}
 """How often each of two runs is killed amid what, at least."""
 
 
