@@ -16,8 +16,8 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
-SCORES, NATIVE = "saekit/sae/kernels/scores.py", "saekit/sae/kernels/native.cpp"
-AMX, ADAM = "saekit/sae/kernels/native_amx.h", "saekit/training/adam.py"
+SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
+NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
@@ -59,10 +59,10 @@ FAULTS = [
     ("no candidate to spare", SPARSE, "min(each + spare, num_latents // parts)", "each"),
     ("large dimensions take all bits", SCORES, ".clamp_(1e-12, 1e12).pow_(0.25)", ".fill_(1.0)"),
     ("a token's scale is lost on the bias", SCORES, ".addcmul_(one_over_x_n1, b_M[part])", ".add_(b_M[part])"),
-    ("a native bias is not in the token's unit", NATIVE, "bias[m] * one_over_x", "bias[m]"),
-    ("a native choice passes over what is no number", NATIVE, "> infinity ? LARGEST : key", "> infinity ? key : key"),
-    ("native sums forget all but the last", NATIVE, "sum[d] += weight * row[d]", "sum[d] = weight * row[d]"),
-    ("a native step keeps the gradient along a row", NATIVE, "grad[d] - along * param[d]", "grad[d]"),
+    ("a native bias is not in the token's unit", TOPK, "bias[m] * one_over_x", "bias[m]"),
+    ("a native choice passes over what is no number", TOPK, "> infinity ? LARGEST : key", "> infinity ? key : key"),
+    ("native sums forget all but the last", ROWS, "sum[d] += weight * row[d]", "sum[d] = weight * row[d]"),
+    ("a native step keeps the gradient along a row", ROWS, "grad[d] - along * param[d]", "grad[d]"),
     ("AMX loses one of equal scores", AMX, "ties-- <= 0", "ties-- <= 1"),
     ("AMX forgets what came before a slab", AMX, "keys.data() + count + i", "keys.data() + i"),
     ("a native step of sums forgets a latent's pairs", NATIVE, "sums.of(m, grad.data())", "sums.of(0, grad.data())"),

@@ -10,6 +10,7 @@
 
 namespace amx {
 
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr int64_t ROWS = 16;                // of a tile
 constexpr int64_t DEEP = 32;                // numbers in bfloat16 that a row of a tile has
 constexpr int64_t SIDE = 2 * ROWS;          // of the block of scores that is computed at a time, tokens by latents

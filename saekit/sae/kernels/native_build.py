@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
-SOURCES = (SOURCE, SOURCE.with_name("native_amx.h"))
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("native_*.h")))
 """It, and what it includes."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
