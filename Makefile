@@ -19,7 +19,7 @@ demo: $(STAMP)  ## train SAEs on the model that ships with the package and look 
 
 # Two processes, each with one thread: most tests start processes of their own, which would share out the cores badly.
 test: $(STAMP)  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(STAMP)  ## the part of the test suite that takes seconds
 	$(BIN)/python -m pytest -m "not slow"

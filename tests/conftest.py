@@ -81,3 +81,9 @@ def text_file(tmp_path_factory, documents):
     file = tmp_path_factory.mktemp("text") / "text.jsonl"
     Dataset.from_dict({"text": documents, "id": list(range(len(documents)))}).to_json(file)
     return file
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: with several workers, a long file that comes last keeps one of them waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

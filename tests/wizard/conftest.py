@@ -11,10 +11,16 @@ BACK, QUIT, ENTER = object(), object(), object()
 """Instead of an answer: go back, leave, take the default."""
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One for all: native kernels are compiled into it once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _not_calibrated(tmp_path_factory, monkeypatch):
+def _not_calibrated(cache, monkeypatch):
     """What a plan recommends would depend on how fast the machine was found to be."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 class Scripted:
