@@ -7,6 +7,16 @@
 #include "native_rows.h"
 #include "native_topk.h"
 
+namespace {
+
+template <class Call>
+void with_moments(void* firsts, void* seconds, bool bfloat16, Call call) {
+    if (bfloat16) call(static_cast<uint16_t*>(firsts), static_cast<uint16_t*>(seconds));
+    else call(static_cast<float*>(firsts), static_cast<float*>(seconds));
+}
+
+}  // namespace
+
 extern "C" {
 
 void topk_float32(const float* products, const float* bias, int64_t N, int64_t M, int64_t k, int64_t parts,
@@ -91,30 +101,35 @@ void weighted_sums(const float* weights, const int64_t* indices, const int64_t* 
 }
 
 // One step of Adam, as `eager.adam_` has it; with unit_rows on rows of D numbers, which stay at norm 1.
-void adam(float* params, const float* grads, float* firsts, float* seconds, int64_t count, int64_t D, float step_size,
-          float beta1, float beta2, float correction2, float eps, bool unit_rows, int64_t threads) {
-    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps};  // divisions take most of the time
+void adam(float* params, const float* grads, void* firsts, void* seconds, bool bfloat16, int64_t count, int64_t D,
+          float step_size, float beta1, float beta2, float correction2, float eps, int64_t step, bool unit_rows,
+          int64_t threads) {
+    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps, bits_of_step(step)};
     const int64_t size = unit_rows ? D : BLOCK;
+    with_moments(firsts, seconds, bfloat16, [&](auto* first, auto* second) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t at = 0; at < count; at += size)
-        adam.step(params + at, grads + at, firsts + at, seconds + at, std::min(size, count - at), unit_rows);
+        for (int64_t at = 0; at < count; at += size)
+            adam.step(params + at, grads + at, first + at, second + at, std::min(size, count - at), unit_rows);
+    });
 }
 
 // The same with a gradient that is the sums of segments: each is there for as long as its row is stepped, in the cache.
 void adam_of_sums(float* params, const float* weights, const int64_t* indices, const int64_t* starts, const float* rows,
-                  float* firsts, float* seconds, int64_t M, int64_t D, float step_size, float beta1, float beta2,
-                  float correction2, float eps, bool unit_rows, int64_t threads) {
-    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps};
+                  void* firsts, void* seconds, bool bfloat16, int64_t M, int64_t D, float step_size, float beta1,
+                  float beta2, float correction2, float eps, int64_t step, bool unit_rows, int64_t threads) {
+    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps, bits_of_step(step)};
     const Sums sums{weights, indices, starts, rows, D, starts[M]};
+    with_moments(firsts, seconds, bfloat16, [&](auto* first, auto* second) {
 #pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> grad(D);
+        {
+            std::vector<float> grad(D);
 #pragma omp for schedule(dynamic, 32)
-        for (int64_t m = 0; m < M; m++) {
-            sums.of(m, grad.data());
-            adam.step(params + m * D, grad.data(), firsts + m * D, seconds + m * D, D, unit_rows);
+            for (int64_t m = 0; m < M; m++) {
+                sums.of(m, grad.data());
+                adam.step(params + m * D, grad.data(), first + m * D, second + m * D, D, unit_rows);
+            }
         }
-    }
+    });
 }
 
 }  // extern "C"

@@ -25,19 +25,6 @@ constexpr uint16_t UP_TO_31[SIDE] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
 
 inline int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
-inline uint16_t rounded(float number) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    return number == number ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
-}
-
-inline float widened(uint16_t number) {
-    const uint32_t bits = uint32_t(number) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
 struct Config {
     alignas(64) uint8_t palette = 1;
     uint8_t start_row = 0, reserved[14] = {};

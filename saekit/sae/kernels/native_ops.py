@@ -1,6 +1,7 @@
 """The sparse operations in C++ that is compiled on this machine (`native.cpp`): the backend `native`.
 
-For contiguous float32 on a CPU, which is what SAEs are trained in; anything else goes to `torch_ops`.
+For contiguous float32 on a CPU, which is what SAEs are trained in, and moments in bfloat16; anything else goes to
+`torch_ops`.
 """
 
 from __future__ import annotations
@@ -171,24 +172,30 @@ def adam_(
 
     With a gradient of `RowSums` from the sum of its gradient on.
     """
-    moments = exp_avg, exp_avg_sq
-    numbers = lr / (1 - beta1**step), beta1, beta2, 1 - beta2**step, eps, unit_rows, torch.get_num_threads()
-    if isinstance(grad, RowSums):
-        weights_P, tokens_P, starts_M, rows_ND = grad
-        (M, D), floats = param.shape, (param, *moments, weights_P, rows_ND)
-        if _all_float32(*floats) and (len(starts_M), rows_ND.shape[1]) == (M + 1, D):
-            sums = weights_P, _below(len(rows_ND), tokens_P), starts_M, rows_ND
-            _call("adam_of_sums", param, *sums, *moments, M, D, *numbers)
+    moments, bfloat16 = (exp_avg, exp_avg_sq), _all_of(torch.bfloat16, exp_avg, exp_avg_sq)
+    numbers = lr / (1 - beta1**step), beta1, beta2, 1 - beta2**step, eps, step, unit_rows, torch.get_num_threads()
+    if bfloat16 or _all_float32(*moments):
+        if isinstance(grad, RowSums):
+            weights_P, tokens_P, starts_M, rows_ND = grad
+            (M, D), floats = param.shape, (param, weights_P, rows_ND)
+            if _all_float32(*floats) and (len(starts_M), rows_ND.shape[1]) == (M + 1, D):
+                sums = weights_P, _below(len(rows_ND), tokens_P), starts_M, rows_ND
+                _call("adam_of_sums", param, *sums, *moments, bfloat16, M, D, *numbers)
+                return
+        elif _all_float32(param, grad):
+            width = param.shape[-1] if unit_rows else 1
+            _call("adam", param, grad, *moments, bfloat16, param.numel(), width, *numbers)
             return
-        grad = segment_sum(*grad)
-    if not _all_float32(param, grad, *moments):
-        torch_ops.adam_(param, grad, *moments, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
-        return
-    _call("adam", param, grad, *moments, param.numel(), param.shape[-1] if unit_rows else 1, *numbers)
+    grad = segment_sum(*grad) if isinstance(grad, RowSums) else grad
+    torch_ops.adam_(param, grad, *moments, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
 
 
 def _all_float32(*tensors: Tensor) -> bool:
-    return all(each.dtype == torch.float32 and each.device.type in DEVICES and each.is_contiguous() for each in tensors)
+    return _all_of(torch.float32, *tensors)
+
+
+def _all_of(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    return all(each.dtype == dtype and each.device.type in DEVICES and each.is_contiguous() for each in tensors)
 
 
 def _call(name: str, *arguments: Tensor | int | float | bool) -> None:

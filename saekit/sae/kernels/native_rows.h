@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 namespace {
@@ -53,11 +54,56 @@ inline float norm_of(const float* row, int64_t D) {
     return std::max(float(std::sqrt(sum)), std::numeric_limits<float>::min());
 }
 
+// Numbers in bfloat16 have the upper half of a float32's bits.
+
+inline uint32_t bits_of(float number) {
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
+inline uint16_t rounded(float number) {  // to the nearest, ties to even
+    const uint32_t bits = bits_of(number);
+    return number == number ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
+}
+
+inline float widened(uint16_t number) {
+    const uint32_t bits = uint32_t(number) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline float widened(float number) { return number; }
+
+// `eager.round_stochastically`, bit for bit: up or down, with odds from the low bits of `noise` and the step's.
+inline uint16_t rounded_by_odds(float number, float noise, uint32_t step_bits) {
+    int32_t mixed = int32_t((bits_of(noise) ^ bits_of(number)) * 0x9e3779b1u + step_bits);
+    mixed = int32_t(uint32_t(mixed ^ (mixed >> 15)) * 0x85ebca6bu);
+    return uint16_t((bits_of(number) + ((uint32_t(mixed) >> 16) & 0xffff)) >> 16);
+}
+
+inline uint32_t bits_of_step(int64_t step) { return uint32_t(step * 747796405) & 0x7fffffff; }
+
+// Moments at rest: in float32 as they are, in bfloat16 the second by odds, since to the nearest it would stand still.
+
+inline void keep(float& first, float& second, float new_first, float new_second, float, uint32_t) {
+    first = new_first;
+    second = new_second;
+}
+
+inline void keep(uint16_t& first, uint16_t& second, float new_first, float new_second, float noise, uint32_t step_bits) {
+    first = rounded(new_first);
+    second = rounded_by_odds(new_second, noise, step_bits);
+}
+
 struct Adam {
     float step_size, beta1, beta2, scale2, eps;  // scale2: one over the second moment's correction
+    uint32_t step_bits;                          // what makes odds differ from step to step
 
     // One step of a row, or of any few numbers in sequence; with `unit` it stays at norm 1.
-    void step(float* param, const float* grad, float* first, float* second, int64_t D, bool unit) const {
+    template <class Moment>
+    void step(float* param, const float* grad, Moment* first, Moment* second, int64_t D, bool unit) const {
         float along = 0;  // the gradient's part along the row, in units of the row
         if (unit) {
             const float norm = norm_of(param, D);
@@ -66,9 +112,10 @@ struct Adam {
 #pragma omp simd
         for (int64_t d = 0; d < D; d++) {
             const float g = grad[d] - along * param[d];
-            first[d] = beta1 * first[d] + (1 - beta1) * g;
-            second[d] = beta2 * second[d] + (1 - beta2) * g * g;
-            param[d] -= step_size * first[d] / (std::sqrt(second[d] * scale2) + eps);
+            const float new_first = beta1 * widened(first[d]) + (1 - beta1) * g;
+            const float new_second = beta2 * widened(second[d]) + (1 - beta2) * g * g;
+            keep(first[d], second[d], new_first, new_second, g, step_bits);
+            param[d] -= step_size * new_first / (std::sqrt(new_second * scale2) + eps);
         }
         if (unit) {
             const float scale = 1 / norm_of(param, D);
