@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saekit.planning.meter import Meter
 from saekit.sae.kernels import choose_kernels, eager, native_build, native_ops, scores, torch_ops
 from saekit.sae.kernels.sparse import Sparse
 from saekit.training.plan import _one_backend
@@ -332,6 +333,15 @@ def test_adam_with_moments_in_bfloat16(shape, unit_rows):
         torch.testing.assert_close(states[0][2], states[1][2], rtol=2**-7, atol=0)
         for got, expected in zip(*states, strict=True):
             expected.copy_(got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_needs_no_memory_and_the_plan_says_so(dtype):
+    matrix, *moments = torch.empty(2000, 512, device="meta"), *torch.empty(2, 2000, 512, dtype=dtype, device="meta")
+    settings = {"step": 1, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": True}
+    with Meter(on_gpu=False) as meter:
+        native_ops.adam_(matrix, matrix, *moments, **settings)
+        assert meter.peak.total == 0
 
 
 @needs_native
