@@ -25,8 +25,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -44,7 +45,7 @@ CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
 GPU_SIZES = ["4096,131072,64,8192"]
 STREAM_BYTES = {"cpu": 2**29, "cuda": 2**32}
 """So many that on a GPU the launch does not count."""
-OPERATIONS = ("encode", "forward", "forward and backward", "step")
+OPERATIONS = ("encode", "forward", "forward and backward", "step", "step, bf16 moments")
 console = Console()
 
 
@@ -177,31 +178,34 @@ def floor(
 
 def operations(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> dict[str, Callable[[], object]]:
     """What is timed of a backend."""
-    sae = Sae(x_ND.shape[1], num_latents, k, generator=torch.Generator().manual_seed(0), device=x_ND.device).train()
-    sae.b_dec.data.copy_(x_ND.mean(0))
-    sae.chosen_kernels = kernels
-    optimizer = make_optimizer(TrainConfig(lr=2e-4), sae)
-    optimizer.defer_gradients()  # as on one process
-    scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
-
-    def passes() -> None:
-        sae_losses(x_ND, sae(x_ND), scale=scale, auxk_alpha=0.0, num_dead=0).total.backward()
-
-    def forward_and_backward() -> None:
-        passes()
-        optimizer.zero_grad()
-
-    def step() -> None:
-        passes()
-        optimizer.step(1.0)
-        optimizer.zero_grad()
-
+    sae, passes, step = training(x_ND, num_latents, k, kernels, "fp32")
     return {
         "encode": torch.no_grad()(lambda: sae.encode(x_ND)),
         "forward": torch.no_grad()(lambda: sae(x_ND)),
-        "forward and backward": forward_and_backward,
+        "forward and backward": passes,
         "step": step,
+        "step, bf16 moments": training(x_ND, num_latents, k, kernels, "bf16")[2],
     }
+
+
+def training(
+    x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels, moments: Literal["fp32", "bf16"]
+) -> tuple[Sae, Callable[[], None], Callable[[], None]]:
+    """An SAE, its passes and its whole step."""
+    sae = Sae(x_ND.shape[1], num_latents, k, generator=torch.Generator().manual_seed(0), device=x_ND.device).train()
+    sae.b_dec.data.copy_(x_ND.mean(0))
+    sae.chosen_kernels = kernels
+    optimizer = make_optimizer(TrainConfig(lr=2e-4, moments_dtype=moments), sae)
+    optimizer.defer_gradients()  # as on one process
+    scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
+
+    def step(apply: bool = True) -> None:
+        sae_losses(x_ND, sae(x_ND), scale=scale, auxk_alpha=0.0, num_dead=0).total.backward()
+        if apply:
+            optimizer.step(1.0)
+        optimizer.zero_grad()
+
+    return sae, partial(step, apply=False), step
 
 
 def note(
