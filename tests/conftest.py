@@ -83,7 +83,8 @@ def text_file(tmp_path_factory, documents):
     return file
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first: with several workers, a long file that comes last keeps one of them waiting."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+def pytest_collection_modifyitems(config, items):
+    """With several workers, files with slow tests first: a long one that comes last keeps one of them waiting."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
