@@ -63,6 +63,12 @@ FAULTS = [
     ("a native choice passes over what is no number", TOPK, "> infinity ? LARGEST : key", "> infinity ? key : key"),
     ("native sums forget all but the last", ROWS, "sum[d] += weight * row[d]", "sum[d] = weight * row[d]"),
     ("a native step keeps the gradient along a row", ROWS, "grad[d] - along * param[d]", "grad[d]"),
+    (
+        "native moments stand still",
+        ROWS,
+        "second = rounded_by_odds(new_second, noise, step_bits)",
+        "second = rounded(new_second)",
+    ),
     ("AMX loses one of equal scores", AMX, "ties-- <= 0", "ties-- <= 1"),
     ("AMX forgets what came before a slab", AMX, "keys.data() + count + i", "keys.data() + i"),
     ("a native step of sums forgets a latent's pairs", NATIVE, "sums.of(m, grad.data())", "sums.of(0, grad.data())"),
