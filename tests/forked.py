@@ -24,15 +24,18 @@ from saekit.cli import main
 ROOT = Path(__file__).parent.parent
 
 
+def environment() -> dict[str, str]:
+    """Of processes that train: one thread of the CPU each, plain lines, and this saekit."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", "PYTHONPATH": str(ROOT)}
+
+
 class Forked:
     """Starts ranks of `saekit`; a context manager."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-        environment["PYTHONPATH"] = str(ROOT)
         pipe = subprocess.PIPE
         self._parent = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"], env=environment, cwd=ROOT, stdin=pipe, stdout=pipe, text=True
+            [sys.executable, "-m", "tests.forked"], env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True
         )
 
     def __enter__(self) -> "Forked":
@@ -74,15 +77,12 @@ def launched_as(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {**{name: str(value) for name, value in said.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def become(request: dict, environment: dict[str, str]) -> None:
-    """Turn this copy into the process that was asked for, up to its first line of code."""
-    os.environ.update(environment)
-    os.chdir(request["cwd"])
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for target, source in enumerate((nothing, os.open(os.devnull, os.O_WRONLY), log)):
+def become(command: list[str], log: str | Path) -> None:
+    """Turn this copy into a process of `saekit COMMAND...`, up to its first line of code; stderr goes to the log."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for target, source in enumerate((nothing, nothing, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))):
         os.dup2(source, target)
-    sys.argv = ["saekit", *request["command"]]
+    sys.argv = ["saekit", *command]
 
 
 def wait_for(children: list[int], timeout: float) -> list[int]:
@@ -116,7 +116,9 @@ def serve() -> bool:
         children = []
         for rank in range(ranks or 1):
             if (child := os.fork()) == 0:
-                become(request, launched_as(rank, ranks, port) if ranks else {})
+                os.environ.update(launched_as(rank, ranks, port) if ranks else {})
+                os.chdir(request["cwd"])
+                become(request["command"], request["log"])
                 return True
             children.append(child)
         sys.stdout.write(json.dumps(wait_for(children, request["timeout"])) + "\n")

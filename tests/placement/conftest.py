@@ -1,6 +1,5 @@
 """Real runs of the command line on several processes that speak gloo."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import saekit
 from saekit.demo import run as demo_run
-from tests.forked import Forked
+from tests.forked import ROOT, Forked, environment
 
 DEMO_LM = Path(demo_run.__file__).parent / "model"
 SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
@@ -112,14 +110,11 @@ def train(tmp_path_factory, token_dir, forked):
 
 def launch(launch_file, command, ranks, said, cwd):
     """Run `saekit COMMAND...` as users do, with one of our launch files; returns the launcher's exit code."""
-    folder = Path(saekit.__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    environment["PYTHONPATH"] = str(folder)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", 0]
-    launcher += ["--config_file", folder / "accelerate_configs" / launch_file, "-m", "saekit"]
+    launcher += ["--config_file", ROOT / "accelerate_configs" / launch_file, "-m", "saekit"]
     parts = [str(part) for part in (*launcher, *command)]
     with said.open("w") as file:
         done = subprocess.run(
-            parts, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=file, timeout=300, check=False
+            parts, env=environment(), cwd=cwd, stdout=subprocess.PIPE, stderr=file, timeout=300, check=False
         )
     return done.returncode

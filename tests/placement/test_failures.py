@@ -1,19 +1,17 @@
 """When one rank fails, all end, the error is shown once, and the last checkpoint can be read."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from datasets import Dataset
 
-import saekit
 from saekit.training.recovery import read_index
+from tests.forked import environment
 from tests.placement.conftest import CTX_LEN, DEMO_LM
 
 pytestmark = pytest.mark.slow
@@ -25,10 +23,8 @@ def start(folder, model, ids, *options):
     Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(folder / "data")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "saekit", "train"]
     command = [sys.executable, *launcher, model, folder / "data", *SMALL, "--save-dir", folder, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    environment["PYTHONPATH"] = str(Path(saekit.__file__).parent.parent)
     parts = [str(part) for part in command]
-    return subprocess.Popen(parts, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(parts, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ids(sequences):

@@ -1,25 +1,22 @@
 """What only sharding promises."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import saekit
+from tests.forked import environment
 from tests.placement.conftest import DEMO_LM
 
 pytestmark = pytest.mark.slow
-ROOT = Path(saekit.__file__).parent.parent
 
 
 def torchrun(*command, ranks=2, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", **variables}
-    environment["PYTHONPATH"] = str(ROOT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     parts = [str(part) for part in (*launcher, *command)]
-    return subprocess.run(parts, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        parts, env=environment() | variables, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 def test_no_more_than_one_layer_is_whole_at_a_time(tmp_path):

@@ -9,6 +9,7 @@ command end. Prints as JSON how often it killed amid each, which is less only wh
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saekit.cli import main
-from tests.forked import import_everything
+from tests.forked import become, import_everything
 
 
 def start(command, log):
@@ -30,10 +31,7 @@ def start(command, log):
         return child
     code = 1
     try:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv = ["saekit", *command]
+        become(command, log)
         try:
             main()
             code = 0
@@ -49,12 +47,13 @@ def ended(child):
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def reported(run):
-    """When each step that the run's folder knows of was reported, by the clock of all processes."""
+def steps(run, since):
+    """How many steps this life has reported: not what earlier ones have, to which a resumed run cuts the file back."""
     with contextlib.suppress(FileNotFoundError):
-        lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
-        return [json.loads(line)["time"] for line in lines if line.endswith("\n")]
-    return []
+        whole, _, _ = (run / "metrics.jsonl").read_text("utf-8").rpartition("\n")  # a last line may be on its way
+        own = itertools.takewhile(lambda line: json.loads(line)["time"] > since, reversed(whole.splitlines()))
+        return sum(1 for _ in own)
+    return 0
 
 
 def saves(run, since):
@@ -80,27 +79,27 @@ class Killer:
         """Kill amid the start, the training or a save; returns the exit code and which of them it was.
 
         It need not be the one aimed at: a start may be over and a save done before the signal arrives. Steps are
-        counted, not seconds, so that a fast machine does not get further in one life than a slow one.
+        counted, not seconds, so that a fast machine does not get further in one life than a slow one. Amid a save it
+        is a later one than the life's first, so that the next life goes on from elsewhere.
         """
         since, began = time.time(), time.monotonic()
         child = start(self.command, self.run.with_suffix(".log"))
         moment = began + self.chance.uniform(0.0, self.start_takes)
-        steps = self.chance.randint(1, {"start": 1, "step": 25, "save": 10}[aim])
+        enough = self.chance.randint(*{"start": (1, 1), "step": (1, 25), "save": (4, 10)}[aim])
         done = 0
         while not (aim == "start" and time.monotonic() > moment):
             if (code := ended(child)) is not None:
                 return code, aim
-            before, done = done, sum(at > since for at in reported(self.run))
+            before, done = done, steps(self.run, since)
             if done and not before:
                 self.start_takes = time.monotonic() - began
-            if done >= steps and (aim != "save" or saves(self.run, since)):
+            if done >= enough and (aim != "save" or saves(self.run, since)):
                 time.sleep(self.chance.uniform(0.0, 0.01))
                 break
             time.sleep(0.0005)
         os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        trained = any(at > since for at in reported(self.run))
-        return code, "save" if saves(self.run, since) else "step" if trained else "start"
+        return code, "save" if saves(self.run, since) else "step" if steps(self.run, since) else "start"
 
     def until_done(self, wanted):
         """Returns how often it killed amid what."""
