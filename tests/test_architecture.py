@@ -8,7 +8,7 @@ import pytest
 import saekit
 
 ROOT = Path(saekit.__file__).parent
-ANYWHERE = {"errors", "files", "layout", "_version", "versions"}
+ANYWHERE = {"errors", "files", "layout", "registry", "_version", "versions"}
 MAY_IMPORT = {
     "sae": set(),
     "config": set(),

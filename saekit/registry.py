@@ -1,0 +1,124 @@
+"""Kinds by name: how a file adds a selection, a source, a placement or a format, from inside the package or outside.
+
+A built-in kind is a line in the tables at the end of this file. It says where the kind is, and importing that place
+waits until somebody asks for it: listing the names imports nothing. A package of somebody else's declares an entry
+point in the group of the table (`saekit.selections`, ...); a plug-in file calls `register`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saekit.errors import UserError
+
+Kind = TypeVar("Kind")
+
+
+class Registry:
+    """Kinds of one sort, by name.
+
+    Args:
+        group: The entry points' group, such as `saekit.selections`.
+        noun: What a kind is called in messages, such as `selection`.
+        built_in: Where each built-in kind is, as `package.module:Name`.
+    """
+
+    def __init__(self, group: str, noun: str, built_in: dict[str, str]) -> None:
+        self.group = group
+        self.noun = noun
+        self._built_in = built_in
+        self._registered: dict[str, Any] = {}
+        self._origin: dict[str, str] = {}
+
+    @cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        return {each.name: each for each in entry_points(group=self.group)}
+
+    def names(self) -> tuple[str, ...]:
+        """All names: built-in ones first, then those of installed packages and plug-ins."""
+        return tuple(dict.fromkeys((*self._built_in, *self._installed, *self._registered)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._built_in or name in self._registered or name in self._installed
+
+    def get(self, name: str) -> Any:
+        """The kind of that name; it is imported now, if it was not yet.
+
+        Raises:
+            UserError: If there is none of that name, or an installed package's cannot be imported.
+        """
+        if name in self._built_in:
+            module, _, attribute = self._built_in[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        if name in self._registered:
+            return self._registered[name]
+        if name in self._installed:
+            try:
+                return self._installed[name].load()
+            except Exception as error:  # somebody else's code
+                raise UserError(f"{self.noun} {name!r} of an installed package cannot be imported: {error}") from error
+        raise UserError(
+            f"there is no {self.noun} {name!r}: choose one of {', '.join(self.names())}, or name the file that "
+            "registers it with --plugin"
+        )
+
+    def register(self, name: str) -> Callable[[type[Kind]], type[Kind]]:
+        """A decorator that adds a class under a name.
+
+        Raises:
+            ValueError: If the name is taken by a built-in kind or by another plug-in.
+        """
+
+        def add(kind: type[Kind]) -> type[Kind]:
+            if name in self._built_in or self._registered.get(name, kind).__qualname__ != kind.__qualname__:
+                raise ValueError(f"there is a {self.noun} {name!r} already")
+            self._registered[name] = kind
+            self._origin[name] = str(getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__)
+            return kind
+
+        return add
+
+    def origin(self, name: str) -> str | None:
+        """What registered a kind: a plug-in's file or an installed package; None for a built-in one."""
+        if name in self._registered:
+            return self._origin[name]
+        found = self._installed.get(name)
+        return found.value if found is not None and name not in self._built_in else None
+
+
+SELECTIONS = Registry("saekit.selections", "selection", {})
+SOURCES = Registry("saekit.sources", "source", {})
+PLACEMENTS = Registry("saekit.placements", "placement", {})
+FORMATS = Registry("saekit.formats", "format", {})
+
+
+def load_plugin(file: Path) -> None:
+    """Run a plug-in: a Python file that registers kinds. A second call with the same file does nothing.
+
+    Raises:
+        UserError: If there is no such file, or it raises an error.
+    """
+    path = file.expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"--plugin {file}: there is no such file")
+    name = f"saekit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # somebody else's code
+        del sys.modules[name]
+        raise UserError(f"--plugin {file}: {type(error).__name__}: {error}") from error
