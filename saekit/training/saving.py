@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit import versions
+from saekit import machine
 from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import SaveError, UserError
-from saekit.layout import INDEX_FILE, checkpoint_folders
 from saekit.placement import Placement
 from saekit.report import StepStats
-from saekit.training import checkpoint
+from saekit.runs import checkpoint
+from saekit.runs.layout import INDEX_FILE, checkpoint_folders
 from saekit.training.optimizers import base_lr, rate_ratios
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState, records
@@ -109,7 +109,7 @@ class Saver:
         run, plan = self.run, self.plan
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
         improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
-        about = {**plan.about(), "saekit_version": versions.SAEKIT}
+        about = {**plan.about(), "saekit_version": machine.SAEKIT}
         index = {
             "tokens": run.tokens,
             "skipped_steps": run.skipped,
@@ -119,7 +119,7 @@ class Saver:
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,
             "hookpoints": list(plan.hookpoints),
-            "versions": versions.libraries(),
+            "versions": machine.library_versions(),
             "excluded_tokens": plan.excluded.tolist(),
             "config": plan.config(),
             "resolved": plan.resolved(),

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from saekit.errors import UserError
 from saekit.placement import Placement
+from saekit.runs.checkpoint import LayerRecord
+from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
 from saekit.sae.storage import find_sae_folders, load_from_disk
-from saekit.training.checkpoint import LayerRecord
 from saekit.training.counters import LayerCounters
 from saekit.training.plan import RunPlan
-from saekit.training.recovery import read_state
 from saekit.training.statistics import Moments
 
 

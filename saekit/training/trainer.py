@@ -17,10 +17,12 @@ from saekit.activations import tap
 from saekit.config import RunConfig, TrainConfig
 from saekit.data import read_ahead
 from saekit.errors import Interrupted, SaveError, UserError
-from saekit.files import write_at_once
 from saekit.placement import Placement, Single
-from saekit.report import JsonlReporter, Reporter, Reporters, terminal_reporter, tracker_reporter
-from saekit.report.units import active
+from saekit.report import Reporter, Reporters, terminal_reporter, tracker_reporter
+from saekit.runs.files import write_at_once
+from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
+from saekit.runs.metrics import JsonlReporter
+from saekit.runs.recovery import Found, find_checkpoint
 from saekit.sae import Sae, sae_losses
 from saekit.training import state
 from saekit.training.counters import LayerCounters
@@ -31,14 +33,13 @@ from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import plan_run
 from saekit.training.readback import read_later
-from saekit.training.recovery import Found, find_checkpoint
-from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.scales import Scales, error_per_token, scales_of
 from saekit.training.start import calibrate, fit_encoder_
 from saekit.training.statistics import LayerWindow, covered
 from saekit.training.step_stats import read_windows
 from saekit.training.thresholds import count_codes, fit_threshold_, move_thresholds_
+from saekit.units import active
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
