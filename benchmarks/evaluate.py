@@ -12,9 +12,10 @@ from common import Job
 
 from saekit import Sae
 from saekit.activations import tap
+from saekit.analysis.evaluate import Subject, evaluate
+from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.results import Evaluation
 from saekit.data import sequences
-from saekit.evaluation import Evaluation, Subject, evaluate
-from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.sae.model import around
 
 LENGTHS_FROM = 64

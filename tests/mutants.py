@@ -22,10 +22,10 @@ TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 LOCAL = "saekit/placement/local.py"
-CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
-RECOVERY = "saekit/training/recovery.py"
+CHECKPOINT, SAVING = "saekit/runs/checkpoint.py", "saekit/training/saving.py"
+RECOVERY = "saekit/runs/recovery.py"
 TAP = "saekit/activations/tap.py"
-EVALUATE = "saekit/evaluation/evaluate.py"
+EVALUATE = "saekit/analysis/evaluate.py"
 EVALUATING = "saekit/training/evaluating.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
@@ -204,13 +204,13 @@ FAULTS = [
     ),
     (
         "KL the wrong way round",
-        "saekit/evaluation/objective.py",
+        "saekit/analysis/objective.py",
         "(p_NV - q_NV).mul_(p_NV.exp())",
         "(q_NV - p_NV).mul_(q_NV.exp())",
     ),
     (
         "intervals over tokens that count as independent",
-        "saekit/evaluation/estimate.py",
+        "saekit/analysis/results.py",
         "* count / (count - 1)",
         "/ (count - 1)",
     ),
@@ -312,30 +312,30 @@ FAULTS = [
     ),
     (
         "a latent that does not fire shows its neighbour's activation",
-        "saekit/features/codes.py",
+        "saekit/analysis/codes.py",
         "np.where(self._keys_P[found] == keys, self.acts_P[found], np.float32(0))",
         "self.acts_P[found]",
     ),
     (
         "a window runs into the next sequence",
-        "saekit/features/contexts.py",
+        "saekit/analysis/codes.py",
         "(places_LCW // ctx_len == places_LC[:, :, None] // ctx_len)",
         "(places_LCW >= 0)",
     ),
     (
         "one passage fills the list",
-        "saekit/features/contexts.py",
+        "saekit/analysis/codes.py",
         "new_P[1:] = (np.diff(stretch_P) != 0) | (np",
         "new_P[1:] = (stretch_P[1:] >= 0) | (np",
     ),
     (
         "the logit lens leaves the norm out",
-        "saekit/features/lens.py",
+        "saekit/analysis/lens.py",
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),
-    ("excluded tokens have codes", "saekit/features/gather.py", "& (kept & sae.covers(x))[..., None]", ""),
-    ("what is too long has codes", "saekit/features/gather.py", "(kept & sae.covers(x))", "kept"),
+    ("excluded tokens have codes", "saekit/analysis/features.py", "& (kept & sae.covers(x))[..., None]", ""),
+    ("what is too long has codes", "saekit/analysis/features.py", "(kept & sae.covers(x))", "kept"),
     ("what is too long is ablated with the others", EVALUATE, "_where(counted, ways[change])", "ways[change]"),
     (
         "evaluations between steps take all lengths",
@@ -360,7 +360,7 @@ FAULTS = [
     ),
     (
         "shades are of the wrong quantile",
-        "saekit/page/build.py",
+        "saekit/views/page/build.py",
         "layer.quantiles_L[:, -1][:, None, None]",
         "layer.quantiles_L[:, -2][:, None, None]",
     ),

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations.excluded import excluded_tokens
 from saekit.activations.hookpoints import Hookpoint, block_outputs
-from saekit.activations.lm import context_length, resolve_ctx_len
+from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len
 from saekit.activations.source import Activations
 from saekit.activations.tap import tap
 from saekit.config import TrainConfig

@@ -45,8 +45,8 @@ def evaluate(
     from saekit.cli.progress import progress
 
     with messages().status("Loading libraries"):
-        from saekit.evaluation import EvalOptions, evaluate_checkpoint, joined
-        from saekit.report.eval_view import render
+        from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
+        from saekit.views.evaluation import render_evaluation
 
     options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
     with joined(quiet=not sys.stderr.isatty()) as placement:
@@ -55,4 +55,4 @@ def evaluate(
         if placement.rank == 0 and as_json:
             typer.echo(json.dumps(record, indent=2))
         elif placement.rank == 0:
-            render(record, results())
+            render_evaluation(record, results())

@@ -24,22 +24,22 @@ def inspect(
     from saekit.cli.output import messages, results
 
     with messages().status(f"Reading {path}"):
-        from saekit.report.inspect import inspect_path, to_json
-        from saekit.report.inspect_view import render
+        from saekit.analysis.inspect import inspect_path, inspection_to_json
+        from saekit.views.inspection import render_inspection
 
         inspection = inspect_path(path, layer)
     if other is not None:
         with messages().status(f"Comparing with {other}"):
-            from saekit.report import compare_view
-            from saekit.report.compare import compare
+            from saekit.analysis.compare import compare
+            from saekit.views.comparison import comparison_to_json, render_comparison
 
             comparison = compare(inspection, inspect_path(other, layer))
         if as_json:
-            typer.echo(json.dumps(compare_view.to_json(comparison), indent=2))
+            typer.echo(json.dumps(comparison_to_json(comparison), indent=2))
         else:
-            compare_view.render(comparison, results())
+            render_comparison(comparison, results())
         return
     if as_json:
-        typer.echo(json.dumps(to_json(inspection), indent=2))
+        typer.echo(json.dumps(inspection_to_json(inspection), indent=2))
     else:
-        render(inspection, results())
+        render_inspection(inspection, results())

@@ -44,8 +44,8 @@ def report(
     from saekit.cli.progress import progress
 
     with messages().status("Loading libraries"):
-        from saekit.evaluation import EvalOptions, joined
-        from saekit.page import build_report
+        from saekit.analysis.eval_checkpoint import EvalOptions, joined
+        from saekit.views.page.build import build_report
 
     options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
     with joined(quiet=not sys.stderr.isatty()) as placement, progress(shown=placement.rank == 0) as bar:

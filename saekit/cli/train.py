@@ -11,7 +11,7 @@ import typer
 from saekit.cli.options import laid_over, options_given, require, with_config_options
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
-from saekit.layout import has_checkpoints, run_of
+from saekit.runs.layout import has_checkpoints, run_of
 
 if TYPE_CHECKING:
     from saekit.config import RunConfig
@@ -101,7 +101,8 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
     if launch is None and num_processes is not None:
         raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
     with messages().status("Planning"):
-        from saekit.planning import NO_OFFLOAD, advise, detect, make_plan, render
+        from saekit.planning import NO_OFFLOAD, advise, detect, make_plan
+        from saekit.views.plan import render_plan
 
         ranks, asked, offload = int(os.environ.get("WORLD_SIZE", "1")), None, NO_OFFLOAD
         if launch is not None:
@@ -113,13 +114,13 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
         plan = make_plan(cfg, detect(ranks), offload=offload, asked=asked)
         advice = advise(plan)
     typer.echo(yaml.safe_dump(cfg.to_flat(), sort_keys=False, allow_unicode=True))
-    render(plan, results(), advice)
+    render_plan(plan, results(), advice)
 
 
 def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
     """What the run that `--resume PATH` names was started with."""
     from saekit.config.run import read_yaml
-    from saekit.training.recovery import resolved_of
+    from saekit.runs.recovery import resolved_of
     from saekit.training.saving import with_old_defaults
 
     run = run_of(path)

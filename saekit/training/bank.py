@@ -73,7 +73,9 @@ class Bank:
         float64 = {"dtype": torch.float64, "device": device}
         self._variance_U = torch.tensor([each.variance for each in own], **float64)
         self._rms_U = torch.tensor([each.rms for each in own], **float64)
-        self._threshold_U = torch.tensor([dead_thresholds[name] for name in self.names], dtype=torch.int64, device=device)
+        self._threshold_U = torch.tensor(
+            [dead_thresholds[name] for name in self.names], dtype=torch.int64, device=device
+        )
         self._leads_U = torch.tensor([placement.leads(name) for name in self.names], **float64)
         self._at_U = torch.tensor([self.all_names.index(name) for name in self.names], device=device).long()
 

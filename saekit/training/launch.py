@@ -27,9 +27,9 @@ from saekit.data import load_sequences
 from saekit.errors import SILENCE, Interrupted, UserError
 from saekit.placement import Placement, connect
 from saekit.report import Reporter, Reporters, terminal_reporter
+from saekit.runs.folder import check_run_folder, run_folder
 from saekit.training.evaluating import load_eval_data
 from saekit.training.plan import default_run_name
-from saekit.training.run_folder import check_run_folder, run_folder
 from saekit.training.trainer import SaeTrainer
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from saekit.config.run import to_flat
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
+from saekit.runs.folder import run_folder
 from saekit.sae.kernels import SELECT_DTYPES, Kernels, auto_backend, choose_kernels
 from saekit.training.optimizers import base_lr, decays, rate_ratios
-from saekit.training.run_folder import run_folder
 from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
 
 Value = TypeVar("Value")

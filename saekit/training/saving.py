@@ -8,13 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit import versions
+from saekit import machine as versions
 from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import SaveError, UserError
-from saekit.layout import INDEX_FILE, checkpoint_folders
-from saekit.placement import Placement
 from saekit.report import StepStats
-from saekit.training import checkpoint
+from saekit.runs import checkpoint
+from saekit.runs.layout import INDEX_FILE, checkpoint_folders
 from saekit.training.bank import Bank
 from saekit.training.optimizers import base_lr, rate_ratios
 from saekit.training.plan import RunPlan

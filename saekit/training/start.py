@@ -10,7 +10,6 @@ from torch import Tensor
 from saekit.activations.source import Batch, Source
 from saekit.errors import UserError
 from saekit.placement import Placement
-from saekit.report.units import percent
 from saekit.sae import Sae
 from saekit.sae.kernels.eager import encode_topk
 from saekit.sae.kernels.torch_ops import gather_sum
@@ -18,6 +17,7 @@ from saekit.training.plan import RunPlan
 from saekit.training.state import calibration
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
+from saekit.units import percent
 
 ROWS = 512
 """Tokens whose activations are looked at; each rank holds so many of every layer for a moment, on the CPU."""

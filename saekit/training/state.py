@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from saekit.errors import UserError
+from saekit.runs.checkpoint import LayerRecord
+from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
 from saekit.sae.storage import find_sae_folders, load_from_disk
 from saekit.training.bank import Bank
-from saekit.training.checkpoint import LayerRecord
 from saekit.training.plan import RunPlan
-from saekit.training.recovery import read_state
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
 

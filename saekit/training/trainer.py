@@ -17,10 +17,12 @@ from saekit.activations.live import LiveModel
 from saekit.activations.source import Batch, Source, Steps
 from saekit.config import RunConfig, TrainConfig
 from saekit.errors import Interrupted, SaveError, UserError
-from saekit.files import write_at_once
 from saekit.placement import Placement, Single
-from saekit.report import JsonlReporter, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
-from saekit.report.units import active
+from saekit.report import Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
+from saekit.runs.files import write_at_once
+from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
+from saekit.runs.metrics import JsonlReporter
+from saekit.runs.recovery import Found, find_checkpoint
 from saekit.sae import Sae
 from saekit.training import state
 from saekit.training.bank import Bank, Report, StepMessage
@@ -29,10 +31,9 @@ from saekit.training.faults import leave_out_step
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, plan_run
-from saekit.training.recovery import Found, find_checkpoint
-from saekit.training.run_folder import check_run_folder, goes_on, new_run_folder
 from saekit.training.saving import Saver, refuse_other_run
 from saekit.training.start import calibrate, count_tokens, fit_encoder_
+from saekit.units import active
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

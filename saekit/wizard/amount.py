@@ -8,8 +8,8 @@ from dataclasses import replace
 from saekit.activations import resolve_ctx_len
 from saekit.errors import UserError
 from saekit.planning import advise, make_plan
+from saekit.units import parse_count, show_count
 from saekit.wizard.draft import Draft, known
-from saekit.wizard.numbers import parse_count, show_count
 from saekit.wizard.walk import Fact, Planned, Question
 
 

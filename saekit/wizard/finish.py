@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from saekit.errors import UserError
+from saekit.runs.folder import check_run_folder
 from saekit.training.plan import default_run_name
-from saekit.training.run_folder import check_run_folder
+from saekit.wizard.amount import BATCH, CONTEXT, TOKENS
+from saekit.wizard.dataset import ARGUMENTS, COLUMN, DATASET, SPLIT
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.files import launch_text, run_text, secrets_in, template_for
+from saekit.wizard.model import MACHINE, MODEL
+from saekit.wizard.shape import DICTIONARY, LAYERS, K
 from saekit.wizard.walk import Question
 
 MEANS = {
@@ -141,4 +145,23 @@ CONFIRM = Question(
     lambda draft: "yes",
     _take_confirmation,
     choices=lambda draft: ("yes", "no"),
+)
+
+
+QUESTIONS = (
+    MACHINE,
+    MODEL,
+    DATASET,
+    ARGUMENTS,
+    SPLIT,
+    COLUMN,
+    LAYERS,
+    DICTIONARY,
+    K,
+    CONTEXT,
+    TOKENS,
+    BATCH,
+    PLACEMENT,
+    RUN,
+    CONFIRM,
 )

@@ -9,8 +9,8 @@ import torch
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations.tap import residual
+from saekit.analysis.evaluate import evaluate
 from saekit.errors import Interrupted
-from saekit.evaluation import evaluate
 from saekit.report import Reporters
 from saekit.sae import sae_losses
 from saekit.training.state import read_calibration
