@@ -114,7 +114,7 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
             data,
             model,
             tokenizer=tokenizer,
-            source=cfg,
+            run=cfg,
             reporter=watcher,
             placement=placement,
             eval_data=eval_data,

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -129,7 +130,7 @@ class SaeTrainer:
             if model is None or dataset is None:
                 raise UserError("SaeTrainer needs a data set and a language model, or a source of activations")
             source = _live(dataset, model, tokenizer, run)
-        self.placement: Placement = placement or Single(source.device)
+        self.placement: Placement = placement or Single(model.device if model is not None else torch.device("cpu"))
         if self.placement.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.source = source

@@ -81,6 +81,7 @@ class Unit:
             chunk_ND: `[N, D]` activations, in any float type. What the passes make of them is gone at the end.
             counted_N1: bool `[N, 1]`: False for excluded tokens; None if there is none.
         """
+        tokens = None if counted_N1 is None else counted_N1.sum()
         x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1)
         out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).only(counted_N1)
         losses = sae_losses(
@@ -92,6 +93,7 @@ class Unit:
             auxk_scale=self.scales.auxk,
             revive_alpha=self.cfg.revive_alpha,
             revive_scale=self.scales.revive,
+            tokens=tokens,
         )
         self.backward(losses.total)
         self.fired_M.scatter_add_(0, out.indices.flatten(), self.sae.selection.fired(out.acts).flatten().long())
