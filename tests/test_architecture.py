@@ -22,9 +22,9 @@ MAY_IMPORT = {
     "features": {"activations", "evaluation", "report"},
     "page": {"evaluation", "features", "placement", "report"},
     "planning": {"config", "sae", "activations", "placement", "training"},
-    "wizard": {"config", "data", "activations", "planning", "report", "training"},
+    "wizard": {"config", "data", "activations", "placement", "planning", "report", "training"},
     "demo": {"config", "cli", "evaluation", "page", "report", "training"},
-    "cli": {"config", "demo", "doctor", "evaluation", "page", "planning", "report", "training", "wizard"},
+    "cli": {"config", "demo", "doctor", "evaluation", "page", "placement", "planning", "report", "training", "wizard"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

@@ -79,6 +79,7 @@ class SaeTrainer:
         if model.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement: Placement = placement or Single(model.device)
+        self.placement.check(cfg)
         self.plan = plan_run(cfg, dataset, model, tokenizer, source, self.placement)
         self.subject = subject_of(self.plan, model, tokenizer, eval_data, self.placement)
         self.report = Reporters()

@@ -8,17 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from saekit.errors import UserError
+from saekit.placement.choose import kind_of
 from saekit.training.plan import default_run_name
 from saekit.training.run_folder import check_run_folder
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.files import launch_text, run_text, secrets_in, template_for
 from saekit.wizard.walk import Question
-
-MEANS = {
-    "ddp": "every process holds all SAEs",
-    "layer-map": "each holds some layers' SAEs",
-    "zero3": "each holds a part of every SAE",
-}
 
 
 def _explain_placement(draft: Draft) -> str:
@@ -27,7 +22,7 @@ def _explain_placement(draft: Draft) -> str:
     said = []
     for each in plan.choices:
         mark = " (recommended)" if each == best else "" if each.fits else " (does not fit)"
-        said.append(f"{each.placement}{mark}: {MEANS[each.placement]}")
+        said.append(f"{each.placement}{mark}: {kind_of(each.placement).title}")
     return "; ".join(said)
 
 
