@@ -96,7 +96,16 @@ class Registry:
 
 SELECTIONS = Registry("saekit.selections", "selection", {})
 SOURCES = Registry("saekit.sources", "source", {})
-PLACEMENTS = Registry("saekit.placements", "placement", {})
+PLACEMENTS = Registry(
+    "saekit.placements",
+    "placement",
+    {
+        "single": "saekit.placement.local:Single",
+        "ddp": "saekit.placement.ddp:Ddp",
+        "layer-map": "saekit.placement.layer_map:LayerMap",
+        "zero3": "saekit.placement.zero3:Zero3",
+    },
+)
 FORMATS = Registry("saekit.formats", "format", {})
 
 

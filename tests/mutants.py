@@ -146,19 +146,19 @@ FAULTS = [
     (
         "zero3 does not project",
         ZERO3,
-        "        self._torch_optimizer.register_step_pre_hook(self._project)\n",
+        "        self._torch_optimizer.register_step_pre_hook(rows.project)\n",
         "",
     ),
     (
         "zero3 normalises each rank's part of a row by itself",
-        "saekit/placement/rows.py",
+        "saekit/placement/shards.py",
         "        return sum_over_ranks(everywhere)[:, here]",
         "        return everywhere[:, here]",
     ),
     (
         "zero3 restores moments but not weights",
         ZERO3,
-        "            self._scatter(whole, piece.of(piece.flat))\n",
+        "            piece.scatter(whole, piece.flat)\n",
         "",
     ),
     (

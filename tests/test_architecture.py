@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "config": set(),
     "report": set(),
     "data": {"config"},
-    "activations": {"config", "sae"},
+    "activations": {"config", "sae", "data"},
     "placement": {"config", "sae"},
     "doctor": {"config", "sae"},
     "runs": {"config", "sae", "report"},
@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "training": {"config", "sae", "data", "activations", "placement", "report", "runs", "analysis"},
     "planning": {"config", "sae", "activations", "placement", "runs", "training"},
     "views": {"placement", "doctor", "report", "runs", "analysis", "planning"},
-    "wizard": {"config", "data", "activations", "runs", "training", "planning", "views"},
-    "cli": {"config", "doctor", "runs", "analysis", "training", "planning", "views", "wizard", "demo"},
+    "wizard": {"config", "data", "activations", "placement", "runs", "training", "planning", "views"},
+    "cli": {"config", "doctor", "placement", "runs", "analysis", "training", "planning", "views", "wizard", "demo"},
     "demo": {"config", "analysis", "training", "views", "cli"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""

@@ -12,6 +12,7 @@ import typer
 
 from saekit.config import DataConfig, ModelConfig, SaeConfig, TrainConfig
 from saekit.config.options import Option, options_of
+from saekit.config.ranks import placement_names
 from saekit.errors import UserError
 
 SIZES = {"num_latents", "expansion_factor"}
@@ -68,6 +69,8 @@ def _metavar(option: Option) -> str | None:
         return None
     if option.name == "resume":
         return "[auto|PATH]"
+    if option.name == "placement":
+        return f"[{'|'.join(placement_names())}]"
     if isinstance(option.type, types.GenericAlias):
         return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
     return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saekit.cli.options import laid_over, options_given, require, with_config_options
+from saekit.config import ranks
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
 from saekit.runs.layout import has_checkpoints, run_of
@@ -71,8 +72,8 @@ def train(
     from saekit.config import RunConfig
 
     typed, values = options_given(config, {"model": model, "dataset": dataset, **options})
-    if distribute_layers and typed.setdefault("placement", "layer-map") != "layer-map":
-        raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
+    if distribute_layers:
+        ranks.distribute_layers(typed)
     values = laid_over(values, typed)
     if isinstance(values.get("resume"), str) and values["resume"] not in ("auto", "latest"):
         values = laid_over(_options_of_run(Path(values["resume"]), typed), values)

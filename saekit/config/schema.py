@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from saekit.config.inputs import EVALUATION
 from saekit.config.options import CONFIG, LayerList, Resume, TokenIds, option
+from saekit.config.ranks import AUTO, PlacementName, check_placement
 from saekit.config.sae import SAE, SaeConfig
 
 BATCH = "Batches"
@@ -180,10 +181,10 @@ class TrainConfig:
         panel=SPEED,
     )
 
-    placement: Literal["auto", "ddp", "zero3", "layer-map"] = option(
-        "auto",
+    placement: PlacementName = option(
+        AUTO,
         "Where SAEs live: ddp, on every rank; zero3, each cut among all ranks; layer-map, each layer on one rank. auto "
-        "takes what the launch file says, or ddp.",
+        "takes what the launch file says, or ddp; a plug-in can add others.",
         panel=PLACEMENT,
     )
     layer_map: str | None = option(
@@ -292,14 +293,11 @@ class TrainConfig:
                 f"--max-norm-multiple {self.max_norm_multiple:g} would leave out ordinary tokens: give at least 1, or "
                 "0 to leave nothing out"
             )
-        if self.layer_map is not None and self.placement in ("ddp", "zero3"):
-            raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
+        check_placement(self.placement, self.layer_map, self.shard_lm)
         if self.moments_dtype != "fp32" and self.optimizer != "adam":
             raise ValueError(f"--moments-dtype {self.moments_dtype} is for --optimizer adam, not {self.optimizer}")
         if self.kernels == "eager" and self.select_dtype in ("bf16", "int8"):
             raise ValueError(f"--kernels eager selects in float32 only: leave out --select-dtype {self.select_dtype}")
-        if self.shard_lm and self.placement in ("ddp", "layer-map"):
-            raise ValueError(f"--shard-lm contradicts --placement {self.placement}: only zero3 shards")
         if self.overwrite and self.resume:
             raise ValueError("--overwrite and --resume contradict each other: give one of them")
         return self

@@ -29,7 +29,7 @@ class Layer:
         num_latents: M.
         kernels: What it is computed with.
         device: Where.
-        alone: As `saekit.placement.local.LocalBank.alone`.
+        alone: As `saekit.placement.questions.Questions.alone`.
     """
 
     def __init__(

@@ -60,8 +60,8 @@ def sae_losses(
     Args:
         x_ND: `[N, D]`, the SAE's input in the parameters' type.
         out: What the SAE made of it.
-        scale: `1 / (N σ²)`, a number or a scalar tensor, like the two others; with N the tokens of the whole optimiser step over all ranks and σ² the layer's total
-            variance (trace of the covariance) from calibration.
+        scale: `1 / (N σ²)`, with N the tokens of the whole optimizer step over all ranks and σ² the target's total
+            variance (trace of the covariance) from calibration. All scales are numbers or scalar tensors.
         auxk_alpha: Weight of the AuxK term.
         num_dead: Latents that were dead when the step began.
         auxk_scale: `1 / (N v)`, by which AuxK's loss is multiplied: v is σ², as by default, or what is left of it to

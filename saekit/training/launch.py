@@ -80,8 +80,7 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         if placement.rank == 0:
             check_run_folder(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
         check_device(cfg.model, placement.device)
-        if train.shard_lm and placement.name != "zero3":
-            raise UserError(f"--shard-lm, but the placement is {placement.name}: only --placement zero3 shards")
+        placement.check(train)
         if train.shard_lm and cfg.model.load_in_8bit:
             raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
         token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
@@ -138,6 +137,4 @@ def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[
         return load_with_head(cfg.model, shape, placement.device).model
     if not cfg.train.shard_lm:
         return load()
-    from saekit.placement.deepspeed import load_sharded
-
-    return load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))
+    return placement.load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))

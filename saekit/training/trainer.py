@@ -133,6 +133,7 @@ class SaeTrainer:
         self.placement: Placement = placement or Single(model.device if model is not None else torch.device("cpu"))
         if self.placement.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
+        self.placement.check(cfg)
         self.source = source
         self.plan: RunPlan = plan_run(cfg, source, run, self.placement)
         self.subject = subject_of(self.plan, eval_data, self.placement)

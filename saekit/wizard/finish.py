@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from saekit.errors import UserError
+from saekit.placement.choose import kind_of
 from saekit.runs.folder import check_run_folder
 from saekit.training.plan import default_run_name
 from saekit.wizard.amount import BATCH, CONTEXT, TOKENS
@@ -18,12 +19,6 @@ from saekit.wizard.model import MACHINE, MODEL
 from saekit.wizard.shape import DICTIONARY, LAYERS, K
 from saekit.wizard.walk import Question
 
-MEANS = {
-    "ddp": "every process holds all SAEs",
-    "layer-map": "each holds some layers' SAEs",
-    "zero3": "each holds a part of every SAE",
-}
-
 
 def _explain_placement(draft: Draft) -> str:
     plan = known(draft.plan)
@@ -31,7 +26,7 @@ def _explain_placement(draft: Draft) -> str:
     said = []
     for each in plan.choices:
         mark = " (recommended)" if each == best else "" if each.fits else " (does not fit)"
-        said.append(f"{each.placement}{mark}: {MEANS[each.placement]}")
+        said.append(f"{each.placement}{mark}: {kind_of(each.placement).title}")
     return "; ".join(said)
 
 

@@ -1,5 +1,4 @@
 import torch
-
 from saekit.training.counters import LayerCounters
 
 

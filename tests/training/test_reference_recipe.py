@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from saekit.training.forward import Forward
 
 from saekit import Sae, TrainConfig
 from saekit.activations import tap
-from saekit.training.forward import Forward
 from saekit.training.optimizers import rate_ratios
 from tests.training.conftest import CTX_LEN
 

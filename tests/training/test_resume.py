@@ -227,7 +227,7 @@ def test_layers_are_saved_one_at_a_time(make_trainer, monkeypatch):
     save, whole = checkpoint.save_to_disk, type(make_trainer("x").placement).whole
     monkeypatch.setattr(checkpoint, "save_to_disk", lambda *a: (order.append("write"), save(*a)))
     monkeypatch.setattr(
-        "saekit.placement.single.Single.whole", lambda self, name: (order.append("make"), whole(self, name))[1]
+        "saekit.placement.Single.whole", lambda self, name: (order.append("make"), whole(self, name))[1]
     )
     make_trainer(optimizer="signum").fit()
     assert order == ["make", "write"] * 3

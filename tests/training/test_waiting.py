@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from saekit.training.forward import Forward
 from saekit.training.readback import read_later, to_device
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, tensors_of
 
