@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
-from saekit.placement import Single
+from saekit.placement import LayerOptimizer
 from saekit.sae import Sae
 from saekit.sae.kernels import Kernels
-from saekit.training.bank import Bank
+from saekit.training.bank import ONE, bank_of_one
 from saekit.training.optimizers import make_optimizer
 from saekit.training.unit import Calibration
 
-NAME = "layers.0"
-
 
 class Layer:
-    """A bank of one unit with random weights, in one process.
+    """A unit with random weights.
 
     On the meta device 8-bit Adam, which does not run there, is replaced by Adam.
 
@@ -29,7 +27,7 @@ class Layer:
         num_latents: M.
         kernels: What it is computed with.
         device: Where.
-        alone: As `saekit.placement.questions.Questions.alone`.
+        alone: See `saekit.placement.Placement.alone`.
     """
 
     def __init__(
@@ -41,36 +39,36 @@ class Layer:
         device: torch.device,
         alone: bool = False,
     ) -> None:
-        on_meta = device.type == "meta"
-        stand_in = on_meta and cfg.optimizer == "adam8bit"
+        self.on_meta = device.type == "meta"
+        stand_in = self.on_meta and cfg.optimizer == "adam8bit"
+        self.cfg = replace(cfg, optimizer="adam") if stand_in else cfg
         with device:
             limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to exclude
             sae = Sae(**cfg.sae.sizes(d_in, num_latents), max_norm=limit)
-            known = {NAME: Calibration(torch.zeros(d_in), 1.0, limit)}
+            known = Calibration(torch.zeros(d_in), float(d_in), limit)
         sae.chosen_kernels = kernels
         sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
-        optimizer = make_optimizer(replace(cfg, optimizer="adam") if stand_in else cfg, sae)
-        for each in optimizer.optimizers if on_meta else ():
+        self.bank = bank_of_one(cfg, sae, known, alone=alone and not stand_in, optimizer=self._optimizer)
+        self.unit = self.bank.units[ONE]
+        self.sae = sae
+
+    def _optimizer(self, sae: Sae) -> LayerOptimizer:
+        self.optimizer = make_optimizer(self.cfg, sae)
+        for each in self.optimizer.optimizers if self.on_meta else ():
             for group in each.param_groups:
                 group |= {"fused": False} if group.get("fused") else {}  # no such kernel there
-        placement = Single(device)
-        placement.alone = alone and not stand_in
-        placement.place([NAME], lambda _: sae, lambda _: optimizer)
-        self.sae, self.optimizer = sae, optimizer
-        self.bank = Bank(cfg, placement, {NAME: d_in}, {NAME: 1}, known)
-        self.unit = self.bank.units[NAME]
+        return self.optimizer
 
     def passes(self, chunk_ND: Tensor, dead: Tensor | None = None) -> None:
         """Forward and backward pass over a chunk of tokens.
 
         Args:
             chunk_ND: `[N, D]`.
-            dead: Numbers of the dead latents, for AuxK.
+            dead: int64, numbers of the dead latents, for AuxK.
         """
-        self.unit.aux_latents = dead if self.bank.cfg.auxk_alpha > 0 else None
+        self.unit.aux_latents = dead if self.cfg.auxk_alpha > 0 else None
         self.unit.run_(chunk_ND)
 
     def update(self) -> None:
         """The optimizer's step; the gradients stay."""
         self.optimizer.step(1.0)
-

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
-from saekit.placement import Placement
+from saekit.placement import LayerOptimizer, Placement, Single
 from saekit.report.stats import LayerStats
+from saekit.sae import Sae
+from saekit.training.optimizers import make_optimizer
 from saekit.training.resources import peak_memory_bytes
 from saekit.training.statistics import SUMS, Segments, Tally, read_tally
 from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
 
+ONE = "layers.0"
+"""The name of a bank's only unit."""
 FAULTS = ("activations", "loss", "gradient")
 """What can hold NaN or Inf in an optimizer step, causes before effects."""
 
@@ -90,7 +94,7 @@ class Bank:
         """Mean squared error per token in the last step that counted, over all ranks: the variance before the first."""
         self._all_widths = list(widths.values())
         self._tally, self._window = (Tally([widths[name] for name in self.names], device) for _ in range(2))
-        at = self._at_U.tolist()
+        at = [self.all_names.index(name) for name in self.names]
         self._places = self._tally.places(at, self._all_widths).to(device)
         self._window_steps = self._window_tokens = 0
         self._scales_3U = torch.zeros(3, len(self.names), **float64)
@@ -282,6 +286,32 @@ class Bank:
             for number, name in enumerate(self.all_names)
         }
         return Report(layers, int(memory.max()))
+
+
+def bank_of_one(
+    cfg: TrainConfig,
+    sae: Sae,
+    calibration: Calibration,
+    *,
+    alone: bool = True,
+    dead_threshold: int = 1,
+    optimizer: Callable[[Sae], LayerOptimizer] | None = None,
+) -> Bank:
+    """A bank of a single unit in this process: what plans meter, and benchmarks time.
+
+    Args:
+        cfg: How to train.
+        sae: Fresh, on the device where it is to be trained.
+        calibration: What is known of its activations.
+        alone: Whether gradients may be left to the step, see `Placement.alone`.
+        dead_threshold: Tokens without firing after which a latent is dead.
+        optimizer: Makes the optimizer; by default the configured one.
+    """
+    placement = Single(sae.device)
+    placement.alone = alone  # type: ignore[misc]  # of this instance only
+    scale = calibration.rms if cfg.scale_biases else 1.0
+    placement.place([ONE], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
+    return Bank(cfg, placement, {ONE: sae.d_in}, {ONE: dead_threshold}, {ONE: calibration})
 
 
 def read_later(value: Tensor) -> Callable[[], Tensor]:

@@ -14,7 +14,7 @@ from saekit.errors import Interrupted
 from saekit.report import Reporters
 from saekit.sae import sae_losses
 from saekit.training.state import read_calibration
-from saekit.training.statistics import LayerWindow, covered
+from saekit.training.statistics import Tally, observe_, without_excluded
 from tests.training.conftest import SETTINGS, Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
@@ -60,15 +60,15 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
     dead, scale, centre_D = torch.tensor([1, 3, 5, 20]), 0.01, torch.ones(D)
     results = []
     for rows_ND in (x_ND, few_ND):
-        rows_ND, keep_N1 = covered(sae, rows_ND)
+        rows_ND, keep_N1 = without_excluded(sae, rows_ND)
         out = sae(rows_ND, dead).only(keep_N1)
         losses = sae_losses(rows_ND, out, scale=scale, auxk_alpha=0.5, num_dead=4)
-        window = LayerWindow.empty(D, rows_ND.device)
-        window.observe(rows_ND, out, losses, scale, centre_D)
+        tally = Tally([D], rows_ND.device)
+        observe_(tally.sums_U7[0], tally.means[0], rows_ND, out, losses, torch.tensor(scale), centre_D)
         gradients = torch.autograd.grad(losses.total, list(sae.parameters()))
         fired_M = torch.bincount(out.indices[out.acts > 0], minlength=M)
-        results.append((losses.total, *gradients, window.sums, window.moments.sum_D, fired_M.double(), window.near))
-        results[-1] += (window.moments.sum_squares, window.moments.count)
+        own = torch.zeros(0) if out.sums is None else out.sums.sum(0)
+        results.append((losses.total, *gradients, tally.flat, fired_M.double(), own))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -76,10 +76,10 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
 def test_nan_is_not_taken_for_long():
     sae, x_ND = Sae(D, M, K, max_norm=6.0), torch.ones(3, D)
     x_ND[1, 2], x_ND[2, 3] = torch.nan, torch.inf
-    rows_ND, keep_N1 = covered(sae, x_ND)
+    rows_ND, keep_N1 = without_excluded(sae, x_ND)
     assert keep_N1.flatten().tolist() == [True, True, False]
     assert rows_ND.isnan().any(1).tolist() == [False, True, True], "infinity is as bad as NaN"
-    assert covered(Sae(D, M, K), x_ND) == (x_ND, None)
+    assert without_excluded(Sae(D, M, K), x_ND) == (x_ND, None)
 
 
 @pytest.mark.parametrize("multiple", [0, 10])
@@ -100,7 +100,7 @@ def test_a_first_batch_that_overflows_is_refused(with_sinks, sink_llama, multipl
 
 def test_calibration_is_of_the_others(with_sinks, sink_llama):
     folder = with_sinks(init="fit").fit()
-    (input_ids,) = with_sinks("again").plan.batches.step(0, 0, 1, 1)
+    ((input_ids, _),) = with_sinks("again").source.read(0)
     kept = ~torch.isin(input_ids, torch.tensor([0, 1]))
     with torch.no_grad():
         hidden = sink_llama.model(input_ids, output_hidden_states=True).hidden_states
