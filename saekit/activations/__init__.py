@@ -13,6 +13,7 @@ from saekit.activations.lm import (
     model_shape,
     resolve_ctx_len,
     resolve_dtype,
+    shape_of,
 )
 from saekit.activations.quiet import no_bars
 from saekit.activations.shortcut import start_behind
@@ -40,6 +41,7 @@ __all__ = [
     "resolve_ctx_len",
     "resolve_dtype",
     "select_layers",
+    "shape_of",
     "splice",
     "start_behind",
     "tap",

@@ -30,7 +30,7 @@ REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --
 
 
 def load_eval_data(
-    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase, ctx_len: int
+    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> Sequences | None:
     """What `--eval-every` evaluates on: other data, or documents that the whole run never reads; None without it.
 
@@ -49,7 +49,7 @@ def load_eval_data(
     other = None if cfg.data.evaluates_on_own else cfg.data.for_evaluation()
     if other is not None and other.dataset != cfg.data.dataset:
         return load_sequences(other, tokenizer, ctx_len, token)
-    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
     if other is not None:
         return other_split(other, cfg.data, tokenizer, ctx_len, read, token, REMEDY)
     return held_out(cfg.data, tokenizer, ctx_len, read, token, REMEDY)
@@ -84,7 +84,7 @@ def subject_of(
         )
     if cfg.eval_every is None:
         return None
-    chosen = shuffled(sequences(data, plan.source.data.ctx_len if plan.source else None), cfg.eval_tokens)
+    chosen = shuffled(sequences(data, cfg.ctx_len), cfg.eval_tokens)
     resolve_ctx_len(chosen.ctx_len, context_length(model.config))
     input_ids = chosen.read(np.arange(len(chosen)))
     check_ids(input_ids, vocabulary(model), "the data to evaluate on")

@@ -1,4 +1,4 @@
-"""A run from its configuration alone: check, load, train."""
+"""A run from its configuration: check, load, train."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saekit.activations import (
     ModelShape,
@@ -21,11 +22,12 @@ from saekit.activations import (
     resolve_ctx_len,
     resolve_dtype,
     select_layers,
+    shape_of,
 )
 from saekit.config import RunConfig
-from saekit.data import load_sequences
+from saekit.data import Sequences, load_sequences
 from saekit.errors import SILENCE, Interrupted, UserError
-from saekit.placement import Placement, connect
+from saekit.placement import Placement, Single, connect
 from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.training.evaluating import load_eval_data
 from saekit.training.plan import default_run_name
@@ -33,11 +35,24 @@ from saekit.training.run_folder import check_run_folder, run_folder
 from saekit.training.trainer import SaeTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
-    """Load what the configuration names and train; returns the folder of the last checkpoint.
+@dataclass(frozen=True)
+class InMemory:
+    """What the caller has loaded already; the configuration then has only a name for it."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of that model; None takes it from where the model was loaded from."""
+    rows: Any = None
+    """To train on: see `saekit.data.load.rows_in_memory`."""
+    eval_rows: Any = None
+    """To evaluate on every `eval_every` steps."""
+
+
+def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: InMemory | None = None) -> Path:
+    """Load what the configuration names, unless the caller has it, and train; returns the last checkpoint's folder.
 
     The order is from cheap to dear: first the run's folder, then what the model's config says of layers and context,
     then the data, and only then the weights. What `SaeTrainer` refuses besides (trackers, `--finetune`) comes last.
@@ -45,12 +60,15 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
     Raises:
         UserError: If something in the configuration cannot be used.
     """
+    have = have or InMemory()
     placement = connect(cfg.train.placement, cfg.train.layer_map)
+    if have.model is not None and isinstance(placement, Single):
+        placement = Single(have.model.device)
     if placement.rank > 0 or not sys.stderr.isatty():
         no_bars()
     with _one_error(placement):
         watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
-        return _train(cfg, placement, watcher)
+        return _train(cfg, placement, watcher, have)
 
 
 @contextmanager
@@ -74,7 +92,7 @@ def _one_error(placement: Placement) -> Iterator[None]:
         raise
 
 
-def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
+def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory) -> Path:
     try:
         train = cfg.train
         if placement.rank == 0:
@@ -84,31 +102,31 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
             raise UserError(f"--shard-lm, but the placement is {placement.name}: only --placement zero3 shards")
         if train.shard_lm and cfg.model.load_in_8bit:
             raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
-        token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
-
         watcher.status(f"Reading the configuration of {cfg.model.model}")
-        shape = model_shape(cfg.model)
+        shape = model_shape(cfg.model) if have.model is None else shape_of(have.model.config)
         layers = select_layers(shape.num_layers, train.layers, train.layer_stride)
         try:
             train.sae.resolve_num_latents(shape.d_in)
         except ValueError as error:
             raise UserError(str(error)) from None
-        ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
-        tokenizer = load_tokenizer(cfg.model)
+        ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
+        tokenizer = _tokenizer(cfg, have)
 
         watcher.status(f"Reading and tokenising {cfg.data.dataset}")
         # One rank tokenises, the others read what it left in the cache.
         if placement.rank > 0:
             placement.gather(None)
-        data = load_sequences(cfg.data, tokenizer, ctx_len, token)
-        eval_data = load_eval_data(cfg, data, tokenizer, ctx_len)
+        data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
         if placement.rank == 0:
             placement.gather(None)
         watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
-        part = "whole" if cfg.train.loads_whole_model else f"up to layer {layers[-1]} of {shape.num_layers}"
-        watcher.status(f"Loading {cfg.model.model} {part}")
-        model = _load(cfg, placement, shape, layers)
-        choose_attention(model, ctx_len)
+        if have.model is None:
+            part = "whole" if cfg.train.loads_whole_model else f"up to layer {layers[-1]} of {shape.num_layers}"
+            watcher.status(f"Loading {cfg.model.model} {part}")
+            model = _load(cfg, placement, shape, layers)
+            choose_attention(model, ctx_len)
+        else:
+            model = have.model if have.model.device == placement.device else have.model.to(placement.device)
         trainer = SaeTrainer(
             train,
             data,
@@ -128,6 +146,24 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         return last
     finally:
         watcher.finish()
+
+
+def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None:
+    """The language model's tokenizer; None for a loaded model that does not say where it came from."""
+    if have.tokenizer is not None or (have.model is not None and not have.model.name_or_path):
+        return have.tokenizer
+    return load_tokenizer(cfg.model)
+
+
+def _load_data(
+    cfg: RunConfig, have: InMemory, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
+) -> tuple[Sequences, Sequences | None]:
+    """What the run trains on, and what it evaluates on."""
+    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    data = load_sequences(cfg.data, tokenizer, ctx_len, token, have.rows)
+    if have.eval_rows is not None and cfg.train.eval_every is not None:
+        return data, load_sequences(cfg.data.for_evaluation(), tokenizer, ctx_len, token, have.eval_rows)
+    return data, load_eval_data(cfg, data, tokenizer, ctx_len)
 
 
 def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:

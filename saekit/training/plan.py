@@ -199,13 +199,13 @@ def plan_run(
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    data = sequences(dataset, source.data.ctx_len if source else None)
+    data = sequences(dataset, cfg.ctx_len)
     resolve_ctx_len(data.ctx_len, context_length(model.config))
     batches = StepBatches(
         data,
         cfg.batch_size * cfg.grad_acc_steps * placement.world_size,
         cfg.data_seed if cfg.shuffle else None,
-        source.data.max_tokens if source else None,
+        cfg.max_tokens,
     )
     model_name = source.model.model if source else model.name_or_path or type(model).__name__
     dataset_name = source.data.dataset if source else "tokenised data"
