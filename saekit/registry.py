@@ -95,7 +95,7 @@ class Registry:
 
 
 SELECTIONS = Registry("saekit.selections", "selection", {})
-SOURCES = Registry("saekit.sources", "source", {})
+SOURCES = Registry("saekit.sources", "source", {"live": "saekit.training.live:open_live"})
 PLACEMENTS = Registry(
     "saekit.placements",
     "placement",

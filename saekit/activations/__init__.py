@@ -14,6 +14,7 @@ from saekit.activations.lm import (
     no_bars,
     resolve_ctx_len,
     resolve_dtype,
+    shape_of,
 )
 from saekit.activations.splice import splice, start_behind
 from saekit.activations.tap import tap
@@ -39,6 +40,7 @@ __all__ = [
     "resolve_ctx_len",
     "resolve_dtype",
     "select_layers",
+    "shape_of",
     "splice",
     "start_behind",
     "tap",

@@ -41,8 +41,7 @@ class LiveModel:
         model: The language model; it is only read, and left as it was.
         dataset: `datasets.Dataset` with a column `input_ids`, or `saekit.data.Sequences`.
         tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
-        ctx_len: Tokens per sequence; by default the length of the data's first row.
-        max_tokens: Read no more than these; None for all.
+        eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that trains nothing.
         name: The model's; by default what its config says.
         data_name: The text's.
         fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
@@ -55,8 +54,7 @@ class LiveModel:
         dataset: Any,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        ctx_len: int | None = None,
-        max_tokens: int | None = None,
+        eval_data: Any = None,
         name: str | None = None,
         data_name: str = "tokenised data",
         fixed_rows: bool = False,
@@ -67,9 +65,7 @@ class LiveModel:
         self.data_name = data_name
         self.dtype = model.dtype
         self.hookpoints: tuple[Hookpoint, ...] = ()
-        self.data = sequences(dataset, ctx_len)
-        self.ctx_len = self.data.ctx_len
-        self.max_tokens = max_tokens
+        self.dataset, self.eval_data = dataset, eval_data
         self.fixed_rows = fixed_rows
         self._begun: tuple[Tokens, Activations] | None = None
 
@@ -77,10 +73,12 @@ class LiveModel:
         """Find the blocks to read, and cut the data into steps."""
         self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
         self.hookpoints = block_outputs(self.model, cfg.layers, cfg.layer_stride)
+        data = sequences(self.dataset, cfg.ctx_len)
+        self.ctx_len = data.ctx_len
         resolve_ctx_len(self.ctx_len, context_length(self.model.config))
         self.excluded = torch.tensor(excluded_tokens(cfg, self.model, self.tokenizer), dtype=torch.int64)
         global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
-        self.batches = StepBatches(self.data, global_batch, cfg.data_seed if cfg.shuffle else None, self.max_tokens)
+        self.batches = StepBatches(data, global_batch, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens)
         self.global_batch = global_batch
         self.num_sequences, self.num_steps = self.batches.num_sequences, self.batches.num_steps
 

@@ -49,7 +49,11 @@ def model_shape(cfg: ModelConfig) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, cfg)
+    return shape_of(from_pretrained(AutoConfig, cfg))
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """What a model's config says of its shape."""
     text = text_config_of(config)
     return ModelShape(config, num_layers(text), width(text), context_length(config))
 

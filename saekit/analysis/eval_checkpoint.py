@@ -60,6 +60,14 @@ class EvalOptions:
     include_training_data: bool = False
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation found."""
+
+    results: Evaluation
+    record: dict[str, Any]
+    """The content of `eval.json`: the results as plain values, and what was evaluated on what."""
+
+
 @contextmanager
 def joined(quiet: bool) -> Iterator[Placement]:
     """The ranks of an evaluation, parted from when it went well. Collective.
@@ -110,7 +118,7 @@ def prepare(
     cfg = run.cfg
     status(f"Reading the configuration of {cfg.model.model}")
     shape = model_shape(cfg.model)
-    ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
     tokenizer = load_tokenizer(cfg.model)
     status(f"Reading and tokenising {cfg.data.dataset}")
     if placement.rank > 0:  # one rank tokenises, the others read what it left in the cache
@@ -147,7 +155,7 @@ def evaluate_checkpoint(
     placement: Placement,
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
-) -> dict[str, Any]:
+) -> Evaluated:
     """Evaluate what `prepare` loads, and write `eval.json` beside it.
 
     Args:
@@ -156,9 +164,6 @@ def evaluate_checkpoint(
         placement: The ranks.
         status: Told what is going on, as a line of text.
         progress: Told how many of how many passes over a batch are done.
-
-    Returns:
-        The content of `eval.json`.
 
     Raises:
         UserError: See `prepare`, and if the file cannot be written.
@@ -171,14 +176,15 @@ def evaluate_prepared(
     prepared: Prepared,
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
-) -> dict[str, Any]:
+) -> Evaluated:
     """The second half of `evaluate_checkpoint`."""
     subject = prepared.subject
     status(f"Evaluating {len(subject.saes)} SAEs on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
-    record = _record(evaluate(subject, progress), prepared.cfg, prepared.origin)
+    results = evaluate(subject, progress)
+    record = _record(results, prepared.cfg, prepared.origin)
     if subject.rank == 0:
         write(record, prepared.folder / EVAL_FILE)
-    return record
+    return Evaluated(results, record)
 
 
 def write(record: dict[str, Any], file: Path) -> None:
@@ -239,7 +245,7 @@ def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tupl
         return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
     whole = load_sequences(trained, tokenizer, ctx_len, token)
     # The whole run's, not only this checkpoint's: so all checkpoints of a run are evaluated on the same tokens.
-    seen = StepBatches(whole, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    seen = StepBatches(whole, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
     if cfg.data.split == trained.split:
         return held_out(trained, tokenizer, ctx_len, seen, token), HELD_OUT
     return other_split(cfg.data, trained, tokenizer, ctx_len, seen, token), OTHER_SPLIT

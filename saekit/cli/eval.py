@@ -51,7 +51,7 @@ def evaluate(
     options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
     with joined(quiet=not sys.stderr.isatty()) as placement:
         with progress(shown=placement.rank == 0) as bar:
-            record = evaluate_checkpoint(path, options, placement, bar.status, bar.update)
+            record = evaluate_checkpoint(path, options, placement, bar.status, bar.update).record
         if placement.rank == 0 and as_json:
             typer.echo(json.dumps(record, indent=2))
         elif placement.rank == 0:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, Optional, get_origin
 import typer
 
 from saekit.config import DataConfig, ModelConfig, SaeConfig, TrainConfig
+from saekit.config.flat import laid_over, read_yaml
 from saekit.config.options import Option, options_of
 from saekit.config.ranks import placement_names
 from saekit.errors import UserError
 
-SIZES = {"num_latents", "expansion_factor"}
 THEM = {1: "it", 2: "both"}
 PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 
@@ -83,16 +83,8 @@ def options_given(config: Path | None, typed: Mapping[str, Any]) -> tuple[dict[s
         config: `--config`.
         typed: Every option by its name, None where it was not given.
     """
-    from saekit.config.run import read_yaml
-
     given = {name: value for name, value in typed.items() if value is not None}
     return given, laid_over(read_yaml(config) if config else {}, given)
-
-
-def laid_over(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`more` over `values`. There are two ways to size the dictionary: the one in `more` replaces the other."""
-    kept = {name: value for name, value in values.items() if name not in SIZES or not SIZES & more.keys()}
-    return {**kept, **more}
 
 
 def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> None:

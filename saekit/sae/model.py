@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -244,6 +244,10 @@ class Sae(nn.Module):
         k_aux = min(self.d_in // 2, len(dead))
         W_enc, b_enc, W_dec = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
         return self.kernels.autoencode(x_ND, W_enc, b_enc, W_dec, self.b_dec, k_aux)[0]
+
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        def __call__(self, x: Tensor, dead: Tensor | None = None, *, auxk: bool = True) -> SaeOutput: ...  # noqa: D102
 
     @classmethod
     def load_from_disk(cls, path: str | Path, device: torch.device | str = "cpu") -> Sae:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --
 
 
 def load_eval_data(
-    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase, ctx_len: int
+    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> Sequences | None:
     """What `--eval-every` evaluates on: other data, or documents that the whole run never reads; None without it.
 
@@ -49,7 +49,7 @@ def load_eval_data(
     other = None if cfg.data.evaluates_on_own else cfg.data.for_evaluation()
     if other is not None and other.dataset != cfg.data.dataset:
         return load_sequences(other, tokenizer, ctx_len, token)
-    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
     if other is not None:
         return other_split(other, cfg.data, tokenizer, ctx_len, read, token, REMEDY)
     return held_out(cfg.data, tokenizer, ctx_len, read, token, REMEDY)
@@ -57,7 +57,6 @@ def load_eval_data(
 
 def subject_of(
     plan: RunPlan,
-    data: Any,
     placement: Placement,
 ) -> Subject | None:
     """What is evaluated every `eval_every` steps, and on what; None without that option.
@@ -65,8 +64,7 @@ def subject_of(
     A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there.
 
     Args:
-        plan: The run.
-        data: Sequences, or a data set of token ids, as for `SaeTrainer`.
+        plan: The run; its source has the language model and the data.
         placement: Gives the SAEs, each whole for as long as it is used.
 
     Raises:
@@ -74,17 +72,18 @@ def subject_of(
             the activations are not a live model's.
     """
     cfg, source = plan.cfg, plan.source
+    data = source.eval_data if isinstance(source, LiveModel) else None
+    if cfg.eval_every is not None and not isinstance(source, LiveModel):
+        raise UserError(f"eval_every needs the language model itself, and {source.name} gives its activations only")
     if (cfg.eval_every is None) != (data is None):
         given, missing = ("eval_data", "eval_every") if cfg.eval_every is None else ("eval_every", "eval_data")
         raise UserError(
             f"{given} is given without {missing}: they belong together, and eval_data is text that trains no SAE"
         )
-    if cfg.eval_every is None:
+    if cfg.eval_every is None or not isinstance(source, LiveModel):
         return None
-    if not isinstance(source, LiveModel):
-        raise UserError(f"eval_every needs the language model itself, and {source.name} gives its activations only")
     model, tokenizer = source.model, source.tokenizer
-    chosen = shuffled(sequences(data, plan.run.data.ctx_len if plan.run else None), cfg.eval_tokens)
+    chosen = shuffled(sequences(data, cfg.ctx_len), cfg.eval_tokens)
     resolve_ctx_len(chosen.ctx_len, context_length(model.config))
     input_ids = chosen.read(np.arange(len(chosen)))
     check_ids(input_ids, source.vocabulary, "the data to evaluate on")

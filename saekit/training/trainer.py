@@ -101,7 +101,7 @@ class SaeTrainer:
         dataset: A data set with a column `input_ids`, as `saekit.data.chunk_and_tokenize` makes it.
         model: Any HuggingFace causal language model or encoder; it is only read, and left as it was.
         tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
-        source: Where the activations come from, instead of `dataset` and `model`.
+        source: Where the activations come from, instead of what `dataset`, `model`, `tokenizer` and `eval_data` say.
         run: The whole run's configuration where there is one (the command line's); it is saved with the run.
         reporter: Who watches; by default the live view, or plain lines where there is no terminal.
         placement: Where the SAEs live; by default all on the model's device, in this process. Under a launcher,
@@ -129,14 +129,14 @@ class SaeTrainer:
         if source is None:
             if model is None or dataset is None:
                 raise UserError("SaeTrainer needs a data set and a language model, or a source of activations")
-            source = _live(dataset, model, tokenizer, run)
+            source = LiveModel(model, dataset, tokenizer=tokenizer, eval_data=eval_data)
         self.placement: Placement = placement or Single(model.device if model is not None else torch.device("cpu"))
         if self.placement.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement.check(cfg)
         self.source = source
         self.plan: RunPlan = plan_run(cfg, source, run, self.placement)
-        self.subject = subject_of(self.plan, eval_data, self.placement)
+        self.subject = subject_of(self.plan, self.placement)
         self.report = Reporters()
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
             check_run_folder(cfg, self.plan.run_dir)
@@ -293,19 +293,3 @@ class SaeTrainer:
             if last or not self.cfg.save_best_effort:
                 raise
             self.report.status(f"Warning: {error}; training goes on")
-
-
-def _live(
-    dataset: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, run: RunConfig | None
-) -> LiveModel:
-    if run is None:
-        return LiveModel(model, dataset, tokenizer=tokenizer)
-    return LiveModel(
-        model,
-        dataset,
-        tokenizer=tokenizer,
-        ctx_len=run.data.ctx_len,
-        max_tokens=run.data.max_tokens,
-        name=run.model.model,
-        data_name=run.data.dataset,
-    )

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from saekit.config import RunConfig
-from saekit.config.run import SECRETS
+from saekit.config.flat import SECRETS
 from saekit.errors import UserError
 from saekit.placement.choose import launched_as
 

@@ -70,7 +70,7 @@ def build_report(
         options = replace(options, max_tokens=known["sequences"] * known["ctx_len"])
     prepared = prepare(path, options, placement, status)
     if known is None or not _fits(known, prepared):
-        known = evaluate_prepared(prepared, status, progress)
+        known = evaluate_prepared(prepared, status, progress).record
     status(f"Reading the codes of {len(prepared.subject.saes)} SAEs")
     features = gather_features(prepared.subject, latents, progress)
     status("Writing the page")
