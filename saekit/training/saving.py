@@ -121,7 +121,7 @@ class Saver:
             **about,
             "dead_feature_threshold": plan.resolved()["dead_feature_threshold"],
             "hookpoints": list(plan.hookpoints),
-            "versions": versions.libraries(),
+            "versions": versions.library_versions(),
             "excluded_tokens": plan.source.excluded.tolist(),
             "config": plan.config(),
             "resolved": plan.resolved(),
