@@ -58,12 +58,13 @@ class Layer:
         """Forward and backward pass, as in `SaeTrainer`."""
         num_dead = 0 if dead is None else len(dead)
         x_ND, covered_N1 = covered(self.sae, chunk_ND.float())
-        out = self.sae(x_ND, dead, auxk=self.cfg.auxk_alpha > 0).only(covered_N1)
+        is_dead = self.counters.is_dead(0) if dead is not None and self.cfg.revive_alpha > 0 else None
+        out = self.sae(x_ND, is_dead, aux=dead if self.cfg.auxk_alpha > 0 else None).only(covered_N1)
         losses = sae_losses(
             x_ND, out, scale=1.0, auxk_alpha=self.cfg.auxk_alpha, num_dead=num_dead, revive_alpha=self.cfg.revive_alpha
         )
         losses.total.backward()
-        self.counters.observe(out.acts, out.indices)
+        self.counters.observe(out.fired, out.indices)
         self.window.observe(x_ND, out, losses, 1.0, self.sae.b_dec.detach())
 
     def update(self) -> None:

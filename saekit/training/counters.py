@@ -12,8 +12,8 @@ from torch import Tensor
 class LayerCounters:
     """What is counted for one layer's latents; whole tensors, the same on every rank that has the layer.
 
-    A latent *fires* on a token when its value is above zero there; being among the top k with a value of zero is not
-    firing. It is *dead* when it fired for none of the last `dead_feature_threshold` tokens.
+    When a latent *fires* on a token its selection says: being chosen with a value of zero is not firing. It is *dead*
+    when it fired for none of the last `dead_feature_threshold` tokens.
     """
 
     tokens_since_fired_M: Tensor
@@ -28,9 +28,9 @@ class LayerCounters:
         """All zero: nothing has had the time to die."""
         return cls(*(torch.zeros(num_latents, dtype=torch.int64, device=device) for _ in range(3)))
 
-    def observe(self, acts_NK: Tensor, indices_NK: Tensor) -> None:
-        """Note which latents fired in a chunk of tokens."""
-        self.fired_now_M.scatter_add_(0, indices_NK.flatten(), (acts_NK > 0).flatten().long())
+    def observe(self, fired_NK: Tensor, indices_NK: Tensor) -> None:
+        """Note which latents fired in a chunk of tokens; both are `SaeOutput`'s."""
+        self.fired_now_M.scatter_add_(0, indices_NK.flatten(), fired_NK.flatten().long())
 
     def after(self, fired_M: Tensor, tokens: int) -> LayerCounters:
         """The counters as they will be if the optimiser step that is under way counts.
@@ -52,6 +52,10 @@ class LayerCounters:
     def count_dead(self, threshold: int) -> Tensor:
         """How many latents are dead, given the threshold in tokens: an int64 scalar."""
         return (self.tokens_since_fired_M >= threshold).sum()
+
+    def is_dead(self, threshold: int) -> Tensor:
+        """Which latents are dead, bool `[M]`."""
+        return self.tokens_since_fired_M >= threshold
 
     def dead(self, threshold: int, count: int) -> Tensor:
         """Numbers of the dead latents, int64 `[count]`; who knows how many they are need not wait for a GPU."""

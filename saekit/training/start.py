@@ -11,7 +11,7 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report.units import percent
 from saekit.sae import Sae
-from saekit.sae.kernels.eager import encode_topk
+from saekit.sae.kernels.choose import Eager
 from saekit.sae.kernels.torch_ops import gather_sum
 from saekit.training.forward import Forward
 from saekit.training.plan import RunPlan
@@ -53,7 +53,7 @@ def calibrate(
         raise UserError("--exclude-tokens leaves no token of the first batch to train on")
     cfg = plan.cfg
     sample, rows = None, {}
-    if cfg.init == "fit" or cfg.sae.activation == "batchtopk" or cfg.max_norm_multiple > 0:
+    if cfg.init == "fit" or cfg.sae.kind.fits or cfg.max_norm_multiple > 0:
         kept = [int(plan.kept(input_ids).sum()) for input_ids in batches]
         sample = Sample(kept, cfg.init_seed, placement)
     moments, longest = _moments(forward, batches, plan, placement, sample=sample)
@@ -153,7 +153,7 @@ def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
         rows_RD: `[R, D]`, float32: activations of R tokens.
     """
     x_RD = rows_RD - sae.b_dec
-    acts_RK, indices_RK = encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k, parts=sae.parts)
+    acts_RK, indices_RK = sae.selection.before_fit().encode(x_RD, sae.W_dec, sae.b_enc, None, Eager())
     y_RD = gather_sum(acts_RK, indices_RK, sae.W_dec)  # without an [R, K, D] tensor
     fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     sae.W_enc.copy_(sae.W_dec * (fit or 1.0))

@@ -14,7 +14,7 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
-from saekit.sae.storage import find_sae_folders, load_from_disk
+from saekit.sae.storage import find_sae_folders
 from saekit.training.checkpoint import LayerRecord
 from saekit.training.counters import LayerCounters
 from saekit.training.plan import RunPlan
@@ -97,7 +97,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
-        source = load_from_disk(folders[hookpoint])
+        source = Sae.load_from_disk(folders[hookpoint])
         if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
             raise ValueError(
                 f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
@@ -190,6 +190,6 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
         if "error" in tensors:  # older checkpoints do not have it
             state.error[name].copy_(tensors["error"])
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
-        saved = load_from_disk(checkpoint / name)
+        saved = Sae.load_from_disk(checkpoint / name)
         placement.load(name, saved.state_dict(), optimizer)
-        placement.sae(name).threshold = saved.threshold
+        placement.sae(name).selection.load_(saved.selection)

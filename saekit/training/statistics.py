@@ -92,8 +92,9 @@ class LayerWindow:
     sums: Tensor
     """float64 `[5]`: squared error, squared error at 4k, firings, loss, AuxK loss. The last two are already divided
     by their step's tokens, so their mean is over steps."""
-    near: Tensor
-    """Firings near a BatchTopK threshold (`SaeOutput.near`), an int64 scalar. Of one step: no report needs it."""
+    selection_sums: Tensor
+    """What selections are moved by (`SaeOutput.sums`): int64 `[num_sums]`, a single 0 before there is any. Of one step:
+    no report needs it."""
     steps: int = 0
 
     @classmethod
@@ -108,14 +109,14 @@ class LayerWindow:
         `centre_D` is the layer's mean from calibration, the same in all windows of a run.
         """
         self.moments.add_centred(x_ND, centre_D, out.kept)
-        if out.near is not None:
-            self.near += out.near.sum()
+        if out.sums is not None:
+            self.selection_sums = self.selection_sums + out.sums.flatten(0, -2).sum(0)
         zero = losses.total.new_zeros(())
         self.sums += torch.stack(
             [
                 losses.mse.detach() / scale,
                 zero if losses.multi_topk is None else losses.multi_topk.detach() / scale,
-                (out.acts > 0).sum(),
+                out.fired.sum(),
                 losses.total.detach(),
                 zero if losses.auxk is None else losses.auxk.detach(),
             ]

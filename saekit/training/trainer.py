@@ -38,7 +38,7 @@ from saekit.training.scales import Scales, error_per_token, scales_of
 from saekit.training.start import calibrate, fit_encoder_
 from saekit.training.statistics import LayerWindow, covered
 from saekit.training.step_stats import read_windows
-from saekit.training.thresholds import count_codes, fit_threshold_, move_thresholds_
+from saekit.training.thresholds import count_codes, move_selections_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ class SaeTrainer:
                     acts = forward(input_ids)
                     for name, x_ND in placement.route(acts, last=micro == len(batches)):
                         for chunk_ND in x_ND.tensor_split(cfg.micro_acc_steps):
-                            self._pass(name, chunk_ND, scale[name], (dead.get(name), num_dead[name]), run, fresh[name])
+                            self._pass(name, chunk_ND, scale[name], dead[name], run, fresh[name])
                         del x_ND, chunk_ND  # else the last layer's would stay through the rest of the step
 
                 # All that the host must know of the step comes in one message, asked for before the language model's
@@ -143,7 +143,7 @@ class SaeTrainer:
                 after = {name: run.counters[name].after(fired[name], tokens) for name in fresh}
                 dead_after = [each.count_dead(plan.dead_threshold) for each in after.values()]
                 codes = count_codes(cfg, run, fresh, plan.hookpoints, placement)
-                message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after), codes]))
+                message = read_later(torch.cat([faults.flatten(), *(count.view(1) for count in dead_after)]))
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
                 # What is to be saved is, before new data can be at fault; an evaluation needs the memory.
@@ -159,9 +159,8 @@ class SaeTrainer:
                     placement.apply(plan.lr_scale(step))
                     run.counters.update(after)
                     run.error.update(errors)
-                    of_layers = numbers[faults.numel() :]
-                    num_dead.update(zip(after, of_layers[: len(after)], strict=True))
-                    move_thresholds_(run, of_layers[len(after) :], placement)
+                    num_dead.update(zip(after, numbers[faults.numel() :], strict=True))
+                    move_selections_(run, codes, placement)
                     for name, window in windows.items():
                         fresh[name].steps = 1
                         window.add(fresh[name])
@@ -194,26 +193,26 @@ class SaeTrainer:
         name: str,
         chunk_ND: Tensor,
         scale: Scales,
-        dead: tuple[Tensor | None, int],
+        dead: tuple[Tensor | None, Tensor | None, int],
         run: state.RunState,
         window: LayerWindow,
     ) -> None:
         """Forward and backward pass of one layer over a chunk of tokens; what they make is gone when it returns."""
         sae = self.placement.sae(name)
         x_ND, covered_N1 = covered(sae, chunk_ND.float())
-        out = sae(x_ND, dead[0], auxk=self.cfg.auxk_alpha > 0).only(covered_N1)
+        out = sae(x_ND, dead[0], aux=dead[1]).only(covered_N1)
         losses = sae_losses(
             x_ND,
             out,
             scale=scale.main,
             auxk_alpha=self.cfg.auxk_alpha,
-            num_dead=dead[1],
+            num_dead=dead[2],
             auxk_scale=scale.auxk,
             revive_alpha=self.cfg.revive_alpha,
             revive_scale=scale.revive,
         )
         self.placement.backward(name, losses.total)
-        run.counters[name].observe(out.acts, out.indices)
+        run.counters[name].observe(out.fired, out.indices)
         window.observe(x_ND, out, losses, scale.main, run.calibration[name].mean_D)
 
     def _start(self, forward: Forward) -> state.RunState:
@@ -242,7 +241,7 @@ class SaeTrainer:
                 source = state.load_finetune(cfg.finetune, hookpoint, sae, alone=len(plan.hookpoints) == 1)
                 earlier.add(active(source.k, source.activation))
             if rows_RD is not None:
-                fit_threshold_(sae, rows_RD, run.calibration[hookpoint].rms)
+                sae.fit_selection_(rows_RD, run.calibration[hookpoint].rms)
             scales[sae] = run.calibration[hookpoint].rms if cfg.scale_biases else 1.0
             return sae
 
@@ -287,12 +286,19 @@ class SaeTrainer:
         placement = self.placement
         return list(self.plan.batches.step(step, placement.rank, placement.world_size, self.cfg.grad_acc_steps))
 
-    def _dead(self, run: state.RunState, num_dead: dict[str, int]) -> dict[str, Tensor]:
-        """The dead latents of each layer of this rank, for the losses that revive them; nothing where they are off."""
-        if not self.cfg.revives:
-            return {}
-        threshold = self.plan.dead_threshold
-        return {name: counters.dead(threshold, num_dead[name]) for name, counters in run.counters.items()}
+    def _dead(
+        self, run: state.RunState, num_dead: dict[str, int]
+    ) -> dict[str, tuple[Tensor | None, Tensor | None, int]]:
+        """For each layer of this rank which latents are dead, their numbers where AuxK needs them, and how many."""
+        cfg, threshold = self.cfg, self.plan.dead_threshold
+        return {
+            name: (
+                counters.is_dead(threshold) if cfg.revive_alpha > 0 else None,
+                counters.dead(threshold, num_dead[name]) if cfg.auxk_alpha > 0 else None,
+                num_dead[name],
+            )
+            for name, counters in run.counters.items()
+        }
 
     def _last_words(self, message: str) -> None:
         if self.placement.rank == 0:  # straight to the terminal: whoever holds a lock on it may be what takes so long
