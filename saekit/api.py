@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
-from saekit.config.flat import laid_over, option_names, read_yaml, unknown_options
+from saekit.config.flat import laid_over, load_plugins, option_names, read_yaml, unknown_options
 from saekit.config.options import options_of
 from saekit.errors import UserError
 from saekit.runs.layout import has_checkpoints, run_of
@@ -183,14 +183,14 @@ def load(path: str | Path, hookpoint: str | None = None, device: torch.device | 
         if (folder / storage.CONFIG_FILE).is_file():
             if hookpoint not in (None, folder.resolve().name):
                 raise UserError(f"{path} is the folder of one SAE, not of {hookpoint}: leave out the hookpoint")
-            return storage.load_from_disk(folder, device)
+            return Sae.load_from_disk(folder, device)
         folders = storage.find_sae_folders(folder)
         if hookpoint is None and len(folders) == 1:
-            return storage.load_from_disk(next(iter(folders.values())), device)
+            return Sae.load_from_disk(next(iter(folders.values())), device)
         if hookpoint not in folders:
             problem = "has several SAEs" if hookpoint is None else f"has no SAE {hookpoint!r}"
             raise UserError(f"{path} {problem}: choose a hookpoint, one of {', '.join(folders)}")
-        return storage.load_from_disk(folders[hookpoint], device)
+        return Sae.load_from_disk(folders[hookpoint], device)
 
 
 def load_many(path: str | Path, device: torch.device | str = "cpu", **hub_options: Any) -> dict[str, Sae]:
@@ -207,7 +207,7 @@ def load_many(path: str | Path, device: torch.device | str = "cpu", **hub_option
     Raises:
         UserError: If there is no SAE, or a file is damaged.
     """
-    from saekit.sae import storage
+    from saekit.sae import Sae
 
     with _user_errors():
         folder = _local_folder(path, hub_options)
@@ -215,7 +215,7 @@ def load_many(path: str | Path, device: torch.device | str = "cpu", **hub_option
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(str(path), **hub_options))
-        return storage.load_many(folder, device)
+        return Sae.load_many(folder, device)
 
 
 def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
@@ -226,9 +226,10 @@ def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]
         config: The YAML file.
 
     Raises:
-        UserError: If the file or the run cannot be read, or if an option contradicts `resume`.
+        UserError: If the file, a plug-in or the run cannot be read, or if an option contradicts `resume`.
     """
     values = laid_over({} if config is None else read_yaml(config), given)
+    load_plugins(values)
     resume = values.get("resume")
     if isinstance(resume, (str, Path)) and str(resume) not in ("auto", "latest"):
         values = laid_over(_options_of_run(Path(resume), given), values)

@@ -30,7 +30,7 @@ EVALUATING = "saekit/training/evaluating.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
-ROUNDED = '{"threshold": round(sae.threshold, 6)}'
+BATCHTOPK, GROUPMAX = (f"saekit/sae/selection/{kind}.py" for kind in ("batchtopk", "groupmax"))
 
 FAULTS = [
     ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
@@ -88,7 +88,7 @@ FAULTS = [
         "auxk_scale) * min(1.0, num_dead / k_aux)",
         "auxk_scale)",
     ),
-    ("selected counts as fired", COUNTERS, "(acts_NK > 0)", "(acts_NK >= 0)"),
+    ("selected counts as fired", "saekit/sae/selection/base.py", "return acts > 0", "return acts >= 0"),
     ("counters count micro-batches", TRAINER, ADVANCE, ADVANCE.replace("tokens)", "len(batches))")),
     ("micro_acc_steps cuts nothing", TRAINER, "x_ND.tensor_split(cfg.micro_acc_steps)", "[x_ND]"),
     ("micro_acc_steps divides the loss", TRAINER, "losses.total)", "losses.total / self.cfg.micro_acc_steps)"),
@@ -272,15 +272,33 @@ FAULTS = [
         "acts_NK.masked_fill(acts_NK <= threshold, 0.0)",
         BELOW_LEARNS,
     ),
-    ("a BatchTopK code is as wide as k", MODEL, "min(WIDER * self.k, self.num_latents)", "self.k"),
+    ("a BatchTopK code is as wide as k", BATCHTOPK, "min(WIDTH * self.k, self.num_latents)", "self.k"),
     (
         "thresholds are moved by twice the tokens",
         "saekit/training/thresholds.py",
-        "window.moments.count.long()",
-        "2 * window.moments.count.long()",
+        "window.moments.count, window",
+        "2 * window.moments.count, window",
     ),
-    ("thresholds are forgotten on resume", "saekit/training/state.py", ".threshold = saved.threshold", ".threshold"),
-    ("a threshold is not saved exactly", "saekit/sae/storage.py", '{"threshold": sae.threshold}', ROUNDED),
+    (
+        "thresholds are forgotten on resume",
+        "saekit/training/state.py",
+        "selection.load_(saved.selection)",
+        "selection",
+    ),
+    (
+        "a threshold is not saved exactly",
+        BATCHTOPK,
+        '{"threshold": float(self.threshold)}',
+        '{"threshold": round(float(self.threshold), 6)}',
+    ),
+    ("an SAE's copy moves its threshold", "saekit/sae/selection/base.py", 'plain.to("cpu", copy=True)', "plain"),
+    ("a signed value does not fire", "examples/abs_topk.py", "return acts != 0", "return acts > 0"),
+    (
+        "a checkpoint's plug-in is run",
+        "saekit/config/run.py",
+        "        parts: dict[type, Any] = {}\n",
+        "        load_plugins(values)\n        parts: dict[type, Any] = {}\n",
+    ),
     (
         "what is too long still trains",
         TRAINER,
@@ -296,7 +314,7 @@ FAULTS = [
     ),
     ("an SAE forgets which activations it is for", MODEL, '"max_norm": self.max_norm,', ""),
     ("all groups of a GroupMax SAE are the first one", EAGER, "[:, None] * (num_columns // parts)", "[:, None] * 0"),
-    ("a GroupMax code is the k largest", MODEL, "return self.k if self.groupmax else 1", "return 1"),
+    ("a GroupMax code is the k largest", GROUPMAX, "return self.k\n", "return 1\n"),
     ("low precision alone chooses in a group", SPARSE, "LEAST_SPARE // parts, 1)", "LEAST_SPARE // parts)"),
     (
         "SAELens reads the encoder the wrong way round",
@@ -355,8 +373,8 @@ FAULTS = [
     (
         "a token that is left out is near the threshold",
         "saekit/sae/output.py",
-        "self.near * keep.squeeze(-1)",
-        "self.near",
+        "sums=kept(self.sums)",
+        "sums=self.sums",
     ),
     (
         "shades are of the wrong quantile",

@@ -34,7 +34,7 @@ from saekit.placement import Placement, connect
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import EVAL_FILE
 from saekit.runs.locate import check_files, locate
-from saekit.sae.storage import load_from_disk
+from saekit.sae import Sae
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def prepare(
     choose_attention(model, ctx_len)
     excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
     objective, name = choose_objective(predicts, tokenizer.mask_token_id, excluded, NO_HEAD)
-    saes = {hookpoint: load_from_disk(folder, placement.device).eval() for hookpoint, folder in location.saes.items()}
+    saes = {name: _load(folder, placement.device) for name, folder in location.saes.items()}
     subject = Subject(
         model=model,
         saes=saes,
@@ -210,6 +210,13 @@ def _record(found: Evaluation, cfg: RunConfig, origin: str) -> dict[str, Any]:
         "held_out": {HELD_OUT: True, OTHER_SPLIT: True, SEEN: False}.get(origin),
     }
     return {**about, **found.to_json(), "warnings": found.warnings()}
+
+
+def _load(folder: Path, device: torch.device) -> Sae:
+    try:
+        return Sae.load_from_disk(folder, device).eval()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class _Run(NamedTuple):

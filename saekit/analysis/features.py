@@ -112,7 +112,7 @@ def read_codes(
             for name in names:
                 sae, x = subject.saes[name], acts[name].float()
                 out = sae(x)
-                fired = (out.acts > 0) & (kept & sae.covers(x))[..., None]
+                fired = out.fired & (kept & sae.covers(x))[..., None]
                 where = places[..., None].expand(fired.shape)[fired.cpu()]
                 found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
             done()

@@ -21,6 +21,7 @@ from saekit.analysis.measure import (
     norms,
 )
 from saekit.errors import UserError
+from saekit.registry import SELECTIONS
 from saekit.runs.layout import EVAL_FILE, EVAL_FORMAT
 from saekit.runs.locate import WEIGHTS, Location, check_files, locate, read_json, read_tensors, select
 from saekit.runs.metrics import plain, read_metrics
@@ -37,8 +38,8 @@ class LayerInspection:
     num_latents: int
     k: int | None
     activation: str | None
-    threshold: float | None
-    """What a BatchTopK SAE's values are above."""
+    facts: tuple[tuple[str, float, str], ...]
+    """What the selection says of itself (`Selection.facts`): name, value and remark."""
     max_norm: float | None
     """How long the activations are at most that it is for."""
     fvu: float | None
@@ -127,6 +128,8 @@ def inspect_path(
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
     """The same as JSON types: paths as strings, NaN and infinity as None."""
     data = plain(asdict(inspection))
+    for layer in data["layers"]:
+        layer |= {name: value for name, value, _ in layer.pop("facts")}
     data["density_histogram_log10_edges"] = [
         i / BINS_PER_DECADE - DENSITY_DECADES for i in range(DENSITY_DECADES * BINS_PER_DECADE + 1)
     ]
@@ -160,7 +163,7 @@ def _inspect_sae(
         num_latents=num_latents,
         k=_whole(config, "k"),
         activation=_text(config, "activation"),
-        threshold=_number(config, "threshold"),
+        facts=_facts(config),
         max_norm=_number(config, "max_norm"),
         fvu=float(fvu) if isinstance(fvu, (int, float)) else (trend[-1][1] if trend else None),
         trend=trend,
@@ -172,6 +175,12 @@ def _inspect_sae(
         neighbours=neighbours(decoder_MD),
         norms=norms(encoder_MD, decoder_MD, weights["b_dec"]),
     )
+
+
+def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
+    """What the selection says of itself; nothing where no package or plug-in here knows it."""
+    activation = _text(config, "activation") or "topk"
+    return tuple(SELECTIONS.get(activation).facts(config)) if activation in SELECTIONS else ()
 
 
 def _notes(folder: Path) -> dict[str, Any]:

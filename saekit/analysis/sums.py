@@ -50,7 +50,7 @@ class ReconstructionSums:
             kept: Which tokens count, bool `[B, T]`.
         """
         error = (x - out.recon) * kept[..., None]
-        fired = (out.acts > 0) & kept[..., None]
+        fired = out.fired & kept[..., None]
         deviation = (x - self.mean_D) * kept[..., None]
         values = {
             "tokens": kept.sum(1),

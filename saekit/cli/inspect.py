@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from saekit.cli.options import Plugins
+from saekit.config.flat import load_plugins
+
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")],
@@ -17,12 +20,14 @@ def inspect(
     layer: Annotated[
         str | None, typer.Option("--layer", metavar="L", help="One layer, by its number or its hookpoint's name.")
     ] = None,
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Show what was learned: per layer FVU, dead latents, firing densities, duplicates, norms. Needs no model."""
     from saekit.cli.output import messages, results
 
+    load_plugins({"plugin": plugin})
     with messages().status(f"Reading {path}"):
         from saekit.analysis.inspect import inspect_path, inspection_to_json
         from saekit.views.inspection import render_inspection

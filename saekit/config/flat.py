@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from saekit.config.options import problems
 from saekit.errors import UserError
+from saekit.registry import load_plugin
 
 SIZES = frozenset({"num_latents", "expansion_factor"})
 """Options that size the dictionary, of which a run has one."""
@@ -92,3 +93,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected lines such as `batch_size: 8`, found a {type(values).__name__}")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def load_plugins(values: Mapping[str, Any]) -> None:
+    """Run the plug-ins that a user's own options name, before these are validated.
+
+    Not for the options that a checkpoint or a run's folder holds: those name no code that is run.
+
+    Args:
+        values: Options by name, such as those of a `run.yaml`.
+
+    Raises:
+        UserError: If a file is missing, or raises an error.
+    """
+    files = values.get("plugin") or ()
+    for file in (files,) if isinstance(files, (str, Path)) else files:
+        load_plugin(Path(file))

@@ -157,6 +157,14 @@ def _parse_resume(value: Any) -> Any:
 
 LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids)]
+
+
+def _parse_files(value: Any) -> Any:
+    """One file or a list of them."""
+    return (value,) if isinstance(value, (str, Path)) else value
+
+
+Files = Annotated[tuple[Path, ...], BeforeValidator(_parse_files)]
 Shares = Annotated[tuple[float, ...], BeforeValidator(_parse_shares)]
 Resume = Annotated[bool | Literal["auto"] | Path, BeforeValidator(_parse_resume)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]

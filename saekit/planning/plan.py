@@ -17,7 +17,6 @@ from saekit.planning.memory import NO_OFFLOAD, Demand, Offload, RankMemory, rank
 from saekit.planning.rates import optimizer_key
 from saekit.planning.speed import StepTime, StepWork, step_time
 from saekit.sae.kernels import SELECT_DTYPES
-from saekit.sae.model import WIDER
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _time(job: Job, kind: type[Placement], owned: int, sent: int) -> StepTime | 
         layers=owned,
         d_in=job.shape.d_in,
         num_latents=job.num_latents,
-        k=train.sae.k * _codes_in_k(train.sae),
+        k=_width_of_codes(train.sae, job.num_latents),
         lm_operations=job.lm.flops_per_token,
         lm_blocks=job.lm.blocks,
         lm_type="fp32" if job.dtype.itemsize == 4 else "bf16",
@@ -192,11 +191,10 @@ def _time(job: Job, kind: type[Placement], owned: int, sent: int) -> StepTime | 
     return step_time(work, job.machine.rates)
 
 
-def _codes_in_k(sae: SaeConfig) -> int:
-    """Of how many times k latents a token's codes are: Multi-TopK has two, BatchTopK one that may be as wide."""
-    if sae.activation == "batchtopk":
-        return WIDER
-    return 1 + WIDER if sae.multi_topk else 1
+def _width_of_codes(sae: SaeConfig, num_latents: int) -> int:
+    """Pairs of a token and a latent per token, over the codes that are made of it: Multi-TopK has two."""
+    selection = sae.kind(sae.k, num_latents)
+    return selection.max_active + (selection.wider().max_active if sae.multi_topk else 0)
 
 
 def _sent(job: Job, kind: type[Placement], owned: int) -> int:

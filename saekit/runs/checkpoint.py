@@ -32,7 +32,6 @@ from torch import Tensor
 from saekit.runs.files import flush, write_at_once
 from saekit.runs.layout import ABOUT_FILE, FORMAT, INDEX_FILE, STATE_FILE, checkpoint_folders
 from saekit.sae import Sae
-from saekit.sae.storage import save_to_disk
 
 CHECKSUM = "xxh3_128"
 """Finds damage at memory speed, where a cryptographic hash takes longer than the writing; `xxhsum -H2` prints it."""
@@ -93,7 +92,7 @@ def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerReco
 
 
 def _write_layer(folder: Path, record: LayerRecord) -> list[Path]:
-    save_to_disk(record.sae, folder, record.weights)
+    record.sae.save_to_disk(folder, record.weights)
     save_file(_apart(record.state), folder / STATE_FILE)
     (folder / ABOUT_FILE).write_text(json.dumps(record.about, indent=2) + "\n", encoding="utf-8")
     return sorted(folder.iterdir())

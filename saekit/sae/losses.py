@@ -22,7 +22,7 @@ class Losses(NamedTuple):
     """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
 
     total: Tensor
-    """What is differentiated: `mse + nested + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
+    """What is differentiated: `mse + nested + penalty + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
@@ -33,6 +33,8 @@ class Losses(NamedTuple):
     """The sum of as many terms like `mse` as there are smaller prefixes of a Matryoshka."""
     revive: Tensor | None = None
     """`−(n / N) Σ_m b_enc,m / σ₁` over the dead latents m, for a chunk of n tokens; σ₁ see `sae_losses`."""
+    penalty: Tensor | None = None
+    """The selection's own term, a sum over tokens divided like `mse`."""
 
 
 def sae_losses(
@@ -97,12 +99,17 @@ def sae_losses(
         nested = torch.stack([_squared_error(x_ND, recon) for recon in out.prefix_recons]).sum() * by
         total = total + nested
 
+    penalty = None
+    if out.penalty is not None:
+        penalty = out.penalty.sum() * by
+        total = total + penalty
+
     revive = None
     if out.dead_biases is not None and revive_alpha > 0:
         revive = -_in_type(tokens * revive_scale, x_ND) * out.dead_biases
         total = total + revive_alpha * revive
 
-    return Losses(total, mse, auxk, multi_topk, nested, revive)
+    return Losses(total, mse, auxk, multi_topk, nested, revive, penalty)
 
 
 def _squared_error(x_ND: Tensor, recon_ND: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from saekit.config import TrainConfig
 from saekit.placement import LayerOptimizer, Placement, Single
 from saekit.report.stats import LayerStats
 from saekit.sae import Sae
+from saekit.sae.selection.base import Selection
 from saekit.training.optimizers import make_optimizer
 from saekit.training.resources import peak_memory_bytes
 from saekit.training.statistics import SUMS, Segments, Tally, read_tally
@@ -74,14 +77,17 @@ class Bank:
         self.names, self.all_names = placement.layers(), tuple(widths)
         saes = [placement.sae(name) for name in self.names]
         own = [calibration[name] for name in self.names]
-        float64 = {"dtype": torch.float64, "device": device}
-        self._variance_U = torch.tensor([each.variance for each in own], **float64)
-        self._rms_U = torch.tensor([each.rms for each in own], **float64)
+
+        def float64(numbers: list[Any]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+        self._variance_U, self._rms_U = float64([each.variance for each in own]), float64([each.rms for each in own])
         self._threshold_U = torch.tensor(
             [dead_thresholds[name] for name in self.names], dtype=torch.int64, device=device
         )
-        self._leads_U = torch.tensor([placement.leads(name) for name in self.names], **float64)
-        self._at_U = torch.tensor([self.all_names.index(name) for name in self.names], device=device).long()
+        self._leads_U = float64([placement.leads(name) for name in self.names])
+        at = [self.all_names.index(name) for name in self.names]
+        self._at_U = torch.tensor(at, dtype=torch.int64, device=device)
 
         self.latents = Segments([sae.num_latents for sae in saes], device)
         self.since_fired_F, self.fire_count_F, self._fired_F = (
@@ -94,13 +100,14 @@ class Bank:
         """Mean squared error per token in the last step that counted, over all ranks: the variance before the first."""
         self._all_widths = list(widths.values())
         self._tally, self._window = (Tally([widths[name] for name in self.names], device) for _ in range(2))
-        at = [self.all_names.index(name) for name in self.names]
         self._places = self._tally.places(at, self._all_widths).to(device)
         self._window_steps = self._window_tokens = 0
-        self._scales_3U = torch.zeros(3, len(self.names), **float64)
+        self._scales_3U = self._variance_U.new_zeros(3, len(self.names))
         self._auxk_U = self._scales_3U[1].float()
-        num_sums = max((sae.selection.num_sums for sae in saes), default=0)
-        self._selection_US = torch.zeros(len(self.names), num_sums, dtype=torch.int64, device=device)
+        kind = cfg.sae.kind
+        self._selection_US = torch.zeros(len(self.names), kind.num_sums, dtype=torch.int64, device=device)
+        moves = bool(saes) and kind.moves
+        self._selections = Selection.stack_([sae.selection for sae in saes]) if moves else None
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._step_tokens = 0
 
@@ -110,14 +117,14 @@ class Bank:
                 name=name,
                 sae=sae,
                 cfg=cfg,
-                backward=lambda loss, name=name: placement.backward(name, loss),
+                backward=partial(placement.backward, name),
                 centre_D=own[number].mean_D.to(device),
                 scales=Scales(self._scales_3U[0, number], self._auxk(number), self._scales_3U[2, number]),
                 sums_7=self._tally.sums_U7[number],
                 mean_D=self._tally.means[number],
-                selection_sums=self._selection_US[number, : sae.selection.num_sums],
+                selection_sums=self._selection_US[number],
                 fired_M=fired[number],
-                dead_M=dead[number] if cfg.revives else None,
+                dead_M=dead[number] if cfg.revive_alpha > 0 else None,
             )
             for number, (name, sae) in enumerate(zip(self.names, saes, strict=True))
         }
@@ -166,9 +173,8 @@ class Bank:
         if self.cfg.revives:
             self._dead_F.copy_(self.latents.at_least(self.since_fired_F, self._threshold_U))
         if self.cfg.auxk_alpha > 0:
-            for name, unit in self.units.items():
-                assert unit.dead_M is not None, "AuxK revives"
-                unit.aux_latents = dead_numbers(unit.dead_M, self.num_dead[name])
+            for (name, unit), dead_M in zip(self.units.items(), self.latents.views(self._dead_F), strict=True):
+                unit.aux_latents = dead_numbers(dead_M, self.num_dead[name])
 
     def finish(self, gradients: Mapping[str, Tensor], *, report: bool = False) -> Callable[[], StepMessage]:
         """End a step's passes: bring what was counted together, and start its message to the host. Collective.
@@ -240,11 +246,9 @@ class Bank:
         self.num_dead = message.num_dead
         if self.cfg.auxk_relative_to == "residual":
             self.error_U.copy_(self._checks_UC[:, 4] / self._tokens.clamp_min(1))
-        for number, unit in enumerate(self.units.values()):
-            selection = unit.sae.selection
-            if selection.num_sums:
-                firings, counted, *sums = self._checks_UC[number, 5:].long().unbind()
-                selection.move_(firings, counted, torch.stack(sums[: selection.num_sums]), self._rms_U[number])
+        if self._selections is not None:
+            counts = self._checks_UC[:, 5:].long()
+            self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
 
     def clear_window(self) -> None:
         """Begin the next report's sums."""

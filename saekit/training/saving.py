@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from saekit import machine as versions
 from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import SaveError, UserError
+from saekit.registry import SELECTIONS
 from saekit.report import StepStats
 from saekit.runs import checkpoint
 from saekit.runs.layout import INDEX_FILE, checkpoint_folders
@@ -25,7 +26,7 @@ HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
     | {"eval_every", "eval_tokens", "eval_dataset", "eval_split"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
-    | {"save_best_effort", "max_bad_steps", "grace"}
+    | {"save_best_effort", "max_bad_steps", "grace", "plugin"}
     | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps", "kernels", "select_dtype"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
@@ -72,7 +73,7 @@ def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[st
 
 def _other_rates(kept: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
     """Which rates today's formulas would choose otherwise."""
-    if not {"num_latents", "d_in"} <= resolved.keys():
+    if not {"num_latents", "d_in"} <= resolved.keys() or kept.get("activation", "topk") not in SELECTIONS:
         return []
     sae, d_in = SaeConfig(activation=kept.get("activation", "topk")), resolved["d_in"]
     cfg = TrainConfig(sae=sae, optimizer=kept.get("optimizer", "adam"))

@@ -11,7 +11,7 @@ from saekit.activations.source import Batch, Source
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
-from saekit.sae.kernels.eager import encode_topk
+from saekit.sae.kernels.choose import Eager
 from saekit.sae.kernels.torch_ops import gather_sum
 from saekit.training.plan import RunPlan
 from saekit.training.state import calibration
@@ -52,7 +52,7 @@ def calibrate(
         raise UserError("--exclude-tokens leaves no token of the first batch to train on")
     cfg = plan.cfg
     sample, rows = None, {}
-    if cfg.init == "fit" or SELECTIONS.get(cfg.sae.activation).num_sums > 0 or cfg.max_norm_multiple > 0:
+    if cfg.init == "fit" or cfg.sae.kind.fits or cfg.max_norm_multiple > 0:
         sample = Sample([plan.source.count(batch) for batch in batches], cfg.init_seed, placement)
     moments, longest = _moments(batches, plan, placement, sample=sample)
     limits: dict[str, float] = {}
@@ -163,7 +163,7 @@ def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
         rows_RD: `[R, D]`, float32: activations of R tokens.
     """
     x_RD = rows_RD - sae.b_dec
-    acts_RK, indices_RK = encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k, parts=sae.parts)
+    acts_RK, indices_RK = sae.selection.before_fit().encode(x_RD, sae.W_dec, sae.b_enc, None, Eager())
     y_RD = gather_sum(acts_RK, indices_RK, sae.W_dec)  # without an [R, K, D] tensor
     fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     sae.W_enc.copy_(sae.W_dec * (fit or 1.0))

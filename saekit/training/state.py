@@ -15,7 +15,7 @@ from saekit.runs.checkpoint import LayerRecord
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
-from saekit.sae.storage import find_sae_folders, load_from_disk
+from saekit.sae.storage import find_sae_folders
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
@@ -76,7 +76,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
-        source = load_from_disk(folders[hookpoint])
+        source = Sae.load_from_disk(folders[hookpoint])
         if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
             raise ValueError(
                 f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
@@ -173,7 +173,7 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
         tensors = read_state(checkpoint / name)
         bank.load_state(name, tensors)
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
-        saved = load_from_disk(checkpoint / name)
+        saved = Sae.load_from_disk(checkpoint / name)
         bank.placement.load(name, saved.state_dict(), optimizer)
-        bank.placement.sae(name).selection.load_state(saved.selection.state())
+        bank.placement.sae(name).selection.load_(saved.selection)
     bank.count_dead()

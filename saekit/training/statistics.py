@@ -178,7 +178,7 @@ def observe_(
         [
             losses.mse.detach() / scale,
             zero if losses.multi_topk is None else losses.multi_topk.detach() / scale,
-            (out.acts > 0).sum(),
+            out.fired.sum(),
             losses.total.detach(),
             zero if losses.auxk is None else losses.auxk.detach(),
         ]

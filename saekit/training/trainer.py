@@ -244,7 +244,7 @@ class SaeTrainer:
                 before = state.load_finetune(cfg.finetune, name, sae, alone=len(plan.units) == 1)
                 earlier.add(active(before.k, before.activation))
             if rows_RD is not None:
-                fit_threshold_(sae, rows_RD, run.calibration[name].rms)
+                sae.fit_selection_(rows_RD, run.calibration[name].rms)
             scales[sae] = run.calibration[name].rms if cfg.scale_biases else 1.0
             return sae
 

@@ -70,7 +70,7 @@ class Unit:
     fired_M: Tensor
     """int64 `[M]`: tokens of the step on which each latent fired."""
     dead_M: Tensor | None = None
-    """bool `[M]`: latents that were dead when the step began; None where nothing revives them."""
+    """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
     aux_latents: Tensor | None = None
     """int64 `[dead]`: their numbers, for AuxK; None without."""
 
@@ -96,9 +96,9 @@ class Unit:
             tokens=tokens,
         )
         self.backward(losses.total)
-        self.fired_M.scatter_add_(0, out.indices.flatten(), self.sae.selection.fired(out.acts).flatten().long())
+        self.fired_M.scatter_add_(0, out.indices.flatten(), out.fired.flatten().long())
         if out.sums is not None:
-            self.selection_sums += out.sums.sum(0)
+            self.selection_sums += out.sums.flatten(0, -2).sum(0)
         observe_(self.sums_7, self.mean_D, x_ND, out, losses, self.scales.main.to(x_ND.dtype), self.centre_D)
 
 

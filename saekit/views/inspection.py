@@ -141,8 +141,8 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
     facts.add_row("FVU", Text(units.decimal(layer.fvu), "bold"), trend)
     facts.add_row("dead latents", _tally(layer.dead, layer.num_latents), silence if layer.dead is not None else "")
     facts.add_row("never fired", _tally(layer.never_fired, layer.num_latents), "")
-    if layer.threshold is not None:
-        facts.add_row("threshold", units.decimal(layer.threshold), "of BatchTopK: smaller values are zero")
+    for name, value, remark in layer.facts:
+        facts.add_row(name, units.decimal(value), remark)
     if layer.max_norm is not None:
         facts.add_row("longest", units.decimal(layer.max_norm, 1), "activations that it is trained on (max_norm)")
     parts = [facts, *_section("Firing density", _density(layer))]

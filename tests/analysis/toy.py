@@ -60,7 +60,7 @@ class Scaling(nn.Module):
     def forward(self, x):
         acts = torch.tensor([1.0, 0.0]).expand(*x.shape[:-1], 2)
         indices = torch.tensor([1, 0]).expand(*x.shape[:-1], 2)
-        return SaeOutput(self.factor * x, acts, indices)
+        return SaeOutput(self.factor * x, acts, indices, acts > 0)
 
 
 class Rows:

@@ -42,7 +42,9 @@ def with_sinks(sink_llama, tokens, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"multi_topk": True}, {"threshold": 0.0}], ids=["topk", "multi", "batchtopk"])
+@pytest.mark.parametrize(
+    "options", [{}, {"multi_topk": True}, {"selection": "batchtopk"}], ids=["topk", "multi", "batchtopk"]
+)
 @pytest.mark.parametrize("prefixes", [(), (8, M)], ids=["", "matryoshka"])
 def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, prefixes):
     torch.manual_seed(0)
@@ -54,19 +56,19 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
     x_ND[::7] *= 50
     few_ND = x_ND[x_ND.norm(dim=1) <= 6.0]
     assert 0 < len(few_ND) < N
-    if "threshold" in options:  # just below a value of a row of zeros, or nobody would see whether such rows count
-        sae.threshold = 0.99 * float(sae.encode(torch.zeros(1, D)).acts[0, 2].detach())
-        assert sae(torch.zeros(1, D)).near.all()
+    if "selection" in options:  # just below a value of a row of zeros, or nobody would see whether such rows count
+        sae.selection.threshold.copy_(0.99 * sae.encode(torch.zeros(1, D)).acts[0, 2].detach())
+        assert sae(torch.zeros(1, D)).sums.all()
     dead, scale, centre_D = torch.tensor([1, 3, 5, 20]), 0.01, torch.ones(D)
     results = []
     for rows_ND in (x_ND, few_ND):
         rows_ND, keep_N1 = without_excluded(sae, rows_ND)
-        out = sae(rows_ND, dead).only(keep_N1)
+        out = sae(rows_ND, aux=dead).only(keep_N1)
         losses = sae_losses(rows_ND, out, scale=scale, auxk_alpha=0.5, num_dead=4)
         tally = Tally([D], rows_ND.device)
         observe_(tally.sums_U7[0], tally.means[0], rows_ND, out, losses, torch.tensor(scale), centre_D)
         gradients = torch.autograd.grad(losses.total, list(sae.parameters()))
-        fired_M = torch.bincount(out.indices[out.acts > 0], minlength=M)
+        fired_M = torch.bincount(out.indices[out.fired], minlength=M)
         own = torch.zeros(0) if out.sums is None else out.sums.sum(0)
         results.append((losses.total, *gradients, tally.flat, fired_M.double(), own))
     for found, expected in zip(*results, strict=True):

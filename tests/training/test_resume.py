@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from saekit import SaeConfig, UserError
+from saekit import Sae, SaeConfig, UserError
 from saekit.errors import Interrupted, SaveError
 from saekit.runs.recovery import read_index
 from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
@@ -221,11 +221,9 @@ def test_what_the_defaults_came_to_is_kept_apart(make_trainer):
 
 def test_layers_are_saved_one_at_a_time(make_trainer, monkeypatch):
     """Copies of every layer at once would be a second model in memory."""
-    from saekit.runs import checkpoint
-
     order = []
-    save, whole = checkpoint.save_to_disk, type(make_trainer("x").placement).whole
-    monkeypatch.setattr(checkpoint, "save_to_disk", lambda *a: (order.append("write"), save(*a)))
+    save, whole = Sae.save_to_disk, type(make_trainer("x").placement).whole
+    monkeypatch.setattr(Sae, "save_to_disk", lambda *a: (order.append("write"), save(*a)))
     monkeypatch.setattr(
         "saekit.placement.Single.whole", lambda self, name: (order.append("make"), whole(self, name))[1]
     )
