@@ -144,6 +144,18 @@ FAULTS = [
     ),
     ("zero3 averages over the ranks", ZERO3, "loss * self.world_size", "loss"),
     (
+        "layer-map counts rows as other ranks marked theirs",
+        "saekit/placement/layer_map.py",
+        "        return together.view(-1)\n",
+        "        return together.flip(0).view(-1)\n",
+    ),
+    (
+        "a layer's number is the last one in a hookpoint's path",
+        "saekit/placement/layer_map.py",
+        'for part in path.split(".")',
+        'for part in reversed(path.split("."))',
+    ),
+    (
         "zero3 does not project",
         ZERO3,
         "        self._torch_optimizer.register_step_pre_hook(rows.project)\n",
@@ -348,7 +360,7 @@ FAULTS = [
     ),
     (
         "the logit lens leaves the norm out",
-        "saekit/analysis/lens.py",
+        "saekit/analysis/features.py",
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),

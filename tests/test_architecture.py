@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import saekit
+from saekit.registry import PLACEMENTS
 
 ROOT = Path(saekit.__file__).parent
 ANYWHERE = {"_version", "errors", "machine", "registry", "units"}
@@ -58,6 +59,20 @@ def test_only_placement_knows_of_ranks(file):
         name for name in imports_of(file) if name.split(".")[0] == "deepspeed" or name.startswith("torch.distributed")
     ]
     assert not forbidden
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_nobody_else_compares_a_placements_name(file):
+    if file.relative_to(ROOT).parts[0] in ("placement", "config"):
+        return
+    compared = [
+        constant.value
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Compare, ast.match_case, ast.Dict))
+        for constant in ast.walk(node.pattern if isinstance(node, ast.match_case) else node)
+        if isinstance(constant, ast.Constant) and constant.value in PLACEMENTS.names()
+    ]
+    assert not compared, "ask the placement instead: see saekit/placement/questions.py"
 
 
 def test_the_maths_needs_torch_only():

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 from saekit.placement.base import Placement
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
 
 PATIENCE = timedelta(days=1)
 """How long ranks wait for one another outside the training: one of them may be tokenizing a large data set."""
@@ -43,6 +45,9 @@ def start_world(zero: DeepSpeedPlugin | None = None) -> World:
     Args:
         zero: How DeepSpeed is to shard, if it is.
     """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")
     # Told that it is on a CPU, accelerate would not look at the plugin.

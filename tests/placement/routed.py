@@ -1,6 +1,7 @@
 """Run on every rank by test_layer_map.py: route layers' activations and count what is alive while each is at work.
 
-Rank 0 prints, for each of its layers, how many layers' activations of a rank's tokens there are.
+Rank 0 prints, for each of its layers, how many layers' activations of a rank's tokens there are. Every rank checks that
+`counted` marks the rows that arrive as their senders marked them.
 """
 
 import gc
@@ -22,6 +23,18 @@ def alive():
     return sum(storages.values()) / (4 * TOKENS * WIDTH)
 
 
+def check_counted(placement, names):
+    """Rows say who sent them and which they are; the ranks count different ones of them."""
+    rows = torch.arange(TOKENS)
+    masks = [rows % 3 == 0, rows > 70]
+    sent = [(rows + 1000 * rank).float()[:, None].expand(TOKENS, WIDTH) for rank in range(2)]
+    counted = placement.counted(masks[placement.rank])
+    assert counted.dtype == torch.bool
+    for _, x_ND in placement.route({name: sent[placement.rank].contiguous() for name in names}, last=True):
+        expected = torch.cat([each[mask] for each, mask in zip(sent, masks, strict=True)])
+        assert torch.equal(x_ND[counted], expected)
+
+
 def main():
     placement = connect("layer-map")
     names = [f"layers.{number}" for number in range(LAYERS)]
@@ -38,6 +51,7 @@ def main():
         assert not acts
         assert alive() == 0
     rank = placement.rank
+    check_counted(placement, names)
     placement.close()
     if rank == 0:
         sys.stdout.write(f"ALIVE {' '.join(map(str, numbers))}\n")

@@ -1,9 +1,12 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
+from saekit import TrainConfig
 from saekit.errors import UserError
-from saekit.placement.choose import choose, connect
+from saekit.placement.choose import choose, connect, kind_of, launched_as
 from saekit.placement.deepspeed import offload_devices
 
 TORCHRUN = {"LOCAL_RANK": "0", "ROLE_NAME": "default"}
@@ -23,6 +26,8 @@ DEEPSPEED = {**ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true"}
         ("zero3", TORCHRUN, "zero3"),
         ("zero3", DEEPSPEED, "zero3"),
         ("auto", DEEPSPEED, "zero3"),
+        ("single", {}, "single"),
+        ("auto", {**TORCHRUN, "ROLE_NAME": "single"}, "ddp"),
     ],
 )
 def test_what_was_asked_for_and_how_it_was_launched(asked, environment, name):
@@ -41,7 +46,8 @@ def test_what_was_asked_for_and_how_it_was_launched(asked, environment, name):
         ("auto", {**DEEPSPEED, "ROLE_NAME": "layer-map"}, ["--placement layer-map", "DeepSpeed"]),
         ("zero3", {**TORCHRUN, "ROLE_NAME": "layer-map"}, ["--placement zero3", "role: layer-map"]),
         ("zero3", ACCELERATE, ["--placement zero3", "does not say DeepSpeed"]),
-        ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true"}, ["--placement ddp", "FSDP"]),
+        ("ddp", {**TORCHRUN, "ACCELERATE_USE_FSDP": "true"}, ["--placement ddp", "FSDP", "ddp, layer-map, zero3"]),
+        ("single", TORCHRUN, ["--placement single", "a launcher has started"]),
     ],
 )
 def test_contradictions_name_both_sides(asked, environment, parts):
@@ -58,6 +64,54 @@ def test_an_unknown_placement_is_not_taken_for_another():
 def test_a_layer_map_for_one_process_is_refused():
     with pytest.raises(UserError, match="--layer-map 0:0 has no meaning under --placement single"):
         connect("auto", "0:0")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("zero3", {"optimizer": "muon"}, "zero3 cannot train with --optimizer muon"),
+        ("zero3", {"optimizer": "adam"}, None),
+        ("ddp", {"optimizer": "muon"}, None),
+        ("ddp", {"shard_lm": True}, "--shard-lm, but the placement is ddp"),
+        ("single", {"shard_lm": True}, "--shard-lm, but the placement is single"),
+        ("zero3", {"shard_lm": True}, None),
+        ("ddp", {"layer_map": "0:0"}, "--layer-map 0:0 has no meaning under --placement ddp"),
+        ("layer-map", {"layer_map": "0:0"}, None),
+    ],
+)
+def test_placements_say_what_they_support(name, options, complaint):
+    cfg = TrainConfig(**options)
+    if complaint is None:
+        assert kind_of(name).supports(cfg) is None
+        kind_of(name).check(cfg)
+    else:
+        with pytest.raises(UserError, match=complaint):
+            kind_of(name).check(cfg)
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"distributed_type": "NO"}, None),
+        ({"distributed_type": "DEEPSPEED"}, "zero3"),
+        ({"distributed_type": "MULTI_GPU"}, "ddp"),
+        ({"distributed_type": "MULTI_GPU", "mpirun_config": {"role": "layer-map"}}, "layer-map"),
+        ({"distributed_type": "MULTI_GPU", "mpirun_config": {"role": "trainer"}}, "ddp"),
+        ({"distributed_type": "MULTI_GPU", "mpirun_config": None}, "ddp"),
+    ],
+)
+def test_what_a_launch_file_decides(said, name):
+    assert launched_as(said) == name
+
+
+def test_answers_need_no_library_but_torch():
+    script = (
+        "import sys; from saekit.placement.choose import kinds; "
+        "assert [kind.name for kind in kinds(2)] == ['ddp', 'layer-map', 'zero3']; "
+        "assert not {'deepspeed', 'accelerate', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from tests.placement.test_zero3 import torchrun
 pytestmark = pytest.mark.slow
 
 
-def test_what_was_sent_or_trained_on_is_gone_when_the_next_layers_are_on_their_way():
+def test_what_was_sent_is_gone_when_the_next_layers_are_on_their_way_and_rows_are_counted_as_marked():
     result = torchrun("-m", "tests.placement.routed")
     assert result.returncode == 0, result.stderr
     line = next(line for line in result.stdout.splitlines() if "ALIVE" in line)

@@ -71,3 +71,9 @@ def test_held_bytes_are_those_of_the_moment():
     assert placement.held_bytes() == weights + numbers + pairs * (2 * 4 + 8) + 8 * 1001
     placement.apply(1.0)
     assert placement.held_bytes() == pytest.approx(3 * weights, abs=16)
+
+
+def test_rows_count_as_they_are_marked():
+    placement, _ = place()
+    mask = torch.tensor([True, False, True])
+    assert torch.equal(placement.counted(mask), mask)
