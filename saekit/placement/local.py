@@ -60,7 +60,9 @@ class LocalBank:
     def apply(self, lr_scale: float) -> None:
         """See `Placement.apply`."""
         for optimizer in self._optimizers.values():
-            optimizer.step(lr_scale)
+            optimizer.prepare(lr_scale)
+        for optimizer in self._optimizers.values():
+            optimizer.step()
         self.skip()
 
     def skip(self) -> None:

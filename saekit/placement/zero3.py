@@ -67,7 +67,7 @@ class Zero3(Ranked):
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
             self._saes[hookpoint] = sae
         self._numbers = {hookpoint: number for number, hookpoint in enumerate(hookpoints)}
-        self._torch_optimizer = merged(torch_optimizers)
+        self._torch_optimizer: Any = merged(torch_optimizers)  # one of training's that have `prepare`
         self._base_rates = [group["lr"] for group in self._torch_optimizer.param_groups]
 
         bank = nn.ModuleList(self._saes.values())
@@ -141,6 +141,10 @@ class Zero3(Ranked):
         """See `Placement.apply`."""
         for group, rate in zip(self._torch_optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * lr_scale
+        # DeepSpeed empties the groups, and hands the optimizer one flat tensor at a time in its own step.
+        self._engine.optimizer._set_fp32_optimizer_param_groups()
+        self._torch_optimizer.prepare()
+        self._engine.optimizer._clear_fp32_optimizer_param_groups()
         self._engine.step()
         self._backwards.clear()
 
