@@ -73,13 +73,13 @@ class SaeAdam(PreparedOptimizer):
                 gradient = self._gradient(parameter)
                 if gradient is None:
                     continue
-                state = self.state[parameter]
+                numbers, state = self._numbers(parameter), self.state[parameter]
                 self.kernels.adam_(
                     parameter,
                     gradient,
                     state["exp_avg"],
                     state["exp_avg_sq"],
-                    numbers=self._numbers(parameter),
+                    numbers=numbers,
                     beta1=beta1,
                     beta2=beta2,
                     eps=group["eps"],

@@ -104,7 +104,7 @@ class TorchOptimizer:
     """One or more `torch.optim` optimizers that share the parameters of one SAE. Implements `LayerOptimizer`.
 
     `step` is a fixed graph if all of them are `PreparedOptimizer`s: Adam and Signum. It is not under `muon` and
-    `adam8bit`, whose steps belong to torch and bitsandbytes: they count steps and pass learning rates as Python numbers.
+    `adam8bit`, whose steps belong to torch and bitsandbytes: those count steps on the host and pass Python numbers.
 
     Args:
         sae: The SAE.

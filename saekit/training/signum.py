@@ -48,8 +48,8 @@ class ScheduleFreeSignum(PreparedOptimizer):
             for y in group["params"]:
                 if y.grad is None:
                     continue
-                z = self.state[y]["z"]
                 lr, c = self._numbers(y).to(y.dtype)
+                z = self.state[y]["z"]
                 x = self._mean(y, z, beta)
                 z -= y.grad.sign().mul_(lr)
                 x.lerp_(z, c)
