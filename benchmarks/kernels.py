@@ -202,7 +202,8 @@ def training(
     def step(apply: bool = True) -> None:
         sae_losses(x_ND, sae(x_ND), scale=scale, auxk_alpha=0.0, num_dead=0).total.backward()
         if apply:
-            optimizer.step(1.0)
+            optimizer.prepare(1.0)
+            optimizer.step()
         optimizer.zero_grad()
 
     return sae, partial(step, apply=False), step

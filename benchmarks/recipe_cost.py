@@ -79,7 +79,8 @@ class Step:
             revive_scale=1 / len(self.x_ND),
         )
         losses.total.backward()
-        self.optimizer.step(1.0)
+        self.optimizer.prepare(1.0)
+        self.optimizer.step()
         self.optimizer.zero_grad()
         synchronize(self.x_ND.device)
         return time.perf_counter() - start

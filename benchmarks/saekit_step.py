@@ -58,7 +58,8 @@ def make_step(job: dict[str, Any], x_ND: torch.Tensor) -> tuple[Callable[[], Non
         x = x_ND.float()
         losses = sae_losses(x, sae(x), scale=scale, auxk_alpha=0.0, num_dead=0)
         losses.total.backward()
-        optimizer.step(1.0)
+        optimizer.prepare(1.0)
+        optimizer.step()
         optimizer.zero_grad()
 
     return step, sae, optimizer

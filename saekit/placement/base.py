@@ -25,8 +25,11 @@ class LayerOptimizer(Protocol):
     averages: bool
     """Whether `export` gives other weights than those that are trained, made of them and of the state."""
 
-    def step(self, lr_scale: float) -> None:
-        """One optimiser step at `lr_scale` times the base learning rate, from the SAE's gradients.
+    def prepare(self, lr_scale: float) -> None:
+        """Get the next step ready, at `lr_scale` times the base learning rate: the host's part, before each `step`."""
+
+    def step(self) -> None:
+        """Take the prepared step, from the SAE's gradients: the device's part.
 
         Where the decoder's rows are kept at norm 1, the gradient is projected before and the rows are scaled after it.
         """

@@ -53,7 +53,9 @@ class LocalBank(Placement):
     def apply(self, lr_scale: float) -> None:
         """Step each layer's optimizer, which projects and renormalizes, and drop the gradients."""
         for optimizer in self._optimizers.values():
-            _step(optimizer, lr_scale)
+            optimizer.prepare(lr_scale)
+        for optimizer in self._optimizers.values():
+            optimizer.step()
         self.skip()
 
     def skip(self) -> None:
@@ -100,10 +102,6 @@ class Single(LocalBank):
         device = Accelerator().device
         # Apple's GPU has no float64 for the statistics.
         return cls(torch.device("cpu") if device.type == "mps" else device)
-
-
-def _step(optimizer: LayerOptimizer, lr_scale: float) -> None:
-    optimizer.step(lr_scale)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -111,7 +111,7 @@ class Zero3(Ranked):
             torch_optimizers += optimizer.optimizers
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
             self._saes[hookpoint] = sae
-        self._torch_optimizer = merged(torch_optimizers)
+        self._torch_optimizer: Any = merged(torch_optimizers)  # one of training's that have `prepare`
         self._base_rates = [group["lr"] for group in self._torch_optimizer.param_groups]
 
         bank = nn.ModuleList(self._saes.values())
@@ -161,6 +161,10 @@ class Zero3(Ranked):
         """Step the engine, whose optimizer projects and renormalizes in hooks."""
         for group, rate in zip(self._torch_optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * lr_scale
+        # DeepSpeed empties the groups, and hands the optimizer one flat tensor at a time in its own step.
+        self._engine.optimizer._set_fp32_optimizer_param_groups()
+        self._torch_optimizer.prepare()
+        self._engine.optimizer._clear_fp32_optimizer_param_groups()
         self._engine.step()
         self._backwards.clear()
 

@@ -71,4 +71,5 @@ class Layer:
 
     def update(self) -> None:
         """The optimizer's step; the gradients stay."""
-        self.optimizer.step(1.0)
+        self.optimizer.prepare(1.0)
+        self.optimizer.step()

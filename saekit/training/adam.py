@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from saekit.sae.kernels import Kernels
+from saekit.sae.kernels.eager import adam_numbers
 from saekit.sae.kernels.row_sums import RowSums, defer_gradient
+from saekit.training.prepared import PreparedOptimizer
 
 BETA1 = 0.9
 EPS = 1e-8
 
 
-class SaeAdam(torch.optim.Optimizer):
+class SaeAdam(PreparedOptimizer):
     """Adam (Kingma and Ba 2015), whose update is one of the SAE's kernels.
 
     Args:
@@ -53,28 +55,31 @@ class SaeAdam(torch.optim.Optimizer):
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self.deferred = {each: defer_gradient(each) for each in parameters if each.ndim == 2}
 
+    def _advance(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[float, ...]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # on the CPU: reading it waits for no GPU
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
+        state["step"] += 1
+        return adam_numbers(int(state["step"]), float(group["lr"]), *group["betas"])
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, which is used up."""
+        """Update every parameter that has a gradient, which is used up, with the numbers that `prepare` left."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 gradient = self._gradient(parameter)
                 if gradient is None:
                     continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())  # on the CPU: reading it waits for no GPU
-                    state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
-                state["step"] += 1
+                numbers, state = self._numbers(parameter), self.state[parameter]
                 self.kernels.adam_(
                     parameter,
                     gradient,
                     state["exp_avg"],
                     state["exp_avg_sq"],
-                    step=int(state["step"]),
-                    lr=float(group["lr"]),
+                    numbers=numbers,
                     beta1=beta1,
                     beta2=beta2,
                     eps=group["eps"],

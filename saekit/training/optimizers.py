@@ -14,6 +14,7 @@ from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels.eager import unit_rows
 from saekit.sae.kernels.row_sums import RowSums
 from saekit.training.adam import BETA1, EPS, SaeAdam
+from saekit.training.prepared import PreparedOptimizer
 from saekit.training.signum import ScheduleFreeSignum
 
 REFERENCE_LATENTS = 2**14
@@ -100,11 +101,14 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
 
 
 class TorchOptimizer:
-    """One or more `torch.optim` optimisers that share the parameters of one SAE. Implements `LayerOptimizer`.
+    """One or more `torch.optim` optimizers that share the parameters of one SAE. Implements `LayerOptimizer`.
+
+    `step` is a fixed graph if all of them are `PreparedOptimizer`s: Adam and Signum. It is not under `muon` and
+    `adam8bit`, whose steps belong to torch and bitsandbytes: those count steps on the host and pass Python numbers.
 
     Args:
         sae: The SAE.
-        optimizers: Its optimisers.
+        optimizers: Its optimizers.
         one_sum: Whether a step adds to the gradient of a matrix once only.
     """
 
@@ -113,19 +117,25 @@ class TorchOptimizer:
         self.optimizers = optimizers
         self.one_sum = one_sum
         self.averages = any(isinstance(each, ScheduleFreeSignum) for each in optimizers)
+        # SaeAdam projects and renormalizes while it has the rows in hand.
+        self._rows_apart = sae.normalize_decoder and not any(isinstance(each, SaeAdam) for each in optimizers)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
-    def step(self, lr_scale: float) -> None:
-        """See `LayerOptimizer.step`."""
-        # SaeAdam does both for itself, while it has the rows in hand.
-        apart = self.sae.normalize_decoder and not any(isinstance(each, SaeAdam) for each in self.optimizers)
-        if apart:
-            project_decoder_gradient_(self.sae)
+    def prepare(self, lr_scale: float) -> None:
+        """Get the next step ready, at `lr_scale` times the base learning rates, without waiting for the device."""
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * lr_scale
+            if isinstance(optimizer, PreparedOptimizer):
+                optimizer.prepare()
+
+    def step(self) -> None:
+        """Take the prepared step, from the SAE's gradients."""
+        if self._rows_apart:
+            project_decoder_gradient_(self.sae)
+        for optimizer in self.optimizers:
             optimizer.step()
-        if apart:
+        if self._rows_apart:
             normalize_decoder_(self.sae)
 
     def zero_grad(self) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saekit.training.prepared import PreparedOptimizer
 
-class ScheduleFreeSignum(torch.optim.Optimizer):
+
+class ScheduleFreeSignum(PreparedOptimizer):
     """Schedule-free sign descent (Defazio et al. 2024, "The Road Less Scheduled", arXiv 2405.15682, equations 3-5).
 
     Three sequences: `z` takes the steps, `x` is their weighted mean, and gradients are taken at `y` between them:
@@ -29,22 +31,28 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float, beta: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "beta": beta})
 
+    def _advance(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[float, ...]:
+        """The learning rate, and `c`."""
+        lr, state = float(group["lr"]), self.state[parameter]
+        if not state:
+            state["z"] = parameter.clone()
+            state["weight_sum"] = 0.0
+        state["weight_sum"] += lr**2
+        return lr, lr**2 / state["weight_sum"] if state["weight_sum"] else 0.0
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; parameters without a gradient stay."""
+        """Take the step that `prepare` prepared; parameters without a gradient stay."""
         for group in self.param_groups:
-            lr, beta = group["lr"], group["beta"]
+            beta = group["beta"]
             for y in group["params"]:
                 if y.grad is None:
                     continue
-                state = self.state[y]
-                if not state:
-                    state["z"] = y.clone()
-                    state["weight_sum"] = 0.0
-                x = self._mean(y, state["z"], beta)
-                z = state["z"].sub_(y.grad.sign(), alpha=lr)
-                state["weight_sum"] += lr**2
-                x.lerp_(z, lr**2 / state["weight_sum"] if state["weight_sum"] else 0.0)
+                lr, c = self._numbers(y).to(y.dtype)
+                z = self.state[y]["z"]
+                x = self._mean(y, z, beta)
+                z -= y.grad.sign().mul_(lr)
+                x.lerp_(z, c)
                 torch.lerp(z, x, beta, out=y)
 
     def average(self, parameter: nn.Parameter) -> Tensor:

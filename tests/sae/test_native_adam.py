@@ -5,6 +5,7 @@ import torch
 
 from saekit.planning.meter import Meter
 from saekit.sae.kernels import eager, native_ops
+from tests.sae.adam import adam_settings
 from tests.sae.native import needs_native
 
 SHAPES = [((7, 5), True), ((300, 96), True), ((7, 5), False), ((10_001,), False), ((), False)]
@@ -24,7 +25,7 @@ def test_adam(shape, unit_rows, scale):
     for step in (1, 2, 3):
         grad = torch.randn(shape, generator=generator)
         for adam_, (param, first, second) in zip((native_ops.adam_, eager.adam_), states, strict=True):
-            settings = {"step": step, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": unit_rows}
+            settings = adam_settings(step, unit_rows=unit_rows)
             adam_(param, grad.to(param.dtype, copy=True), first, second, **settings)
     for got, expected in zip(*states, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
@@ -41,7 +42,7 @@ def test_adam_with_moments_in_bfloat16(shape, unit_rows):
     states = [[start.clone(), *torch.zeros(2, *shape, dtype=torch.bfloat16)] for _ in range(2)]
     for step in range(1, 10):
         grad = torch.randn(shape, generator=generator)
-        settings = {"step": step, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": unit_rows}
+        settings = adam_settings(step, unit_rows=unit_rows)
         for adam_, state in zip((native_ops.adam_, eager.adam_), states, strict=True):
             adam_(state[0], grad.clone(), *state[1:], **settings)
         torch.testing.assert_close(states[0][0], states[1][0], rtol=1e-5, atol=1e-6)
@@ -54,7 +55,7 @@ def test_adam_with_moments_in_bfloat16(shape, unit_rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adam_needs_no_memory_and_the_plan_says_so(dtype):
     matrix, *moments = torch.empty(2000, 512, device="meta"), *torch.empty(2, 2000, 512, dtype=dtype, device="meta")
-    settings = {"step": 1, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": True}
+    settings = adam_settings(1, unit_rows=True, device="meta")
     with Meter(on_gpu=False) as meter:
         native_ops.adam_(matrix, matrix, *moments, **settings)
         assert meter.peak.total == 0
@@ -66,7 +67,7 @@ def test_moments_are_rounded_as_the_formulas_round_them(step):
     """Bit for bit, where nothing that goes before leaves a choice."""
     grad = torch.randn(10_001, generator=torch.Generator().manual_seed(step))
     grad[:4] = torch.tensor([torch.nan, torch.inf, 0.0, 1e-20])
-    settings = {"step": step, "lr": 0.01, "beta1": 0.0, "beta2": 0.0, "eps": 1e-8, "unit_rows": False}
+    settings = adam_settings(step, betas=(0.0, 0.0))
     found = []
     for adam_ in (native_ops.adam_, eager.adam_):
         param, first, second = torch.zeros(10_001), *torch.ones(2, 10_001, dtype=torch.bfloat16)

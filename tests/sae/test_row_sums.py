@@ -5,6 +5,7 @@ import torch
 
 from saekit.sae.kernels import native_ops, torch_ops
 from saekit.sae.kernels.row_sums import RowSums, defer_gradient, left_to_the_step
+from tests.sae.adam import adam_settings
 from tests.sae.native import needs_native
 
 OPS = [pytest.param(torch_ops, id="cpu"), pytest.param(native_ops, id="native", marks=needs_native)]
@@ -46,7 +47,7 @@ def test_adam_of_sums_is_adam_of_the_gradient_bit_for_bit(ops, unit_rows, moment
     states = [[start.clone(), torch.zeros_like(start, dtype=moments), torch.ones_like(start, dtype=moments)]] * 2
     states = [[each.clone() for each in state] for state in states]
     for step in (1, 2):
-        settings = {"step": step, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": unit_rows}
+        settings = adam_settings(step, unit_rows=unit_rows)
         ops.adam_(states[0][0], sums, *states[0][1:], **settings)
         ops.adam_(states[1][0], ops.segment_sum(*sums), *states[1][1:], **settings)
     assert all(map(torch.equal, *states))
@@ -58,7 +59,7 @@ def test_a_token_that_is_not_there():
     sums, _ = row_sums(7, 33, 5, 4)
     sums.tokens_P[3] = 7
     moments = torch.zeros(33, 5), torch.zeros(33, 5)
-    settings = {"step": 1, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "unit_rows": True}
+    settings = adam_settings(1, unit_rows=True)
     with pytest.raises(IndexError, match="not below 7"):
         native_ops.adam_(torch.ones(33, 5), sums, *moments, **settings)
 

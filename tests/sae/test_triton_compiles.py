@@ -163,6 +163,7 @@ def compile_all():
     from triton.runtime.jit import JITFunction
 
     from saekit.sae.kernels import triton_adam, triton_ops
+    from tests.sae.adam import adam_settings
 
     device = Device()
     driver.set_active(device)
@@ -174,7 +175,7 @@ def compile_all():
             train(*size)
         device.size = HUGE_M
         moments = [torch.empty(HUGE_M, FULL[0], device="meta") for _ in range(4)]
-        triton_adam.adam_(*moments, step=1, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, unit_rows=True)
+        triton_adam.adam_(*moments, **adam_settings(1, unit_rows=True, device="meta"))
     everything = {**vars(triton_ops), **vars(triton_adam)}
     names = {each.__name__ for each in everything.values() if isinstance(each, JITFunction)} - {"_rounded"}
     json.dump({"kernels": device.kernels, "names": sorted(names)}, sys.stdout)
@@ -200,6 +201,7 @@ def train(d_in, num_latents, k, tokens):
         options = {"betas": (0.9, 0.999), "unit_rows": [W_dec], "moments_dtype": moments_dtype}
         adam = SaeAdam(parameters, lr=1e-3, kernels=kernels, **options)
         for _ in range(STEPS):
+            adam.prepare()
             adam.step()
 
 

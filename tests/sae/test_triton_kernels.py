@@ -8,6 +8,7 @@ from saekit.sae.kernels import choose_kernels, eager
 from saekit.sae.kernels.eager import row_norms
 from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.sparse import Sparse
+from tests.sae.adam import adam_settings
 
 pytest.importorskip("triton", reason="Triton is not installed on this system")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +125,7 @@ def test_adam_is_eager_s(shape, unit_rows, dtype):
             grad = numbers(*shape, seed=step)
             if unit_rows:
                 grad[3] = 0
-            adam_(param, grad, *moments, step=step, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, unit_rows=unit_rows)
+            adam_(param, grad, *moments, **adam_settings(step, betas=(0.9, 0.999), unit_rows=unit_rows, device=DEVICE))
         found.append((param, *moments))
     # The interpreter cuts a bfloat16's last bits off, where a GPU rounds to nearest.
     near = NEAR if dtype == torch.float32 else {"rtol": 2**-6, "atol": 1e-2}
@@ -160,7 +161,7 @@ def test_adam_of_sums_is_adam_of_the_gradient(size):
     order, tokens, starts = triton_ops.sort_pairs(chosen(N, M, K), M)
     sums = RowSums(numbers(N, K, seed=2).flatten()[order], tokens, starts, numbers(N, D))
     states = [[numbers(M, D, seed=3), *torch.zeros(2, M, D, device=DEVICE)] for _ in range(2)]
-    settings = {"step": 1, "lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "unit_rows": True}
+    settings = adam_settings(1, betas=(0.9, 0.999), unit_rows=True, device=DEVICE)
     triton_ops.adam_(states[0][0], sums, *states[0][1:], **settings)
     triton_ops.adam_(states[1][0], sums.dense(), *states[1][1:], **settings)
     for got, expected in zip(*states, strict=True):

@@ -10,9 +10,14 @@ from saekit.sae.kernels import choose_kernels, eager, torch_ops
 from saekit.sae.kernels.eager import row_norms
 from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
 from saekit.training.signum import ScheduleFreeSignum
+from tests.sae.adam import adam_settings
 from tests.sae.native import needs_native
 
 OPTIMIZERS = ["adam", "signum", pytest.param("adam8bit", marks=pytest.mark.filterwarnings("default")), "muon"]
+
+
+def odds(step):
+    return torch.tensor(eager.odds_of_step(step), dtype=torch.int32)
 
 
 def make_sae(size=8):
@@ -24,7 +29,8 @@ def step_some(sae, optimizer, steps, seed):
     for number in range(steps):
         for parameter in sae.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step(1 / (number + 1))
+        optimizer.prepare(1 / (number + 1))
+        optimizer.step()
         optimizer.zero_grad()
 
 
@@ -57,7 +63,8 @@ def test_adam_is_adam():
         for parameter, other in zip(sae.parameters(), twin.parameters(), strict=True):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
             other.grad = parameter.grad.clone()
-        optimizer.step(scale)
+        optimizer.prepare(scale)
+        optimizer.step()
         plain.param_groups[0]["lr"] = 0.01 * scale
         project_decoder_gradient_(twin)
         plain.step()
@@ -96,7 +103,8 @@ def test_no_optimizer_decays_weights(name):
     optimizer = make_optimizer(TrainConfig(optimizer=name, lr=0.1), sae)
     for parameter in sae.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(1.0)
+    optimizer.prepare(1.0)
+    optimizer.step()
     for parameter, old in zip(sae.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, old, rtol=1e-6, atol=0)  # renormalising rounds
 
@@ -126,7 +134,7 @@ class TestAdamKernels:
             grad = torch.randn(shape, generator=generator)
             if unit_rows:
                 grad[3] = 0
-            adam_(param, grad, *moments, step=step, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, unit_rows=unit_rows)
+            adam_(param, grad, *moments, **adam_settings(step, betas=(0.9, 0.999), unit_rows=unit_rows))
         return param, *moments
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,11 +162,13 @@ class TestAdamKernels:
         generator = torch.Generator().manual_seed(0)
         values = torch.rand(100_000, generator=generator) + 0.5
         noise = torch.randn(100_000, generator=generator)
-        rounded = eager.round_stochastically(values, noise, 7).float()
+        rounded = eager.round_stochastically(values, noise, odds(7)).float()
         assert ((rounded - values).abs() < 2**-7).all()
         assert (rounded - values).mean().abs() < 2e-5  # truncation: 2e-3
         constant = torch.full((100,), 0.7)
-        over_steps = [eager.round_stochastically(constant, torch.zeros(100), step).float()[0] for step in range(2000)]
+        over_steps = [
+            eager.round_stochastically(constant, torch.zeros(100), odds(step)).float()[0] for step in range(2000)
+        ]
         assert torch.stack(over_steps).mean() == pytest.approx(0.7, abs=3e-4)
 
     def test_moments_in_bfloat16_go_on_bit_for_bit(self):
@@ -197,6 +207,7 @@ def test_signum_follows_its_three_sequences():
         y = 0.1 * z + 0.9 * x
         torch.testing.assert_close(parameter.detach(), y)
         parameter.grad = 2 * parameter.detach()
+        optimizer.prepare()
         optimizer.step()
         z = z - lr * torch.sign(2 * y)
         weight_sum += lr**2
@@ -265,7 +276,8 @@ class TestDeferredGradients:
         for step in range(3):
             for number in range(passes):
                 self.backward(sae, 10 * step + number, tokens)
-            optimizer.step(1.0)
+            optimizer.prepare(1.0)
+            optimizer.step()
             optimizer.zero_grad()
         return optimizer.export() | optimizer.state()
 

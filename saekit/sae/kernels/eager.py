@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+STEP_SIZE, CORRECTION, ROOT, ODDS, RATE, STEPS_BEFORE = range(6)
+"""Where `adam_numbers` puts what. `native_rows.h` has the same order."""
+
 
 def encode_topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
@@ -110,6 +113,29 @@ def autoencode_nested(
     return torch.stack(rows), acts_NK, indices_NK
 
 
+def adam_numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, ...]:
+    """Compute what changes from step to step in `adam_`, which reads it from a float64 tensor `[6]`.
+
+    Args:
+        step: Number of this step, from 1.
+        lr: Learning rate.
+        beta1: Decay of the first moment per step.
+        beta2: Decay of the second.
+
+    Returns:
+        By position: `STEP_SIZE`, the learning rate over the first moment's correction `1 − β₁^step`; `CORRECTION`, the
+        second moment's, `1 − β₂^step`; `ROOT`, its square root; `ODDS`, an integer for `round_stochastically`; `RATE`,
+        the learning rate; `STEPS_BEFORE`, the number of steps before this one.
+    """
+    correction = 1 - beta2**step
+    return lr / (1 - beta1**step), correction, correction**0.5, odds_of_step(step), lr, step - 1
+
+
+def odds_of_step(step: int) -> int:
+    """What `round_stochastically` needs to know of a step: 31 bits."""
+    return step * 747796405 % 2**31
+
+
 @torch.no_grad()
 def adam_(
     param: Tensor,
@@ -117,8 +143,7 @@ def adam_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
-    lr: float,
+    numbers: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -131,8 +156,7 @@ def adam_(
         grad: Of the same shape and type.
         exp_avg: The first moment, float32 or bfloat16.
         exp_avg_sq: The second moment; in bfloat16 it is rounded by `round_stochastically`.
-        step: Number of this step, from 1.
-        lr: Learning rate.
+        numbers: What `adam_numbers` gives for this step, `[6]`, float64, on the parameter's device.
         beta1: Decay of the first moment per step.
         beta2: Decay of the second.
         eps: What is added to the root of the second.
@@ -145,15 +169,17 @@ def adam_(
         grad -= (grad * unit_MD).sum(dim=1, keepdim=True) * unit_MD
     first = beta1 * exp_avg.to(param.dtype) + (1 - beta1) * grad
     second = beta2 * exp_avg_sq.to(param.dtype) + (1 - beta2) * grad.square()
-    denominator = (second / (1 - beta2**step)).sqrt() + eps
-    param -= lr / (1 - beta1**step) * first / denominator
+    step_size, correction = numbers[STEP_SIZE].to(param.dtype), numbers[CORRECTION].to(param.dtype)
+    denominator = (second / correction).sqrt() + eps
+    param -= step_size * first / denominator
     if unit_rows:
         param /= row_norms(param)
     exp_avg.copy_(first)
-    exp_avg_sq.copy_(round_stochastically(second, grad, step) if exp_avg_sq.dtype == torch.bfloat16 else second)
+    in_bfloat16 = exp_avg_sq.dtype == torch.bfloat16
+    exp_avg_sq.copy_(round_stochastically(second, grad, numbers[ODDS].to(torch.int32)) if in_bfloat16 else second)
 
 
-def round_stochastically(values: Tensor, noise: Tensor, step: int) -> Tensor:
+def round_stochastically(values: Tensor, noise: Tensor, odds: Tensor) -> Tensor:
     """float32 values rounded to bfloat16, up or down with odds that make the rounding's mean error zero.
 
     A second moment moves by a thousandth of itself per step, which rounding to nearest (to 8 bits) would undo every
@@ -162,9 +188,9 @@ def round_stochastically(values: Tensor, noise: Tensor, step: int) -> Tensor:
     Args:
         values: float32, not negative.
         noise: float32 of the same shape: numbers whose low bits are as good as random.
-        step: Makes the bits differ from step to step where `noise` does not.
+        odds: `odds_of_step` as a scalar, int32. It makes the bits differ from step to step where `noise` does not.
     """
-    mixed = (noise.view(torch.int32) ^ values.view(torch.int32)) * -1640531535 + step * 747796405 % 2**31
+    mixed = (noise.view(torch.int32) ^ values.view(torch.int32)) * -1640531535 + odds
     mixed = (mixed ^ (mixed >> 15)) * -2048144789  # rounds of integer hashing: products carry low bits upwards
     bits = values.view(torch.int32) + (mixed >> 16 & 0xFFFF)
     return (bits & -65536).view(torch.float32).to(torch.bfloat16)

@@ -102,9 +102,8 @@ void weighted_sums(const float* weights, const int64_t* indices, const int64_t* 
 
 // One step of Adam, as `eager.adam_` has it; with unit_rows on rows of D numbers, which stay at norm 1.
 void adam(float* params, const float* grads, void* firsts, void* seconds, bool bfloat16, int64_t count, int64_t D,
-          float step_size, float beta1, float beta2, float correction2, float eps, int64_t step, bool unit_rows,
-          int64_t threads) {
-    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps, bits_of_step(step)};
+          const double* numbers, float beta1, float beta2, float eps, bool unit_rows, int64_t threads) {
+    const Adam adam = adam_of(numbers, beta1, beta2, eps);
     const int64_t size = unit_rows ? D : BLOCK;
     with_moments(firsts, seconds, bfloat16, [&](auto* first, auto* second) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -115,9 +114,9 @@ void adam(float* params, const float* grads, void* firsts, void* seconds, bool b
 
 // The same with a gradient that is the sums of segments: each is there for as long as its row is stepped, in the cache.
 void adam_of_sums(float* params, const float* weights, const int64_t* indices, const int64_t* starts, const float* rows,
-                  void* firsts, void* seconds, bool bfloat16, int64_t M, int64_t D, float step_size, float beta1,
-                  float beta2, float correction2, float eps, int64_t step, bool unit_rows, int64_t threads) {
-    const Adam adam{step_size, beta1, beta2, 1 / correction2, eps, bits_of_step(step)};
+                  void* firsts, void* seconds, bool bfloat16, int64_t M, int64_t D, const double* numbers, float beta1,
+                  float beta2, float eps, bool unit_rows, int64_t threads) {
+    const Adam adam = adam_of(numbers, beta1, beta2, eps);
     const Sums sums{weights, indices, starts, rows, D, starts[M]};
     with_moments(firsts, seconds, bfloat16, [&](auto* first, auto* second) {
 #pragma omp parallel num_threads(threads)

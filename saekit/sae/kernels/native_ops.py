@@ -161,8 +161,7 @@ def adam_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
-    lr: float,
+    numbers: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -173,21 +172,21 @@ def adam_(
     With a gradient of `RowSums` from the sum of its gradient on.
     """
     moments, bfloat16 = (exp_avg, exp_avg_sq), _all_of(torch.bfloat16, exp_avg, exp_avg_sq)
-    numbers = lr / (1 - beta1**step), beta1, beta2, 1 - beta2**step, eps, step, unit_rows, torch.get_num_threads()
-    if bfloat16 or _all_float32(*moments):
+    settings = numbers, beta1, beta2, eps, unit_rows, torch.get_num_threads()
+    if _all_of(torch.float64, numbers) and (bfloat16 or _all_float32(*moments)):
         if isinstance(grad, RowSums):
             weights_P, tokens_P, starts_M, rows_ND = grad
             (M, D), floats = param.shape, (param, weights_P, rows_ND)
             if _all_float32(*floats) and (len(starts_M), rows_ND.shape[1]) == (M + 1, D):
                 sums = weights_P, _below(len(rows_ND), tokens_P), starts_M, rows_ND
-                _call("adam_of_sums", param, *sums, *moments, bfloat16, M, D, *numbers)
+                _call("adam_of_sums", param, *sums, *moments, bfloat16, M, D, *settings)
                 return
         elif _all_float32(param, grad):
             width = param.shape[-1] if unit_rows else 1
-            _call("adam", param, grad, *moments, bfloat16, param.numel(), width, *numbers)
+            _call("adam", param, grad, *moments, bfloat16, param.numel(), width, *settings)
             return
     grad = segment_sum(*grad) if isinstance(grad, RowSums) else grad
-    torch_ops.adam_(param, grad, *moments, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
+    torch_ops.adam_(param, grad, *moments, numbers=numbers, beta1=beta1, beta2=beta2, eps=eps, unit_rows=unit_rows)
 
 
 def _all_float32(*tensors: Tensor) -> bool:

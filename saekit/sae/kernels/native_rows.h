@@ -77,13 +77,11 @@ inline float widened(uint16_t number) {
 inline float widened(float number) { return number; }
 
 // `eager.round_stochastically`, bit for bit: up or down, with odds from the low bits of `noise` and the step's.
-inline uint16_t rounded_by_odds(float number, float noise, uint32_t step_bits) {
-    int32_t mixed = int32_t((bits_of(noise) ^ bits_of(number)) * 0x9e3779b1u + step_bits);
+inline uint16_t rounded_by_odds(float number, float noise, uint32_t odds) {
+    int32_t mixed = int32_t((bits_of(noise) ^ bits_of(number)) * 0x9e3779b1u + odds);
     mixed = int32_t(uint32_t(mixed ^ (mixed >> 15)) * 0x85ebca6bu);
     return uint16_t((bits_of(number) + ((uint32_t(mixed) >> 16) & 0xffff)) >> 16);
 }
-
-inline uint32_t bits_of_step(int64_t step) { return uint32_t(step * 747796405) & 0x7fffffff; }
 
 // Moments at rest: in float32 as they are, in bfloat16 the second by odds, since to the nearest it would stand still.
 
@@ -92,14 +90,14 @@ inline void keep(float& first, float& second, float new_first, float new_second,
     second = new_second;
 }
 
-inline void keep(uint16_t& first, uint16_t& second, float new_first, float new_second, float noise, uint32_t step_bits) {
+inline void keep(uint16_t& first, uint16_t& second, float new_first, float new_second, float noise, uint32_t odds) {
     first = rounded(new_first);
-    second = rounded_by_odds(new_second, noise, step_bits);
+    second = rounded_by_odds(new_second, noise, odds);
 }
 
 struct Adam {
     float step_size, beta1, beta2, scale2, eps;  // scale2: one over the second moment's correction
-    uint32_t step_bits;                          // what makes odds differ from step to step
+    uint32_t odds;                               // what makes them differ from step to step
 
     // One step of a row, or of any few numbers in sequence; with `unit` it stays at norm 1.
     template <class Moment>
@@ -114,7 +112,7 @@ struct Adam {
             const float g = grad[d] - along * param[d];
             const float new_first = beta1 * widened(first[d]) + (1 - beta1) * g;
             const float new_second = beta2 * widened(second[d]) + (1 - beta2) * g * g;
-            keep(first[d], second[d], new_first, new_second, g, step_bits);
+            keep(first[d], second[d], new_first, new_second, g, odds);
             param[d] -= step_size * new_first / (std::sqrt(new_second * scale2) + eps);
         }
         if (unit) {
@@ -124,5 +122,11 @@ struct Adam {
         }
     }
 };
+
+// From the numbers of this step, which are where `eager.adam_numbers` puts them.
+inline Adam adam_of(const double* numbers, float beta1, float beta2, float eps) {
+    enum { STEP_SIZE, CORRECTION, ROOT, ODDS };
+    return {float(numbers[STEP_SIZE]), beta1, beta2, 1 / float(numbers[CORRECTION]), eps, uint32_t(numbers[ODDS])};
+}
 
 }  // namespace

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.optim.adam import adam as adam_of_torch
 
 from saekit.sae.kernels import scores
-from saekit.sae.kernels.eager import from_parts, round_stochastically, row_norms, topk_in_parts
+from saekit.sae.kernels.eager import (
+    ODDS,
+    RATE,
+    STEPS_BEFORE,
+    from_parts,
+    round_stochastically,
+    row_norms,
+    topk_in_parts,
+)
 from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.scores import GROUP
 
@@ -153,8 +161,7 @@ def adam_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
-    lr: float,
+    numbers: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -166,7 +173,10 @@ def adam_(
     """
     grad = segment_sum(*grad) if isinstance(grad, RowSums) else grad
     width = param[0].numel() if param.ndim > 1 else 1
-    rows = max(1, ADAM_BYTES // (width * param.element_size())) if param.device.type == "cpu" else len(param)
+    on_cpu = param.device.type == "cpu"
+    rows = max(1, ADAM_BYTES // (width * param.element_size())) if on_cpu else len(param)
+    # torch's kernel for CPUs reads a rate of any type, as a double; the one for CUDA takes it for float32 unseen.
+    lr = numbers[RATE] if on_cpu else numbers[RATE].float()
     for p, g, first, second in zip(*(each.split(rows) for each in (param, grad, exp_avg, exp_avg_sq)), strict=True):
         if unit_rows:
             norms = row_norms(p)  # of a zero row so small that its square would be zero
@@ -179,7 +189,7 @@ def adam_(
             [first_moment],
             [second_moment],
             [],
-            [torch.tensor(float(step - 1), device=p.device)],  # torch counts the step itself
+            [numbers[STEPS_BEFORE].float()],  # torch counts the step itself, in this tensor
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -193,4 +203,4 @@ def adam_(
             p.div_(row_norms(p))
         if first.dtype != p.dtype:
             first.copy_(first_moment)
-            second.copy_(round_stochastically(second_moment, g, step))
+            second.copy_(round_stochastically(second_moment, g, numbers[ODDS].to(torch.int32)))

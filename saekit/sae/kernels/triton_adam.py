@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saekit.sae.kernels import eager
+
 FLAT = 1024
 """Elements per program where rows do not matter."""
 OPTIONS = {"enable_fp_fusion": True}
@@ -33,30 +35,32 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @triton.jit
-def _rounded(values, noise, step_bits):
+def _rounded(values, noise, odds):
     """See `eager.round_stochastically`: bit for bit the same."""
     bits = values.to(tl.int32, bitcast=True)
-    mixed = (noise.to(tl.int32, bitcast=True) ^ bits) * -1640531535 + step_bits
+    mixed = (noise.to(tl.int32, bitcast=True) ^ bits) * -1640531535 + odds
     mixed = (mixed ^ (mixed >> 15)) * -2048144789
     return ((bits + ((mixed >> 16) & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
 
 
-# What changes at each step is not compiled in, or the kernel would be compiled anew in the middle of a run.
-@triton.jit(do_not_specialize=["step_bits"])
+# What changes from step to step is read from memory: nothing is compiled in the middle of a run, and a replayed CUDA
+# graph sees the new numbers.
+@triton.jit
 def adam_rows(
     p_ptr,
     g_ptr,
     first_ptr,
     second_ptr,
+    numbers_ptr,
     width,
     size,
-    rate,
-    root_of_second,
     beta1,
     beta2,
     eps,
     tiny,
-    step_bits,
+    STEP_SIZE: tl.constexpr,
+    ROOT: tl.constexpr,
+    ODDS: tl.constexpr,
     UNIT_ROWS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -70,19 +74,21 @@ def adam_rows(
     g = tl.load(g_ptr + at, mask=mask, other=0.0)
     first = tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    step_size = tl.load(numbers_ptr + STEP_SIZE).to(tl.float32)
+    root = tl.load(numbers_ptr + ROOT).to(tl.float32)
     if UNIT_ROWS:
         norm = tl.maximum(tl.sqrt(tl.sum(p * p)), tiny)
         unit = p / norm
         g -= tl.sum(g * unit) * unit
     first = beta1 * first + (1 - beta1) * g
     second = beta2 * second + (1 - beta2) * g * g
-    p -= rate * first / (tl.sqrt(second) / root_of_second + eps)
+    p -= step_size * first / (tl.sqrt(second) / root + eps)
     if UNIT_ROWS:
         p /= tl.maximum(tl.sqrt(tl.sum(p * p)), tiny)
     tl.store(p_ptr + at, p, mask=mask)
     tl.store(first_ptr + at, first.to(first_ptr.dtype.element_ty), mask=mask)
     if HALF:
-        second = _rounded(second, g, step_bits)
+        second = _rounded(second, g, tl.load(numbers_ptr + ODDS).to(tl.int32))
     tl.store(second_ptr + at, second.to(second_ptr.dtype.element_ty), mask=mask)
 
 
@@ -94,8 +100,7 @@ def adam_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
-    lr: float,
+    numbers: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -111,15 +116,16 @@ def adam_(
         grad.contiguous(),
         exp_avg,
         exp_avg_sq,
+        numbers,
         width,
         param.numel(),
-        lr / (1 - beta1**step),
-        (1 - beta2**step) ** 0.5,
         beta1,
         beta2,
         eps,
         torch.finfo(torch.float32).tiny,
-        step * 747796405 % 2**31,
+        STEP_SIZE=eager.STEP_SIZE,
+        ROOT=eager.ROOT,
+        ODDS=eager.ODDS,
         UNIT_ROWS=unit_rows,
         HALF=exp_avg_sq.dtype == torch.bfloat16,
         BLOCK=block,
