@@ -53,13 +53,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: `saekit --help` must not wait for them.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'saekit' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        # torch and transformers take seconds to import: `saekit --help` must not wait for them.
+        if name not in _HOMES:
+            raise AttributeError(f"module 'saekit' has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "planning": {"config", "sae", "activations", "placement", "training"},
     "wizard": {"config", "data", "activations", "planning", "report", "training"},
     "demo": {"config", "cli", "evaluation", "page", "report", "training"},
-    "cli": {"config", "demo", "doctor", "evaluation", "page", "planning", "report", "training", "wizard"},
+    "cli": {"api", "config", "demo", "doctor", "evaluation", "page", "planning", "report", "training", "wizard"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

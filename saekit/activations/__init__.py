@@ -1,4 +1,7 @@
-"""The language model: load it, find its blocks, tap their outputs."""
+"""The language model: load it, find its blocks, tap their outputs.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.activations.excluded import excluded_tokens
 from saekit.activations.head import Objective, WithHead, auto_with_head, load_with_head, objective_of, predicts

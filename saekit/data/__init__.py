@@ -1,4 +1,7 @@
-"""Text to token ids to batches."""
+"""Text to token ids to batches.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.data.batches import Sequences, StepBatches, sequences
 from saekit.data.load import load_sequences

@@ -1,4 +1,7 @@
-"""How good SAEs are on held-out tokens, and what they cost the language model."""
+"""How good SAEs are on held-out tokens, and what they cost the language model.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.evaluation.checkpoint import EvalOptions, Prepared, evaluate_checkpoint, evaluate_prepared, joined, prepare
 from saekit.evaluation.evaluate import Subject, evaluate

@@ -1,4 +1,7 @@
-"""What each latent does: the contexts it fires in, the tokens it promotes, its neighbours in the decoder."""
+"""What each latent does: the contexts it fires in, the tokens it promotes, its neighbours in the decoder.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.features.codes import Codes
 from saekit.features.contexts import Contexts, find_contexts

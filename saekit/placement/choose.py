@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator
 
 from saekit.errors import UserError
 from saekit.placement.base import Placement
@@ -31,6 +30,8 @@ def connect(asked: str = "auto", layer_map: str | None = None) -> Placement:
     if layer_map is not None and name != "layer-map":
         raise UserError(f"--layer-map {layer_map} has no meaning under --placement {name}")
     if name == "single":
+        from accelerate import Accelerator
+
         device = Accelerator().device
         # Apple's GPU has no float64 for the statistics.
         return Single(torch.device("cpu") if device.type == "mps" else device)

@@ -1,4 +1,7 @@
-"""Reporters: who watches a run, and `inspect`, who looks at what it left."""
+"""Reporters: who watches a run, and `inspect`, who looks at what it left.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.report.base import Reporter, Reporters
 from saekit.report.jsonl import JsonlReporter

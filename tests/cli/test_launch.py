@@ -82,7 +82,7 @@ def test_every_package_is_shipped():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "saekit").rglob("__init__.py")}
-    assert listed == found | {"saekit.accelerate_configs"}
+    assert listed == found
 
 
 @pytest.mark.parametrize(
