@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from saekit.activations import splice, tap
     from saekit.api import evaluate, load, load_many, train
     from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
+    from saekit.data import chunk_and_tokenize
     from saekit.errors import UserError
-    from saekit.sae import Sae
+    from saekit.sae import Sae, save_as_saelens
     from saekit.training import SaeTrainer
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "__version__",
+    "chunk_and_tokenize",
     "evaluate",
     "load",
     "load_many",
+    "save_as_saelens",
     "splice",
     "tap",
     "train",
@@ -44,22 +47,26 @@ _HOMES = {
     "SaeTrainer": "saekit.training",
     "TrainConfig": "saekit.config",
     "UserError": "saekit.errors",
+    "chunk_and_tokenize": "saekit.data",
     "evaluate": "saekit.api",
     "load": "saekit.api",
     "load_many": "saekit.api",
+    "save_as_saelens": "saekit.sae",
     "splice": "saekit.activations",
     "tap": "saekit.activations",
     "train": "saekit.api",
 }
 
 
-def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: `saekit --help` must not wait for them.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'saekit' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    def __getattr__(name: str) -> Any:
+        # torch and transformers take seconds to import: `saekit --help` must not wait for them.
+        if name not in _HOMES:
+            raise AttributeError(f"module 'saekit' has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

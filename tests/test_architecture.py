@@ -24,7 +24,19 @@ MAY_IMPORT = {
     "planning": {"config", "sae", "activations", "placement", "runs", "training"},
     "views": {"placement", "doctor", "report", "runs", "analysis", "planning"},
     "wizard": {"config", "data", "activations", "placement", "runs", "training", "planning", "views"},
-    "cli": {"config", "doctor", "placement", "runs", "analysis", "training", "planning", "views", "wizard", "demo"},
+    "cli": {
+        "api",
+        "config",
+        "doctor",
+        "placement",
+        "runs",
+        "analysis",
+        "training",
+        "planning",
+        "views",
+        "wizard",
+        "demo",
+    },
     "demo": {"config", "analysis", "training", "views", "cli"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""

@@ -1,4 +1,7 @@
-"""The language model: load it, find its blocks, tap their outputs."""
+"""The language model: load it, find its blocks, tap their outputs.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.activations.head import ObjectiveName, WithHead, auto_with_head, load_with_head, objective_of, predicts
 from saekit.activations.hookpoints import Blocks, find_blocks, select_layers

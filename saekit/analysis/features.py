@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.activations import find_blocks, tap
 from saekit.analysis.codes import Codes, Contexts, find_contexts
 from saekit.analysis.evaluate import Subject
-from saekit.analysis.lens import Lens, logit_lens
+from saekit.analysis.features import Lens, logit_lens
 from saekit.analysis.measure import Neighbours, nearest_rows
 
 TOP, SPREAD = 10, 5

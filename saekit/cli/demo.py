@@ -24,5 +24,5 @@ def demo(
     from saekit.cli.output import messages
 
     with messages().status("Loading libraries"):
-        from saekit.demo.run import run_demo
+        from saekit.cli.first_steps import run_demo
     run_demo(save_dir, max_tokens)

@@ -45,8 +45,7 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Evaluate SAEs on held-out tokens: reconstruction, and what grafting it into the language model costs."""
-    from saekit.cli.output import messages, results
-    from saekit.cli.progress import progress
+    from saekit.cli.output import messages, progress, results
 
     load_plugins({"plugin": plugin})
     with messages().status("Loading libraries"):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saekit.cli.eval import BatchSize, DataSet, IncludeTrainingData, Model, SaePath, Split
+from saekit.cli.checkpoints import BatchSize, DataSet, IncludeTrainingData, Model, SaePath, Split
 from saekit.cli.options import Plugins
 from saekit.config.flat import load_plugins
 
@@ -43,8 +43,7 @@ def report(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Make one page of HTML of a checkpoint: training, evaluation, and every latent to browse. It needs no network."""
-    from saekit.cli.output import messages
-    from saekit.cli.progress import progress
+    from saekit.cli.output import messages, progress
 
     load_plugins({"plugin": plugin})
     with messages().status("Loading libraries"):

@@ -1,4 +1,7 @@
-"""Configuration: validated dataclasses that `--help`, YAML and Python share."""
+"""Configuration: validated dataclasses that `--help`, YAML and Python share.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.config.inputs import DataConfig, ModelConfig
 from saekit.config.run import RunConfig

@@ -86,7 +86,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
     if "input_ids" not in data.column_names:
         raise UserError(
             f"the data set is not tokenised: it has no column input_ids but {', '.join(data.column_names)}; "
-            "saekit.data.chunk_and_tokenize makes one"
+            "saekit.chunk_and_tokenize makes one"
         )
     if len(data) == 0:
         raise UserError("the data set is empty")

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -154,6 +154,8 @@ class _Packer:
         self.carried = np.empty(0, dtype=np.int32)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        import pyarrow as pa
+
         column = table.column("input_ids").combine_chunks()
         values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
         stream = np.concatenate([self.carried, values])

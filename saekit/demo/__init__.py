@@ -1,4 +1,7 @@
-"""What `saekit demo` runs: a small language model, trained by `examples/train_demo_lm.py`, and text that is at hand."""
+"""What `saekit demo` runs: a small language model, trained by `examples/train_demo_lm.py`, and text that is at hand.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from __future__ import annotations
 

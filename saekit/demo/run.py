@@ -10,11 +10,9 @@ from rich.text import Text
 
 from saekit.analysis.eval_checkpoint import EvalOptions, joined
 from saekit.analysis.inspect import inspect_path
-from saekit.cli.output import messages, results, resumable
-from saekit.cli.progress import progress
+from saekit.cli.output import messages, progress, results, resumable
 from saekit.config import RunConfig
-from saekit.demo import MODEL_DIR
-from saekit.demo.text import standard_library
+from saekit.demo import MODEL_DIR, standard_library
 from saekit.training.launch import train_from_config
 from saekit.views.inspection import render_inspection
 from saekit.views.page.build import build_report

@@ -1,4 +1,7 @@
-"""Where SAE parameters live. The only room that may know of ranks."""
+"""Where SAE parameters live. The only room that may know of ranks.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, Placement, SaeFactory
 from saekit.placement.choose import connect

@@ -1,4 +1,7 @@
-"""What a run will cost before it is started, by placement: memory, traffic, time, from the model's config alone."""
+"""What a run will cost before it is started, by placement: memory, traffic, time, from the model's config alone.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.planning.advice import Advice, advise
 from saekit.planning.calibration import calibrate

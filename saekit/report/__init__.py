@@ -1,4 +1,7 @@
-"""Reporters: who watches a run."""
+"""Reporters: who watches a run.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.report.base import Reporter, Reporters
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats

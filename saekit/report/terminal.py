@@ -16,9 +16,8 @@ from rich.text import Text
 
 from saekit.report.base import Reporter
 from saekit.report.live_view import LiveState, run_view
-from saekit.report.pace import Pace
 from saekit.report.plain import PlainReporter
-from saekit.report.stats import EvalStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, Pace, RunInfo, StepStats
 
 REFRESH_PER_SECOND = 4
 

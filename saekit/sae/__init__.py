@@ -2,6 +2,8 @@
 
 Shape suffixes here and in the rest of the package: N tokens, D model width, M latents, K active latents, B sequences,
 T positions. `x_ND` is a tensor of N rows and D columns.
+
+Internal: may change in any release; the API is what `saekit` names.
 """
 
 from saekit.sae.decoder import normalize_decoder_, project_decoder_gradient_

@@ -1,4 +1,7 @@
-"""`saekit config`: questions about a run, its plan, and the files that start it."""
+"""`saekit config`: questions about a run, its plan, and the files that start it.
+
+Internal: may change in any release; the API is what `saekit` names.
+"""
 
 from saekit.activations import no_bars
 from saekit.wizard.ask import Defaults, Terminal

@@ -13,8 +13,8 @@ import yaml
 from datasets import Dataset
 
 import saekit
+from saekit.cli import first_steps as demo_run
 from saekit.cli.launch import launch_file, launch_files, without_launch
-from saekit.demo import run as demo_run
 from saekit.errors import UserError
 
 ROOT = Path(saekit.__file__).parent.parent
@@ -82,7 +82,7 @@ def test_every_package_is_shipped():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "saekit").rglob("__init__.py")}
-    assert listed == found | {"saekit.accelerate_configs"}
+    assert listed == found
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saekit.demo import run as demo_run
+from saekit.cli import first_steps as demo_run
 from tests.forked import ROOT, Forked, environment
 
 DEMO_LM = Path(demo_run.__file__).parent / "model"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from saekit.demo import run as demo_run
+from saekit.cli import first_steps as demo_run
 from tests.wizard.test_terminal import ESCAPE, config, environment, wizard  # noqa: F401  # the last is a fixture
 
 DEMO_LM = Path(demo_run.__file__).parent / "model"

@@ -2,6 +2,8 @@
 
 `eager` is plain autograd over the formulas. The others compute the same values and gradients without the dense
 `[N, M]` and `[N, K, D]` tensors that plain autograd makes; tests hold each of them to `eager`.
+
+Internal: may change in any release; the API is what `saekit` names.
 """
 
 from saekit.sae.kernels.choose import (

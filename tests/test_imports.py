@@ -1,0 +1,124 @@
+"""Heavy libraries are imported by the command that needs them, and by no other."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "huggingface_hub",
+    "jinja2",
+    "numpy",
+    "pandas",
+    "plotly",
+    "prompt_toolkit",
+    "pyarrow",
+    "sklearn",
+    "torch",
+    "transformers",
+    "triton",
+}
+TORCH = {"torch", "numpy"}
+MODEL = TORCH | {"transformers", "accelerate", "huggingface_hub", "jinja2", "triton"}
+"""transformers imports jinja2, accelerate and the part of torch that imports Triton, whether it needs them or not."""
+DATA = MODEL | {"datasets", "pandas", "pyarrow"}
+
+MODULES = {
+    "saekit": set(),
+    "saekit.api": set(),
+    "saekit.cli": set(),
+    **{
+        f"saekit.cli.{name}": set()
+        for name in ("config", "demo", "doctor", "eval", "inspect", "launch", "plan", "report", "train")
+    },
+    "saekit.config": set(),
+    "saekit.doctor": set(),
+    "saekit.report": set(),
+    "saekit.planning": TORCH,
+    "saekit.analysis": TORCH,
+}
+"""What importing a module may bring along. The last two import all rooms below them, from `sae` to `training`."""
+HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "doctor")
+SMALL = ("--ctx-len", "32", "--max-tokens", "512", "--layers", "1", "--num-latents", "64", "--k", "4")
+COMMANDS = {
+    "train MODEL TEXT --save-dir RUNS --run-name fresh": DATA,
+    "train MODEL TEXT --dry-run": MODEL,
+    "plan MODEL": MODEL,
+    "config MODEL TEXT --yes --output OUT/run.yaml --launch-file OUT/launch.yaml": DATA | {"prompt_toolkit"},
+    "inspect RUN": TORCH,
+    "eval RUN TEXT --max-tokens 256": DATA,
+    "report RUN TEXT --max-tokens 256 --latents 8 --output OUT/report.html": DATA | {"plotly"},
+}
+"""What a command may bring along on a CPU."""
+
+
+def imported(code):
+    """What of `HEAVY` is there when a fresh process has run this code, and how that ended."""
+    program = (
+        "import atexit, json, os, sys\n"
+        f"atexit.register(lambda: print('IMPORTED', json.dumps([each for each in {sorted(HEAVY)!r} "
+        "if each in sys.modules]), flush=True))\n"
+        f"{code}"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("IMPORTED "))
+    return set(json.loads(line.removeprefix("IMPORTED ")))
+
+
+def saekit_command(*arguments):
+    return f"sys.argv = {['saekit', *map(str, arguments)]!r}\nfrom saekit.cli import main\nmain()\n"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module(module):
+    assert imported(f"import {module}") <= MODULES[module]
+
+
+def test_every_command_has_a_module_in_the_table():
+    from saekit.cli.app import app
+
+    modules = {command.callback.__module__ for command in app.registered_commands}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert {f"saekit.cli.{name}" for name in names} <= MODULES.keys()
+    assert names == set(HELP)
+    assert all(module.startswith("saekit.cli.") for module in modules)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in HELP)], ids=" ".join)
+def test_help_needs_none(command):
+    assert imported(saekit_command(*command, "--help")) == set()
+
+
+def test_what_is_refused_needs_none():
+    code = "import saekit\ntry:\n    saekit.train('m', 'd', nosuch=1)\nexcept saekit.UserError:\n    pass\n"
+    assert imported(code) == set()
+
+
+@pytest.fixture(scope="module")
+def run(model_dir, text_file, tmp_path_factory):
+    import saekit
+    from saekit.report import Reporters
+
+    options = dict(zip((name.removeprefix("--").replace("-", "_") for name in SMALL[::2]), SMALL[1::2], strict=True))
+    folder = tmp_path_factory.mktemp("runs")
+    saekit.train(model_dir, str(text_file), save_dir=folder, run_name="run", reporter=Reporters(), **options)
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_running_a_command(command, model_dir, text_file, run, tmp_path):
+    small = SMALL if command.split()[0] in ("train", "plan", "config") else ()
+    places = {"MODEL": model_dir, "TEXT": text_file, "RUNS": tmp_path, "RUN": run}
+    arguments = [str(places.get(part, part.replace("OUT", str(tmp_path)))) for part in command.split()]
+    came = imported(saekit_command(*arguments, *small))
+    assert came <= COMMANDS[command]
+    assert came >= TORCH  # it has run
