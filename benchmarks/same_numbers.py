@@ -7,7 +7,7 @@
 Every run goes through the command line of the saekit in `--tree`, with one thread, on a model and on tokens that are
 made once per folder from fixed seeds. Runs in one process must agree bit for bit: weights, moments, counters,
 thresholds and every number in `metrics.jsonl` that does not depend on the clock. Runs on several ranks must agree to
-1e-5, relative to the norm of a tensor.
+1e-5, relative to the norm of a tensor, and runs with a threshold to 1e-6: its logarithm is torch's, where it was libm's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# This folder's `kernels.py` is not the package of that name, which transformers looks for.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
 CTX_LEN, STEPS, BATCH = 16, 12, 12
 TIMED = {"time", "tokens_per_second", "memory_bytes", "seconds", "time_per_step", "eta"}
 COMMON = [
@@ -193,10 +195,13 @@ def difference(one: Any, other: Any) -> float:
 
 
 def compare(before: Path, after: Path) -> int:
-    """A line per run; how many runs differ by more than they may."""
+    """A line per run; how many runs differ by more than they may. Runs that were not recorded again are passed over."""
     failed = 0
     for run_dir in sorted((before / "runs").iterdir()):
-        allowed = 1e-5 if run_dir.name in RANKS else 0.0
+        allowed = 1e-5 if run_dir.name in RANKS else 1e-6 if "batchtopk" in run_dir.name else 0.0
+        if not (after / "runs" / run_dir.name).exists():
+            print(f"{run_dir.name:30} not recorded again")  # noqa: T201
+            continue
         worst, where = 0.0, ""
         for read in (tensors_of, metrics_of):
             old, new = read(run_dir), read(after / "runs" / run_dir.name)
