@@ -23,7 +23,9 @@ class LocalBank(Placement):
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """Make each SAE on this rank's device, with its optimizer; gradients of one rank alone may be deferred."""
         for hookpoint in hookpoints:
-            sae = make_sae(hookpoint).to(self.device).train()
+            sae = make_sae(hookpoint).train()
+            if sae.device != self.device:
+                sae.to(self.device)
             self._saes[hookpoint] = sae
             self._optimizers[hookpoint] = make_optimizer(sae)
             if self.alone:

@@ -94,6 +94,7 @@ class Bank:
             torch.zeros(self.latents.total, dtype=torch.int64, device=device) for _ in range(3)
         )
         self._dead_F = torch.zeros(self.latents.total, dtype=torch.bool, device=device)
+        self._dead_U = self._variance_U.new_zeros(len(self.names))
         self.num_dead = dict.fromkeys(self.names, 0)
         """Of each unit, when the step began."""
         self.error_U = self._variance_U.clone()
@@ -124,6 +125,7 @@ class Bank:
                 mean_D=self._tally.means[number],
                 selection_sums=self._selection_US[number],
                 fired_M=fired[number],
+                may_ask=device.type == "cpu",
                 dead_M=dead[number] if cfg.revive_alpha > 0 else None,
             )
             for number, (name, sae) in enumerate(zip(self.names, saes, strict=True))
@@ -149,6 +151,7 @@ class Bank:
     def count_dead(self) -> None:
         """Count the latents that are dead now."""
         counts = self.latents.counts(self.latents.at_least(self.since_fired_F, self._threshold_U))
+        self._dead_U.copy_(counts)
         self.num_dead = dict(zip(self.names, counts.tolist(), strict=True))
 
     def begin_(self, tokens: int) -> None:
@@ -191,11 +194,12 @@ class Bank:
         self._since_after_F = (self.since_fired_F + self._tokens).masked_fill_(fired_F > 0, 0)
         self._fired_after_F = fired_F
         dead_U = self.latents.counts(self.latents.at_least(self._since_after_F, self._threshold_U)).double()
+        self._dead_after_U = dead_U
         gradient_U = torch.stack([*gradients.values()]) if gradients else torch.zeros(0, device=device)
         faulty_U3 = ~torch.cat([self._tally.finite(), gradient_U.isfinite()[:, None]], 1)
         columns = [
             faulty_U3.double(),
-            (dead_U * self._leads_U)[:, None],
+            torch.stack([dead_U, self._dead_U], 1) * self._leads_U[:, None],
             self._tally.sums_U7[:, :1],
             self.latents.counts(self._fired_F).double()[:, None],
             self._tally.sums_U7[:, 6:],
@@ -229,7 +233,7 @@ class Bank:
             told = self._read_report(
                 window + now if counts else window,
                 memory,
-                checks_LC[:, 3].tolist(),
+                checks_LC[:, 3 if counts else 4].tolist(),
                 self._window_tokens + self._step_tokens * counts,
                 self._window_steps + counts,
             )
@@ -241,13 +245,14 @@ class Bank:
         self.since_fired_F.copy_(self._since_after_F)
         self.fire_count_F += self._fired_after_F
         self._window.flat += self._tally.flat
+        self._dead_U.copy_(self._dead_after_U)
         self._window_steps += 1
         self._window_tokens += message.tokens
         self.num_dead = message.num_dead
         if self.cfg.auxk_relative_to == "residual":
-            self.error_U.copy_(self._checks_UC[:, 4] / self._tokens.clamp_min(1))
+            self.error_U.copy_(self._checks_UC[:, 5] / self._tokens.clamp_min(1))
         if self._selections is not None:
-            counts = self._checks_UC[:, 5:].long()
+            counts = self._checks_UC[:, 6:].long()
             self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
 
     def clear_window(self) -> None:
@@ -257,8 +262,7 @@ class Bank:
 
     def report(self) -> Report:
         """What a message's report would say, of steps that counted already. Collective; waits for the device."""
-        dead_U = torch.tensor([self.num_dead[name] for name in self.names], device=self._leads_U.device)
-        dead_L = self._leads_U.new_zeros(len(self.all_names)).index_copy_(0, self._at_U, dead_U * self._leads_U)
+        dead_L = self._leads_U.new_zeros(len(self.all_names)).index_copy_(0, self._at_U, self._dead_U * self._leads_U)
         together = self.placement.sum(torch.cat([dead_L, *self._everywhere(self._window), self._memory()])).cpu()
         dead, window, memory = together.split(
             [len(dead_L), len(together) - len(dead_L) - self.placement.world_size, self.placement.world_size]

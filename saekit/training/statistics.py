@@ -67,7 +67,9 @@ class Moments:
         return self.deviation() / self.count
 
 
-def without_excluded(sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def without_excluded(
+    sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None, *, may_ask: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Put zeros in the place of activations that do not train the SAE; rows stay as many as they are.
 
     So nobody waits for a GPU to count them, and NaN stays NaN, so that it is noticed.
@@ -76,13 +78,14 @@ def without_excluded(sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None) -
         sae: Its `max_norm` excludes long activations.
         x_ND: `[N, D]`.
         counted_N1: bool `[N, 1]`, False for tokens that are excluded whatever their norm; None if there is none.
+        may_ask: Whether the host may look whether any activation is too long: nearly always none is.
 
     Returns:
         The activations, and bool `[N, 1]` for `SaeOutput.only`: which tokens are counted. None stands for all.
     """
     if sae.max_norm is not None:
         short_N1 = sae.covers(x_ND).unsqueeze(1)
-        if x_ND.device.type != "cpu" or not bool(short_N1.all()):  # nearly always all, and free to ask on a CPU
+        if not (may_ask and bool(short_N1.all())):
             counted_N1 = short_N1 if counted_N1 is None else short_N1 & counted_N1
     return (x_ND, None) if counted_N1 is None else (x_ND * counted_N1, counted_N1)
 

@@ -71,6 +71,8 @@ class Unit:
     """int64 `[M]`: tokens of the step on which each latent fired."""
     dead_M: Tensor | None = None
     """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
+    may_ask: bool = False
+    """Whether the host may look whether any activation is too long: on a CPU that is free, and saves what follows."""
     aux_latents: Tensor | None = None
     """int64 `[dead]`: their numbers, for AuxK; None without."""
 
@@ -82,7 +84,7 @@ class Unit:
             counted_N1: bool `[N, 1]`: False for excluded tokens; None if there is none.
         """
         tokens = None if counted_N1 is None else counted_N1.sum()
-        x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1)
+        x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1, may_ask=self.may_ask)
         out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).only(counted_N1)
         losses = sae_losses(
             x_ND,

@@ -82,6 +82,9 @@ def test_nan_is_not_taken_for_long():
     assert keep_N1.flatten().tolist() == [True, True, False]
     assert rows_ND.isnan().any(1).tolist() == [False, True, True], "infinity is as bad as NaN"
     assert without_excluded(Sae(D, M, K), x_ND) == (x_ND, None)
+    fine_ND = torch.ones(3, D)
+    assert without_excluded(sae, fine_ND, may_ask=True) == (fine_ND, None)
+    assert without_excluded(sae, fine_ND)[1].all()
 
 
 @pytest.mark.parametrize("multiple", [0, 10])
