@@ -35,8 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saekit import SaeConfig, SaeTrainer, TrainConfig
 from saekit.report import Reporters
+from saekit.runs.recovery import find_checkpoint
 from saekit.training import state, trainer
-from saekit.training.recovery import find_checkpoint
 from saekit.training.saving import Saver
 
 LIMIT = 1.3

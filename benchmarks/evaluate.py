@@ -12,10 +12,12 @@ from common import Job
 
 from saekit import Sae
 from saekit.activations import tap
+from saekit.analysis.evaluate import Subject, evaluate
+from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.results import Evaluation
 from saekit.data import sequences
-from saekit.evaluation import Evaluation, Subject, evaluate
-from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.sae.model import around
+from saekit.sae.selection.batchtopk import BatchTopK
 
 LENGTHS_FROM = 64
 """Sequences."""
@@ -115,5 +117,5 @@ def _of_dictionary_learning(file: Path, job: Job) -> Sae:
     num_latents, d_in = tensors["W_enc"].shape
     # Its TopK SAEs keep a threshold, too, and do without it.
     by_threshold = job.settings.get("sae", {}).get("activation") == "batchtopk"
-    threshold = float(state["threshold"]) if by_threshold else None
-    return around(tensors, d_in=d_in, num_latents=num_latents, k=job.k, threshold=threshold)
+    selection = BatchTopK(job.k, num_latents, float(state["threshold"])) if by_threshold else "topk"
+    return around(tensors, d_in=d_in, num_latents=num_latents, k=job.k, selection=selection)

@@ -1,4 +1,4 @@
-"""What each placement exchanges and holds on two ranks, beside what `saekit.placement.planner` says it should.
+"""What each placement exchanges and holds on two ranks, beside what each of them says it should.
 
     python benchmarks/placement.py                     two ranks
     python benchmarks/placement.py --ranks 3           rows of the decoder cut between ranks, an uneven layer map
@@ -25,9 +25,10 @@ from common import HERE, hardware, run_script, versions
 from rich.console import Console
 from rich.table import Table
 
-from saekit.placement.planner import PlacementName, Workload, memory, traffic
+from saekit.placement.choose import kind_of
+from saekit.placement.costs import Workload
 
-PLACEMENTS: tuple[PlacementName, ...] = ("ddp", "zero3", "layer-map")
+PLACEMENTS = ("ddp", "zero3", "layer-map")
 TOLERANCE = 0.1
 SMALLEST = 100_000
 """Bytes that a difference is at least compared to, for what is planned to be nothing: token counts, numbers of tokens
@@ -119,11 +120,12 @@ def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Pa
     return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(load.world_size)]
 
 
-def compare(placement: PlacementName, load: Workload, readings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def compare(placement: str, load: Workload, readings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Every rank's measured quantities, each with what was planned."""
+    kind = kind_of(placement)
     for read in readings:
-        planned = traffic(placement, load, read["layers"])
-        expected = (planned.sent, planned.received, memory(placement, load, read["layers"]))
+        planned = kind.traffic(load, read["layers"])
+        expected = (planned.sent, planned.received, kind.memory(load, read["layers"]))
         pairs = zip(QUANTITIES, expected, strict=True)
         yield {"layers": read["layers"], **{key: {"measured": read[key], "planned": plan} for key, plan in pairs}}
 

@@ -28,7 +28,6 @@ from saekit.sae import sae_losses
 from saekit.sae.kernels import choose_kernels
 from saekit.training.optimizers import make_optimizer
 from saekit.training.statistics import covered
-from saekit.training.thresholds import fit_threshold_
 
 SIZES = [(128, 4096, 32, 2048), (512, 16384, 32, 4096), (768, 24576, 32, 2048)]
 RECIPES: dict[str, dict[str, Any]] = {
@@ -53,11 +52,12 @@ class Step:
         self.sae.train().chosen_kernels = choose_kernels("auto", "auto", x_ND.device)
         self.sae.b_dec.data.copy_(x_ND.mean(0))
         self.sae.prefixes = shape.resolve_prefixes(num_latents)
-        fit_threshold_(self.sae, x_ND[:512].cpu(), float(x_ND.std()))
+        self.sae.fit_selection_(x_ND[:512].cpu(), float(x_ND.std()))
         if self.cfg.max_norm_multiple > 0:
             self.sae.max_norm = self.cfg.max_norm_multiple * float(x_ND.norm(dim=1).median())
         self.sae.to(x_ND.device)
         self.dead = torch.arange(int(dead * num_latents), device=x_ND.device)
+        self.is_dead = torch.arange(num_latents, device=x_ND.device) < len(self.dead)
         self.sae.b_enc.data[self.dead] = -1e3
         self.optimizer = make_optimizer(self.cfg, self.sae)
         self.scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
@@ -67,7 +67,8 @@ class Step:
         synchronize(self.x_ND.device)
         start = time.perf_counter()
         x_ND, covered_N1 = covered(self.sae, self.x_ND)
-        out = self.sae(x_ND, self.dead if self.cfg.revives else None, auxk=self.cfg.auxk_alpha > 0).only(covered_N1)
+        is_dead = self.is_dead if self.cfg.revive_alpha > 0 else None
+        out = self.sae(x_ND, is_dead, aux=self.dead if self.cfg.auxk_alpha > 0 else None).only(covered_N1)
         losses = sae_losses(
             x_ND,
             out,

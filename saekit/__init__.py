@@ -1,4 +1,7 @@
-"""Train k-sparse autoencoders on every layer of a language model's residual stream, all layers at once."""
+"""Train k-sparse autoencoders on every layer of a language model's residual stream, all layers at once.
+
+What this module names is the API; docs/api.md describes it. All else is internal and may change in any release.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,45 @@ from saekit._version import __version__
 
 if TYPE_CHECKING:
     from saekit.activations import splice, tap
-    from saekit.config import RunConfig, SaeConfig, TrainConfig
+    from saekit.api import evaluate, load, load_many, train
+    from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
     from saekit.errors import UserError
     from saekit.sae import Sae
     from saekit.training import SaeTrainer
 
-__all__ = ["RunConfig", "Sae", "SaeConfig", "SaeTrainer", "TrainConfig", "UserError", "__version__", "splice", "tap"]
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "RunConfig",
+    "Sae",
+    "SaeConfig",
+    "SaeTrainer",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "load",
+    "load_many",
+    "splice",
+    "tap",
+    "train",
+]
 
 _HOMES = {
+    "DataConfig": "saekit.config",
+    "ModelConfig": "saekit.config",
     "RunConfig": "saekit.config",
+    "Sae": "saekit.sae",
     "SaeConfig": "saekit.config",
+    "SaeTrainer": "saekit.training",
     "TrainConfig": "saekit.config",
     "UserError": "saekit.errors",
-    "Sae": "saekit.sae",
-    "SaeTrainer": "saekit.training",
+    "evaluate": "saekit.api",
+    "load": "saekit.api",
+    "load_many": "saekit.api",
     "splice": "saekit.activations",
     "tap": "saekit.activations",
+    "train": "saekit.api",
 }
 
 
@@ -34,3 +60,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -94,9 +94,26 @@ class Registry:
         return found.value if found is not None and name not in self._built_in else None
 
 
-SELECTIONS = Registry("saekit.selections", "selection", {})
-SOURCES = Registry("saekit.sources", "source", {})
-PLACEMENTS = Registry("saekit.placements", "placement", {})
+SELECTIONS = Registry(
+    "saekit.selections",
+    "selection",
+    {
+        "topk": "saekit.sae.selection.topk:TopK",
+        "batchtopk": "saekit.sae.selection.batchtopk:BatchTopK",
+        "groupmax": "saekit.sae.selection.groupmax:GroupMax",
+    },
+)
+SOURCES = Registry("saekit.sources", "source", {"live": "saekit.training.live:open_live"})
+PLACEMENTS = Registry(
+    "saekit.placements",
+    "placement",
+    {
+        "single": "saekit.placement.local:Single",
+        "ddp": "saekit.placement.ddp:Ddp",
+        "layer-map": "saekit.placement.layer_map:LayerMap",
+        "zero3": "saekit.placement.zero3:Zero3",
+    },
+)
 FORMATS = Registry("saekit.formats", "format", {})
 
 
@@ -109,7 +126,7 @@ def load_plugin(file: Path) -> None:
     path = file.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"--plugin {file}: there is no such file")
-    name = f"saekit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"saekit_plugin_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)

@@ -22,15 +22,15 @@ TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 LOCAL = "saekit/placement/local.py"
-CHECKPOINT, SAVING = "saekit/training/checkpoint.py", "saekit/training/saving.py"
-RECOVERY = "saekit/training/recovery.py"
+CHECKPOINT, SAVING = "saekit/runs/checkpoint.py", "saekit/training/saving.py"
+RECOVERY = "saekit/runs/recovery.py"
 TAP = "saekit/activations/tap.py"
-EVALUATE = "saekit/evaluation/evaluate.py"
+EVALUATE = "saekit/analysis/evaluate.py"
 EVALUATING = "saekit/training/evaluating.py"
 ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
-ROUNDED = '{"threshold": round(sae.threshold, 6)}'
+BATCHTOPK, GROUPMAX = (f"saekit/sae/selection/{kind}.py" for kind in ("batchtopk", "groupmax"))
 
 FAULTS = [
     ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
@@ -100,7 +100,7 @@ FAULTS = [
         "auxk_scale) * min(1.0, num_dead / k_aux)",
         "auxk_scale)",
     ),
-    ("selected counts as fired", COUNTERS, "(acts_NK > 0)", "(acts_NK >= 0)"),
+    ("selected counts as fired", "saekit/sae/selection/base.py", "return acts > 0", "return acts >= 0"),
     ("counters count micro-batches", TRAINER, ADVANCE, ADVANCE.replace("tokens)", "len(batches))")),
     ("micro_acc_steps cuts nothing", TRAINER, "x_ND.tensor_split(cfg.micro_acc_steps)", "[x_ND]"),
     ("micro_acc_steps divides the loss", TRAINER, "losses.total)", "losses.total / self.cfg.micro_acc_steps)"),
@@ -158,19 +158,19 @@ FAULTS = [
     (
         "zero3 does not project",
         ZERO3,
-        "        self._torch_optimizer.register_step_pre_hook(self._project)\n",
+        "        self._torch_optimizer.register_step_pre_hook(rows.project)\n",
         "",
     ),
     (
         "zero3 normalises each rank's part of a row by itself",
-        "saekit/placement/rows.py",
+        "saekit/placement/shards.py",
         "        return sum_over_ranks(everywhere)[:, here]",
         "        return everywhere[:, here]",
     ),
     (
         "zero3 restores moments but not weights",
         ZERO3,
-        "            self._scatter(whole, piece.of(piece.flat))\n",
+        "            piece.scatter(whole, piece.flat)\n",
         "",
     ),
     (
@@ -216,13 +216,13 @@ FAULTS = [
     ),
     (
         "KL the wrong way round",
-        "saekit/evaluation/objective.py",
+        "saekit/analysis/objective.py",
         "(p_NV - q_NV).mul_(p_NV.exp())",
         "(q_NV - p_NV).mul_(q_NV.exp())",
     ),
     (
         "intervals over tokens that count as independent",
-        "saekit/evaluation/estimate.py",
+        "saekit/analysis/results.py",
         "* count / (count - 1)",
         "/ (count - 1)",
     ),
@@ -284,15 +284,33 @@ FAULTS = [
         "acts_NK.masked_fill(acts_NK <= threshold, 0.0)",
         BELOW_LEARNS,
     ),
-    ("a BatchTopK code is as wide as k", MODEL, "min(WIDER * self.k, self.num_latents)", "self.k"),
+    ("a BatchTopK code is as wide as k", BATCHTOPK, "min(WIDTH * self.k, self.num_latents)", "self.k"),
     (
         "thresholds are moved by twice the tokens",
         "saekit/training/thresholds.py",
-        "window.moments.count.long()",
-        "2 * window.moments.count.long()",
+        "window.moments.count, window",
+        "2 * window.moments.count, window",
     ),
-    ("thresholds are forgotten on resume", "saekit/training/state.py", ".threshold = saved.threshold", ".threshold"),
-    ("a threshold is not saved exactly", "saekit/sae/storage.py", '{"threshold": sae.threshold}', ROUNDED),
+    (
+        "thresholds are forgotten on resume",
+        "saekit/training/state.py",
+        "selection.load_(saved.selection)",
+        "selection",
+    ),
+    (
+        "a threshold is not saved exactly",
+        BATCHTOPK,
+        '{"threshold": float(self.threshold)}',
+        '{"threshold": round(float(self.threshold), 6)}',
+    ),
+    ("an SAE's copy moves its threshold", "saekit/sae/selection/base.py", 'plain.to("cpu", copy=True)', "plain"),
+    ("a signed value does not fire", "examples/abs_topk.py", "return acts != 0", "return acts > 0"),
+    (
+        "a checkpoint's plug-in is run",
+        "saekit/config/run.py",
+        "        parts: dict[type, Any] = {}\n",
+        "        load_plugins(values)\n        parts: dict[type, Any] = {}\n",
+    ),
     (
         "what is too long still trains",
         TRAINER,
@@ -308,7 +326,7 @@ FAULTS = [
     ),
     ("an SAE forgets which activations it is for", MODEL, '"max_norm": self.max_norm,', ""),
     ("all groups of a GroupMax SAE are the first one", EAGER, "[:, None] * (num_columns // parts)", "[:, None] * 0"),
-    ("a GroupMax code is the k largest", MODEL, "return self.k if self.groupmax else 1", "return 1"),
+    ("a GroupMax code is the k largest", GROUPMAX, "return self.k\n", "return 1\n"),
     ("low precision alone chooses in a group", SPARSE, "LEAST_SPARE // parts, 1)", "LEAST_SPARE // parts)"),
     (
         "SAELens reads the encoder the wrong way round",
@@ -324,30 +342,30 @@ FAULTS = [
     ),
     (
         "a latent that does not fire shows its neighbour's activation",
-        "saekit/features/codes.py",
+        "saekit/analysis/codes.py",
         "np.where(self._keys_P[found] == keys, self.acts_P[found], np.float32(0))",
         "self.acts_P[found]",
     ),
     (
         "a window runs into the next sequence",
-        "saekit/features/contexts.py",
+        "saekit/analysis/codes.py",
         "(places_LCW // ctx_len == places_LC[:, :, None] // ctx_len)",
         "(places_LCW >= 0)",
     ),
     (
         "one passage fills the list",
-        "saekit/features/contexts.py",
+        "saekit/analysis/codes.py",
         "new_P[1:] = (np.diff(stretch_P) != 0) | (np",
         "new_P[1:] = (stretch_P[1:] >= 0) | (np",
     ),
     (
         "the logit lens leaves the norm out",
-        "saekit/features/lens.py",
+        "saekit/analysis/lens.py",
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),
-    ("excluded tokens have codes", "saekit/features/gather.py", "& (kept & sae.covers(x))[..., None]", ""),
-    ("what is too long has codes", "saekit/features/gather.py", "(kept & sae.covers(x))", "kept"),
+    ("excluded tokens have codes", "saekit/analysis/features.py", "& (kept & sae.covers(x))[..., None]", ""),
+    ("what is too long has codes", "saekit/analysis/features.py", "(kept & sae.covers(x))", "kept"),
     ("what is too long is ablated with the others", EVALUATE, "_where(counted, ways[change])", "ways[change]"),
     (
         "evaluations between steps take all lengths",
@@ -367,12 +385,12 @@ FAULTS = [
     (
         "a token that is left out is near the threshold",
         "saekit/sae/output.py",
-        "self.near * keep.squeeze(-1)",
-        "self.near",
+        "sums=kept(self.sums)",
+        "sums=self.sums",
     ),
     (
         "shades are of the wrong quantile",
-        "saekit/page/build.py",
+        "saekit/views/page/build.py",
         "layer.quantiles_L[:, -1][:, None, None]",
         "layer.quantiles_L[:, -2][:, None, None]",
     ),

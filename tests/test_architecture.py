@@ -8,23 +8,23 @@ import pytest
 import saekit
 
 ROOT = Path(saekit.__file__).parent
-ANYWHERE = {"errors", "files", "layout", "registry", "_version", "versions"}
+ANYWHERE = {"_version", "errors", "machine", "registry", "units"}
 MAY_IMPORT = {
     "sae": set(),
     "config": set(),
+    "report": set(),
     "data": {"config"},
-    "activations": {"config", "sae"},
+    "activations": {"config", "sae", "data"},
     "placement": {"config", "sae"},
-    "report": {"sae"},
-    "training": {"config", "sae", "data", "activations", "placement", "evaluation", "report"},
     "doctor": {"config", "sae"},
-    "evaluation": {"config", "sae", "data", "activations", "placement", "report"},
-    "features": {"activations", "evaluation", "report"},
-    "page": {"evaluation", "features", "placement", "report"},
-    "planning": {"config", "sae", "activations", "placement", "training"},
-    "wizard": {"config", "data", "activations", "planning", "report", "training"},
-    "demo": {"config", "cli", "evaluation", "page", "report", "training"},
-    "cli": {"config", "demo", "doctor", "evaluation", "page", "planning", "report", "training", "wizard"},
+    "runs": {"config", "sae", "report"},
+    "analysis": {"config", "sae", "data", "activations", "placement", "runs"},
+    "training": {"config", "sae", "data", "activations", "placement", "report", "runs", "analysis"},
+    "planning": {"config", "sae", "activations", "placement", "runs", "training"},
+    "views": {"placement", "doctor", "report", "runs", "analysis", "planning"},
+    "wizard": {"config", "data", "activations", "placement", "runs", "training", "planning", "views"},
+    "cli": {"config", "doctor", "placement", "runs", "analysis", "training", "planning", "views", "wizard", "demo"},
+    "demo": {"config", "analysis", "training", "views", "cli"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 

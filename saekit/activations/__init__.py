@@ -1,28 +1,28 @@
 """The language model: load it, find its blocks, tap their outputs."""
 
-from saekit.activations.excluded import excluded_tokens
-from saekit.activations.head import Objective, WithHead, auto_with_head, load_with_head, objective_of, predicts
+from saekit.activations.head import ObjectiveName, WithHead, auto_with_head, load_with_head, objective_of, predicts
 from saekit.activations.hookpoints import Blocks, find_blocks, select_layers
 from saekit.activations.lm import (
     ModelShape,
     check_device,
     choose_attention,
     context_length,
+    excluded_tokens,
     load_model,
     load_tokenizer,
     model_shape,
+    no_bars,
     resolve_ctx_len,
     resolve_dtype,
+    shape_of,
 )
-from saekit.activations.quiet import no_bars
-from saekit.activations.shortcut import start_behind
-from saekit.activations.splice import splice
+from saekit.activations.splice import splice, start_behind
 from saekit.activations.tap import tap
 
 __all__ = [
     "Blocks",
     "ModelShape",
-    "Objective",
+    "ObjectiveName",
     "WithHead",
     "auto_with_head",
     "check_device",
@@ -40,6 +40,7 @@ __all__ = [
     "resolve_ctx_len",
     "resolve_dtype",
     "select_layers",
+    "shape_of",
     "splice",
     "start_behind",
     "tap",

@@ -12,14 +12,14 @@ from saekit.config import ModelConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Objective = Literal["next token", "masked token"]
+ObjectiveName = Literal["next token", "masked token"]
 
 
 class WithHead(NamedTuple):
     """A model that gives logits, if its checkpoint has what that needs."""
 
     model: PreTrainedModel
-    objective: Objective | None
+    objective: ObjectiveName | None
     """What its logits predict; None where it has no head."""
 
 
@@ -41,7 +41,7 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
 
         kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     asked = {"config": shape.config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-    objective: Objective | None = objective_of(shape.config)
+    objective: ObjectiveName | None = objective_of(shape.config)
     with quietly():
         model, info = from_pretrained(auto_with_head(shape.config), cfg, **asked)
         if info["missing_keys"]:  # tied weights do not count
@@ -60,12 +60,12 @@ def auto_with_head(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM if objective_of(config) == "next token" else AutoModelForMaskedLM
 
 
-def predicts(model: PreTrainedModel) -> Objective | None:
+def predicts(model: PreTrainedModel) -> ObjectiveName | None:
     """What a loaded model's logits predict; None where it has no head."""
     return None if model.get_output_embeddings() is None else objective_of(model.config)
 
 
-def objective_of(config: PretrainedConfig) -> Objective:
+def objective_of(config: PretrainedConfig) -> ObjectiveName:
     """What a model with this config predicts: by the class it was saved as, else by whether its type can be masked."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 

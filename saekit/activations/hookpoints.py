@@ -1,10 +1,11 @@
-"""Where the residual stream is read: the blocks of any HuggingFace model, found by structure."""
+"""Hookpoints: named tensors of a language model. The blocks of any HuggingFace model are found by structure."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -12,6 +13,47 @@ from saekit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """A named tensor of the language model: what one of its modules puts out, or takes in.
+
+    Its name is the module's path relative to the base model, and `:in` behind it for the module's input:
+    `layers.3` is a block's output (the residual stream), `layers.3.mlp:in` the input of its MLP.
+    """
+
+    name: str
+    width: int
+    """D: numbers per token."""
+
+    @property
+    def module(self) -> str:
+        """The module's path relative to the base model."""
+        return self.name.removesuffix(":in")
+
+    @property
+    def side(self) -> Literal["in", "out"]:
+        """Whether it is what the module takes in or puts out."""
+        return "in" if self.name.endswith(":in") else "out"
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the block that it belongs to; None outside the blocks."""
+        return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is the output of a whole block."""
+        return self.side == "out" and self.module.rpartition(".")[2].isdigit()
+
+    def seed(self, init_seed: int) -> int:
+        """The seed of a unit's initial weights here: it does not depend on what else is trained.
+
+        A block's output has its layer's number in it, any other hookpoint a checksum of its name.
+        """
+        number = self.layer if self.is_block else None
+        return init_seed * 100_003 + (zlib.crc32(self.name.encode()) if number is None else number)
 
 
 @dataclass(frozen=True)
@@ -25,6 +67,18 @@ class Blocks:
     def hookpoint(self, layer: int) -> str:
         """Name of a block, which also names its SAE's folder: `layers.3`."""
         return f"{self.prefix}.{layer}"
+
+
+def block_outputs(model: PreTrainedModel, layers: Sequence[int] | None, stride: int) -> tuple[Hookpoint, ...]:
+    """The outputs of the chosen blocks of a model, in order.
+
+    Raises:
+        UserError: See `find_blocks` and `select_layers`.
+    """
+    blocks = find_blocks(model)
+    d_in = width(text_config_of(model.config))
+    chosen = select_layers(len(blocks.modules), layers, stride)
+    return tuple(Hookpoint(blocks.hookpoint(layer), d_in) for layer in chosen)
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:

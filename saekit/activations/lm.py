@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
+import transformers
+from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from safetensors import SafetensorError
 
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
-from saekit.config import ModelConfig
+from saekit.config import ModelConfig, TrainConfig
 from saekit.errors import UserError
 from saekit.sae.kernels import has_fast_bf16
 
@@ -46,7 +49,11 @@ def model_shape(cfg: ModelConfig) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, cfg)
+    return shape_of(from_pretrained(AutoConfig, cfg))
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """What a model's config says of its shape."""
     text = text_config_of(config)
     return ModelShape(config, num_layers(text), width(text), context_length(config))
 
@@ -212,3 +219,23 @@ def quietly() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(errors_only)
+
+
+def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Ids of the tokens to leave out: the user's, and unless switched off the special ones, ascending."""
+    ids = set(cfg.exclude_tokens)
+    if cfg.exclude_special_tokens and tokenizer is not None:
+        ids |= set(tokenizer.all_special_ids)
+    elif cfg.exclude_special_tokens:
+        config = text_config_of(model.config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"):
+            value = getattr(config, name, None)
+            ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+    return sorted(ids)
+
+
+def no_bars() -> None:
+    """Switch off the progress bars of the libraries: in a log they are noise, and one rank's are enough."""
+    datasets.disable_progress_bars()
+    disable_hub_bars()
+    transformers.utils.logging.disable_progress_bar()

@@ -20,12 +20,13 @@ def doctor(
     from saekit.cli.output import EXIT_FAULT, messages, results
 
     with messages().status("Looking at this machine"):
-        from saekit.doctor import can_train, diagnose, render, to_json
+        from saekit.doctor import can_train, diagnose, findings_to_json
+        from saekit.views.doctor import render_findings
 
         findings = diagnose(debug=debug)
     if as_json:
-        typer.echo(json.dumps(to_json(findings), indent=2))
+        typer.echo(json.dumps(findings_to_json(findings), indent=2))
     else:
-        render(findings, results())
+        render_findings(findings, results())
     if not can_train(findings):
         raise typer.Exit(EXIT_FAULT)

@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from saekit.cli.options import Plugins
+from saekit.config.flat import load_plugins
+
 # What is evaluated, and on what: `saekit report` takes the same.
 SaePath = Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")]
 DataSet = Annotated[
@@ -37,6 +40,7 @@ def evaluate(
     ),
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
@@ -44,15 +48,16 @@ def evaluate(
     from saekit.cli.output import messages, results
     from saekit.cli.progress import progress
 
+    load_plugins({"plugin": plugin})
     with messages().status("Loading libraries"):
-        from saekit.evaluation import EvalOptions, evaluate_checkpoint, joined
-        from saekit.report.eval_view import render
+        from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
+        from saekit.views.evaluation import render_evaluation
 
     options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
     with joined(quiet=not sys.stderr.isatty()) as placement:
         with progress(shown=placement.rank == 0) as bar:
-            record = evaluate_checkpoint(path, options, placement, bar.status, bar.update)
+            record = evaluate_checkpoint(path, options, placement, bar.status, bar.update).record
         if placement.rank == 0 and as_json:
             typer.echo(json.dumps(record, indent=2))
         elif placement.rank == 0:
-            render(record, results())
+            render_evaluation(record, results())

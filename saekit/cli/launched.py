@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from saekit.cli.launch import launch_file
+from saekit.config.ranks import AUTO
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,14 +21,11 @@ def placement_of(name: str, asked: str) -> str | None:
         name: A shipped launch file's name, or a file.
         asked: `--placement`.
     """
+    from saekit.placement.choose import launched_as
+
     said = _read(name)
-    if said.get("distributed_type") == "NO":
-        return None
-    if asked != "auto":
-        return asked
-    if said.get("distributed_type") == "DEEPSPEED":
-        return "zero3"
-    return "layer-map" if _section(said, "mpirun_config").get("role") == "layer-map" else "ddp"
+    decided = launched_as(said)
+    return decided if decided is None or asked == AUTO else asked
 
 
 def offload_of(name: str) -> Offload:

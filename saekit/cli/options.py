@@ -11,10 +11,16 @@ from typing import Annotated, Any, Literal, Optional, get_origin
 import typer
 
 from saekit.config import DataConfig, ModelConfig, SaeConfig, TrainConfig
+from saekit.config.flat import laid_over, load_plugins, read_yaml
 from saekit.config.options import Option, options_of
+from saekit.config.ranks import placement_names
 from saekit.errors import UserError
 
-SIZES = {"num_latents", "expansion_factor"}
+Plugins = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option("--plugin", metavar="FILE.py", help="A Python file that registers selections; may be repeated."),
+]
+"""For commands that open checkpoints. Typer cannot take `| None` from an alias on Python 3.10."""
 THEM = {1: "it", 2: "both"}
 PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 
@@ -30,7 +36,7 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
 
     def call(**values: Any) -> None:
         known = {parameter.name: values.pop(parameter.name) for parameter in own}
-        command(**known, **{name: value for name, value in values.items() if value is not None})
+        command(**known, **{name: value for name, value in values.items() if value not in (None, [])})
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*own, *from_config)]
@@ -60,7 +66,7 @@ def _option_type(option: Option) -> Any:
     """What Typer parses; the rest the configuration parses, which names every wrong value, and all of them together."""
     if option.type in (bool, Path) or get_origin(option.type) is Literal:
         return option.type
-    return str
+    return list[Path] if option.type == tuple[Path, ...] else str
 
 
 def _metavar(option: Option) -> str | None:
@@ -68,28 +74,26 @@ def _metavar(option: Option) -> str | None:
         return None
     if option.name == "resume":
         return "[auto|PATH]"
+    if option.name == "placement":
+        return f"[{'|'.join(placement_names())}]"
+    if option.type == tuple[Path, ...]:
+        return "FILE.py"
     if isinstance(option.type, types.GenericAlias):
         return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
     return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")
 
 
 def options_given(config: Path | None, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was typed, and that laid over a file's values.
+    """What was typed, and that laid over a file's values. The plug-ins among them are run.
 
     Args:
         config: `--config`.
         typed: Every option by its name, None where it was not given.
     """
-    from saekit.config.run import read_yaml
-
     given = {name: value for name, value in typed.items() if value is not None}
-    return given, laid_over(read_yaml(config) if config else {}, given)
-
-
-def laid_over(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`more` over `values`. There are two ways to size the dictionary: the one in `more` replaces the other."""
-    kept = {name: value for name, value in values.items() if name not in SIZES or not SIZES & more.keys()}
-    return {**kept, **more}
+    values = laid_over(read_yaml(config) if config else {}, given)
+    load_plugins(values)
+    return given, values
 
 
 def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> None:

@@ -85,8 +85,8 @@ def plan(
     _check_machine(gpus, gpu_memory, num_processes, use_this=use_this, measure=measure)
     cfg = RunConfig.from_flat(values) if "model" in values else None
     with messages().status("Loading libraries") as status:
-        from saekit.planning import NO_OFFLOAD, advise, calibrate, describe, detect, make_plan, render, to_json
-        from saekit.planning.rates_view import render_rates
+        from saekit.planning import NO_OFFLOAD, advise, calibrate, describe, detect, make_plan
+        from saekit.views.plan import plan_to_json, render_plan, render_rates
 
         ranks, offload, asked = num_processes, NO_OFFLOAD, None
         if launch is not None:
@@ -105,12 +105,12 @@ def plan(
             advice = advise(plan)
     if as_json:
         rates = {"rates": {name: dataclasses.asdict(each) for name, each in measured.found.items()}} if measure else {}
-        typer.echo(json.dumps({**rates, **(to_json(plan, advice) if cfg is not None else {})}, indent=2))
+        typer.echo(json.dumps({**rates, **(plan_to_json(plan, advice) if cfg is not None else {})}, indent=2))
         return
     if measure:
         render_rates(measured, results())
     if cfg is not None:
-        render(plan, results(), advice)
+        render_plan(plan, results(), advice)
 
 
 def _check_machine(

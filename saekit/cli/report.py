@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from saekit.cli.eval import BatchSize, DataSet, IncludeTrainingData, Model, SaePath, Split
+from saekit.cli.options import Plugins
+from saekit.config.flat import load_plugins
 
 
 def report(
@@ -37,15 +39,17 @@ def report(
     ] = 32_768,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
+    plugin: Plugins = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Make one page of HTML of a checkpoint: training, evaluation, and every latent to browse. It needs no network."""
     from saekit.cli.output import messages
     from saekit.cli.progress import progress
 
+    load_plugins({"plugin": plugin})
     with messages().status("Loading libraries"):
-        from saekit.evaluation import EvalOptions, joined
-        from saekit.page import build_report
+        from saekit.analysis.eval_checkpoint import EvalOptions, joined
+        from saekit.views.page.build import build_report
 
     options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
     with joined(quiet=not sys.stderr.isatty()) as placement, progress(shown=placement.rank == 0) as bar:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saekit.cli.options import laid_over, options_given, require, with_config_options
+from saekit.api import all_options
+from saekit.cli.options import options_given, require, with_config_options
+from saekit.config import ranks
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
-from saekit.layout import has_checkpoints, run_of
 
 if TYPE_CHECKING:
     from saekit.config import RunConfig
@@ -70,12 +71,10 @@ def train(
     from saekit.cli.output import messages, resumable
     from saekit.config import RunConfig
 
-    typed, values = options_given(config, {"model": model, "dataset": dataset, **options})
-    if distribute_layers and typed.setdefault("placement", "layer-map") != "layer-map":
-        raise UserError(f"--distribute-layers contradicts --placement {typed['placement']}: give one of them")
-    values = laid_over(values, typed)
-    if isinstance(values.get("resume"), str) and values["resume"] not in ("auto", "latest"):
-        values = laid_over(_options_of_run(Path(values["resume"]), typed), values)
+    typed, _ = options_given(None, {"model": model, "dataset": dataset, **options})
+    if distribute_layers:
+        ranks.distribute_layers(typed)
+    values = all_options(typed, config)
     require(values, ("model", "dataset"), "saekit train MODEL DATASET")
     cfg = RunConfig.from_flat(values)
     if dry_run:
@@ -101,7 +100,8 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
     if launch is None and num_processes is not None:
         raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
     with messages().status("Planning"):
-        from saekit.planning import NO_OFFLOAD, advise, detect, make_plan, render
+        from saekit.planning import NO_OFFLOAD, advise, detect, make_plan
+        from saekit.views.plan import render_plan
 
         ranks, asked, offload = int(os.environ.get("WORLD_SIZE", "1")), None, NO_OFFLOAD
         if launch is not None:
@@ -113,24 +113,4 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
         plan = make_plan(cfg, detect(ranks), offload=offload, asked=asked)
         advice = advise(plan)
     typer.echo(yaml.safe_dump(cfg.to_flat(), sort_keys=False, allow_unicode=True))
-    render(plan, results(), advice)
-
-
-def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
-    """What the run that `--resume PATH` names was started with."""
-    from saekit.config.run import read_yaml
-    from saekit.training.recovery import resolved_of
-    from saekit.training.saving import with_old_defaults
-
-    run = run_of(path)
-    if not has_checkpoints(run):
-        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
-        raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
-    for name in ("save_dir", "run_name"):
-        if name in typed:
-            option = f"--{name.replace('_', '-')} {typed[name]}"
-            raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
-    kept = with_old_defaults(read_yaml(run / "config.yaml"), resolved_of(run))
-    if "placement" in typed:  # what belongs to another one does not come along
-        kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
-    return kept
+    render_plan(plan, results(), advice)

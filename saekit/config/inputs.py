@@ -1,4 +1,4 @@
-"""The options of what is read: the language model and the data. `saekit.config.schema` has the others."""
+"""The options of what is read: the language model and the data set. `saekit.config.schema` has the others."""
 
 from __future__ import annotations
 
@@ -36,36 +36,34 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=CONFIG)
 class DataConfig:
-    """Which tokens, in which order."""
+    """Which data set, and how it is read."""
 
     dataset: str
-    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or pre-tokenised (also .bin)."""
+    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or token ids (also .bin)."""
     split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
-    text_column: str = option("text", "Column with the text, where the data set is not tokenised yet.", panel=DATA)
+    text_column: str = option("text", "Column with the text, if the data set is not tokenised yet.", panel=DATA)
     data_args: Mapping = option(
         {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
     )
-    ctx_len: int | None = option(
-        None, "Length of each sequence; 2048, or the model's limit if that is less.", panel=DATA, unit="tokens", ge=2
-    )
-    max_tokens: int | None = option(None, "Read at most so many tokens.", panel=DATA, unit="tokens", ge=1)
     max_examples: int | None = option(
         None,
-        "Read at most so many rows of the data set, from its start; needed for a streamed one.",
+        "Read at most N rows of the data set, from its start; required for a streamed one.",
         panel=DATA,
         unit="rows",
         ge=1,
     )
     num_proc: int | None = option(
-        None, "Processes that tokenise; one per core by default.", panel=DATA, unit="processes", ge=1
+        None, "Processes that tokenise; by default one per core.", panel=DATA, unit="processes", ge=1
     )
     eval_dataset: str | None = option(
         None,
-        "Data set for --eval-every, instead of the documents that the run leaves unread of its own.",
+        "Data set for --eval-every; by default documents of the run's own data set that the run does not read.",
         panel=EVALUATION,
     )
     eval_split: str | None = option(
-        None, "Split of --eval-dataset (train by default), or another split of the run's own.", panel=EVALUATION
+        None,
+        "Split of --eval-dataset (by default train); without --eval-dataset, another split of the run's data set.",
+        panel=EVALUATION,
     )
 
     @property

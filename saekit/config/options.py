@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
+
+from saekit.registry import SOURCES
 
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
 """Shared by all configs: an unknown name is an error, not an option that does nothing; numbers are finite."""
@@ -155,6 +157,24 @@ def _parse_resume(value: Any) -> Any:
 
 LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids)]
+
+
+def _parse_files(value: Any) -> Any:
+    """One file or a list of them."""
+    return (value,) if isinstance(value, (str, Path)) else value
+
+
+Files = Annotated[tuple[Path, ...], BeforeValidator(_parse_files)]
 Shares = Annotated[tuple[float, ...], BeforeValidator(_parse_shares)]
 Resume = Annotated[bool | Literal["auto"] | Path, BeforeValidator(_parse_resume)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]
+
+
+def _check_source(name: str) -> str:
+    if name not in SOURCES:
+        raise ValueError(f"there is no source of that name: choose one of {', '.join(SOURCES.names())}")
+    return name
+
+
+SourceName = Annotated[str, AfterValidator(_check_source)]
+"""A name in `saekit.registry.SOURCES`; the source is not imported."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from saekit.config.options import CONFIG, Shares, option
+from saekit.config.options import CONFIG, Files, Shares, option
+from saekit.registry import SELECTIONS
+
+if TYPE_CHECKING:
+    from saekit.sae.selection import Selection
 
 DEFAULT_EXPANSION_FACTOR = 32
 SAE = "Sparse autoencoder"
@@ -31,11 +35,17 @@ class SaeConfig:
     k: int = option(
         32, "Latents that are active for each token; with batchtopk, on average.", panel=SAE, unit="latents", ge=1
     )
-    activation: Literal["topk", "batchtopk", "groupmax"] = option(
+    activation: str = option(
         "topk",
-        "Which latents are active: topk, each token's k largest; batchtopk, those above a threshold per layer that is "
+        "How latents are selected: topk, each token's k largest; batchtopk, those above a threshold per layer that is "
         "moved so that they are k on average, at most 4k for one token; groupmax, the largest of each of k equal "
-        "groups.",
+        "groups; or what a --plugin registers.",
+        panel=SAE,
+    )
+    plugin: Files = option(
+        (),
+        "A Python file that registers more selections for --activation. May be given several times. Only files that "
+        "are named here, or in the file of --config, are run: never one that a checkpoint names.",
         panel=SAE,
     )
     normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
@@ -57,7 +67,9 @@ class SaeConfig:
                 f"--num-latents {self.num_latents} and --expansion-factor {self.expansion_factor} both set the size of "
                 "the dictionary: give one of them"
             )
-        if self.activation != "topk" and self.multi_topk:
+        if self.activation not in SELECTIONS:
+            raise ValueError(self._unknown())
+        if self.multi_topk and not self.kind.multi_topk:
             raise ValueError(f"--multi-topk is for --activation topk: under {self.activation} there is no code at 4k")
         if self.matryoshka is not None and self.multi_topk:
             raise ValueError("--matryoshka and --multi-topk each add a loss of their own: give one of them")
@@ -67,16 +79,31 @@ class SaeConfig:
             self.resolve_num_latents(self.d_in or 1)
         return self
 
+    def _unknown(self) -> str:
+        known = f"--activation {self.activation!r} is none of {', '.join(SELECTIONS.names())}"
+        if not self.plugin:
+            return f"{known}: name the file of a plug-in that has it with --plugin"
+        return f"{known}: it needs --plugin {' --plugin '.join(map(str, self.plugin))}"
+
+    @property
+    def kind(self) -> type[Selection]:
+        """The class that selects latents. Imports torch.
+
+        Raises:
+            UserError: If it comes from a package that cannot be imported.
+        """
+        kind: type[Selection] = SELECTIONS.get(self.activation)
+        return kind
+
     def sizes(self, d_in: int, num_latents: int) -> dict[str, Any]:
-        """The arguments of a fresh `Sae` of D dimensions and M latents; a threshold is zero before data are seen."""
+        """The arguments of a fresh `Sae` of D dimensions and M latents."""
         return {
             "d_in": d_in,
             "num_latents": num_latents,
             "k": self.k,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
-            "threshold": 0.0 if self.activation == "batchtopk" else None,
-            "groupmax": self.activation == "groupmax",
+            "selection": self.activation,
         }
 
     def resolve_prefixes(self, num_latents: int) -> tuple[int, ...]:
@@ -98,8 +125,8 @@ class SaeConfig:
         """M for a residual stream of width `d_in`.
 
         Raises:
-            ValueError: If `d_in` contradicts the config's own, `k` is larger than M, groups would not be of one size,
-                or two nested dictionaries would be the same.
+            ValueError: If `d_in` contradicts the config's own, `k` is larger than M, the selection cannot have these
+                sizes, or two nested dictionaries would be the same.
         """
         if self.d_in is not None and self.d_in != d_in:
             raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the model's residual stream is {d_in} wide")
@@ -109,11 +136,10 @@ class SaeConfig:
                 f"--k {self.k} is larger than the dictionary of {num_latents} latents: "
                 "choose a smaller --k or more latents"
             )
-        if self.activation == "groupmax" and num_latents % self.k:
-            raise ValueError(
-                f"--activation groupmax makes --k {self.k} groups of equal size: {num_latents} latents are no multiple "
-                "of that"
-            )
+        try:
+            self.kind.check(self.k, num_latents)
+        except ValueError as error:
+            raise ValueError(f"--activation {self.activation}: {error}") from error
         self.resolve_prefixes(num_latents)
         return num_latents
 

@@ -1,7 +1,7 @@
 """What a user can choose. Validated and serialisable, with no side effects; each option documented once.
 
-The training stands here, what is read (the language model, the data) in `saekit.config.inputs`, the shape of an SAE in
-`saekit.config.sae`.
+This file has the options of training. `saekit.config.inputs` has those of the language model and the data set,
+`saekit.config.sae` those of an SAE's shape.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from saekit.config.inputs import EVALUATION
-from saekit.config.options import CONFIG, LayerList, Resume, TokenIds, option
+from saekit.config.flat import make_config, option_names, read_yaml, unknown_options
+from saekit.config.inputs import DATA, EVALUATION, DataConfig, ModelConfig
+from saekit.config.options import CONFIG, LayerList, Resume, SourceName, TokenIds, option
+from saekit.config.ranks import AUTO, PlacementName, check_placement
 from saekit.config.sae import SAE, SaeConfig
+from saekit.errors import UserError
 
 BATCH = "Batches"
 OPTIMIZER = "Optimiser"
@@ -33,21 +36,34 @@ class TrainConfig:
     layers: LayerList | None = option(
         None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
     )
-    layer_stride: int = option(1, "Train on every so-manieth layer.", panel=SAE, unit="layers", ge=1)
+    layer_stride: int = option(1, "Train on every Nth layer.", panel=SAE, unit="layers", ge=1)
     init: Literal["uniform", "fit"] = option(
         "fit",
-        "How long the encoder's rows are at first: uniform, as they come when drawn from ±1/√D; fit, so that "
-        "reconstructions of the first batch fit best.",
+        "Initial length of the encoder's rows: uniform, as drawn from ±1/√D; fit, the length that reconstructs "
+        "the first batch best.",
         panel=SAE,
     )
     init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
     finetune: Path | None = option(
         None,
-        "Start from the SAEs in this run, checkpoint or folder instead of random ones; this run's options say how "
-        "latents are chosen.",
+        "Start from the SAEs in this run, checkpoint or folder instead of random ones; the options of the new run "
+        "decide how latents are chosen.",
         panel=SAE,
     )
 
+    source: SourceName = option(
+        "live",
+        "Where activations come from: live, the language model, run in every step; a plug-in can add others.",
+        panel=DATA,
+    )
+    ctx_len: int | None = option(
+        None,
+        "Length of each sequence; by default 2048, or the model's limit if that is less.",
+        panel=DATA,
+        unit="tokens",
+        ge=2,
+    )
+    max_tokens: int | None = option(None, "Read at most N tokens of the data set.", panel=DATA, unit="tokens", ge=1)
     batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)
     grad_acc_steps: int = option(
         1,
@@ -58,7 +74,7 @@ class TrainConfig:
     )
     micro_acc_steps: int = option(
         1,
-        "Chunks into which each micro-batch's activations are cut before the encoder: less memory, same result.",
+        "Chunks into which each micro-batch's activations are split before the encoder: less memory, same result.",
         panel=BATCH,
         unit="chunks",
         ge=1,
@@ -66,15 +82,15 @@ class TrainConfig:
     shuffle: bool = option(True, "Visit the sequences in a random order.", panel=BATCH)
     data_seed: int = option(42, "Seed of that order.", panel=BATCH, ge=0)
     exclude_tokens: TokenIds = option(
-        (), "More token ids to leave out of the SAEs' training, such as 0,50256.", panel=BATCH
+        (), "Token ids to exclude from the SAEs' training as well, such as 0,50256.", panel=BATCH
     )
     exclude_special_tokens: bool = option(
-        True, "Leave the tokenizer's special tokens (BOS, EOS, padding, ...) out of the SAEs' training.", panel=BATCH
+        True, "Exclude the tokenizer's special tokens (BOS, EOS, padding, ...) from the SAEs' training.", panel=BATCH
     )
     max_norm_multiple: float = option(
         10.0,
-        "Leave out of a layer's training what is longer than so many times the median norm of its activations, such as "
-        "attention sinks; 0 leaves nothing out.",
+        "Exclude tokens whose activation norm exceeds X times the layer's median, such as attention sinks; 0 excludes "
+        "none.",
         panel=BATCH,
         ge=0,
     )
@@ -98,7 +114,7 @@ class TrainConfig:
     )
     lr_warmup_steps: int | None = option(
         None,
-        "Steps of linear warm-up, after which the rate falls linearly to zero at the end of the run (signum: stays). "
+        "Steps of linear warm-up. The rate then falls linearly to zero at the end of the run (signum: it stays). "
         "By default three tenths of the run (signum: a tenth).",
         panel=OPTIMIZER,
         unit="optimiser steps",
@@ -106,14 +122,14 @@ class TrainConfig:
     )
     decoder_lr_ratio: float | None = option(
         None,
-        "The decoder's learning rate over the encoder's; 4 for adam and adam8bit, else 1.",
+        "The decoder's learning rate divided by the encoder's; by default 4 for adam and adam8bit, else 1.",
         panel=OPTIMIZER,
         gt=0,
     )
     encoder_bias_lr_ratio: float | None = option(
         None,
-        "The learning rate of the encoder's biases over that of its matrix, to let dead latents rise; 6 √(width / 128) "
-        "for adam and adam8bit, else 1.",
+        "The learning rate of the encoder's biases divided by that of its matrix; a high one revives dead latents. By "
+        "default 6 √(width / 128) for adam and adam8bit, else 1.",
         panel=OPTIMIZER,
         gt=0,
     )
@@ -122,15 +138,15 @@ class TrainConfig:
     )
     scale_biases: bool = option(
         True,
-        "Multiply the biases' learning rate by the layer's root mean square, so that one rate suits activations of any "
-        "size.",
+        "Multiply the biases' learning rate by the root mean square of the layer's activations, so that one rate suits "
+        "activations of any size.",
         panel=OPTIMIZER,
     )
 
     max_bad_steps: int = option(
         10,
-        "A step with NaN or Inf in the loss or gradient of a layer is skipped, for all layers; so many in a row "
-        "end the run.",
+        "A step with NaN or Inf in the loss or gradient of any layer is skipped for all layers. The run stops after N "
+        "such steps in a row.",
         panel=OPTIMIZER,
         unit="optimiser steps",
         ge=1,
@@ -138,28 +154,28 @@ class TrainConfig:
 
     revive_alpha: float = option(
         1e-4,
-        "Weight of the loss that raises the biases of dead latents until they fire again; 0 is off. To Adam only its "
-        "sign matters where nothing else reaches a latent.",
+        "Weight of the loss that raises the biases of dead latents until they fire again; 0 is off. Under Adam its "
+        "size does not matter while a latent has no other gradient.",
         panel=DEAD,
         ge=0,
     )
     auxk_alpha: float = option(
         0.0,
-        "Weight of the AuxK loss, in which dead latents predict what the others leave unexplained (1/32 in Gao et al. "
-        "2024); 0 is off.",
+        "Weight of the AuxK loss, in which dead latents predict the error of the others (1/32 in Gao et al. 2024); 0 "
+        "is off.",
         panel=DEAD,
         ge=0,
     )
     auxk_relative_to: Literal["variance", "residual"] = option(
         "variance",
-        "What the AuxK loss is divided by: the layer's variance, as the main loss is, or the mean squared error of the "
-        "step before, so that it keeps its weight as the SAEs get better.",
+        "What the AuxK loss is divided by: variance, the layer's variance, as for the main loss; residual, the mean "
+        "squared error of the previous step, which keeps the loss's weight as the SAEs improve.",
         panel=DEAD,
     )
     dead_feature_threshold: int | None = option(
         None,
-        "A latent is dead when it fired for none of so many last tokens. By default 300 times latents / k, or ten "
-        "steps where that is more, but a fiftieth of the run's tokens or 10,000,000 at most.",
+        "A latent is dead when it has not fired in the last N tokens. By default 300 times latents / k, or ten steps "
+        "if that is more, but at most a fiftieth of the run's tokens or 10,000,000.",
         panel=DEAD,
         unit="tokens",
         ge=1,
@@ -167,58 +183,60 @@ class TrainConfig:
 
     kernels: Literal["auto", "eager", "cpu", "native", "triton"] = option(
         "auto",
-        "What computes the SAEs: eager, the readable reference; cpu, sparse operations of torch; native, fused "
-        "ones that this machine's C++ compiler makes at first use; triton, fused ones on a GPU. auto takes triton on a "
-        "GPU, native on a CPU that has a compiler, else cpu.",
+        "What computes the SAEs: eager, the readable reference; cpu, torch's sparse operations; native, fused "
+        "operations that this machine's C++ compiler builds at first use; triton, fused operations on a GPU. auto "
+        "takes triton on a GPU, native on a CPU if there is a compiler, else cpu.",
         panel=SPEED,
     )
     select_dtype: Literal["auto", "fp32", "bf16", "int8"] = option(
         "auto",
-        "In what precision the encoder's scores name candidates for the k latents, which are chosen by their values in "
-        "float32. auto is what the hardware is fast at: bf16 on GPUs and CPUs with fast bfloat16, int8 on other CPUs "
-        "with VNNI; fp32 is for bit-exact work.",
+        "Precision of the scores that find candidates for the k latents; the choice among them is made in float32. "
+        "auto takes what the hardware is fast at: bf16 on GPUs and CPUs with fast bfloat16, int8 on other CPUs with "
+        "VNNI, else fp32. fp32 is for bit-exact work.",
         panel=SPEED,
     )
 
-    placement: Literal["auto", "ddp", "zero3", "layer-map"] = option(
-        "auto",
-        "Where SAEs live: ddp, on every rank; zero3, each cut among all ranks; layer-map, each layer on one rank. auto "
-        "takes what the launch file says, or ddp.",
+    placement: PlacementName = option(
+        AUTO,
+        "Where SAEs live: ddp, a replica on every rank; zero3, each SAE sharded over all ranks; layer-map, each layer "
+        "on one rank. auto takes what the launch file says, or ddp; a plug-in can add others.",
         panel=PLACEMENT,
     )
     layer_map: str | None = option(
         None,
-        "Which rank trains which layers under layer-map, such as 0-5:0,6-11:1; by default as even as possible.",
+        "Which rank trains which layers under layer-map, such as 0-5:0,6-11:1; by default spread evenly.",
         panel=PLACEMENT,
     )
     shard_lm: bool = option(
         False,
-        "Under zero3, cut the language model among the ranks as well: slower, for one too large for a GPU.",
+        "Under zero3, also shard the language model over the ranks: slower, for a model too large for one GPU.",
         panel=PLACEMENT,
     )
 
     save_dir: Path = option(Path("checkpoints"), "Folder that holds the runs.", panel=SAVING)
     run_name: str | None = option(
         None,
-        "Folder of this run inside --save-dir; by default made of the model's and the data set's name.",
+        "Folder of this run inside --save-dir; by default the names of the model and the data set.",
         panel=SAVING,
     )
     save_every: int = option(
         1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimiser steps", ge=1
     )
-    keep_last: int = option(1, "Checkpoints to keep, besides the best.", panel=SAVING, unit="checkpoints", ge=1)
+    keep_last: int = option(1, "Checkpoints to keep, not counting the best.", panel=SAVING, unit="checkpoints", ge=1)
     save_best: bool = option(
-        False, "Also keep the checkpoint with the lowest mean FVU since the one before it, as `best`.", panel=SAVING
+        False,
+        "Also keep, as `best`, the checkpoint with the lowest mean FVU since the previous checkpoint.",
+        panel=SAVING,
     )
     save_best_effort: bool = option(
         False,
-        "When a checkpoint cannot be written (disk full, say), warn and train on, instead of stopping.",
+        "If a checkpoint cannot be written (disk full, for example), warn and continue instead of stopping.",
         panel=SAVING,
     )
     grace: float = option(
         120,
-        "After SIGTERM or SIGUSR1 (a scheduler's), the step in hand must be done and saved within so many seconds, "
-        "else the process ends as it is.",
+        "After SIGTERM or SIGUSR1 from a scheduler, finish and save the current step within this time, or end without "
+        "saving.",
         panel=SAVING,
         unit="seconds",
         gt=0,
@@ -226,13 +244,13 @@ class TrainConfig:
     overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
     resume: Resume = option(
         False,
-        "Go on from the newest whole checkpoint of the run of that name, or of the run or checkpoint at PATH, whose "
-        "options need not be repeated; auto: go on if there is one, else start.",
+        "Continue from the newest complete checkpoint of the run of that name, or of the run or checkpoint at PATH, "
+        "whose options need not be repeated; auto: continue if there is a checkpoint, else start.",
         panel=SAVING,
     )
 
     log_every: int = option(
-        1, "Steps between reports; numbers are means over them.", panel=LOGGING, unit="optimiser steps", ge=1
+        1, "Steps between reports; numbers are means over those steps.", panel=LOGGING, unit="optimiser steps", ge=1
     )
     log_with: str | None = option(
         None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
@@ -240,16 +258,33 @@ class TrainConfig:
 
     eval_every: int | None = option(
         None,
-        "Steps between evaluations as saekit eval makes them, on documents that the run never reads, and after the "
-        "last step. Off by default. The whole language model is loaded for it, but with --shard-lm, under which only "
-        "the reconstruction is evaluated.",
+        "Steps between evaluations like those of saekit eval, on documents that the run never reads; the last step is "
+        "always evaluated. Off by default. Evaluations need the whole language model, which is loaded unless "
+        "--shard-lm is given; with --shard-lm only the reconstruction is evaluated.",
         panel=EVALUATION,
         unit="optimiser steps",
         ge=1,
     )
     eval_tokens: int = option(
-        16_384, "How much is read for each, always the same.", panel=EVALUATION, unit="tokens", ge=1
+        16_384, "Tokens per evaluation, the same ones each time.", panel=EVALUATION, unit="tokens", ge=1
     )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainConfig:
+        """Read the options of training from a YAML file such as `saekit train --config` reads.
+
+        Options of the language model and the data set may stand in it, as in a run's `config.yaml`; they are ignored.
+
+        Raises:
+            UserError: If the file cannot be read, or holds something that is no option; with every problem.
+        """
+        values = read_yaml(Path(path))
+        found = unknown_options(values, option_names(ModelConfig, DataConfig, SaeConfig, cls))
+        sae = make_config(SaeConfig, values, found)
+        cfg: TrainConfig | None = make_config(cls, values, found, **({} if sae is None else {"sae": sae}))
+        if found or cfg is None:
+            raise UserError(f"{path}: {'; '.join(found)}")
+        return cfg
 
     @property
     def revives(self) -> bool:
@@ -262,7 +297,7 @@ class TrainConfig:
 
         Where the language model is cut among the ranks they are not, and evaluations are of the reconstruction only: it
         would be gathered three times per layer for every batch, and DeepSpeed, which learns in which order modules run,
-        would have to learn it anew each time.
+        would have to learn it again each time.
         """
         return self.eval_every is not None and not self.shard_lm
 
@@ -292,14 +327,11 @@ class TrainConfig:
                 f"--max-norm-multiple {self.max_norm_multiple:g} would leave out ordinary tokens: give at least 1, or "
                 "0 to leave nothing out"
             )
-        if self.layer_map is not None and self.placement in ("ddp", "zero3"):
-            raise ValueError(f"--layer-map {self.layer_map} contradicts --placement {self.placement}: give one of them")
+        check_placement(self.placement, self.layer_map, self.shard_lm)
         if self.moments_dtype != "fp32" and self.optimizer != "adam":
             raise ValueError(f"--moments-dtype {self.moments_dtype} is for --optimizer adam, not {self.optimizer}")
         if self.kernels == "eager" and self.select_dtype in ("bf16", "int8"):
             raise ValueError(f"--kernels eager selects in float32 only: leave out --select-dtype {self.select_dtype}")
-        if self.shard_lm and self.placement in ("ddp", "layer-map"):
-            raise ValueError(f"--shard-lm contradicts --placement {self.placement}: only zero3 shards")
         if self.overwrite and self.resume:
             raise ValueError("--overwrite and --resume contradict each other: give one of them")
         return self

@@ -1,10 +1,9 @@
 """Text to token ids to batches."""
 
-from saekit.data.batches import Sequences, StepBatches, sequences
+from saekit.data.batches import Sequences, StepBatches, read_ahead, sequences
 from saekit.data.load import load_sequences
 from saekit.data.pack import chunk_and_tokenize
 from saekit.data.peek import Peek, peek
-from saekit.data.prefetch import read_ahead
 
 __all__ = [
     "Peek",

@@ -21,37 +21,65 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt"
 
 
 def load_sequences(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int, token: str | None = None
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int, token: str | None = None, rows: Any = None
 ) -> Sequences:
     """Find the data set, tokenise it unless it is tokenised already, and cut it into sequences of `ctx_len` tokens.
 
     Args:
         cfg: Which data set.
-        tokenizer: The language model's.
+        tokenizer: The language model's; None if there is none, for data that is tokenised already.
         ctx_len: Tokens per sequence.
         token: For a private or gated data set on the hub.
+        rows: The data, if it is in memory: see `rows_in_memory`.
 
     Raises:
         UserError: If the data set is not found, has no usable column, or is too short for one sequence.
     """
-    if cfg.dataset.endswith(".bin"):
+    if rows is None and cfg.dataset.endswith(".bin"):
         return memmap(cfg, tokenizer, ctx_len)
-    data = load_rows(cfg, token)
+    data = load_rows(cfg, token) if rows is None else rows_in_memory(rows, cfg)
     if cfg.max_examples is not None:
         data = data.select(range(min(cfg.max_examples, len(data))))
     if "input_ids" in data.column_names:
         return sequences(data, ctx_len)
+    if tokenizer is None:
+        raise UserError("the model does not say where it was loaded from: give its tokenizer, to tokenise the text")
     packed = chunk_and_tokenize(data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc)
     return sequences(packed, ctx_len)
 
 
-def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, ctx_len: int) -> MemmapSequences:
+def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
+    """The rows of data that a caller has loaded.
+
+    Args:
+        rows: A data set, a stream of which `cfg.max_examples` rows are taken, splits by name of which `cfg.split` is
+            taken, or a list of texts.
+        cfg: How to read it.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+    if isinstance(rows, DatasetDict):
+        rows = _one_split(rows, cfg.split)
+    if isinstance(rows, IterableDataset):
+        return _materialise(rows, cfg)
+    if isinstance(rows, (list, tuple)) and all(isinstance(text, str) for text in rows):
+        return Dataset.from_dict({cfg.text_column: list(rows)})
+    if not isinstance(rows, Dataset):
+        raise UserError(f"the data set is a {type(rows).__name__}: give a datasets.Dataset, a list of texts, or a name")
+    return rows
+
+
+def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int) -> MemmapSequences:
     """A `.bin` file, as far as what it holds is beyond doubt."""
     if cfg.max_examples is not None:
         raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
-    if "dtype" not in cfg.data_args and len(tokenizer) > 2**16:
+    size = 0 if tokenizer is None else len(tokenizer)
+    if "dtype" not in cfg.data_args and size > 2**16:
         raise UserError(
-            f"data set {cfg.dataset!r}: with {len(tokenizer):,} tokens in the vocabulary, say what the file holds: "
+            f"data set {cfg.dataset!r}: with {size:,} tokens in the vocabulary, say what the file holds: "
             "--data-args dtype=uint32 (or uint16)"
         )
     return MemmapSequences(_existing(cfg.dataset), str(cfg.data_args.get("dtype", "uint16")), ctx_len)
@@ -115,7 +143,7 @@ def _materialise(stream: Any, cfg: DataConfig) -> Dataset:
     from datasets import Dataset
 
     if cfg.max_examples is None:
-        raise UserError("--data-args streaming=true needs --max-examples, to know how many rows to take")
+        raise UserError("a streamed data set needs --max-examples, to know how many rows to take")
     return Dataset.from_generator(_rows, gen_kwargs={"stream": stream.take(cfg.max_examples)})
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from rich.text import Text
 
+from saekit.analysis.eval_checkpoint import EvalOptions, joined
+from saekit.analysis.inspect import inspect_path
 from saekit.cli.output import messages, results, resumable
 from saekit.cli.progress import progress
 from saekit.config import RunConfig
 from saekit.demo import MODEL_DIR
 from saekit.demo.text import standard_library
-from saekit.evaluation import EvalOptions, joined
-from saekit.page import build_report
-from saekit.report.inspect import inspect_path
-from saekit.report.inspect_view import render
 from saekit.training.launch import train_from_config
+from saekit.views.inspection import render_inspection
+from saekit.views.page.build import build_report
 
 EVALUATED_SHARE = 7
 """For so many tokens trained on, one is evaluated on."""
@@ -54,7 +54,7 @@ def run_demo(save_dir: Path, max_tokens: int) -> None:
     with joined(quiet=not sys.stderr.isatty()) as placement, progress() as bar:
         options = EvalOptions(max_tokens=max(1, max_tokens // EVALUATED_SHARE))
         build_report(run_dir, options, page, placement, status=bar.status, progress=bar.update)
-    render(inspect_path(run_dir), results())
+    render_inspection(inspect_path(run_dir), results())
     messages().print(
         Text(
             f"\nOpen {page} in a browser: what each latent fires on.\n"

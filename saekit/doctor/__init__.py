@@ -1,7 +1,6 @@
 """What `saekit doctor` looks at on a machine, what will not work there, and how to mend it."""
 
-from saekit.doctor.checks import can_train, diagnose, to_json
+from saekit.doctor.checks import can_train, diagnose, findings_to_json
 from saekit.doctor.findings import Finding
-from saekit.doctor.view import render
 
-__all__ = ["Finding", "can_train", "diagnose", "render", "to_json"]
+__all__ = ["Finding", "can_train", "diagnose", "findings_to_json"]

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 from saekit.config import TrainConfig
-from saekit.doctor import hub, libraries, limits, machine, ranks
+from saekit.doctor import devices as machine
+from saekit.doctor import hub, libraries, limits, ranks
 from saekit.doctor.findings import (
     DEVICES,
     EIGHT_BITS,
@@ -30,8 +31,8 @@ from saekit.doctor.findings import (
     attempt,
 )
 from saekit.doctor.probes import ADAM8BIT, DEEPSPEED, GLOO, Outcome, Probes
-from saekit.versions import SAEKIT as OWN_VERSION
-from saekit.versions import libraries as versions
+from saekit.machine import SAEKIT as OWN_VERSION
+from saekit.machine import library_versions
 
 Check = Callable[[], Iterable[Finding]]
 
@@ -66,14 +67,14 @@ def can_train(findings: Iterable[Finding]) -> bool:
     return not any(finding.blocks for finding in findings)
 
 
-def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
     """Everything as plain values, for a bug report."""
     return {
         "saekit": OWN_VERSION,
         "can_train": can_train(findings),
         "problems": sum(finding.state == "problem" for finding in findings),
         "notes": sum(finding.state == "note" for finding in findings),
-        "versions": versions(),
+        "versions": library_versions(),
         "findings": [asdict(finding) for finding in findings],
     }
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe
-from saekit.versions import SAEKIT as OWN_VERSION
+from saekit.machine import SAEKIT as OWN_VERSION
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

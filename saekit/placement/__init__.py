@@ -2,6 +2,6 @@
 
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, Placement, SaeFactory
 from saekit.placement.choose import connect
-from saekit.placement.single import Single
+from saekit.placement.local import Single
 
 __all__ = ["LayerOptimizer", "OptimizerFactory", "Placement", "SaeFactory", "Single", "connect"]

@@ -1,15 +1,20 @@
-"""Where SAE parameters live: one small interface, the same for every placement."""
+"""Where coders live: what every placement does, and what one process needs of it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from saekit.placement.questions import Questions
 from saekit.sae import Sae
 from saekit.sae.kernels.row_sums import RowSums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LayerOptimizer(Protocol):
@@ -56,34 +61,47 @@ SaeFactory = Callable[[str], Sae]
 OptimizerFactory = Callable[[Sae], LayerOptimizer]
 
 
-class Placement(Protocol):
+class Placement(Questions, ABC):
     """Holds the bank of SAEs, brings activations to them and their gradients together.
 
     The training loop runs the same lines under every placement; nothing else knows of ranks. All ranks call every
-    method that a docstring calls *collective*, in the same order.
+    method that a docstring calls *collective*, in the same order. Methods that are not abstract do what one process
+    does.
     """
 
-    name: str
-    """As in `--placement`; `single` where there is one process."""
     device: torch.device
     """Where this rank computes."""
-    rank: int
+    rank: int = 0
     """Which slice of the data this process takes, over all machines. Rank 0 reports and makes the run's folder."""
-    world_size: int
+    world_size: int = 1
     """How many slices there are."""
 
+    @classmethod
+    @abstractmethod
+    def join(cls, layer_map: str | None = None) -> Placement:
+        """Join the other processes of this run, if there are any.
+
+        Args:
+            layer_map: `--layer-map`; None except where `takes_layer_map`.
+        """
+
+    @abstractmethod
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """Make the SAEs trainable where they belong; no rank makes more of them at a time than it must. Collective."""
 
+    @abstractmethod
     def layers(self) -> tuple[str, ...]:
         """Hookpoints whose SAEs this rank has a part in, in model order."""
 
     def leads(self, hookpoint: str) -> bool:
         """Whether this rank speaks for a layer: exactly one does, and writes its files."""
+        return True
 
     def owners(self) -> dict[str, int]:
         """The rank that holds each layer, where each is held by one of several; else empty."""
+        return {}
 
+    @abstractmethod
     def sae(self, hookpoint: str) -> Sae:
         """The module to call for a layer of this rank."""
 
@@ -93,10 +111,22 @@ class Placement(Protocol):
         Entries of `acts` are removed as they are consumed, so that their memory is free again. A layer's gradient is
         complete when the loop comes back after it; with `last`, the step's last micro-batch, it may then travel.
         """
+        for hookpoint in list(acts):
+            yield hookpoint, acts.pop(hookpoint)
 
+    def counted(self, mask_N: Tensor) -> Tensor:
+        """Which of the rows that arrive from `route` count, the same for all layers of this rank. Collective.
+
+        Args:
+            mask_N: Bool; which of the rows count that this rank hands to `route`. All ranks hand over equally many.
+        """
+        return mask_N
+
+    @abstractmethod
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """Add the gradient of one chunk's loss to the layer's. Collective under zero3."""
+        """Add the gradient of one chunk's loss to the layer's. Collective where layers are cut among ranks."""
 
+    @abstractmethod
     def collect(self) -> dict[str, Tensor]:
         """End the step's backward passes: bring gradients together. Collective.
 
@@ -105,23 +135,29 @@ class Placement(Protocol):
             what is deferred: NaN or Inf in the gradient show in it.
         """
 
+    @abstractmethod
     def apply(self, lr_scale: float) -> None:
-        """After `collect`: project, step the optimisers, renormalise decoders, drop the gradients. Collective."""
+        """After `collect`: project, step the optimizers, renormalize decoders, drop the gradients. Collective."""
 
+    @abstractmethod
     def skip(self) -> None:
         """After `collect`, instead of `apply`: drop the gradients, and leave everything as it is. Collective."""
 
     def sum(self, value: Tensor) -> Tensor:
         """A tensor summed over all ranks. Collective."""
+        return value
 
-    def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Integer counts per layer, summed over the ranks that train the layer. Collective."""
+    def share(self, counts: Tensor) -> Tensor:
+        """Whole numbers about this rank's units, summed over the ranks that train the same units. Collective."""
+        return counts
 
     def gather(self, value: Any) -> list[Any]:
         """A small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
+        return [value]
 
+    @abstractmethod
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """The layer's whole tensors to keep, by name: weights and optimiser state. None on ranks that do not lead it.
+        """The layer's whole tensors to keep, by name: weights and optimizer state. None on ranks that do not lead it.
 
         Collective among the layer's ranks; no more than one layer is gathered at a time.
         """
@@ -131,7 +167,11 @@ class Placement(Protocol):
 
         Ranks get theirs at the same time where that is possible, so that they can write them at the same time.
         """
+        for hookpoint in self.layers():
+            if (whole := self.whole(hookpoint)) is not None:
+                yield (hookpoint, *whole)
 
+    @abstractmethod
     def whole_sae(self, hookpoint: str) -> Sae:
         """The layer's SAE as a checkpoint would hold it now, whole, on every rank; training is not touched by it.
 
@@ -139,17 +179,30 @@ class Placement(Protocol):
         it does not hold anyway. Collective.
         """
 
+    @abstractmethod
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """The inverse of `whole`, on every rank of the layer."""
 
+    def load_sharded(self, load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+        """The language model cut among the ranks, where `shards_lm`. Collective.
+
+        Args:
+            load: Loads it with transformers.
+            dtype: The type of its weights.
+        """
+        raise NotImplementedError(f"{self.name} does not shard the language model: see `shards_lm`")
+
+    @abstractmethod
     def held_bytes(self) -> int:
-        """Bytes of parameters, gradients and optimiser state on this rank at this moment."""
+        """Bytes of parameters, gradients and optimizer state on this rank at this moment."""
 
     def first_to_fail(self) -> bool:
         """Called by a rank that ends by an error: whether it is the first, whose error is the one to show."""
+        return True
 
-    def close(self) -> None:
+    def close(self) -> None:  # one process has nobody to part from
         """Part from the other ranks at the end of a run that went well. Collective."""
 
     def shard_bytes(self) -> int | None:
         """Bytes of one layer's parameters on this rank, where they are sharded; else None."""
+        return None

@@ -5,47 +5,70 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import torch
-from accelerate import Accelerator
-
+from saekit.config.ranks import AUTO
 from saekit.errors import UserError
 from saekit.placement.base import Placement
-from saekit.placement.single import Single
+from saekit.registry import PLACEMENTS
 
-PLACEMENTS = ("auto", "ddp", "zero3", "layer-map")
+BY_DEFAULT = "ddp"
+"""Under a launcher that says nothing of placements."""
+ALONE = "single"
+"""Without a launcher."""
 
 
-def connect(asked: str = "auto", layer_map: str | None = None) -> Placement:
+def connect(asked: str = AUTO, layer_map: str | None = None) -> Placement:
     """Join the other processes of this run, if there are any.
 
     Args:
-        asked: `auto`, `ddp`, `zero3` or `layer-map`.
+        asked: `auto`, or a name in `saekit.registry.PLACEMENTS`.
         layer_map: Which rank trains which layers under layer-map, such as `0-5:0,6-11:1`; None balances them.
 
     Raises:
         UserError: If what is asked for contradicts how the process was launched; the message names both.
     """
-    if asked not in PLACEMENTS:
-        raise UserError(f"--placement {asked}: there is none of that name; choose one of {', '.join(PLACEMENTS)}")
-    name = choose(asked, os.environ)
-    if layer_map is not None and name != "layer-map":
-        raise UserError(f"--layer-map {layer_map} has no meaning under --placement {name}")
-    if name == "single":
-        device = Accelerator().device
-        # Apple's GPU has no float64 for the statistics.
-        return Single(torch.device("cpu") if device.type == "mps" else device)
-    from saekit.placement.ddp import Ddp
-    from saekit.placement.layer_map import LayerMap
-    from saekit.placement.world import start_world
+    if asked != AUTO and asked not in PLACEMENTS:
+        names = ", ".join((AUTO, *PLACEMENTS.names()))
+        raise UserError(f"--placement {asked}: there is none of that name; choose one of {names}")
+    kind = kind_of(choose(asked, os.environ))
+    if layer_map is not None and not kind.takes_layer_map:
+        raise UserError(f"--layer-map {layer_map} has no meaning under --placement {kind.name}")
+    return kind.join(layer_map)
 
-    if name == "zero3":
-        from saekit.placement.deepspeed import start_zero3
 
-        world = start_zero3()
-        from saekit.placement.zero3 import Zero3  # imports DeepSpeed, which must be told a few things first
+def kind_of(name: str) -> type[Placement]:
+    """The class of that name, built in or from outside the package; it is imported now.
 
-        return Zero3(world)
-    return LayerMap(start_world(), layer_map) if name == "layer-map" else Ddp(start_world())
+    Raises:
+        UserError: If there is none, or it has another name than it is registered under.
+    """
+    kind: type[Placement] = PLACEMENTS.get(name)
+    if kind.name != name:
+        raise UserError(f"placement {name!r} calls itself {kind.name!r}: set `name` of {kind.__name__} to {name!r}")
+    return kind
+
+
+def kinds(ranks: int) -> tuple[type[Placement], ...]:
+    """All placements for so many processes: those of one, or those that a launcher starts."""
+    every = map(kind_of, PLACEMENTS.names())
+    return tuple(kind for kind in every if kind.ranked == (ranks > 1))
+
+
+def with_deepspeed() -> tuple[str, ...]:
+    """Names of the placements that train with DeepSpeed."""
+    return tuple(kind.name for kind in kinds(2) if kind.deepspeed)
+
+
+def launched_as(launch_file: Mapping[str, object]) -> str | None:
+    """The placement that a launch file of accelerate decides on; None where it starts one process.
+
+    It says DeepSpeed, or names the placement as the workers' role.
+    """
+    kind, section = launch_file.get("distributed_type"), launch_file.get("mpirun_config")
+    if kind == "NO":
+        return None
+    if kind == "DEEPSPEED":
+        return with_deepspeed()[0]
+    return _role(section.get("role") if isinstance(section, dict) else None) or BY_DEFAULT
 
 
 def choose(asked: str, environment: Mapping[str, str]) -> str:
@@ -58,35 +81,44 @@ def choose(asked: str, environment: Mapping[str, str]) -> str:
     """
     for variable, kind in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if _says(environment, variable):
+            possible = ", ".join(each.name for each in kinds(2))
             raise UserError(
                 f"--placement {asked}, but the launch file says {kind}, which saekit does not train under: "
-                "use a launch file for ddp, zero3 or layer-map"
+                f"use a launch file for one of {possible}"
             )
-    said = "layer-map" if environment.get("ROLE_NAME") == "layer-map" else None
+    said = _role(environment.get("ROLE_NAME"))
     if _says(environment, "ACCELERATE_USE_DEEPSPEED"):
-        if said or asked not in ("auto", "zero3"):
+        names = with_deepspeed()
+        if said or asked not in (AUTO, *names):
             raise UserError(
-                f"--placement {said or asked}, but the launch file says DeepSpeed, which is --placement zero3: "
+                f"--placement {said or asked}, but the launch file says DeepSpeed, which is --placement {names[0]}: "
                 "choose one of them"
             )
-        return "zero3"
+        return names[0] if asked == AUTO else asked
     if "LOCAL_RANK" not in environment:
-        if asked != "auto":
+        if asked != AUTO and kind_of(asked).ranked:
             raise UserError(
                 f"--placement {asked}, but this is one process that no launcher started: add --launch {asked} or "
                 f"{asked}-cpu, or start it with torchrun or accelerate launch"
             )
-        return "single"
-    if asked in ("ddp", "zero3") and said == "layer-map":
+        return ALONE if asked == AUTO else asked
+    if asked == AUTO:
+        return said or BY_DEFAULT
+    if not kind_of(asked).ranked:
+        raise UserError(f"--placement {asked} is for one process, but a launcher has started this one: leave it out")
+    if said not in (None, asked):
+        raise UserError(f"--placement {asked}, but the launch file says {said} (role: {said}): choose one of them")
+    if kind_of(asked).deepspeed and "ACCELERATE_MIXED_PRECISION" in environment:  # accelerate launch always says this
         raise UserError(
-            f"--placement {asked}, but the launch file says layer-map (role: layer-map): choose one of them"
-        )
-    if asked == "zero3" and "ACCELERATE_MIXED_PRECISION" in environment:  # accelerate launch always says this
-        raise UserError(
-            "--placement zero3, but the launch file does not say DeepSpeed: use accelerate_configs/zero3.yaml, "
+            f"--placement {asked}, but the launch file does not say DeepSpeed: use accelerate_configs/zero3.yaml, "
             "or torchrun"
         )
-    return said or "ddp" if asked == "auto" else asked
+    return asked
+
+
+def _role(name: object) -> str | None:
+    """The placement that the workers' role names; torchrun's own default, for one, names none."""
+    return name if isinstance(name, str) and name in PLACEMENTS and kind_of(name).ranked else None
 
 
 def _says(environment: Mapping[str, str], variable: str) -> bool:

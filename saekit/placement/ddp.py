@@ -9,20 +9,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saekit.placement.base import OptimizerFactory, SaeFactory
+from saekit.placement.costs import FLOAT32, Traffic, Workload
 from saekit.placement.local import LocalBank
-from saekit.placement.world import Ranked, World
+from saekit.placement.world import Ranked, World, start_world
 from saekit.sae import Sae
 
 
 class Ddp(Ranked, LocalBank):
-    """Replicated parameters, gradients and optimiser states. Implements `Placement`.
+    """Replicated parameters, gradients and optimizer states.
 
     A layer's gradients lie in one flat tensor, of which the parameters' `.grad` are views: they are summed in one
     call, without a copy, while the next layer computes, and only after the step's last micro-batch.
     """
 
     name = "ddp"
+    title = "every process holds all SAEs"
+    travels = "gradients"
     alone = False
+    keeps_gradients = True
 
     def __init__(self, world: World) -> None:
         Ranked.__init__(self, world)
@@ -30,36 +34,40 @@ class Ddp(Ranked, LocalBank):
         self._gradients: dict[str, Tensor] = {}
         self._travelling: dict[str, dist.Work] = {}
 
+    @classmethod
+    def join(cls, layer_map: str | None = None) -> Ddp:
+        """Meet the other ranks over gloo or NCCL."""
+        return cls(start_world())
+
+    @classmethod
+    def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
+        """Gradients, 4·P·L bytes, are all-reduced once, and so are the fired counts, int32 `[L, M]`."""
+        each_layer = load.all_reduce(FLOAT32 * load.num_latents) + load.all_reduce(FLOAT32 * load.params)
+        total = round(load.layers * each_layer)
+        return Traffic(total, total)
+
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """See `Placement.place`."""
+        """Make all SAEs on every rank, the same ones, and their flat gradients."""
         super().place(hookpoints, make_sae, make_optimizer)
         self._gradients = {hookpoint: flat_gradient(sae) for hookpoint, sae in self._saes.items()}
 
-    def leads(self, hookpoint: str) -> bool:
-        """See `Placement.leads`: the layers' files are shared out among the ranks."""
-        return list(self._saes).index(hookpoint) % self.world_size == self.rank
-
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """See `Placement.route`."""
+        """Leave tokens where they are; after a layer's last backward pass its gradient begins to travel."""
         for hookpoint in list(acts):
-            yield hookpoint, acts.pop(hookpoint)
+            yield hookpoint, acts.pop(hookpoint)  # kept nowhere here, so that whoever trains on it can let go of it
             if last:
                 self._travelling[hookpoint] = dist.all_reduce(self._gradients[hookpoint], async_op=True)
 
     def collect(self) -> dict[str, Tensor]:
-        """See `Placement.collect`."""
+        """Wait for the gradients that travel."""
         for hookpoint in self._gradients:
             self._travelling.pop(hookpoint).wait()
         return {hookpoint: gradient.sum() for hookpoint, gradient in self._gradients.items()}
 
     def skip(self) -> None:
-        """See `Placement.skip`: the parameters' `.grad` stay, being views."""
+        """Fill the flat gradients with zeros; the parameters' `.grad` stay, being views."""
         for gradient in self._gradients.values():
             gradient.zero_()
-
-    def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Placement.share`."""
-        return self.share_all(counts)
 
 
 def flat_gradient(sae: Sae) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from saekit.errors import UserError
 from saekit.placement.base import OptimizerFactory, SaeFactory
+from saekit.placement.costs import Traffic, Workload
 from saekit.placement.local import LocalBank
-from saekit.placement.planner import resolve_map
-from saekit.placement.world import Ranked, World
+from saekit.placement.world import Ranked, World, start_world
 from saekit.sae import Sae
 from saekit.sae.model import around, without_memory
 
@@ -21,7 +23,7 @@ Wave = dict[int, str]
 
 
 class LayerMap(Ranked, LocalBank):
-    """A layer's tokens of all ranks go to its owner, and only there. Implements `Placement`.
+    """A layer's tokens of all ranks go to its owner, and only there.
 
     Layers travel in waves of one layer per owner, so that owners work at the same time; a wave is on its way while
     the one before it computes, and no more than two are in memory.
@@ -32,6 +34,9 @@ class LayerMap(Ranked, LocalBank):
     """
 
     name = "layer-map"
+    title = "each holds some layers' SAEs"
+    travels = "activations"
+    takes_layer_map = True
 
     def __init__(self, world: World, layer_map: str | None = None) -> None:
         Ranked.__init__(self, world)
@@ -40,10 +45,45 @@ class LayerMap(Ranked, LocalBank):
         self._owners: dict[str, int] = {}
         self._waves: list[Wave] = []
 
+    @classmethod
+    def join(cls, layer_map: str | None = None) -> LayerMap:
+        """Meet the other ranks over gloo or NCCL."""
+        return cls(start_world(), layer_map)
+
+    @classmethod
+    def holds(
+        cls, rank: int, hookpoints: Sequence[str], world_size: int, layer_map: str | None = None
+    ) -> tuple[str, ...]:
+        """Hookpoints that the rank owns, by the map or balanced."""
+        owners = resolve_map(layer_map, hookpoints, world_size)
+        return tuple(name for name in hookpoints if owners[name] == rank)
+
+    @classmethod
+    def rows(cls, tokens: int, world_size: int) -> int:
+        """An owner sees every rank's tokens."""
+        return tokens * world_size
+
+    @classmethod
+    def in_flight(cls, number: int, owned: int, layers: int, world_size: int) -> tuple[int, ...]:
+        """What has arrived for this wave, the next wave in both directions, and the layers that are still to go."""
+        left = layers - (number + 1) * world_size
+        if number + 1 >= owned or left <= 0:
+            return (world_size,)
+        return (world_size, world_size, min(world_size, left), *(1,) * max(0, left - world_size))
+
+    @classmethod
+    def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
+        """Activations: N·D for every layer of other owners, and those of the other W - 1 ranks for each of its own.
+
+        An owner sees every token, so nothing needs to be counted together.
+        """
+        activations = load.tokens * load.d_in * load.act_bytes
+        own = load.layers if owned is None else owned
+        return Traffic((load.layers - own) * activations, (load.world_size - 1) * own * activations)
+
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """See `Placement.place`."""
-        numbers = [int(hookpoint.rpartition(".")[2]) for hookpoint in hookpoints]
-        self._owners = resolve_map(self.layer_map, numbers, hookpoints, self.world_size)
+        """Make the SAEs that this rank owns."""
+        self._owners = resolve_map(self.layer_map, hookpoints, self.world_size)
         held = [[name for name in hookpoints if self._owners[name] == rank] for rank in range(self.world_size)]
         self._waves = [
             {rank: hookpoint for rank, hookpoint in enumerate(row) if hookpoint is not None}
@@ -51,16 +91,16 @@ class LayerMap(Ranked, LocalBank):
         ]
         super().place(held[self.rank], make_sae, make_optimizer)
 
-    def leads(self, hookpoint: str) -> bool:
-        """See `Placement.leads`."""
-        return self._owners[hookpoint] == self.rank
+    def leader(self, hookpoint: str) -> int:
+        """The owner."""
+        return self._owners[hookpoint]
 
     def owners(self) -> dict[str, int]:
-        """See `Placement.owners`."""
+        """All ranks' layers, as `place` has mapped them."""
         return dict(self._owners)
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """See `Placement.route`."""
+        """Send each wave to its owners while they train on the one before it."""
         # Ranks drop other numbers of special tokens, so each says how many rows it sends.
         tokens = next(iter(acts.values())).shape[0]
         rows = self.gather(tokens)
@@ -83,9 +123,15 @@ class LayerMap(Ranked, LocalBank):
         arrived = leaving.new_empty(sum(receive), leaving.shape[1])
         return arrived, dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
 
+    def counted(self, mask_N: Tensor) -> Tensor:
+        """All ranks' masks in rank order, as their rows arrive: `[W · N]`."""
+        together = mask_N.new_empty(self.world_size, len(mask_N))
+        dist.all_gather(list(together), mask_N)
+        return together.view(-1)
+
     @torch.no_grad()
     def whole_sae(self, hookpoint: str) -> Sae:
-        """See `Placement.whole_sae`: the owner sends it to the others."""
+        """Broadcast it from the owner."""
         owner = self._owners[hookpoint]
         mine = super().whole_sae(hookpoint) if owner == self.rank else None
         sizes = self.gather(mine.sizes() if mine is not None else None)[owner]
@@ -98,6 +144,100 @@ class LayerMap(Ranked, LocalBank):
             dist.broadcast(tensor, src=owner)
         return around(tensors, **sizes).eval()
 
-    def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Placement.share`: the owner has seen every token."""
+    def share(self, counts: Tensor) -> Tensor:
+        """Return them as they are: the owner has seen every token."""
         return counts
+
+
+def balanced_map(hookpoints: Sequence[str], world_size: int, cost: Mapping[str, float] | None = None) -> dict[str, int]:
+    """Owner rank of every hookpoint, such that the busiest rank has little to do.
+
+    Equal costs give contiguous blocks whose sizes differ by at most one, the larger first. Otherwise the most
+    expensive layer goes first to the rank with the least so far (Graham 1969: at most 4/3 of the optimum).
+
+    Args:
+        hookpoints: In the order of the layers.
+        world_size: Ranks; those beyond the number of layers get none.
+        cost: Relative cost of each hookpoint; equal where not given.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}: there is at least one rank")
+    if cost is None or len({cost[name] for name in hookpoints}) < 2:
+        size, longer = divmod(len(hookpoints), world_size)
+        owners = [rank for rank in range(world_size) for _ in range(size + (rank < longer))]
+        return dict(zip(hookpoints, owners, strict=True))
+    load = [0.0] * world_size
+    owner = {}
+    for name in sorted(hookpoints, key=lambda each: -cost[each]):  # stable: equal ones stay in the order of layers
+        rank = load.index(min(load))
+        owner[name] = rank
+        load[rank] += cost[name]
+    return {name: owner[name] for name in hookpoints}
+
+
+def parse_map(text: str) -> dict[int, int]:
+    """`"0-5:0,6-11:1"` → rank by layer number; ranges include their end.
+
+    Raises:
+        UserError: If the text is not of that form, or names a layer twice.
+    """
+    owner: dict[int, int] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?:([0-9]{1,5})\s*", part)
+        if found is None:
+            raise UserError(f"--layer-map {text!r}: {part!r} should be layers and their rank, as in 0-5:0,6-11:1")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise UserError(f"--layer-map {text!r}: the range of {part.strip()!r} is empty; write {last}-{first}")
+        for layer in range(first, last + 1):
+            if layer in owner:
+                raise UserError(f"--layer-map {text!r}: layer {layer} is there twice")
+            owner[layer] = int(found[3])
+    return owner
+
+
+def resolve_map(text: str | None, hookpoints: Sequence[str], world_size: int) -> dict[str, int]:
+    """Owner rank of every hookpoint: as `--layer-map` says, or balanced where it says nothing.
+
+    Hookpoints of one layer have the same owner under `--layer-map`.
+
+    Args:
+        text: What `--layer-map` was given.
+        hookpoints: What is trained, in model order.
+        world_size: Number of ranks.
+
+    Raises:
+        UserError: If the text cannot be read or does not fit the hookpoints or the ranks.
+    """
+    if text is None:
+        return balanced_map(hookpoints, world_size)
+    owner = parse_map(text)
+    layers = {}
+    for name in hookpoints:
+        if (number := layer_number(name)) is None:
+            raise UserError(
+                f"--layer-map {text!r} goes by layers' numbers, and {name} has none: leave it out for an even map"
+            )
+        layers[name] = number
+    if missing := sorted(set(layers.values()) - set(owner)):
+        raise UserError(f"--layer-map {text!r} gives no rank for {_layers(missing)}: every trained layer needs one")
+    if surplus := sorted(set(owner) - set(layers.values())):
+        raise UserError(f"--layer-map {text!r} names {_layers(surplus)}, not trained here: see --layers")
+    if (highest := max(owner.values())) >= world_size:
+        raise UserError(
+            f"--layer-map {text!r}: there is no rank {highest}; the last of {world_size} is {world_size - 1}"
+        )
+    return {name: owner[layer] for name, layer in layers.items()}
+
+
+def layer_number(hookpoint: str) -> int | None:
+    """The number in a hookpoint's path, such as 3 in `layers.3`, `transformer.h.3` or `layers.3.mlp:in`.
+
+    It is the first part of the path that is all digits; None where there is none.
+    """
+    path = hookpoint.partition(":")[0]
+    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit()), None)
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

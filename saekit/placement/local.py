@@ -1,22 +1,19 @@
-"""SAEs that are whole on this rank, each with an optimiser of its own."""
+"""Coders that are whole on their rank, each with an optimizer of its own; and the placement of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
+from saekit.placement.base import LayerOptimizer, OptimizerFactory, Placement, SaeFactory
 from saekit.sae import Sae
 from saekit.sae.model import around
 
 
-class LocalBank:
-    """The part that `single`, `ddp` and `layer-map` share: whole parameters and whole optimiser states."""
-
-    alone = True
-    """Whether a layer's gradient is all on the rank that steps it."""
+class LocalBank(Placement):
+    """The part that `single`, `ddp` and `layer-map` share: whole parameters and whole optimizer states."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -24,7 +21,7 @@ class LocalBank:
         self._optimizers: dict[str, LayerOptimizer] = {}
 
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """See `Placement.place`."""
+        """Make each SAE on this rank's device, with its optimizer; gradients of one rank alone may be deferred."""
         for hookpoint in hookpoints:
             sae = make_sae(hookpoint).to(self.device).train()
             self._saes[hookpoint] = sae
@@ -33,23 +30,19 @@ class LocalBank:
                 self._optimizers[hookpoint].defer_gradients()
 
     def layers(self) -> tuple[str, ...]:
-        """See `Placement.layers`."""
+        """Those that `place` was given."""
         return tuple(self._saes)
 
-    def owners(self) -> dict[str, int]:
-        """See `Placement.owners`."""
-        return {}
-
     def sae(self, hookpoint: str) -> Sae:
-        """See `Placement.sae`."""
+        """The module that holds the parameters."""
         return self._saes[hookpoint]
 
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """See `Placement.backward`."""
+        """Leave it to autograd."""
         loss.backward()
 
     def collect(self) -> dict[str, Tensor]:
-        """See `Placement.collect`."""
+        """Sum each layer's gradients, and bound those that are deferred; nothing travels."""
         sums = {}
         for hookpoint, sae in self._saes.items():
             parts = [each.grad.sum() for each in sae.parameters() if each.grad is not None]
@@ -58,7 +51,7 @@ class LocalBank:
         return sums
 
     def apply(self, lr_scale: float) -> None:
-        """See `Placement.apply`."""
+        """Step each layer's optimizer, which projects and renormalizes, and drop the gradients."""
         for optimizer in self._optimizers.values():
             optimizer.prepare(lr_scale)
         for optimizer in self._optimizers.values():
@@ -66,46 +59,49 @@ class LocalBank:
         self.skip()
 
     def skip(self) -> None:
-        """See `Placement.skip`."""
+        """Set the gradients to None."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad()
 
-    def leads(self, hookpoint: str) -> bool:
-        """See `Placement.leads`."""
-        return True
-
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """See `Placement.whole`."""
+        """Export what this rank holds, if it leads the layer."""
         optimizer = self._optimizers[hookpoint]
         return (optimizer.export(), optimizer.state()) if self.leads(hookpoint) else None
 
-    def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
-        """See `Placement.each_whole`."""
-        for hookpoint in self._saes:
-            if (whole := self.whole(hookpoint)) is not None:
-                yield (hookpoint, *whole)
-
     def whole_sae(self, hookpoint: str) -> Sae:
-        """See `Placement.whole_sae`: its memory is the trained one's, unless the optimiser averages."""
+        """Wrap the exported weights: their memory is the trained ones', unless the optimizer averages."""
         return around(self._optimizers[hookpoint].export(), **self._saes[hookpoint].sizes()).eval()
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """See `Placement.load`."""
+        """Copy into the parameters and the optimizer."""
         self._saes[hookpoint].load_state_dict(dict(weights))
         self._optimizers[hookpoint].load_state(state)
 
     def held_bytes(self) -> int:
-        """See `Placement.held_bytes`."""
+        """Count each tensor once: some optimizers' state has the parameters in it."""
         parameters = [parameter for sae in self._saes.values() for parameter in sae.parameters()]
         gradients = [each.grad for each in parameters if each.grad is not None]
         deferred = [tensor for each in self._optimizers.values() for sums in each.deferred() for tensor in sums]
         states = [tensor for each in self._optimizers.values() for tensor in each.state().values()]
         held = {tensor.data_ptr(): tensor for tensor in (*parameters, *gradients, *deferred, *states)}
-        return size_of(held.values())  # each once: some optimisers' state has the parameters in it
+        return size_of(held.values())
 
-    def shard_bytes(self) -> int | None:
-        """See `Placement.shard_bytes`."""
-        return None
+
+class Single(LocalBank):
+    """Everything on one device of one process; routing and reducing are the identity."""
+
+    name = "single"
+    title = "one process holds all SAEs"
+    ranked = False
+
+    @classmethod
+    def join(cls, layer_map: str | None = None) -> Single:
+        """Take the device that accelerate chooses; no other process is asked."""
+        from accelerate import Accelerator
+
+        device = Accelerator().device
+        # Apple's GPU has no float64 for the statistics.
+        return cls(torch.device("cpu") if device.type == "mps" else device)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -77,7 +77,7 @@ def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]
         receive = [tensor.numel() if other == before else 0 for other in range(ranks)]
         dist.all_to_all_single(arrived, tensor, receive, send)
 
-    reduced = 2 * SIZE * (ranks - 1) / ranks  # around a ring, as in `planner.Workload.all_reduce`
+    reduced = 2 * SIZE * (ranks - 1) / ranks  # around a ring, as in `costs.Workload.all_reduce`
     return reduced / _fastest(lambda: dist.all_reduce(tensor), tensor), SIZE / _fastest(exchange, tensor)
 
 

@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
+from saekit.placement.base import Placement
+
 PATIENCE = timedelta(days=1)
-"""How long ranks wait for one another outside the training: one of them may be tokenising a large data set."""
+"""How long ranks wait for one another outside the training: one of them may be tokenizing a large data set."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +56,50 @@ def start_world(zero: DeepSpeedPlugin | None = None) -> World:
     return World(accelerator.process_index, accelerator.num_processes, device, control, store, accelerator)
 
 
-class Ranked:
+class Ranked(Placement):
     """Sums and small values over all ranks; the other half of a placement is how it holds parameters."""
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.device = world.device
         self.rank = world.rank
         self.world_size = world.size
 
+    def leader(self, hookpoint: str) -> int:
+        """The rank that leads a layer: layers that all ranks have a part in are shared out among them."""
+        return self.layers().index(hookpoint) % self.world_size
+
+    def leads(self, hookpoint: str) -> bool:
+        """Whether this rank is the leader."""
+        return self.leader(hookpoint) == self.rank
+
     def sum(self, value: Tensor) -> Tensor:
-        """See `Placement.sum`."""
+        """All-reduce a copy."""
         total = value.clone()
         dist.all_reduce(total)
         return total
 
-    def share_all(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Counts of layers that all ranks train on, summed in one call; a step has fewer than 2³¹ tokens."""
-        together = torch.stack(list(counts.values())).to(torch.int32)
+    def share(self, counts: Tensor) -> Tensor:
+        """Sum counts in one call, as int32: a step has fewer than 2³¹ tokens."""
+        together = counts.to(torch.int32)
         dist.all_reduce(together)
-        return dict(zip(counts, together, strict=True))
+        return together
 
     def gather(self, value: Any) -> list[Any]:
-        """See `Placement.gather`."""
+        """Exchange values over TCP, pickled between processes of one run."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.world.control)
         return values
 
     def first_to_fail(self) -> bool:
-        """See `Placement.first_to_fail`."""
+        """Ask the launcher's store, which counts."""
         try:
             return self.world.store.add("saekit/failures", 1) == 1
         except RuntimeError:  # the store is gone with the rank or the launcher that kept it
             return True
 
     def close(self) -> None:
-        """See `Placement.close`."""
+        """Wait for the others and end the process groups."""
         # A rank that simply ends tears its connections out of those who are still at work: gloo aborts them.
         self.gather(None)
         dist.destroy_process_group()

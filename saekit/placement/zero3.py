@@ -4,57 +4,103 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from saekit.errors import UserError
+from saekit.config import TrainConfig
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
+from saekit.placement.costs import FLOAT32, Traffic, Workload
 from saekit.placement.local import size_of
-from saekit.placement.pieces import Piece, find_pieces, same_memory, share_masters
-from saekit.placement.rows import RowShard, project_rows_, scale_rows_
+from saekit.placement.shards import Piece, UnitRows, find_pieces, same_memory, share_masters
 from saekit.placement.world import Ranked, World
 from saekit.sae import Sae
 from saekit.sae.model import around
 
-SHARDED_OPTIMIZERS = ("SaeAdam", "ScheduleFreeSignum")
-"""Those that treat every element alike, and so can work on any piece of a tensor."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ELEMENTWISE = ("adam", "signum")
+"""Optimizers that treat every element alike, and so can work on any piece of a tensor."""
 
 
 class Zero3(Ranked):
-    """Sharded parameters, gradients and optimiser states. Implements `Placement`.
+    """Sharded parameters, gradients and optimizer states.
 
     One engine holds the bank. A layer's tensors are whole only while it computes: its forward and its backward pass
     gather them, and what each rank keeps of the gradient is summed over the ranks after every backward pass.
 
-    The decoder's gradient is projected and its rows are renormalised on each rank's own piece, in hooks of the
-    optimiser, which see master weights and gradients, wherever they are offloaded to.
+    The decoder's gradient is projected and its rows are renormalized on each rank's own piece, in hooks of the
+    optimizer, which see master weights and gradients, wherever they are offloaded to.
 
     Args:
         world: The ranks; its accelerator was made with a plugin for stage 3.
     """
 
     name = "zero3"
+    title = "each holds a part of every SAE"
+    travels = "weights"
+    alone = False
+    keeps_gradients = True
+    gathers = True
+    buffer_bytes = 4_000_000  # for gradients on their way: see `saekit.placement.deepspeed.settings`
+    deepspeed = True
+    offloads = True
+    shards_lm = True
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self.device = world.device
         self._saes: dict[str, Sae] = {}
-        self._numbers: dict[str, int] = {}
         self._pieces: dict[nn.Parameter, Piece] = {}
         self._backwards: Counter[str] = Counter()
         self._engine: Any = None
         self._averages = False
 
-    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """See `Placement.place`.
+    @classmethod
+    def join(cls, layer_map: str | None = None) -> Zero3:
+        """Meet the other ranks with a plugin for stage 3."""
+        from saekit.placement.deepspeed import start_zero3
 
-        Raises:
-            UserError: If the optimiser needs whole tensors.
+        return cls(start_zero3())
+
+    @classmethod
+    def supports(cls, train: TrainConfig) -> str | None:
+        """Refuse optimizers that need whole tensors."""
+        if train.optimizer not in ELEMENTWISE:
+            return (
+                f"--placement {cls.name} cannot train with --optimizer {train.optimizer}, which needs whole tensors "
+                "(or whole blocks of them): use --optimizer adam or signum, or --placement layer-map"
+            )
+        return super().supports(train)
+
+    @classmethod
+    def parts(cls, world_size: int) -> int:
+        """One for each rank."""
+        return world_size
+
+    @classmethod
+    def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
+        """Parameters before every forward and every backward pass, gradients after it, and fired counts as under ddp.
+
+        Every chunk gathers each layer's parameters twice and reduce-scatters its gradients. Decoder rows are whole
+        within a shard if W divides M; if not, the dot products with the gradient, and the norms before and after the
+        step are all-reduced, float32 `[3, M]` per layer.
         """
+        vector, weights = FLOAT32 * load.num_latents, FLOAT32 * load.params
+        passes = load.micro_batches * load.chunks
+        each_layer = load.all_reduce(vector)
+        each_layer += passes * (2 * load.all_gather(weights) + load.reduce_scatter(weights))
+        if load.num_latents % load.world_size:
+            each_layer += 3 * load.all_reduce(vector)
+        total = round(load.layers * each_layer)
+        return Traffic(total, total)
+
+    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+        """Make one SAE after another and cut it up at once, so that no more than one is ever whole."""
+        import deepspeed  # it must be told a few things first: see `start_zero3`
+
         self._make_optimizer = make_optimizer
         config = self.world.accelerator.deepspeed_plugin.deepspeed_config
         torch_optimizers: list[torch.optim.Optimizer] = []
@@ -62,11 +108,9 @@ class Zero3(Ranked):
             sae = make_sae(hookpoint).to(self.device).train()
             optimizer = make_optimizer(sae)
             self._averages = optimizer.averages
-            torch_optimizers += self._own_optimizers(optimizer)
-            # Sharded at once, so that no more than one layer is ever whole.
+            torch_optimizers += optimizer.optimizers
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
             self._saes[hookpoint] = sae
-        self._numbers = {hookpoint: number for number, hookpoint in enumerate(hookpoints)}
         self._torch_optimizer: Any = merged(torch_optimizers)  # one of training's that have `prepare`
         self._base_rates = [group["lr"] for group in self._torch_optimizer.param_groups]
 
@@ -74,45 +118,21 @@ class Zero3(Ranked):
         self._engine, _ = self.world.accelerator.prepare(bank, self._torch_optimizer)
         share_masters(self._engine.optimizer)
         self._pieces = find_pieces(self._engine.optimizer)
-        self._decoders = {
-            self._pieces[sae.W_dec].flat: sae.W_dec for sae in self._saes.values() if sae.normalize_decoder
-        }
-        self._torch_optimizer.register_step_pre_hook(self._project)
-        self._torch_optimizer.register_step_post_hook(self._normalize)
-
-    @staticmethod
-    def _own_optimizers(optimizer: LayerOptimizer) -> list[torch.optim.Optimizer]:
-        for each in optimizer.optimizers:
-            if type(each).__name__ not in SHARDED_OPTIMIZERS:
-                raise UserError(
-                    f"--placement zero3 cannot train with {type(each).__name__}, which needs whole tensors (or whole "
-                    "blocks of them): use --optimizer adam or signum, or --placement layer-map"
-                )
-        return optimizer.optimizers
+        decoders = [self._pieces[sae.W_dec] for sae in self._saes.values() if sae.normalize_decoder]
+        rows = UnitRows(decoders, self.rank, self._sum_rows)
+        self._torch_optimizer.register_step_pre_hook(rows.project)
+        self._torch_optimizer.register_step_post_hook(rows.normalize)
 
     def layers(self) -> tuple[str, ...]:
-        """See `Placement.layers`."""
+        """All of them: each rank has a part in each."""
         return tuple(self._saes)
 
-    def leads(self, hookpoint: str) -> bool:
-        """See `Placement.leads`: the layers' files are shared out among the ranks."""
-        return self._numbers[hookpoint] % self.world_size == self.rank
-
-    def owners(self) -> dict[str, int]:
-        """See `Placement.owners`."""
-        return {}
-
     def sae(self, hookpoint: str) -> Sae:
-        """See `Placement.sae`: calling it gathers its parameters, and only those."""
+        """The module with its hooks: calling it gathers its parameters, and only those."""
         return self._saes[hookpoint]
 
-    def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """See `Placement.route`: tokens stay where they are."""
-        for hookpoint in list(acts):
-            yield hookpoint, acts.pop(hookpoint)
-
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """See `Placement.backward`."""
+        """Let DeepSpeed gather the layer, and sum the gradient over the ranks."""
         # DeepSpeed counts backward passes of the whole bank, to know whether a gradient overwrites the last step's or
         # adds to this step's. Ours are of one layer at a time, so the layer's own count is what it must be told.
         zero = self._engine.optimizer
@@ -124,7 +144,7 @@ class Zero3(Ranked):
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """See `Placement.collect`: DeepSpeed has brought them together in the backward passes."""
+        """Sum this rank's pieces: DeepSpeed has brought them together in the backward passes."""
         zero = self._engine.optimizer
         return {
             hookpoint: sum(zero.get_local_fp32_grad_for_param(parameter).sum() for parameter in sae.parameters())
@@ -132,13 +152,13 @@ class Zero3(Ranked):
         }
 
     def skip(self) -> None:
-        """See `Placement.skip`."""
-        # What DeepSpeed itself does when float16 overflows; it has no public name for it.
+        """Drop the gradients as DeepSpeed itself does when float16 overflows."""
+        # It has no public name for it.
         self._engine.optimizer._overflow_clean_up(None)
         self._backwards.clear()
 
     def apply(self, lr_scale: float) -> None:
-        """See `Placement.apply`."""
+        """Step the engine, whose optimizer projects and renormalizes in hooks."""
         for group, rate in zip(self._torch_optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * lr_scale
         # DeepSpeed empties the groups, and hands the optimizer one flat tensor at a time in its own step.
@@ -148,79 +168,41 @@ class Zero3(Ranked):
         self._engine.step()
         self._backwards.clear()
 
-    @torch.no_grad()
-    def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Before the optimiser's step on one flat tensor: see `saekit.sae.project_decoder_gradient_`."""
-        for flat, W_dec in self._stepping(optimizer):
-            piece = self._pieces[W_dec]
-            gradient = piece.of(flat.grad)  # type: ignore[arg-type]  # every layer has had a backward pass
-            project_rows_(gradient, piece.of(flat), self._rows(piece), self._sum_rows)
-
-    @torch.no_grad()
-    def _normalize(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """After it: see `saekit.sae.normalize_decoder_`."""
-        for flat, W_dec in self._stepping(optimizer):
-            piece = self._pieces[W_dec]
-            scale_rows_(piece.of(flat), self._rows(piece), self._sum_rows)
-
-    def _stepping(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, nn.Parameter]]:
-        """The flat tensors that are being stepped and hold a decoder to keep at unit norm; DeepSpeed steps one."""
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if flat in self._decoders:
-                    yield flat, self._decoders[flat]
-
-    def _rows(self, piece: Piece) -> RowShard:
-        count, width = piece.shape
-        return RowShard.of(self.rank, piece.size, count, width)
-
     def _sum_rows(self, partial: Tensor) -> Tensor:
         total = partial.to(self.device)
         dist.all_reduce(total)
         return total.to(partial.device)
 
-    def share(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Placement.share`."""
-        return self.share_all(counts)
-
     @torch.no_grad()
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """See `Placement.whole`: the layer is put together on the rank that leads it, as it would be on one rank."""
-        sae, leads = self._saes[hookpoint], self.leads(hookpoint)
-        leader = self._numbers[hookpoint] % self.world_size
-        optimizer = self._put_together(sae, lambda piece, like_flat: self._gathered(leader, piece, like_flat), leads)
+        """Put the layer together on the rank that leads it, as it would be on one rank."""
+        optimizer = self._put_together(self._saes[hookpoint], self.leader(hookpoint))
         return None if optimizer is None else (optimizer.export(), optimizer.state())
 
     @torch.no_grad()
     def whole_sae(self, hookpoint: str) -> Sae:
-        """See `Placement.whole_sae`."""
+        """Gather its weights on every rank; with an averaging optimizer its state as well."""
         sae = self._saes[hookpoint]
         if self._averages:
-            optimizer = self._put_together(sae, self._gathered_by_all, True)
+            optimizer = self._put_together(sae)
             assert optimizer is not None, "put together on every rank"
             return around(optimizer.export(), **sae.sizes()).eval()
         pieces = {name: self._pieces[parameter] for name, parameter in sae.named_parameters()}
-        tensors = {name: self._gathered_by_all(piece, piece.flat) for name, piece in pieces.items()}
+        tensors = {name: piece.gathered(piece.flat, self.device) for name, piece in pieces.items()}
         return around(tensors, **sae.sizes()).eval()
 
-    def _put_together(self, sae: Sae, gathered: Callable[[Piece, Tensor], Tensor], here: bool) -> LayerOptimizer | None:
-        """A layer's optimiser with whole weights and state, if it is to be `here`. Collective.
-
-        Args:
-            sae: The layer.
-            gathered: Makes a whole tensor of the ranks' pieces, on the ranks that are to have it.
-            here: Whether this is one of them.
-        """
+    def _put_together(self, sae: Sae, leader: int | None = None) -> LayerOptimizer | None:
+        """A layer's optimizer with whole weights and state, on its leader or on all ranks; else None. Collective."""
         tensors: dict[str, Tensor] = {}
         states: dict[str, dict[str, Any]] = {}
         for name, parameter in sae.named_parameters():
             piece = self._pieces[parameter]
-            tensors[name] = gathered(piece, piece.flat)
+            tensors[name] = piece.gathered(piece.flat, self.device, leader)
             states[name] = {
-                key: gathered(piece, value) if _elementwise(value, piece) else value
+                key: piece.gathered(value, self.device, leader) if piece.is_laid_out(value) else value
                 for key, value in self._torch_optimizer.state[piece.flat].items()
             }
-        if not here:
+        if leader not in (None, self.rank):
             return None
         copy, optimizer = self._on_one_rank(sae, tensors)
         for each in optimizer.optimizers:
@@ -229,7 +211,7 @@ class Zero3(Ranked):
         return optimizer
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
-        """See `Placement.each_whole`: of so many layers in a row as there are ranks, each rank leads one."""
+        """Take as many layers in a row as there are ranks: each rank leads one."""
         hookpoints = self.layers()
         for start in range(0, len(hookpoints), self.world_size):
             wave = hookpoints[start : start + self.world_size]
@@ -237,35 +219,20 @@ class Zero3(Ranked):
             while mine:  # not kept here while the next wave is gathered
                 yield mine.pop()
 
-    def _gathered(self, leader: int, piece: Piece, like_flat: Tensor) -> Tensor:
-        """A whole tensor from the ranks' pieces, on the rank that leads the layer; on the others, nothing."""
-        mine = piece.of(like_flat).to(self.device).contiguous()
-        leads = self.rank == leader
-        whole = mine.new_empty(self.world_size if leads else 0, mine.numel())
-        dist.gather(mine, list(whole) if leads else None, dst=leader)
-        return piece.cut(whole) if leads else whole.view(-1)
-
-    def _gathered_by_all(self, piece: Piece, like_flat: Tensor) -> Tensor:
-        """The same on every rank."""
-        mine = piece.of(like_flat).to(self.device).contiguous()
-        whole = mine.new_empty(self.world_size, mine.numel())
-        dist.all_gather(list(whole), mine)
-        return piece.cut(whole)
-
     def _on_one_rank(self, sae: Sae, tensors: Mapping[str, Tensor]) -> tuple[Sae, LayerOptimizer]:
-        """The same layer with whole tensors, and its optimiser."""
+        """The same layer with whole tensors, and its optimizer."""
         copy = around(tensors, **sae.sizes())
         return copy, self._make_optimizer(copy)
 
     @torch.no_grad()
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """See `Placement.load`."""
+        """Copy this rank's piece of each tensor, and of the state that an optimizer of whole tensors reads."""
         sae = self._saes[hookpoint]
         copy, optimizer = self._on_one_rank(sae, weights)
         optimizer.load_state(state)
         for name, whole in copy.named_parameters():
             piece = self._pieces[sae.get_parameter(name)]
-            self._scatter(whole, piece.of(piece.flat))
+            piece.scatter(whole, piece.flat)
             piece.shard.copy_(piece.of(piece.flat))
             flat_state = self._torch_optimizer.state[piece.flat]
             for each in optimizer.optimizers:
@@ -273,18 +240,18 @@ class Zero3(Ranked):
                     if isinstance(value, Tensor) and value.shape == whole.shape:
                         if key not in flat_state:
                             flat_state[key] = torch.zeros_like(piece.flat, dtype=value.dtype)
-                        self._scatter(value, piece.of(flat_state[key]))
+                        piece.scatter(value, flat_state[key])
                     else:
                         flat_state[key] = value
 
-    def _scatter(self, whole: Tensor, piece: Tensor) -> None:
-        """This rank's part of a whole tensor into its place; behind the last element there is padding."""
-        start = self.rank * piece.numel()
-        mine = whole.reshape(-1)[start : start + piece.numel()]
-        piece[: mine.numel()].copy_(mine)
+    def load_sharded(self, load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
+        """Shard it by DeepSpeed: each of its modules is gathered while it runs."""
+        from saekit.placement.deepspeed import load_sharded
+
+        return load_sharded(load, dtype)
 
     def held_bytes(self) -> int:
-        """See `Placement.held_bytes`."""
+        """Count shards, master weights where they are not the shards, gradients and state."""
         shards = [piece.shard for piece in self._pieces.values()]
         flats = {id(piece.flat): piece.flat for piece in self._pieces.values()}.values()
         states = [value for flat in flats for value in self._torch_optimizer.state[flat].values()]
@@ -293,7 +260,7 @@ class Zero3(Ranked):
         return size_of([*shards, *masters, gradients, *(value for value in states if isinstance(value, Tensor))])
 
     def close(self) -> None:
-        """See `Placement.close`."""
+        """End the engine, which has process groups of its own."""
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
@@ -301,19 +268,15 @@ class Zero3(Ranked):
         super().close()
 
     def shard_bytes(self) -> int | None:
-        """See `Placement.shard_bytes`."""
+        """Count the first layer's shards."""
         first = next(iter(self._saes.values()))
         return size_of(self._pieces[parameter].shard for parameter in first.parameters())
 
 
 def merged(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """One optimiser for several layers' parameters, a group for each; the first of them."""
+    """One optimizer for several layers' parameters, a group for each; the first of them."""
     first, *others = optimizers
     for other in others:
         for group in other.param_groups:
             first.add_param_group(group)
     return first
-
-
-def _elementwise(value: Any, piece: Piece) -> bool:
-    return isinstance(value, Tensor) and value.numel() == piece.flat.numel()

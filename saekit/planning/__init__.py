@@ -5,7 +5,6 @@ from saekit.planning.calibration import calibrate
 from saekit.planning.machine import Machine, describe, detect
 from saekit.planning.memory import NO_OFFLOAD, Offload
 from saekit.planning.plan import Choice, Plan, make_plan
-from saekit.planning.view import render, to_json
 
 __all__ = [
     "NO_OFFLOAD",
@@ -19,6 +18,4 @@ __all__ = [
     "describe",
     "detect",
     "make_plan",
-    "render",
-    "to_json",
 ]

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from saekit.config import RunConfig
+from saekit.placement.choose import kind_of
 from saekit.planning.memory import NO_OFFLOAD, Offload
 from saekit.planning.plan import Choice, Plan, make_plan
 
 MOST_CHUNKS = 64
 WORTH = 0.99
 """A change that leaves more than this share of the memory is not one."""
-OFFLOAD_OPTION = "--launch zero3-offload"
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ def _moments(start: Attempt, _: Plan) -> Iterator[Attempt]:
 
 
 def _offloading(start: Attempt, plan: Plan) -> Iterator[Attempt]:
-    """Parameters and optimiser state in the machine's memory, under zero3."""
-    machine = plan.job.machine
-    zero3 = any(choice.placement == "zero3" for choice in plan.considered)
-    if machine.on_gpu and zero3 and start.offload == NO_OFFLOAD:
-        yield start.having(OFFLOAD_OPTION)._replace(offload=Offload(True, True), asked="zero3")
+    """Parameters and optimizer state in the machine's memory, under placements that can offload."""
+    names = [choice.placement for choice in plan.considered if kind_of(choice.placement).offloads]
+    if plan.job.machine.on_gpu and start.offload == NO_OFFLOAD:
+        for name in names:
+            yield start.having(f"--launch {name}-offload")._replace(offload=Offload(True, True), asked=name)
 
 
 def _fewer_layers(start: Attempt, plan: Plan) -> Iterator[Attempt]:

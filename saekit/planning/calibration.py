@@ -37,7 +37,7 @@ Shape = tuple[int, int, int, int]
 """N, D, M, k of a pass."""
 
 
-class Calibration(NamedTuple):
+class MeasuredRates(NamedTuple):
     """What was measured."""
 
     found: dict[str, Rates]
@@ -48,7 +48,7 @@ class Calibration(NamedTuple):
     """Share of the CPU that others used just before: their work makes rates too low."""
 
 
-def calibrate(machine: Machine, say: Callable[[str], None]) -> Calibration:
+def calibrate(machine: Machine, say: Callable[[str], None]) -> MeasuredRates:
     """Measure this machine and keep what was found.
 
     Args:
@@ -70,7 +70,7 @@ def calibrate(machine: Machine, say: Callable[[str], None]) -> Calibration:
         network[ranks] = Network(*measure_network(ranks))
     found = {name: measure(device, network, say) for name, device in devices.items()}
     file = keep_rates({device_key(name): rates for name, rates in found.items()})
-    return Calibration(found, file, busy)
+    return MeasuredRates(found, file, busy)
 
 
 def measure(device: torch.device, network: Mapping[int, Network], say: Callable[[str], None]) -> Rates:

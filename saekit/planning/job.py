@@ -66,7 +66,7 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         check_select_dtype(backend, train.select_dtype, machine.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
     if machine.on_gpu:  # any that is sold today is fast at bfloat16; the machine need not be this one
         dtype = torch.bfloat16 if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype)
         fast = "bf16"

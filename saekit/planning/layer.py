@@ -1,4 +1,4 @@
-"""One layer's training as the loop does it: what plans meter on the meta device, and calibration times for real."""
+"""One unit's training as the loop does it: what plans meter on the meta device, and calibration times for real."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
-from saekit.sae import Sae, sae_losses
+from saekit.placement import LayerOptimizer
+from saekit.sae import Sae
 from saekit.sae.kernels import Kernels
-from saekit.training.counters import LayerCounters
+from saekit.training.bank import ONE, bank_of_one
 from saekit.training.optimizers import make_optimizer
-from saekit.training.statistics import LayerWindow, covered
+from saekit.training.unit import Calibration
 
 
 class Layer:
-    """An SAE with random weights, its optimiser, counters and statistics.
+    """A unit with random weights.
 
     On the meta device 8-bit Adam, which does not run there, is replaced by Adam.
 
@@ -26,7 +27,7 @@ class Layer:
         num_latents: M.
         kernels: What it is computed with.
         device: Where.
-        alone: As `saekit.placement.local.LocalBank.alone`.
+        alone: See `saekit.placement.Placement.alone`.
     """
 
     def __init__(
@@ -38,35 +39,37 @@ class Layer:
         device: torch.device,
         alone: bool = False,
     ) -> None:
-        self.cfg, self.device = cfg, device
+        self.on_meta = device.type == "meta"
+        stand_in = self.on_meta and cfg.optimizer == "adam8bit"
+        self.cfg = replace(cfg, optimizer="adam") if stand_in else cfg
         with device:
-            limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to leave out
-            self.sae = Sae(**cfg.sae.sizes(d_in, num_latents), max_norm=limit).train()
-        self.sae.chosen_kernels = kernels
-        self.sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
-        on_meta = device.type == "meta"
-        stand_in = on_meta and cfg.optimizer == "adam8bit"
-        self.optimizer = make_optimizer(replace(cfg, optimizer="adam") if stand_in else cfg, self.sae)
-        for each in self.optimizer.optimizers if on_meta else ():
+            limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to exclude
+            sae = Sae(**cfg.sae.sizes(d_in, num_latents), max_norm=limit)
+            known = Calibration(torch.zeros(d_in), float(d_in), limit)
+        sae.chosen_kernels = kernels
+        sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
+        self.bank = bank_of_one(cfg, sae, known, alone=alone and not stand_in, optimizer=self._optimizer)
+        self.unit = self.bank.units[ONE]
+        self.sae = sae
+
+    def _optimizer(self, sae: Sae) -> LayerOptimizer:
+        self.optimizer = make_optimizer(self.cfg, sae)
+        for each in self.optimizer.optimizers if self.on_meta else ():
             for group in each.param_groups:
                 group |= {"fused": False} if group.get("fused") else {}  # no such kernel there
-        if alone and not stand_in:
-            self.optimizer.defer_gradients()
-        self.counters, self.window = LayerCounters.fresh(num_latents, device), LayerWindow.empty(d_in, device)
+        return self.optimizer
 
     def passes(self, chunk_ND: Tensor, dead: Tensor | None = None) -> None:
-        """Forward and backward pass, as in `SaeTrainer`."""
-        num_dead = 0 if dead is None else len(dead)
-        x_ND, covered_N1 = covered(self.sae, chunk_ND.float())
-        out = self.sae(x_ND, dead, auxk=self.cfg.auxk_alpha > 0).only(covered_N1)
-        losses = sae_losses(
-            x_ND, out, scale=1.0, auxk_alpha=self.cfg.auxk_alpha, num_dead=num_dead, revive_alpha=self.cfg.revive_alpha
-        )
-        losses.total.backward()
-        self.counters.observe(out.acts, out.indices)
-        self.window.observe(x_ND, out, losses, 1.0, self.sae.b_dec.detach())
+        """Forward and backward pass over a chunk of tokens.
+
+        Args:
+            chunk_ND: `[N, D]`.
+            dead: int64, numbers of the dead latents, for AuxK.
+        """
+        self.unit.aux_latents = dead if self.cfg.auxk_alpha > 0 else None
+        self.unit.run_(chunk_ND)
 
     def update(self) -> None:
-        """The optimiser's step; the gradients stay."""
+        """The optimizer's step; the gradients stay."""
         self.optimizer.prepare(1.0)
         self.optimizer.step()

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from saekit.placement.planner import PlacementName
+from saekit.placement import Placement
 from saekit.planning.bank import LayerCost
 from saekit.planning.language_model import LmCost
 from saekit.planning.meter import NOTHING, Bytes, all_of, sized
 
-Placing = Literal["single"] | PlacementName
 PREFETCH = 50_000_000
 """Elements that DeepSpeed gathers ahead (its default `stage3_prefetch_bucket_size`)."""
-BUCKET = 4_000_000
-"""Bytes of DeepSpeed's buffer for gradients on their way (`saekit.placement.deepspeed.settings`)."""
 
 
 class Offload(NamedTuple):
-    """What zero3 keeps in the machine's memory instead of the GPU's."""
+    """What a placement that can offload keeps in the machine's memory instead of the GPU's."""
 
     optimizer: bool = False
     """The optimiser's state, the gradients, and the weights that it steps."""
@@ -45,7 +42,7 @@ class Demand:
     on_gpu: bool
     shard_lm: bool = False
     offload: Offload = NO_OFFLOAD
-    """Under zero3."""
+    """None where the placement cannot offload."""
 
 
 @dataclass(frozen=True)
@@ -102,30 +99,29 @@ class RankMemory:
         return self.peak.total.returned + self.heap
 
 
-def rank_memory(placing: Placing, demand: Demand, world_size: int = 1, owned: int | None = None) -> RankMemory:
+def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: int) -> RankMemory:
     """The memory of one rank.
 
     Args:
-        placing: Where SAEs live.
-        demand: The run. Under layer-map its `bank` is for chunks of all ranks' tokens.
+        kind: Where SAEs live.
+        demand: The run; its `bank` is for chunks of as many tokens as `kind.rows` says.
         world_size: Ranks (W).
-        owned: Layers that the rank trains, under layer-map; all of them otherwise.
+        owned: Layers whose SAEs the rank holds, whole or in part.
     """
-    bank, trained = demand.bank, demand.layers if owned is None else owned
-    share = trained / (world_size if placing == "zero3" else 1)
+    bank, share = demand.bank, owned / kind.parts(world_size)
     held = Moment(
         "between steps",
         language_model=demand.lm.weights,
         parameters=bank.parameters.times(share),
         optimizer_state=bank.state.times(share),
-        working=bank.counters.times(trained),
+        working=bank.counters.times(owned),
     )
     if demand.shard_lm:
         held = replace(held, language_model=_sharded(demand, world_size))
     gradients, update, host = bank.gradients.times(share), bank.update, 0
-    if placing == "zero3" and demand.offload.optimizer:
+    if demand.offload.optimizer:
         gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimiser reads
-    if placing == "zero3" and demand.on_gpu:  # on a CPU what is offloaded stays where it was
+    if demand.on_gpu:  # on a CPU what is offloaded stays where it was
         offload, shards, state = demand.offload, held.parameters, held.optimizer_state
         host = shards.total if any(offload) else 0
         if all(offload):  # of parameters alone the optimiser would have a copy on the GPU
@@ -133,11 +129,11 @@ def rank_memory(placing: Placing, demand: Demand, world_size: int = 1, owned: in
         if offload.optimizer:
             host += gradients.total + state.total
             held, gradients, update = replace(held, optimizer_state=NOTHING), NOTHING, NOTHING
-    if placing in ("ddp", "zero3"):  # theirs are kept from step to step; the others' are made by every step
+    if kind.keeps_gradients:
         held = replace(held, gradients=gradients)
     moments = (
         _forward(demand, held, gradients),
-        *_passes(placing, demand, held, trained, world_size),
+        *_passes(kind, demand, held, owned, world_size),
         replace(_with(held, "optimiser's step", working=update), gradients=gradients),
     )
     return RankMemory(moments, host)
@@ -167,10 +163,10 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
     return _with(held, "the language model's forward pass", activations=captured, working=working)
 
 
-def _passes(placing: Placing, demand: Demand, held: Moment, trained: int, world_size: int) -> Iterator[Moment]:
+def _passes(kind: type[Placement], demand: Demand, held: Moment, trained: int, world_size: int) -> Iterator[Moment]:
     """The first and the last layer of a micro-batch: activations go as gradients come."""
-    bank, one = demand.bank, sized(demand.activations, demand.on_gpu)
-    made_anew = placing not in ("ddp", "zero3")
+    bank = demand.bank
+    made_anew = not kind.keeps_gradients
     for number in sorted({0, max(0, trained - 1)} if trained else ()):
         there = held
         if demand.grad_acc_steps > 1 and made_anew:  # of another micro-batch
@@ -179,23 +175,13 @@ def _passes(placing: Placing, demand: Demand, held: Moment, trained: int, world_
         working = bank.later_chunk if later else bank.first_chunk
         if made_anew and demand.grad_acc_steps == 1:
             there = replace(held, gradients=bank.gradients.times(number + 1))
-        if placing == "zero3":  # the layer at work is whole
-            working = working + bank.parameters + bank.gradients + sized(BUCKET, demand.on_gpu)
-        activations = one.times(demand.layers - number)
-        if placing == "layer-map":
-            activations = _on_their_way(demand, number, trained, world_size)
+        if kind.gathers:  # the layer at work is whole
+            working = working + bank.parameters + bank.gradients
+        if kind.buffer_bytes:
+            working = working + sized(kind.buffer_bytes, demand.on_gpu)
+        tensors = kind.in_flight(number, trained, demand.layers, world_size)
+        activations = all_of(sized(times * demand.activations, demand.on_gpu) for times in tensors)
         yield _with(there, f"layer {number + 1} of {trained}", activations=activations, working=working)
-
-
-def _on_their_way(demand: Demand, wave: int, waves: int, world_size: int) -> Bytes:
-    """Activations under layer-map while a wave trains: its own, the next wave's on its way, and those still to go."""
-    arrived = sized(world_size * demand.activations, demand.on_gpu)
-    left = demand.layers - (wave + 1) * world_size
-    if wave + 1 >= waves or left <= 0:
-        return arrived
-    leaving = sized(min(world_size, left) * demand.activations, demand.on_gpu)
-    still = sized(demand.activations, demand.on_gpu).times(max(0, left - world_size))
-    return arrived + arrived + leaving + still
 
 
 def _with(held: Moment, name: str, activations: Bytes = NOTHING, working: Bytes = NOTHING) -> Moment:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from saekit.config import RunConfig, SaeConfig
+from saekit.config.ranks import AUTO
 from saekit.errors import UserError
-from saekit.placement.planner import PlacementName, Workload, balanced_map, resolve_map, traffic
+from saekit.placement import Placement
+from saekit.placement.choose import kind_of, kinds
+from saekit.placement.costs import Workload
 from saekit.planning.bank import layer_cost, on_meta
 from saekit.planning.job import Job, make_job
 from saekit.planning.machine import Machine
-from saekit.planning.memory import NO_OFFLOAD, Demand, Offload, Placing, RankMemory, rank_memory
+from saekit.planning.memory import NO_OFFLOAD, Demand, Offload, RankMemory, rank_memory
 from saekit.planning.rates import optimizer_key
 from saekit.planning.speed import StepTime, StepWork, step_time
 from saekit.sae.kernels import SELECT_DTYPES
-from saekit.sae.model import WIDER
 
 
 @dataclass(frozen=True)
 class Choice:
     """One placement of a job, seen from the rank that needs most."""
 
-    placement: Placing
+    placement: str
+    """Its name."""
     ranks: int
     memory: RankMemory
     capacity: int
@@ -61,7 +63,7 @@ class Plan:
     job: Job
     choices: tuple[Choice, ...]
     offload: Offload = NO_OFFLOAD
-    """Under zero3."""
+    """Under placements that can offload."""
     asked: str | None = None
     """The placement that the run will have, if that is decided."""
 
@@ -105,35 +107,25 @@ def make_plan(cfg: RunConfig, machine: Machine, *, offload: Offload = NO_OFFLOAD
     Args:
         cfg: The run; its data set is not looked at.
         machine: Where it is to run, and how fast that is, if it is known.
-        offload: What zero3 keeps in the machine's memory.
+        offload: What placements that can offload keep in the machine's memory.
         asked: The placement that the run will have; by default what `cfg` says, if it says one.
 
     Raises:
         UserError: If the model's config cannot be read, or the configuration does not fit it.
     """
     job = make_job(cfg, machine)
-    placements: tuple[Placing, ...] = ("single",) if machine.count == 1 else ("ddp", "layer-map", "zero3")
-    choices = tuple(_choice(job, placement, offload) for placement in placements if possible(cfg, placement))
-    if asked is None and cfg.train.placement != "auto" and machine.count > 1:
+    choices = tuple(_choice(job, kind, offload) for kind in kinds(machine.count) if kind.supports(cfg.train) is None)
+    if asked is None and cfg.train.placement != AUTO and kind_of(cfg.train.placement).ranked == (machine.count > 1):
         asked = cfg.train.placement
     return Plan(job, choices, offload, asked)
 
 
-def possible(cfg: RunConfig, placement: Placing) -> bool:
-    """Whether the other options leave that placement open."""
-    train = cfg.train
-    if train.shard_lm and placement != "zero3":
-        return False
-    if train.layer_map is not None and placement not in ("layer-map", "single"):
-        return False
-    return placement != "zero3" or train.optimizer in ("adam", "signum")
-
-
-def _choice(job: Job, placement: Placing, offload: Offload) -> Choice:
+def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
     train, machine = job.cfg.train, job.machine
     ranks = machine.count
-    owned = max(_owned(job, ranks)) if placement == "layer-map" else None
-    tokens = job.tokens * (ranks if placement == "layer-map" else 1)
+    names = [str(layer) for layer in job.layers]
+    owned = max(len(kind.holds(rank, names, ranks, train.layer_map)) for rank in range(ranks))
+    tokens = kind.rows(job.tokens, ranks)
     bank = layer_cost(
         train,
         job.shape.d_in,
@@ -142,7 +134,7 @@ def _choice(job: Job, placement: Placing, offload: Offload) -> Choice:
         job.dtype,
         on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
         on_gpu=machine.on_gpu,
-        alone=placement in ("single", "layer-map"),
+        alone=kind.alone,
     )
     demand = Demand(
         layers=len(job.layers),
@@ -153,23 +145,23 @@ def _choice(job: Job, placement: Placing, offload: Offload) -> Choice:
         bank=bank,
         on_gpu=machine.on_gpu,
         shard_lm=train.shard_lm,
-        offload=offload,
+        offload=offload if kind.offloads else NO_OFFLOAD,
     )
-    sent = 0 if placement == "single" else _sent(job, placement, owned)
+    sent = _sent(job, kind, owned)
     return Choice(
-        placement=placement,
+        placement=kind.name,
         ranks=ranks,
-        memory=rank_memory(placement, demand, ranks, owned),
+        memory=rank_memory(kind, demand, ranks, owned),
         capacity=machine.capacity,
         libraries=machine.libraries,
         sent=sent,
-        layers_of_busiest=len(job.layers) if owned is None else owned,
+        layers_of_busiest=owned,
         tokens_per_step=job.tokens_per_step,
-        time=_time(job, placement, owned, sent),
+        time=_time(job, kind, owned, sent),
     )
 
 
-def _time(job: Job, placement: Placing, owned: int | None, sent: int) -> StepTime | None:
+def _time(job: Job, kind: type[Placement], owned: int, sent: int) -> StepTime | None:
     """How long a step will take, if this machine's rates are known; what is offloaded is not in it."""
     train, ranks = job.cfg.train, job.machine.count
     if job.machine.rates is None:
@@ -179,42 +171,33 @@ def _time(job: Job, placement: Placing, owned: int | None, sent: int) -> StepTim
         tokens=job.tokens,
         micro_batches=train.grad_acc_steps,
         chunks=train.micro_acc_steps,
-        trained=job.tokens * (ranks if placement == "layer-map" else 1),
-        layers=len(job.layers) if owned is None else owned,
+        trained=kind.rows(job.tokens, ranks),
+        layers=owned,
         d_in=job.shape.d_in,
         num_latents=job.num_latents,
-        k=train.sae.k * _codes_in_k(train.sae),
+        k=_width_of_codes(train.sae, job.num_latents),
         lm_operations=job.lm.flops_per_token,
         lm_blocks=job.lm.blocks,
         lm_type="fp32" if job.dtype.itemsize == 4 else "bf16",
         kernels=job.backend,
         select_type=job.select_dtype,
         optimizer=optimizer_key(train.optimizer, train.moments_dtype),
-        params_held=params // (ranks if placement == "zero3" else 1),
+        params_held=params // kind.parts(ranks),
         sent=sent,
         ranks=ranks,
         sharing=1 if job.machine.on_gpu else ranks,
-        whole_layers_travel=placement == "layer-map",
+        whole_layers_travel=kind.travels == "activations",
     )
     return step_time(work, job.machine.rates)
 
 
-def _codes_in_k(sae: SaeConfig) -> int:
-    """Of how many times k latents a token's codes are: Multi-TopK has two, BatchTopK one that may be as wide."""
-    if sae.activation == "batchtopk":
-        return WIDER
-    return 1 + WIDER if sae.multi_topk else 1
+def _width_of_codes(sae: SaeConfig, num_latents: int) -> int:
+    """Pairs of a token and a latent per token, over the codes that are made of it: Multi-TopK has two."""
+    selection = sae.kind(sae.k, num_latents)
+    return selection.max_active + (selection.wider().max_active if sae.multi_topk else 0)
 
 
-def _owned(job: Job, ranks: int) -> Iterator[int]:
-    names = [str(layer) for layer in job.layers]
-    owners = balanced_map(names, ranks)
-    if job.cfg.train.layer_map is not None:
-        owners = resolve_map(job.cfg.train.layer_map, job.layers, names, ranks)
-    return (list(owners.values()).count(rank) for rank in range(ranks))
-
-
-def _sent(job: Job, placement: PlacementName, owned: int | None) -> int:
+def _sent(job: Job, kind: type[Placement], owned: int) -> int:
     load = Workload(
         layers=len(job.layers),
         d_in=job.shape.d_in,
@@ -226,5 +209,5 @@ def _sent(job: Job, placement: PlacementName, owned: int | None) -> int:
         act_bytes=job.dtype.itemsize,
         backend="nccl" if job.machine.on_gpu else "gloo",
     )
-    moved = traffic(placement, load, owned or 0)
+    moved = kind.traffic(load, owned)
     return max(moved.sent, moved.received)

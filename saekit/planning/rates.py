@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from saekit.errors import UserError
-from saekit.files import write_at_once
+from saekit.runs.files import write_at_once
 
 VERSION = 1
 """Of the file. One of another version counts as unreadable."""

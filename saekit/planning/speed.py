@@ -23,7 +23,7 @@ class StepWork:
     chunks: int
     """`--micro-acc-steps`."""
     trained: int
-    """Tokens per micro-batch that each of its layers trains on: under layer-map all ranks'."""
+    """Tokens per micro-batch that each of its layers trains on: its own, or all ranks'."""
     layers: int
     """That it trains."""
     d_in: int
@@ -47,7 +47,7 @@ class StepWork:
     sharing: int
     """Ranks among which a device's rate is shared out: all of them on a CPU, whose cores they share."""
     whole_layers_travel: bool
-    """Whether activations go to one rank each (layer-map); else ranks sum and gather what all of them need."""
+    """Whether each layer's activations go to one rank; else ranks sum and gather what all of them need."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
-"""Reporters: who watches a run, and `inspect`, who looks at what it left."""
+"""Reporters: who watches a run."""
 
 from saekit.report.base import Reporter, Reporters
-from saekit.report.jsonl import JsonlReporter
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 from saekit.report.terminal import terminal_reporter
 from saekit.report.trackers import TrackerReporter, tracker_reporter
 
 __all__ = [
     "EvalStats",
-    "JsonlReporter",
     "LayerStats",
     "Reporter",
     "Reporters",

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from saekit.report import units
+from saekit import units
 from saekit.report.pace import Pace
 from saekit.report.sparkline import sparkline
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
@@ -30,7 +30,7 @@ ROOMY = 20
 
 
 @dataclass(frozen=True)
-class RunState:
+class LiveState:
     """All that the view shows. Immutable, because the refresh thread reads it while training replaces it."""
 
     info: RunInfo
@@ -45,7 +45,7 @@ class RunState:
     """Folder and step of the newest checkpoint."""
     finished: bool = False
 
-    def after(self, stats: StepStats) -> RunState:
+    def after(self, stats: StepStats) -> LiveState:
         """The state once `stats` has been reported."""
         fvus = {hookpoint: layer.fvu for hookpoint, layer in stats.layers.items()}
         if fvus:
@@ -54,7 +54,7 @@ class RunState:
         return replace(self, stats=stats, trends=trends)
 
 
-def run_view(state: RunState, width: int, height: int) -> RenderableType:
+def run_view(state: LiveState, width: int, height: int) -> RenderableType:
     """The whole view, in at most `height` lines of `width` columns, unless the run has finished: then every layer.
 
     Args:
@@ -103,7 +103,7 @@ def _header(info: RunInfo, width: int) -> list[Text]:
     ]
 
 
-def _progress(state: RunState) -> Table:
+def _progress(state: LiveState) -> Table:
     step = state.stats.step if state.stats else state.info.start_step
     total = state.info.total_steps
     if not state.finished:
@@ -121,7 +121,7 @@ def _progress(state: RunState) -> Table:
     return row
 
 
-def _numbers(state: RunState) -> Text:
+def _numbers(state: LiveState) -> Text:
     stats = state.stats
     if stats is None:
         return line(("waiting for the first report", "dim"))
@@ -138,7 +138,7 @@ def _numbers(state: RunState) -> Text:
     )
 
 
-def _evaluation(state: RunState) -> Text:
+def _evaluation(state: LiveState) -> Text:
     """What the newest evaluation found, in means over the layers; the line is there from the start."""
     stats = state.evaluation
     if stats is None:
@@ -148,7 +148,7 @@ def _evaluation(state: RunState) -> Text:
     return line((f"evaluated at step {stats.step:,}", "dim"), *found)
 
 
-def _layers(state: RunState, width: int, room: int) -> list[RenderableType]:
+def _layers(state: LiveState, width: int, room: int) -> list[RenderableType]:
     """The table, and below it a line about the layers there was no room for; `room` lines without the heading."""
     names = state.info.hookpoints
     layers = dict(state.stats.layers) if state.stats else {}
@@ -233,7 +233,7 @@ def _not_shown(layers: dict[str, LayerStats]) -> Text:
     return line((rest, "dim"))
 
 
-def _saved(state: RunState) -> Text:
+def _saved(state: LiveState) -> Text:
     parts = [("no checkpoint yet", "dim")]
     if state.saved is not None:
         path, step = state.saved

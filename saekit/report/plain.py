@@ -10,7 +10,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from saekit.report import units
+from saekit import units
 from saekit.report.pace import Pace
 from saekit.report.sparkline import TO_ASCII
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from saekit.report.units import active, decimal, size
+from saekit.units import active, decimal, size
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EvalStats:
 
         Args:
             number: A field of `Reconstruction` (`fvu`, `l0`, ...) or of `Grafted` (`ce_recovered`, `kl`, ...), which
-                stand in `saekit.evaluation.results`; and `dead_fraction`.
+                stand in `saekit.analysis.results`; and `dead_fraction`.
         """
         found = {}
         for layer in self.record["layers"]:

@@ -1,14 +1,107 @@
-"""Chooses how progress is shown."""
+"""The live view of a run on a terminal."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.segment import Segments
+from rich.text import Text
 
 from saekit.report.base import Reporter
-from saekit.report.live import LiveReporter
+from saekit.report.live_view import LiveState, run_view
+from saekit.report.pace import Pace
 from saekit.report.plain import PlainReporter
+from saekit.report.stats import EvalStats, RunInfo, StepStats
+
+REFRESH_PER_SECOND = 4
+
+
+class LiveReporter:
+    """Keeps one calm picture of the run on the terminal, and leaves its last state behind.
+
+    The view appears when training starts. Before that each status is a line of its own, so that downloading, tokenising
+    and loading can show the progress bars that their libraries have; after that it is printed above the view. A thread
+    of rich's redraws the view; it reads immutable states only, which training replaces.
+
+    Args:
+        console: A terminal.
+        clock: Seconds that only go forward; tests put their own here.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._state: LiveState | None = None
+        self._finished = False
+        self._drawn: tuple[LiveState, tuple[object, ...], Segments] | None = None
+        self._live = Live(
+            console=console,
+            refresh_per_second=REFRESH_PER_SECOND,
+            get_renderable=self._picture,
+            vertical_overflow="crop",
+            # What is printed meanwhile goes above the view, but only if it was going to this terminal anyway.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+
+    def status(self, message: str) -> None:
+        """Print a line: above the view once it is there, before that above the libraries' own progress bars."""
+        warning = message.lower().startswith("warning")
+        style = "yellow" if warning else "dim" if self._state is None else ""
+        self._console.print(Text(message, style=style), soft_wrap=True)
+
+    def start(self, info: RunInfo) -> None:
+        """Show the view."""
+        self._state = LiveState(info, Pace(info, self._clock))
+        self._live.start(refresh=True)
+
+    def step(self, stats: StepStats) -> None:
+        """Take the numbers; the next redrawing shows them."""
+        if self._state is not None:
+            self._state.pace.update(stats)
+            self._state = self._state.after(stats)
+
+    def evaluated(self, stats: EvalStats) -> None:
+        """Show its means below the numbers of the training."""
+        if self._state is not None:
+            self._state.pace.pause(stats)
+            self._state = replace(self._state, evaluation=stats)
+
+    def saved(self, path: Path, step: int) -> None:
+        """Name the newest checkpoint in the footer."""
+        if self._state is not None:
+            self._state = replace(self._state, saved=(path, step))
+
+    def finish(self) -> None:
+        """Draw every layer once more and give the terminal back; without a run, leave nothing."""
+        if self._finished:
+            return
+        self._finished = True
+        if self._state is not None:
+            self._state = replace(self._state, finished=True)
+            self._live.stop()
+
+    def _picture(self) -> RenderableType:
+        return "" if self._state is None else self._draw(self._state)
+
+    def _draw(self, state: LiveState) -> Segments:
+        """The view as finished characters: laid out anew for new numbers, another size, or the ETA's next second.
+
+        Laying out takes some milliseconds that the training thread has to wait for the interpreter's lock.
+        """
+        size = self._console.size
+        key = (size, int(self._clock()))
+        if self._drawn is None or self._drawn[0] is not state or self._drawn[1] != key:
+            picture = Segments(list(self._console.render(run_view(state, size.width, size.height))))
+            self._drawn = (state, key, picture)
+        return self._drawn[2]
 
 
 def terminal_reporter(console: Console | None = None) -> Reporter:

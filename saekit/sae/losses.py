@@ -22,7 +22,7 @@ class Losses(NamedTuple):
     """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
 
     total: Tensor
-    """What is differentiated: `mse + nested + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
+    """What is differentiated: `mse + nested + penalty + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
@@ -33,18 +33,21 @@ class Losses(NamedTuple):
     """The sum of as many terms like `mse` as there are smaller prefixes of a Matryoshka."""
     revive: Tensor | None = None
     """`−(n / N) Σ_m b_enc,m / σ₁` over the dead latents m, for a chunk of n tokens; σ₁ see `sae_losses`."""
+    penalty: Tensor | None = None
+    """The selection's own term, a sum over tokens divided like `mse`."""
 
 
 def sae_losses(
     x_ND: Tensor,
     out: SaeOutput,
     *,
-    scale: float,
+    scale: float | Tensor,
     auxk_alpha: float,
     num_dead: int,
     auxk_scale: float | Tensor | None = None,
     revive_alpha: float = 0.0,
-    revive_scale: float = 0.0,
+    revive_scale: float | Tensor = 0.0,
+    tokens: int | Tensor | None = None,
 ) -> Losses:
     """The loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
 
@@ -59,19 +62,22 @@ def sae_losses(
     Args:
         x_ND: `[N, D]`, the SAE's input in the parameters' type.
         out: What the SAE made of it.
-        scale: `1 / (N σ²)`, with N the tokens of the whole optimiser step over all ranks and σ² the layer's total
-            variance (trace of the covariance) from calibration.
+        scale: `1 / (N σ²)`, with N the tokens of the whole optimizer step over all ranks and σ² the target's total
+            variance (trace of the covariance) from calibration. All scales are numbers or scalar tensors.
         auxk_alpha: Weight of the AuxK term.
         num_dead: Latents that were dead when the step began.
         auxk_scale: `1 / (N v)`, by which AuxK's loss is multiplied: v is σ², as by default, or what is left of it to
             explain.
         revive_alpha: Weight of the term that raises dead latents' biases.
         revive_scale: `1 / (N σ₁)`, with σ₁ the root mean square of the layer's centred activations, the biases' unit.
+        tokens: How many of the chunk's rows are tokens of the step; all by default.
 
     Returns:
         The terms; those that are off are None.
     """
-    mse = _squared_error(x_ND, out.recon) * scale
+    tokens = len(x_ND) if tokens is None else tokens
+    by = _in_type(scale, x_ND)
+    mse = _squared_error(x_ND, out.recon) * by
     total = mse
 
     auxk = None
@@ -79,28 +85,38 @@ def sae_losses(
         k_aux = x_ND.shape[-1] // 2
         # Few dead latents cannot explain much of the residual: their loss counts less.
         auxk = _squared_error((x_ND - out.recon).detach(), out.aux_recon) * (
-            (scale if auxk_scale is None else auxk_scale) * min(1.0, num_dead / k_aux)
+            _in_type((scale if auxk_scale is None else auxk_scale) * min(1.0, num_dead / k_aux), x_ND)
         )
         total = total + auxk_alpha * auxk
 
     multi_topk = None
     if out.multi_recon is not None:
-        multi_topk = _squared_error(x_ND, out.multi_recon) * scale
+        multi_topk = _squared_error(x_ND, out.multi_recon) * by
         total = total + MULTI_TOPK_WEIGHT * multi_topk
 
     nested = None
     if out.prefix_recons:
-        nested = torch.stack([_squared_error(x_ND, recon) for recon in out.prefix_recons]).sum() * scale
+        nested = torch.stack([_squared_error(x_ND, recon) for recon in out.prefix_recons]).sum() * by
         total = total + nested
+
+    penalty = None
+    if out.penalty is not None:
+        penalty = out.penalty.sum() * by
+        total = total + penalty
 
     revive = None
     if out.dead_biases is not None and revive_alpha > 0:
-        revive = -(len(x_ND) * revive_scale) * out.dead_biases
+        revive = -_in_type(tokens * revive_scale, x_ND) * out.dead_biases
         total = total + revive_alpha * revive
 
-    return Losses(total, mse, auxk, multi_topk, nested, revive)
+    return Losses(total, mse, auxk, multi_topk, nested, revive, penalty)
 
 
 def _squared_error(x_ND: Tensor, recon_ND: Tensor) -> Tensor:
     """`Σ_t ‖x_t − x̂_t‖²`, in half the passes over memory that the three operations take with their gradients."""
     return F.mse_loss(recon_ND, x_ND, reduction="sum")
+
+
+def _in_type(scale: float | Tensor, x_ND: Tensor) -> float | Tensor:
+    """A factor in the activations' type, as a Python number would be taken: scalars of float64 would widen the loss."""
+    return scale.to(x_ND.dtype) if isinstance(scale, Tensor) else scale

@@ -4,56 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saekit.sae.kernels import Kernels, default_kernels
-from saekit.sae.kernels.eager import keep_above, unit_rows
+from saekit.sae.kernels.eager import unit_rows
 from saekit.sae.output import Encoded, SaeOutput
-
-ACTIVATIONS = ("topk", "batchtopk", "groupmax")
-"""Ways to choose a token's latents, by the names that `--activation` and `cfg.json` have for them."""
-WIDER = 4
-"""So many times k latents are Multi-TopK's second code, and the most that a BatchTopK code has for one token."""
-NEAR = 1.1
-"""Values above a BatchTopK threshold by this factor at most are counted as near it."""
+from saekit.sae.selection.base import Selection, make_selection
+from saekit.sae.storage import download_folder, find_sae_folders, read_folder, write_folder
 
 
 class Sae(nn.Module):
-    """A TopK sparse autoencoder (Gao et al. 2024, arXiv 2406.04093, sections 2.1 and 2.3).
+    """A k-sparse autoencoder (Gao et al. 2024, arXiv 2406.04093, sections 2.1 and 2.3).
 
     With `x ∈ R^D`:
 
-        z = TopK(ReLU(W_enc (x − b_dec) + b_enc))        k of M latents are kept
+        z = select(W_enc (x − b_dec) + b_enc)        about k of M latents are active
         x̂ = W_decᵀ z + b_dec
 
-    With a threshold θ it is a BatchTopK autoencoder (Bussmann et al. 2024, arXiv 2412.06410, section 3) in the form in
-    which that paper uses it after training: a token has as many latents as it needs, and k is their mean.
-
-        z_m = a_m if a_m > θ else 0        a = TopK(ReLU(W_enc (x − b_dec) + b_enc)) with 4k of M latents kept
-
-    Or a GroupMax autoencoder, as sparsify has it: the latents are k groups of M / k, in their order, and the largest of
-    each group is kept.
+    How latents are selected is a matter of its `selection`: `TopK` of the ReLU by default, see `saekit.sae.selection`.
 
     Args:
         d_in: D, the width of the residual stream.
         num_latents: M, the size of the dictionary.
-        k: Active latents per token, at most `num_latents`; with a threshold, their mean over many tokens.
+        k: Active latents per token, at most `num_latents`; for BatchTopK, their mean over many tokens.
         normalize_decoder: Whether the rows of `W_dec` are kept at unit norm while training.
         multi_topk: Whether the forward pass in training also reconstructs from `4k` latents (section 5.4 of the paper).
-        threshold: θ, in the activations' unit, at least 0; None for TopK. It is a plain number of this module, not a
-            parameter: whoever trains moves it between optimiser steps.
-        groupmax: Whether one latent of each of k groups is kept, instead of the k largest of all.
+        selection: Chooses the active latents: the name of a kind (`saekit.registry.SELECTIONS`), or one of its
+            instances, which then belongs to this SAE.
         max_norm: How long the activations are at most that the SAE is trained on; None for any. Longer ones, attention
             sinks, are none that it is for (`covers`); `forward` treats them like others.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 
     Raises:
-        ValueError: If a size is not positive, `k` is larger than `num_latents`, a number is negative, two of
-            `threshold`, `groupmax` and `multi_topk` are given, or `groupmax` while `num_latents` is no multiple of `k`.
+        ValueError: If a size is not positive, `max_norm` is negative, the selection cannot have these sizes, or
+            `multi_topk` is given while the selection has no wider code.
+        UserError: If there is no selection of that name.
 
     The parameters sit on this module itself (a sharded placement gathers them around `forward`):
     `W_enc [M, D]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`.
@@ -67,8 +57,7 @@ class Sae(nn.Module):
         *,
         normalize_decoder: bool = True,
         multi_topk: bool = False,
-        threshold: float | None = None,
-        groupmax: bool = False,
+        selection: str | Selection = "topk",
         max_norm: float | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -76,25 +65,17 @@ class Sae(nn.Module):
         super().__init__()
         if d_in < 1 or num_latents < 1 or k < 1:
             raise ValueError(f"d_in, num_latents and k must be positive, got {d_in}, {num_latents} and {k}")
-        if k > num_latents:
-            raise ValueError(f"k = {k} is larger than num_latents = {num_latents}: choose a smaller k or more latents")
-        if threshold is not None and not threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {threshold}")
-        if threshold is not None and multi_topk:
-            raise ValueError("multi_topk is for TopK: a code with a threshold has up to 4k latents as it is")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"max_norm must be at least 0, got {max_norm}")
-        if groupmax and (threshold is not None or multi_topk):
-            raise ValueError("groupmax chooses one latent per group: it has neither a threshold nor multi_topk")
-        if groupmax and num_latents % k:
-            raise ValueError(f"groupmax needs k groups of one size: {num_latents} latents are no multiple of {k}")
+        self.selection = make_selection(selection, k, num_latents)
+        if multi_topk and not self.selection.multi_topk:
+            raise ValueError(f"multi_topk is for topk: {self.activation} has no code at 4k")
+        self._wider = self.selection.wider() if multi_topk else None
         self.d_in = d_in
         self.num_latents = num_latents
         self.k = k
         self.normalize_decoder = normalize_decoder
         self.multi_topk = multi_topk
-        self.threshold = threshold
-        self.groupmax = groupmax
         self.max_norm = max_norm
         self.chosen_kernels: Kernels | None = None
         self.prefixes: tuple[int, ...] = ()
@@ -105,41 +86,41 @@ class Sae(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(num_latents, device=device))
         self.W_dec = nn.Parameter(unit_rows(W_MD).to(device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, device=device))
+        if device is not None:
+            self.selection.to(device)
 
     def sizes(self) -> dict[str, Any]:
-        """The arguments that make another SAE of the same shape."""
+        """The arguments that make another SAE of the same shape, with a copy of the selection's state."""
         return {
             "d_in": self.d_in,
             "num_latents": self.num_latents,
             "k": self.k,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
-            "threshold": self.threshold,
-            "groupmax": self.groupmax,
+            "selection": self.selection.clone(),
             "max_norm": self.max_norm,
         }
 
     def extra_repr(self) -> str:
         """Sizes, for `print(sae)`."""
-        threshold = "" if self.threshold is None else f", threshold={self.threshold:.6g}"
-        groupmax = ", groupmax" if self.groupmax else ""
         limit = "" if self.max_norm is None else f", max_norm={self.max_norm:.6g}"
-        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}{threshold}{groupmax}{limit}"
+        return f"d_in={self.d_in}, num_latents={self.num_latents}, k={self.k}, {self.selection!r}{limit}"
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Sae:
+        """Move the selection's state along with the parameters, whose type it does not share."""
+        super()._apply(*args, **kwargs)
+        self.selection.to(self.device)
+        return self
 
     @property
     def activation(self) -> str:
-        """Which of `ACTIVATIONS`."""
-        return "groupmax" if self.groupmax else "topk" if self.threshold is None else "batchtopk"
-
-    @property
-    def parts(self) -> int:
-        """In how many equal parts of the dictionary the latents of a token are chosen."""
-        return self.k if self.groupmax else 1
+        """The selection's name."""
+        return self.selection.name
 
     @property
     def max_active(self) -> int:
-        """K, the most latents that a token can have: k, or 4k with a threshold."""
-        return self.k if self.threshold is None else min(WIDER * self.k, self.num_latents)
+        """K, the most latents that a token can have."""
+        return self.selection.max_active
 
     @property
     def device(self) -> torch.device:
@@ -158,12 +139,8 @@ class Sae(nn.Module):
 
     def encode(self, x: Tensor) -> Encoded:
         """The sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
-        x_ND, k = self._flat(x), self.max_active
-        acts_NK, indices_NK = self.kernels.encode_topk(
-            x_ND, self.W_enc, self.b_enc, k, centre_D=self.b_dec, parts=self.parts
-        )
-        acts_NK = keep_above(acts_NK, self.threshold)
-        shape = (*x.shape[:-1], k)
+        acts_NK, indices_NK = self.selection.encode(self._flat(x), self.W_enc, self.b_enc, self.b_dec, self.kernels)
+        shape = (*x.shape[:-1], self.max_active)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
 
     def covers(self, x: Tensor) -> Tensor:
@@ -182,62 +159,57 @@ class Sae(nn.Module):
         out_ND = self.kernels.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
         return out_ND.view(*acts.shape[:-1], self.d_in)
 
-    def forward(self, x: Tensor, dead: Tensor | None = None, *, auxk: bool = True) -> SaeOutput:
+    def forward(self, x: Tensor, dead: Tensor | None = None, *, aux: Tensor | None = None) -> SaeOutput:
         """Encode and decode, with what the auxiliary losses need.
 
         Args:
             x: `[..., D]`, residual-stream activations as the language model gives them, in any float type.
-            dead: Numbers of the dead latents, int64 `[dead]`, for the losses that revive them; None or empty for none.
-            auxk: Whether they are also to predict the residual, for AuxK.
+            dead: Which latents are dead, bool `[M]`, for the loss that raises their biases; None where that is off.
+            aux: Numbers of the dead latents, int64 `[dead]`, which AuxK lets predict the residual; None or empty for
+                none.
 
         Returns:
-            The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK and the prefixes
-            of a Matryoshka are computed only in training mode.
+            The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK, the prefixes of a
+            Matryoshka and the selection's own sums and loss are computed only in training mode.
         """
-        x_ND = self._flat(x)
-        with_multi = self.multi_topk and self.training
-        k = self.max_active
-        widest = min(WIDER * k, self.num_latents) if with_multi else k
-        weights = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        smaller_GND: list[Tensor] = []
-        if self.prefixes and self.training:
-            rows_GND, acts, indices = self.kernels.autoencode_nested(
-                x_ND, *weights, widest, self.prefixes, self.threshold, self.parts
-            )
-            *smaller_GND, recon_ND = (rows_GND + self.b_dec).unbind()
-        else:
-            rows_ND, acts, indices = self.kernels.autoencode(x_ND, *weights, widest, self.threshold, self.parts)
-            recon_ND = rows_ND + self.b_dec
+        x_ND, k = self._flat(x), self.max_active
+        selection = self._wider if self._wider is not None and self.training else self.selection
+        prefixes = self.prefixes if self.training else ()
+        rows_ND, acts, indices = selection.autoencode(
+            x_ND, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.kernels, prefixes
+        )
+        *smaller_GND, recon_ND = (rows_ND + self.b_dec).unbind() if prefixes else (rows_ND + self.b_dec,)
         multi_ND = None
         # Largest first, so the code at k is a prefix of the code at 4k.
         acts_NK, indices_NK = acts[:, :k], indices[:, :k]
-        if with_multi:
+        if selection is not self.selection:
             recon_ND, multi_ND = self.kernels.decode(acts_NK, indices_NK, self.W_dec) + self.b_dec, recon_ND
-        aux_ND = dead_biases = None
-        if dead is not None and len(dead) > 0:
-            dead_biases = self.b_enc[dead].sum()
-            aux_ND = self._predict_with_dead(x_ND, dead) if auxk else None
+        aux_ND = self._predict_with_dead(x_ND, aux) if aux is not None and len(aux) > 0 else None
 
-        lead, near_N = x.shape[:-1], self._count_near(acts_NK) if self.training else None
+        lead = x.shape[:-1]
+        acts, indices = acts_NK.reshape(*lead, k), indices_NK.reshape(*lead, k)
         return SaeOutput(
             recon_ND.view(x.shape),
-            acts_NK.reshape(*lead, k),
-            indices_NK.reshape(*lead, k),
+            acts,
+            indices,
+            self.selection.fired(acts),
             None if aux_ND is None else aux_ND.view(x.shape),
             None if multi_ND is None else multi_ND.view(x.shape),
             tuple(smaller_ND.view(x.shape) for smaller_ND in smaller_GND),
-            dead_biases,
-            None if near_N is None else near_N.view(lead),
+            None if dead is None else torch.where(dead, self.b_enc, 0.0).sum(),
+            self.selection.sums(acts) if self.training and self.selection.moves else None,
+            self.selection.penalty(acts, indices) if self.training else None,
         )
+
+    @torch.no_grad()
+    def fit_selection_(self, rows_RD: Tensor, rms: float) -> None:
+        """Fit the selection to the activations of R tokens, `[R, D]`, in place; see `Selection.fit_`."""
+        if self.selection.fits:
+            self.selection.fit_(F.linear(rows_RD - self.b_dec, self.W_enc, self.b_enc), rms)
 
     def _flat(self, x: Tensor) -> Tensor:
         """`x` as `[N, D]` in the parameters' type."""
         return x.reshape(-1, self.d_in).to(self.dtype)
-
-    def _count_near(self, acts_NK: Tensor) -> Tensor | None:
-        if self.threshold is None:
-            return None
-        return ((acts_NK > self.threshold) & (acts_NK <= NEAR * self.threshold)).sum(1)
 
     def _predict_with_dead(self, x_ND: Tensor, dead: Tensor) -> Tensor:
         """AuxK's prediction of `x − x̂` from the top D/2 dead latents, without `b_dec` (appendix A.2 of the paper)."""
@@ -245,34 +217,50 @@ class Sae(nn.Module):
         W_enc, b_enc, W_dec = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
         return self.kernels.autoencode(x_ND, W_enc, b_enc, W_dec, self.b_dec, k_aux)[0]
 
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        def __call__(self, x: Tensor, dead: Tensor | None = None, *, aux: Tensor | None = None) -> SaeOutput: ...  # noqa: D102
+
     @classmethod
     def load_from_disk(cls, path: str | Path, device: torch.device | str = "cpu") -> Sae:
-        """See `saekit.sae.storage.load_from_disk`."""
-        from saekit.sae import storage
+        """Read one SAE folder, ours or sparsify's.
 
-        return storage.load_from_disk(path, device)
+        Raises:
+            FileNotFoundError: If the folder or one of its two files is not there.
+            ValueError: If a file is damaged, describes something else than an autoencoder, or says that latents are
+                selected in a way that no package and no plug-in here has registered.
+        """
+        sizes, tensors = read_folder(path, device)
+        return around(tensors, **sizes)
 
     @classmethod
     def load_many(cls, path: str | Path, device: torch.device | str = "cpu") -> dict[str, Sae]:
-        """See `saekit.sae.storage.load_many`."""
-        from saekit.sae import storage
-
-        return storage.load_many(path, device)
+        """Read every SAE of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted."""
+        return {name: cls.load_from_disk(folder, device) for name, folder in find_sae_folders(path).items()}
 
     @classmethod
     def load_from_hub(
         cls, repo_id: str, hookpoint: str | None = None, device: torch.device | str = "cpu", **kwargs: Any
     ) -> Sae:
-        """See `saekit.sae.storage.load_from_hub`."""
-        from saekit.sae import storage
+        """Download one SAE from the hub.
 
-        return storage.load_from_hub(repo_id, hookpoint, device, **kwargs)
+        Args:
+            repo_id: Such as `EleutherAI/sae-llama-3-8b-32x`.
+            hookpoint: The folder inside it, such as `layers.3`; None where the repository is a single SAE.
+            device: Where the parameters go.
+            kwargs: Handed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
+        """
+        return cls.load_from_disk(download_folder(repo_id, hookpoint, **kwargs), device)
 
-    def save_to_disk(self, path: str | Path) -> None:
-        """See `saekit.sae.storage.save_to_disk`."""
-        from saekit.sae import storage
+    def save_to_disk(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write `cfg.json` and `sae.safetensors` into the folder `path`, which is made if need be.
 
-        storage.save_to_disk(self, path)
+        Args:
+            path: The folder.
+            weights: Whole tensors by parameter name (`W_enc`, ...) where the SAE's own are only a part of them or are
+                not the ones to keep; by default the SAE's own.
+        """
+        write_folder(path, self.sizes(), dict(self.named_parameters()) if weights is None else weights)
 
 
 def without_memory(**sizes: Any) -> Sae:
@@ -283,6 +271,8 @@ def without_memory(**sizes: Any) -> Sae:
 
 def around(tensors: Mapping[str, Tensor], **sizes: Any) -> Sae:
     """An SAE of those sizes whose parameters are these tensors, by name; they are not copied."""
-    sae = without_memory(**sizes)
+    selection = make_selection(sizes.get("selection", "topk"), sizes["k"], sizes["num_latents"])
+    sae = without_memory(**{**sizes, "selection": selection})
     sae.load_state_dict(dict(tensors), assign=True)
+    sae.selection.to(sae.device)
     return sae

@@ -11,8 +11,7 @@ class Encoded(NamedTuple):
     """A sparse code: which latents are active for each token, and how much. K is `Sae.max_active`."""
 
     acts: Tensor
-    """`[..., K]`, largest first (GroupMax: group by group); zero where fewer than K latents are positive or above the
-    threshold."""
+    """`[..., K]`, in the selection's order, for TopK the largest first; zero where fewer than K latents are active."""
     indices: Tensor
     """`[..., K]`, int64: the latents' numbers."""
 
@@ -26,6 +25,8 @@ class SaeOutput(NamedTuple):
     """`[..., K]`: values of the active latents."""
     indices: Tensor
     """`[..., K]`, int64."""
+    fired: Tensor
+    """`[..., K]`, bool: which of these values count as firings (`Selection.fired`)."""
     aux_recon: Tensor | None = None
     """`[..., D]`: what dead latents predict of `x - x̂`, without `b_dec`; None when AuxK is off."""
     multi_recon: Tensor | None = None
@@ -33,11 +34,11 @@ class SaeOutput(NamedTuple):
     prefix_recons: tuple[Tensor, ...] = ()
     """`[..., D]` each: from the chosen latents of each smaller prefix alone; empty but in a Matryoshka's training."""
     dead_biases: Tensor | None = None
-    """The sum of the dead latents' `b_enc`, a scalar; None without dead latents."""
-    near: Tensor | None = None
-    """`[...]`, int64: how many values are above the threshold by a factor of `NEAR` at most; only in training with a
-    threshold."""
-
+    """The sum of the dead latents' `b_enc`, a scalar; None where no loss raises them."""
+    sums: Tensor | None = None
+    """`[..., num_sums]`, int64: what the selection is moved by (`Selection.sums`); None where nothing moves it."""
+    penalty: Tensor | None = None
+    """`[...]`: the selection's own term of the loss for each token; None without one."""
     kept: Tensor | None = None
     """`[..., 1]`, bool: which tokens are not left out (`only`); None for all."""
 
@@ -56,9 +57,11 @@ class SaeOutput(NamedTuple):
         return self._replace(
             recon=self.recon * keep,
             acts=self.acts * keep,
+            fired=self.fired & keep,
             aux_recon=kept(self.aux_recon),
             multi_recon=kept(self.multi_recon),
             prefix_recons=tuple(each * keep for each in self.prefix_recons),
-            near=None if self.near is None else self.near * keep.squeeze(-1),
+            sums=kept(self.sums),
+            penalty=None if self.penalty is None else self.penalty * keep.squeeze(-1),
             kept=keep,
         )

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from saekit.sae.model import Sae
 
@@ -24,13 +24,7 @@ FORMAT_VERSION = "6.0.0"
 
 def saelens_config(sae: Sae, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of SAELens' `cfg.json`; arguments and errors are those of `save_as_saelens`."""
-    if sae.groupmax:
-        raise ValueError("SAELens has no architecture that keeps the largest latent of each group (GroupMax)")
-    if sae.threshold is None:
-        # Otherwise its top-k would compare latents after multiplying them with the norms of their decoder rows.
-        architecture = {"architecture": "topk", "k": sae.k, "rescale_acts_by_decoder_norm": False}
-    else:
-        architecture = {"architecture": "jumprelu"}
+    architecture, _ = sae.selection.to_saelens()
     return {
         **architecture,
         "d_in": sae.d_in,
@@ -45,11 +39,11 @@ def saelens_config(sae: Sae, metadata: Mapping[str, Any] | None = None) -> dict[
 
 
 def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write an SAE for SAELens' `SAE.load_from_disk`, as `topk`, or as `jumprelu` if it has a threshold.
+    """Write an SAE for SAELens' `SAE.load_from_disk`, in the architecture that its selection names.
 
-    What is written gives the same codes and reconstructions. One thing JumpReLU cannot say: that a token has 4k latents
-    at most. Where more are above the threshold, SAELens keeps them all. Nor does it know `max_norm`: what is measured
-    there is of all tokens, attention sinks included.
+    TopK is `topk`, BatchTopK `jumprelu`. What is written gives the same codes and reconstructions. One thing JumpReLU
+    cannot say: that a token has 4k latents at most. Where more are above the threshold, SAELens keeps them all. Nor
+    does it know `max_norm`: what is measured there is of all tokens, attention sinks included.
 
     Args:
         sae: The SAE.
@@ -60,12 +54,12 @@ def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | 
             (`from_pretrained_no_processing`): by default its weights are changed, and with them the residual stream.
 
     Raises:
-        ValueError: If it is a GroupMax SAE, which SAELens does not have.
+        ValueError: If SAELens has nothing like its selection, such as GroupMax.
     """
     config = json.dumps(saelens_config(sae, metadata), indent=2)
-    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    if sae.threshold is not None:
-        tensors["threshold"] = torch.full_like(sae.b_enc, sae.threshold)
+    tensors: dict[str, Tensor] = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    _, more = sae.selection.to_saelens()
+    tensors |= {name: tensor.to(sae.dtype) for name, tensor in more.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, folder / WEIGHTS_FILE)

@@ -2,15 +2,20 @@
 
 Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec [M, D]`, `b_dec [D]`.
 
-sparsify has TopK and GroupMax, and knows no BatchTopK. Such an SAE's `cfg.json` has `"activation": "batchtopk"` and its
-`"threshold"`: sparsify refuses to read that name, where under the name of TopK it would give other codes.
-`saekit.sae.saelens` writes a format that has it. `"max_norm"`, see `Sae`, is ours; sparsify does not look at it.
+sparsify has TopK and GroupMax, and reads no other `"activation"`: it refuses the name of another kind, where under the
+name of TopK it would give other codes. The kind's own entries are its `to_config`; where it comes from outside this
+package, `"plugin"` says from which file or package, for people to read: what a folder says never runs code.
+`saekit.sae.saelens` writes a format that has more kinds. `"max_norm"`, see `Sae`, is ours; sparsify does not look at
+it.
+
+What is read and written here are plain sizes and tensors; `Sae` makes a module of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saekit.sae.model import ACTIVATIONS, Sae, around
+from saekit.registry import SELECTIONS
+from saekit.sae.selection.base import Selection
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -27,47 +33,50 @@ FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_de
 """Our parameter names and the file's."""
 
 
-def sae_config(sae: Sae) -> dict[str, Any]:
-    """The content of `cfg.json`."""
-    return {
-        "activation": sae.activation,
-        "expansion_factor": max(1, sae.num_latents // sae.d_in),
-        "normalize_decoder": sae.normalize_decoder,
-        "num_latents": sae.num_latents,
-        "k": sae.k,
-        "multi_topk": sae.multi_topk,
-        "skip_connection": False,
-        "transcode": False,
-        "d_in": sae.d_in,
-        **({} if sae.threshold is None else {"threshold": sae.threshold}),
-        **({} if sae.max_norm is None else {"max_norm": sae.max_norm}),
-    }
-
-
-def save_to_disk(sae: Sae, path: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write `cfg.json` and `sae.safetensors` into the folder `path`, which is made if need be.
+def write_folder(path: str | Path, sizes: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write `cfg.json` and `sae.safetensors` into a folder, which is made if need be.
 
     Args:
-        sae: The SAE, for its sizes.
         path: The folder.
-        weights: Whole tensors by parameter name (`W_enc`, ...) where the SAE's own are only a part of them or are not
-            the ones to keep; by default the SAE's own.
+        sizes: What `Sae.sizes` gives.
+        weights: Whole tensors by parameter name (`W_enc`, ...).
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = weights if weights is not None else dict(sae.named_parameters())
-    renamed = {FILE_NAMES[name]: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    renamed = {FILE_NAMES[name]: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(renamed, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(sae_config(sae), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(_config(sizes), indent=2) + "\n", encoding="utf-8")
 
 
-def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
+def _config(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `cfg.json`."""
+    selection: Selection = sizes["selection"]
+    origin, max_norm = SELECTIONS.origin(selection.name), sizes["max_norm"]
+    return {
+        "activation": selection.name,
+        "expansion_factor": max(1, sizes["num_latents"] // sizes["d_in"]),
+        "normalize_decoder": sizes["normalize_decoder"],
+        "num_latents": sizes["num_latents"],
+        "k": sizes["k"],
+        "multi_topk": sizes["multi_topk"],
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sizes["d_in"],
+        **selection.to_config(),
+        **({} if max_norm is None else {"max_norm": max_norm}),
+        **({} if origin is None else {"plugin": Path(origin).name}),
+    }
+
+
+def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read one SAE folder, ours or sparsify's.
+
+    Returns:
+        The arguments of `Sae`, and its weights on the device by parameter name.
 
     Raises:
         FileNotFoundError: If the folder or one of its two files is not there.
-        ValueError: If a file is damaged, or holds something that is no TopK, BatchTopK or GroupMax SAE (a
-            transcoder, a skip connection).
+        ValueError: See `Sae.load_from_disk`.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -90,18 +99,22 @@ def load_from_disk(path: str | Path, device: torch.device | str = "cpu") -> Sae:
                 f"{folder / WEIGHTS_FILE}: {name} has shape {list(tensors[name].shape)}, "
                 f"but {CONFIG_FILE} says {list(shape)}"
             )
-    return around(
-        {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()},
-        d_in=config["d_in"],
-        num_latents=num_latents,
-        k=config["k"],
-        normalize_decoder=config.get("normalize_decoder", True),
-        # Only training looks at it, and only a TopK SAE's; sparsify writes it for others, too.
-        multi_topk=config.get("multi_topk", False) and config.get("activation", "topk") == "topk",
-        threshold=config["threshold"] if config.get("activation") == "batchtopk" else None,
-        groupmax=config.get("activation") == "groupmax",
-        max_norm=config.get("max_norm"),
-    )
+    kind: type[Selection] = SELECTIONS.get(config.get("activation", "topk"))
+    try:
+        selection = kind.from_config(config["k"], num_latents, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    sizes = {
+        "d_in": config["d_in"],
+        "num_latents": num_latents,
+        "k": config["k"],
+        "normalize_decoder": config.get("normalize_decoder", True),
+        # Only training looks at it, and only where there is a wider code; sparsify writes it for others, too.
+        "multi_topk": config.get("multi_topk", False) and kind.multi_topk,
+        "selection": selection,
+        "max_norm": config.get("max_norm"),
+    }
+    return sizes, {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()}
 
 
 def find_sae_folders(path: str | Path) -> dict[str, Path]:
@@ -122,25 +135,13 @@ def find_sae_folders(path: str | Path) -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
 
-def load_many(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Sae]:
-    """Read every SAE of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted."""
-    return {name: load_from_disk(folder, device) for name, folder in find_sae_folders(path).items()}
-
-
-def load_from_hub(repo_id: str, hookpoint: str | None = None, device: torch.device | str = "cpu", **kwargs: Any) -> Sae:
-    """Download one SAE from the hub.
-
-    Args:
-        repo_id: Such as `EleutherAI/sae-llama-3-8b-32x`.
-        hookpoint: The folder inside it, such as `layers.3`; None where the repository is a single SAE.
-        device: Where the parameters go.
-        kwargs: Handed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
-    """
+def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -> Path:
+    """Download one SAE folder from the hub; the arguments are `Sae.load_from_hub`'s."""
     from huggingface_hub import snapshot_download
 
     pattern = f"{hookpoint}/*" if hookpoint else None
     folder = Path(snapshot_download(repo_id, allow_patterns=pattern, **kwargs))
-    return load_from_disk(folder / hookpoint if hookpoint else folder, device)
+    return folder / hookpoint if hookpoint else folder
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -159,18 +160,24 @@ def _read_config(file: Path) -> dict[str, Any]:
     for key in ("d_in", "k"):
         if not isinstance(config.get(key), int):
             raise ValueError(f"{file} has no whole number {key!r}")
-    if config.get("activation", "topk") not in ACTIVATIONS or config.get("signed"):
-        raise ValueError(
-            f"{file}: activation {config.get('activation')!r} (signed: {config.get('signed')}) is neither TopK nor "
-            "BatchTopK nor GroupMax"
-        )
+    activation = config.get("activation", "topk")
+    if config.get("signed"):
+        raise ValueError(f"{file}: activation {activation!r} with signed values is not what saekit has by that name")
+    if activation not in SELECTIONS:
+        raise ValueError(f"{file}: {unknown_activation(activation, config.get('plugin'))}")
     if config.get("max_norm") is not None and not _is_number(config["max_norm"]):
         raise ValueError(f"{file} has no number of at least 0 as 'max_norm'")
-    if config.get("activation") == "batchtopk" and not _is_number(config.get("threshold")):
-        raise ValueError(f"{file} has no number of at least 0 as 'threshold', which BatchTopK needs")
     if config.get("transcode") or config.get("skip_connection"):
         raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
     return config
+
+
+def unknown_activation(activation: Any, plugin: Any = None) -> str:
+    """Say that latents are selected in a way which is not known here, and what to do."""
+    known = f"activation {activation!r} is none of {', '.join(SELECTIONS.names())}"
+    if plugin is None:
+        return f"{known}: name the file of a plug-in that has it with --plugin"
+    return f"{known}; the plug-in {plugin} made it: name that file with --plugin"
 
 
 def _is_number(value: Any) -> bool:

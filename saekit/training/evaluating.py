@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from saekit.activations import context_length, predicts, resolve_ctx_len
+from saekit.activations.live import LiveModel, check_ids
+from saekit.analysis.evaluate import Evaluator, Subject
+from saekit.analysis.objective import NO_HEAD, choose_objective
 from saekit.config import RunConfig
 from saekit.data import Sequences, StepBatches, load_sequences, sequences
 from saekit.data.held_out import held_out, other_split, shuffled
 from saekit.errors import UserError
-from saekit.evaluation.evaluate import Evaluator, Subject
-from saekit.evaluation.objective import NO_HEAD, choose_objective
 from saekit.placement import Placement
 from saekit.report import EvalStats, Reporter
 from saekit.sae.model import without_memory
-from saekit.training.forward import check_ids, vocabulary
 from saekit.training.interrupt import NOT_ASKED, Interruption
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --max-tokens, or leave out --eval-every"
 
 
 def load_eval_data(
-    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase, ctx_len: int
+    cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> Sequences | None:
     """What `--eval-every` evaluates on: other data, or documents that the whole run never reads; None without it.
 
@@ -49,7 +49,7 @@ def load_eval_data(
     other = None if cfg.data.evaluates_on_own else cfg.data.for_evaluation()
     if other is not None and other.dataset != cfg.data.dataset:
         return load_sequences(other, tokenizer, ctx_len, token)
-    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.data.max_tokens).order
+    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
     if other is not None:
         return other_split(other, cfg.data, tokenizer, ctx_len, read, token, REMEDY)
     return held_out(cfg.data, tokenizer, ctx_len, read, token, REMEDY)
@@ -57,9 +57,6 @@ def load_eval_data(
 
 def subject_of(
     plan: RunPlan,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: Any,
     placement: Placement,
 ) -> Subject | None:
     """What is evaluated every `eval_every` steps, and on what; None without that option.
@@ -67,37 +64,42 @@ def subject_of(
     A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there.
 
     Args:
-        plan: The run.
-        model: The language model; without a head, the reconstruction is all that is evaluated.
-        tokenizer: Where the mask of an encoder comes from.
-        data: Sequences, or a data set of token ids, as for `SaeTrainer`.
+        plan: The run; its source has the language model and the data.
         placement: Gives the SAEs, each whole for as long as it is used.
 
     Raises:
-        UserError: If there is data without the option or the option without data, or the data does not suit the model.
+        UserError: If there is data without the option or the option without data, the data does not suit the model, or
+            the activations are not a live model's.
     """
-    cfg = plan.cfg
+    cfg, source = plan.cfg, plan.source
+    data = source.eval_data if isinstance(source, LiveModel) else None
+    if cfg.eval_every is not None and not isinstance(source, LiveModel):
+        raise UserError(f"eval_every needs the language model itself, and {source.name} gives its activations only")
     if (cfg.eval_every is None) != (data is None):
         given, missing = ("eval_data", "eval_every") if cfg.eval_every is None else ("eval_every", "eval_data")
         raise UserError(
             f"{given} is given without {missing}: they belong together, and eval_data is text that trains no SAE"
         )
-    if cfg.eval_every is None:
+    if cfg.eval_every is None or not isinstance(source, LiveModel):
         return None
-    chosen = shuffled(sequences(data, plan.source.data.ctx_len if plan.source else None), cfg.eval_tokens)
+    model, tokenizer = source.model, source.tokenizer
+    chosen = shuffled(sequences(data, cfg.ctx_len), cfg.eval_tokens)
     resolve_ctx_len(chosen.ctx_len, context_length(model.config))
     input_ids = chosen.read(np.arange(len(chosen)))
-    check_ids(input_ids, vocabulary(model), "the data to evaluate on")
-    if not plan.kept(input_ids).any():
+    check_ids(input_ids, source.vocabulary, "the data to evaluate on")
+    if not source.counted(input_ids).any():
         raise UserError("of the data to evaluate on every token is excluded (special tokens, --exclude-tokens)")
     no_head = "--shard-lm loads the language model without its head" if cfg.shard_lm else NO_HEAD
     mask_id = None if tokenizer is None else tokenizer.mask_token_id
-    objective, name = choose_objective(predicts(model), mask_id, plan.excluded, no_head)
+    objective, name = choose_objective(predicts(model), mask_id, source.excluded, no_head)
     return Subject(
         model=model,
-        saes={name: without_memory(**cfg.sae.sizes(plan.d_in, plan.num_latents)) for name in plan.hookpoints},
+        saes={
+            each.hookpoint.name: without_memory(**cfg.sae.sizes(each.hookpoint.width, each.num_latents))
+            for each in plan.units
+        },
         data=chosen,
-        excluded=plan.excluded,
+        excluded=source.excluded,
         objective=objective,
         objective_name=name,
         batch_size=max(1, cfg.batch_size // cfg.micro_acc_steps),

@@ -1,4 +1,4 @@
-"""A run from its configuration alone: check, load, train."""
+"""A run from its configuration: check, load, train."""
 
 from __future__ import annotations
 
@@ -7,37 +7,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from saekit.activations import (
-    ModelShape,
-    check_device,
-    choose_attention,
-    load_model,
-    load_tokenizer,
-    load_with_head,
-    model_shape,
-    no_bars,
-    resolve_ctx_len,
-    resolve_dtype,
-    select_layers,
-)
+from saekit.activations import no_bars
+from saekit.activations.source import Source
 from saekit.config import RunConfig
-from saekit.data import load_sequences
 from saekit.errors import SILENCE, Interrupted, UserError
-from saekit.placement import Placement, connect
+from saekit.placement import Placement, Single, connect
+from saekit.registry import SOURCES
 from saekit.report import Reporter, Reporters, terminal_reporter
-from saekit.training.evaluating import load_eval_data
+from saekit.runs.folder import check_run_folder, run_folder
+from saekit.training.live import InMemory
 from saekit.training.plan import default_run_name
-from saekit.training.run_folder import check_run_folder, run_folder
 from saekit.training.trainer import SaeTrainer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
-    """Load what the configuration names and train; returns the folder of the last checkpoint.
+def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: InMemory | None = None) -> Path:
+    """Load what the configuration names, unless the caller has it, and train; returns the last checkpoint's folder.
 
     The order is from cheap to dear: first the run's folder, then what the model's config says of layers and context,
     then the data, and only then the weights. What `SaeTrainer` refuses besides (trackers, `--finetune`) comes last.
@@ -45,12 +30,15 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None) -> Path:
     Raises:
         UserError: If something in the configuration cannot be used.
     """
+    have = have or InMemory()
     placement = connect(cfg.train.placement, cfg.train.layer_map)
+    if have.model is not None and isinstance(placement, Single):
+        placement = Single(have.model.device)
     if placement.rank > 0 or not sys.stderr.isatty():
         no_bars()
     with _one_error(placement):
         watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
-        return _train(cfg, placement, watcher)
+        return _train(cfg, placement, watcher, have)
 
 
 @contextmanager
@@ -74,51 +62,14 @@ def _one_error(placement: Placement) -> Iterator[None]:
         raise
 
 
-def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
+def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory) -> Path:
     try:
         train = cfg.train
         if placement.rank == 0:
             check_run_folder(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
-        check_device(cfg.model, placement.device)
-        if train.shard_lm and placement.name != "zero3":
-            raise UserError(f"--shard-lm, but the placement is {placement.name}: only --placement zero3 shards")
-        if train.shard_lm and cfg.model.load_in_8bit:
-            raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
-        token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
-
-        watcher.status(f"Reading the configuration of {cfg.model.model}")
-        shape = model_shape(cfg.model)
-        layers = select_layers(shape.num_layers, train.layers, train.layer_stride)
-        try:
-            train.sae.resolve_num_latents(shape.d_in)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        ctx_len = resolve_ctx_len(cfg.data.ctx_len, shape.max_ctx_len)
-        tokenizer = load_tokenizer(cfg.model)
-
-        watcher.status(f"Reading and tokenising {cfg.data.dataset}")
-        # One rank tokenises, the others read what it left in the cache.
-        if placement.rank > 0:
-            placement.gather(None)
-        data = load_sequences(cfg.data, tokenizer, ctx_len, token)
-        eval_data = load_eval_data(cfg, data, tokenizer, ctx_len)
-        if placement.rank == 0:
-            placement.gather(None)
-        watcher.status(f"{len(data):,} sequences of {ctx_len:,} tokens")
-        part = "whole" if cfg.train.loads_whole_model else f"up to layer {layers[-1]} of {shape.num_layers}"
-        watcher.status(f"Loading {cfg.model.model} {part}")
-        model = _load(cfg, placement, shape, layers)
-        choose_attention(model, ctx_len)
-        trainer = SaeTrainer(
-            train,
-            data,
-            model,
-            tokenizer=tokenizer,
-            source=cfg,
-            reporter=watcher,
-            placement=placement,
-            eval_data=eval_data,
-        )
+        placement.check(train)
+        source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)
+        trainer = SaeTrainer(train, source=source, run=cfg, reporter=watcher, placement=placement)
         try:
             last = trainer.fit()
         except Interrupted:
@@ -128,16 +79,3 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter) -> Path:
         return last
     finally:
         watcher.finish()
-
-
-def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:
-    def load() -> PreTrainedModel:
-        return load_model(cfg.model, shape, layers, placement.device)
-
-    if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
-        return load_with_head(cfg.model, shape, placement.device).model
-    if not cfg.train.shard_lm:
-        return load()
-    from saekit.placement.deepspeed import load_sharded
-
-    return load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))

@@ -36,7 +36,7 @@ def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
     if cfg.lr is not None:
         return cfg.lr
     size = (num_latents / REFERENCE_LATENTS) ** 0.5
-    adam = 1.75e-3 / size * (REFERENCE_WIDTH / d_in) ** 0.5 * (2 if cfg.sae.activation == "batchtopk" else 1)
+    adam = 1.75e-3 / size * (REFERENCE_WIDTH / d_in) ** 0.5 * cfg.sae.kind.lr_factor
     return {"adam": adam, "adam8bit": adam, "signum": 5e-3 / size, "muon": 2e-3}[cfg.optimizer]
 
 

@@ -1,30 +1,59 @@
-"""What follows from the configuration, the model and the data, before anything is computed."""
+"""What follows from the configuration, the source and the ranks, before anything is computed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from saekit.activations import context_length, excluded_tokens, find_blocks, resolve_ctx_len, select_layers
-from saekit.activations.hookpoints import text_config_of, width
+from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.source import Source
 from saekit.config import RunConfig, TrainConfig
 from saekit.config.run import to_flat
-from saekit.data import StepBatches, sequences
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
+from saekit.runs.folder import run_folder
 from saekit.sae.kernels import SELECT_DTYPES, Kernels, auto_backend, choose_kernels
 from saekit.training.optimizers import base_lr, decays, rate_ratios
-from saekit.training.run_folder import run_folder
 from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """One unit, resolved."""
+
+    hookpoint: Hookpoint
+    num_latents: int
+    """M."""
+    lr: float
+    """The learning rate that warm-up rises to."""
+    rate_ratios: tuple[float, float]
+    """Of the decoder's learning rate, and of `b_enc`'s, to that."""
+    dead_threshold: int
+    """Tokens without firing after which a latent is dead."""
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, hookpoint: Hookpoint, source: Source) -> UnitPlan:
+        """The plan of a unit in a run.
+
+        Raises:
+            ValueError: If the configuration does not fit the hookpoint's width.
+        """
+        num_latents = cfg.sae.resolve_num_latents(hookpoint.width)
+        asleep = dead_threshold(
+            cfg.dead_feature_threshold,
+            total_tokens=source.num_sequences * source.ctx_len,
+            step_tokens=source.global_batch * source.ctx_len,
+            num_latents=num_latents,
+            k=cfg.sae.k,
+        )
+        rate = base_lr(cfg, num_latents, hookpoint.width)
+        return cls(hookpoint, num_latents, rate, rate_ratios(cfg, hookpoint.width), asleep)
 
 
 @dataclass(frozen=True)
@@ -32,87 +61,78 @@ class RunPlan:
     """One run, resolved: every default filled in, every contradiction found."""
 
     cfg: TrainConfig
-    layers: tuple[int, ...]
-    """Layer numbers, ascending."""
-    hookpoints: tuple[str, ...]
-    """Their names, in the same order."""
-    d_in: int
-    num_latents: int
+    units: tuple[UnitPlan, ...]
+    """In model order."""
+    source: Source
     kernels: Kernels
     """What computes the SAEs."""
-    batches: StepBatches
-    excluded: Tensor
-    """int64: ids of the tokens that do not train the SAEs."""
-    model_name: str
-    dataset_name: str
     run_dir: Path
-    source: RunConfig | None
+    run: RunConfig | None
+    """The whole run's configuration, where there is one."""
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Names of the units, in model order."""
+        return tuple(each.hookpoint.name for each in self.units)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """D of each unit."""
+        return {each.hookpoint.name: each.hookpoint.width for each in self.units}
+
+    @property
+    def dead_thresholds(self) -> dict[str, int]:
+        """Tokens without firing after which a latent of each unit is dead."""
+        return {each.hookpoint.name: each.dead_threshold for each in self.units}
+
+    def unit(self, name: str) -> UnitPlan:
+        """The plan of one unit."""
+        return self.units[self.hookpoints.index(name)]
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.batches.num_steps
-
-    @property
-    def ctx_len(self) -> int:
-        """Tokens per sequence."""
-        return self.batches.data.ctx_len
+        """Optimizer steps of the whole run."""
+        return self.source.num_steps
 
     @cached_property
     def warmup(self) -> int:
-        """Optimiser steps of warm-up."""
+        """Optimizer steps of warm-up."""
         return warmup_steps(self.cfg.lr_warmup_steps, self.total_steps, decay=decays(self.cfg))
 
-    @cached_property
-    def dead_threshold(self) -> int:
-        """Tokens without firing after which a latent is dead."""
-        return dead_threshold(
-            self.cfg.dead_feature_threshold,
-            total_tokens=self.batches.num_sequences * self.ctx_len,
-            step_tokens=self.batches.global_batch * self.ctx_len,
-            num_latents=self.num_latents,
-            k=self.cfg.sae.k,
-        )
-
-    @cached_property
-    def base_lr(self) -> float:
-        """The learning rate that warm-up rises to."""
-        return base_lr(self.cfg, self.num_latents, self.d_in)
-
     def lr_scale(self, step: int) -> float:
-        """Factor on `base_lr` in optimiser step `step`, which counts from 0."""
+        """Factor on every learning rate in optimizer step `step`, which counts from 0."""
         return lr_scale(step, warmup=self.warmup, total_steps=self.total_steps, decay=decays(self.cfg))
-
-    def kept(self, input_ids: Tensor) -> Tensor:
-        """Which tokens train the SAEs: bool, of the shape of `input_ids`, on the CPU."""
-        return ~torch.isin(input_ids, self.excluded)
 
     def config(self) -> dict[str, Any]:
         """The whole configuration as plain values, without secrets; as `run.yaml` it starts the same run again."""
-        known = self.source.to_flat() if self.source else {"model": self.model_name, "dataset": self.dataset_name}
-        values = {**known, **to_flat(self.cfg), "ctx_len": self.ctx_len, "run_name": self.run_dir.name}
+        source = self.source
+        known = self.run.to_flat() if self.run else {"model": source.name, "dataset": source.data_name}
+        values = {**known, **to_flat(self.cfg), "ctx_len": source.ctx_len, "run_name": self.run_dir.name}
         # What to do with an existing folder was said for this time only.
         return {name: value for name, value in values.items() if name not in ("overwrite", "resume")}
 
     def resolved(self) -> dict[str, Any]:
-        """What the defaults that depend on something else came to.
+        """What the defaults that depend on something else came to: a number, or one by hookpoint where they differ.
 
         Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
         for the next.
         """
-        to_decoder, to_biases = rate_ratios(self.cfg, self.d_in)
         return {
-            "lr": self.base_lr,
+            "lr": self._of_units({name: self.unit(name).lr for name in self.hookpoints}),
             "lr_warmup_steps": self.warmup,
-            "decoder_lr_ratio": to_decoder,
-            "encoder_bias_lr_ratio": to_biases,
-            "dead_feature_threshold": self.dead_threshold,
-            "num_latents": self.num_latents,
-            "d_in": self.d_in,
-            "global_batch": self.batches.global_batch,
+            "decoder_lr_ratio": self._of_units({name: self.unit(name).rate_ratios[0] for name in self.hookpoints}),
+            "encoder_bias_lr_ratio": self._of_units({name: self.unit(name).rate_ratios[1] for name in self.hookpoints}),
+            "dead_feature_threshold": self._of_units(self.dead_thresholds),
+            "num_latents": self._of_units({name: self.unit(name).num_latents for name in self.hookpoints}),
+            "d_in": self._of_units(self.widths),
+            "global_batch": self.source.global_batch,
             "kernels": self.kernels.name,
             "select_dtype": self.select_dtype,
         }
+
+    @staticmethod
+    def _of_units(values: Mapping[str, Value]) -> Value | dict[str, Value]:
+        return next(iter(values.values())) if len(set(values.values())) == 1 else dict(values)
 
     @property
     def select_dtype(self) -> str:
@@ -120,17 +140,20 @@ class RunPlan:
         return next(name for name, dtype in SELECT_DTYPES.items() if dtype == self.kernels.select_dtype)
 
     def place(self, step: int) -> dict[str, Any]:
-        """Where a run stands after `step` optimiser steps, in the data and in the schedule."""
-        batches = self.batches
+        """Where a run stands after `step` optimizer steps, in the data and in the schedule."""
+        source, lr = self.source, self.resolved()["lr"]
+        scale = self.lr_scale(step - 1)
         return {
             "data": {
-                "next_sequence": min(step * batches.global_batch, batches.num_sequences),
-                "sequences": batches.num_sequences,
-                "checksum_of_last_step": batches.checksum(step - 1),
+                "next_sequence": min(step * source.global_batch, source.num_sequences),
+                "sequences": source.num_sequences,
+                "checksum_of_last_step": source.checksum(step - 1),
             },
             "schedule": {
-                "lr": self.base_lr,
-                "lr_of_last_step": self.base_lr * self.lr_scale(step - 1),
+                "lr": lr,
+                "lr_of_last_step": self._of_units(
+                    {name: self.unit(name).lr * scale for name in self.hookpoints},
+                ),
                 "warmup_steps": self.warmup,
                 "total_steps": self.total_steps,
             },
@@ -139,33 +162,29 @@ class RunPlan:
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint says of its origin."""
-        return {
-            "model": self.model_name,
-            "dataset": self.dataset_name,
-            "ctx_len": self.ctx_len,
-            "dead_feature_threshold": self.dead_threshold,
-        }
+        return {"model": self.source.name, "dataset": self.source.data_name, "ctx_len": self.source.ctx_len}
 
-    def info(self, placement: Placement, dtype: torch.dtype, start_step: int) -> RunInfo:
+    def info(self, placement: Placement, start_step: int) -> RunInfo:
         """What reporters are told before the first step."""
+        first, source = self.units[0], self.source
         return RunInfo(
             run_dir=self.run_dir,
-            model=self.model_name,
-            dataset=self.dataset_name,
+            model=source.name,
+            dataset=source.data_name,
             hookpoints=self.hookpoints,
-            d_in=self.d_in,
-            num_latents=self.num_latents,
+            d_in=first.hookpoint.width,
+            num_latents=first.num_latents,
             k=self.cfg.sae.k,
             total_steps=self.total_steps,
-            total_sequences=self.batches.num_sequences,
-            ctx_len=self.ctx_len,
+            total_sequences=source.num_sequences,
+            ctx_len=source.ctx_len,
             start_step=start_step,
             device=str(placement.device),
             placement=placement.name,
             kernels=self.kernels.name,
             select_dtype=self.select_dtype,
-            dtype=str(dtype).removeprefix("torch."),
-            global_batch=self.batches.global_batch,
+            dtype=str(source.dtype).removeprefix("torch."),
+            global_batch=source.global_batch,
             config=self.config(),
             world_size=placement.world_size,
             owners=placement.owners(),
@@ -176,58 +195,26 @@ class RunPlan:
         )
 
 
-def plan_run(
-    cfg: TrainConfig,
-    dataset: Any,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    source: RunConfig | None,
-    placement: Placement,
-) -> RunPlan:
-    """Resolve a run; the arguments are `SaeTrainer`'s.
+def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement: Placement) -> RunPlan:
+    """Resolve a run; the arguments are `SaeTrainer`'s. Collective.
 
     Raises:
-        UserError: If the configuration does not fit the model or the data.
+        UserError: If the configuration does not fit the source.
     """
-    blocks = find_blocks(model)
-    layers = select_layers(len(blocks.modules), cfg.layers, cfg.layer_stride)
-    d_in = width(text_config_of(model.config))
+    source.begin(cfg, placement.device, placement.rank, placement.world_size)
     try:
-        num_latents = cfg.sae.resolve_num_latents(d_in)
+        units = tuple(UnitPlan.of(cfg, hookpoint, source) for hookpoint in source.hookpoints)
         backend = _one_backend(placement) if cfg.kernels == "auto" else cfg.kernels
         kernels = choose_kernels(backend, cfg.select_dtype, placement.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-    data = sequences(dataset, source.data.ctx_len if source else None)
-    resolve_ctx_len(data.ctx_len, context_length(model.config))
-    batches = StepBatches(
-        data,
-        cfg.batch_size * cfg.grad_acc_steps * placement.world_size,
-        cfg.data_seed if cfg.shuffle else None,
-        source.data.max_tokens if source else None,
-    )
-    model_name = source.model.model if source else model.name_or_path or type(model).__name__
-    dataset_name = source.data.dataset if source else "tokenised data"
-    return RunPlan(
-        cfg=cfg,
-        layers=tuple(layers),
-        hookpoints=tuple(blocks.hookpoint(layer) for layer in layers),
-        d_in=d_in,
-        num_latents=num_latents,
-        kernels=kernels,
-        batches=batches,
-        excluded=torch.tensor(excluded_tokens(cfg, model, tokenizer), dtype=torch.int64),
-        model_name=model_name,
-        dataset_name=dataset_name,
-        run_dir=run_folder(cfg, default_run_name(model_name, source)),
-        source=source,
-    )
+    run_dir = run_folder(cfg, default_run_name(source.name, run))
+    return RunPlan(cfg=cfg, units=units, source=source, kernels=kernels, run_dir=run_dir, run=run)
 
 
-def default_run_name(model_name: str, source: RunConfig | None) -> str:
+def default_run_name(model_name: str, run: RunConfig | None) -> str:
     """A folder name such as `pythia-70m-fineweb`, made of the model's and the data set's."""
-    parts = [Path(model_name).name] + ([Path(source.data.dataset).name.split("*")[0]] if source else [])
+    parts = [Path(model_name).name] + ([Path(run.data.dataset).name.split("*")[0]] if run else [])
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "-" for c in part).strip("-.") for part in parts)
     return name.strip("-.") or "run"
 

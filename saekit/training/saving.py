@@ -8,13 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit import versions
+from saekit import machine as versions
 from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import SaveError, UserError
-from saekit.layout import INDEX_FILE, checkpoint_folders
-from saekit.placement import Placement
+from saekit.registry import SELECTIONS
 from saekit.report import StepStats
-from saekit.training import checkpoint
+from saekit.runs import checkpoint
+from saekit.runs.layout import INDEX_FILE, checkpoint_folders
+from saekit.training.bank import Bank
 from saekit.training.optimizers import base_lr, rate_ratios
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState, records
@@ -25,7 +26,7 @@ HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
     | {"eval_every", "eval_tokens", "eval_dataset", "eval_split"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
-    | {"save_best_effort", "max_bad_steps", "grace"}
+    | {"save_best_effort", "max_bad_steps", "grace", "plugin"}
     | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps", "kernels", "select_dtype"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
@@ -72,7 +73,7 @@ def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[st
 
 def _other_rates(kept: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
     """Which rates today's formulas would choose otherwise."""
-    if not {"num_latents", "d_in"} <= resolved.keys():
+    if not {"num_latents", "d_in"} <= resolved.keys() or kept.get("activation", "topk") not in SELECTIONS:
         return []
     sae, d_in = SaeConfig(activation=kept.get("activation", "topk")), resolved["d_in"]
     cfg = TrainConfig(sae=sae, optimizer=kept.get("optimizer", "adam"))
@@ -83,10 +84,11 @@ def _other_rates(kept: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
 class Saver:
     """Writes the checkpoints of one run and knows which was the best."""
 
-    def __init__(self, plan: RunPlan, placement: Placement, run: RunState, warn: Callable[[str], None]) -> None:
+    def __init__(self, plan: RunPlan, bank: Bank, run: RunState, warn: Callable[[str], None]) -> None:
         self.plan = plan
         self.warn = warn
-        self.placement = placement
+        self.bank = bank
+        self.placement = bank.placement
         self.run = run
         self.fvu: dict[str, float] = {}
         """By hookpoint, of the last report."""
@@ -118,13 +120,14 @@ class Saver:
             **plan.place(run.step),
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,
+            "dead_feature_threshold": plan.resolved()["dead_feature_threshold"],
             "hookpoints": list(plan.hookpoints),
-            "versions": versions.libraries(),
-            "excluded_tokens": plan.excluded.tolist(),
+            "versions": versions.library_versions(),
+            "excluded_tokens": plan.source.excluded.tolist(),
             "config": plan.config(),
             "resolved": plan.resolved(),
         }
-        layers = records(run, self.placement, about, self.fvu)
+        layers = records(run, self.bank, plan, about, self.fvu)
         # Each rank writes the layers it speaks for; the first begins and ends.
         self._on_first(lambda: checkpoint.begin_checkpoint(plan.run_dir, run.step))
         written = self._on_all(lambda: checkpoint.write_layers(plan.run_dir, run.step, layers))
@@ -185,12 +188,12 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
         for name in sorted({*before, *now} - HARMLESS)
         if before.get(name) != now.get(name)
     ]
-    if index["excluded_tokens"] != plan.excluded.tolist():
+    if index["excluded_tokens"] != plan.source.excluded.tolist():
         changed.append("the excluded tokens differ")
     steps = index["schedule"]["total_steps"]
     if not changed and steps != plan.total_steps:
         changed.append(f"the data made {steps} steps and makes {plan.total_steps}")
-    if not changed and index["data"]["checksum_of_last_step"] != plan.batches.checksum(index["step"] - 1):
+    if not changed and index["data"]["checksum_of_last_step"] != plan.source.checksum(index["step"] - 1):
         changed.append(f"the data set has other tokens in step {index['step']} than it had then")
     if changed:
         raise UserError(f"--resume would go on with another training: {'; '.join(changed)}")

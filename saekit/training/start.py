@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from saekit.activations.source import Batch, Source
 from saekit.errors import UserError
 from saekit.placement import Placement
-from saekit.report.units import percent
 from saekit.sae import Sae
-from saekit.sae.kernels.eager import encode_topk
+from saekit.sae.kernels.choose import Eager
 from saekit.sae.kernels.torch_ops import gather_sum
-from saekit.training.forward import Forward
 from saekit.training.plan import RunPlan
-from saekit.training.state import Calibration, calibration
+from saekit.training.state import calibration
 from saekit.training.statistics import Moments
+from saekit.training.unit import Calibration
+from saekit.units import percent
 
 ROWS = 512
 """Tokens whose activations are looked at; each rank holds so many of every layer for a moment, on the CPU."""
 
 
 def calibrate(
-    forward: Forward,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     plan: RunPlan,
     placement: Placement,
     say: Callable[[str], None] = lambda text: None,
@@ -36,9 +36,8 @@ def calibrate(
     be all of the variance (Sun et al. 2024, arXiv 2402.17762).
 
     Args:
-        forward: Gives each layer's activations.
-        batches: This rank's micro-batches of token ids.
-        plan: The run.
+        batches: This rank's micro-batches of the first step.
+        plan: The run; its source gives the activations.
         placement: The ranks.
         say: Told whether tokens are left out.
 
@@ -49,14 +48,13 @@ def calibrate(
     Raises:
         UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
     """
-    if forward.count_tokens(batches) == 0:
+    if count_tokens(plan.source, batches, placement) == 0:
         raise UserError("--exclude-tokens leaves no token of the first batch to train on")
     cfg = plan.cfg
     sample, rows = None, {}
-    if cfg.init == "fit" or cfg.sae.activation == "batchtopk" or cfg.max_norm_multiple > 0:
-        kept = [int(plan.kept(input_ids).sum()) for input_ids in batches]
-        sample = Sample(kept, cfg.init_seed, placement)
-    moments, longest = _moments(forward, batches, plan, placement, sample=sample)
+    if cfg.init == "fit" or cfg.sae.kind.fits or cfg.max_norm_multiple > 0:
+        sample = Sample([plan.source.count(batch) for batch in batches], cfg.init_seed, placement)
+    moments, longest = _moments(batches, plan, placement, sample=sample)
     limits: dict[str, float] = {}
     if sample is not None:
         rows = sample.complete()
@@ -65,7 +63,7 @@ def calibrate(
         rows = {name: rows_RD[~(rows_RD.norm(dim=1) > limits[name])] for name, rows_RD in rows.items()}
     finite = all(bool(torch.isfinite(each.sum_squares)) for each in moments.values())  # else it is an error below
     if finite and any(longest[name] > limit for name, limit in limits.items()):
-        before, (moments, _) = moments, _moments(forward, batches, plan, placement, limits)
+        before, (moments, _) = moments, _moments(batches, plan, placement, limits)
         shares = {name: 1 - float(moments[name].count / before[name].count) for name in moments}
         worst = max(shares, key=lambda name: shares[name])
         say(
@@ -76,19 +74,31 @@ def calibrate(
     return {name: calibration(name, each, limits.get(name)) for name, each in moments.items()}, rows
 
 
+def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:
+    """Tokens of an optimizer step that train, over all ranks. Collective."""
+    # Ranks tell each other plain numbers: a tensor's sum would wait for everything that a GPU still has to do.
+    return sum(placement.gather(sum(source.count(batch) for batch in batches)))
+
+
+def _counted(source: Source, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Each hookpoint's activations `[N, D]` of the counted tokens alone."""
+    acts = source(batch)
+    for name, x_ND in acts.of.items():
+        yield name, x_ND if acts.counted_N is None else x_ND[acts.counted_N]
+
+
 def _moments(
-    forward: Forward,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     plan: RunPlan,
     placement: Placement,
     limits: Mapping[str, float] | None = None,
     sample: Sample | None = None,
 ) -> tuple[dict[str, Moments], dict[str, float]]:
     """Moments of every layer's activations up to its limit over a global batch, and the largest norm. Collective."""
-    moments = {name: Moments.zero(plan.d_in, placement.device) for name in plan.hookpoints}
+    moments = {name: Moments.zero(width, placement.device) for name, width in plan.widths.items()}
     longest = {name: torch.zeros((), device=placement.device) for name in plan.hookpoints}
-    for micro, input_ids in enumerate(batches):
-        for name, x_ND in forward(input_ids).items():
+    for micro, batch in enumerate(batches):
+        for name, x_ND in _counted(plan.source, batch):
             norms_N = x_ND.float().norm(dim=1)
             moments[name].add(x_ND if limits is None else x_ND[~(norms_N > limits[name])])
             if sample is not None:
@@ -153,7 +163,7 @@ def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
         rows_RD: `[R, D]`, float32: activations of R tokens.
     """
     x_RD = rows_RD - sae.b_dec
-    acts_RK, indices_RK = encode_topk(x_RD, sae.W_dec, sae.b_enc, sae.k, parts=sae.parts)
+    acts_RK, indices_RK = sae.selection.before_fit().encode(x_RD, sae.W_dec, sae.b_enc, None, Eager())
     y_RD = gather_sum(acts_RK, indices_RK, sae.W_dec)  # without an [R, K, D] tensor
     fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
     sae.W_enc.copy_(sae.W_dec * (fit or 1.0))

@@ -1,9 +1,9 @@
-"""The state of a run between two optimiser steps, besides the parameters: calibration, counters, step and tokens."""
+"""The state of a run between two optimizer steps, how its SAEs begin, and what a checkpoint keeps of each unit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,15 @@ import torch
 from torch import Tensor
 
 from saekit.errors import UserError
-from saekit.placement import Placement
+from saekit.runs.checkpoint import LayerRecord
+from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
-from saekit.sae.storage import find_sae_folders, load_from_disk
-from saekit.training.checkpoint import LayerRecord
-from saekit.training.counters import LayerCounters
+from saekit.sae.storage import find_sae_folders
+from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
-from saekit.training.recovery import read_state
 from saekit.training.statistics import Moments
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the first global batch said about a layer; fixed for the run."""
-
-    mean_D: Tensor
-    """`[D]`, float32: the initial `b_dec`."""
-    variance: float
-    """σ², the total variance (trace of the covariance), by which the loss is divided."""
-    max_norm: float | None = None
-    """How long activations are at most that train the layer; None for any. Mean and variance are of such ones."""
-
-    @property
-    def rms(self) -> float:
-        """Root mean square of the centred activations, `σ / √D`: the unit of the biases."""
-        return float((self.variance / len(self.mean_D)) ** 0.5)
+from saekit.training.unit import Calibration
 
 
 @dataclass
@@ -52,10 +35,6 @@ class RunState:
     bad_in_row: int = 0
     """How many of them were the last ones."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
-    counters: dict[str, LayerCounters] = field(default_factory=dict)
-    error: dict[str, Tensor] = field(default_factory=dict)
-    """Mean squared error per token in the last step that counted, over all ranks: float64 scalars on the device. The
-    variance before the first one."""
     evaluated: int = 0
     """The step after which the SAEs were evaluated last; 0 before the first time."""
     best_fvu: float = float("inf")
@@ -64,13 +43,13 @@ class RunState:
     """The one that was written last, or gone on from."""
 
 
-def new_sae(plan: RunPlan, hookpoint: str) -> Sae:
-    """A fresh SAE on the CPU. Its weights depend on the seed and the layer's number only, not on the other layers."""
-    layer = plan.layers[plan.hookpoints.index(hookpoint)]
-    generator = torch.Generator().manual_seed(plan.cfg.init_seed * 100_003 + layer)
-    fresh = Sae(**plan.cfg.sae.sizes(plan.d_in, plan.num_latents), generator=generator)
+def new_sae(plan: RunPlan, name: str) -> Sae:
+    """A fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
+    unit = plan.unit(name)
+    generator = torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed))
+    fresh = Sae(**plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents), generator=generator)
     fresh.chosen_kernels = plan.kernels
-    fresh.prefixes = plan.cfg.sae.resolve_prefixes(plan.num_latents)
+    fresh.prefixes = plan.cfg.sae.resolve_prefixes(unit.num_latents)
     return fresh
 
 
@@ -97,7 +76,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
-        source = load_from_disk(folders[hookpoint])
+        source = Sae.load_from_disk(folders[hookpoint])
         if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
             raise ValueError(
                 f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
@@ -139,22 +118,30 @@ def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
 
 
 def records(
-    state: RunState, placement: Placement, about: dict[str, Any], fvu: dict[str, float]
+    run: RunState, bank: Bank, plan: RunPlan, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
-    """What a checkpoint keeps of each layer that this rank leads, made one layer at a time. Collective."""
+    """What a checkpoint keeps of each unit that this rank leads, made one unit at a time. Collective."""
+    placement = bank.placement
     for name, weights, optimizer_state in placement.each_whole():
-        check_weights(name, weights, state.step)
-        calibration, limit = state.calibration[name], state.calibration[name].max_norm
+        check_weights(name, weights, run.step)
+        known = run.calibration[name]
+        limit = known.max_norm
         tensors = {
-            **state.counters[name].state(),
-            "mean": calibration.mean_D,
-            "error": state.error[name],
-            "variance": torch.tensor(calibration.variance, dtype=torch.float64),
+            **bank.state_of(name),
+            "mean": known.mean_D,
+            "variance": torch.tensor(known.variance, dtype=torch.float64),
             **({} if limit is None else {"max_norm": torch.tensor(limit, dtype=torch.float64)}),
             **{f"optim.{key}": value for key, value in optimizer_state.items()},
         }
-        layer_about = {"hookpoint": name, "step": state.step, "tokens": state.tokens, **about, "fvu": fvu.get(name)}
-        yield name, LayerRecord(placement.sae(name), weights, tensors, layer_about)
+        unit_about = {
+            "hookpoint": name,
+            "step": run.step,
+            "tokens": run.tokens,
+            **about,
+            "dead_feature_threshold": plan.unit(name).dead_threshold,
+            "fvu": fvu.get(name),
+        }
+        yield name, LayerRecord(placement.sae(name), weights, tensors, unit_about)
 
 
 def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, Calibration]:
@@ -171,25 +158,22 @@ def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, C
     return found
 
 
-def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement: Placement) -> None:
+def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) -> None:
     """Put a run back to where a checkpoint left it; `index` is what `read_index` said of it, its calibration is read.
 
     Raises:
         UserError: If a file is missing or damaged.
     """
-    state.checkpoint = checkpoint
-    state.step, state.tokens = index["step"], index["tokens"]
-    state.skipped, state.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
-    state.evaluated = index.get("evaluated_step", 0)  # older checkpoints do not say it
-    state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
-    for name in placement.layers():
+    run.checkpoint = checkpoint
+    run.step, run.tokens = index["step"], index["tokens"]
+    run.skipped, run.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
+    run.evaluated = index["evaluated_step"]
+    run.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
+    for name in bank.names:
         tensors = read_state(checkpoint / name)
-        known = state.calibration[name]
-        state.calibration[name] = replace(known, mean_D=known.mean_D.to(placement.device))
-        state.counters[name].load_state(tensors)
-        if "error" in tensors:  # older checkpoints do not have it
-            state.error[name].copy_(tensors["error"])
+        bank.load_state(name, tensors)
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
-        saved = load_from_disk(checkpoint / name)
-        placement.load(name, saved.state_dict(), optimizer)
-        placement.sae(name).threshold = saved.threshold
+        saved = Sae.load_from_disk(checkpoint / name)
+        bank.placement.load(name, saved.state_dict(), optimizer)
+        bank.placement.sae(name).selection.load_(saved.selection)
+    bank.count_dead()

@@ -1,8 +1,8 @@
-"""Sums over tokens, which become means only when they are read."""
+"""Sums over tokens, which become means only when they are read; those of all units lie in one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from saekit.sae import Losses, Sae, SaeOutput
 
 @dataclass
 class Moments:
-    """First and second moments of one layer's activations, in float64, so that large means do no harm."""
+    """First and second moments of one hookpoint's activations, in float64, so that large means do no harm."""
 
     sum_D: Tensor
     """`Σ_t x_t`, `[D]`."""
@@ -37,10 +37,10 @@ class Moments:
         self.count += x_ND.shape[0]
 
     def add_centred(self, x_ND: Tensor, centre_D: Tensor, counted_N1: Tensor | None = None) -> None:
-        """Count a chunk of tokens, or those of them that are `counted`, as seen from a fixed point near their mean.
+        """Count the `counted` tokens of a chunk (None for all), as seen from a fixed point near their mean.
 
-        Then float32 will do within the chunk: nothing large cancels. On a CPU it is some 20 times as fast. Variance
-        and deviation are the same from wherever one looks; the mean is the mean's distance from that point.
+        Within the chunk float32 is enough then: nothing large cancels. On a CPU it is some 20 times as fast. Variance
+        and deviation do not depend on the point; the mean is the mean's distance from it.
         """
         x_ND = x_ND - centre_D
         if counted_N1 is not None:
@@ -67,87 +67,156 @@ class Moments:
         return self.deviation() / self.count
 
 
-def covered(sae: Sae, x_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Activations with zeros in the place of those that the SAE is not for, and for `SaeOutput.only` which are left.
+def without_excluded(sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Put zeros in the place of activations that do not train the SAE; rows stay as many as they are.
 
-    Rows stay as many as they are, so that nobody waits for a GPU to count them, and NaN stays NaN, so that it is
-    noticed. None stands for all.
+    So nobody waits for a GPU to count them, and NaN stays NaN, so that it is noticed.
+
+    Args:
+        sae: Its `max_norm` excludes long activations.
+        x_ND: `[N, D]`.
+        counted_N1: bool `[N, 1]`, False for tokens that are excluded whatever their norm; None if there is none.
+
+    Returns:
+        The activations, and bool `[N, 1]` for `SaeOutput.only`: which tokens are counted. None stands for all.
     """
-    if sae.max_norm is None:
-        return x_ND, None
-    covered_N1 = sae.covers(x_ND).unsqueeze(1)
-    if x_ND.device.type == "cpu" and bool(covered_N1.all()):  # nearly always; a GPU would have to be waited for
-        return x_ND, None
-    return x_ND * covered_N1, covered_N1
+    if sae.max_norm is not None:
+        short_N1 = sae.covers(x_ND).unsqueeze(1)
+        if x_ND.device.type != "cpu" or not bool(short_N1.all()):  # nearly always all, and free to ask on a CPU
+            counted_N1 = short_N1 if counted_N1 is None else short_N1 & counted_N1
+    return (x_ND, None) if counted_N1 is None else (x_ND * counted_N1, counted_N1)
 
 
-NUM_SUMS = 5
+class Segments:
+    """How the latents (or dimensions) of all units lie one behind the other in one flat tensor.
+
+    Args:
+        sizes: Of each of U units.
+        device: Of the tensors.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.sizes = list(sizes)
+        self.total = sum(self.sizes)
+        self.alike = len(set(self.sizes)) < 2
+        self._ends_U = torch.tensor(self.sizes, dtype=torch.int64).cumsum(0).sub(1).to(device)
+        self._sizes_U = torch.tensor(self.sizes, dtype=torch.int64).to(device)
+
+    def views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Each unit's part of a flat tensor `[total]`."""
+        return flat.split(self.sizes)
+
+    def counts(self, flat: Tensor) -> Tensor:
+        """The sum of each unit's part of a flat tensor of whole numbers or booleans: int64 `[U]`."""
+        if self.alike:
+            return flat.view(len(self.sizes), -1).sum(1) if self.sizes else flat.new_zeros(0, dtype=torch.int64)
+        return flat.cumsum(0)[self._ends_U].diff(prepend=self._ends_U.new_zeros(1))
+
+    def at_least(self, flat: Tensor, least_U: Tensor) -> Tensor:
+        """Which numbers of a flat tensor reach their unit's threshold: bool `[total]`."""
+        if self.alike:
+            return (flat.view(len(self.sizes), -1) >= least_U[:, None]).view(-1) if self.sizes else flat.bool()
+        return flat >= least_U.repeat_interleave(self._sizes_U, output_size=self.total)
 
 
-@dataclass
-class LayerWindow:
-    """One layer's sums over the optimiser steps since the last report."""
+SUMS = ("squared_error", "multi_error", "firings", "loss", "auxk_loss", "sum_squares", "counted")
+"""What is summed of each unit's tokens: squared error and that at 4k, values above zero, loss and AuxK's loss (both
+divided by the step's tokens already, so that their mean is over steps), and the moments of the target."""
 
-    moments: Moments
-    sums: Tensor
-    """float64 `[5]`: squared error, squared error at 4k, firings, loss, AuxK loss. The last two are already divided
-    by their step's tokens, so their mean is over steps."""
-    near: Tensor
-    """Firings near a BatchTopK threshold (`SaeOutput.near`), an int64 scalar. Of one step: no report needs it."""
-    steps: int = 0
 
-    @classmethod
-    def empty(cls, d_in: int, device: torch.device) -> LayerWindow:
-        """Over no step."""
-        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
-        return cls(Moments.zero(d_in, device), sums, torch.zeros((), dtype=torch.int64, device=device))
+class Tally:
+    """The sums of U units over some optimizer steps, float64, all in one tensor: `[U · 7]`, then `Σ_t x_t` of each.
 
-    def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float, centre_D: Tensor) -> None:
-        """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again.
+    Args:
+        widths: D of each unit.
+        device: Where.
+    """
 
-        `centre_D` is the layer's mean from calibration, the same in all windows of a run.
+    def __init__(self, widths: Sequence[int], device: torch.device) -> None:
+        U, self.widths = len(widths), list(widths)
+        self.flat = torch.zeros(U * len(SUMS) + sum(widths), dtype=torch.float64, device=device)
+        self.sums_U7 = self.flat[: U * len(SUMS)].view(U, len(SUMS))
+        self.means = self.flat[U * len(SUMS) :].split(self.widths)
+        """`Σ_t (x_t − centre)` of each unit, `[D]`."""
+
+    def finite(self) -> Tensor:
+        """Whether each unit's target and its losses are finite: bool `[U, 2]`.
+
+        A float64 sum of squares of float32 values is finite if they all are.
         """
-        self.moments.add_centred(x_ND, centre_D, out.kept)
-        if out.near is not None:
-            self.near += out.near.sum()
-        zero = losses.total.new_zeros(())
-        self.sums += torch.stack(
-            [
-                losses.mse.detach() / scale,
-                zero if losses.multi_topk is None else losses.multi_topk.detach() / scale,
-                (out.acts > 0).sum(),
-                losses.total.detach(),
-                zero if losses.auxk is None else losses.auxk.detach(),
-            ]
-        ).double()
+        return torch.stack([self.sums_U7[:, 5].isfinite(), self.sums_U7[:, :5].isfinite().all(1)], 1)
 
-    def add(self, other: LayerWindow) -> None:
-        """Count the steps of another window as well."""
-        self.moments.sum_D += other.moments.sum_D
-        self.moments.sum_squares += other.moments.sum_squares
-        self.moments.count += other.moments.count
-        self.sums += other.sums
-        self.steps += other.steps
+    def places(self, among: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """Where the numbers of these units are in the tally of more units: int64, as long as `flat`.
 
-    def row(self, dead: int, steps: int) -> Tensor:
-        """Everything that is to be summed over ranks, in one float64 row that `read_row` understands.
-
-        Start an `empty` window afterwards, so that both parts of every ratio are cleared together.
+        Args:
+            among: The number of each of these units among all of them.
+            widths: D of all of them.
         """
-        moments = self.moments
-        known = self.sums.new_tensor([dead, steps])
-        return torch.cat([self.sums, known, moments.sum_D, moments.sum_squares.view(1), moments.count.view(1)])
+        starts = [len(widths) * len(SUMS) + sum(widths[:number]) for number in among]
+        rows = [torch.arange(len(SUMS)) + number * len(SUMS) for number in among]
+        means = [torch.arange(widths[number]) + start for number, start in zip(among, starts, strict=True)]
+        return torch.cat([*rows, *means]) if among else torch.zeros(0, dtype=torch.int64)
 
 
-def read_row(row: Tensor, tokens: int, *, num_latents: int, with_multi_topk: bool) -> LayerStats:
-    """The finished numbers of one layer over so many tokens of all ranks, from the sum of the ranks' rows."""
-    squared_error, multi_error, firings, loss, auxk, dead, steps = row[: NUM_SUMS + 2].tolist()
-    moments = Moments(row[NUM_SUMS + 2 : -2], row[-2], row[-1])
-    deviation, counted = float(moments.deviation()), float(moments.count)
+def observe_(
+    sums_7: Tensor, mean_D: Tensor, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: Tensor, centre_D: Tensor
+) -> None:
+    """Add a chunk of tokens to one unit's part of a tally. Only numbers that exist already are read.
+
+    Args:
+        sums_7: The unit's row of `Tally.sums_U7`.
+        mean_D: Its part of `Tally.means`.
+        x_ND: What is predicted.
+        out: The prediction.
+        losses: Of the chunk.
+        scale: By which the squared errors were multiplied, a scalar.
+        centre_D: The mean of the first batch, the same in all tallies of a run.
+    """
+    zero = losses.total.new_zeros(())
+    sums_7[:5] += torch.stack(
+        [
+            losses.mse.detach() / scale,
+            zero if losses.multi_topk is None else losses.multi_topk.detach() / scale,
+            out.fired.sum(),
+            losses.total.detach(),
+            zero if losses.auxk is None else losses.auxk.detach(),
+        ]
+    ).double()
+    Moments(mean_D, sums_7[5], sums_7[6]).add_centred(x_ND, centre_D, out.kept)
+
+
+def read_tally(
+    flat: Tensor,
+    number: int,
+    widths: Sequence[int],
+    *,
+    tokens: int,
+    steps: int,
+    dead: int,
+    num_latents: int,
+    with_multi_topk: bool,
+) -> LayerStats:
+    """The finished numbers of one unit.
+
+    Args:
+        flat: On the CPU, `Tally.flat` of all units, summed over ranks.
+        number: The unit's.
+        widths: D of all units.
+        tokens: Of the steps that are summed, over all ranks.
+        steps: How many steps those are.
+        dead: Latents that are dead after the last of them.
+        num_latents: All latents.
+        with_multi_topk: Whether the loss has a part from 4k latents.
+    """
+    row = flat[number * len(SUMS) : (number + 1) * len(SUMS)]
+    start = len(widths) * len(SUMS) + sum(widths[:number])
+    deviation = float(Moments(flat[start : start + widths[number]], row[5], row[6]).deviation())
+    squared_error, multi_error, firings, loss, auxk, _, counted = row.tolist()
     return LayerStats(
         fvu=_ratio(squared_error, deviation),
         l0=_ratio(firings, counted),
-        dead=int(dead),
+        dead=dead,
         num_latents=num_latents,
         loss=_ratio(loss, steps),
         auxk_loss=_ratio(auxk, steps),

@@ -4,8 +4,7 @@ from saekit.activations import no_bars
 from saekit.wizard.ask import Defaults, Terminal
 from saekit.wizard.draft import Draft, start
 from saekit.wizard.files import Targets, write
-from saekit.wizard.finish import files_of, start_command
-from saekit.wizard.questions import QUESTIONS
+from saekit.wizard.finish import QUESTIONS, files_of, start_command
 from saekit.wizard.walk import Asker, Back, walk
 
 __all__ = [

@@ -8,19 +8,19 @@ from dataclasses import replace
 from saekit.activations import resolve_ctx_len
 from saekit.errors import UserError
 from saekit.planning import advise, make_plan
+from saekit.units import parse_count, show_count
 from saekit.wizard.draft import Draft, known
-from saekit.wizard.numbers import parse_count, show_count
 from saekit.wizard.walk import Fact, Planned, Question
 
 
 def _context(draft: Draft) -> str:
-    asked = draft.config().data.ctx_len
+    asked = draft.config().train.ctx_len
     return str(asked or resolve_ctx_len(None, known(draft.shape).max_ctx_len))
 
 
 def _take_context(draft: Draft, text: str) -> Draft:
     draft = draft.setting(ctx_len=parse_count("--ctx-len", text))
-    resolve_ctx_len(draft.config().data.ctx_len, known(draft.shape).max_ctx_len)
+    resolve_ctx_len(draft.config().train.ctx_len, known(draft.shape).max_ctx_len)
     return draft
 
 
@@ -31,14 +31,14 @@ def _explain_context(draft: Draft) -> str:
 
 
 def _tokens(draft: Draft) -> str:
-    asked = draft.config().data.max_tokens
+    asked = draft.config().train.max_tokens
     return show_count(asked) if asked else "all"
 
 
 def _take_tokens(draft: Draft, text: str) -> Draft:
     if text.lower() == "all":
         return draft.setting(max_tokens=None)
-    number, length = parse_count("--max-tokens", text), known(draft.config().data.ctx_len)
+    number, length = parse_count("--max-tokens", text), known(draft.config().train.ctx_len)
     if number < length:
         raise UserError(f"--max-tokens {number} is less than one sequence of {length}: give more")
     return draft.setting(max_tokens=number)
@@ -48,7 +48,7 @@ def _take_batch(draft: Draft, text: str) -> Draft:
     draft = draft.setting(batch_size=parse_count("--batch-size", text))
     cfg, machine = draft.config(), known(draft.machine)
     per_step = cfg.train.batch_size * cfg.train.grad_acc_steps * machine.count
-    most, length = cfg.data.max_tokens, known(cfg.data.ctx_len)
+    most, length = cfg.train.max_tokens, known(cfg.train.ctx_len)
     if most is not None and most // length < per_step:
         raise UserError(
             f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimiser step of "
@@ -62,7 +62,7 @@ def _take_batch(draft: Draft, text: str) -> Draft:
 
 def _tell_batch(draft: Draft) -> Sequence[Fact]:
     job = known(draft.plan).job
-    most = job.cfg.data.max_tokens
+    most = job.cfg.train.max_tokens
     steps = f", {-(-most // job.tokens_per_step):,} steps" if most else ""
     return (f"{job.tokens_per_step:,} tokens per optimiser step{steps}", Planned(known(draft.plan), draft.advice))
 

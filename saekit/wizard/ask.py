@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from saekit.errors import UserError
-from saekit.planning import render
+from saekit.views.plan import render_plan
 from saekit.wizard.draft import Draft
 from saekit.wizard.walk import Back, Fact, Planned, Question, Refused
 
@@ -105,7 +105,7 @@ def show(console: Console, question: Question, answer: str, told: Sequence[Fact]
     for fact in told:
         if isinstance(fact, Planned):
             console.print()
-            render(fact.plan, console, fact.advice)
+            render_plan(fact.plan, console, fact.advice)
             console.print()
         else:
             console.print(Text(" " * INDENT + fact, style="dim"), soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit.activations import ModelShape
 from saekit.config import RunConfig
-from saekit.config.run import read_yaml
+from saekit.config.flat import load_plugins, read_yaml
 from saekit.data import Peek
 from saekit.errors import UserError
 from saekit.planning import Advice, Machine, Plan
@@ -76,6 +76,7 @@ def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Dr
         raise UserError(f"--output and --launch-file are both {targets.run}: give two files")
     kept = read_yaml(targets.run) if targets.run.exists() else {}
     kept.pop("placement", None)
+    load_plugins(kept)
     values = dict(typed)
     placement = str(values.pop("placement", "auto"))
     for pair in EITHER_OR:

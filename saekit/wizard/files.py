@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from saekit.config import RunConfig
-from saekit.config.run import SECRETS
+from saekit.config.flat import SECRETS
 from saekit.errors import UserError
+from saekit.placement.choose import launched_as
 
 FIRST = (
     "model",
@@ -84,12 +85,10 @@ def read_launch(path: Path) -> Launch:
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
         processes = int(said["num_processes"])
-        kind = said["distributed_type"]
-        role = (said.get("mpirun_config") or {}).get("role")
+        placement = launched_as(said)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return Launch()
-    placement = "zero3" if kind == "DEEPSPEED" else "layer-map" if role == "layer-map" else "ddp"
-    return Launch(processes, placement, on_gpu=said.get("gpu_ids") != "-1,-1")
+    return Launch(processes, placement or "", on_gpu=said.get("gpu_ids") != "-1,-1")
 
 
 def write(files: Mapping[Path, str]) -> None:

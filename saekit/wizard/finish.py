@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from saekit.errors import UserError
+from saekit.placement.choose import kind_of
+from saekit.runs.folder import check_run_folder
 from saekit.training.plan import default_run_name
-from saekit.training.run_folder import check_run_folder
+from saekit.wizard.amount import BATCH, CONTEXT, TOKENS
+from saekit.wizard.dataset import ARGUMENTS, COLUMN, DATASET, SPLIT
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.files import launch_text, run_text, secrets_in, template_for
+from saekit.wizard.model import MACHINE, MODEL
+from saekit.wizard.shape import DICTIONARY, LAYERS, K
 from saekit.wizard.walk import Question
-
-MEANS = {
-    "ddp": "every process holds all SAEs",
-    "layer-map": "each holds some layers' SAEs",
-    "zero3": "each holds a part of every SAE",
-}
 
 
 def _explain_placement(draft: Draft) -> str:
@@ -27,7 +26,7 @@ def _explain_placement(draft: Draft) -> str:
     said = []
     for each in plan.choices:
         mark = " (recommended)" if each == best else "" if each.fits else " (does not fit)"
-        said.append(f"{each.placement}{mark}: {MEANS[each.placement]}")
+        said.append(f"{each.placement}{mark}: {kind_of(each.placement).title}")
     return "; ".join(said)
 
 
@@ -141,4 +140,23 @@ CONFIRM = Question(
     lambda draft: "yes",
     _take_confirmation,
     choices=lambda draft: ("yes", "no"),
+)
+
+
+QUESTIONS = (
+    MACHINE,
+    MODEL,
+    DATASET,
+    ARGUMENTS,
+    SPLIT,
+    COLUMN,
+    LAYERS,
+    DICTIONARY,
+    K,
+    CONTEXT,
+    TOKENS,
+    BATCH,
+    PLACEMENT,
+    RUN,
+    CONFIRM,
 )

@@ -9,8 +9,8 @@ from saekit.activations import select_layers
 from saekit.config import SaeConfig
 from saekit.config.sae import DEFAULT_EXPANSION_FACTOR
 from saekit.errors import UserError
+from saekit.units import parse_count
 from saekit.wizard.draft import Draft, known
-from saekit.wizard.numbers import parse_count
 from saekit.wizard.walk import Question
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saekit import Sae
-from saekit.layout import EVAL_FILE
+from saekit.runs.layout import EVAL_FILE
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_to(run, saekit, monkeypatch):
     def refuse(source, target):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("saekit.files.os.replace", refuse)
+    monkeypatch.setattr("saekit.runs.files.os.replace", refuse)
     result = saekit("eval", run, "--max-tokens", 200)
     assert result.code == 2
     assert "eval.json cannot be written (Read-only file system)" in result.err

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from datasets import Dataset
 
-from saekit.layout import EVAL_FILE
-from saekit.report.jsonl import EVALUATION, plain, read_metrics
+from saekit.runs.layout import EVAL_FILE
+from saekit.runs.metrics import EVALUATION, plain, read_metrics
 from tests.cli.test_bad_input import assert_refused
 from tests.training.runs import assert_same_tensors, tensors_of
 

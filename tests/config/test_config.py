@@ -4,7 +4,7 @@ import pytest
 
 from saekit import RunConfig, Sae, SaeConfig, TrainConfig, UserError
 from saekit.config.run import read_yaml
-from saekit.sae.model import ACTIVATIONS
+from saekit.registry import SELECTIONS
 
 BASE = {"model": "m", "dataset": "d"}
 
@@ -56,7 +56,8 @@ def test_nested_dictionaries():
 
 
 def test_activations():
-    for name in ACTIVATIONS:
+    assert {"topk", "batchtopk", "groupmax"} <= set(SELECTIONS.names())
+    for name in ("topk", "batchtopk", "groupmax"):
         assert Sae(**SaeConfig(activation=name, k=4).sizes(8, 32)).activation == name
     assert SaeConfig().activation == "topk"
     assert SaeConfig(activation="batchtopk", matryoshka="0.5,1").activation == "batchtopk"

@@ -58,9 +58,9 @@ def test_no_word_of_what_was_trained_on(tmp_path, tokenizer):
     draw = np.random.default_rng(0)
     documents = ["".join(draw.choice(list("abcdefghij"), draw.integers(10, 40))) for _ in range(1200)]
     Dataset.from_dict({"text": documents}).to_json(tmp_path / "text.jsonl")
-    cfg = DataConfig(dataset=str(tmp_path / "text.jsonl"), max_tokens=CTX_LEN * 300)
+    cfg = DataConfig(dataset=str(tmp_path / "text.jsonl"))
     whole = load_sequences(cfg, tokenizer, CTX_LEN)
-    seen = StepBatches(whole, 4, seed=42, max_tokens=cfg.max_tokens).order
+    seen = StepBatches(whole, 4, seed=42, max_tokens=CTX_LEN * 300).order
     trained = {row.tobytes() for row in whole.read(seen).numpy()}
     data = held_out(cfg, tokenizer, CTX_LEN, seen)
     assert 100 < len(data) < len(whole) - len(seen)

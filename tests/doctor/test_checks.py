@@ -12,7 +12,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from saekit.doctor import hub, libraries, limits, machine, probes, ranks
+from saekit.doctor import devices as machine
+from saekit.doctor import hub, libraries, limits, probes, ranks
 from saekit.doctor.findings import GIB, RESOURCES, Finding, attempt, shown, size
 from saekit.doctor.probes import Outcome, Probes
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 import saekit
 from saekit.cli.doctor import doctor
-from saekit.doctor import Finding, can_train, checks, libraries, limits, render, to_json
+from saekit.doctor import Finding, can_train, checks, findings_to_json, libraries, limits
 from saekit.doctor.findings import AREAS
 from saekit.doctor.probes import Outcome
+from saekit.views.doctor import render_findings
 
 TOKEN = "hf_QzWxEcRvTbYnUm"
 FINDING_KEYS = {"area", "name", "state", "found", "remedy", "blocks"}
@@ -195,7 +196,7 @@ def test_debug_reaches_the_checks(call, monkeypatch):
 
 def shown(*findings, width=80, encoding="utf-8"):
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    render(findings, Console(file=file, width=width))
+    render_findings(findings, Console(file=file, width=width))
     file.flush()
     return file.buffer.getvalue().decode(encoding)
 
@@ -244,7 +245,7 @@ def test_a_terminal_without_such_letters():
 
 
 def test_to_json_counts():
-    said = to_json([WELL, BLOCKED, NOTED, MENDED])
+    said = findings_to_json([WELL, BLOCKED, NOTED, MENDED])
     assert (said["problems"], said["notes"], said["can_train"]) == (2, 1, False)
     assert said["findings"][1]["remedy"] == BLOCKED.remedy
     assert can_train([WELL, NOTED, MENDED])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from saekit.report.jsonl import EVALUATION, read_metrics
-from tests.evaluation.test_ranks import numbers
+from saekit.runs.metrics import EVALUATION, read_metrics
+from tests.analysis.test_ranks import numbers
 from tests.placement.conftest import CTX_LEN, GLOBAL_BATCH
 from tests.placement.test_equivalence import assert_same_run
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from saekit.training.recovery import read_index
+from saekit.runs.recovery import read_index
 from tests.forked import environment
 from tests.placement.conftest import CTX_LEN, DEMO_LM
 

@@ -1,4 +1,4 @@
-"""The planner's maps and formulae, against maps by hand, brute force and sums written out."""
+"""Maps of layers and each placement's formulas, against maps by hand, brute force and sums written out."""
 
 from dataclasses import replace
 from itertools import product
@@ -6,7 +6,9 @@ from itertools import product
 import pytest
 
 from saekit.errors import UserError
-from saekit.placement.planner import Traffic, Workload, balanced_map, memory, parse_map, resolve_map, traffic
+from saekit.placement.choose import kind_of
+from saekit.placement.costs import Traffic, Workload
+from saekit.placement.layer_map import balanced_map, layer_number, parse_map, resolve_map
 
 
 def names(count):
@@ -88,9 +90,38 @@ def test_maps_that_cannot_be_read(text, complaint):
 
 
 def test_a_map_is_resolved_by_layer_number():
-    layers, hookpoints = (4, 8, 9), ("h.4", "h.8", "h.9")
-    assert resolve_map("8-9:0,4:2", layers, hookpoints, 3) == {"h.4": 2, "h.8": 0, "h.9": 0}
-    assert resolve_map(None, layers, hookpoints, 2) == {"h.4": 0, "h.8": 0, "h.9": 1}
+    hookpoints = ("h.4", "h.8", "h.9")
+    assert resolve_map("8-9:0,4:2", hookpoints, 3) == {"h.4": 2, "h.8": 0, "h.9": 0}
+    assert resolve_map(None, hookpoints, 2) == {"h.4": 0, "h.8": 0, "h.9": 1}
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "number"),
+    [
+        ("layers.3", 3),
+        ("transformer.h.12", 12),
+        ("7", 7),
+        ("layers.3.mlp", 3),
+        ("layers.3.experts.5", 3),
+        ("layers.3.mlp:in", 3),
+        ("embed_tokens", None),
+        ("block2.mlp", None),
+        ("layers.²", None),
+    ],
+)
+def test_a_layers_number_is_the_first_part_of_the_path_that_is_one(hookpoint, number):
+    assert layer_number(hookpoint) == number
+
+
+def test_hookpoints_of_one_layer_share_its_rank_and_those_of_none_are_refused():
+    assert resolve_map("0:1,1:0", ("layers.0", "layers.0.mlp", "layers.1"), 2) == {
+        "layers.0": 1,
+        "layers.0.mlp": 1,
+        "layers.1": 0,
+    }
+    with pytest.raises(UserError, match="goes by layers' numbers, and embed_tokens has none"):
+        resolve_map("0:0", ("embed_tokens", "layers.0"), 2)
+    assert resolve_map(None, ("embed_tokens", "layers.0"), 2) == {"embed_tokens": 0, "layers.0": 1}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +136,7 @@ def test_a_map_is_resolved_by_layer_number():
 )
 def test_a_map_has_to_fit(text, complaint):
     with pytest.raises(UserError, match=complaint):
-        resolve_map(text, range(3), names(3), 2)
+        resolve_map(text, names(3), 2)
 
 
 LOAD = Workload(layers=3, d_in=8, num_latents=30, world_size=2, tokens=50, act_bytes=2, backend="nccl")
@@ -124,7 +155,11 @@ def test_ddp_reduces_gradients_and_counts_around_a_ring(ranks):
     load = replace(LOAD, world_size=ranks, micro_batches=4, chunks=2)
     # 2 (W - 1) rounds of a W-th of the tensor; however many backward passes went before.
     expected = round(3 * 4 * (PARAMS + 30) / ranks * 2 * (ranks - 1))
-    assert traffic("ddp", load) == traffic("ddp", replace(load, backend="gloo")) == Traffic(expected, expected)
+    assert (
+        kind_of("ddp").traffic(load)
+        == kind_of("ddp").traffic(replace(load, backend="gloo"))
+        == Traffic(expected, expected)
+    )
 
 
 @pytest.mark.parametrize(("backend", "rounds"), [("nccl", 3), ("gloo", 4)])
@@ -132,21 +167,21 @@ def test_zero3_gathers_twice_and_scatters_once_per_pass(backend, rounds):
     load = replace(LOAD, micro_batches=2, chunks=5, backend=backend)
     # On two ranks each of the rounds moves half a tensor; on gloo the scatter is two of them.
     expected = 3 * 4 * PARAMS * 10 * rounds // 2 + 3 * 4 * 30
-    assert traffic("zero3", load) == Traffic(expected, expected)
+    assert kind_of("zero3").traffic(load) == Traffic(expected, expected)
 
 
 def test_zero3_needs_row_norms_only_where_rows_are_cut():
     whole, cut = (replace(LOAD, world_size=ranks, num_latents=30) for ranks in (3, 4))
-    assert traffic("zero3", whole).sent == round(3 * 2 / 3 * (4 * 3 * PARAMS + 4 * 2 * 30))
+    assert kind_of("zero3").traffic(whole).sent == round(3 * 2 / 3 * (4 * 3 * PARAMS + 4 * 2 * 30))
     # Beside the fired counts three more all-reduces of a vector.
-    assert traffic("zero3", cut).sent == round(3 * 3 / 4 * (4 * 3 * PARAMS + 4 * 2 * 30 + 3 * 4 * 2 * 30))
+    assert kind_of("zero3").traffic(cut).sent == round(3 * 3 / 4 * (4 * 3 * PARAMS + 4 * 2 * 30 + 3 * 4 * 2 * 30))
 
 
 @pytest.mark.parametrize("owners", [(0, 0, 1), (0, 1, 1), (0, 0, 0), (2, 1, 0), (0, 3, 3)])
 def test_layer_map_moves_every_activation_to_its_owner_once(owners):
     ranks = max(owners) + 1
     load = replace(LOAD, world_size=ranks)
-    each = [traffic("layer-map", load, owners.count(rank)) for rank in range(ranks)]
+    each = [kind_of("layer-map").traffic(load, owners.count(rank)) for rank in range(ranks)]
     sent, received = [0] * ranks, [0] * ranks
     for source, target in product(range(ranks), owners):
         if source != target:
@@ -156,22 +191,53 @@ def test_layer_map_moves_every_activation_to_its_owner_once(owners):
 
 
 def test_layer_map_does_not_depend_on_the_dictionary_or_the_cuts():
-    assert traffic("layer-map", LOAD, 1) == traffic("layer-map", replace(LOAD, num_latents=4096, chunks=7), 1)
-    assert traffic("layer-map", replace(LOAD, act_bytes=4), 1).sent == 2 * traffic("layer-map", LOAD, 1).sent
+    assert kind_of("layer-map").traffic(LOAD, 1) == kind_of("layer-map").traffic(
+        replace(LOAD, num_latents=4096, chunks=7), 1
+    )
+    assert (
+        kind_of("layer-map").traffic(replace(LOAD, act_bytes=4), 1).sent
+        == 2 * kind_of("layer-map").traffic(LOAD, 1).sent
+    )
 
 
-@pytest.mark.parametrize("placement", ["ddp", "zero3", "layer-map"])
+@pytest.mark.parametrize("placement", ["single", "ddp", "zero3", "layer-map"])
 def test_one_rank_alone_exchanges_nothing(placement):
-    assert traffic(placement, replace(LOAD, world_size=1), 3) == Traffic(0, 0)
+    assert kind_of(placement).traffic(replace(LOAD, world_size=1), 3) == Traffic(0, 0)
 
 
 def test_memory_of_adam():
-    assert memory("ddp", LOAD) == 16 * PARAMS * 3
-    assert memory("zero3", replace(LOAD, world_size=4)) == 16 * PARAMS * 3 // 4
-    assert [memory("layer-map", LOAD, owned) for owned in (0, 1, 3)] == [0, 16 * PARAMS, 16 * PARAMS * 3]
+    assert kind_of("ddp").memory(LOAD) == 16 * PARAMS * 3
+    assert kind_of("zero3").memory(replace(LOAD, world_size=4)) == 16 * PARAMS * 3 // 4
+    assert [kind_of("layer-map").memory(LOAD, owned) for owned in (0, 1, 3)] == [0, 16 * PARAMS, 16 * PARAMS * 3]
 
 
 def test_memory_of_another_optimiser():
-    assert memory("ddp", LOAD, state=2) == 10 * PARAMS * 3
-    assert memory("zero3", LOAD, state=2) == 10 * PARAMS * 3 // 2
-    assert memory("layer-map", LOAD, 2, state=4) == 12 * PARAMS * 2
+    assert kind_of("ddp").memory(LOAD, state=2) == 10 * PARAMS * 3
+    assert kind_of("zero3").memory(LOAD, state=2) == 10 * PARAMS * 3 // 2
+    assert kind_of("layer-map").memory(LOAD, 2, state=4) == 12 * PARAMS * 2
+
+
+def test_what_each_placement_holds():
+    hookpoints = names(5)
+    for name, parts in (("single", 1), ("ddp", 1), ("zero3", 4)):
+        kind = kind_of(name)
+        assert [kind.holds(rank, hookpoints, 4) for rank in range(4)] == [tuple(hookpoints)] * 4
+        assert (kind.parts(4), kind.rows(50, 4)) == (parts, 50)
+    layer_map = kind_of("layer-map")
+    assert [layer_map.holds(rank, hookpoints, 2, "0-3:1,4:0") for rank in range(2)] == [
+        ("layers.4",),
+        tuple(hookpoints[:4]),
+    ]
+    assert [len(layer_map.holds(rank, hookpoints, 2)) for rank in range(2)] == [3, 2]
+    assert (layer_map.parts(4), layer_map.rows(50, 4)) == (1, 200)
+
+
+def test_activations_of_layers_that_have_trained_are_gone():
+    for name in ("single", "ddp", "zero3"):
+        assert [sum(kind_of(name).in_flight(number, 3, 3, 2)) for number in range(3)] == [3, 2, 1]
+
+
+def test_activations_on_their_way_under_layer_map():
+    # As `tests/placement/test_layer_map.py` counts them on real ranks: seven layers, rank 0 owns four.
+    found = [kind_of("layer-map").in_flight(number, 4, 7, 2) for number in range(4)]
+    assert found == [(2, 2, 2, 1, 1, 1), (2, 2, 2, 1), (2, 2, 1), (2,)]

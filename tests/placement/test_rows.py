@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from saekit.placement.rows import RowShard, project_rows_, scale_rows_
+from saekit.placement.shards import RowShard, project_rows_, scale_rows_
 from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 
 

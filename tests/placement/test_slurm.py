@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import saekit
-from saekit.training.recovery import read_index
+from saekit.runs.recovery import read_index
 from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
 
 pytestmark = pytest.mark.slow

@@ -52,4 +52,4 @@ def test_an_optimizer_that_needs_whole_matrices_is_refused(tmp_path, token_dir):
         "-m", "saekit", "train", DEMO_LM, token_dir, "--placement", "zero3", "--optimizer", "muon", *options
     )
     assert result.returncode != 0
-    assert result.stderr.count("zero3 cannot train with Muon") == 1, result.stderr
+    assert result.stderr.count("zero3 cannot train with --optimizer muon") == 1, result.stderr

@@ -8,9 +8,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from saekit.report.live import LiveReporter
-from saekit.report.live_view import RunState, run_view, spread
+from saekit.report.live_view import LiveState, run_view, spread
 from saekit.report.pace import Pace
+from saekit.report.terminal import LiveReporter
 
 
 def terminal(width=80, height=24):
@@ -27,7 +27,7 @@ def picture(state, width=80, height=24):
 def make_state(make_info, make_stats, clock):
     def make(layers, reports=30, names=None, fvu=0.5, **more):
         info = make_info(layers, names=names, **more)
-        state = RunState(info, Pace(info, clock))
+        state = LiveState(info, Pace(info, clock))
         for step in range(1, reports + 1):
             clock.now += 2
             stats = make_stats(step, layers, fvu / step, names=names)

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from saekit.report.live import LiveReporter
 from saekit.report.plain import PlainReporter
-from saekit.report.terminal import terminal_reporter
+from saekit.report.terminal import LiveReporter, terminal_reporter
 
 
 def test_lines_are_rare_and_the_last_one_is_there(make_info, make_stats, clock, tmp_path):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from saekit.report import units
+from saekit import units
 from saekit.report.sparkline import BLOCKS, GAP, TO_ASCII, bars, sparkline
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from saekit.sae import Sae, sae_losses
 from saekit.sae.kernels import choose_kernels
+from saekit.sae.selection.batchtopk import BatchTopK
 from tests.sae.dense import away_from_the_start_, dense, dense_topk, gradients, tokens
 
 N, D, M, K = 40, 12, 64, 3
@@ -16,7 +17,7 @@ SCALE = 1 / (N * 7.5)
 
 
 def make_sae(kernels="cpu", threshold=THRESHOLD):
-    sae = Sae(D, M, K, threshold=threshold, generator=torch.Generator().manual_seed(1)).double()
+    sae = Sae(D, M, K, selection=BatchTopK(K, M, threshold), generator=torch.Generator().manual_seed(1)).double()
     sae.chosen_kernels = choose_kernels(kernels, "fp32", torch.device("cpu"))
     return away_from_the_start_(sae, 0.5)
 
@@ -28,7 +29,7 @@ def make_x():
 def dense_code(sae, x):
     """`[N, M]`: of each token's 4k largest latents those above the threshold, zero elsewhere."""
     scores = F.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-    return dense_topk(scores, 4 * K) * (scores > sae.threshold)
+    return dense_topk(scores, 4 * K) * (scores > sae.selection.threshold)
 
 
 def test_the_example_has_tokens_of_all_kinds():
@@ -59,7 +60,7 @@ def test_code_loss_and_gradients_equal_the_formulas(kernels, prefixes):
 def test_auxk_is_the_same_as_without_a_threshold():
     """Dead latents compete among themselves; what they are to predict is what this code leaves."""
     sae, x, dead = make_sae(), make_x(), torch.tensor([1, 5, 8, 13, 30, 31, 40])
-    out = sae(x, dead)
+    out = sae(x, aux=dead)
     scores = F.relu((x - sae.b_dec) @ sae.W_enc[dead].T + sae.b_enc[dead])
     torch.testing.assert_close(out.aux_recon, dense_topk(scores, D // 2) @ sae.W_dec[dead])
 
@@ -88,7 +89,7 @@ def test_encode_decode_and_forward_agree(lead):
 
 def test_what_lies_on_the_threshold_is_not_above_it():
     sae = make_sae(threshold=0.0)
-    sae.threshold = float(sae.encode(make_x()).acts[0, 1].detach())
+    sae.selection.threshold.copy_(sae.encode(make_x()).acts[0, 1].detach())
     assert int((sae.encode(make_x()).acts[0] > 0).sum()) == 1
 
 
@@ -100,7 +101,7 @@ def test_nan_is_not_taken_for_a_small_value():
 
 
 def test_a_token_has_no_more_latents_than_there_are():
-    sae = Sae(8, 10, 4, threshold=0.0)
+    sae = Sae(8, 10, 4, selection="batchtopk")
     assert sae.max_active == 10
     assert sae(torch.randn(3, 8)).acts.shape == (3, 10)
     assert Sae(8, 10, 4).max_active == 4
@@ -108,17 +109,18 @@ def test_a_token_has_no_more_latents_than_there_are():
 
 def test_the_threshold_goes_with_the_sizes():
     sae = make_sae()
-    assert Sae(**sae.sizes()).threshold == THRESHOLD
-    assert "threshold=5" in repr(sae)
+    other = Sae(**sae.sizes())
+    assert float(other.selection.threshold) == THRESHOLD
+    assert "batchtopk, threshold=5" in repr(sae)
+    other.selection.threshold.fill_(1.0)
+    assert float(sae.selection.threshold) == THRESHOLD, "it is a copy"
     assert "threshold" not in repr(Sae(8, 32, 4))
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"threshold": -1.0}, "at least 0"),
-        ({"threshold": math.nan}, "at least 0"),
-        ({"threshold": 1.0, "multi_topk": True}, "multi_topk is for TopK"),
+        ({"selection": "batchtopk", "multi_topk": True}, "multi_topk is for topk"),
         ({"max_norm": -1.0}, "max_norm must be at least 0"),
         ({"max_norm": math.nan}, "max_norm must be at least 0"),
     ],
@@ -126,3 +128,18 @@ def test_the_threshold_goes_with_the_sizes():
 def test_what_cannot_be(options, says):
     with pytest.raises(ValueError, match=says):
         Sae(8, 32, 4, **options)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, math.nan])
+def test_no_threshold(threshold):
+    with pytest.raises(ValueError, match="at least 0"):
+        BatchTopK(4, 32, threshold)
+
+
+def test_a_threshold_of_float64_is_compared_as_a_plain_number_would_be():
+    """In the values' type: a float32 value that rounds a hair above the threshold is not above it."""
+    threshold = 0.1
+    values = torch.tensor([[0.1, 0.3]])
+    assert float(values[0, 0]) > threshold
+    sae = Sae(8, 32, 4, selection=BatchTopK(4, 32, threshold))
+    assert (values > sae.selection.threshold).tolist() == (values > threshold).tolist() == [[False, True]]

@@ -19,7 +19,7 @@ LOW_PRECISION = [torch.bfloat16, torch.int8]
 
 
 def make_sae(kernels="cpu", shift=0.0):
-    sae = Sae(D, M, K, groupmax=True, generator=torch.Generator().manual_seed(1)).double()
+    sae = Sae(D, M, K, selection="groupmax", generator=torch.Generator().manual_seed(1)).double()
     sae.chosen_kernels = choose_kernels(kernels, "fp32", torch.device("cpu"))
     away_from_the_start_(sae, 0.5).b_enc.data.sub_(shift)
     return sae
@@ -77,7 +77,7 @@ def test_encode_decode_and_forward_agree(lead):
 
 def test_auxk_chooses_among_all_dead_latents():
     sae, x, dead = make_sae(), make_x(), torch.tensor([1, 5, 8, 13, 30, 31, 40])
-    out = sae(x, dead)
+    out = sae(x, aux=dead)
     scores = F.relu((x - sae.b_dec) @ sae.W_enc[dead].T + sae.b_enc[dead])
     torch.testing.assert_close(out.aux_recon, dense_topk(scores, D // 2) @ sae.W_dec[dead])
 
@@ -134,7 +134,7 @@ def test_round_trip(tmp_path):
     loaded = Sae.load_from_disk(tmp_path).double()
     assert loaded.activation == "groupmax"
     torch.testing.assert_close(loaded(x).recon, sae(x).recon)
-    assert Sae(**loaded.sizes()).groupmax
+    assert Sae(**loaded.sizes()).activation == "groupmax"
     assert "groupmax" in repr(loaded)
     # sparsify can have both, and looks at the second only while it trains.
     (tmp_path / "cfg.json").write_text(json.dumps({**config, "multi_topk": True}))
@@ -142,7 +142,7 @@ def test_round_trip(tmp_path):
 
 
 def test_saelens_has_none(tmp_path):
-    with pytest.raises(ValueError, match="GroupMax"):
+    with pytest.raises(ValueError, match="as groupmax does"):
         save_as_saelens(make_sae(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -151,18 +151,17 @@ def test_saelens_has_none(tmp_path):
     ("options", "says"),
     [
         ({"k": 7}, "60 latents are no multiple of 7"),
-        ({"threshold": 1.0}, "neither a threshold nor multi_topk"),
-        ({"multi_topk": True}, "neither a threshold nor multi_topk"),
+        ({"multi_topk": True}, "groupmax has no code at 4k"),
     ],
 )
 def test_what_cannot_be(options, says):
     with pytest.raises(ValueError, match=says):
-        Sae(**{"d_in": D, "num_latents": M, "k": K, "groupmax": True, **options})
+        Sae(**{"d_in": D, "num_latents": M, "k": K, "selection": "groupmax", **options})
 
 
 def test_the_configuration_says_it_first():
-    assert SaeConfig(activation="groupmax", num_latents=60, k=5).sizes(12, 60)["groupmax"]
-    with pytest.raises(ValueError, match="--k 7 groups of equal size: 60 latents"):
+    assert SaeConfig(activation="groupmax", num_latents=60, k=5).sizes(12, 60)["selection"] == "groupmax"
+    with pytest.raises(ValueError, match=r"--activation groupmax: .* 60 latents are no multiple of 7"):
         SaeConfig(activation="groupmax", num_latents=60, k=7)
     with pytest.raises(ValueError, match="under groupmax there is no code at 4k"):
         SaeConfig(activation="groupmax", multi_topk=True)

@@ -13,6 +13,7 @@ from tests.sae.dense import away_from_the_start_, dense_topk, gradients, tokens
 N, D, M, K = 40, 12, 48, 3
 SCALE = 1 / (N * 7.5)
 DEAD = torch.tensor([1, 5, 8, 13, 30, 31, 40])
+IS_DEAD = torch.zeros(M, dtype=torch.bool).index_fill(0, DEAD, True)
 
 
 def make_sae(multi_topk=False):
@@ -60,7 +61,7 @@ def test_terms_and_gradients_equal_the_formulas(case):
     auxk_alpha, dead, multi_topk = CASES[case]
     sae, x = make_sae(multi_topk), make_x()
     num_dead = 0 if dead is None else len(dead)
-    losses = sae_losses(x, sae(x, dead), scale=SCALE, auxk_alpha=auxk_alpha, num_dead=num_dead)
+    losses = sae_losses(x, sae(x, aux=dead), scale=SCALE, auxk_alpha=auxk_alpha, num_dead=num_dead)
     expected_total, expected = reference(sae, x, auxk_alpha=auxk_alpha, dead=dead, multi_topk=multi_topk)
 
     for name in ("mse", "auxk", "multi_topk"):
@@ -78,7 +79,7 @@ def test_terms_and_gradients_equal_the_formulas(case):
 @pytest.mark.parametrize(("term", "multi_topk"), [("auxk", False), ("multi_topk", True)])
 def test_auxiliary_gradients_reach_the_encoder(term, multi_topk):
     sae, x = make_sae(multi_topk), make_x()
-    losses = sae_losses(x, sae(x, DEAD), scale=SCALE, auxk_alpha=1.0, num_dead=len(DEAD))
+    losses = sae_losses(x, sae(x, aux=DEAD), scale=SCALE, auxk_alpha=1.0, num_dead=len(DEAD))
     dW_enc, db_enc = torch.autograd.grad(getattr(losses, term), [sae.W_enc, sae.b_enc])
     assert dW_enc.abs().sum() > 0
     assert db_enc.abs().sum() > 0
@@ -93,13 +94,13 @@ def test_auxk_does_not_add_the_decoder_bias_again():
     with torch.no_grad():
         sae.b_dec.fill_(100.0)
         sae.b_enc[DEAD] = -1e6
-    out = sae(x, DEAD)
+    out = sae(x, aux=DEAD)
     assert not out.aux_recon.any()
 
 
 def test_auxk_residual_is_detached():
     sae, x = make_sae(), make_x()
-    losses = sae_losses(x, sae(x, DEAD), scale=SCALE, auxk_alpha=1.0, num_dead=len(DEAD))
+    losses = sae_losses(x, sae(x, aux=DEAD), scale=SCALE, auxk_alpha=1.0, num_dead=len(DEAD))
     (dW_dec,) = torch.autograd.grad(losses.auxk, [sae.W_dec])
     alive = torch.ones(M, dtype=torch.bool)
     alive[DEAD] = False
@@ -115,8 +116,10 @@ def test_a_batch_in_pieces_gives_the_same_gradient():
         "revive_alpha": 2.0,
         "revive_scale": 1 / N,
     }
-    whole = sae_losses(x, sae(x, DEAD), **options).total
-    pieces = sum(sae_losses(part, sae(part, DEAD), **options).total for part in (x[:1], x[1:17], x[17:17], x[17:]))
+    whole = sae_losses(x, sae(x, IS_DEAD, aux=DEAD), **options).total
+    pieces = sum(
+        sae_losses(part, sae(part, IS_DEAD, aux=DEAD), **options).total for part in (x[:1], x[1:17], x[17:17], x[17:])
+    )
     found, wanted = gradients(sae, pieces), gradients(sae, whole)
     for name in found:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-14)
@@ -124,7 +127,7 @@ def test_a_batch_in_pieces_gives_the_same_gradient():
 
 def test_dead_biases_are_raised_and_nothing_else_is_touched():
     sae, x = make_sae(), make_x()
-    out = sae(x, DEAD, auxk=False)
+    out = sae(x, IS_DEAD)
     assert out.aux_recon is None
     options = {"scale": SCALE, "auxk_alpha": 0.0, "num_dead": len(DEAD)}
     plain = sae_losses(x, out, **options)
@@ -147,11 +150,11 @@ def test_raised_latents_fire_again():
         own = copy.deepcopy(sae)
         adam = torch.optim.Adam([{"params": [own.b_enc], "lr": 0.3}, {"params": [own.W_enc, own.W_dec]}], lr=1e-3)
         for _ in range(100):
-            dead = torch.tensor([m for m in DEAD.tolist() if m not in seen], dtype=torch.int64)
-            out = own(x, dead, auxk=False)
-            seen |= set(out.indices[out.acts > 0].tolist()) & set(DEAD.tolist())
+            dead = torch.tensor([m in set(DEAD.tolist()) - seen for m in range(M)])
+            out = own(x, dead)
+            seen |= set(out.indices[out.fired].tolist()) & set(DEAD.tolist())
             losses = sae_losses(
-                x, out, scale=SCALE, auxk_alpha=0.0, num_dead=len(dead), revive_alpha=alpha, revive_scale=1 / N
+                x, out, scale=SCALE, auxk_alpha=0.0, num_dead=int(dead.sum()), revive_alpha=alpha, revive_scale=1 / N
             )
             adam.zero_grad()
             losses.total.backward()
@@ -161,9 +164,11 @@ def test_raised_latents_fire_again():
 
 def test_no_dead_latents_means_no_auxk():
     sae, x = make_sae(), make_x()
-    out = sae(x, torch.empty(0, dtype=torch.int64))
+    out = sae(x, torch.zeros(M, dtype=torch.bool), aux=torch.empty(0, dtype=torch.int64))
     assert out.aux_recon is None
-    assert sae_losses(x, out, scale=SCALE, auxk_alpha=1.0, num_dead=0).auxk is None
+    losses = sae_losses(x, out, scale=SCALE, auxk_alpha=1.0, num_dead=0, revive_alpha=1.0, revive_scale=1.0)
+    assert losses.auxk is None
+    assert losses.total == losses.mse
 
 
 @pytest.mark.parametrize("kernels", ["eager", "cpu"])

@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from saekit.sae import Sae, save_as_saelens
+from saekit.sae.selection.batchtopk import BatchTopK
 
 D, M, K = 8, 32, 4
 
 
 def make_sae(threshold):
-    sae = Sae(D, M, K, threshold=threshold, generator=torch.Generator().manual_seed(0))
+    selection = "topk" if threshold is None else BatchTopK(K, M, threshold)
+    sae = Sae(D, M, K, selection=selection, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in sae.parameters():

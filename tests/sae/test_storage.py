@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saekit import Sae
+from saekit.sae.selection.batchtopk import BatchTopK
 
 
 @pytest.fixture
@@ -50,12 +51,12 @@ def test_round_trip(sae, tmp_path):
 
 
 def test_a_threshold_is_kept_exactly(sae, tmp_path):
-    sae.threshold = 0.1 + 0.2
+    sae = Sae(**{**sae.sizes(), "selection": BatchTopK(4, 32, 0.1 + 0.2)})
     sae.save_to_disk(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert (config["activation"], config["threshold"], config["k"]) == ("batchtopk", 0.1 + 0.2, 4)
     loaded = Sae.load_from_disk(tmp_path)
-    assert loaded.threshold == sae.threshold
+    assert float(loaded.selection.threshold) == 0.1 + 0.2
     x = torch.randn(5, 8)
     assert torch.equal(loaded(x).recon, sae(x).recon)
 
@@ -131,7 +132,7 @@ def damage_config(folder, **changes):
         (damage_truncated, ValueError, "sae.safetensors is damaged or cut short"),
         (lambda f: damage_config(f, num_latents=33), ValueError, r"has shape \[32, 8\], but cfg.json says \[33, 8\]"),
         (lambda f: damage_config(f, k=None), ValueError, "no whole number 'k'"),
-        (lambda f: damage_config(f, activation="relu"), ValueError, "neither TopK nor BatchTopK nor GroupMax"),
+        (lambda f: damage_config(f, activation="relu"), ValueError, "'relu' is none of topk, batchtopk, groupmax"),
         (lambda f: damage_config(f, transcode=True), ValueError, "transcoder"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 from safetensors.torch import load_file
 
-from saekit.report.jsonl import read_metrics
+from saekit.runs.metrics import read_metrics
 
 
 def tensors_of(checkpoint):

@@ -34,7 +34,7 @@ def overflows(trainer, spoiler, llama):
 
 def loses(trainer, spoiler, llama, monkeypatch):
     """The loss of one layer, of finite activations."""
-    from saekit.training import trainer as module
+    from saekit.training import unit as module
 
     real, calls = module.sae_losses, []
 

@@ -15,13 +15,13 @@ from datasets import Dataset
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations import find_blocks
+from saekit.analysis.evaluate import Subject, evaluate
+from saekit.analysis.objective import next_token
 from saekit.data import sequences
 from saekit.errors import Interrupted
-from saekit.evaluation import Subject, evaluate
-from saekit.evaluation.objective import next_token
 from saekit.placement import Single
 from saekit.report import Reporters
-from saekit.report.jsonl import EVALUATION, plain, read_metrics
+from saekit.runs.metrics import EVALUATION, plain, read_metrics
 from tests.training.conftest import CTX_LEN, SETTINGS, Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 

@@ -9,12 +9,12 @@ import torch
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations.tap import residual
+from saekit.analysis.evaluate import evaluate
 from saekit.errors import Interrupted
-from saekit.evaluation import evaluate
 from saekit.report import Reporters
 from saekit.sae import sae_losses
 from saekit.training.state import read_calibration
-from saekit.training.statistics import LayerWindow, covered
+from saekit.training.statistics import Tally, observe_, without_excluded
 from tests.training.conftest import SETTINGS, Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
@@ -42,7 +42,9 @@ def with_sinks(sink_llama, tokens, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"multi_topk": True}, {"threshold": 0.0}], ids=["topk", "multi", "batchtopk"])
+@pytest.mark.parametrize(
+    "options", [{}, {"multi_topk": True}, {"selection": "batchtopk"}], ids=["topk", "multi", "batchtopk"]
+)
 @pytest.mark.parametrize("prefixes", [(), (8, M)], ids=["", "matryoshka"])
 def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, prefixes):
     torch.manual_seed(0)
@@ -54,21 +56,21 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
     x_ND[::7] *= 50
     few_ND = x_ND[x_ND.norm(dim=1) <= 6.0]
     assert 0 < len(few_ND) < N
-    if "threshold" in options:  # just below a value of a row of zeros, or nobody would see whether such rows count
-        sae.threshold = 0.99 * float(sae.encode(torch.zeros(1, D)).acts[0, 2].detach())
-        assert sae(torch.zeros(1, D)).near.all()
+    if "selection" in options:  # just below a value of a row of zeros, or nobody would see whether such rows count
+        sae.selection.threshold.copy_(0.99 * sae.encode(torch.zeros(1, D)).acts[0, 2].detach())
+        assert sae(torch.zeros(1, D)).sums.all()
     dead, scale, centre_D = torch.tensor([1, 3, 5, 20]), 0.01, torch.ones(D)
     results = []
     for rows_ND in (x_ND, few_ND):
-        rows_ND, keep_N1 = covered(sae, rows_ND)
-        out = sae(rows_ND, dead).only(keep_N1)
+        rows_ND, keep_N1 = without_excluded(sae, rows_ND)
+        out = sae(rows_ND, aux=dead).only(keep_N1)
         losses = sae_losses(rows_ND, out, scale=scale, auxk_alpha=0.5, num_dead=4)
-        window = LayerWindow.empty(D, rows_ND.device)
-        window.observe(rows_ND, out, losses, scale, centre_D)
+        tally = Tally([D], rows_ND.device)
+        observe_(tally.sums_U7[0], tally.means[0], rows_ND, out, losses, torch.tensor(scale), centre_D)
         gradients = torch.autograd.grad(losses.total, list(sae.parameters()))
-        fired_M = torch.bincount(out.indices[out.acts > 0], minlength=M)
-        results.append((losses.total, *gradients, window.sums, window.moments.sum_D, fired_M.double(), window.near))
-        results[-1] += (window.moments.sum_squares, window.moments.count)
+        fired_M = torch.bincount(out.indices[out.fired], minlength=M)
+        own = torch.zeros(0) if out.sums is None else out.sums.sum(0)
+        results.append((losses.total, *gradients, tally.flat, fired_M.double(), own))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -76,10 +78,10 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
 def test_nan_is_not_taken_for_long():
     sae, x_ND = Sae(D, M, K, max_norm=6.0), torch.ones(3, D)
     x_ND[1, 2], x_ND[2, 3] = torch.nan, torch.inf
-    rows_ND, keep_N1 = covered(sae, x_ND)
+    rows_ND, keep_N1 = without_excluded(sae, x_ND)
     assert keep_N1.flatten().tolist() == [True, True, False]
     assert rows_ND.isnan().any(1).tolist() == [False, True, True], "infinity is as bad as NaN"
-    assert covered(Sae(D, M, K), x_ND) == (x_ND, None)
+    assert without_excluded(Sae(D, M, K), x_ND) == (x_ND, None)
 
 
 @pytest.mark.parametrize("multiple", [0, 10])
@@ -100,7 +102,7 @@ def test_a_first_batch_that_overflows_is_refused(with_sinks, sink_llama, multipl
 
 def test_calibration_is_of_the_others(with_sinks, sink_llama):
     folder = with_sinks(init="fit").fit()
-    (input_ids,) = with_sinks("again").plan.batches.step(0, 0, 1, 1)
+    ((input_ids, _),) = with_sinks("again").source.read(0)
     kept = ~torch.isin(input_ids, torch.tensor([0, 1]))
     with torch.no_grad():
         hidden = sink_llama.model(input_ids, output_hidden_states=True).hidden_states

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from saekit import Sae, TrainConfig
 from saekit.activations import tap
-from saekit.training.forward import Forward
+from saekit.activations.live import LiveModel
 from saekit.training.optimizers import rate_ratios
 from tests.training.conftest import CTX_LEN
 
@@ -108,8 +108,13 @@ def test_activations_in_another_unit_train_the_same_sae(make_trainer, tokens, mo
     recipe = {"dead_feature_threshold": THRESHOLD, "shuffle": False, "kernels": "eager"}
     data = tokens.select(range(8 * STEPS))
     plain = Sae.load_many(make_trainer(data=data, **recipe).fit())
-    run = Forward._run
-    monkeypatch.setattr(Forward, "_run", lambda self, ids: {name: x_ND * unit for name, x_ND in run(self, ids).items()})
+    run = LiveModel._run
+
+    def scaled_run(self, batch):
+        acts = run(self, batch)
+        return acts._replace(of={name: x_ND * unit for name, x_ND in acts.of.items()})
+
+    monkeypatch.setattr(LiveModel, "_run", scaled_run)
     scaled = Sae.load_many(make_trainer(data=data, run_name="scaled", **recipe).fit())
     assert plain.keys() == scaled.keys()
     for hookpoint, sae in plain.items():

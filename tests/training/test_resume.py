@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from saekit import SaeConfig, UserError
+from saekit import Sae, SaeConfig, UserError
 from saekit.errors import Interrupted, SaveError
-from saekit.training.recovery import read_index
+from saekit.runs.recovery import read_index
 from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_named(make_trainer, file, damage):
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk that is full while the second checkpoint's second layer is written, and has space again afterwards."""
-    from saekit.training import checkpoint
+    from saekit.runs import checkpoint
 
     written, write = [], checkpoint.save_file
 
@@ -221,13 +221,11 @@ def test_what_the_defaults_came_to_is_kept_apart(make_trainer):
 
 def test_layers_are_saved_one_at_a_time(make_trainer, monkeypatch):
     """Copies of every layer at once would be a second model in memory."""
-    from saekit.training import checkpoint
-
     order = []
-    save, whole = checkpoint.save_to_disk, type(make_trainer("x").placement).whole
-    monkeypatch.setattr(checkpoint, "save_to_disk", lambda *a: (order.append("write"), save(*a)))
+    save, whole = Sae.save_to_disk, type(make_trainer("x").placement).whole
+    monkeypatch.setattr(Sae, "save_to_disk", lambda *a: (order.append("write"), save(*a)))
     monkeypatch.setattr(
-        "saekit.placement.single.Single.whole", lambda self, name: (order.append("make"), whole(self, name))[1]
+        "saekit.placement.Single.whole", lambda self, name: (order.append("make"), whole(self, name))[1]
     )
     make_trainer(optimizer="signum").fit()
     assert order == ["make", "write"] * 3

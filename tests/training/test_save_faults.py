@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 
 from saekit.errors import Interrupted, SaveError
-from saekit.layout import INDEX_FILE
+from saekit.runs.checkpoint import fingerprint
+from saekit.runs.layout import INDEX_FILE
+from saekit.runs.recovery import find_checkpoint
 from saekit.training import trainer as trainer_module
-from saekit.training.checkpoint import fingerprint
-from saekit.training.recovery import find_checkpoint
 from saekit.training.saving import Saver
 from tests.training.conftest import Recorder
 from tests.training.runs import tensors_of

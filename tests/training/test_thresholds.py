@@ -7,8 +7,7 @@ import torch
 
 from saekit import Sae, SaeConfig, UserError
 from saekit.errors import Interrupted
-from saekit.sae.model import NEAR
-from saekit.training.thresholds import FASTEST, GAIN, LEAST, fit_threshold_, moved
+from saekit.sae.selection.batchtopk import FASTEST, GAIN, LEAST, NEAR, BatchTopK
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of, thresholds_of
 from tests.training.test_bad_steps import Spoiler, explodes
@@ -19,25 +18,29 @@ BATCH_TOPK = SaeConfig(num_latents=64, k=K, activation="batchtopk")
 
 def test_the_first_threshold_gives_k_latents_on_average():
     rows_RD = torch.randn(60, 16)
-    sae = Sae(16, 64, 8, threshold=0.0)
-    fit_threshold_(sae, rows_RD, rms=1.0)
+    sae = Sae(16, 64, 8, selection="batchtopk")
+    sae.fit_selection_(rows_RD, rms=1.0)
     counts = (sae.encode(rows_RD).acts > 0).sum(1)
     assert int(counts.sum()) == 8 * 60
     assert len(counts.unique()) > 1, "some tokens have more of them than others"
-    topk = Sae(16, 64, 8)
-    fit_threshold_(topk, rows_RD, rms=1.0)
-    assert topk.threshold is None
 
 
 def test_where_few_latents_are_positive_the_threshold_is_small_and_not_zero():
-    sae = Sae(16, 64, 8, threshold=0.0)
+    sae = Sae(16, 64, 8, selection="batchtopk")
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
-    fit_threshold_(sae, torch.randn(60, 16), rms=2.0)
-    assert sae.threshold == 2 * LEAST
-    everything = Sae(16, 8, 8, threshold=0.0)  # a token can have all of them: none is to be kept out
-    fit_threshold_(everything, torch.randn(60, 16), rms=2.0)
-    assert everything.threshold == 2 * LEAST
+    sae.fit_selection_(torch.randn(60, 16), rms=2.0)
+    assert float(sae.selection.threshold) == 2 * LEAST
+    everything = Sae(16, 8, 8, selection="batchtopk")  # a token can have all of them: none is to be kept out
+    everything.fit_selection_(torch.randn(60, 16), rms=2.0)
+    assert float(everything.selection.threshold) == 2 * LEAST
+
+
+def moved(threshold, *, k, firings, near, tokens, least):
+    """A threshold after a step of these counts."""
+    selection = BatchTopK(k, 16 * k, threshold)
+    selection.move_(*map(torch.tensor, (firings, tokens)), torch.tensor([near]), rms=least / LEAST)
+    return float(selection.threshold)
 
 
 def test_how_it_moves():
@@ -48,7 +51,7 @@ def test_how_it_moves():
     assert moved(2.0, firings=440, near=near, **step) == pytest.approx(2 * 1.1 ** (GAIN / steepness))
     assert moved(2.0, firings=0, near=0, **step) == pytest.approx(2 * math.exp(-FASTEST))
     assert moved(2.0, firings=1600, near=1, **step) == pytest.approx(2 * math.exp(FASTEST))
-    assert moved(0.5, firings=0, near=0, **step) == 0.5
+    assert moved(0.5, firings=0, near=0, **step) == pytest.approx(0.5, rel=1e-15)
     assert moved(2.0, firings=0, near=0, k=4, tokens=0, least=0.5) == 2.0, "a step without a token says nothing"
 
 
@@ -69,12 +72,12 @@ def test_it_finds_k_however_steep_and_however_far(power, start):
 
 
 def test_values_near_the_threshold_are_counted():
-    sae = Sae(16, 64, 8, threshold=0.5).train()
+    sae = Sae(16, 64, 8, selection=BatchTopK(8, 64, 0.5)).train()
     out = sae(torch.randn(60, 16))
-    assert torch.equal(out.near, ((out.acts > 0.5) & (out.acts <= 0.5 * NEAR)).sum(1))
-    assert out.near.any()
-    assert sae.eval()(torch.randn(60, 16)).near is None
-    assert Sae(16, 64, 8).train()(torch.randn(60, 16)).near is None
+    assert torch.equal(out.sums, ((out.acts > 0.5) & (out.acts <= 0.5 * NEAR)).sum(1, keepdim=True))
+    assert out.sums.any()
+    assert sae.eval()(torch.randn(60, 16)).sums is None
+    assert Sae(16, 64, 8).train()(torch.randn(60, 16)).sums is None
 
 
 def test_mean_l0_goes_to_k(make_trainer):
@@ -136,5 +139,5 @@ def test_what_is_saved_is_what_was_trained(make_trainer):
     trainer = make_trainer(sae=BATCH_TOPK)
     saes = Sae.load_many(trainer.fit())
     for name, sae in saes.items():
-        assert sae.threshold == trainer.placement.sae(name).threshold
+        assert torch.equal(sae.selection.threshold, trainer.placement.sae(name).selection.threshold)
         assert sae.max_active == 4 * K

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saekit.training.forward import Forward
-from saekit.training.readback import read_later, to_device
+from saekit.activations.live import LiveModel, Tokens, to_device
+from saekit.training.bank import read_later
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, tensors_of
 
@@ -28,7 +28,7 @@ class Questions(TorchDispatchMode):
 
 def questions_of_a_step(make_trainer, monkeypatch, name, **options):
     """Between the messages of two steps without a report or a checkpoint."""
-    from saekit.training import trainer as module
+    from saekit.training import bank as module
 
     so_far, real = [], read_later
     with Questions() as questions:
@@ -49,7 +49,7 @@ def test_no_layer_is_asked_for_anything_in_a_step(make_trainer, monkeypatch, aux
 
 
 def test_the_message_comes_in_one_piece(make_trainer, monkeypatch):
-    from saekit.training import trainer as module
+    from saekit.training import bank as module
 
     messages, real = [], module.read_later
     monkeypatch.setattr(module, "read_later", lambda value: messages.append(value.numel()) or real(value))
@@ -63,9 +63,9 @@ def test_the_message_comes_in_one_piece(make_trainer, monkeypatch):
 def test_to_begin_the_next_forward_early_changes_nothing(make_trainer, monkeypatch, grad_acc_steps):
     options = {"grad_acc_steps": grad_acc_steps, "save_every": 3}
     expected = tensors_of(make_trainer("in_turn", **options).fit())
-    begun, real = [], Forward.begin
-    monkeypatch.setattr(Forward, "runs_behind", True)
-    monkeypatch.setattr(Forward, "begin", lambda self, input_ids: begun.append(1) or real(self, input_ids))
+    begun, real = [], LiveModel.prefetch
+    monkeypatch.setattr(LiveModel, "runs_behind", True)
+    monkeypatch.setattr(LiveModel, "prefetch", lambda self, batch: begun.append(1) or real(self, batch))
     recorder = Recorder()
     assert_same_tensors(tensors_of(make_trainer("early", reporter=recorder, **options).fit()), expected)
     steps = len(recorder.steps)
@@ -75,19 +75,19 @@ def test_to_begin_the_next_forward_early_changes_nothing(make_trainer, monkeypat
 def test_what_was_begun_is_handed_out_once(monkeypatch):
     """And only for the batch that it was begun for."""
     computed = []
-    monkeypatch.setattr(Forward, "_run", lambda self, input_ids: computed.append(input_ids) or {"h": input_ids})
-    forward = Forward.__new__(Forward)
-    forward._begun = None
-    first, second = torch.zeros(1, 2), torch.ones(1, 2)
-    forward.begin(first)
+    monkeypatch.setattr(LiveModel, "_run", lambda self, batch: computed.append(batch) or (batch,))
+    source = LiveModel.__new__(LiveModel)
+    source._begun = None
+    first, second = Tokens(torch.zeros(1, 2), True), Tokens(torch.ones(1, 2), True)
+    source.prefetch(first)
     assert [id(each) for each in computed] == [id(first)]
-    assert forward(second)["h"] is second
-    assert forward(first)["h"] is first
+    assert source(second)[0] is second
+    assert source(first)[0] is first
     assert len(computed) == 2
-    forward(first)
+    source(first)
     assert len(computed) == 3
 
 
 def test_numbers_arrive_on_the_host():
-    assert read_later(torch.tensor([1, 2]))() == [1, 2]
+    assert read_later(torch.tensor([1, 2]))().tolist() == [1, 2]
     assert to_device(torch.tensor([3]), torch.device("cpu")).tolist() == [3]

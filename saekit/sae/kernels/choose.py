@@ -47,7 +47,7 @@ class Kernels(Protocol):
         W_dec_MD: Tensor,
         centre_D: Tensor,
         k: int,
-        threshold: float | None = None,
+        threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode`."""
@@ -61,7 +61,7 @@ class Kernels(Protocol):
         centre_D: Tensor,
         k: int,
         prefixes: tuple[int, ...],
-        threshold: float | None = None,
+        threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `eager.autoencode_nested`."""

@@ -52,10 +52,11 @@ def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
     return (acts_NK.unsqueeze(-1) * W_MD[indices_NK]).sum(dim=1)
 
 
-def keep_above(acts_NK: Tensor, threshold: float | None) -> Tensor:
+def keep_above(acts_NK: Tensor, threshold: Tensor | None) -> Tensor:
     """The values above a threshold, and exactly zero, without a gradient, in the place of the others.
 
-    NaN stays, so that it is noticed. None leaves all values as they are.
+    NaN stays, so that it is noticed. The threshold is 0-dimensional, of any float type; it is compared in the values'
+    type. None leaves all values as they are.
     """
     return acts_NK if threshold is None else acts_NK.masked_fill(acts_NK <= threshold, 0.0)
 
@@ -67,7 +68,7 @@ def autoencode(
     W_dec_MD: Tensor,
     centre_D: Tensor,
     k: int,
-    threshold: float | None = None,
+    threshold: Tensor | None = None,
     parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`encode_topk` of `x − centre`, then `decode`: the sum of rows `[N, D]`, values `[N, K]` and latents `[N, K]`.
@@ -87,7 +88,7 @@ def autoencode_nested(
     centre_D: Tensor,
     k: int,
     prefixes: tuple[int, ...],
-    threshold: float | None = None,
+    threshold: Tensor | None = None,
     parts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`autoencode`, with a sum of rows for each prefix of the dictionary: of the chosen latents below it alone.

@@ -93,7 +93,7 @@ class Sparse(NamedTuple):
         W_dec_MD: Tensor,
         centre_D: Tensor,
         k: int,
-        threshold: float | None = None,
+        threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.autoencode`; both weight gradients come from one sort of the pairs."""
@@ -110,7 +110,7 @@ class Sparse(NamedTuple):
         centre_D: Tensor,
         k: int,
         prefixes: tuple[int, ...],
-        threshold: float | None = None,
+        threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.autoencode_nested`; its weight gradients cost what `autoencode`'s do."""

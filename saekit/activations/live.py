@@ -1,0 +1,178 @@
+"""The live model: activations computed on the fly, and forgotten after their step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saekit.activations.hookpoints import Hookpoint, block_outputs
+from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len
+from saekit.activations.source import Activations
+from saekit.activations.tap import tap
+from saekit.config import TrainConfig
+from saekit.data import StepBatches, sequences
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Tokens(NamedTuple):
+    """A micro-batch of a rank."""
+
+    ids: Tensor
+    """int64 `[sequences, tokens]`, on the CPU; without a sequence where a rank has no share."""
+    whole: bool
+    """Whether it is of a step in which all ranks have equal shares: any but the last of a run."""
+
+
+class LiveModel:
+    """A frozen language model that reads token ids. Implements `Source`.
+
+    It does not learn, so nothing that a step finds out about the units is needed for the next step's activations: they
+    can be begun before the step is over.
+
+    Args:
+        model: The language model; it is only read, and left as it was.
+        dataset: `datasets.Dataset` with a column `input_ids`, or `saekit.data.Sequences`.
+        tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
+        eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that trains nothing.
+        name: The model's; by default what its config says.
+        data_name: The text's.
+        fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
+            for the last one where that is shorter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dataset: Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eval_data: Any = None,
+        name: str | None = None,
+        data_name: str = "tokenised data",
+        fixed_rows: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or model.name_or_path or type(model).__name__
+        self.data_name = data_name
+        self.dtype = model.dtype
+        self.hookpoints: tuple[Hookpoint, ...] = ()
+        self.dataset, self.eval_data = dataset, eval_data
+        self.fixed_rows = fixed_rows
+        self._begun: tuple[Tokens, Activations] | None = None
+
+    def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
+        """Find the blocks to read, and cut the data into steps."""
+        self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
+        self.hookpoints = block_outputs(self.model, cfg.layers, cfg.layer_stride)
+        data = sequences(self.dataset, cfg.ctx_len)
+        self.ctx_len = data.ctx_len
+        resolve_ctx_len(self.ctx_len, context_length(self.model.config))
+        self.excluded = torch.tensor(excluded_tokens(cfg, self.model, self.tokenizer), dtype=torch.int64)
+        global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
+        self.batches = StepBatches(data, global_batch, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens)
+        self.global_batch = global_batch
+        self.num_sequences, self.num_steps = self.batches.num_sequences, self.batches.num_steps
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return vocabulary(self.model)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hook the blocks."""
+        with tap(self.model, [each.name for each in self.hookpoints]) as self._read_taps:
+            yield
+        del self._read_taps
+
+    def read(self, step: int) -> list[Tokens]:
+        """Token ids of this rank."""
+        whole = (step + 1) * self.global_batch <= self.num_sequences
+        shares = self.batches.step(step, self._rank, self._world_size, self._micro_batches)
+        return [Tokens(ids, whole) for ids in shares]
+
+    def checksum(self, step: int) -> str:
+        """Of the token ids."""
+        return self.batches.checksum(step)
+
+    def counted(self, input_ids: Tensor) -> Tensor:
+        """Which tokens train: bool, of the shape of `input_ids`, on the CPU."""
+        return ~torch.isin(input_ids, self.excluded)
+
+    def count(self, batch: Tokens) -> int:
+        """How many of a micro-batch's tokens train."""
+        return int(self.counted(batch.ids).sum())
+
+    @property
+    def runs_behind(self) -> bool:
+        """On a GPU."""
+        return self.device.type == "cuda"
+
+    def prefetch(self, batch: Tokens) -> None:
+        """Put the forward pass into the device's queue."""
+        self._begun = (batch, self._run(batch))
+
+    def __call__(self, batch: Tokens) -> Activations:
+        """The forward pass up to the last hookpoint.
+
+        Raises:
+            UserError: If the token ids are not of the model's vocabulary.
+        """
+        if self._begun is not None and self._begun[0] is batch:
+            acts, self._begun = self._begun[1], None
+            return acts
+        return self._run(batch)
+
+    def _run(self, batch: Tokens) -> Activations:
+        input_ids = batch.ids
+        empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
+        if empty:  # its activations must have the type that the other ranks' have: the model tells it
+            input_ids = torch.zeros(1, self.ctx_len, dtype=torch.int64)
+        check_ids(input_ids, self.vocabulary)
+        counted_N = (self.counted(input_ids) & (not empty)).flatten()
+        masked = self.fixed_rows and batch.whole
+        # Found on the CPU: a GPU would have to be waited for, once a layer, to know how many there are.
+        rows = torch.arange(len(counted_N)) if masked else counted_N.nonzero().squeeze(1)
+        rows_N = to_device(rows, self.device)
+        raw = self._read_taps(to_device(input_ids, self.device))
+        # Selecting copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
+        of = {
+            each.name: raw.pop(each.name).to(self.device).flatten(0, 1).index_select(0, rows_N)
+            for each in self.hookpoints
+        }
+        return Activations(of, to_device(counted_N, self.device) if masked else None)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; the copy waits its turn there, not here."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that a language model knows."""
+    embeddings = model.get_input_embeddings().weight
+    return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
+
+
+def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> None:
+    """See that token ids are of the model's vocabulary.
+
+    Raises:
+        UserError: If one of them is not; it says of what data.
+    """
+    if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
+        raise UserError(
+            f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
+            f"{vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
+        )

@@ -1,0 +1,122 @@
+"""Where activations come from. The content of a step is a function of its number, the seed and the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from saekit.activations.hookpoints import Hookpoint
+from saekit.config import TrainConfig
+from saekit.data import read_ahead
+
+Batch = Any
+"""One micro-batch of a rank, as a source reads it: token ids, or whatever tells it the activations to give."""
+
+
+class Activations(NamedTuple):
+    """What a source gives for a micro-batch."""
+
+    of: dict[str, Tensor]
+    """`[N, D]` by hookpoint, in order; the caller's, who removes them one by one."""
+    counted_N: Tensor | None = None
+    """bool `[N]`: which of the rows train; None for all, where the source has dropped the others."""
+
+
+class Source(Protocol):
+    """Gives every optimizer step its activations.
+
+    A source is made, then `begin` tells it the run and its slice of it, then it is opened (`with source.open():`), and
+    only then asked for activations. `read` is called in a thread that reads ahead; all else in the training's own.
+    """
+
+    name: str
+    """What the activations are of: a language model's name, kept with every checkpoint."""
+    data_name: str
+    """The name of the text."""
+    dtype: torch.dtype
+    """Of the activations."""
+    hookpoints: tuple[Hookpoint, ...]
+    """What it gives in every step, once it has begun."""
+    ctx_len: int
+    """Tokens per sequence."""
+    excluded: Tensor
+    """int64: ids of the tokens that do not train, kept with every checkpoint; empty where there are no ids."""
+    global_batch: int
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    num_sequences: int
+    """Sequences of the whole run."""
+    num_steps: int
+    """Optimizer steps of the whole run."""
+
+    def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
+        """Resolve what is left to the run: hookpoints, batches, and this rank's slice of each.
+
+        Raises:
+            UserError: If the configuration does not fit the source.
+        """
+
+    def open(self) -> AbstractContextManager[None]:
+        """What is held while activations are read: hooks, files."""
+
+    def read(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of an optimizer step, from 0, `grad_acc_steps` of them; on the host."""
+
+    def checksum(self, step: int) -> str:
+        """Of what all ranks read in a step: other data has another."""
+
+    def count(self, batch: Batch) -> int:
+        """Tokens of a micro-batch that train."""
+
+    def __call__(self, batch: Batch) -> Activations:
+        """The activations of a micro-batch, on the device; `[0, D]` for a rank without a share of the step.
+
+        Excluded tokens are dropped, which is cheapest, or masked by all ranks, where shapes must not depend on data.
+        """
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether the device works through a queue, so that work begun early fills the time the host waits."""
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begin the work for a micro-batch; calling with it later gives the result."""
+
+
+class Steps:
+    """The steps of a run with their micro-batches, read ahead: an iterator of `(step, batches)`.
+
+    Args:
+        source: What reads them.
+        start: The first step.
+        stop: The step after the last one.
+    """
+
+    def __init__(self, source: Source, start: int, stop: int) -> None:
+        self._source = source
+        self._steps = read_ahead(source.read, start, stop)
+        self._begun: tuple[int, list[Batch]] | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[Steps]:
+        """Reading ahead ends with the context."""
+        with closing(self._steps):
+            yield self
+
+    def begin_next(self) -> None:
+        """Have the source begin the next step's activations, if there is one."""
+        self._begun = next(self._steps, None)
+        if self._begun is not None:
+            self._source.prefetch(self._begun[1][0])
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> tuple[int, list[Batch]]:
+        """Raises what `Source.read` raised for the step."""
+        if self._begun is not None:
+            step, self._begun = self._begun, None
+            return step
+        return next(self._steps)

@@ -1,0 +1,190 @@
+"""Every firing of an SAE over a text, and what can be read off it.
+
+Shapes: P firings, M latents, L of them, S sequences of T tokens. A *place* is a token's number in the text,
+`sequence · T + position`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The firings of one SAE, sorted by latent and, for each, by place."""
+
+    latents_P: np.ndarray
+    """int64"""
+    places_P: np.ndarray
+    """int64"""
+    acts_P: np.ndarray
+    """float32, above zero"""
+    num_latents: int
+    places: int
+    """S · T: all there are, those of excluded tokens included."""
+
+    @classmethod
+    def of(
+        cls, latents_P: np.ndarray, places_P: np.ndarray, acts_P: np.ndarray, num_latents: int, places: int
+    ) -> Codes:
+        """From firings in any order."""
+        order = np.argsort(latents_P.astype(np.int64) * places + places_P, kind="stable")
+        return cls(
+            latents_P[order].astype(np.int64),
+            places_P[order].astype(np.int64),
+            acts_P[order].astype(np.float32),
+            num_latents,
+            places,
+        )
+
+    @cached_property
+    def counts_M(self) -> np.ndarray:
+        """On how many tokens each latent fired, int64."""
+        return np.bincount(self.latents_P, minlength=self.num_latents)
+
+    @cached_property
+    def starts_M(self) -> np.ndarray:
+        """Where each latent's firings begin, int64."""
+        return np.cumsum(self.counts_M) - self.counts_M
+
+    @cached_property
+    def _keys_P(self) -> np.ndarray:
+        return self.latents_P * self.places + self.places_P
+
+    def at(self, latents: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Activations of latents at places, two int64 arrays that broadcast; float32, 0 where one did not fire."""
+        keys = latents * self.places + places
+        if not len(self._keys_P):
+            return np.zeros(keys.shape, np.float32)
+        found = np.minimum(np.searchsorted(self._keys_P, keys), len(self._keys_P) - 1)
+        return np.where(self._keys_P[found] == keys, self.acts_P[found], np.float32(0))
+
+    def quantiles(self, latents_L: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+        """Quantiles of each latent's activations over the tokens on which it fired.
+
+        Args:
+            latents_L: Numbers of latents, int64.
+            shares: From 0 to 1. Values of firings are given, the lower one between two; nothing is interpolated.
+
+        Returns:
+            float32 `[L, len(shares)]`; NaN for a latent that never fired.
+        """
+        ascending_P = self.acts_P[np.lexsort((self.acts_P, self.latents_P))]
+        counts_L1, starts_L1 = self.counts_M[latents_L, None], self.starts_M[latents_L, None]
+        ranks = np.floor(np.array(shares) * np.maximum(counts_L1 - 1, 0)).astype(np.int64)
+        found = np.full(ranks.shape, np.nan, np.float32)
+        fired_L = counts_L1[:, 0] > 0
+        found[fired_L] = ascending_P[(starts_L1 + ranks)[fired_L]]
+        return found
+
+    def favourites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens on which each latent fires most often.
+
+        Args:
+            latents_L: Numbers of latents, int64.
+            ids: The text, token ids by place, int64 `[S · T]`.
+            number: How many tokens per latent.
+
+        Returns:
+            Token ids, int64 `[L, number]`, most frequent first and -1 where there are no more; and the share of the
+            latent's firings on each, float32.
+        """
+        ids_P = ids[self.places_P]
+        span = int(ids.max(initial=0)) + 1
+        pairs_Q, counts_Q = np.unique(self.latents_P * span + ids_P, return_counts=True)
+        latents_Q = pairs_Q // span
+        order = np.lexsort((-counts_Q, latents_Q))
+        pairs_Q, counts_Q, latents_Q = pairs_Q[order], counts_Q[order], latents_Q[order]
+        starts_L, ends_L = np.searchsorted(latents_Q, latents_L), np.searchsorted(latents_Q, latents_L, side="right")
+        places = starts_L[:, None] + np.arange(number)
+        there = places < ends_L[:, None]
+        places = np.where(there, places, 0)
+        if not len(pairs_Q):
+            return np.full(there.shape, -1, np.int64), np.zeros(there.shape, np.float32)
+        shares = counts_Q[places] / np.maximum(self.counts_M[latents_L], 1)[:, None]
+        return np.where(there, pairs_Q[places] % span, -1), np.where(there, shares, 0).astype(np.float32)
+
+
+BEFORE, AFTER = 23, 8
+"""Tokens that are shown around the one at which a latent is strongest."""
+WINDOW = BEFORE + 1 + AFTER
+STRETCH = 64
+"""Of each stretch of so many tokens only the strongest place counts: else a list would be one passage over and over."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Places of L latents, C each: the strongest ones, and behind those some from all over the rest."""
+
+    places_LC: np.ndarray
+    """int64, strongest first; -1 where there are no more."""
+    acts_LC: np.ndarray
+    """float32: the activation there."""
+    acts_LCW: np.ndarray
+    """float32 `[L, C, WINDOW]`: activations of the latent from `BEFORE` tokens before to `AFTER` behind; 0 beyond the
+    sequence's ends."""
+
+
+def find_contexts(codes: Codes, latents_L: np.ndarray, ctx_len: int, top: int, spread: int) -> Contexts:
+    """Find the places to show.
+
+    Args:
+        codes: The SAE's firings.
+        latents_L: Numbers of latents, int64.
+        ctx_len: T, tokens per sequence.
+        top: How many of the strongest.
+        spread: How many more, evenly by rank over all that are weaker.
+    """
+    latents_B, places_B, acts_B = _peaks(codes, ctx_len)
+    starts_L, ends_L = np.searchsorted(latents_B, latents_L), np.searchsorted(latents_B, latents_L, side="right")
+    found_L = ends_L - starts_L
+    ranks_LC = np.concatenate([_first(found_L, top), _spread(found_L - top, spread)], axis=1)
+    ranks_LC[:, top:] += np.where(ranks_LC[:, top:] < 0, 0, top)
+    there_LC = ranks_LC >= 0
+    rows_LC = np.where(there_LC, starts_L[:, None] + ranks_LC, 0)
+    if not len(places_B):
+        places_B, acts_B = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    places_LC = np.where(there_LC, places_B[rows_LC], -1)
+    return Contexts(
+        places_LC,
+        np.where(there_LC, acts_B[rows_LC], np.float32(0)),
+        _windows(codes, latents_L, places_LC, ctx_len),
+    )
+
+
+def _peaks(codes: Codes, ctx_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The strongest place of each latent in each stretch: latents, places, activations, by latent, strongest first."""
+    per_sequence = -(-ctx_len // STRETCH)
+    stretch_P = codes.places_P // ctx_len * per_sequence + codes.places_P % ctx_len // STRETCH
+    # By latent and place already, so a latent's firings of one stretch follow each other.
+    new_P = np.ones(len(stretch_P), bool)
+    new_P[1:] = (np.diff(stretch_P) != 0) | (np.diff(codes.latents_P) != 0)
+    group_P = np.cumsum(new_P) - 1
+    best_P = np.lexsort((codes.places_P, -codes.acts_P, group_P))
+    best_B = best_P[np.flatnonzero(new_P)]
+    order = np.lexsort((-codes.acts_P[best_B], codes.latents_P[best_B]))
+    best_B = best_B[order]
+    return codes.latents_P[best_B], codes.places_P[best_B], codes.acts_P[best_B]
+
+
+def _first(found_L: np.ndarray, number: int) -> np.ndarray:
+    """Ranks 0, 1, ... as far as there are any, else -1; int64 `[L, number]`."""
+    ranks = np.broadcast_to(np.arange(number), (len(found_L), number))
+    return np.where(ranks < found_L[:, None], ranks, -1)
+
+
+def _spread(found_L: np.ndarray, number: int) -> np.ndarray:
+    """Ranks evenly over all, the middle of each of `number` parts; all where there are no more than that."""
+    found_L1 = np.maximum(found_L, 0)[:, None]
+    parts = ((np.arange(number) + 0.5) / max(number, 1) * found_L1).astype(np.int64)
+    return np.where(found_L1 > number, parts, _first(found_L, number))
+
+
+def _windows(codes: Codes, latents_L: np.ndarray, places_LC: np.ndarray, ctx_len: int) -> np.ndarray:
+    places_LCW = places_LC[:, :, None] + np.arange(-BEFORE, AFTER + 1)
+    same_sequence = (places_LC[:, :, None] >= 0) & (places_LCW // ctx_len == places_LC[:, :, None] // ctx_len)
+    acts_LCW = codes.at(latents_L[:, None, None], np.where(same_sequence, places_LCW, 0))
+    return np.where(same_sequence, acts_LCW, np.float32(0))

@@ -1,0 +1,99 @@
+"""`saekit inspect A B`: two checkpoints side by side, and which features both have learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.analysis.inspect import Inspection, LayerInspection
+from saekit.analysis.measure import EXACT_BUDGET, chunk_rows, unit_rows
+from saekit.errors import UserError
+from saekit.runs.locate import WEIGHTS, read_tensors
+
+SHARED_COSINE = 0.9
+"""A decoder row whose nearest row in the other dictionary has at least this cosine counts as the same feature."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Decoder rows of one dictionary and the nearest rows of another."""
+
+    mean: float
+    """Mean cosine with the nearest one: mean max cosine similarity (Sharkey et al. 2022, "Taking features out of
+    superposition with sparse autoencoders")."""
+    share: float
+    """Rows whose nearest has at least `SHARED_COSINE`."""
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """The same layer in two checkpoints."""
+
+    hookpoint: str
+    first: LayerInspection
+    second: LayerInspection
+    of_first: Shared | None
+    """The first's rows among the second's; None where widths differ."""
+    of_second: Shared | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints."""
+
+    first: Inspection
+    second: Inspection
+    layers: tuple[LayerComparison, ...]
+    """That both have."""
+
+    def evaluated(self, which: str, hookpoint: str) -> dict[str, Any] | None:
+        """What `saekit eval` found of a layer in the `first` or the `second`, if it was asked."""
+        record = getattr(self, which).evaluation
+        layers = record["layers"] if record else ()
+        return next((layer for layer in layers if layer["hookpoint"] == hookpoint), None)
+
+
+def compare(first: Inspection, second: Inspection) -> Comparison:
+    """Put two inspections side by side.
+
+    Raises:
+        UserError: If they have no layer in common.
+    """
+    others = {layer.hookpoint: layer for layer in second.layers}
+    common = [(layer, others[layer.hookpoint]) for layer in first.layers if layer.hookpoint in others]
+    if not common:
+        raise UserError(f"{first.path} and {second.path} have no layer in common")
+    layers = []
+    for one, other in common:
+        shared = shared_rows(_decoder(one.path), _decoder(other.path)) if one.d_in == other.d_in else (None, None)
+        layers.append(LayerComparison(one.hookpoint, one, other, *shared))
+    return Comparison(first, second, tuple(layers))
+
+
+def shared_rows(first_MD: Tensor, second_LD: Tensor, budget: int = EXACT_BUDGET) -> tuple[Shared, Shared]:
+    """How many rows of each dictionary are in the other, in pieces: the `[M, L]` cosines never exist at once.
+
+    Args:
+        first_MD: `[M, D]`.
+        second_LD: `[L, D]`.
+        budget: Multiply-adds to spend on each; if all rows take more, an even sample of them is looked up.
+    """
+    return _looked_up(first_MD, second_LD, budget), _looked_up(second_LD, first_MD, budget)
+
+
+def _looked_up(rows_MD: Tensor, among_LD: Tensor, budget: int) -> Shared:
+    rows_MD, among_LD = unit_rows(rows_MD), unit_rows(among_LD)
+    count = max(1, min(len(rows_MD), budget // among_LD.numel()))
+    sample = torch.linspace(0, len(rows_MD) - 1, count).long()
+    nearest = torch.cat(
+        [(rows_MD[piece] @ among_LD.T).amax(1) for piece in sample.split(chunk_rows(len(among_LD)))]
+    ).clamp_max(1)
+    return Shared(nearest.mean().item(), (nearest >= SHARED_COSINE).double().mean().item())
+
+
+def _decoder(folder: Path) -> Tensor:
+    return read_tensors(folder / WEIGHTS, ["W_dec"])["W_dec"].float()

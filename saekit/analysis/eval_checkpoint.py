@@ -1,0 +1,258 @@
+"""From a checkpoint's folder to its evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from saekit._version import __version__
+from saekit.activations import (
+    choose_attention,
+    excluded_tokens,
+    load_tokenizer,
+    load_with_head,
+    model_shape,
+    no_bars,
+    resolve_ctx_len,
+)
+from saekit.analysis.evaluate import Progress, Subject, evaluate
+from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.results import Evaluation
+from saekit.config import DataConfig, RunConfig
+from saekit.config.run import read_yaml
+from saekit.data import Sequences, StepBatches, load_sequences
+from saekit.data.held_out import held_out, other_split, shuffled
+from saekit.errors import UserError
+from saekit.placement import Placement, connect
+from saekit.runs.files import write_at_once
+from saekit.runs.layout import EVAL_FILE
+from saekit.runs.locate import check_files, locate
+from saekit.sae import Sae
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TOKENS = 200_000
+HELD_OUT = "documents of the run's data set that it was not trained on"
+OTHER_SPLIT = "another split of the run's data set, without documents that the run was trained on"
+OTHER = "another data set than the run's"
+SEEN = "the run's data set, what it was trained on included"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a checkpoint is evaluated. None stands for what the run was trained with."""
+
+    dataset: str | None = None
+    split: str | None = None
+    model: str | None = None
+    max_tokens: int | None = None
+    """`DEFAULT_TOKENS` where None."""
+    batch_size: int = 8
+    """Sequences per forward pass of the language model, on each rank."""
+    include_training_data: bool = False
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found."""
+
+    results: Evaluation
+    record: dict[str, Any]
+    """The content of `eval.json`: the results as plain values, and what was evaluated on what."""
+
+
+@contextmanager
+def joined(quiet: bool) -> Iterator[Placement]:
+    """The ranks of an evaluation, parted from when it went well. Collective.
+
+    Args:
+        quiet: Whether the libraries are to show no progress bars; only rank 0 ever does.
+    """
+    placement = connect()
+    if quiet or placement.rank > 0:
+        no_bars()
+    yield placement
+    placement.close()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint with all that an evaluation of it takes."""
+
+    folder: Path
+    """Where `eval.json` belongs: the checkpoint's, or the one of a lone SAE."""
+    cfg: RunConfig
+    """The run's, with what was asked for instead."""
+    origin: str
+    """What the data is: `HELD_OUT`, `OTHER_SPLIT`, `OTHER` or `SEEN`."""
+    tokenizer: PreTrainedTokenizerBase
+    subject: Subject
+
+
+def prepare(
+    path: Path, options: EvalOptions, placement: Placement, status: Callable[[str], None] = lambda text: None
+) -> Prepared:
+    """Load a run's newest checkpoint, a checkpoint, or one SAE's folder, its language model and its data. Collective.
+
+    Ranks share out the sequences; each holds all SAEs.
+
+    Args:
+        path: The folder.
+        options: How.
+        placement: The ranks.
+        status: Told what is going on, as a line of text.
+
+    Raises:
+        UserError: If something is missing or does not fit, or if no held-out data is left.
+    """
+    location = locate(path)
+    check_files(location, location.saes)
+    run = _config(location.checkpoint, options)
+    cfg = run.cfg
+    status(f"Reading the configuration of {cfg.model.model}")
+    shape = model_shape(cfg.model)
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
+    tokenizer = load_tokenizer(cfg.model)
+    status(f"Reading and tokenising {cfg.data.dataset}")
+    if placement.rank > 0:  # one rank tokenises, the others read what it left in the cache
+        placement.gather(None)
+    data, origin = _data(run, tokenizer, ctx_len, options)
+    if placement.rank == 0:
+        placement.gather(None)
+    data = shuffled(data, options.max_tokens or DEFAULT_TOKENS)
+
+    status(f"Loading {cfg.model.model}")
+    model, predicts = load_with_head(cfg.model, shape, placement.device)
+    choose_attention(model, ctx_len)
+    excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
+    objective, name = choose_objective(predicts, tokenizer.mask_token_id, excluded, NO_HEAD)
+    saes = {name: _load(folder, placement.device) for name, folder in location.saes.items()}
+    subject = Subject(
+        model=model,
+        saes=saes,
+        data=data,
+        excluded=excluded,
+        objective=objective,
+        objective_name=name,
+        batch_size=options.batch_size,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        total=placement.sum,
+    )
+    return Prepared(location.checkpoint if location.kind != "sae" else path, cfg, origin, tokenizer, subject)
+
+
+def evaluate_checkpoint(
+    path: Path,
+    options: EvalOptions,
+    placement: Placement,
+    status: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, of: None,
+) -> Evaluated:
+    """Evaluate what `prepare` loads, and write `eval.json` beside it.
+
+    Args:
+        path: See `prepare`.
+        options: How.
+        placement: The ranks.
+        status: Told what is going on, as a line of text.
+        progress: Told how many of how many passes over a batch are done.
+
+    Raises:
+        UserError: See `prepare`, and if the file cannot be written.
+    """
+    prepared = prepare(path, options, placement, status)
+    return evaluate_prepared(prepared, status, progress)
+
+
+def evaluate_prepared(
+    prepared: Prepared,
+    status: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, of: None,
+) -> Evaluated:
+    """The second half of `evaluate_checkpoint`."""
+    subject = prepared.subject
+    status(f"Evaluating {len(subject.saes)} SAEs on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
+    results = evaluate(subject, progress)
+    record = _record(results, prepared.cfg, prepared.origin)
+    if subject.rank == 0:
+        write(record, prepared.folder / EVAL_FILE)
+    return Evaluated(results, record)
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """Write `eval.json`, all of it or nothing.
+
+    Raises:
+        UserError: If the folder cannot be written to.
+    """
+    try:
+        write_at_once(file, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from None
+
+
+def _record(found: Evaluation, cfg: RunConfig, origin: str) -> dict[str, Any]:
+    about = {
+        "saekit_version": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": cfg.model.model,
+        "dataset": cfg.data.dataset,
+        "split": cfg.data.split,
+        "data": origin,
+        "held_out": {HELD_OUT: True, OTHER_SPLIT: True, SEEN: False}.get(origin),
+    }
+    return {**about, **found.to_json(), "warnings": found.warnings()}
+
+
+def _load(folder: Path, device: torch.device) -> Sae:
+    try:
+        return Sae.load_from_disk(folder, device).eval()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class _Run(NamedTuple):
+    """What is evaluated, and on what."""
+
+    cfg: RunConfig
+    """The run's, with what was asked for instead."""
+    trained: DataConfig | None
+    """What the run read; None where nothing tells, or where it is another data set than the one to evaluate on."""
+
+
+def _config(checkpoint: Path, options: EvalOptions) -> _Run:
+    file = checkpoint.parent / "config.yaml"
+    values = read_yaml(file) if file.is_file() else {}
+    asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
+    for name in ("model", "dataset"):
+        if name not in values and name not in asked:
+            given = "DATASET" if name == "dataset" else "--model"
+            raise UserError(f"{checkpoint} does not say which {name} it was trained with: name it by {given}")
+    if "dataset" in asked and asked["dataset"] != values.get("dataset"):
+        # What says how to read the run's own data set means nothing for another.
+        values = {name: value for name, value in values.items() if name not in ("split", "data_args", "max_examples")}
+        return _Run(RunConfig.from_flat({**values, **asked}), None)
+    # The run's model may have been moved: only its data is asked for here.
+    return _Run(RunConfig.from_flat({**values, **asked}), RunConfig.from_flat({**asked, **values}).data)
+
+
+def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
+    """The sequences, and what they are."""
+    cfg, trained = run
+    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    if trained is None or options.include_training_data:
+        return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
+    whole = load_sequences(trained, tokenizer, ctx_len, token)
+    # The whole run's, not only this checkpoint's: so all checkpoints of a run are evaluated on the same tokens.
+    seen = StepBatches(whole, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
+    if cfg.data.split == trained.split:
+        return held_out(trained, tokenizer, ctx_len, seen, token), HELD_OUT
+    return other_split(cfg.data, trained, tokenizer, ctx_len, seen, token), OTHER_SPLIT

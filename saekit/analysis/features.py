@@ -1,0 +1,187 @@
+"""All of a checkpoint's features, over the text that it is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.activations import find_blocks, tap
+from saekit.analysis.codes import Codes, Contexts, find_contexts
+from saekit.analysis.evaluate import Subject
+from saekit.analysis.lens import Lens, logit_lens
+from saekit.analysis.measure import Neighbours, nearest_rows
+
+TOP, SPREAD = 10, 5
+"""Contexts per latent: the strongest, and some of the weaker ones."""
+QUANTILES = (0.1, 0.5, 0.9, 1.0)
+NEIGHBOURS = 8
+LENS_TOKENS = 8
+FAVOURITES = 5
+DENSEST = 100
+"""Always among those that are looked at closely."""
+FIRINGS_AT_ONCE = 2**26
+"""Of layers whose codes are read in one pass over the text; about 1 GiB, three times that while they are sorted."""
+
+Progress = Callable[[int, int], None]
+"""Told how many of how many pieces of work are done."""
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """One SAE: M latents, L of which are looked at closely."""
+
+    hookpoint: str
+    counts_M: np.ndarray
+    """On how many tokens each latent fired, int64."""
+    latents_L: np.ndarray
+    """Their numbers, int64, ascending."""
+    quantiles_L: np.ndarray
+    """float32 `[L, len(QUANTILES)]`: of the activations on the tokens on which a latent fired."""
+    contexts: Contexts
+    favourites_L: np.ndarray
+    """int64 `[L, FAVOURITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
+    shares_L: np.ndarray
+    """float32: the share of its firings on each."""
+    neighbours: Neighbours
+    lens: Lens | None
+    """None where the model has no head."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """All SAEs of a checkpoint over one text."""
+
+    ids_ST: np.ndarray
+    """The text, int64 `[S, T]`."""
+    layers: tuple[LayerFeatures, ...]
+
+
+def gather_features(subject: Subject, budget: int, progress: Progress = lambda done, of: None) -> Features:
+    """Read the codes of every layer over the whole text, and make the features from them.
+
+    Args:
+        subject: SAEs, model and text; in one process.
+        budget: Latents to look at closely, over all layers, each of which gets the same share.
+        progress: Told how far it is.
+    """
+    names, text = list(subject.saes), np.arange(len(subject.data))
+    ids_ST = subject.data.read(text).numpy()
+    groups = list(_groups(subject, names, ids_ST.size))
+    of, done = len(groups) * subject.num_batches + len(names), 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        progress(done, of)
+
+    layers = []
+    for group in groups:
+        codes, mean_D = read_codes(subject, group, one_more)
+        for name in group:
+            layers.append(_features(subject, name, codes.pop(name), ids_ST, mean_D, budget // len(names)))
+            one_more()
+    return Features(ids_ST, tuple(layers))
+
+
+@torch.inference_mode()
+def read_codes(
+    subject: Subject, names: Sequence[str], done: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Codes], Tensor]:
+    """The codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
+
+    Args:
+        subject: SAEs, model and text.
+        names: Hookpoints of the layers.
+        done: Called after each batch.
+    """
+    last, ctx_len = _last_block(subject), subject.data.ctx_len
+    found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
+    total_D, count = torch.zeros(1, dtype=torch.float64), 0
+    with tap(subject.model, list(dict.fromkeys([*names, last]))) as read:
+        for numbers, input_ids, kept in subject.batches():
+            places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
+            acts = read(input_ids.to(subject.device))
+            kept = kept.to(subject.device)
+            ends = kept & subject.saes[last].covers(acts[last]) if last in subject.saes else kept
+            total_D = total_D + acts[last][ends].sum(0, dtype=torch.float64).cpu()
+            count += int(ends.sum())
+            for name in names:
+                sae, x = subject.saes[name], acts[name].float()
+                out = sae(x)
+                fired = out.fired & (kept & sae.covers(x))[..., None]
+                where = places[..., None].expand(fired.shape)[fired.cpu()]
+                found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
+            done()
+    codes = {}
+    for name, parts in found.items():
+        latents_P, places_P, acts_P = map(np.concatenate, zip(*parts, strict=True))
+        codes[name] = Codes.of(latents_P, places_P, acts_P, subject.saes[name].num_latents, len(subject.data) * ctx_len)
+    return codes, (total_D / max(1, count)).float()
+
+
+def chosen(counts_M: np.ndarray, budget: int, seed: int = 0) -> np.ndarray:
+    """Which latents to look at closely: all, or the densest and an even sample of the others that fired.
+
+    Args:
+        counts_M: How often each fired.
+        budget: How many.
+        seed: Of the sample.
+
+    Returns:
+        Their numbers, int64, ascending.
+    """
+    if len(counts_M) <= budget:
+        return np.arange(len(counts_M))
+    order = np.argsort(-counts_M, kind="stable")
+    densest, others = order[:DENSEST], order[DENSEST:]
+    others = np.random.default_rng(seed).permutation(others[counts_M[others] > 0])
+    return np.sort(np.concatenate([densest, others])[:budget])
+
+
+def _groups(subject: Subject, names: Sequence[str], places: int) -> Iterator[list[str]]:
+    """Layers whose codes fit into memory together."""
+    group: list[str] = []
+    firings = 0
+    for name in names:
+        own = places * getattr(subject.saes[name], "k", 1)
+        if group and firings + own > FIRINGS_AT_ONCE:
+            yield group
+            group, firings = [], 0
+        group.append(name)
+        firings += own
+    yield group
+
+
+def _features(
+    subject: Subject, name: str, codes: Codes, ids_ST: np.ndarray, mean_D: Tensor, budget: int
+) -> LayerFeatures:
+    sae, ctx_len = subject.saes[name], subject.data.ctx_len
+    latents_L = chosen(codes.counts_M, max(1, budget))
+    numbers = torch.from_numpy(latents_L)
+    decoder_MD = sae.W_dec.detach()
+    favourites, shares = codes.favourites(latents_L, ids_ST.reshape(-1), FAVOURITES)
+    lens = None
+    if subject.objective is not None:
+        rows_LD = decoder_MD[numbers.to(decoder_MD.device)]
+        lens = logit_lens(subject.model, _last_block(subject), mean_D, rows_LD, LENS_TOKENS, ctx_len)
+    near = nearest_rows(decoder_MD, numbers.to(decoder_MD.device), NEIGHBOURS)
+    return LayerFeatures(
+        hookpoint=name,
+        counts_M=codes.counts_M,
+        latents_L=latents_L,
+        quantiles_L=codes.quantiles(latents_L, QUANTILES),
+        contexts=find_contexts(codes, latents_L, ctx_len, TOP, SPREAD),
+        favourites_L=favourites,
+        shares_L=shares,
+        neighbours=Neighbours(*(each.cpu() for each in near)),
+        lens=lens,
+    )
+
+
+def _last_block(subject: Subject) -> str:
+    blocks = find_blocks(subject.model)
+    return blocks.hookpoint(len(blocks.modules) - 1)

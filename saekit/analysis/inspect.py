@@ -1,0 +1,247 @@
+"""What `saekit inspect` knows of a checkpoint: pure functions from its files to numbers. No language model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saekit.analysis.measure import (
+    BINS_PER_DECADE,
+    DENSITY_DECADES,
+    DUPLICATE_COSINE,
+    Density,
+    NearestCosines,
+    Norms,
+    density,
+    neighbours,
+    norms,
+)
+from saekit.errors import UserError
+from saekit.registry import SELECTIONS
+from saekit.runs.layout import EVAL_FILE, EVAL_FORMAT
+from saekit.runs.locate import WEIGHTS, Location, check_files, locate, read_json, read_tensors, select
+from saekit.runs.metrics import plain, read_metrics
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One SAE. None stands for what its files do not say."""
+
+    hookpoint: str
+    path: Path
+    d_in: int
+    """Width of the residual stream."""
+    num_latents: int
+    k: int | None
+    activation: str | None
+    facts: tuple[tuple[str, float, str], ...]
+    """What the selection says of itself (`Selection.facts`): name, value and remark."""
+    max_norm: float | None
+    """How long the activations are at most that it is for."""
+    fvu: float | None
+    """Fraction of variance unexplained, as last reported while training."""
+    trend: tuple[tuple[int, float | None], ...]
+    """Step and FVU of every report up to the checkpoint; empty without the run's `metrics.jsonl`."""
+    tokens: int | None
+    """Tokens it was trained on."""
+    dead_feature_threshold: int | None
+    """Tokens of silence after which a latent is dead."""
+    dead: int | None
+    """Latents that fired for none of the last `dead_feature_threshold` tokens."""
+    never_fired: int | None
+    density: Density | None
+    neighbours: NearestCosines | None
+    norms: Norms
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint, or a part of it. None stands for what its files do not say."""
+
+    path: Path
+    """As it was given."""
+    kind: str
+    """What `path` is: "run", "checkpoint" or "sae"."""
+    checkpoint: Path
+    """The checkpoint's folder; for a lone SAE the folder it lies in."""
+    model: str | None
+    dataset: str | None
+    step: int | None
+    total_steps: int | None
+    tokens: int | None
+    """Tokens trained on."""
+    ctx_len: int | None
+    """Tokens per sequence."""
+    saekit_version: str | None
+    layers: tuple[LayerInspection, ...]
+    evaluation: dict[str, Any] | None = None
+    """What `saekit eval` found of these layers, if it was asked: the content of `eval.json`."""
+
+
+def inspect_path(
+    path: str | Path, layer: str | int | None = None, status: Callable[[str], None] | None = None
+) -> Inspection:
+    """Read and measure the SAEs of a run (its newest checkpoint), of a checkpoint, or of one SAE folder.
+
+    Args:
+        path: The folder; a checkpoint that sparsify wrote will do, too.
+        layer: Only this one: a hookpoint's name, or a layer number.
+        status: Told what is being read, as a line of text: a large SAE takes seconds.
+
+    Raises:
+        UserError: If there is no SAE or no such layer, or if a file is missing or damaged.
+    """
+    location = locate(Path(path))
+    chosen = select(location.saes, layer)
+    check_files(location, chosen)
+    notes = [_notes(location.saes[name]) for name in chosen]
+    facts = {**notes[0], **location.manifest}
+    step = _whole(facts, "step")
+    trends = _trends(location, step)
+    layers = []
+    for number, (name, note) in enumerate(zip(chosen, notes, strict=True), start=1):
+        if status is not None:
+            status(f"reading {name} ({number} of {len(chosen)})")
+        hookpoint = _text(note, "hookpoint") or name
+        trend = trends.get(hookpoint, ())
+        layers.append(_inspect_sae(hookpoint, location.saes[name], {**location.manifest, **note}, trend))
+    return Inspection(
+        path=Path(path),
+        kind=location.kind,
+        checkpoint=location.checkpoint,
+        model=_text(facts, "model"),
+        dataset=_text(facts, "dataset"),
+        step=step,
+        total_steps=_whole(_mapping(facts, "schedule"), "total_steps"),
+        tokens=_whole(facts, "tokens"),
+        ctx_len=_whole(facts, "ctx_len"),
+        saekit_version=_text(facts, "saekit_version"),
+        layers=tuple(layers),
+        evaluation=_evaluation(location, {layer.hookpoint for layer in layers}),
+    )
+
+
+def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
+    """The same as JSON types: paths as strings, NaN and infinity as None."""
+    data = plain(asdict(inspection))
+    for layer in data["layers"]:
+        layer |= {name: value for name, value, _ in layer.pop("facts")}
+    data["density_histogram_log10_edges"] = [
+        i / BINS_PER_DECADE - DENSITY_DECADES for i in range(DENSITY_DECADES * BINS_PER_DECADE + 1)
+    ]
+    data["duplicate_cosine"] = DUPLICATE_COSINE
+    return data
+
+
+def _inspect_sae(
+    hookpoint: str, folder: Path, note: dict[str, Any], trend: tuple[tuple[int, float | None], ...]
+) -> LayerInspection:
+    config = read_json(folder / "cfg.json")
+    weights = {
+        name: tensor.float()
+        for name, tensor in read_tensors(folder / WEIGHTS, ["encoder.weight", "W_dec", "b_dec"]).items()
+    }
+    encoder_MD, decoder_MD = weights["encoder.weight"], weights["W_dec"]
+    num_latents, d_in = encoder_MD.shape
+    expected = (_whole(config, "num_latents") or 0) or (_whole(config, "expansion_factor") or 0) * d_in
+    if len(decoder_MD) != num_latents or expected not in (0, num_latents):
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit cfg.json: encoder of {num_latents:,} latents, decoder of "
+            f"{len(decoder_MD):,}, configured {expected:,}"
+        )
+    tokens, threshold = _whole(note, "tokens"), _whole(note, "dead_feature_threshold")
+    silent_M, fired_M = _counters(folder, num_latents)
+    fvu = note.get("fvu")
+    return LayerInspection(
+        hookpoint=hookpoint,
+        path=folder,
+        d_in=d_in,
+        num_latents=num_latents,
+        k=_whole(config, "k"),
+        activation=_text(config, "activation"),
+        facts=_facts(config),
+        max_norm=_number(config, "max_norm"),
+        fvu=float(fvu) if isinstance(fvu, (int, float)) else (trend[-1][1] if trend else None),
+        trend=trend,
+        tokens=tokens,
+        dead_feature_threshold=threshold,
+        dead=None if silent_M is None or threshold is None else int((silent_M >= threshold).sum()),
+        never_fired=None if fired_M is None else int((fired_M == 0).sum()),
+        density=None if fired_M is None or not tokens else density(fired_M, tokens),
+        neighbours=neighbours(decoder_MD),
+        norms=norms(encoder_MD, decoder_MD, weights["b_dec"]),
+    )
+
+
+def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
+    """What the selection says of itself; nothing where no package or plug-in here knows it."""
+    activation = _text(config, "activation") or "topk"
+    return tuple(SELECTIONS.get(activation).facts(config)) if activation in SELECTIONS else ()
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What training wrote beside the weights; sparsify writes nothing."""
+    file = folder / "saekit.json"
+    return read_json(file) if file.exists() else {}
+
+
+def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
+    file = folder / "state.safetensors"
+    if not file.exists():
+        return None, None
+    names = ("tokens_since_fired", "fire_count")
+    held = read_tensors(file, (), optional=names)
+    for name, tensor in held.items():
+        if tensor.shape != (num_latents,):
+            raise UserError(f"{file} does not fit the weights: {name} is {list(tensor.shape)}, not [{num_latents}]")
+    return held.get(names[0]), held.get(names[1])
+
+
+def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, float | None], ...]]:
+    """FVU by hookpoint from the run's metrics, up to the checkpoint's step."""
+    file = location.checkpoint.parent / "metrics.jsonl"
+    trends: dict[str, list[tuple[int, float | None]]] = {}
+    for record in read_metrics(file) if file.is_file() else ():
+        if step is None or record["step"] <= step:
+            for name, layer in record.get("layers", {}).items():
+                trends.setdefault(name, []).append((record["step"], layer.get("fvu")))
+    return {name: tuple(points) for name, points in trends.items()}
+
+
+def _evaluation(location: Location, hookpoints: set[str]) -> dict[str, Any] | None:
+    """Of the checkpoint, or of the lone SAE; only the chosen layers."""
+    folders = [*location.saes.values(), location.checkpoint] if location.kind == "sae" else [location.checkpoint]
+    file = next((folder / EVAL_FILE for folder in folders if (folder / EVAL_FILE).is_file()), None)
+    if file is None:
+        return None
+    record = read_json(file)
+    try:
+        layers = [layer for layer in record["layers"] if layer["hookpoint"] in hookpoints]
+        return {**record, "layers": layers} if record["format"] == EVAL_FORMAT and layers else None
+    except (KeyError, TypeError):
+        raise UserError(f"{file} is damaged: run saekit eval again") from None
+
+
+def _whole(facts: dict[str, Any], key: str) -> int | None:
+    value = facts.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(facts: dict[str, Any], key: str) -> float | None:
+    value = facts.get(key)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:
+    value = facts.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(facts: dict[str, Any], key: str) -> str | None:
+    value = facts.get(key)
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,127 @@
+"""What a language model is asked, and how far its answers change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""The target of a position that is not scored, as torch's cross-entropy has it."""
+MASKED_SHARE = 0.15
+"""Of an encoder's tokens; Devlin et al. 2019 (BERT, arXiv 1810.04805, section 3.1) train with as many."""
+NO_HEAD = "the model's checkpoint has no language modelling head"
+"""Why there is no objective, for many encoders."""
+BLOCK = {"cpu": 2**20, "cuda": 2**26}
+"""Logits that are turned to float32 at a time: on a CPU so few that they stay in the cache."""
+
+
+class ScoredInput(NamedTuple):
+    """What the model reads, and what it is to predict."""
+
+    input_ids: Tensor
+    """int64 `[B, T]`."""
+    targets: Tensor
+    """int64 `[B, T]`: the token that the logits of each position should give, `IGNORED` where none is scored."""
+
+
+class Objective(Protocol):
+    """From sequences to questions."""
+
+    def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
+        """The question of each sequence.
+
+        Args:
+            input_ids: int64 `[B, T]`, on the CPU.
+            numbers: int64 `[B]`: which sequences of the evaluation they are.
+        """
+
+
+def next_token(input_ids: Tensor, numbers: Tensor) -> ScoredInput:
+    """Every token is predicted from those before it. Implements `Objective`."""
+    targets = torch.full_like(input_ids, IGNORED)
+    targets[:, :-1] = input_ids[:, 1:]
+    return ScoredInput(input_ids, targets)
+
+
+class MaskedToken:
+    """Some tokens are masked and predicted from all others. Implements `Objective`.
+
+    Which ones depends on the sequence's number alone. All are masked, where training leaves or changes a fifth.
+
+    Args:
+        mask_id: The mask's token.
+        excluded: Ids that are never masked: special tokens, and others that train no SAE.
+    """
+
+    def __init__(self, mask_id: int, excluded: Tensor) -> None:
+        self.mask_id = mask_id
+        self.excluded = excluded
+
+    def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
+        """See `Objective`."""
+        draws = [
+            torch.rand(input_ids.shape[1], generator=torch.Generator().manual_seed(number))
+            for number in numbers.tolist()
+        ]
+        masked = (torch.stack(draws) < MASKED_SHARE) & ~torch.isin(input_ids, self.excluded)
+        return ScoredInput(input_ids.masked_fill(masked, self.mask_id), input_ids.masked_fill(~masked, IGNORED))
+
+
+def choose_objective(
+    predicts: str | None, mask_id: int | None, excluded: Tensor, no_head: str
+) -> tuple[Objective | None, str]:
+    """What a model is asked, and what to call it: its name, or why there is none.
+
+    Args:
+        predicts: "next token", "masked token", or None for a model without a head.
+        mask_id: The mask's token, if the tokenizer has one.
+        excluded: Ids that are never masked.
+        no_head: Why there is no head, where there is none.
+    """
+    if predicts is None:
+        return None, f"none: {no_head}"
+    if predicts == "next token":
+        return next_token, predicts
+    if mask_id is None:
+        return None, "none: the tokenizer has no mask token"
+    return MaskedToken(mask_id, excluded), predicts
+
+
+class Answer(NamedTuple):
+    """Per sequence, summed over its scored positions, float64 `[B]`."""
+
+    ce: Tensor
+    """Cross-entropy with the true token, in nats."""
+    kl: Tensor
+    """KL(clean ‖ changed) of the predicted distributions, in nats."""
+    agree: Tensor
+    """Positions at which both models think the same token most likely."""
+
+
+def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
+    """Score a changed model's logits against the truth and against the clean model's.
+
+    Args:
+        clean: Logits `[B, T, V]` of the model as it is, in any float type.
+        changed: Logits of the same model with something in the place of its activations.
+        targets: int64 `[B, T]`.
+    """
+    rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
+    scored, block = targets != IGNORED, BLOCK.get(targets.device.type, BLOCK["cpu"])
+    answer = Answer(*(torch.zeros(len(targets), dtype=torch.float64, device=targets.device) for _ in Answer._fields))
+    places = scored.flatten().nonzero().squeeze(1)
+    for some in places.split(max(1, block // clean.shape[-1])):
+        p_NV = clean.flatten(0, 1)[some].float().log_softmax(-1)
+        row, target = rows.flatten()[some], targets.flatten()[some]
+        if changed is clean:
+            q_NV, kl_N = p_NV, p_NV.new_zeros(len(some))
+        else:
+            q_NV = changed.flatten(0, 1)[some].float().log_softmax(-1)
+            kl_N = (p_NV - q_NV).mul_(p_NV.exp()).sum(-1)
+        answer.ce.index_add_(0, row, F.nll_loss(q_NV, target, reduction="none").double())
+        answer.kl.index_add_(0, row, kl_N.double())
+        answer.agree.index_add_(0, row, (p_NV.argmax(-1) == q_NV.argmax(-1)).double())
+    return answer

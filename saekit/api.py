@@ -1,0 +1,295 @@
+"""The functions of the API: train, evaluate and load SAEs from Python, as the command line does.
+
+torch and the other heavy libraries are imported by the functions that need them: `import saekit` takes no time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
+from saekit.config.flat import laid_over, load_plugins, option_names, read_yaml, unknown_options
+from saekit.config.options import options_of
+from saekit.errors import UserError
+from saekit.runs.layout import has_checkpoints, run_of
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import torch
+    from datasets import Dataset, DatasetDict, IterableDataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from saekit.analysis.results import Evaluation
+    from saekit.report import Reporter
+    from saekit.sae import Sae
+
+    Data: TypeAlias = "str | Path | Dataset | DatasetDict | IterableDataset | Sequence[str]"
+
+PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
+IN_MEMORY = "data in memory"
+"""The name of a data set that has none; no data set on the hub can be called so."""
+EVAL_IN_MEMORY = "evaluation data in memory"
+OF_LOADING = ("revision", "dtype", "load_in_8bit", "shard_lm")
+"""Options about how the language model is loaded: they mean nothing for one that is loaded."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _with_options(function: Function) -> Function:
+    """Show the options of the configuration in a function's signature and docstring, in place of its `**options`."""
+    own = [each for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
+    names = {parameter.name for parameter in own}
+    options = [option for part in PARTS for option in options_of(part) if option.name not in names]
+    parameters = own + [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in options
+    ]
+    function.__signature__ = inspect.Signature(parameters, return_annotation=Path)  # type: ignore[attr-defined]
+    lines = [f"    {each.name}: {each.help}" + (f" In {each.unit}." if each.unit else "") for each in options]
+    function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n" + "\n".join(lines) + "\n"
+    return function
+
+
+@_with_options
+def train(
+    model: str | Path | PreTrainedModel | None = None,
+    dataset: Data | None = None,
+    *,
+    config: str | Path | None = None,
+    eval_dataset: Data | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> Path:
+    """Train one SAE per layer of a language model, with everything that `saekit train` does.
+
+    In a plain script there is one process. In a script that `accelerate launch` or `torchrun` started, every rank makes
+    the same call, and the ranks train together under the placement that the launch file or `placement` says.
+
+    Args:
+        model: The language model: a hub id, a local folder, or a loaded model. A loaded model is only read; it stays
+            on its device, and under a launcher it moves to the rank's device. May be left out if `config` names it, or
+            with `resume`.
+        dataset: The text: a hub id, a local folder or file, or data in memory: a `datasets.Dataset` (also a stream, or
+            a `DatasetDict`) with a column of text or a column `input_ids`, or a list of texts. May be left out like
+            `model`.
+        config: A YAML file of options, as for `saekit train --config`. Arguments take precedence over it.
+        eval_dataset: What `eval_every` evaluates on, in the same forms as `dataset`. By default documents of `dataset`
+            that the run does not read; for data in memory it must be given.
+        tokenizer: For a loaded model; by default the tokenizer of the folder or hub id that it was loaded from.
+        reporter: What shows the progress; by default the live view, or plain lines if there is no terminal.
+        options: The options of `saekit train`, by the same names with underscores (`batch_size=8`, `ctx_len=1024`,
+            `layers="0-10:2"` or `layers=[0, 2]`). None stands for the default.
+
+    Returns:
+        The folder of the last checkpoint, on every rank. `load_many` and `evaluate` read it.
+
+    Raises:
+        UserError: If there is no option of a name, a value cannot be used, or a file, model or data set cannot be read.
+        SaveError: If a checkpoint cannot be written.
+        Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, when the step is finished and its checkpoint is written.
+    """
+    loaded, model_name = _loaded_model(model)
+    rows, dataset_name = _rows(dataset, IN_MEMORY)
+    eval_rows, eval_name = _rows(eval_dataset, EVAL_IN_MEMORY)
+    given = {"model": model_name, "dataset": dataset_name, "eval_dataset": eval_name, **options}
+    given = {name: value for name, value in given.items() if value is not None}
+    if unknown := unknown_options(given, option_names(*PARTS)):
+        raise UserError("; ".join(unknown))
+    values = all_options(given, None if config is None else Path(config))
+    for name in ("model", "dataset"):
+        if name not in values:
+            raise UserError(f"{name} is missing: give it, or a config that names it")
+    cfg = RunConfig.from_flat(values)
+    if loaded is not None and (useless := [name for name in OF_LOADING if name in given]):
+        raise UserError(
+            f"{useless[0]}={given[useless[0]]!r} is about loading the model, and the model is loaded already"
+        )
+    if loaded is None and tokenizer is not None:
+        raise UserError("a tokenizer is for a loaded model: leave it out, or give the model loaded as well")
+    if rows is not None and cfg.train.eval_every is not None and cfg.data.eval_dataset in (None, cfg.data.dataset):
+        raise UserError("eval_every needs an eval_dataset: of data in memory, no part is held out")
+
+    from saekit.training.launch import train_from_config
+    from saekit.training.live import InMemory
+
+    return train_from_config(cfg, reporter, InMemory(loaded, tokenizer, rows, eval_rows))
+
+
+def evaluate(
+    checkpoint: str | Path,
+    dataset: str | Path | None = None,
+    *,
+    split: str | None = None,
+    model: str | Path | None = None,
+    max_tokens: int = 200_000,
+    batch_size: int = 8,
+    include_training_data: bool = False,
+) -> Evaluation:
+    """Evaluate SAEs as `saekit eval` does: reconstruction, and what splicing it in costs the language model.
+
+    The results are also written to `eval.json` in the checkpoint. Ranks that a launcher started share the work.
+
+    Args:
+        checkpoint: The folder of a run (its latest checkpoint), of a checkpoint, or of one SAE.
+        dataset: A hub id, a local folder or a file; by default the documents of the run's own data set that the run
+            did not read.
+        split: The split of the data set; by default the run's.
+        model: The language model's hub id or folder; by default the one that the run was trained on.
+        max_tokens: How much to evaluate on, in tokens.
+        batch_size: Sequences per forward pass of the language model, on each rank.
+        include_training_data: Whether to evaluate also on documents that the run was trained on.
+
+    Returns:
+        The results of every layer, each number with its confidence interval; `to_json()` gives plain values.
+
+    Raises:
+        UserError: If something is missing or cannot be read, or if no held-out data is left.
+    """
+    from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
+
+    dataset, model = (None if each is None else str(each) for each in (dataset, model))
+    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
+    with joined(quiet=not sys.stderr.isatty()) as placement:
+        return evaluate_checkpoint(Path(checkpoint), options, placement).results
+
+
+def load(path: str | Path, hookpoint: str | None = None, device: torch.device | str = "cpu", **hub_options: Any) -> Sae:
+    """Load one SAE.
+
+    Args:
+        path: The folder of an SAE, a run (its latest checkpoint) or a checkpoint; or a hub id such as
+            `EleutherAI/sae-llama-3-8b-32x`. Folders and repositories of sparsify can be read, too.
+        hookpoint: Which SAE of a folder or repository with several, such as `layers.3`.
+        device: Where the parameters go.
+        hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
+
+    Raises:
+        UserError: If there is no such SAE, if several are there and `hookpoint` is not given, or if a file is damaged.
+    """
+    from saekit.sae import Sae, storage
+
+    with _user_errors():
+        folder = _local_folder(path, hub_options)
+        if folder is None:
+            return Sae.load_from_hub(str(path), hookpoint, device, **hub_options)
+        if (folder / storage.CONFIG_FILE).is_file():
+            if hookpoint not in (None, folder.resolve().name):
+                raise UserError(f"{path} is the folder of one SAE, not of {hookpoint}: leave out the hookpoint")
+            return Sae.load_from_disk(folder, device)
+        folders = storage.find_sae_folders(folder)
+        if hookpoint is None and len(folders) == 1:
+            return Sae.load_from_disk(next(iter(folders.values())), device)
+        if hookpoint not in folders:
+            problem = "has several SAEs" if hookpoint is None else f"has no SAE {hookpoint!r}"
+            raise UserError(f"{path} {problem}: choose a hookpoint, one of {', '.join(folders)}")
+        return Sae.load_from_disk(folders[hookpoint], device)
+
+
+def load_many(path: str | Path, device: torch.device | str = "cpu", **hub_options: Any) -> dict[str, Sae]:
+    """Load all SAEs of a run (its latest checkpoint), of a checkpoint, or of a repository on the hub.
+
+    Args:
+        path: A folder or a hub id.
+        device: Where the parameters go.
+        hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
+
+    Returns:
+        The SAEs by hookpoint, in natural order: `layers.2` comes before `layers.10`.
+
+    Raises:
+        UserError: If there is no SAE, or a file is damaged.
+    """
+    from saekit.sae import Sae
+
+    with _user_errors():
+        folder = _local_folder(path, hub_options)
+        if folder is None:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(path), **hub_options))
+        return Sae.load_many(folder, device)
+
+
+def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """Collect a run's options: those given, over those of a YAML file, over those of the run that `resume` names.
+
+    Args:
+        given: Options by name, without those that were not given.
+        config: The YAML file.
+
+    Raises:
+        UserError: If the file, a plug-in or the run cannot be read, or if an option contradicts `resume`.
+    """
+    values = laid_over({} if config is None else read_yaml(config), given)
+    load_plugins(values)
+    resume = values.get("resume")
+    if isinstance(resume, (str, Path)) and str(resume) not in ("auto", "latest"):
+        values = laid_over(_options_of_run(Path(resume), given), values)
+    return values
+
+
+def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run that `resume` names was started with."""
+    from saekit.runs.recovery import resolved_of
+    from saekit.training.saving import with_old_defaults
+
+    run = run_of(path)
+    if not has_checkpoints(run):
+        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
+        raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
+    for name in ("save_dir", "run_name"):
+        if name in given:
+            option = f"--{name.replace('_', '-')} {given[name]}"
+            raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
+    kept = with_old_defaults(read_yaml(run / "config.yaml"), resolved_of(run))
+    if "placement" in given:  # what belongs to another one does not come along
+        kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
+    return kept
+
+
+def _loaded_model(model: str | Path | PreTrainedModel | None) -> tuple[PreTrainedModel | None, str | None]:
+    """A model that is loaded already, if it is, and its name."""
+    if model is None or isinstance(model, (str, Path)):
+        return None, None if model is None else str(model)
+    if not hasattr(model, "base_model") or not hasattr(model, "config"):
+        raise UserError(f"model is a {type(model).__name__}: give a hub id, a folder, or a model of transformers")
+    return model, model.name_or_path or type(model).__name__
+
+
+def _rows(data: Data | None, name: str) -> tuple[Any, str | None]:
+    """Data that is in memory, if it is, and its name."""
+    if data is None or isinstance(data, (str, Path)):
+        return None, None if data is None else str(data)
+    return data, name
+
+
+def _local_folder(path: str | Path, hub_options: Mapping[str, Any]) -> Path | None:
+    """The folder that a path means; None for a repository on the hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if hub_options:
+            raise UserError(f"{path} is a folder: {', '.join(hub_options)} are for a repository on the hub")
+        return folder
+    name = str(path)
+    if isinstance(path, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise UserError(f"{path}: there is no such folder")
+    return None
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Raise what files and the hub raise as a `UserError` of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError((str(error).strip() or type(error).__name__).splitlines()[0]) from error

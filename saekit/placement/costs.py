@@ -1,0 +1,67 @@
+"""What the traffic and the memory of a placement depend on. Pure arithmetic; each placement has its own formulas.
+
+`benchmarks/placement.py` compares the formulas with what the kernel counts on the sockets and with the tensors held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Backend = Literal["gloo", "nccl"]
+
+FLOAT32 = 4
+"""Bytes of a parameter, a gradient, and a latent's fired count (int32)."""
+ADAM = 8
+"""Bytes of optimizer state per parameter: two float32 moments."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the traffic and the memory of one optimizer step depend on."""
+
+    layers: int
+    """SAEs that are trained (L)."""
+    d_in: int
+    """Model width (D)."""
+    num_latents: int
+    """Latents per SAE (M)."""
+    world_size: int
+    """Ranks (W)."""
+    tokens: int
+    """Tokens per rank and optimizer step that train the SAEs, before activations are routed (N)."""
+    micro_batches: int = 1
+    """Forward passes of the language model per optimizer step (`--grad-acc-steps`)."""
+    chunks: int = 1
+    """Parts of a micro-batch, each with its own backward pass (`--micro-acc-steps`)."""
+    act_bytes: int = 2
+    """Bytes per activation element, in the language model's type (s)."""
+    backend: Backend = "nccl"
+
+    @property
+    def params(self) -> int:
+        """Parameters of one SAE: encoder and decoder, and their biases."""
+        return 2 * self.num_latents * self.d_in + self.num_latents + self.d_in
+
+    def all_gather(self, size: float) -> float:
+        """Bytes each rank sends, and as many receives, when all get a whole of `size` bytes: all parts but one."""
+        return size * (self.world_size - 1) / self.world_size
+
+    def all_reduce(self, size: float) -> float:
+        """The same for a sum of `size` bytes that all get, around a ring: a reduce-scatter, then an all-gather."""
+        return 2 * self.all_gather(size)
+
+    def reduce_scatter(self, size: float) -> float:
+        """The same where each rank gets its part of the sum only. Torch's gloo runs a whole all-reduce for it."""
+        return self.all_reduce(size) if self.backend == "gloo" else self.all_gather(size)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank exchanges with all others in one optimizer step, in bytes of payload."""
+
+    sent: int
+    received: int
+
+
+NO_TRAFFIC = Traffic(0, 0)

@@ -1,0 +1,1 @@
+"""What lies where on disk: a run's folder, its checkpoints and its metrics; writing, reading and finding them."""

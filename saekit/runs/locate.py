@@ -1,0 +1,195 @@
+"""Finds and reads the files of a checkpoint. Whatever is wrong with one becomes a sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from saekit.errors import UserError
+from saekit.runs.layout import FORMAT
+from saekit.runs.layout import INDEX_FILE as MANIFEST
+
+WEIGHTS = "sae.safetensors"
+STEP_FOLDER = re.compile(r"step_(\d+)")
+MAX_DEPTH = 4
+"""Folders below the one given in which SAEs are looked for."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the SAEs are."""
+
+    kind: str
+    """What the path is: "run", "checkpoint" or "sae"."""
+    checkpoint: Path
+    """The folder of the checkpoint; for a lone SAE its parent folder."""
+    manifest: dict[str, Any]
+    """The content of `checkpoint.json`, or of sparsify's `config.json`; empty without either."""
+    saes: dict[str, Path]
+    """Folder by hookpoint, in natural order; a folder the manifest promises is here even if it does not exist."""
+
+
+def locate(path: Path) -> Location:
+    """Find the SAEs of a run (its newest checkpoint), of a checkpoint, or of one SAE folder.
+
+    Raises:
+        UserError: If there is none, or if the path holds several checkpoints.
+    """
+    # Not `resolve`: RUN/best/layers.0 belongs to the run, wherever the link leads.
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        problem = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}: give a run, one of its checkpoints, or an SAE's folder")
+    if (path / WEIGHTS).is_file():
+        return _lone_sae(path)
+    newest = None if (path / MANIFEST).exists() else _newest_checkpoint(path)
+    checkpoint = newest or path
+    found = _search(checkpoint)
+    manifest = _manifest(checkpoint)
+    names = {*found, *_promised(manifest)}
+    if not names:
+        unsaved = (path / "metrics.jsonl").exists() or (path / "config.yaml").exists()
+        reason = "this run has not saved a checkpoint yet" if unsaved else f"no folder in it has a {WEIGHTS}"
+        raise UserError(f"{path} holds no SAE: {reason}")
+    saes = {name: found.get(name, checkpoint / name) for name in sorted(names, key=natural)}
+    return Location("run" if newest else "checkpoint", checkpoint, manifest, saes)
+
+
+def check_files(location: Location, hookpoints: Collection[str]) -> None:
+    """Compare the files of the chosen layers, and those of no layer, with the sizes in `checkpoint.json`.
+
+    Raises:
+        UserError: For the first file that is missing or has another size.
+    """
+    others = tuple(f"{name}/" for name in {*location.saes, *_promised(location.manifest)} - {*hookpoints})
+    files = location.manifest.get("files")
+    for name, facts in files.items() if isinstance(files, Mapping) else ():
+        if name.startswith(others):
+            continue
+        file = location.checkpoint / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing, although {MANIFEST} lists it: copy the checkpoint again")
+        wanted = facts.get("bytes") if isinstance(facts, Mapping) else None
+        if wanted is not None and file.stat().st_size != wanted:
+            raise UserError(
+                f"{file} has {file.stat().st_size:,} bytes, but {MANIFEST} says {wanted:,}: copy the checkpoint again"
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: If the file is missing or holds anything else.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as problem:
+        raise UserError(f"{file} cannot be read: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise UserError(f"{file} is damaged: it is not JSON ({problem})") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object")
+    return content
+
+
+def read_tensors(file: Path, names: Collection[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
+    """Read some tensors of a safetensors file; those in `optional` are left out if it lacks them.
+
+    Raises:
+        UserError: If the file is missing, truncated or corrupt, or lacks one of `names`.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            held = set(tensors.keys())
+            lacking = sorted(set(names) - held)
+            if lacking:
+                raise UserError(f"{file} lacks the tensor {lacking[0]}: is it an SAE's file?")
+            return {name: tensors.get_tensor(name) for name in [*names, *optional] if name in held}
+    except (SafetensorError, OSError) as problem:
+        raise UserError(f"{file} is truncated or damaged ({problem})") from problem
+
+
+def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
+    """The hookpoints that `layer` means: a whole name, or a layer number; all of them for None.
+
+    Raises:
+        UserError: If there is none.
+    """
+    names = list(hookpoints)
+    if layer is None:
+        return names
+    chosen = [name for name in names if name == str(layer)]
+    chosen = chosen or [name for name in names if str(layer).isdecimal() and layer_number(name) == int(layer)]
+    if not chosen:
+        raise UserError(f"--layer {layer}: there is no such layer; there are {', '.join(names)}")
+    return chosen
+
+
+def layer_number(hookpoint: str) -> int | None:
+    """The last whole number in a hookpoint's name; sparsify's `/seed1` at its end is no layer."""
+    numbers = re.findall(r"\d+", re.sub(r"/seed\d+$", "", hookpoint))
+    return int(numbers[-1]) if numbers else None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sorting key under which `layers.2` comes before `layers.10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _lone_sae(path: Path) -> Location:
+    for parent in list(path.parents)[:MAX_DEPTH]:
+        if (parent / MANIFEST).is_file():
+            return Location("sae", parent, _manifest(parent), {path.relative_to(parent).as_posix(): path})
+    return Location("sae", path.parent, _manifest(path.parent), {path.name: path})
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    """The folder that `latest` leads to, else the one of the highest step; None where there is neither."""
+    if (run / "latest").is_dir():
+        return run / "latest"
+    steps = [(int(m[1]), p) for p in run.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)) and p.is_dir()]
+    return max(steps)[1] if steps else None
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    if (checkpoint / MANIFEST).exists():
+        manifest = read_json(checkpoint / MANIFEST)
+        if isinstance(version := manifest.get("format"), int) and version > FORMAT:
+            raise UserError(f"{checkpoint / MANIFEST} has format {version}, which is newer than this saekit: update it")
+        return manifest
+    foreign = checkpoint / "config.json"
+    return {k: v for k, v in read_json(foreign).items() if k in ("model", "dataset")} if foreign.is_file() else {}
+
+
+def _promised(manifest: Mapping[str, Any]) -> list[str]:
+    hookpoints = manifest.get("hookpoints")
+    return [name for name in hookpoints if isinstance(name, str)] if isinstance(hookpoints, list) else []
+
+
+def _search(checkpoint: Path) -> dict[str, Path]:
+    """SAE folders below a checkpoint, by their relative path."""
+    found: dict[str, Path] = {}
+    for folder, below, files in os.walk(checkpoint):
+        relative = Path(folder).relative_to(checkpoint)
+        if WEIGHTS in files:
+            found[relative.as_posix()] = Path(folder)
+        if folder != str(checkpoint) and MANIFEST in files:
+            raise UserError(f"{checkpoint} holds several checkpoints: give one of them, such as {folder}")
+        if WEIGHTS in files or len(relative.parts) >= MAX_DEPTH:
+            below.clear()
+        below[:] = [name for name in below if not name.startswith(".")]
+    # sparsify keeps its best SAEs in a folder inside the checkpoint; they are no further layers.
+    if any("/" not in name for name in found):
+        found = {name: folder for name, folder in found.items() if not name.startswith("best/")}
+    return found

@@ -1,0 +1,335 @@
+"""The bank: all units of a run, and what is counted of them, stacked over units.
+
+The number of operations in a step that are not a unit's own does not grow with the number of units
+(`tests/training/test_fixed_step.py` counts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.config import TrainConfig
+from saekit.placement import LayerOptimizer, Placement, Single
+from saekit.report.stats import LayerStats
+from saekit.sae import Sae
+from saekit.sae.selection.base import Selection
+from saekit.training.optimizers import make_optimizer
+from saekit.training.resources import peak_memory_bytes
+from saekit.training.statistics import SUMS, Segments, Tally, read_tally
+from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
+
+ONE = "layers.0"
+"""The name of a bank's only unit."""
+FAULTS = ("activations", "loss", "gradient")
+"""What can hold NaN or Inf in an optimizer step, causes before effects."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a bank did since the last report."""
+
+    layers: dict[str, LayerStats]
+    """By hookpoint, in model order."""
+    memory_bytes: int
+    """Peak memory of the rank that uses most."""
+
+
+@dataclass(frozen=True)
+class StepMessage:
+    """What the host learns of an optimizer step, in one message."""
+
+    tokens: int
+    """Tokens that trained the units, over all ranks."""
+    faults: dict[str, str]
+    """By hookpoint, where NaN or Inf was on any rank: one of `FAULTS`. Not empty: the step must not count."""
+    num_dead: dict[str, int]
+    """Of each unit of this rank: its dead latents, if the step counts."""
+    report: Report | None = None
+    """Since the last report, this step included if it counts; None unless it was asked for."""
+
+
+class Bank:
+    """All units that this rank has a part in.
+
+    Args:
+        cfg: How to train.
+        placement: Where the units are; their SAEs are placed already.
+        widths: D of every unit of the run by hookpoint, in model order.
+        dead_thresholds: By hookpoint, tokens without firing after which a latent is dead.
+        calibration: By hookpoint, of the units of this rank.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        placement: Placement,
+        widths: Mapping[str, int],
+        dead_thresholds: Mapping[str, int],
+        calibration: Mapping[str, Calibration],
+    ) -> None:
+        self.cfg, self.placement, device = cfg, placement, placement.device
+        self.names, self.all_names = placement.layers(), tuple(widths)
+        saes = [placement.sae(name) for name in self.names]
+        own = [calibration[name] for name in self.names]
+
+        def float64(numbers: list[Any]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+        self._variance_U, self._rms_U = float64([each.variance for each in own]), float64([each.rms for each in own])
+        self._threshold_U = torch.tensor(
+            [dead_thresholds[name] for name in self.names], dtype=torch.int64, device=device
+        )
+        self._leads_U = float64([placement.leads(name) for name in self.names])
+        at = [self.all_names.index(name) for name in self.names]
+        self._at_U = torch.tensor(at, dtype=torch.int64, device=device)
+
+        self.latents = Segments([sae.num_latents for sae in saes], device)
+        self.since_fired_F, self.fire_count_F, self._fired_F = (
+            torch.zeros(self.latents.total, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self._dead_F = torch.zeros(self.latents.total, dtype=torch.bool, device=device)
+        self.num_dead = dict.fromkeys(self.names, 0)
+        """Of each unit, when the step began."""
+        self.error_U = self._variance_U.clone()
+        """Mean squared error per token in the last step that counted, over all ranks: the variance before the first."""
+        self._all_widths = list(widths.values())
+        self._tally, self._window = (Tally([widths[name] for name in self.names], device) for _ in range(2))
+        self._places = self._tally.places(at, self._all_widths).to(device)
+        self._window_steps = self._window_tokens = 0
+        self._scales_3U = self._variance_U.new_zeros(3, len(self.names))
+        self._auxk_U = self._scales_3U[1].float()
+        kind = cfg.sae.kind
+        self._selection_US = torch.zeros(len(self.names), kind.num_sums, dtype=torch.int64, device=device)
+        moves = bool(saes) and kind.moves
+        self._selections = Selection.stack_([sae.selection for sae in saes]) if moves else None
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._step_tokens = 0
+
+        fired, dead = self.latents.views(self._fired_F), self.latents.views(self._dead_F)
+        self.units = {
+            name: Unit(
+                name=name,
+                sae=sae,
+                cfg=cfg,
+                backward=partial(placement.backward, name),
+                centre_D=own[number].mean_D.to(device),
+                scales=Scales(self._scales_3U[0, number], self._auxk(number), self._scales_3U[2, number]),
+                sums_7=self._tally.sums_U7[number],
+                mean_D=self._tally.means[number],
+                selection_sums=self._selection_US[number],
+                fired_M=fired[number],
+                dead_M=dead[number] if cfg.revive_alpha > 0 else None,
+            )
+            for number, (name, sae) in enumerate(zip(self.names, saes, strict=True))
+        }
+
+    def _auxk(self, number: int) -> Tensor:
+        return self._auxk_U[number] if self.cfg.auxk_relative_to == "residual" else self._scales_3U[1, number]
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """What a checkpoint keeps of a unit's counters: views of them."""
+        number = self.names.index(name)
+        return {
+            "tokens_since_fired": self.latents.views(self.since_fired_F)[number],
+            "fire_count": self.latents.views(self.fire_count_F)[number],
+            "error": self.error_U[number],
+        }
+
+    def load_state(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_of`; `count_dead` must be called when all units have theirs."""
+        for key, view in self.state_of(name).items():
+            view.copy_(state[key])
+
+    def count_dead(self) -> None:
+        """Count the latents that are dead now."""
+        counts = self.latents.counts(self.latents.at_least(self.since_fired_F, self._threshold_U))
+        self.num_dead = dict(zip(self.names, counts.tolist(), strict=True))
+
+    def begin_(self, tokens: int) -> None:
+        """Begin an optimizer step of so many tokens over all ranks: its scales, its dead latents, and empty sums.
+
+        A loss is a sum over tokens divided by numbers that are fixed here, before any backward pass. With
+        `auxk_relative_to residual`, AuxK's loss is divided by the error of the step before: what dead latents are to
+        predict shrinks as the SAE gets better, and their gradient with it, while Adam remembers the gradients of the
+        time when they were alive. So the AuxK loss begins near 1 in every step, as in the code of Gao et al. 2024.
+        """
+        self._step_tokens = tokens
+        self._tokens.fill_(tokens)
+        for sums in (self._tally.flat, self._selection_US, self._fired_F):
+            sums.zero_()
+        counted = self._tokens.clamp_min(1)
+        torch.reciprocal(counted * self._variance_U, out=self._scales_3U[0])
+        self._scales_3U[1].copy_(self._scales_3U[0])
+        torch.reciprocal(counted * self._rms_U, out=self._scales_3U[2])
+        if self.cfg.auxk_relative_to == "residual":
+            # A perfect reconstruction leaves nothing to divide by, and nothing to predict.
+            self._auxk_U.copy_(1 / (counted * self.error_U.clamp_min(1e-9 * self._variance_U)))
+        if self.cfg.revives:
+            self._dead_F.copy_(self.latents.at_least(self.since_fired_F, self._threshold_U))
+        if self.cfg.auxk_alpha > 0:
+            for (name, unit), dead_M in zip(self.units.items(), self.latents.views(self._dead_F), strict=True):
+                unit.aux_latents = dead_numbers(dead_M, self.num_dead[name])
+
+    def finish(self, gradients: Mapping[str, Tensor], *, report: bool = False) -> Callable[[], StepMessage]:
+        """End a step's passes: bring what was counted together, and start its message to the host. Collective.
+
+        Args:
+            gradients: What `Placement.collect` returned.
+            report: Whether the message is to have a report.
+
+        Returns:
+            What gives the message. It waits until that has arrived, not for anything that is enqueued in between.
+        """
+        device = self.placement.device
+        fired_F = self.placement.share(self._fired_F)
+        self._since_after_F = (self.since_fired_F + self._tokens).masked_fill_(fired_F > 0, 0)
+        self._fired_after_F = fired_F
+        dead_U = self.latents.counts(self.latents.at_least(self._since_after_F, self._threshold_U)).double()
+        gradient_U = torch.stack([*gradients.values()]) if gradients else torch.zeros(0, device=device)
+        faulty_U3 = ~torch.cat([self._tally.finite(), gradient_U.isfinite()[:, None]], 1)
+        columns = [
+            faulty_U3.double(),
+            (dead_U * self._leads_U)[:, None],
+            self._tally.sums_U7[:, :1],
+            self.latents.counts(self._fired_F).double()[:, None],
+            self._tally.sums_U7[:, 6:],
+            self._selection_US.double(),
+        ]
+        checks_UC = torch.cat(columns, 1)
+        checks_LC = checks_UC.new_zeros(len(self.all_names), checks_UC.shape[1]).index_copy_(0, self._at_U, checks_UC)
+        mine = [checks_LC.flatten()]
+        if report:
+            mine += [*self._everywhere(self._window, self._tally), self._memory()]
+        together = self.placement.sum(torch.cat(mine))
+        self._checks_UC = together[: checks_LC.numel()].view_as(checks_LC)[self._at_U]
+        read = read_later(torch.cat([dead_U, together]))
+        return lambda: self._message(read(), report)
+
+    def _message(self, numbers: Tensor, report: bool) -> StepMessage:
+        """The fields of a message that has arrived; `numbers` are on the CPU."""
+        L, U = len(self.all_names), len(self.names)
+        C = self._checks_UC.shape[1]
+        checks_LC = numbers[U : U + L * C].view(L, C)
+        faults = {
+            name: next(fault for fault, ranks in zip(FAULTS, row, strict=True) if ranks)
+            for name, row in zip(self.all_names, checks_LC[:, : len(FAULTS)].tolist(), strict=True)
+            if any(row)
+        }
+        told = None
+        if report:
+            size = L * len(SUMS) + sum(self._all_widths)
+            window, now, memory = numbers[U + L * C :].split([size, size, self.placement.world_size])
+            counts = not faults
+            told = self._read_report(
+                window + now if counts else window,
+                memory,
+                checks_LC[:, 3].tolist(),
+                self._window_tokens + self._step_tokens * counts,
+                self._window_steps + counts,
+            )
+        num_dead = dict(zip(self.names, map(int, numbers[:U].tolist()), strict=True))
+        return StepMessage(self._step_tokens, faults, num_dead, told)
+
+    def advance_(self, message: StepMessage) -> None:
+        """Let a step count whose message shows no fault: counters, thresholds, errors and the window."""
+        self.since_fired_F.copy_(self._since_after_F)
+        self.fire_count_F += self._fired_after_F
+        self._window.flat += self._tally.flat
+        self._window_steps += 1
+        self._window_tokens += message.tokens
+        self.num_dead = message.num_dead
+        if self.cfg.auxk_relative_to == "residual":
+            self.error_U.copy_(self._checks_UC[:, 4] / self._tokens.clamp_min(1))
+        if self._selections is not None:
+            counts = self._checks_UC[:, 5:].long()
+            self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
+
+    def clear_window(self) -> None:
+        """Begin the next report's sums."""
+        self._window.flat.zero_()
+        self._window_steps = self._window_tokens = 0
+
+    def report(self) -> Report:
+        """What a message's report would say, of steps that counted already. Collective; waits for the device."""
+        dead_U = torch.tensor([self.num_dead[name] for name in self.names], device=self._leads_U.device)
+        dead_L = self._leads_U.new_zeros(len(self.all_names)).index_copy_(0, self._at_U, dead_U * self._leads_U)
+        together = self.placement.sum(torch.cat([dead_L, *self._everywhere(self._window), self._memory()])).cpu()
+        dead, window, memory = together.split(
+            [len(dead_L), len(together) - len(dead_L) - self.placement.world_size, self.placement.world_size]
+        )
+        return self._read_report(window, memory, dead.tolist(), self._window_tokens, self._window_steps)
+
+    def _everywhere(self, *tallies: Tally) -> list[Tensor]:
+        """Tallies as parts of the sums of all units: zeros where a unit is elsewhere."""
+        size = len(self.all_names) * len(SUMS) + sum(self._all_widths)
+        return [each.flat.new_zeros(size).index_copy_(0, self._places, each.flat) for each in tallies]
+
+    def _memory(self) -> Tensor:
+        memory = torch.zeros(self.placement.world_size, dtype=torch.float64)
+        memory[self.placement.rank] = peak_memory_bytes(self.placement.device)
+        return memory.to(self.placement.device, non_blocking=True)
+
+    def _read_report(self, flat: Tensor, memory: Tensor, dead: Sequence[float], tokens: int, steps: int) -> Report:
+        layers = {
+            name: read_tally(
+                flat,
+                number,
+                self._all_widths,
+                tokens=tokens,
+                steps=steps,
+                dead=int(dead[number]),
+                num_latents=self.cfg.sae.resolve_num_latents(self._all_widths[number]),
+                with_multi_topk=self.cfg.sae.multi_topk,
+            )
+            for number, name in enumerate(self.all_names)
+        }
+        return Report(layers, int(memory.max()))
+
+
+def bank_of_one(
+    cfg: TrainConfig,
+    sae: Sae,
+    calibration: Calibration,
+    *,
+    alone: bool = True,
+    dead_threshold: int = 1,
+    optimizer: Callable[[Sae], LayerOptimizer] | None = None,
+) -> Bank:
+    """A bank of a single unit in this process: what plans meter, and benchmarks time.
+
+    Args:
+        cfg: How to train.
+        sae: Fresh, on the device where it is to be trained.
+        calibration: What is known of its activations.
+        alone: Whether gradients may be left to the step, see `Placement.alone`.
+        dead_threshold: Tokens without firing after which a latent is dead.
+        optimizer: Makes the optimizer; by default the configured one.
+    """
+    placement = Single(sae.device)
+    placement.alone = alone  # type: ignore[misc]  # of this instance only
+    scale = calibration.rms if cfg.scale_biases else 1.0
+    placement.place([ONE], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
+    return Bank(cfg, placement, {ONE: sae.d_in}, {ONE: dead_threshold}, {ONE: calibration})
+
+
+def read_later(value: Tensor) -> Callable[[], Tensor]:
+    """Start to bring a tensor to the host.
+
+    Returns:
+        What gives it, on the CPU. It waits until it is there, not for anything that is enqueued in between.
+    """
+    host = value.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+    arrived = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+
+    def read() -> Tensor:
+        if arrived is not None:
+            arrived.synchronize()
+        return host
+
+    return read

@@ -1,0 +1,119 @@
+"""The live model of a run, from its configuration: check, read the data, and only then load the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from saekit.activations import (
+    ModelShape,
+    check_device,
+    choose_attention,
+    load_model,
+    load_tokenizer,
+    load_with_head,
+    model_shape,
+    resolve_ctx_len,
+    resolve_dtype,
+    select_layers,
+    shape_of,
+)
+from saekit.activations.live import LiveModel
+from saekit.config import RunConfig
+from saekit.data import Sequences, load_sequences
+from saekit.errors import UserError
+from saekit.placement import Placement
+from saekit.training.evaluating import load_eval_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What the caller has loaded already; the configuration then has only a name for it."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of that model; None takes it from where the model was loaded from."""
+    rows: Any = None
+    """To train on: see `saekit.data.load.rows_in_memory`."""
+    eval_rows: Any = None
+    """To evaluate on every `eval_every` steps."""
+
+
+def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], have: InMemory) -> LiveModel:
+    """Load what the configuration names, unless the caller has it. Collective.
+
+    The cheapest comes first: what the model's config says of layers and context, then the data, then the weights.
+
+    Args:
+        cfg: The run.
+        placement: The ranks; one of them tokenizes, the others read what it left in the cache.
+        say: Told what is done.
+        have: What is loaded already.
+
+    Raises:
+        UserError: If something in the configuration cannot be used.
+    """
+    train = cfg.train
+    check_device(cfg.model, placement.device)
+    if train.shard_lm and cfg.model.load_in_8bit:
+        raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
+    say(f"Reading the configuration of {cfg.model.model}")
+    shape = model_shape(cfg.model) if have.model is None else shape_of(have.model.config)
+    layers = select_layers(shape.num_layers, train.layers, train.layer_stride)
+    try:
+        train.sae.resolve_num_latents(shape.d_in)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
+    tokenizer = _tokenizer(cfg, have)
+
+    say(f"Reading and tokenising {cfg.data.dataset}")
+    if placement.rank > 0:
+        placement.gather(None)
+    data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
+    if placement.rank == 0:
+        placement.gather(None)
+    say(f"{len(data):,} sequences of {ctx_len:,} tokens")
+    if have.model is None:
+        part = "whole" if train.loads_whole_model else f"up to layer {layers[-1]} of {shape.num_layers}"
+        say(f"Loading {cfg.model.model} {part}")
+        model = _load(cfg, placement, shape, layers)
+        choose_attention(model, ctx_len)
+    else:
+        model = have.model if have.model.device == placement.device else have.model.to(placement.device)
+    return LiveModel(
+        model, data, tokenizer=tokenizer, eval_data=eval_data, name=cfg.model.model, data_name=cfg.data.dataset
+    )
+
+
+def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None:
+    """The language model's tokenizer; None for a loaded model that does not say where it came from."""
+    if have.tokenizer is not None or (have.model is not None and not have.model.name_or_path):
+        return have.tokenizer
+    return load_tokenizer(cfg.model)
+
+
+def _load_data(
+    cfg: RunConfig, have: InMemory, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
+) -> tuple[Sequences, Sequences | None]:
+    """What the run trains on, and what it evaluates on."""
+    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    data = load_sequences(cfg.data, tokenizer, ctx_len, token, have.rows)
+    if have.eval_rows is not None and cfg.train.eval_every is not None:
+        return data, load_sequences(cfg.data.for_evaluation(), tokenizer, ctx_len, token, have.eval_rows)
+    return data, load_eval_data(cfg, data, tokenizer, ctx_len)
+
+
+def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:
+    def load() -> PreTrainedModel:
+        return load_model(cfg.model, shape, layers, placement.device)
+
+    if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
+        return load_with_head(cfg.model, shape, placement.device).model
+    if not cfg.train.shard_lm:
+        return load()
+    return placement.load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))

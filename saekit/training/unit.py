@@ -1,0 +1,107 @@
+"""A unit: one coder in training. The loop, the planner and the benchmarks all run this definition of its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saekit.config import TrainConfig
+from saekit.sae import Sae, sae_losses
+from saekit.training.statistics import observe_, without_excluded
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the first global batch said about a hookpoint; fixed for the run."""
+
+    mean_D: Tensor
+    """`[D]`, float32: the initial `b_dec`."""
+    variance: float
+    """σ², the total variance (trace of the covariance), by which the loss is divided."""
+    max_norm: float | None = None
+    """The longest activations that train the SAE; None for any. Mean and variance are of those up to it."""
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the centred activations, `σ / √D`: the unit of the biases."""
+        return float((self.variance / len(self.mean_D)) ** 0.5)
+
+
+class Scales(NamedTuple):
+    """What a unit's losses are multiplied by in one step of N tokens: scalars, fixed before its backward passes."""
+
+    main: Tensor
+    """`1 / (N σ²)`, of the reconstruction's loss, float64."""
+    auxk: Tensor
+    """Of AuxK's: the same; or `1 / (N e)` with the mean squared error e of the step before, rounded to float32."""
+    revive: Tensor
+    """`1 / (N σ₁)`, of the loss that raises dead latents' biases, float64."""
+
+
+@dataclass
+class Unit:
+    """One coder in training.
+
+    Its step is a fixed graph: `run_` for every chunk of tokens, then the optimizer's step. In it no number is read by
+    the host, no shape depends on data, and no Python number changes from step to step: what does change (scales, dead
+    latents, counts) is in tensors that `Bank` fills for all units at once. Two things are outside: AuxK, which gathers
+    as many latents as are dead (`aux_latents`), and the last batch of a run, which may be shorter than the others.
+    """
+
+    name: str
+    """The hookpoint's, and of the folder that it is saved in."""
+    sae: Sae
+    cfg: TrainConfig
+    backward: Callable[[Tensor], None]
+    """Adds the gradient of a loss to the unit's."""
+    centre_D: Tensor
+    """`[D]`: the mean of the first batch."""
+    scales: Scales
+    sums_7: Tensor
+    """The unit's row of the step's `Tally`, float64."""
+    mean_D: Tensor
+    """Its part of that tally's means, float64 `[D]`."""
+    selection_sums: Tensor
+    """int64 `[S]`: what its selection is moved by (`SaeOutput.sums`), over the step."""
+    fired_M: Tensor
+    """int64 `[M]`: tokens of the step on which each latent fired."""
+    dead_M: Tensor | None = None
+    """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
+    aux_latents: Tensor | None = None
+    """int64 `[dead]`: their numbers, for AuxK; None without."""
+
+    def run_(self, chunk_ND: Tensor, counted_N1: Tensor | None = None) -> None:
+        """Forward and backward pass over a chunk of tokens; gradients, sums and counters are added to.
+
+        Args:
+            chunk_ND: `[N, D]` activations, in any float type. What the passes make of them is gone at the end.
+            counted_N1: bool `[N, 1]`: False for excluded tokens; None if there is none.
+        """
+        tokens = None if counted_N1 is None else counted_N1.sum()
+        x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1)
+        out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).only(counted_N1)
+        losses = sae_losses(
+            x_ND,
+            out,
+            scale=self.scales.main,
+            auxk_alpha=self.cfg.auxk_alpha,
+            num_dead=0 if self.aux_latents is None else len(self.aux_latents),
+            auxk_scale=self.scales.auxk,
+            revive_alpha=self.cfg.revive_alpha,
+            revive_scale=self.scales.revive,
+            tokens=tokens,
+        )
+        self.backward(losses.total)
+        self.fired_M.scatter_add_(0, out.indices.flatten(), out.fired.flatten().long())
+        if out.sums is not None:
+            self.selection_sums += out.sums.flatten(0, -2).sum(0)
+        observe_(self.sums_7, self.mean_D, x_ND, out, losses, self.scales.main.to(x_ND.dtype), self.centre_D)
+
+
+def dead_numbers(dead_M: Tensor, count: int) -> Tensor:
+    """Numbers of the dead latents, int64 `[count]`; a caller that knows the count need not wait for a GPU."""
+    return torch.nonzero_static(dead_M, size=count).squeeze(1)

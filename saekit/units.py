@@ -1,0 +1,117 @@
+"""Numbers as people read them. Every function takes None or NaN and shows it as a dash."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from saekit.errors import UserError
+
+UNKNOWN = "–"
+"""Stands for a number that is not known."""
+
+
+def unknown(value: float | None) -> bool:
+    """Whether there is no number to show: None, or a float that is not finite."""
+    return value is None or not math.isfinite(value)
+
+
+def short_count(value: float | None) -> str:
+    """A count with three significant digits: `950`, `12.3k`, `4.56M`, `1.20B`."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        # 999 950 is shown as 1.00M, not as 1000k.
+        if abs(value) >= size * 0.9995:
+            scaled = value / size
+            return f"{scaled:.{max(0, 2 - int(math.log10(max(abs(scaled), 1))))}f}{unit}"
+    return f"{value:.0f}"
+
+
+def count(value: int | None) -> str:
+    """A whole count with thousands separators: `16,384`."""
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction from 0 to 1 as a percentage; a small one that is not zero stays visible as `<0.1%`."""
+    if fraction is None or not math.isfinite(fraction):
+        return UNKNOWN
+    if 0 < fraction < 0.0005:
+        return "<0.1%"
+    return f"{100 * fraction:.1f}%"
+
+
+def decimal(value: float | None, digits: int = 4) -> str:
+    """A number near 1 with fixed `digits`; a large one (10 000 and more) in exponent form, so that columns keep."""
+    if value is None:
+        return UNKNOWN
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
+
+
+def scientific(value: float | None) -> str:
+    """Two significant digits and an exponent: `2.0e-04`."""
+    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.1e}"
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes in binary units: `3.2 GiB`."""
+    if n_bytes is None or not math.isfinite(n_bytes):
+        return UNKNOWN
+    value = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit in ("B", "KiB", "MiB") else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as the two largest units: `42s`, `3m 05s`, `2h 07m`, `4d 11h`."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def active(k: int | None, activation: str | None) -> str:
+    """How many latents are active, and how they are chosen unless by TopK: `32`, `32 (batchtopk)`."""
+    return count(k) if activation in (None, "topk") else f"{count(k)} ({activation})"
+
+
+def tail(name: str, width: int) -> str:
+    """A hookpoint's name in at most `width` characters; what is cut off is its beginning, as its number is its end."""
+    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
+
+
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(option: str, text: str) -> int:
+    """`"100M"`, `"1e8"`, `"100,000,000"` or `"100_000_000"` → 100000000.
+
+    Raises:
+        UserError: If it is not a whole number above zero; `option` is named in it.
+    """
+    plain = re.sub(r"(?<=\d)[,_ ](?=\d{3})", "", text.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:E\+?\d{1,2})?) ?([KMBT]?)", plain)
+    number = float(found[1]) * COUNTS[found[2]] if found else 0.0
+    if number < 1 or number != int(number):
+        raise UserError(f"{option} {text!r}: expected a whole number such as 100M, 1e8 or 100,000,000")
+    return int(number)
+
+
+def show_count(number: int) -> str:
+    """The shortest of these that is exact: `100M`, `1500`, `1234`."""
+    for unit in ("T", "B", "M"):
+        if number % COUNTS[unit] == 0:
+            return f"{number // COUNTS[unit]}{unit}"
+    return str(number)

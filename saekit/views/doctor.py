@@ -1,0 +1,71 @@
+"""What `saekit doctor` shows: a list per area, a mark per finding, the remedy beneath."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from saekit.doctor.checks import can_train
+from saekit.doctor.findings import AREAS, Finding, plural
+
+MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "red")}
+REMEDY = "→ "
+TO_ASCII = str.maketrans({"✓": "+", "✗": "x", "→": ">"})
+WIDEST = 110
+"""Lines longer than this are hard to read."""
+
+
+def render_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print all findings, and in one line what they come to."""
+    lines = [*_lists(findings, console), *summary(findings).wrap(console, min(console.width, WIDEST))]
+    for line in lines:
+        line.rstrip()
+        if console.options.ascii_only:
+            line.plain = line.plain.translate(TO_ASCII)
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _lists(findings: Sequence[Finding], console: Console) -> Iterator[Text]:
+    column = max((len(finding.name) for finding in findings), default=0) + 2
+    for area in AREAS:
+        own = [finding for finding in findings if finding.area == area]
+        if own:
+            yield Text(area if area == "saekit" else area[0].upper() + area[1:], "bold")
+            for finding in own:
+                yield from _lines(finding, column, console)
+            yield Text()
+
+
+def _lines(finding: Finding, column: int, console: Console) -> Iterator[Text]:
+    """A finding, and its remedy beneath; lines of our own, as a table would fill each up with blanks to its width."""
+    mark, colour = MARKS[finding.state]
+    margin = 4 + column
+    width = max(20, min(console.width, WIDEST) - margin)
+    start = Text.assemble("  ", (mark, f"bold {colour}"), " ", (finding.name.ljust(column), "dim"))
+    for part in Text(finding.found).wrap(console, width):
+        yield start + part
+        start = Text(" " * margin)
+    start += Text(REMEDY, colour)
+    for part in Text(finding.remedy or "", colour).wrap(console, width - len(REMEDY)):
+        if part:
+            yield start + part
+        start = Text(" " * (margin + len(REMEDY)))
+
+
+def summary(findings: Sequence[Finding]) -> Text:
+    """The last line: what has to be mended, if anything."""
+    problems = [finding.name for finding in findings if finding.state == "problem"]
+    blocking = [finding.name for finding in findings if finding.blocks]
+    notes = sum(finding.state == "note" for finding in findings)
+    line = Text()
+    if problems:
+        line.append(f"{plural(len(problems), 'thing')} to mend: {', '.join(problems)}.", "bold red")
+    else:
+        line.append("Everything that this machine needs is there.", "bold green")
+    if not can_train(findings):
+        line.append(f" Until {' and '.join(blocking)} can be imported, saekit train cannot run.", "bold red")
+    if notes:
+        line.append(f" {plural(notes, 'note')} (marked !).", "yellow")
+    return line

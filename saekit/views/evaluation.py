@@ -1,0 +1,138 @@
+"""What `saekit eval` shows, from the content of `eval.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from saekit import units
+
+Estimate = Mapping[str, float | None]
+
+
+def render_evaluation(record: Mapping[str, Any], console: Console) -> None:
+    """Print an evaluation: a line of origin, a table of the layers, and what the numbers mean."""
+    console.print(
+        Group(_origin(record), Text(), *evaluation_tables(record), Text(), Text(_legend(record), style="dim"))
+    )
+    for warning in record["warnings"]:
+        console.print(Text.assemble(("Warning: ", "bold yellow"), warning), soft_wrap=True)
+
+
+def evaluation_tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
+    """The layers' reconstructions, and what they cost the language model."""
+    shown = _IfThereIsRoom(_reconstructions(record), _reconstructions(record, brief=True))
+    if record["together"] is None:
+        return (shown,)
+    return shown, Text(), _IfThereIsRoom(_grafted(record), _grafted(record, brief=True))
+
+
+def _reconstructions(record: Mapping[str, Any], brief: bool = False) -> Table:
+    """What is explained; in brief, only the FVU stands with its interval."""
+    layers = record["layers"]
+    left_out = [_too_long(record, layer["reconstruction"]) for layer in layers]
+    shown = _table(
+        "layer", "FVU", "explained\nvariance", "cosine", "L0", "dead", *(["too long"] if any(left_out) else [])
+    )
+    for layer, share in zip(layers, left_out, strict=True):
+        own = layer["reconstruction"]
+        shown.add_row(
+            layer["hookpoint"],
+            _number(own["fvu"], bold=True),
+            _number(own["explained_variance"], brief=brief),
+            _number(own["cosine"], brief=brief),
+            _number(own["l0"], 1, brief=brief),
+            units.percent(own["dead"] / own["num_latents"]),
+            *([units.percent(share)] if any(left_out) else []),
+        )
+    return shown
+
+
+def _too_long(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:
+    """The share of tokens whose activations are longer than those that the SAE is for; they are left as they are."""
+    return 1 - own.get("tokens", record["tokens"]) / record["tokens"]  # older files do not say it
+
+
+def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
+    """What the reconstructions cost; in brief, cross-entropies stand without their intervals."""
+    shown = _table("spliced in", "CE\nrecovered", "KL", "CE", "CE, mean\nablated", "CE, zero\nablated", "same\ntop-1")
+    layers = ((layer["hookpoint"], layer["grafted"]) for layer in record["layers"])
+    for name, own in [*layers, ("all", record["together"])]:
+        shown.add_row(
+            name,
+            _number(own["ce_recovered"], bold=True),
+            _number(own["kl"]),
+            *(_number(own[key], 3, brief=brief) for key in ("ce", "ce_mean_ablated", "ce_zero_ablated")),
+            units.percent(own["top1"]["value"]),
+        )
+    return shown
+
+
+class _IfThereIsRoom:
+    """One table, or where that would be cut off another."""
+
+    def __init__(self, wide: Table, narrow: Table) -> None:
+        self.wide, self.narrow = wide, narrow
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(max_width=10_000), self.wide).maximum
+        yield self.wide if needed <= options.max_width else self.narrow
+
+
+def _table(*columns: str) -> Table:
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for number, column in enumerate(columns):
+        name = column if "\n" in column or not any("\n" in each for each in columns) else f"\n{column}"
+        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return shown
+
+
+def _number(estimate: Estimate, digits: int = 4, bold: bool = False, brief: bool = False) -> Text:
+    """A value and, unless in brief, half of its 95% interval: `0.1234 ± 0.0012`."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    text = Text(units.decimal(value, digits), style="bold" if bold else "")
+    if not brief and low is not None and high is not None:
+        text.append(f" ± {units.decimal((high - low) / 2, digits)}", style="dim not bold")
+    return text
+
+
+def _origin(record: Mapping[str, Any]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("model", Text(record["model"], "bold"))
+    grid.add_row("data", Text(f"{record['dataset']} ({record['data']})"))
+    amount = (
+        f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} tokens that are not excluded"
+    )
+    grid.add_row("", Text(amount))
+    scored = Text(record["objective"])
+    if record["ce_clean"] is not None:
+        clean = record["ce_clean"]
+        scored.append(f", {record['scored']:,} scored; cross-entropy of the model as it is ")
+        scored.append_text(_number(clean, 3))
+    grid.add_row("predicts", scored)
+    return grid
+
+
+def _legend(record: Mapping[str, Any]) -> str:
+    sentences = [
+        "± is half of a 95% interval over sequences.",
+        "Dead: fired on none of these tokens.",
+    ]
+    if any(_too_long(record, layer["reconstruction"]) for layer in record["layers"]):
+        sentences.append(
+            "Too long: of so many tokens the activation is longer than the SAE is for, and stays as it is."
+        )
+    if record["together"] is not None:
+        sentences += [
+            "CE recovered: 1 is the model as it is, 0 its layer set to zero where a token is reconstructed.",
+            "CE and KL in nats per token.",
+            "All: every layer replaced at once.",
+        ]
+    return " ".join(sentences)

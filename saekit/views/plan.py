@@ -1,0 +1,221 @@
+"""A plan as a table with bars, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saekit.planning.advice import Advice
+from saekit.planning.calibration import MeasuredRates
+from saekit.planning.job import Job
+from saekit.planning.machine import Machine
+from saekit.planning.plan import Choice, Plan
+from saekit.planning.rates import Rates
+
+BAR = 24
+"""Characters of a full bar."""
+PARTS = {
+    "language_model": "language model",
+    "parameters": "SAE parameters",
+    "gradients": "gradients",
+    "optimizer_state": "optimiser state",
+    "activations": "activations",
+    "working": "working memory",
+}
+ESTIMATED = "Counted are the tensors of the busiest rank; the libraries' share is an allowance."
+UNKNOWN = "Tokens/s are unknown until --calibrate has measured this machine."
+
+
+def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> None:
+    """Print a plan, and what to change where it does not fit."""
+    job = plan.job
+    console.print(Text(f"{job.cfg.model.model}: {_sizes(job)}", style="bold"), soft_wrap=True)
+    console.print(f"on {_machine(job.machine)}\n", soft_wrap=True)
+    console.print(_table(plan))
+    for choice in plan.choices:
+        console.print(_bar(choice))
+    console.print()
+    console.print(_verdict(plan), soft_wrap=True)
+    if advice:
+        console.print(_advice_table(advice))
+        if not any(each.choice.fits for each in advice):
+            console.print("Nothing of this makes it fit, not even together.")
+    if job.machine.note:
+        console.print(Text(job.machine.note, style="yellow"), soft_wrap=True)
+    elif not any(choice.time for choice in plan.choices):
+        console.print(f"[dim]{UNKNOWN}" if job.machine.model else "[dim]Tokens/s are known of this machine only.")
+    console.print(f"[dim]{ESTIMATED}", soft_wrap=True)
+
+
+def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
+    """The same as plain values, in bytes and seconds."""
+    job = plan.job
+    return {
+        "model": job.cfg.model.model,
+        "layers": list(job.layers),
+        "d_in": job.shape.d_in,
+        "num_latents": job.num_latents,
+        "ctx_len": job.ctx_len,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "kernels": job.backend,
+        "select_dtype": job.select_dtype,
+        "tokens_per_step": job.tokens_per_step,
+        "machine": {"kind": job.machine.kind, "count": job.machine.count, "bytes": job.machine.memory},
+        "recommended": plan.recommended.placement if plan.recommended else None,
+        "placements": {
+            choice.placement: {
+                "fits": choice.fits,
+                "total": choice.total,
+                "capacity": choice.capacity,
+                "peak_at": choice.memory.peak.name,
+                "parts": {name: size.total for name, size in choice.memory.peak.parts.items()},
+                "freed_but_kept": choice.memory.freed,
+                "libraries": choice.libraries,
+                "sent_per_step": choice.sent,
+                "layers_of_busiest": choice.layers_of_busiest,
+                "host": choice.memory.host,
+                "tokens_per_second": choice.tokens_per_second,
+                "seconds_per_step": asdict(choice.time) if choice.time else None,
+            }
+            for choice in plan.choices
+        },
+        "advice": [
+            {
+                "options": list(each.options),
+                "placement": each.choice.placement,
+                "layers": each.layers,
+                "total": each.choice.total,
+                "host": each.choice.memory.host,
+                "fits": each.choice.fits,
+            }
+            for each in advice
+        ],
+    }
+
+
+def _table(plan: Plan) -> Table:
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("GiB per rank")
+    for choice in plan.choices:
+        shown.add_column(choice.placement, justify="right")
+    for name, label in PARTS.items():
+        shown.add_row(label, *(_number(choice.memory.peak.parts[name].total) for choice in plan.choices))
+    if any(choice.memory.freed for choice in plan.choices):
+        shown.add_row("freed, kept by the heap", *(_number(choice.memory.freed) for choice in plan.choices))
+    shown.add_row("libraries", *(_number(choice.libraries) for choice in plan.choices))
+    shown.add_row("in all", *(_number(choice.total) for choice in plan.choices), style="bold")
+    shown.add_row("highest in", *(choice.memory.peak.name for choice in plan.choices), style="dim")
+    if plan.job.machine.count > 1:
+        shown.add_row("GiB sent per step", *(_number(choice.sent) for choice in plan.choices))
+    if any(choice.memory.host for choice in plan.choices):
+        shown.add_row("GiB in the machine's", *(_number(choice.memory.host) for choice in plan.choices))
+    if any(choice.time for choice in plan.choices):
+        shown.add_row("tokens/s, expected", *(_speed(choice) for choice in plan.choices))
+    return shown
+
+
+def _verdict(plan: Plan) -> str:
+    """Which placement to take, or how much is lacking."""
+    best = plan.recommended
+    if not plan.fits:
+        least = min(plan.considered, key=lambda choice: choice.total)
+        lacking = f"lacks {_gib(least.total - least.capacity)}"
+        if len(plan.considered) > 1:
+            return f"[red]None fits[/red]: {least.placement} needs least and {lacking}."
+        other = f" {best.placement} would fit." if best else ""
+        return f"[red]{least.placement} does not fit[/red]: it {lacking}.{other}"
+    if best is None or best.ranks == 1:
+        return "It fits."
+    why = "it is expected to be the fastest" if best.time else "it moves least per step"
+    return f"Take [bold]{best.placement}[/bold]: of those that fit {why}."
+
+
+def _advice_table(advice: Sequence[Advice]) -> Table:
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("what to change")
+    shown.add_column("GiB", justify="right")
+    shown.add_column("")
+    for each in advice:
+        choice, host = each.choice, each.choice.memory.host
+        verdict = Text("fits", "green") if choice.fits else Text("does not fit", "red")
+        layers = f"{each.layers} layer{'s' if each.layers > 1 else ''}"
+        beside = f", {_gib(host)} per rank in the machine's memory" if host else ""
+        verdict.append(f": {choice.placement}, {layers}{beside}", "default")
+        shown.add_row(" ".join(each.options), _number(choice.total), verdict)
+    return shown
+
+
+def _speed(choice: Choice) -> str:
+    return f"{choice.tokens_per_second:,.0f}" if choice.tokens_per_second else "unknown"
+
+
+def _bar(choice: Choice) -> Text:
+    share = choice.total / choice.capacity
+    filled = min(BAR, round(BAR * share))
+    style = "green" if choice.fits else "red"
+    line = Text(f"{choice.placement:10}").append("█" * filled, style).append("░" * (BAR - filled), "dim")
+    verdict = "fits" if choice.fits else "does not fit"
+    return line.append(f" {share:4.0%} of {_gib(choice.capacity)}, {verdict}")
+
+
+def _sizes(job: Job) -> str:
+    return (
+        f"{len(job.layers)} SAEs of {job.num_latents:,} latents on width {job.shape.d_in:,}, "
+        f"{job.tokens_per_step:,} tokens per step"
+    )
+
+
+def _machine(machine: Machine) -> str:
+    if machine.on_gpu:
+        return f"{machine.count} × {machine.name} ({_gib(machine.memory)})"
+    ranks = f", {machine.count} ranks share its memory" if machine.count > 1 else ""
+    return f"{machine.name} ({_gib(machine.memory)}{ranks})"
+
+
+def _number(size: int) -> str:
+    return f"{size / 2**30:,.2f}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+BUSY = 0.15
+"""Share of the CPU in others' use from which a calibration is doubted."""
+
+
+def render_rates(calibration: MeasuredRates, console: Console) -> None:
+    """Print what a calibration has found, and where it is kept."""
+    for name, rates in calibration.found.items():
+        shown = Table(box=None, pad_edge=False, title=name, title_justify="left", title_style="bold")
+        shown.add_column("measured")
+        shown.add_column("", justify="right")
+        shown.add_column("")
+        for row in _rows(rates):
+            shown.add_row(*row)
+        console.print(shown)
+    if calibration.busy > BUSY:
+        said = f"Others used {calibration.busy:.0%} of the CPU: measure again when it is idle, the rates are too low."
+        console.print(Text(said, style="yellow"), soft_wrap=True)
+    console.print(Text(f"Kept in {calibration.file}\n", style="dim"), soft_wrap=True)
+
+
+def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
+    for name, rate in rates.matmul.items():
+        yield f"matmul {name}", f"{rate / 1e12:,.2f}", "10¹² operations/s"
+    yield "memory", f"{rates.bandwidth / 1e9:,.1f}", "GB/s read and written by a copy"
+    for name, seconds in rates.block.items():
+        yield f"a block {name}", f"{seconds * 1e9:,.1f}", "ns per token and dimension, besides matmuls"
+    for name, cost in rates.passes.items():
+        parts = f"{cost.score * 1e9:.2f} N·M + {cost.term * 1e9:.2f} N·k·D + {cost.weight * 1e9:.2f} M·D"
+        yield f"SAE {name}", parts, f"ns, and {cost.call * 1e3:.1f} ms, besides the encoder's matmul"
+    for name, seconds in rates.update.items():
+        yield name, f"{seconds * 1e9:.2f}", "ns per parameter"
+    for ranks, network in rates.network.items():
+        yield f"all-reduce, {ranks} ranks", f"{network.all_reduce / 1e9:,.2f}", "GB/s sent by each"
+        yield f"rank to rank, {ranks} ranks", f"{network.point_to_point / 1e9:,.2f}", "GB/s sent by each"

@@ -1,1 +1,0 @@
-from tests.evaluation.conftest import demo_run  # noqa: F401

@@ -1,0 +1,58 @@
+"""What `saekit eval` shows: no number is cut off on 80 columns."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from saekit.views.evaluation import render_evaluation
+
+
+def estimate(value):
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+def record(tokens):
+    reconstruction = {
+        "fvu": estimate(0.2683),
+        "explained_variance": estimate(0.7354),
+        "cosine": estimate(0.9058),
+        "l0": estimate(8.0),
+        "dead": 37,
+        "num_latents": 256,
+        "tokens": tokens,
+    }
+    layers = [{"hookpoint": f"layers.{layer}", "reconstruction": reconstruction, "grafted": None} for layer in (0, 11)]
+    return {
+        "model": "m",
+        "dataset": "d",
+        "data": "held out",
+        "sequences": 4,
+        "ctx_len": 32,
+        "tokens": 100,
+        "objective": "nothing",
+        "ce_clean": None,
+        "layers": layers,
+        "together": None,
+        "warnings": [],
+    }
+
+
+@pytest.mark.parametrize(("width", "with_intervals"), [(80, False), (100, True)])
+def test_what_is_too_long_finds_room(width, with_intervals):
+    shown = io.StringIO()
+    render_evaluation(record(tokens=54), Console(file=shown, width=width))
+    text = shown.getvalue()
+    (row,) = [line for line in text.splitlines() if line.startswith("layers.11")]
+    assert ("0.7354 ± 0.0100" in row) == with_intervals
+    assert row.split()[:4] == ["layers.11", "0.2683", "±", "0.0100"]
+    assert row.split()[-2:] == ["14.5%", "46.0%"]
+    assert "too long" in text
+    assert "…" not in text
+
+
+def test_without_long_ones_there_is_no_column():
+    shown = io.StringIO()
+    render_evaluation(record(tokens=100), Console(file=shown, width=80))
+    assert "too long" not in shown.getvalue().lower()
+    assert "0.7354 ± 0.0100" in shown.getvalue()
