@@ -1,4 +1,4 @@
-"""The optimisers a layer can be trained with, behind `LayerOptimizer`."""
+"""The optimizers a layer can be trained with, behind `LayerOptimizer`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINED_WEIGHTS = "trained"
 
 
 def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
-    """`--lr`, or the optimiser's default for a dictionary of this size.
+    """`--lr`, or the optimizer's default for a dictionary of this size.
 
     The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3). Adam moves each number
     by about the rate, which turns a row of norm 1 by the rate times √D: so that it turns as far whatever the width,
@@ -52,12 +52,12 @@ def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
 
 
 def decays(cfg: TrainConfig) -> bool:
-    """Whether the learning rate falls to zero over the run; a schedule-free optimiser averages instead."""
+    """Whether the learning rate falls to zero over the run; a schedule-free optimizer averages instead."""
     return cfg.optimizer != "signum"
 
 
 def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> TorchOptimizer:
-    """The configured optimiser for one SAE.
+    """The configured optimizer for one SAE.
 
     Biases have the unit of the activations, and Adam's steps have no unit: with one rate for all, the biases of a layer
     whose activations are of size 100 hardly move, and those of one of size 0.01 jump about. With the activations' root
@@ -70,7 +70,7 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
         input_scale: By which the biases' learning rate is multiplied, and Adam's ε divided.
 
     Raises:
-        UserError: If the optimiser's library is missing or too old.
+        UserError: If the optimizer's library is missing or too old.
     """
     lr = base_lr(cfg, sae.num_latents, sae.d_in)
     to_decoder, to_biases = rate_ratios(cfg, sae.d_in)
@@ -139,23 +139,23 @@ class TorchOptimizer:
             normalize_decoder_(self.sae)
 
     def zero_grad(self) -> None:
-        """See `LayerOptimizer.zero_grad`."""
+        """Drop the gradients, deferred ones too."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def defer_gradients(self) -> None:
-        """See `LayerOptimizer.defer_gradients`: not where a gradient is a sum of several, which would take as much."""
+        """Leave gradients of matrices to the step, unless one is a sum of several, which would take as much memory."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, SaeAdam) and self.one_sum:
                 optimizer.defer_gradients()
 
     def deferred(self) -> list[RowSums]:
-        """See `LayerOptimizer.deferred`."""
+        """What the deferred gradients are the sums of."""
         of_adam = (each.deferred for each in self.optimizers if isinstance(each, SaeAdam))
         return [sums for deferred in of_adam for each in deferred.values() for sums in each]
 
     def state(self) -> dict[str, Tensor]:
-        """See `LayerOptimizer.state`: `W_enc.exp_avg` and so on; a plain number gets the ending `.number`."""
+        """Everything needed to go on exactly: `W_enc.exp_avg` and so on; plain numbers get the ending `.number`."""
         found: dict[str, Tensor] = {}
         for name, optimizer, parameter, _ in self._parameters():
             for key, value in optimizer.state[parameter].items():
@@ -169,7 +169,7 @@ class TorchOptimizer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `LayerOptimizer.load_state`."""
+        """Take up what `state` returned. Tensors move: a recorded graph has to be recorded again."""
         loaded: dict[torch.optim.Optimizer, dict[int, dict[str, object]]] = {each: {} for each in self.optimizers}
         for name, optimizer, parameter, number in self._parameters():
             own: dict[str, object] = {}
@@ -188,7 +188,7 @@ class TorchOptimizer:
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def export(self) -> dict[str, Tensor]:
-        """See `LayerOptimizer.export`."""
+        """The weights to keep, by parameter name: under Signum the average, its decoder rows scaled to norm 1."""
         weights: dict[str, Tensor] = {}
         for name, optimizer, parameter, _ in self._parameters():
             weights[name] = parameter.detach()
@@ -199,7 +199,7 @@ class TorchOptimizer:
         return weights
 
     def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter, int]]:
-        """Each parameter's name, its optimiser, itself, and its number inside that optimiser."""
+        """Each parameter's name, its optimizer, itself, and its number inside that optimizer."""
         names = {parameter: name for name, parameter in self.sae.named_parameters()}
         for optimizer in self.optimizers:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
