@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit import machine
+from saekit._version import __version__
 from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import SaveError, UserError
+from saekit.machine import library_versions
 from saekit.placement import Placement
 from saekit.report import StepStats
 from saekit.runs import checkpoint
@@ -109,7 +110,7 @@ class Saver:
         run, plan = self.run, self.plan
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
         improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
-        about = {**plan.about(), "saekit_version": machine.SAEKIT}
+        about = {**plan.about(), "saekit_version": __version__}
         index = {
             "tokens": run.tokens,
             "skipped_steps": run.skipped,
@@ -119,7 +120,7 @@ class Saver:
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,
             "hookpoints": list(plan.hookpoints),
-            "versions": machine.library_versions(),
+            "versions": library_versions(),
             "excluded_tokens": plan.excluded.tolist(),
             "config": plan.config(),
             "resolved": plan.resolved(),
