@@ -172,7 +172,7 @@ FAULTS = [
     ("the newest is that of the highest step", CHECKPOINT, "key=lambda each: each[1])", "key=lambda each: each[0])"),
     (
         "what is half deleted keeps its name",
-        CHECKPOINT,
+        "saekit/runs/files.py",
         "            os.replace(folder, doomed)\n        shutil.rmtree(doomed)",
         "            doomed = folder\n        shutil.rmtree(doomed)",
     ),

@@ -103,9 +103,8 @@ def test_plan_and_doctor_ask_the_same(monkeypatch, tmp_path):
     root, own = groups(tmp_path, "0::/job/step")
     write(root / "job", memory__max=str(GIB // 4), memory__current="1")
     write(root / "job" / "step", memory__max="max", memory__current="1")
-    monkeypatch.setattr(
-        "saekit.machine._groups", partial(lambda groups, kind, *_: groups(kind, root, own), machine._groups)
-    )
+    found = machine._groups
+    monkeypatch.setattr(machine, "_groups", lambda kind, *_: found(kind, root, own))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert detect().memory == GIB // 4
     assert machine.free_memory()[2] == GIB // 4

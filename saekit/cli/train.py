@@ -11,7 +11,7 @@ import typer
 from saekit.cli.options import laid_over, options_given, require, with_config_options
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
-from saekit.runs.layout import has_checkpoints, run_of
+from saekit.runs.layout import CONFIG_FILE, has_checkpoints, run_of
 
 if TYPE_CHECKING:
     from saekit.config import RunConfig
@@ -120,8 +120,6 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
 def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
     """What the run that `--resume PATH` names was started with."""
     from saekit.config.run import read_yaml
-    from saekit.runs.recovery import resolved_of
-    from saekit.training.saving import with_old_defaults
 
     run = run_of(path)
     if not has_checkpoints(run):
@@ -131,7 +129,7 @@ def _options_of_run(path: Path, typed: dict[str, Any]) -> dict[str, Any]:
         if name in typed:
             option = f"--{name.replace('_', '-')} {typed[name]}"
             raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
-    kept = with_old_defaults(read_yaml(run / "config.yaml"), resolved_of(run))
+    kept = read_yaml(run / CONFIG_FILE)
     if "placement" in typed:  # what belongs to another one does not come along
         kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
     return kept

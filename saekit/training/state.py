@@ -16,7 +16,7 @@ from saekit.runs.checkpoint import LayerRecord
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
-from saekit.sae.storage import find_sae_folders, load_from_disk
+from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, load_from_disk
 from saekit.training.counters import LayerCounters
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
@@ -93,7 +93,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         UserError: If the SAE is missing there, is damaged or has another size.
     """
     try:
-        single = (path / "sae.safetensors").is_file() and alone
+        single = (path / WEIGHTS_FILE).is_file() and alone
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
@@ -180,15 +180,14 @@ def restore(checkpoint: Path, index: dict[str, Any], state: RunState, placement:
     state.checkpoint = checkpoint
     state.step, state.tokens = index["step"], index["tokens"]
     state.skipped, state.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
-    state.evaluated = index.get("evaluated_step", 0)  # older checkpoints do not say it
+    state.evaluated = index["evaluated_step"]
     state.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in placement.layers():
         tensors = read_state(checkpoint / name)
         known = state.calibration[name]
         state.calibration[name] = replace(known, mean_D=known.mean_D.to(placement.device))
         state.counters[name].load_state(tensors)
-        if "error" in tensors:  # older checkpoints do not have it
-            state.error[name].copy_(tensors["error"])
+        state.error[name].copy_(tensors["error"])
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
         saved = load_from_disk(checkpoint / name)
         placement.load(name, saved.state_dict(), optimizer)
