@@ -1,7 +1,8 @@
-"""What this machine has for a process: memory and cores, within the limits of its container, and versions."""
+"""What this machine has for a process, within the limits of its container: memory, cores, libraries."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -16,6 +17,11 @@ from saekit._version import __version__
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where control groups are mounted, and the list of those that this process is in."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's `mallopt`."""
+MMAP_FROM = 32 * 2**20
+"""The most that glibc allows."""
+NEVER = 2**31 - 1
 
 
 def library_versions() -> dict[str, str]:
@@ -82,6 +88,20 @@ def usable_cores(root: Path = GROUPS, own: Path = OWN_GROUPS) -> tuple[int, int]
         if share is not None:
             allowed = min(allowed, max(1, math.ceil(share)))
     return min(psutil.cpu_count(logical=False) or allowed, allowed), allowed
+
+
+def keep_memory() -> None:
+    """Ask for large pages, and keep what was freed for the next step instead of handing it back.
+
+    Every step makes and frees the same tensors. A page that is handed back comes again by a page fault and full of
+    zeros, which cost up to a third of a step on a CPU (docs/performance.md). Torch reads its setting once, before the
+    first large tensor. Where the C library is another than glibc, only torch's setting is made.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MMAP_FROM)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def _memory_limits(total: int, root: Path, own: Path) -> Iterator[tuple[int, int]]:

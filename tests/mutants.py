@@ -330,7 +330,7 @@ FAULTS = [
     ),
     (
         "the logit lens leaves the norm out",
-        "saekit/analysis/lens.py",
+        "saekit/analysis/features.py",
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),

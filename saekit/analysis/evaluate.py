@@ -15,8 +15,17 @@ from saekit.activations.hookpoints import text_config_of, width
 from saekit.activations.splice import Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.objective import IGNORED, Objective, compare
-from saekit.analysis.results import Evaluation, Grafted, LayerResult, ratio
-from saekit.analysis.sums import CHANGES, AnswerSums, GraftSums, ReconstructionSums, Total
+from saekit.analysis.results import (
+    CHANGES,
+    AnswerSums,
+    Evaluation,
+    Grafted,
+    GraftSums,
+    LayerResult,
+    ReconstructionSums,
+    Total,
+    ratio,
+)
 from saekit.data import Sequences
 from saekit.errors import UserError
 from saekit.sae import Sae

@@ -8,17 +8,14 @@ from typing import Annotated
 import typer
 
 from saekit._version import __version__
-from saekit.cli.allocator import keep_memory
+from saekit.cli.checkpoints import evaluate, inspect, report
 from saekit.cli.config import config
-from saekit.cli.demo import demo
-from saekit.cli.doctor import doctor
-from saekit.cli.eval import evaluate
-from saekit.cli.inspect import inspect
+from saekit.cli.first_steps import demo, doctor
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
 from saekit.cli.plan import plan
-from saekit.cli.report import report
 from saekit.cli.train import train
+from saekit.machine import keep_memory
 
 app = typer.Typer(
     name="saekit",

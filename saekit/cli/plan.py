@@ -90,8 +90,7 @@ def plan(
 
         ranks, offload, asked = num_processes, NO_OFFLOAD, None
         if launch is not None:
-            from saekit.cli.launch import processes_of
-            from saekit.cli.launched import offload_of, placement_of
+            from saekit.cli.launch import offload_of, placement_of, processes_of
 
             ranks, offload = (processes_of(launch, num_processes) if gpus is None else None), offload_of(launch)
             asked = placement_of(launch, str(values.get("placement", "auto")))

@@ -106,8 +106,7 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
 
         ranks, asked, offload = int(os.environ.get("WORLD_SIZE", "1")), None, NO_OFFLOAD
         if launch is not None:
-            from saekit.cli.launch import processes_of
-            from saekit.cli.launched import offload_of, placement_of
+            from saekit.cli.launch import offload_of, placement_of, processes_of
 
             ranks, offload = processes_of(launch, num_processes), offload_of(launch)
             asked = placement_of(launch, cfg.train.placement)

@@ -1,9 +1,8 @@
 """Text to token ids to batches."""
 
 from saekit.data.batches import Sequences, StepBatches, read_ahead, sequences
-from saekit.data.load import load_sequences
+from saekit.data.load import Peek, load_sequences, peek
 from saekit.data.pack import chunk_and_tokenize
-from saekit.data.peek import Peek, peek
 
 __all__ = [
     "Peek",

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HEAP_BELOW = 32 * 2**20
-"""Bytes of a tensor below which glibc takes it from its heap (the most that it allows, see `saekit.cli.allocator`)."""
+"""Bytes of a tensor below which glibc takes it from its heap (the most that it allows, see `saekit.machine`)."""
 
 
 class Bytes(NamedTuple):

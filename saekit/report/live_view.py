@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit import units
-from saekit.report.pace import Pace
 from saekit.report.sparkline import sparkline
-from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, Pace, RunInfo, StepStats
 
 TREND_REPORTS = 24
 """Reports that a trend shows, the newest last."""

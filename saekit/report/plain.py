@@ -11,9 +11,8 @@ from typing import TextIO
 from rich.console import Console
 
 from saekit import units
-from saekit.report.pace import Pace
 from saekit.report.sparkline import TO_ASCII
-from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, Pace, RunInfo, StepStats
 
 
 class PlainReporter:

@@ -1,4 +1,4 @@
-"""The live view of a run on a terminal."""
+"""Progress on a terminal: the live view for somebody who watches, and the choice between it and plain lines."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from rich.text import Text
 
 from saekit.report.base import Reporter
 from saekit.report.live_view import LiveState, run_view
-from saekit.report.pace import Pace
 from saekit.report.plain import PlainReporter
-from saekit.report.stats import EvalStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, Pace, RunInfo, StepStats
 
 REFRESH_PER_SECOND = 4
 

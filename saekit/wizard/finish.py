@@ -1,4 +1,4 @@
-"""Where the SAEs live, where they are saved, and whether all of it is right."""
+"""Questions: where SAEs live, where they are saved, and whether all is right; and all questions in their order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from pathlib import Path
 from saekit.errors import UserError
 from saekit.runs.folder import check_run_folder
 from saekit.training.plan import default_run_name
-from saekit.wizard.amount import BATCH, CONTEXT, TOKENS
-from saekit.wizard.dataset import ARGUMENTS, COLUMN, DATASET, SPLIT
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.files import launch_text, run_text, secrets_in, template_for
-from saekit.wizard.model import MACHINE, MODEL
-from saekit.wizard.shape import DICTIONARY, LAYERS, K
+from saekit.wizard.inputs import ARGUMENTS, COLUMN, DATASET, MACHINE, MODEL, SPLIT
+from saekit.wizard.sizes import BATCH, CONTEXT, DICTIONARY, LAYERS, TOKENS, K
 from saekit.wizard.walk import Question
 
 MEANS = {

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from saekit import UserError
 from saekit.config import DataConfig
 from saekit.data import peek
-from saekit.data.peek import ROWS
+from saekit.data.load import ROWS
 
 
 @pytest.fixture(scope="module")

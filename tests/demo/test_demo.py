@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from saekit.demo import MODEL_DIR
-from saekit.demo.text import standard_library
+from saekit.demo import MODEL_DIR, standard_library
 
 
 def test_the_package_data_is_small():

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import saekit
-from saekit.cli.doctor import doctor
+from saekit.cli.first_steps import doctor
 from saekit.doctor import Finding, can_train, checks, findings_to_json, libraries, limits
 from saekit.doctor.findings import AREAS
 from saekit.doctor.probes import Outcome
@@ -56,7 +56,7 @@ def call(monkeypatch, tmp_path):
 
 def as_process(*arguments, before="", **variables):
     """The command in a process of its own, as it is started from a shell."""
-    code = f"{before}\nimport typer\nfrom saekit.cli.doctor import doctor\ntyper.run(doctor)"
+    code = f"{before}\nimport typer\nfrom saekit.cli.first_steps import doctor\ntyper.run(doctor)"
     environment = {**os.environ, "PYTHONPATH": str(Path(saekit.__file__).parents[1]), "COLUMNS": "80", **variables}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -253,7 +253,7 @@ def test_to_json_counts():
 
 def test_the_command_itself_imports_nothing_heavy():
     code = (
-        "import sys, saekit.cli.doctor\n"
+        "import sys, saekit.cli.first_steps\n"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'numpy', 'saekit.doctor'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

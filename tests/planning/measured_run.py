@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from saekit.cli.allocator import keep_memory
+from saekit.machine import keep_memory
 
 keep_memory()
 

@@ -133,7 +133,7 @@ def test_offloading_leaves_the_gpu_the_layer_at_work(planned):
     ],
 )
 def test_what_a_launch_file_decides(name, asked, placement, offload):
-    from saekit.cli.launched import offload_of, placement_of
+    from saekit.cli.launch import offload_of, placement_of
 
     assert placement_of(name, asked) == placement
     assert offload_of(name) == offload

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from saekit.report.live_view import LiveState, run_view, spread
-from saekit.report.pace import Pace
+from saekit.report.stats import Pace
 from saekit.report.terminal import LiveReporter
 
 

@@ -14,8 +14,8 @@ from saekit.errors import UserError
 from saekit.planning import Machine
 from saekit.units import parse_count, show_count
 from saekit.wizard import files_of, start, start_command, write
-from saekit.wizard.amount import BATCH
 from saekit.wizard.ask import show
+from saekit.wizard.sizes import BATCH
 from tests.wizard.conftest import BACK, ENTER
 
 SIZES = ("64 latents", "4", "32")
@@ -314,7 +314,7 @@ def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text
             raise UserError(f"{processes} processes, but this machine has 2 GPUs")
         return Machine("cuda", processes or 2, 80 * 2**30, "GPU of a kind")
 
-    monkeypatch.setattr("saekit.wizard.model.detect", two_gpus)
+    monkeypatch.setattr("saekit.wizard.inputs.detect", two_gpus)
     beginning = (str(model_dir), str(text_file), "all", *SIZES, "all", "2")
     draft, asker = answer("3", ENTER, *beginning, "ddp")
     assert asker.asked[0] == ("machine", "2")
