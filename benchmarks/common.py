@@ -69,7 +69,7 @@ def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, fold
     from datasets import Dataset, concatenate_datasets
 
     from saekit.data import chunk_and_tokenize
-    from saekit.demo.text import standard_library
+    from saekit.demo import standard_library
 
     documents = Dataset.from_dict({"text": list(standard_library())}).shuffle(seed=seed)
     border = len(documents) // 20

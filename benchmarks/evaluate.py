@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from common import Job
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 
 from saekit import Sae
 from saekit.activations import tap
-from saekit.analysis.evaluate import Subject, evaluate
-from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.evaluate import evaluate
 from saekit.analysis.results import Evaluation
 from saekit.data import sequences
 from saekit.sae.model import around

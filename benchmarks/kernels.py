@@ -15,7 +15,7 @@ Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor.
 
 from __future__ import annotations
 
-from saekit.cli.allocator import keep_memory
+from saekit.machine import keep_memory
 
 keep_memory()  # as `saekit train` does
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saekit.cli.allocator import keep_memory
+from saekit.machine import keep_memory
 
 keep_memory()  # as `saekit train` does
 

@@ -7,7 +7,7 @@
 Every run goes through the command line of the saekit in `--tree`, with one thread, on a model and on tokens that are
 made once per folder from fixed seeds. Runs in one process must agree bit for bit: weights, moments, counters,
 thresholds and every number in `metrics.jsonl` that does not depend on the clock. Runs on several ranks must agree to
-1e-5, relative to the norm of a tensor, and runs with a threshold to 1e-6: its logarithm is torch's, where it was libm's.
+1e-5, relative to the norm of a tensor, and runs with a threshold to 1e-6: its logarithm was libm's and is torch's.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ from common import HERE, OFFLINE, hardware, versions
 from rich.console import Console
 from rich.table import Table
 
-from saekit.demo.run import MODEL_DIR
-from saekit.demo.text import standard_library
+from saekit.demo import MODEL_DIR, standard_library
 from saekit.sae.kernels import SELECT_DTYPES
 
 LIMIT = 1.005

@@ -17,7 +17,7 @@ from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainCo
 from saekit.config.flat import laid_over, load_plugins, option_names, read_yaml, unknown_options
 from saekit.config.options import options_of
 from saekit.errors import UserError
-from saekit.runs.layout import has_checkpoints, run_of
+from saekit.runs.layout import CONFIG_FILE, has_checkpoints, run_of
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -238,9 +238,6 @@ def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]
 
 def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the run that `resume` names was started with."""
-    from saekit.runs.recovery import resolved_of
-    from saekit.training.saving import with_old_defaults
-
     run = run_of(path)
     if not has_checkpoints(run):
         hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
@@ -249,7 +246,7 @@ def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         if name in given:
             option = f"--{name.replace('_', '-')} {given[name]}"
             raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
-    kept = with_old_defaults(read_yaml(run / "config.yaml"), resolved_of(run))
+    kept = read_yaml(run / CONFIG_FILE)
     if "placement" in given:  # what belongs to another one does not come along
         kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
     return kept

@@ -1,4 +1,4 @@
-"""Numbers as people read them. Every function takes None or NaN and shows it as a dash."""
+"""Numbers as people read and type them. What shows a number takes None or NaN, too, and shows a dash."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from saekit.errors import UserError
 
 UNKNOWN = "–"
 """Stands for a number that is not known."""
+SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def unknown(value: float | None) -> bool:
@@ -92,9 +94,6 @@ def tail(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
-COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
 def parse_count(option: str, text: str) -> int:
     """`"100M"`, `"1e8"`, `"100,000,000"` or `"100_000_000"` → 100000000.
 
@@ -115,3 +114,23 @@ def show_count(number: int) -> str:
         if number % COUNTS[unit] == 0:
             return f"{number // COUNTS[unit]}{unit}"
     return str(number)
+
+
+def plural(number: int, word: str) -> str:
+    """A count with its noun: `1 GPU`, `2 GPUs`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def parse_size(option: str, text: str) -> int:
+    """`"80GiB"`, `"80 GB"` or `"80G"` → bytes; without a unit GiB are meant if the number is small.
+
+    Raises:
+        UserError: If it is not a positive size; `option` is named in it.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or not float(found[1]) or found[2] == "I":
+        raise UserError(f"{option} {text!r}: expected a size such as 80GiB or 80GB")
+    number, unit = float(found[1]), found[2]
+    if not unit and number < 10_000:
+        unit = "GI"
+    return round(number * SIZES[unit])

@@ -196,7 +196,7 @@ FAULTS = [
     ("the newest is that of the highest step", CHECKPOINT, "key=lambda each: each[1])", "key=lambda each: each[0])"),
     (
         "what is half deleted keeps its name",
-        CHECKPOINT,
+        "saekit/runs/files.py",
         "            os.replace(folder, doomed)\n        shutil.rmtree(doomed)",
         "            doomed = folder\n        shutil.rmtree(doomed)",
     ),
@@ -228,7 +228,7 @@ FAULTS = [
     ),
     (
         "KL the wrong way round",
-        "saekit/analysis/objective.py",
+        "saekit/analysis/subject.py",
         "(p_NV - q_NV).mul_(p_NV.exp())",
         "(q_NV - p_NV).mul_(q_NV.exp())",
     ),

@@ -12,6 +12,7 @@ ROOT = Path(saekit.__file__).parent
 ANYWHERE = {"_version", "errors", "machine", "registry", "units"}
 MAY_IMPORT = {
     "sae": set(),
+    "demo": set(),
     "config": set(),
     "report": set(),
     "data": {"config"},
@@ -37,7 +38,6 @@ MAY_IMPORT = {
         "wizard",
         "demo",
     },
-    "demo": {"config", "analysis", "training", "views", "cli"},
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 
@@ -95,3 +95,48 @@ def test_the_maths_needs_torch_only():
     for file in (ROOT / "sae").rglob("*.py"):
         found = {name.split(".")[0] for name in imports_of(file)}
         assert found <= allowed | standard, file
+
+
+SPELLED_ONCE: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("config.yaml", "metrics.jsonl", "run.yaml", "checkpoint.json", "saekit.json", "eval.json", "best"),
+    ("runs/layout.py",),
+)
+# Also what `--resume` without a value comes to.
+SPELLED_ONCE["latest"] = ("runs/layout.py", "sae/storage.py", "config/options.py", "cli/options.py", "cli/train.py")
+SPELLED_ONCE |= {
+    "state.safetensors": ("runs/layout.py",),
+    # One SAE's folder needs no run.
+    "sae.safetensors": ("sae/storage.py",),
+    "cfg.json": ("sae/storage.py", "sae/saelens.py"),
+}
+"""Names of files and folders, and the files of ours in which they stand, besides in what is said to people."""
+
+
+@pytest.mark.parametrize("name", SPELLED_ONCE)
+def test_what_lies_where_is_known_in_one_place(name):
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == name
+    }
+    assert found <= set(SPELLED_ONCE[name])
+
+
+def test_globs_of_checkpoints_are_made_in_one_place():
+    for file in FILES:
+        if file.relative_to(ROOT).as_posix() == "runs/layout.py":
+            continue
+        said = [
+            node.value
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        assert not [text for text in said if text.startswith(("step_*", ".step_"))], file
+
+
+def test_rooms_stand_on_floors():
+    """Each room imports rooms that stand before it in the list: none of them can import each other in a circle."""
+    rooms = list(MAY_IMPORT)
+    for place, room in enumerate(rooms):
+        assert MAY_IMPORT[room] <= set(rooms[:place]), room

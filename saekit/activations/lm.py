@@ -1,4 +1,4 @@
-"""Load a language model, no deeper than its last tapped layer."""
+"""Load a language model, no deeper than its last tapped layer; which of its tokens train no SAE."""
 
 from __future__ import annotations
 

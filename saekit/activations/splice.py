@@ -1,4 +1,4 @@
-"""Put something else in the place of the residual stream while a model runs."""
+"""Put something else in the place of the residual stream while a model runs, and run it from there only."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from saekit.analysis.inspect import Inspection, LayerInspection
 from saekit.analysis.measure import EXACT_BUDGET, chunk_rows, unit_rows
 from saekit.errors import UserError
-from saekit.runs.locate import WEIGHTS, read_tensors
+from saekit.runs.locate import read_tensors
+from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 SHARED_COSINE = 0.9
 """A decoder row whose nearest row in the other dictionary has at least this cosine counts as the same feature."""

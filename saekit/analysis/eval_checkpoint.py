@@ -22,9 +22,9 @@ from saekit.activations import (
     no_bars,
     resolve_ctx_len,
 )
-from saekit.analysis.evaluate import Progress, Subject, evaluate
-from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import DataConfig, RunConfig
 from saekit.config.run import read_yaml
 from saekit.data import Sequences, StepBatches, load_sequences
@@ -32,7 +32,7 @@ from saekit.data.held_out import held_out, other_split, shuffled
 from saekit.errors import UserError
 from saekit.placement import Placement, connect
 from saekit.runs.files import write_at_once
-from saekit.runs.layout import EVAL_FILE
+from saekit.runs.layout import CONFIG_FILE, EVAL_FILE
 from saekit.runs.locate import check_files, locate
 from saekit.sae import Sae
 
@@ -229,7 +229,7 @@ class _Run(NamedTuple):
 
 
 def _config(checkpoint: Path, options: EvalOptions) -> _Run:
-    file = checkpoint.parent / "config.yaml"
+    file = checkpoint.parent / CONFIG_FILE
     values = read_yaml(file) if file.is_file() else {}
     asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
     for name in ("model", "dataset"):

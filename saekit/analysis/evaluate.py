@@ -14,7 +14,6 @@ from saekit.activations import find_blocks, splice, start_behind, tap
 from saekit.activations.hookpoints import text_config_of, width
 from saekit.activations.splice import Replace
 from saekit.activations.tap import without_cache
-from saekit.analysis.objective import IGNORED, Objective, compare
 from saekit.analysis.results import (
     CHANGES,
     AnswerSums,
@@ -26,6 +25,7 @@ from saekit.analysis.results import (
     Total,
     ratio,
 )
+from saekit.analysis.subject import IGNORED, Objective, compare
 from saekit.data import Sequences
 from saekit.errors import UserError
 from saekit.sae import Sae

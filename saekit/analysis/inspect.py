@@ -22,9 +22,11 @@ from saekit.analysis.measure import (
 )
 from saekit.errors import UserError
 from saekit.registry import SELECTIONS
-from saekit.runs.layout import EVAL_FILE, EVAL_FORMAT
-from saekit.runs.locate import WEIGHTS, Location, check_files, locate, read_json, read_tensors, select
+from saekit.runs.layout import ABOUT_FILE, EVAL_FILE, EVAL_FORMAT, METRICS_FILE, STATE_FILE
+from saekit.runs.locate import Location, check_files, locate, read_json, read_tensors, select
 from saekit.runs.metrics import plain, read_metrics
+from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
+from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
 def _inspect_sae(
     hookpoint: str, folder: Path, note: dict[str, Any], trend: tuple[tuple[int, float | None], ...]
 ) -> LayerInspection:
-    config = read_json(folder / "cfg.json")
+    config = read_json(folder / SAE_CONFIG)
     weights = {
         name: tensor.float()
         for name, tensor in read_tensors(folder / WEIGHTS, ["encoder.weight", "W_dec", "b_dec"]).items()
@@ -150,7 +152,7 @@ def _inspect_sae(
     expected = (_whole(config, "num_latents") or 0) or (_whole(config, "expansion_factor") or 0) * d_in
     if len(decoder_MD) != num_latents or expected not in (0, num_latents):
         raise UserError(
-            f"{folder / WEIGHTS} does not fit cfg.json: encoder of {num_latents:,} latents, decoder of "
+            f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: encoder of {num_latents:,} latents, decoder of "
             f"{len(decoder_MD):,}, configured {expected:,}"
         )
     tokens, threshold = _whole(note, "tokens"), _whole(note, "dead_feature_threshold")
@@ -185,13 +187,13 @@ def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
 
 def _notes(folder: Path) -> dict[str, Any]:
     """What training wrote beside the weights; sparsify writes nothing."""
-    file = folder / "saekit.json"
+    file = folder / ABOUT_FILE
     return read_json(file) if file.exists() else {}
 
 
 def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | None]:
     """Tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
-    file = folder / "state.safetensors"
+    file = folder / STATE_FILE
     if not file.exists():
         return None, None
     names = ("tokens_since_fired", "fire_count")
@@ -204,7 +206,7 @@ def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | N
 
 def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, float | None], ...]]:
     """FVU by hookpoint from the run's metrics, up to the checkpoint's step."""
-    file = location.checkpoint.parent / "metrics.jsonl"
+    file = location.checkpoint.parent / METRICS_FILE
     trends: dict[str, list[tuple[int, float | None]]] = {}
     for record in read_metrics(file) if file.is_file() else ():
         if step is None or record["step"] <= step:

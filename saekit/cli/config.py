@@ -11,6 +11,7 @@ import typer
 from saekit.cli.options import check_machine, options_given, with_config_options
 from saekit.cli.plan import MACHINE
 from saekit.errors import UserError
+from saekit.runs.layout import RUN_FILE
 
 
 @with_config_options
@@ -19,7 +20,7 @@ def config(
     dataset: Annotated[str | None, typer.Argument(help="Data set, as for saekit train.")] = None,
     output: Annotated[
         Path, typer.Option("--output", metavar="PATH", help="The run's options; one that exists gives the defaults.")
-    ] = Path("run.yaml"),
+    ] = Path(RUN_FILE),
     launch_file: Annotated[
         Path,
         typer.Option("--launch-file", metavar="PATH", help="How to start several processes, for accelerate launch."),

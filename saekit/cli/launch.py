@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import typer
@@ -20,7 +20,11 @@ import yaml
 
 import saekit
 from saekit.cli.output import EXIT_FAULT, LAUNCHED, fail, leave
+from saekit.config.ranks import AUTO
 from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from saekit.planning import Offload
 
 OWN_OPTIONS = ("--launch", "--num-processes")
 """What `saekit train` understands itself and the processes that it starts are not told."""
@@ -240,3 +244,38 @@ def _hush() -> None:
         "torch.distributed.elastic.agent.server.api",  # "Received 2 death signal, shutting down workers"
     ):
         logging.getLogger(logger).addFilter(lambda record: False)  # torchrun sets the level itself
+
+
+def placement_of(name: str, asked: str) -> str | None:
+    """The placement under `--launch NAME`; None where there is one process.
+
+    Args:
+        name: A shipped launch file's name, or a file.
+        asked: `--placement`.
+    """
+    from saekit.placement.choose import launched_as
+
+    decided = launched_as(_read_launch_file(name))
+    return decided if decided is None or asked == AUTO else asked
+
+
+def offload_of(name: str) -> Offload:
+    """What DeepSpeed is to keep in the machine's memory under `--launch NAME`."""
+    from saekit.planning import Offload
+
+    zero = _section(_read_launch_file(name), "deepspeed_config")
+    return Offload(*(zero.get(f"offload_{what}_device") == "cpu" for what in ("optimizer", "param")))
+
+
+def _read_launch_file(name: str) -> dict[str, object]:
+    try:
+        said = yaml.safe_load(launch_file(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--launch {name}: not a launch file that can be read ({reason})") from None
+    return said if isinstance(said, dict) else {}
+
+
+def _section(said: dict[str, object], name: str) -> dict[str, object]:
+    section = said.get(name)
+    return section if isinstance(section, dict) else {}

@@ -1,4 +1,4 @@
-"""The batch of optimiser step *s*, as a function of *s*, the seed and the global batch size alone."""
+"""The batch of optimiser step *s*, as a function of *s*, the seed and the global batch size alone; read ahead."""
 
 from __future__ import annotations
 

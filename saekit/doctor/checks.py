@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
+from saekit._version import __version__
 from saekit.config import TrainConfig
-from saekit.doctor import devices as machine
-from saekit.doctor import hub, libraries, limits, ranks
+from saekit.doctor import devices, hub, libraries, limits, ranks
 from saekit.doctor.findings import (
     DEVICES,
     EIGHT_BITS,
@@ -31,8 +31,7 @@ from saekit.doctor.findings import (
     attempt,
 )
 from saekit.doctor.probes import ADAM8BIT, DEEPSPEED, GLOO, Outcome, Probes
-from saekit.machine import SAEKIT as OWN_VERSION
-from saekit.machine import library_versions
+from saekit.machine import cpu_model, free_memory, library_versions, usable_cores
 
 Check = Callable[[], Iterable[Finding]]
 
@@ -70,7 +69,7 @@ def can_train(findings: Iterable[Finding]) -> bool:
 def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
     """Everything as plain values, for a bug report."""
     return {
-        "saekit": OWN_VERSION,
+        "saekit": __version__,
         "can_train": can_train(findings),
         "problems": sum(finding.state == "problem" for finding in findings),
         "notes": sum(finding.state == "note" for finding in findings),
@@ -100,7 +99,7 @@ def _torch() -> Any:
 
 
 def _gpus(torch: Any) -> int:
-    """How many GPUs torch can use; why it is none, `machine.cuda` finds out."""
+    """How many GPUs torch can use; why it is none, `devices.cuda` finds out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -110,18 +109,18 @@ def _gpus(torch: Any) -> int:
 
 
 def _devices(torch: Any, gpus: int) -> Iterator[tuple[str, str, Check]]:
-    yield DEVICES, "GPUs", lambda: machine.cuda(torch, [] if gpus else machine.nvidia_gpus(), os.environ)
+    yield DEVICES, "GPUs", lambda: devices.cuda(torch, [] if gpus else devices.nvidia_gpus(), os.environ)
     for number in range(gpus):
-        yield DEVICES, f"GPU {number}", partial(machine.gpu, torch, number)
-    yield DEVICES, "CPU", lambda: machine.cpu(torch, machine.cpu_model(), limits.usable_cores()[0])
-    yield DEVICES, "threads", lambda: machine.threads(torch.get_num_threads(), *limits.usable_cores(), os.environ)
+        yield DEVICES, f"GPU {number}", partial(devices.gpu, torch, number)
+    yield DEVICES, "CPU", lambda: devices.cpu(torch, cpu_model(), usable_cores()[0])
+    yield DEVICES, "threads", lambda: devices.threads(torch.get_num_threads(), *usable_cores(), os.environ)
     yield DEVICES, "kernels", partial(_kernels, torch, gpus)
 
 
 def _kernels(torch: Any, gpus: int) -> Iterator[Finding]:
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     capability = torch.cuda.get_device_capability(0) if gpus else None
-    return machine.kernels(device, triton=_has("triton"), capability=capability)
+    return devices.kernels(device, triton=_has("triton"), capability=capability)
 
 
 def _ranks(torch: Any, gpus: int, outcome: Callable[[str], Outcome]) -> Iterator[tuple[str, str, Check]]:
@@ -170,7 +169,7 @@ def _elsewhere(variable: str) -> str:
 def _resources(gpus: int) -> Iterator[tuple[str, str, Check]]:
     saves = TrainConfig().save_dir
     move = "use --save-dir FOLDER, one that can be written and has room"
-    yield RESOURCES, "memory", lambda: limits.memory(*limits.free_memory())
+    yield RESOURCES, "memory", lambda: limits.memory(*free_memory())
     yield RESOURCES, "swap", lambda: limits.swap(psutil.swap_memory().total, psutil.swap_memory().used)
     yield RESOURCES, "save-dir", lambda: limits.folder(RESOURCES, "save-dir", saves, move)
     yield RESOURCES, "/dev/shm", lambda: limits.shared_memory(gpus)

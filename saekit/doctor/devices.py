@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 import subprocess
@@ -10,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.doctor.findings import DEVICES, Finding, describe, plural, size
+from saekit.doctor.findings import DEVICES, Finding, describe
 from saekit.doctor.libraries import install
+from saekit.units import plural, size
 
 if TYPE_CHECKING:
     import torch
@@ -123,15 +123,6 @@ def cpu(torch: Any, model: str, cores: int) -> Iterator[Finding]:
         yield Finding(DEVICES, "CPU", "note", found, remedy)
     else:
         yield Finding(DEVICES, "CPU", "ok", found)
-
-
-def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's name where the system tells it, else its architecture."""
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def threads(number: int, cores: int, allowed: int, environment: Mapping[str, str]) -> Iterator[Finding]:

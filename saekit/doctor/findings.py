@@ -67,15 +67,3 @@ def shown(path: Path) -> str:
         return str(path)
     inside = path != home and home != home.parent and path.is_relative_to(home)
     return str(Path("~") / path.relative_to(home)) if inside else str(path)
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in binary units: `512 MiB`, `3.2 GiB`."""
-    if n_bytes < GIB:
-        return f"{n_bytes / 2**20:.0f} MiB"
-    return f"{n_bytes / GIB:.1f} GiB" if n_bytes < 1024 * GIB else f"{n_bytes / (1024 * GIB):.1f} TiB"
-
-
-def plural(number: int, word: str) -> str:
-    """`1 GPU`, `2 GPUs`."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from saekit.doctor.findings import HUB, Finding, size
+from saekit.doctor.findings import HUB, Finding
+from saekit.units import size
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Environment variables that hold a token; the first that is set counts."""

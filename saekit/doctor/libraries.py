@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from saekit._version import __version__
 from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe
-from saekit.machine import SAEKIT as OWN_VERSION
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -42,10 +42,10 @@ def about() -> Iterator[Finding]:
     try:
         version("saekit")
     except PackageNotFoundError:
-        found = f"{OWN_VERSION}, run from a folder and not installed: its libraries' bounds are not known"
+        found = f"{__version__}, run from a folder and not installed: its libraries' bounds are not known"
         yield Finding(SAEKIT, "version", "note", found, "pip install -e . in that folder")
     else:
-        yield Finding(SAEKIT, "version", "ok", OWN_VERSION)
+        yield Finding(SAEKIT, "version", "ok", __version__)
 
 
 def python(running: str, bounds: str | None) -> Iterator[Finding]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
-from saekit.doctor.findings import GIB, RESOURCES, Finding, shown, size
+from saekit.doctor.findings import GIB, RESOURCES, Finding, shown
+from saekit.units import size
 
 LOW_MEMORY, MODEST_MEMORY = 1 * GIB, 4 * GIB
 """Less than the libraries and a tiny model take; less than a small model with all of its layers takes."""
 LOW_DISK, MODEST_DISK = 1 * GIB, 10 * GIB
 LOW_SHM = 1 * GIB
 LOW_FILES = 1024
-ROOT, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def memory(free: int, total: int, limit: int | None) -> Iterator[Finding]:
@@ -47,85 +43,6 @@ def memory(free: int, total: int, limit: int | None) -> Iterator[Finding]:
 def swap(total: int, used: int) -> Iterator[Finding]:
     """Swap, for the record: a run that needs it is too slow to wait for."""
     yield Finding(RESOURCES, "swap", "ok", f"{size(used)} of {size(total)} used" if total else "none")
-
-
-def free_memory() -> tuple[int, int, int | None]:
-    """What `memory` takes."""
-    machine = psutil.virtual_memory()
-    capped = memory_limit(machine.total)
-    if capped is None:
-        return machine.available, machine.total, None
-    limit, left = capped
-    return min(machine.available, left), machine.total, limit
-
-
-def memory_limit(total: int, root: Path = ROOT, own: Path = OWN) -> tuple[int, int] | None:
-    """The tightest limit of the control groups that this process is in, and what is left of it, in bytes.
-
-    Args:
-        total: The machine's memory: limits above it are none.
-        root: Where control groups are mounted.
-        own: The list of those that this process is in.
-    """
-    found = []
-    for folder in _groups("memory", root, own):
-        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
-        if limit is not None and limit < total:
-            # What has been read from files counts as used, and is given up when it is needed.
-            found.append((max(0, limit - used + _file_pages(folder / "memory.stat")), limit))
-    left, limit = min(found, default=(0, None))
-    return None if limit is None else (limit, left)
-
-
-def usable_cores(root: Path = ROOT, own: Path = OWN) -> tuple[int, int]:
-    """How many cores this process may use, and how many threads they run at once: affinity and quotas included."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in _groups("cpu", root, own):
-        share = _cpu_quota(folder)
-        if share is not None:
-            allowed = min(allowed, max(1, math.ceil(share)))
-    return min(psutil.cpu_count(logical=False) or allowed, allowed), allowed
-
-
-def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, of both versions, and of those above them."""
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, names, path = line.split(":", 2)
-        if names and controller not in names.split(","):
-            continue
-        top = root / controller if names else root
-        group = top / path.lstrip("/")
-        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(top))
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it says `max`
-        return None
-
-
-def _file_pages(stat: Path) -> int:
-    try:
-        lines = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(lines.get("total_inactive_file") or lines.get("inactive_file") or 0)
-
-
-def _cpu_quota(folder: Path) -> float | None:
-    """How many cores' time a control group may use; None if there is no limit."""
-    try:
-        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        return quota_us / period_us if quota_us and quota_us > 0 and period_us else None
 
 
 def folder(area: str, name: str, path: Path, remedy: str) -> Iterator[Finding]:

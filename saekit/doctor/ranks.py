@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from saekit.doctor.findings import EIGHT_BITS, RANKS, Finding, plural
+from saekit.doctor.findings import EIGHT_BITS, RANKS, Finding
 from saekit.doctor.libraries import install
 from saekit.doctor.probes import Outcome
+from saekit.units import plural
 
 HOSTS = "or give this host's name its address in /etc/hosts"
 

@@ -1,4 +1,4 @@
-"""The live view of a run on a terminal."""
+"""Progress on a terminal: the live view for somebody who watches, and the choice between it and plain lines."""
 
 from __future__ import annotations
 

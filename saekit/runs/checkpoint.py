@@ -1,40 +1,34 @@
-"""Writing checkpoints: whole tensors per layer, in files any reader of the field knows, put in place by one rename.
-
-RUN/config.yaml, metrics.jsonl
-RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
-RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, and
-                                     size and checksum of every file
-RUN/step_00000200/layers.0/          one folder per hookpoint:
-    cfg.json, sae.safetensors        the SAE, in sparsify's format
-    saekit.json                      what it was trained on
-    state.safetensors                counters, calibration, optimiser state
-
-A checkpoint is written to `.step_00000200.partial`. Its index comes last, when everything that it names is on the
-disk: a folder with an index is whole, whatever it is called, and `recovery` puts it in place if the writer died before.
-"""
+"""Write checkpoints: whole tensors per layer, in files any reader of the field knows, put in place by one rename."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saekit.runs.files import flush, write_at_once
-from saekit.runs.layout import ABOUT_FILE, FORMAT, INDEX_FILE, STATE_FILE, checkpoint_folders
+from saekit.runs.files import discard, fingerprint, flush, point, write_at_once
+from saekit.runs.layout import (
+    ABOUT_FILE,
+    BEST,
+    FORMAT,
+    INDEX_FILE,
+    LATEST,
+    METRICS_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    final_folder,
+    remains,
+    step_folders,
+)
 from saekit.sae import Sae
-
-CHECKSUM = "xxh3_128"
-"""Finds damage at memory speed, where a cryptographic hash takes longer than the writing; `xxhsum -H2` prints it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
     for name, each in fingerprints.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != each["bytes"]:
             raise OSError(f"{name} was written by another rank and is not here: all machines must see --save-dir")
-    if (metrics := run_dir / "metrics.jsonl").exists():  # what the checkpoint's steps reported lasts as long as it does
+    if (metrics := run_dir / METRICS_FILE).exists():  # what the checkpoint's steps reported lasts as long as it does
         flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)
     content = {"format": FORMAT, "serial": serial, "step": step, **index, "files": fingerprints}
@@ -120,13 +114,13 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
 def put_in_place(partial: Path) -> Path:
     """Give a checkpoint that is whole its name, make `latest` point to it, and return its folder."""
     run_dir = partial.parent
-    final = run_dir / partial.name.removeprefix(".").removesuffix(".partial")
+    final = final_folder(partial)
     # There is one if the run went back to an earlier checkpoint, and passes this step again. Whoever dies in between
     # leaves a whole partial folder, which `recovery` finds.
     discard(final)
     os.replace(partial, final)
     flush(run_dir)
-    point(run_dir / "latest", final)
+    point(run_dir / LATEST, final)
     return final
 
 
@@ -136,7 +130,7 @@ def numbered(run_dir: Path) -> list[tuple[Path, int]]:
     The number, not the step, says what is newest: a run can go back to an earlier step. What has no index that can be
     read comes first.
     """
-    found = [(folder, _serial(folder)) for folder in sorted(run_dir.glob("step_*")) if folder.is_dir()]
+    found = [(folder, _serial(folder)) for folder in step_folders(run_dir)]
     return sorted(found, key=lambda each: each[1])
 
 
@@ -147,55 +141,21 @@ def _serial(folder: Path) -> int:
         return 0
 
 
-def point(link: Path, folder: Path) -> None:
-    """Make a link to a sibling folder, replacing an old one in a single step."""
-    fresh = link.with_name(f".{link.name}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(folder.name)
-    os.replace(fresh, link)
-    flush(link.parent)
-
-
 def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the `keep_last` checkpoints that were written last, and what interrupted saves left.
 
     What `best` points to stays. So does what has a higher step than the newest (the user went back to an earlier one):
     it is replaced when the run passes that step again.
     """
-    best = (run_dir / "best").resolve()
+    best = (run_dir / BEST).resolve()
     checkpoints = [folder for folder, _ in numbered(run_dir)]
     newest = checkpoints[-1]
     earlier = [folder for folder in checkpoints if folder.name <= newest.name]
     for folder in earlier[:-keep_last]:
         if folder.resolve() != best:
             discard(folder)
-    for remains in [path for pattern in REMAINS for path in run_dir.glob(pattern)]:
-        discard(remains)
-
-
-REMAINS = (".step_*.partial", ".step_*.deleted")
-"""What saves and deletions leave behind when they are killed."""
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder so that it never looks like a checkpoint with files missing."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name.strip('.').split('.')[0]}.deleted")
-        if folder != doomed:
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(folder, doomed)
-        shutil.rmtree(doomed)
-
-
-def fingerprint(file: Path) -> dict[str, Any]:
-    """A file's size and checksum."""
-    digest = xxhash.xxh3_128()
-    size = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, CHECKSUM: digest.hexdigest()}
+    for each in list(remains(run_dir)):
+        discard(each)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

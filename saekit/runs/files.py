@@ -1,10 +1,19 @@
-"""Files that are there whole or not at all."""
+"""Files, folders and links that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from saekit.runs.layout import doomed_folder
+
+CHECKSUM = "xxh3_128"
+"""Finds damage at memory speed, where a cryptographic hash takes longer than the writing; `xxhsum -H2` prints it."""
 
 
 def write_at_once(file: Path, text: str) -> None:
@@ -32,3 +41,33 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def point(link: Path, folder: Path) -> None:
+    """Make a link to a sibling folder, replacing an old one in a single step."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    os.replace(fresh, link)
+    flush(link.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder so that it never looks like a checkpoint with files missing."""
+    if folder.exists():
+        doomed = doomed_folder(folder)
+        if folder != doomed:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Return a file's size and checksum."""
+    digest = xxhash.xxh3_128()
+    size = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, CHECKSUM: digest.hexdigest()}

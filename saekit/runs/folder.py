@@ -10,10 +10,15 @@ from pathlib import Path
 from saekit.config import TrainConfig
 from saekit.errors import UserError
 from saekit.runs.files import flush
-from saekit.runs.layout import has_checkpoints, run_of
-
-OWN_FILES = ("config.yaml", "config.yaml.tmp", "metrics.jsonl", "metrics.jsonl.tmp")
-"""What a run has in its folder before the first checkpoint."""
+from saekit.runs.layout import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    has_checkpoints,
+    has_only_begun,
+    looks_like_a_run,
+    replaced_folder,
+    run_of,
+)
 
 
 def run_folder(cfg: TrainConfig, default_name: str) -> Path:
@@ -42,23 +47,18 @@ def check_run_folder(cfg: TrainConfig, path: Path) -> None:
         return
     if not path.exists() or not any(path.iterdir()):
         return
-    if cfg.resume == "auto" and _has_only_begun(path):
+    if cfg.resume == "auto" and has_only_begun(path):
         return
     if not cfg.overwrite:
         raise UserError(
             f"the run folder {path} exists already: --resume goes on with it, --overwrite replaces it, "
             "--run-name chooses another"
         )
-    if not (path / "config.yaml").is_file() or not (path / "metrics.jsonl").is_file():
+    if not looks_like_a_run(path):
         raise UserError(
-            f"--overwrite: {path} does not look like a run (no config.yaml or no metrics.jsonl in it); "
+            f"--overwrite: {path} does not look like a run (no {CONFIG_FILE} or no {METRICS_FILE} in it); "
             "nothing was deleted"
         )
-
-
-def _has_only_begun(path: Path) -> bool:
-    """Whether a run was killed before its first checkpoint, and nothing else lies in its folder."""
-    return all(file.name in OWN_FILES or file.match(".step_*.partial") for file in path.iterdir())
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def new_run_folder(cfg: TrainConfig, path: Path) -> Iterator[None]:
     check_run_folder(cfg, path)
     keep = goes_on(cfg, path)
     path = path.resolve()  # through a link: the run itself is replaced, not the link
-    replaced = path.with_name(f".{path.name}.replaced")
+    replaced = replaced_folder(path)
     try:
         shutil.rmtree(replaced, ignore_errors=True)
         if not keep and path.exists():

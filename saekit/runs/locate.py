@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saekit.errors import UserError
-from saekit.runs.layout import FORMAT
+from saekit.runs.layout import CONFIG_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
 from saekit.runs.layout import INDEX_FILE as MANIFEST
+from saekit.sae.storage import SEARCH_DEPTH, natural_key, sae_folders_below
+from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
-WEIGHTS = "sae.safetensors"
-STEP_FOLDER = re.compile(r"step_(\d+)")
-MAX_DEPTH = 4
-"""Folders below the one given in which SAEs are looked for."""
+FOREIGN = "config.json"
+"""Where sparsify says what it trained on."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def locate(path: Path) -> Location:
     manifest = _manifest(checkpoint)
     names = {*found, *_promised(manifest)}
     if not names:
-        unsaved = (path / "metrics.jsonl").exists() or (path / "config.yaml").exists()
+        unsaved = (path / METRICS_FILE).exists() or (path / CONFIG_FILE).exists()
         reason = "this run has not saved a checkpoint yet" if unsaved else f"no folder in it has a {WEIGHTS}"
         raise UserError(f"{path} holds no SAE: {reason}")
-    saes = {name: found.get(name, checkpoint / name) for name in sorted(names, key=natural)}
+    saes = {name: found.get(name, checkpoint / name) for name in sorted(names, key=natural_key)}
     return Location("run" if newest else "checkpoint", checkpoint, manifest, saes)
 
 
@@ -142,13 +142,8 @@ def layer_number(hookpoint: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """A sorting key under which `layers.2` comes before `layers.10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _lone_sae(path: Path) -> Location:
-    for parent in list(path.parents)[:MAX_DEPTH]:
+    for parent in list(path.parents)[:SEARCH_DEPTH]:
         if (parent / MANIFEST).is_file():
             return Location("sae", parent, _manifest(parent), {path.relative_to(parent).as_posix(): path})
     return Location("sae", path.parent, _manifest(path.parent), {path.name: path})
@@ -156,8 +151,8 @@ def _lone_sae(path: Path) -> Location:
 
 def _newest_checkpoint(run: Path) -> Path | None:
     """The folder that `latest` leads to, else the one of the highest step; None where there is neither."""
-    if (run / "latest").is_dir():
-        return run / "latest"
+    if (run / LATEST).is_dir():
+        return run / LATEST
     steps = [(int(m[1]), p) for p in run.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)) and p.is_dir()]
     return max(steps)[1] if steps else None
 
@@ -165,10 +160,13 @@ def _newest_checkpoint(run: Path) -> Path | None:
 def _manifest(checkpoint: Path) -> dict[str, Any]:
     if (checkpoint / MANIFEST).exists():
         manifest = read_json(checkpoint / MANIFEST)
-        if isinstance(version := manifest.get("format"), int) and version > FORMAT:
-            raise UserError(f"{checkpoint / MANIFEST} has format {version}, which is newer than this saekit: update it")
+        if isinstance(version := manifest.get("format"), int) and version != FORMAT:
+            raise UserError(
+                f"{checkpoint / MANIFEST} has format {version}, and this saekit reads format {FORMAT} only: "
+                "use the version that wrote it"
+            )
         return manifest
-    foreign = checkpoint / "config.json"
+    foreign = checkpoint / FOREIGN
     return {k: v for k, v in read_json(foreign).items() if k in ("model", "dataset")} if foreign.is_file() else {}
 
 
@@ -178,18 +176,12 @@ def _promised(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _search(checkpoint: Path) -> dict[str, Path]:
-    """SAE folders below a checkpoint, by their relative path."""
-    found: dict[str, Path] = {}
-    for folder, below, files in os.walk(checkpoint):
-        relative = Path(folder).relative_to(checkpoint)
-        if WEIGHTS in files:
-            found[relative.as_posix()] = Path(folder)
-        if folder != str(checkpoint) and MANIFEST in files:
-            raise UserError(f"{checkpoint} holds several checkpoints: give one of them, such as {folder}")
-        if WEIGHTS in files or len(relative.parts) >= MAX_DEPTH:
-            below.clear()
-        below[:] = [name for name in below if not name.startswith(".")]
-    # sparsify keeps its best SAEs in a folder inside the checkpoint; they are no further layers.
-    if any("/" not in name for name in found):
-        found = {name: folder for name, folder in found.items() if not name.startswith("best/")}
+    """Find the SAE folders below a checkpoint, by their relative path."""
+    found = sae_folders_below(checkpoint)
+    for folder in found.values():
+        for inner in (folder, *folder.parents):
+            if inner == checkpoint:
+                break
+            if (inner / MANIFEST).is_file():
+                raise UserError(f"{checkpoint} holds several checkpoints: give one of them, such as {inner}")
     return found

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saekit.errors import UserError
-from saekit.runs.checkpoint import fingerprint, numbered, put_in_place
-from saekit.runs.layout import FORMAT, INDEX_FILE, STATE_FILE, is_checkpoint, run_of
+from saekit.runs.checkpoint import numbered, put_in_place
+from saekit.runs.files import fingerprint
+from saekit.runs.layout import FORMAT, INDEX_FILE, STATE_FILE, is_checkpoint, partial_folders, run_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def find_checkpoint(path: Path) -> Found:
 
 
 def _settle(run_dir: Path) -> None:
-    for partial in sorted(run_dir.glob(".step_*.partial")):
+    for partial in partial_folders(run_dir):
         with suppress(UserError):  # what is not whole is the next save's to delete
             read_index(partial)
             put_in_place(partial)
@@ -68,17 +69,6 @@ def _newest_whole(run_dir: Path) -> Found:
         except UserError as error:
             damage.append(str(error))
     raise UserError("; ".join(damage) or f"there is no checkpoint in {run_dir}")
-
-
-def resolved_of(run_dir: Path) -> dict[str, Any]:
-    """What a run's defaults came to, as any of its checkpoints says; empty where none can be read.
-
-    Nothing is verified: whoever goes on from one does that.
-    """
-    for folder, _ in numbered(run_dir):
-        with suppress(OSError, ValueError, KeyError):
-            return dict(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["resolved"])
-    return {}
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
@@ -115,7 +105,7 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
 def read_state(folder: Path, names: Collection[str] | None = None, if_there: Collection[str] = ()) -> dict[str, Tensor]:
     """A layer's counters, calibration and optimiser state, on the CPU; only those of some names, if they are given.
 
-    What is in `if_there` may be missing, as it is where an older version has written.
+    What is in `if_there` may be missing, as `max_norm` is where a layer has no limit.
     """
     try:
         if names is None:

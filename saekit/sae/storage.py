@@ -14,6 +14,7 @@ What is read and written here are plain sizes and tensors; `Sae` makes a module 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,10 @@ from saekit.sae.selection.base import Selection
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
+LATEST = "latest"
+"""The link in a run's folder to its latest checkpoint."""
+SEARCH_DEPTH = 4
+"""Folders below a checkpoint in which SAEs are looked for."""
 FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 """Our parameter names and the file's."""
 
@@ -118,20 +123,34 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
 
 
 def find_sae_folders(path: str | Path) -> dict[str, Path]:
-    """Every SAE folder below a run or a checkpoint, by hookpoint, naturally sorted (`layers.2` before `layers.10`).
+    """Find every SAE folder of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted.
 
     Raises:
         FileNotFoundError: If there is none.
     """
     folder = Path(path)
-    if (folder / "latest").is_dir():
-        folder = folder / "latest"
-    found = {
-        file.parent.relative_to(folder).as_posix().replace("/", "."): file.parent
-        for file in folder.glob(f"*/{WEIGHTS_FILE}")
-    }
+    found = sae_folders_below(folder / LATEST if (folder / LATEST).is_dir() else folder)
     if not found:
         raise FileNotFoundError(f"no SAE in {path}: expected folders such as layers.0/ with a {WEIGHTS_FILE} in them")
+    return found
+
+
+def sae_folders_below(checkpoint: Path) -> dict[str, Path]:
+    """Find the SAE folders below a checkpoint, by their relative path, naturally sorted; there may be none.
+
+    `layers.2` comes before `layers.10`. Folders whose names begin with a dot are passed over.
+    """
+    found: dict[str, Path] = {}
+    for folder, below, files in os.walk(checkpoint):
+        relative = Path(folder).relative_to(checkpoint)
+        if WEIGHTS_FILE in files:
+            found[relative.as_posix()] = Path(folder)
+        if WEIGHTS_FILE in files or len(relative.parts) >= SEARCH_DEPTH:
+            below.clear()
+        below[:] = [name for name in below if not name.startswith(".")]
+    # sparsify keeps its best SAEs in a folder inside the checkpoint; they are no further layers.
+    if any("/" not in name for name in found):
+        found = {name: folder for name, folder in found.items() if not name.startswith("best/")}
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
 

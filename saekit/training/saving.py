@@ -8,15 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit import machine as versions
-from saekit.config import SaeConfig, TrainConfig
+from saekit._version import __version__
 from saekit.errors import SaveError, UserError
-from saekit.registry import SELECTIONS
+from saekit.machine import library_versions
 from saekit.report import StepStats
 from saekit.runs import checkpoint
-from saekit.runs.layout import INDEX_FILE, checkpoint_folders
+from saekit.runs.files import discard, point
+from saekit.runs.layout import BEST, INDEX_FILE, checkpoint_folders
 from saekit.training.bank import Bank
-from saekit.training.optimizers import base_lr, rate_ratios
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState, records
 
@@ -32,53 +31,6 @@ HARMLESS = frozenset(
 """Options that a resumed run may change, because the training does not depend on them.
 
 Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
-
-
-BEFORE_THERE_WERE_OPTIONS = {
-    "init": "uniform",
-    "decoder_lr_ratio": 1.0,
-    "beta2": 0.999,
-    "scale_biases": False,
-    "auxk_relative_to": "variance",
-    "encoder_bias_lr_ratio": 1.0,
-    "revive_alpha": 0.0,
-    "activation": "topk",
-    "max_norm_multiple": 0.0,
-}
-"""How runs trained that were begun before there was a choice, and so do not say."""
-
-
-OLD_FORMULAS = ("lr", "lr_warmup_steps", "dead_feature_threshold")
-"""Defaults that depend on the run, and that depended on it in another way then."""
-
-
-def with_old_defaults(kept: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run, those that it could not know of and those whose defaults have changed included.
-
-    Args:
-        kept: From its `config.yaml`, where what was left to a default that depends on the run does not stand.
-        resolved: What such defaults came to then, from a checkpoint's index.
-    """
-    options, formulas = list(BEFORE_THERE_WERE_OPTIONS), [*OLD_FORMULAS]
-    if "revive_alpha" in kept:  # the newest but for these
-        options, formulas = (
-            ["activation", "max_norm_multiple"],
-            ["dead_feature_threshold", *_other_rates(kept, resolved)],
-        )
-    if "max_norm_multiple" in kept:
-        options, formulas = [], _other_rates(kept, resolved)
-    old = {name: BEFORE_THERE_WERE_OPTIONS[name] for name in options}
-    return {**old, **{name: resolved[name] for name in formulas if name in resolved}, **kept}
-
-
-def _other_rates(kept: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
-    """Which rates today's formulas would choose otherwise."""
-    if not {"num_latents", "d_in"} <= resolved.keys() or kept.get("activation", "topk") not in SELECTIONS:
-        return []
-    sae, d_in = SaeConfig(activation=kept.get("activation", "topk")), resolved["d_in"]
-    cfg = TrainConfig(sae=sae, optimizer=kept.get("optimizer", "adam"))
-    today = {"lr": base_lr(cfg, resolved["num_latents"], d_in), "encoder_bias_lr_ratio": rate_ratios(cfg, d_in)[1]}
-    return [name for name, value in today.items() if resolved.get(name, value) != value]
 
 
 class Saver:
@@ -111,7 +63,7 @@ class Saver:
         run, plan = self.run, self.plan
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
         improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
-        about = {**plan.about(), "saekit_version": versions.SAEKIT}
+        about = {**plan.about(), "saekit_version": __version__}
         index = {
             "tokens": run.tokens,
             "skipped_steps": run.skipped,
@@ -122,7 +74,7 @@ class Saver:
             **about,
             "dead_feature_threshold": plan.resolved()["dead_feature_threshold"],
             "hookpoints": list(plan.hookpoints),
-            "versions": versions.library_versions(),
+            "versions": library_versions(),
             "excluded_tokens": plan.source.excluded.tolist(),
             "config": plan.config(),
             "resolved": plan.resolved(),
@@ -142,7 +94,7 @@ class Saver:
         plan = self.plan
         folder = checkpoint.finish_checkpoint(plan.run_dir, self.run.step, files, index)
         if plan.cfg.save_best and improved:
-            checkpoint.point(plan.run_dir / "best", folder)
+            point(plan.run_dir / BEST, folder)
         try:
             checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
         except OSError as error:  # the new checkpoint is whole, and the next save tries again
@@ -172,7 +124,7 @@ class Saver:
         partial = checkpoint_folders(self.plan.run_dir, self.run.step)[1]
         if self.placement.rank == 0 and not (partial / INDEX_FILE).exists():
             with suppress(OSError):  # the disk that is the trouble
-                checkpoint.discard(partial)
+                discard(partial)
 
 
 def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
@@ -181,7 +133,7 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     Raises:
         UserError: If an option that the training depends on has changed; the message lists all that did.
     """
-    before = {**BEFORE_THERE_WERE_OPTIONS, **index["config"], **index["resolved"]}
+    before = {**index["config"], **index["resolved"]}
     now = {**plan.config(), **plan.resolved()}
     changed = [
         f"{_named(name)} was {before.get(name)} and is {now.get(name)}"

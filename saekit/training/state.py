@@ -15,7 +15,7 @@ from saekit.runs.checkpoint import LayerRecord
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
-from saekit.sae.storage import find_sae_folders
+from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
@@ -72,7 +72,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         UserError: If the SAE is missing there, is damaged or has another size.
     """
     try:
-        single = (path / "sae.safetensors").is_file() and alone
+        single = (path / WEIGHTS_FILE).is_file() and alone
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")

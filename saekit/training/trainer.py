@@ -22,6 +22,7 @@ from saekit.placement import Placement, Single
 from saekit.report import Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.runs.files import write_at_once
 from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
+from saekit.runs.layout import CONFIG_FILE, LATEST, METRICS_FILE
 from saekit.runs.metrics import JsonlReporter
 from saekit.runs.recovery import Found, find_checkpoint
 from saekit.sae import Sae
@@ -146,7 +147,7 @@ class SaeTrainer:
             self.report = Reporters(watchers)
 
     def _metrics(self) -> JsonlReporter:
-        file = self.plan.run_dir / "metrics.jsonl"
+        file = self.plan.run_dir / METRICS_FILE
         return JsonlReporter(file, self.report.status if self.cfg.save_best_effort else None)
 
     def fit(self) -> Path:
@@ -203,7 +204,7 @@ class SaeTrainer:
                     break
         if run.step < plan.total_steps:
             raise Interrupted(run.step, plan.run_dir, by_user=stop == BY_USER)
-        return (plan.run_dir / "latest").resolve()
+        return (plan.run_dir / LATEST).resolve()
 
     def _stats(self, run: state.RunState, report: Report, tokens_per_second: float) -> StepStats:
         """What reporters are told of the steps since the last report."""
@@ -278,7 +279,7 @@ class SaeTrainer:
     def _open_run_folder(self, step: int) -> None:
         cfg, plan = self.cfg, self.plan
         with new_run_folder(cfg, plan.run_dir):
-            write_at_once(plan.run_dir / "config.yaml", yaml.safe_dump(plan.config(), sort_keys=False))
+            write_at_once(plan.run_dir / CONFIG_FILE, yaml.safe_dump(plan.config(), sort_keys=False))
             self.report.start(plan.info(self.placement, step))
 
     def _last_words(self, message: str) -> None:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from saekit.doctor.checks import can_train
-from saekit.doctor.findings import AREAS, Finding, plural
+from saekit.doctor.findings import AREAS, Finding
+from saekit.units import plural
 
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "red")}
 REMEDY = "→ "

@@ -55,7 +55,7 @@ def _reconstructions(record: Mapping[str, Any], brief: bool = False) -> Table:
 
 def _too_long(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:
     """The share of tokens whose activations are longer than those that the SAE is for; they are left as they are."""
-    return 1 - own.get("tokens", record["tokens"]) / record["tokens"]  # older files do not say it
+    return 1 - own["tokens"] / record["tokens"]
 
 
 def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:

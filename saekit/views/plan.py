@@ -1,4 +1,4 @@
-"""A plan as a table with bars, and as JSON."""
+"""A plan as a table with bars, and as JSON; measured rates as a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the SAEs live, where they are saved, and whether all of it is right."""
+"""Questions: where SAEs live, where they are saved, and whether all is right; and all questions in their order."""
 
 from __future__ import annotations
 

@@ -172,7 +172,10 @@ def cut(file):
         (lambda c: (c / "layers.2" / "cfg.json").unlink(), r"layers\.2/cfg\.json is missing"),
         (lambda c: (c / "checkpoint.json").write_text("{"), r"checkpoint\.json is damaged: it is not JSON"),
         (lambda c: (c / "checkpoint.json").write_text("[]"), r"checkpoint\.json is damaged: it holds no JSON object"),
-        (lambda c: (c / "checkpoint.json").write_text('{"format": 3}'), "newer than this saekit"),
+        (
+            lambda c: (c / "checkpoint.json").write_text('{"format": 3}'),
+            "has format 3, and this saekit reads format 2 only",
+        ),
         (lambda c: (c.parent / "metrics.jsonl").write_text("x\n{}\n"), r"metrics\.jsonl, line 1"),
     ],
 )

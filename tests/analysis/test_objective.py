@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from saekit.analysis.subject import IGNORED, MaskedToken, compare, next_token
 
-from saekit.analysis import objective
-from saekit.analysis.objective import IGNORED, MaskedToken, compare, next_token
+from saekit.analysis import subject as objective
 from saekit.analysis.results import Estimate, ratio
 
 

@@ -13,12 +13,12 @@ import yaml
 from datasets import Dataset
 
 import saekit
-from saekit.cli import first_steps as demo_run
 from saekit.cli.launch import launch_file, launch_files, without_launch
+from saekit.demo import MODEL_DIR
 from saekit.errors import UserError
 
 ROOT = Path(saekit.__file__).parent.parent
-DEMO_LM = Path(demo_run.__file__).parent / "model"
+DEMO_LM = MODEL_DIR
 
 
 def saekit_train(*arguments, **variables):

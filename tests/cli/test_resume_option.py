@@ -1,12 +1,9 @@
 """`--resume`, `--resume auto`, `--resume PATH`."""
 
-import json
 import shutil
 
 import pytest
-import yaml
 
-from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS as OLD
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 
@@ -37,32 +34,6 @@ def test_a_run_goes_on_from_where_it_lies_now(saekit, three_checkpoints, tmp_pat
     assert result.code == 0, result.err
     assert not three_checkpoints.exists()
     assert_same_tensors(tensors_of(moved / "latest"), tensors_of(tmp_path / "before" / "latest"))
-
-
-def test_a_run_from_before_the_defaults_were_what_they_are_goes_on_with_its_own(saekit, train, tmp_path):
-    recipe = [f"--{name.replace('_', '-')}={value}" for name, value in OLD.items() if not isinstance(value, bool)]
-    options = [
-        *recipe,
-        "--no-scale-biases",
-        "--lr",
-        "3e-4",
-        "--lr-warmup-steps",
-        "1",
-        "--dead-feature-threshold",
-        "9999",
-    ]
-    assert train("--run-name", "old", *options).code == 0
-    run = tmp_path / "checkpoints" / "old"
-    for file in (run / "config.yaml", run / "latest" / "checkpoint.json"):  # as if none of it had been an option
-        text = file.read_text("utf-8")
-        kept = yaml.safe_load(text)
-        for name in (*OLD, "lr", "lr_warmup_steps"):
-            kept.get("config", kept).pop(name, None)
-        for name in OLD:
-            kept.get("resolved", {}).pop(name, None)
-        file.write_text(json.dumps(kept), encoding="utf-8")
-    result = saekit("train", "--resume", run)
-    assert result.code == 0, result.err
 
 
 def test_the_maths_cannot_be_changed(saekit, three_checkpoints, tmp_path):

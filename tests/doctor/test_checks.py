@@ -12,10 +12,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from saekit.doctor import devices as machine
-from saekit.doctor import hub, libraries, limits, probes, ranks
-from saekit.doctor.findings import GIB, RESOURCES, Finding, attempt, shown, size
+from saekit.doctor import devices, hub, libraries, limits, probes, ranks
+from saekit.doctor.findings import GIB, RESOURCES, Finding, attempt, shown
 from saekit.doctor.probes import Outcome, Probes
+from saekit.units import size
 
 ASKED = {
     name: Requirement(f"{name}{bounds}")
@@ -192,13 +192,13 @@ def fake_torch(available=False, cuda="12.8", error="", **more):
 
 
 def test_no_gpu_is_no_problem():
-    assert "none" in fine(only(machine.cuda(fake_torch(), [], {}))).found
-    assert "CUDA 12.8" in fine(only(machine.cuda(fake_torch(available=True), [], {}))).found
+    assert "none" in fine(only(devices.cuda(fake_torch(), [], {}))).found
+    assert "CUDA 12.8" in fine(only(devices.cuda(fake_torch(available=True), [], {}))).found
 
 
 def test_a_gpu_and_a_torch_without_cuda():
     found = mends(
-        only(machine.cuda(fake_torch(cuda=None), ["Tesla V100, 470.57"], {})),
+        only(devices.cuda(fake_torch(cuda=None), ["Tesla V100, 470.57"], {})),
         "problem",
         'pip install --force-reinstall "torch',
     )
@@ -208,21 +208,21 @@ def test_a_gpu_and_a_torch_without_cuda():
 def test_a_gpu_and_an_old_driver():
     error = "The NVIDIA driver on your system is too old (found version 11040). Please update it from the URL: http://"
     found = mends(
-        only(machine.cuda(fake_torch(error=error), ["V100"], {})), "problem", "update NVIDIA's driver", "CUDA 12.8"
+        only(devices.cuda(fake_torch(error=error), ["V100"], {})), "problem", "update NVIDIA's driver", "CUDA 12.8"
     )
     assert "too old (found version 11040)" in found.found
     assert "http" not in found.found
 
 
 def test_a_gpu_that_does_not_answer():
-    found = only(machine.cuda(fake_torch(error="CUDA unknown error"), ["V100"], {}))
+    found = only(devices.cuda(fake_torch(error="CUDA unknown error"), ["V100"], {}))
     mends(found, "problem", "nvidia-smi", "CUDA 12.8")
     assert "CUDA unknown error" in found.found
 
 
 @pytest.mark.parametrize("value", ["", "-1"])
 def test_a_gpu_that_is_hidden(value):
-    found = only(machine.cuda(fake_torch(), ["V100"], {"CUDA_VISIBLE_DEVICES": value}))
+    found = only(devices.cuda(fake_torch(), ["V100"], {"CUDA_VISIBLE_DEVICES": value}))
     mends(found, "note", "unset CUDA_VISIBLE_DEVICES")
 
 
@@ -231,7 +231,7 @@ def test_gpus_are_counted_without_torch(monkeypatch, tmp_path):
     tool.write_text("#!/bin/sh\necho 'Tesla T4, 535.10'\necho 'Tesla T4, 535.10'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert machine.nvidia_gpus() == ["Tesla T4, 535.10"] * 2
+    assert devices.nvidia_gpus() == ["Tesla T4, 535.10"] * 2
 
 
 def one_gpu(free=70, capability=(9, 0), architectures=("sm_80", "sm_90")):
@@ -245,14 +245,14 @@ def one_gpu(free=70, capability=(9, 0), architectures=("sm_80", "sm_90")):
 
 
 def test_a_gpu_is_described():
-    found = fine(only(machine.gpu(one_gpu(), 1)))
+    found = fine(only(devices.gpu(one_gpu(), 1)))
     assert found.name == "GPU 1"
     assert found.found == "H100, 70.0 GiB of 80.0 GiB free, capability 9.0, fast in bf16"
-    assert "float32 instead of bf16" in only(machine.gpu(one_gpu(capability=(7, 5)), 0)).found
+    assert "float32 instead of bf16" in only(devices.gpu(one_gpu(capability=(7, 5)), 0)).found
 
 
 def test_a_gpu_that_others_use():
-    mends(only(machine.gpu(one_gpu(free=5), 0)), "note", "nvidia-smi", "CUDA_VISIBLE_DEVICES")
+    mends(only(devices.gpu(one_gpu(free=5), 0)), "note", "nvidia-smi", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_gpu_that_others_use():
     ],
 )
 def test_whether_torch_was_built_for_a_gpu(capability, architectures, runs):
-    found = only(machine.gpu(one_gpu(capability=capability, architectures=architectures), 0))
+    found = only(devices.gpu(one_gpu(capability=capability, architectures=architectures), 0))
     if runs:
         fine(found)
     else:
@@ -277,53 +277,49 @@ def test_whether_torch_was_built_for_a_gpu(capability, architectures, runs):
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_too_few_threads(variable):
     found = mends(
-        only(machine.threads(1, 64, 128, {variable: "1"})), "note", f"unset {variable}", "export OMP_NUM_THREADS=64"
+        only(devices.threads(1, 64, 128, {variable: "1"})), "note", f"unset {variable}", "export OMP_NUM_THREADS=64"
     )
     assert f"{variable}=1" in found.found
 
 
 def test_half_of_the_cores_is_too_few():
-    mends(only(machine.threads(4, 8, 16, {})), "note", "export OMP_NUM_THREADS=8")
+    mends(only(devices.threads(4, 8, 16, {})), "note", "export OMP_NUM_THREADS=8")
 
 
 def test_two_variables_for_threads():
     both = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    mends(only(machine.threads(1, 8, 8, both)), "note", "unset OMP_NUM_THREADS MKL_NUM_THREADS")
+    mends(only(devices.threads(1, 8, 8, both)), "note", "unset OMP_NUM_THREADS MKL_NUM_THREADS")
 
 
 def test_too_few_threads_that_no_variable_explains():
-    assert mends(only(machine.threads(1, 8, 8, {})), "note", "export OMP_NUM_THREADS=8").remedy.count("unset") == 0
+    assert mends(only(devices.threads(1, 8, 8, {})), "note", "export OMP_NUM_THREADS=8").remedy.count("unset") == 0
 
 
 def test_more_threads_than_a_container_may_run():
-    mends(only(machine.threads(64, 2, 2, {})), "note", "export OMP_NUM_THREADS=2")
+    mends(only(devices.threads(64, 2, 2, {})), "note", "export OMP_NUM_THREADS=2")
 
 
 @pytest.mark.parametrize(("number", "cores", "allowed"), [(1, 1, 1), (8, 8, 16), (16, 8, 16), (5, 8, 16)])
 def test_threads_that_fit(number, cores, allowed):
-    fine(only(machine.threads(number, cores, allowed, {"OMP_NUM_THREADS": str(number)})))
+    fine(only(devices.threads(number, cores, allowed, {"OMP_NUM_THREADS": str(number)})))
 
 
-def test_the_cpu_and_its_vectors(tmp_path):
+def test_the_cpu_and_its_vectors():
     backend = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "AVX512"))
     has = SimpleNamespace(
         _is_avx512_bf16_supported=lambda: True, _is_vnni_supported=lambda: True, _is_amx_tile_supported=lambda: False
     )
     fake = SimpleNamespace(backends=backend, cpu=has)
-    found = fine(only(machine.cpu(fake, "Xeon", 2)))
+    found = fine(only(devices.cpu(fake, "Xeon", 2)))
     assert found.found == "Xeon, 2 cores; AVX512, AVX512-BF16, VNNI"
     backend.cpu.get_cpu_capability = lambda: "DEFAULT"
-    mends(only(machine.cpu(fake, "Xeon", 2)), "note", "ATEN_CPU_CAPABILITY")
-    listing = tmp_path / "cpuinfo"
-    listing.write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t: fpu\n")
-    assert machine.cpu_model(listing) == "Some CPU @ 3 GHz"
-    assert machine.cpu_model(tmp_path / "missing")
+    mends(only(devices.cpu(fake, "Xeon", 2)), "note", "ATEN_CPU_CAPABILITY")
 
 
 def test_kernels_on_this_cpu_are_those_that_train():
     from saekit.sae.kernels import SELECT_DTYPES, choose_kernels
 
-    bf16, kernels = machine.kernels(torch.device("cpu"), triton=False, capability=None)
+    bf16, kernels = devices.kernels(torch.device("cpu"), triton=False, capability=None)
     fine(bf16)
     chosen = choose_kernels("auto", "auto", torch.device("cpu"))
     name, select = fine(kernels).found.removeprefix("auto is ").split(", selecting in ")
@@ -332,7 +328,7 @@ def test_kernels_on_this_cpu_are_those_that_train():
 
 def test_a_cpu_without_a_compiler(monkeypatch):
     monkeypatch.setattr("saekit.sae.kernels.native_build.why_not", lambda: "no C++ compiler")
-    _, kernels = machine.kernels(torch.device("cpu"), triton=False, capability=None)
+    _, kernels = devices.kernels(torch.device("cpu"), triton=False, capability=None)
     found = mends(kernels, "note", "apt install g++", "CXX")
     assert found.found.startswith("auto is cpu, ")
     assert found.found.endswith("no C++ compiler")
@@ -350,7 +346,7 @@ def test_kernels_on_a_gpu(monkeypatch, name, triton, capability, remedy):
     chosen = SimpleNamespace(name=name, select_dtype=torch.bfloat16)
     monkeypatch.setattr("saekit.sae.kernels.choose_kernels", lambda *_: chosen)
     monkeypatch.setattr("saekit.sae.kernels.has_fast_bf16", lambda _: True)
-    bf16, kernels = machine.kernels(torch.device("cuda", 0), triton=triton, capability=capability)
+    bf16, kernels = devices.kernels(torch.device("cuda", 0), triton=triton, capability=capability)
     assert "fast" in fine(bf16).found
     assert f"auto is {name}, selecting in bf16" in kernels.found
     if remedy is None:
@@ -589,71 +585,6 @@ def test_memory():
 def test_swap():
     assert fine(only(limits.swap(0, 0))).found == "none"
     assert fine(only(limits.swap(4 * GIB, GIB))).found == "1.0 GiB of 4.0 GiB used"
-
-
-def write(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
-
-
-def groups(tmp_path, line):
-    own = tmp_path / "own"
-    own.write_text(f"{line}\n")
-    return tmp_path / "cgroup", own
-
-
-def test_memory_limit_of_a_container(tmp_path):
-    root, own = groups(tmp_path, "0::/job/step")
-    write(root / "job" / "step", memory__max="max", memory__current="1")
-    write(
-        root / "job",
-        memory__max=str(8 * GIB),
-        memory__current=str(6 * GIB),
-        memory__stat=f"anon 1\ninactive_file {GIB}\n",
-    )
-    assert limits.memory_limit(64 * GIB, root, own) == (8 * GIB, 3 * GIB)
-    assert limits.memory_limit(4 * GIB, root, own) is None
-
-
-def test_memory_limit_of_an_old_kernels_container(tmp_path):
-    root, own = groups(tmp_path, "4:memory:/docker/abc")
-    # What a container sees of its own group may lie at the top.
-    write(
-        root / "memory",
-        memory__limit_in_bytes=str(2 * GIB),
-        memory__usage_in_bytes=str(GIB),
-        memory__stat="inactive_file 7\ntotal_inactive_file 9\n",
-    )
-    assert limits.memory_limit(64 * GIB, root, own) == (2 * GIB, GIB + 9)
-
-
-def test_no_control_groups(tmp_path):
-    assert limits.memory_limit(GIB, tmp_path / "nothing", tmp_path / "missing") is None
-
-
-@pytest.mark.parametrize(
-    ("line", "folder", "files", "cores"),
-    [
-        ("0::/job", "job", {"cpu__max": "150000 100000"}, 2),
-        ("0::/job", "job", {"cpu__max": "max 100000"}, 16),
-        ("3:cpu,cpuacct:/job", "cpu/job", {"cpu__cfs_quota_us": "100000", "cpu__cfs_period_us": "100000"}, 1),
-        ("3:cpu,cpuacct:/job", "cpu/job", {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"}, 16),
-        ("3:cpu,cpuacct:/job", "cpu/job", {"cpu__cfs_quota_us": "1000", "cpu__cfs_period_us": "100000"}, 1),
-    ],
-)
-def test_cores_that_a_container_may_use(monkeypatch, tmp_path, line, folder, files, cores):
-    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(limits.psutil, "cpu_count", lambda logical: 32)
-    root, own = groups(tmp_path, line)
-    write(root / folder, **files)
-    assert limits.usable_cores(root, own) == (cores, cores)
-
-
-def test_cores_that_run_two_threads_count_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(limits.psutil, "cpu_count", lambda logical: 8)
-    assert limits.usable_cores(tmp_path, tmp_path / "missing") == (8, 16)
 
 
 def folder(path):

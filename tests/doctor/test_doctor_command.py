@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import typer
 from rich.console import Console
-from saekit.cli.first_steps import doctor
 from typer.testing import CliRunner
 
 import saekit
+from saekit.cli.first_steps import doctor
 from saekit.doctor import Finding, can_train, checks, findings_to_json, libraries, limits
 from saekit.doctor.findings import AREAS
 from saekit.doctor.probes import Outcome

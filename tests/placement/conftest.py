@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saekit.cli import first_steps as demo_run
+from saekit.demo import MODEL_DIR
 from tests.forked import ROOT, Forked, environment
 
-DEMO_LM = Path(demo_run.__file__).parent / "model"
+DEMO_LM = MODEL_DIR
 SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
 """20 optimiser steps, the last of which has too few sequences for all ranks."""
 

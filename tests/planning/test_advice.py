@@ -140,7 +140,7 @@ def test_what_a_launch_file_decides(name, asked, placement, offload):
 
 
 def test_a_dry_run_that_does_not_fit_says_what_would(saekit, eight_layers, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("saekit.planning.machine.memory_limit", lambda: 8 * GIB)
+    monkeypatch.setattr("saekit.planning.machine.usable_memory", lambda: 8 * GIB)
     done = saekit("train", eight_layers, "data", *SHAPE, "--batch-size", 2, "--launch", "ddp-cpu", "--dry-run")
     assert done.code == 0, done.err
     assert "ddp does not fit: it lacks" in done.out

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from saekit.planning.machine import parse_size
+from saekit.units import parse_size
 from tests.cli.conftest import saekit  # noqa: F401  # a fixture
 
 GIB = 2**30

@@ -6,20 +6,28 @@ import json
 import pytest
 import torch
 
-from saekit import Sae, SaeConfig, UserError
+from saekit import Sae, UserError
 from saekit.errors import Interrupted, SaveError
 from saekit.runs.recovery import read_index
-from saekit.training.saving import BEFORE_THERE_WERE_OPTIONS, with_old_defaults
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
-OLD_RECIPE = {name: value for name, value in BEFORE_THERE_WERE_OPTIONS.items() if name != "activation"}
+REFERENCE_RECIPE = {
+    "init": "uniform",
+    "decoder_lr_ratio": 1.0,
+    "beta2": 0.999,
+    "scale_biases": False,
+    "auxk_relative_to": "variance",
+    "encoder_bias_lr_ratio": 1.0,
+    "revive_alpha": 0.0,
+    "max_norm_multiple": 0.0,
+}
 """Without what is set in `SaeConfig`."""
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
 @pytest.mark.parametrize("stop_at", [2, 5])
-@pytest.mark.parametrize("recipe", [{"auxk_relative_to": "residual"}, OLD_RECIPE], ids=["defaults", "reference"])
+@pytest.mark.parametrize("recipe", [{"auxk_relative_to": "residual"}, REFERENCE_RECIPE], ids=["defaults", "reference"])
 def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at, recipe):
     options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **recipe}
     whole = make_trainer("whole", **options).fit()
@@ -52,18 +60,6 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
     assert "--auxk-alpha was 0.03125 and is 0.0" in message
     assert "save-every" not in message
     make_trainer(resume=True, save_every=3, micro_acc_steps=2, log_every=2).fit()
-
-
-def test_a_run_from_before_there_were_some_options_goes_on(make_trainer, tmp_path):
-    file = make_trainer(**OLD_RECIPE).fit() / "checkpoint.json"
-    index = json.loads(file.read_text("utf-8"))
-    for name, value in BEFORE_THERE_WERE_OPTIONS.items():
-        assert index["config"].pop(name) == value
-        index["resolved"].pop(name, None)
-    file.write_text(json.dumps(index), encoding="utf-8")
-    make_trainer(resume=True, **OLD_RECIPE).fit()
-    with pytest.raises(UserError, match=r"--beta2 was 0.999 and is 0.95"):
-        make_trainer(resume=True, **{**OLD_RECIPE, "beta2": 0.95}).fit()
 
 
 def test_the_index_says_what_it_should(make_trainer, tmp_path):
@@ -262,30 +258,3 @@ def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_p
     with pytest.raises(SaveError, match=r"layers\.1/sae\.safetensors was written by another rank and is not here"):
         make_trainer().fit()
     assert not list((tmp_path / "run").glob("*step*"))
-
-
-def test_options_that_an_old_run_does_not_name_are_what_they_were():
-    resolved = {"lr": 2e-4, "lr_warmup_steps": 1000, "dead_feature_threshold": 9, "num_latents": 64}
-    old = {"model": "m", "beta2": 0.9, "lr_warmup_steps": 5}
-    assert with_old_defaults(old, resolved) == {
-        **BEFORE_THERE_WERE_OPTIONS,
-        "lr": 2e-4,
-        "dead_feature_threshold": 9,
-        **old,
-    }
-    new = {"model": "m", "revive_alpha": 1e-4, "activation": "groupmax"}
-    expected = {**new, "max_norm_multiple": 0.0, "dead_feature_threshold": 9}
-    assert with_old_defaults(new, resolved) == expected, "a ratio that it leaves to the optimiser's default is not 1"
-    newest = {**new, "max_norm_multiple": 10.0}
-    assert with_old_defaults(newest, resolved) == newest
-
-
-@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_rates_that_another_formula_has_chosen_stay_as_they_were(make_trainer, activation):
-    checkpoint = make_trainer(lr=None, sae=SaeConfig(num_latents=64, k=4, activation=activation)).fit()
-    index = json.loads((checkpoint / "checkpoint.json").read_text())
-    kept, resolved = index["config"], index["resolved"]
-    assert with_old_defaults(kept, resolved) == kept
-    before = {**resolved, "lr": 1.75e-3 * (2**14 / 64) ** 0.5, "encoder_bias_lr_ratio": 6.0}  # of any width
-    rates = {name: before[name] for name in ("lr", "encoder_bias_lr_ratio")}
-    assert with_old_defaults(kept, before) == {**kept, **rates}

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from saekit.wizard.sizes import BATCH
 
 from saekit.config import RunConfig
 from saekit.errors import UserError
@@ -16,6 +15,7 @@ from saekit.planning import Machine
 from saekit.units import parse_count, show_count
 from saekit.wizard import files_of, start, start_command, write
 from saekit.wizard.ask import show
+from saekit.wizard.sizes import BATCH
 from tests.wizard.conftest import BACK, ENTER
 
 SIZES = ("64 latents", "4", "32")

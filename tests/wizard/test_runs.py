@@ -3,16 +3,15 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset
 
-from saekit.cli import first_steps as demo_run
+from saekit.demo import MODEL_DIR
 from tests.wizard.test_terminal import ESCAPE, config, environment, wizard  # noqa: F401  # the last is a fixture
 
-DEMO_LM = Path(demo_run.__file__).parent / "model"
+DEMO_LM = MODEL_DIR
 SMALL = ("--num-latents", 32, "--k", 2, "--ctx-len", 16, "--batch-size", 2, "--layers", "0,3")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*use of forkpty:DeprecationWarning")]
 

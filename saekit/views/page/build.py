@@ -23,7 +23,7 @@ from saekit.analysis.inspect import Inspection, inspect_path
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.runs.files import write_at_once
-from saekit.runs.layout import EVAL_FORMAT
+from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
 from saekit.runs.metrics import EVALUATION, plain, read_metrics
 from saekit.views.page.charts import density_chart, evaluation_charts, layer_charts, similarity_chart, training_charts
 from saekit.views.page.packing import pack, token_texts
@@ -123,7 +123,7 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
 
 def _records(inspection: Inspection, kind: str | None) -> list[dict[str, Any]]:
     """The run's metrics up to the checkpoint; none without the file."""
-    file = inspection.checkpoint.parent / "metrics.jsonl"
+    file = inspection.checkpoint.parent / METRICS_FILE
     records = read_metrics(file, kind) if file.is_file() else []
     return [record for record in records if inspection.step is None or record["step"] <= inspection.step]
 
@@ -151,8 +151,7 @@ def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
 
 def _facts(layer: LayerFeatures, evaluation: dict[str, Any]) -> dict[str, Any]:
     (found,) = (each["reconstruction"] for each in evaluation["layers"] if each["hookpoint"] == layer.hookpoint)
-    tokens = found.get("tokens", evaluation["tokens"])  # older files do not say it of each layer
-    return {"hookpoint": layer.hookpoint, "num_latents": len(layer.counts_M), "tokens": tokens}
+    return {"hookpoint": layer.hookpoint, "num_latents": len(layer.counts_M), "tokens": found["tokens"]}
 
 
 def _nearest(layer: LayerFeatures) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Arrays as text for a page's script to unpack: `store.js` does the inverse."""
+"""Arrays and tokens as text for a page's script to unpack: `store.js` does the inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which text, and in which column."""
+"""Questions: on what machine, which language model, which text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,90 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from saekit.activations import check_device, load_tokenizer, model_shape
 from saekit.data import Peek, peek
 from saekit.errors import UserError
+from saekit.planning import Machine, describe, detect
+from saekit.units import size
 from saekit.wizard.draft import Draft, known
 from saekit.wizard.walk import Question
+
+
+def _take_model(draft: Draft, text: str) -> Draft:
+    if not text:
+        raise UserError("MODEL is missing: a hub id such as EleutherAI/pythia-160m, or a folder")
+    draft = draft.setting(model=text)
+    cfg = draft.config().model
+    check_device(cfg, known(draft.machine).device)
+    return replace(draft, shape=model_shape(cfg), tokenizer=load_tokenizer(cfg))
+
+
+def _tell_model(draft: Draft) -> Sequence[str]:
+    shape = known(draft.shape)
+    limit = f"reads up to {shape.max_ctx_len:,} tokens" if shape.max_ctx_len else "no limit to its context"
+    return (f"{type(shape.config).__name__.removesuffix('Config')}: {shape.num_layers} layers of width "
+            f"{shape.d_in:,}, {limit}",)  # fmt: skip
+
+
+MODEL = Question(
+    "model",
+    "Model",
+    lambda draft: "The language model to look into: a hub id or a local folder. Only its config is read now.",
+    lambda draft: draft.values.get("model", "EleutherAI/pythia-160m"),
+    _take_model,
+    _tell_model,
+    is_path=True,
+    working="Reading the model's config",
+)
+
+
+def _explain_machine(draft: Draft) -> str:
+    here = detect()
+    has = _several(here.count, here) if here.on_gpu else f"a {_named(here)}"
+    each = "one per GPU" if here.on_gpu else "one is best on a CPU; more share its memory"
+    return f"This machine has {has}: {each}. 8x80GiB describes GPUs elsewhere."
+
+
+def _default_machine(draft: Draft) -> str:
+    here = detect()
+    earlier = draft.earlier.processes if draft.earlier.on_gpu == here.on_gpu else None
+    return draft.processes or str(earlier or here.count)
+
+
+def _take_machine(draft: Draft, text: str) -> Draft:
+    described = re.fullmatch(r"(\d+)\s*[x×]\s*(.+)", text)
+    if described is not None and int(described[1]) > 0:
+        machine = describe(int(described[1]), described[2])
+    elif text.isdecimal() and int(text) > 0:
+        machine = detect(int(text))
+    else:
+        raise UserError(f"--num-processes {text!r}: expected a number such as 2, or 8x80GiB for GPUs elsewhere")
+    if machine.count == 1:
+        for name in ("layer_map", "shard_lm"):
+            if draft.values.get(name):
+                raise UserError(f"--{name.replace('_', '-')} has no meaning with one process: ask for more, or drop it")
+        if draft.placement:
+            raise UserError(f"--placement {draft.placement} needs several processes, not 1")
+    return replace(draft, machine=machine)
+
+
+def _tell_machine(draft: Draft) -> Sequence[str]:
+    machine = known(draft.machine)
+    if machine.on_gpu:
+        return (f"{_several(machine.count, machine)}",)
+    return (f"{_named(machine)}, shared by {machine.count} ranks" if machine.count > 1 else _named(machine),)
+
+
+def _several(count: int, machine: Machine) -> str:
+    return f"{count} × {machine.name}, {size(machine.memory)} each"
+
+
+def _named(machine: Machine) -> str:
+    return f"{machine.name}, {size(machine.memory)}"
+
+
+MACHINE = Question("machine", "Processes", _explain_machine, _default_machine, _take_machine, _tell_machine)
+
 
 SHOWN = 72
 """Characters of a row in the sample."""
@@ -68,7 +148,7 @@ def _highest(ids: Any) -> int:
     return max(numbers, default=0)
 
 
-def _tell(draft: Draft) -> Sequence[str]:
+def _tell_dataset(draft: Draft) -> Sequence[str]:
     found = draft.peek
     if found is None:
         return ()
@@ -120,7 +200,7 @@ DATASET = Question(
     lambda draft: "Text, or token ids: a hub id, a folder, a file or glob (.jsonl .parquet .csv .txt .bin).",
     lambda draft: draft.values.get("dataset", "NeelNanda/pile-10k"),
     _take_dataset,
-    _tell,
+    _tell_dataset,
     is_path=True,
     working="Opening the data set",
 )
@@ -130,7 +210,7 @@ ARGUMENTS = Question(
     lambda draft: f"Which one, as name=...: {draft.in_the_way}",
     _arguments,
     lambda draft, text: _open(draft.setting(data_args=text), WHICH_SPLIT),
-    _tell,
+    _tell_dataset,
     needed=lambda draft: bool(WHICH_CONFIG.search(draft.in_the_way)),
     working="Opening the data set",
 )
@@ -140,7 +220,7 @@ SPLIT = Question(
     lambda draft: f"Which one, such as test or test[:10%]: {draft.in_the_way}",
     lambda draft: draft.config().data.split,
     lambda draft, text: _open(draft.setting(split=text)),
-    _tell,
+    _tell_dataset,
     needed=lambda draft: bool(WHICH_SPLIT.search(draft.in_the_way)),
     working="Opening the data set",
 )
@@ -150,7 +230,7 @@ COLUMN = Question(
     lambda draft: "Several columns have text: which one is to be read?",
     _longest,
     _take_column,
-    _tell,
+    _tell_dataset,
     needed=lambda draft: (
         not known(draft.peek).tokenised and draft.config().data.text_column not in known(draft.peek).text_columns
     ),

@@ -1,17 +1,19 @@
-"""Which layers, and how large their SAEs are."""
+"""Questions: which layers, how large their SAEs are, how many tokens, and in what portions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from saekit.activations import select_layers
+from saekit.activations import resolve_ctx_len, select_layers
 from saekit.config import SaeConfig
 from saekit.config.sae import DEFAULT_EXPANSION_FACTOR
 from saekit.errors import UserError
-from saekit.units import parse_count
+from saekit.planning import advise, make_plan
+from saekit.units import parse_count, show_count
 from saekit.wizard.draft import Draft, known
-from saekit.wizard.walk import Question
+from saekit.wizard.walk import Fact, Planned, Question
 
 
 def _layers(draft: Draft) -> str:
@@ -108,4 +110,78 @@ K = Question(
     lambda draft: "Latents that are active for each token; more reconstruct better and are harder to read.",
     _k,
     _take_k,
+)
+
+
+def _context(draft: Draft) -> str:
+    asked = draft.config().train.ctx_len
+    return str(asked or resolve_ctx_len(None, known(draft.shape).max_ctx_len))
+
+
+def _take_context(draft: Draft, text: str) -> Draft:
+    draft = draft.setting(ctx_len=parse_count("--ctx-len", text))
+    resolve_ctx_len(draft.config().train.ctx_len, known(draft.shape).max_ctx_len)
+    return draft
+
+
+def _explain_context(draft: Draft) -> str:
+    limit = known(draft.shape).max_ctx_len
+    upto = f"up to {limit:,}, the model's limit" if limit else "the model has no limit"
+    return f"Tokens per sequence ({upto}); documents are joined and cut to this length."
+
+
+def _tokens(draft: Draft) -> str:
+    asked = draft.config().train.max_tokens
+    return show_count(asked) if asked else "all"
+
+
+def _take_tokens(draft: Draft, text: str) -> Draft:
+    if text.lower() == "all":
+        return draft.setting(max_tokens=None)
+    number, length = parse_count("--max-tokens", text), known(draft.config().train.ctx_len)
+    if number < length:
+        raise UserError(f"--max-tokens {number} is less than one sequence of {length}: give more")
+    return draft.setting(max_tokens=number)
+
+
+def _take_batch(draft: Draft, text: str) -> Draft:
+    draft = draft.setting(batch_size=parse_count("--batch-size", text))
+    cfg, machine = draft.config(), known(draft.machine)
+    per_step = cfg.train.batch_size * cfg.train.grad_acc_steps * machine.count
+    most, length = cfg.train.max_tokens, known(cfg.train.ctx_len)
+    if most is not None and most // length < per_step:
+        raise UserError(
+            f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimiser step of "
+            f"{per_step}: give a smaller batch, or go back for more tokens"
+        )
+    plan = make_plan(cfg, machine)
+    if not plan.choices:
+        raise UserError(f"no placement on {machine.count} ranks goes with the other options of {draft.targets.run}")
+    return replace(draft, plan=plan, advice=tuple(advise(plan)))
+
+
+def _tell_batch(draft: Draft) -> Sequence[Fact]:
+    job = known(draft.plan).job
+    most = job.cfg.train.max_tokens
+    steps = f", {-(-most // job.tokens_per_step):,} steps" if most else ""
+    return (f"{job.tokens_per_step:,} tokens per optimiser step{steps}", Planned(known(draft.plan), draft.advice))
+
+
+CONTEXT = Question("ctx_len", "Context", _explain_context, _context, _take_context)
+TOKENS = Question(
+    "max_tokens",
+    "Tokens",
+    lambda draft: "How many to train on, such as 100M or 1e9; all is the data set once.",
+    _tokens,
+    _take_tokens,
+    choices=lambda draft: ("all",),
+)
+BATCH = Question(
+    "batch_size",
+    "Batch size",
+    lambda draft: "Sequences per process and step; more are faster and need more memory. The plan follows.",
+    lambda draft: str(draft.config().train.batch_size),
+    _take_batch,
+    _tell_batch,
+    working="Planning",
 )

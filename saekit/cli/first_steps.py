@@ -1,0 +1,109 @@
+"""`saekit doctor` and `saekit demo`: whether it works here, and what it gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from saekit.cli.output import EXIT_FAULT, messages, progress, results, resumable
+from saekit.demo import MODEL_DIR, standard_library
+
+EVALUATED_SHARE = 7
+"""For so many tokens trained on, the demo evaluates on one."""
+
+
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, for a bug report; no token is in it.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback when a check itself goes wrong, and stop there.")
+    ] = False,
+) -> None:
+    """Look at this machine: versions, devices, ranks, 8 bits, hub, resources; what will not work, and what mends it."""
+    with messages().status("Looking at this machine"):
+        from saekit.doctor import can_train, diagnose, findings_to_json
+        from saekit.views.doctor import render_findings
+
+        findings = diagnose(debug=debug)
+    if as_json:
+        typer.echo(json.dumps(findings_to_json(findings), indent=2))
+    else:
+        render_findings(findings, results())
+    if not can_train(findings):
+        raise typer.Exit(EXIT_FAULT)
+
+
+def demo(
+    save_dir: Annotated[
+        Path, typer.Option("--save-dir", metavar="PATH", help="Folder for the demo's text and run.")
+    ] = Path("saekit-demo"),
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=2048, help="Tokens to train on.")
+    ] = 350_000,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+) -> None:
+    """Train on all layers of the small model that comes with saekit, evaluate that, and look at it; about two minutes.
+
+    Needs no network and no GPU: the text is read from the standard library of this very Python.
+    """
+    _run_demo(save_dir, max_tokens)
+
+
+def _run_demo(save_dir: Path, max_tokens: int) -> None:
+    """Write the standard library's text to a file, train on it, evaluate and show the result, and say what to try next.
+
+    Args:
+        save_dir: Holds the text and a numbered run folder, so that nothing of an earlier demo is lost.
+        max_tokens: Tokens to train on.
+    """
+    with messages().status("Loading libraries"):
+        from saekit.analysis.eval_checkpoint import EvalOptions, joined
+        from saekit.analysis.inspect import inspect_path
+        from saekit.config import RunConfig
+        from saekit.training.launch import train_from_config
+        from saekit.views.inspection import render_inspection
+        from saekit.views.page.build import build_report
+
+    save_dir.mkdir(parents=True, exist_ok=True)
+    text = save_dir / "stdlib.jsonl"
+    lines = (json.dumps({"text": document}) + "\n" for document in standard_library())
+    text.write_text("".join(lines), encoding="utf-8")
+
+    taken = (path.name.removeprefix("run-") for path in save_dir.glob("run-*"))
+    number = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
+    cfg = RunConfig.from_flat(
+        {
+            "model": str(MODEL_DIR),
+            "dataset": str(text),
+            "ctx_len": 256,
+            "max_tokens": max_tokens,
+            "save_dir": save_dir,
+            "run_name": f"run-{number}",
+        }
+    )
+    with resumable():
+        train_from_config(cfg)
+    run_dir = save_dir / f"run-{number}"
+    page = run_dir / "report.html"
+    with joined(quiet=not sys.stderr.isatty()) as placement, progress() as bar:
+        options = EvalOptions(max_tokens=max(1, max_tokens // EVALUATED_SHARE))
+        build_report(run_dir, options, page, placement, status=bar.status, progress=bar.update)
+    render_inspection(inspect_path(run_dir), results())
+    messages().print(
+        Text(
+            f"\nOpen {page} in a browser: what each latent fires on.\n"
+            "\nWhat to try next:\n"
+            f"  saekit inspect {run_dir} --layer 3          one layer in detail\n"
+            f"  saekit eval {run_dir} --max-tokens 200000   the same figures on more text that it did not read\n"
+            f"  saekit train {MODEL_DIR} {text} --k 16      fewer active latents\n"
+            "  saekit train MODEL DATASET                  your own model and text\n"
+            "  saekit train --help                         all options"
+        ),
+        soft_wrap=True,
+    )
