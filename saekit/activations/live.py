@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations.hookpoints import Hookpoint, block_outputs
+from saekit.activations.hookpoints import block_outputs
 from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len
-from saekit.activations.source import Activations
+from saekit.activations.source import Activations, Source
 from saekit.activations.tap import tap
 from saekit.config import TrainConfig
 from saekit.data import StepBatches, sequences
@@ -31,8 +31,8 @@ class Tokens(NamedTuple):
     """Whether it is of a step in which all ranks have equal shares: any but the last of a run."""
 
 
-class LiveModel:
-    """A frozen language model that reads token ids. Implements `Source`.
+class LiveModel(Source):
+    """A frozen language model that reads token ids.
 
     It does not learn, so nothing that a step finds out about the units is needed for the next step's activations: they
     can be begun before the step is over.
@@ -64,7 +64,6 @@ class LiveModel:
         self.name = name or model.name_or_path or type(model).__name__
         self.data_name = data_name
         self.dtype = model.dtype
-        self.hookpoints: tuple[Hookpoint, ...] = ()
         self.dataset, self.eval_data = dataset, eval_data
         self.fixed_rows = fixed_rows
         self._begun: tuple[Tokens, Activations] | None = None
@@ -80,7 +79,7 @@ class LiveModel:
         global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
         self.batches = StepBatches(data, global_batch, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens)
         self.global_batch = global_batch
-        self.num_sequences, self.num_steps = self.batches.num_sequences, self.batches.num_steps
+        self.num_sequences = self.batches.num_sequences
 
     @cached_property
     def vocabulary(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,32 +27,40 @@ class Activations(NamedTuple):
     """bool `[N]`: which of the rows train; None for all, where the source has dropped the others."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """Gives every optimizer step its activations.
 
     A source is made, then `begin` tells it the run and its slice of it, then it is opened (`with source.open():`), and
     only then asked for activations. `read` is called in a thread that reads ahead; all else in the training's own.
+
+    One that is registered in `saekit.registry.SOURCES` is chosen by `--source`, and called with the run's configuration
+    (`RunConfig`), its placement, a function that shows a line of text, and what a caller of `saekit.train` has loaded.
     """
 
     name: str
     """What the activations are of: a language model's name, kept with every checkpoint."""
     data_name: str
     """The name of the text."""
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
     """Of the activations."""
+    excluded: Tensor = torch.zeros(0, dtype=torch.int64)
+    """int64: ids of the tokens that do not train, kept with every checkpoint; empty where there are no ids."""
+
     hookpoints: tuple[Hookpoint, ...]
-    """What it gives in every step, once it has begun."""
+    """What it gives in every step. This and what follows is set by `begin`."""
     ctx_len: int
     """Tokens per sequence."""
-    excluded: Tensor
-    """int64: ids of the tokens that do not train, kept with every checkpoint; empty where there are no ids."""
     global_batch: int
     """Sequences per optimizer step, over all ranks and micro-batches."""
     num_sequences: int
     """Sequences of the whole run."""
-    num_steps: int
-    """Optimizer steps of the whole run."""
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run; the last may be shorter than the others."""
+        return -(-self.num_sequences // self.global_batch)
+
+    @abstractmethod
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
         """Resolve what is left to the run: hookpoints, batches, and this rank's slice of each.
 
@@ -60,17 +69,22 @@ class Source(Protocol):
         """
 
     def open(self) -> AbstractContextManager[None]:
-        """What is held while activations are read: hooks, files."""
+        """Hold what is needed while activations are read: hooks, files."""
+        return nullcontext()
 
+    @abstractmethod
     def read(self, step: int) -> list[Batch]:
         """This rank's micro-batches of an optimizer step, from 0, `grad_acc_steps` of them; on the host."""
 
+    @abstractmethod
     def checksum(self, step: int) -> str:
         """Of what all ranks read in a step: other data has another."""
 
+    @abstractmethod
     def count(self, batch: Batch) -> int:
         """Tokens of a micro-batch that train."""
 
+    @abstractmethod
     def __call__(self, batch: Batch) -> Activations:
         """The activations of a micro-batch, on the device; `[0, D]` for a rank without a share of the step.
 
@@ -80,9 +94,10 @@ class Source(Protocol):
     @property
     def runs_behind(self) -> bool:
         """Whether the device works through a queue, so that work begun early fills the time the host waits."""
+        return False
 
-    def prefetch(self, batch: Batch) -> None:
-        """Begin the work for a micro-batch; calling with it later gives the result."""
+    def prefetch(self, batch: Batch) -> None:  # noqa: B027  # nothing to begin, unless it runs behind
+        """Begin the work for a micro-batch, where the source `runs_behind`; calling with it later gives the result."""
 
 
 class Steps:
