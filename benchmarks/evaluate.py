@@ -12,9 +12,9 @@ from common import Job
 
 from saekit import Sae
 from saekit.activations import tap
-from saekit.analysis.evaluate import Subject, evaluate
-from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.evaluate import evaluate
 from saekit.analysis.results import Evaluation
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.data import sequences
 from saekit.sae.model import around
 

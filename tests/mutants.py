@@ -204,7 +204,7 @@ FAULTS = [
     ),
     (
         "KL the wrong way round",
-        "saekit/analysis/objective.py",
+        "saekit/analysis/subject.py",
         "(p_NV - q_NV).mul_(p_NV.exp())",
         "(q_NV - p_NV).mul_(q_NV.exp())",
     ),
@@ -236,7 +236,7 @@ FAULTS = [
     ("the tap stops every pass", TAP, "            if not at_work:\n                return\n", ""),
     (
         "a rank with fewer sequences drops out of step",
-        EVALUATE,
+        "saekit/analysis/subject.py",
         "range(0, self.num_batches * self.batch_size, self.batch_size)",
         "range(0, len(mine), self.batch_size)",
     ),

@@ -22,9 +22,9 @@ from saekit.activations import (
     no_bars,
     resolve_ctx_len,
 )
-from saekit.analysis.evaluate import Progress, Subject, evaluate
-from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import DataConfig, RunConfig
 from saekit.config.run import read_yaml
 from saekit.data import Sequences, StepBatches, load_sequences

@@ -14,8 +14,8 @@ from torch import Tensor
 from saekit.activations import find_blocks, splice, tap
 from saekit.activations.hookpoints import text_config_of
 from saekit.analysis.codes import Codes, Contexts, find_contexts
-from saekit.analysis.evaluate import Subject
 from saekit.analysis.measure import Neighbours, nearest_rows
+from saekit.analysis.subject import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

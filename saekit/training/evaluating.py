@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from saekit.activations import context_length, predicts, resolve_ctx_len
-from saekit.analysis.evaluate import Evaluator, Subject
-from saekit.analysis.objective import NO_HEAD, choose_objective
+from saekit.analysis.evaluate import Evaluator
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import RunConfig
 from saekit.data import Sequences, StepBatches, load_sequences, sequences
 from saekit.data.held_out import held_out, other_split, shuffled

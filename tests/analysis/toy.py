@@ -14,8 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from saekit import Sae
-from saekit.analysis.evaluate import Subject
-from saekit.analysis.objective import next_token
+from saekit.analysis.subject import Subject, next_token
 from saekit.sae.output import SaeOutput
 
 

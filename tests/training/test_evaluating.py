@@ -15,8 +15,8 @@ from datasets import Dataset
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations import find_blocks
-from saekit.analysis.evaluate import Subject, evaluate
-from saekit.analysis.objective import next_token
+from saekit.analysis.evaluate import evaluate
+from saekit.analysis.subject import Subject, next_token
 from saekit.data import sequences
 from saekit.errors import Interrupted
 from saekit.placement import Single
