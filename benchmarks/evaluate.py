@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from common import Job
-from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 
 from saekit import Sae
 from saekit.activations import tap
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.results import Evaluation
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.data import sequences
 from saekit.sae.model import around
 from saekit.sae.selection.batchtopk import BatchTopK

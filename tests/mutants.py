@@ -260,7 +260,7 @@ FAULTS = [
     ("the tap stops every pass", TAP, "            if not at_work:\n                return\n", ""),
     (
         "a rank with fewer sequences drops out of step",
-        EVALUATE,
+        "saekit/analysis/subject.py",
         "range(0, self.num_batches * self.batch_size, self.batch_size)",
         "range(0, len(mine), self.batch_size)",
     ),

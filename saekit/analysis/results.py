@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saekit.analysis.measure import Density, density
-from saekit.analysis.subject import Answer
+from saekit.analysis.subject import Answer, Total
 from saekit.runs.layout import EVAL_FORMAT
 from saekit.sae import SaeOutput
 
@@ -142,10 +141,6 @@ class Evaluation:
 
 Z = 1.959963984540054
 """Standard errors on each side of a 95% interval."""
-
-
-Total = Callable[[Tensor], Tensor]
-"""A tensor summed over all ranks; each has filled in the rows of its own sequences and left the others zero."""
 
 
 class ReconstructionSums:

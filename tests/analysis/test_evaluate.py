@@ -7,10 +7,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from saekit.analysis.subject import IGNORED, ScoredInput
 
 from saekit import Sae, UserError
 from saekit.analysis.evaluate import Evaluator, evaluate
+from saekit.analysis.subject import IGNORED, ScoredInput
 from tests.analysis.toy import Block, Scaling, subject, surprise
 
 # Of the three predictions of a sequence such as 0 0 1 1, two are as the model expects and one is not.

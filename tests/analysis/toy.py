@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from saekit.analysis.subject import Subject, next_token
 from torch import nn
 from transformers import PretrainedConfig
 
 from saekit import Sae
+from saekit.analysis.subject import Subject, next_token
 from saekit.sae.output import SaeOutput
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from saekit.analysis.subject import Subject, next_token
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations import find_blocks
 from saekit.analysis.evaluate import evaluate
+from saekit.analysis.subject import Subject, next_token
 from saekit.data import sequences
 from saekit.errors import Interrupted
 from saekit.placement import Single

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from saekit.analysis.subject import IGNORED, MaskedToken, compare, next_token
 
-from saekit.analysis import subject as objective
+from saekit.analysis import subject
 from saekit.analysis.results import Estimate, ratio
+from saekit.analysis.subject import IGNORED, MaskedToken, compare, next_token
 
 
 def test_the_next_token():
@@ -36,7 +36,7 @@ def test_masked_tokens_depend_on_the_sequence_number_alone():
 
 @pytest.mark.parametrize("block", [1, 50, 2**24])
 def test_answers_are_those_of_the_definitions(monkeypatch, block):
-    monkeypatch.setitem(objective.BLOCK, "cpu", block)
+    monkeypatch.setitem(subject.BLOCK, "cpu", block)
     torch.manual_seed(0)
     clean, changed = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
     targets = torch.randint(0, 11, (3, 5))

@@ -1,12 +1,24 @@
-"""What a language model is asked, and how far its answers change."""
+"""What is evaluated, on what, what the language model is asked, and how far its answers change."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from saekit.data import Sequences
+from saekit.sae import Sae
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Total = Callable[[Tensor], Tensor]
+"""A tensor summed over all ranks; each has filled in the rows of its own sequences and left the others zero."""
 
 IGNORED = -100
 """The target of a position that is not scored, as torch's cross-entropy has it."""
@@ -125,3 +137,55 @@ def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
         answer.kl.index_add_(0, row, kl_N.double())
         answer.agree.index_add_(0, row, (p_NV.argmax(-1) == q_NV.argmax(-1)).double())
     return answer
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, on what, and which part of it this rank does."""
+
+    model: PreTrainedModel
+    saes: Mapping[str, Sae]
+    """By hookpoint, on the model's device; where `whole` is given, only their sizes are looked at."""
+    data: Sequences
+    excluded: Tensor
+    """int64: ids of tokens that no SAE sees; they keep their true activations, like those that no SAE covers."""
+    objective: Objective | None
+    """None for a model without a head."""
+    objective_name: str
+    batch_size: int = 8
+    rank: int = 0
+    world_size: int = 1
+    total: Total = _alone
+    whole: Callable[[str], Sae] | None = None
+    """Gives an SAE for one use, where no rank holds them all. All ranks ask for the same ones in the same order."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.model.device
+
+    def sae(self, hookpoint: str) -> Sae:
+        """One of them, to be used and forgotten."""
+        return self.saes[hookpoint] if self.whole is None else self.whole(hookpoint)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's numbers of sequences `[B]`, their token ids `[B, T]` on the CPU, and which are kept `[B, T]`.
+
+        All ranks have as many batches, so that they do the same things: who has less to do gets batches of one
+        sequence that has no number, and of which no token is kept.
+        """
+        mine = np.arange(self.rank, len(self.data), self.world_size)
+        for start in range(0, self.num_batches * self.batch_size, self.batch_size):
+            numbers = mine[start : start + self.batch_size]
+            input_ids = self.data.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
+            kept = ~torch.isin(input_ids, self.excluded) & bool(len(numbers))
+            yield torch.from_numpy(numbers), input_ids, kept
+
+    @property
+    def num_batches(self) -> int:
+        """How many each rank has: as many as the first one's share makes."""
+        return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)
