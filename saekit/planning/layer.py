@@ -52,7 +52,8 @@ class Layer:
                 group |= {"fused": False} if group.get("fused") else {}  # no such kernel there
         if alone and not stand_in:
             self.optimizer.defer_gradients()
-        self.counters, self.window = LayerCounters.fresh(num_latents, device), LayerWindow.empty(d_in, device)
+        self.counters = LayerCounters.fresh(num_latents, device)
+        self.window = LayerWindow.empty(d_in, device, self.sae.selection.num_sums)
 
     def passes(self, chunk_ND: Tensor, dead: Tensor | None = None) -> None:
         """Forward and backward pass, as in `SaeTrainer`."""

@@ -93,15 +93,14 @@ class LayerWindow:
     """float64 `[5]`: squared error, squared error at 4k, firings, loss, AuxK loss. The last two are already divided
     by their step's tokens, so their mean is over steps."""
     selection_sums: Tensor
-    """What selections are moved by (`SaeOutput.sums`): int64 `[num_sums]`, a single 0 before there is any. Of one step:
-    no report needs it."""
+    """What selections are moved by (`SaeOutput.sums`): int64 `[num_sums]`. Of one step: no report needs it."""
     steps: int = 0
 
     @classmethod
-    def empty(cls, d_in: int, device: torch.device) -> LayerWindow:
+    def empty(cls, d_in: int, device: torch.device, num_sums: int = 0) -> LayerWindow:
         """Over no step."""
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
-        return cls(Moments.zero(d_in, device), sums, torch.zeros((), dtype=torch.int64, device=device))
+        return cls(Moments.zero(d_in, device), sums, torch.zeros(num_sums, dtype=torch.int64, device=device))
 
     def observe(self, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: float, centre_D: Tensor) -> None:
         """Count a chunk of tokens. Only numbers that exist already are read: no loss is computed again.
@@ -110,7 +109,7 @@ class LayerWindow:
         """
         self.moments.add_centred(x_ND, centre_D, out.kept)
         if out.sums is not None:
-            self.selection_sums = self.selection_sums + out.sums.flatten(0, -2).sum(0)
+            self.selection_sums += out.sums.flatten(0, -2).sum(0)
         zero = losses.total.new_zeros(())
         self.sums += torch.stack(
             [

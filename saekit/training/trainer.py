@@ -314,4 +314,5 @@ class SaeTrainer:
             self.report.status(f"Warning: {error}; training goes on")
 
     def _fresh_windows(self) -> dict[str, LayerWindow]:
-        return {name: LayerWindow.empty(self.plan.d_in, self.placement.device) for name in self.placement.layers()}
+        d_in, device, num_sums = self.plan.d_in, self.placement.device, self.cfg.sae.kind.num_sums
+        return {name: LayerWindow.empty(d_in, device, num_sums) for name in self.placement.layers()}

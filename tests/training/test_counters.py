@@ -1,5 +1,6 @@
 import torch
 
+from saekit.sae.selection.topk import TopK
 from saekit.training.counters import LayerCounters
 
 
@@ -9,18 +10,19 @@ def fresh():
 
 def test_chosen_at_zero_is_not_fired():
     counters = fresh()
-    counters.observe(torch.tensor([[2.0, 0.0], [1.0, 0.5]]), torch.tensor([[0, 1], [0, 2]]))
+    fired_NK = TopK(2, 5).fired(torch.tensor([[2.0, 0.0], [1.0, 0.5]]))
+    counters.observe(fired_NK, torch.tensor([[0, 1], [0, 2]]))
     assert counters.fired_now_M.tolist() == [2, 0, 1, 0, 0]
 
 
 def test_counting_in_tokens():
     counters = fresh()
-    counters.observe(torch.tensor([[1.0]]), torch.tensor([[3]]))
+    counters.observe(torch.tensor([[True]]), torch.tensor([[3]]))
     counters = counters.after(counters.fired_now_M, tokens=10)
     assert counters.tokens_since_fired_M.tolist() == [10, 10, 10, 0, 10]
     assert counters.fire_count_M.tolist() == [0, 0, 0, 1, 0]
     assert not counters.fired_now_M.any()
-    counters.observe(torch.tensor([[1.0]]), torch.tensor([[0]]))
+    counters.observe(torch.tensor([[True]]), torch.tensor([[0]]))
     counters = counters.after(counters.fired_now_M, tokens=7)
     assert counters.tokens_since_fired_M.tolist() == [0, 17, 17, 7, 17]
 

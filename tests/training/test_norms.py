@@ -65,7 +65,7 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
         rows_ND, keep_N1 = covered(sae, rows_ND)
         out = sae(rows_ND, aux=dead).only(keep_N1)
         losses = sae_losses(rows_ND, out, scale=scale, auxk_alpha=0.5, num_dead=4)
-        window = LayerWindow.empty(D, rows_ND.device)
+        window = LayerWindow.empty(D, rows_ND.device, sae.selection.num_sums)
         window.observe(rows_ND, out, losses, scale, centre_D)
         gradients = torch.autograd.grad(losses.total, list(sae.parameters()))
         fired_M = torch.bincount(out.indices[out.fired], minlength=M)
