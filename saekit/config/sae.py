@@ -135,7 +135,7 @@ class SaeConfig:
         try:
             self.kind.check(self.k, num_latents)
         except ValueError as error:
-            raise ValueError(f"--activation {self.activation}: {error}") from error
+            raise ValueError(f"--activation {self.activation} with --k {self.k}: {error}") from error
         self.resolve_prefixes(num_latents)
         return num_latents
 
