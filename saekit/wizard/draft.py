@@ -12,7 +12,7 @@ from saekit.config.flat import load_plugins, read_yaml
 from saekit.data import Peek
 from saekit.errors import UserError
 from saekit.planning import Advice, Machine, Plan
-from saekit.wizard.files import Launch, Targets, read_launch
+from saekit.wizard.draft import Launch, Targets, read_launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
