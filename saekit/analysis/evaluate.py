@@ -81,7 +81,7 @@ class Evaluator:
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
-        """See `evaluate`."""
+        """Make both passes over the data, the first one only once in a run."""
         subject = self.subject
         changes = CHANGES if self._grafts is None else CHANGES[:1]
         runs = (self._means is None) + (1 + len(changes) * (len(self.names) + 1) if subject.objective else 1)

@@ -11,8 +11,7 @@ from saekit.errors import UserError
 from saekit.placement.choose import kind_of
 from saekit.runs.folder import check_run_folder
 from saekit.training.plan import default_run_name
-from saekit.wizard.draft import Draft, known
-from saekit.wizard.files import launch_text, run_text, secrets_in, template_for
+from saekit.wizard.draft import Draft, known, launch_text, run_text, secrets_in, template_for
 from saekit.wizard.inputs import ARGUMENTS, COLUMN, DATASET, MACHINE, MODEL, SPLIT
 from saekit.wizard.sizes import BATCH, CONTEXT, DICTIONARY, LAYERS, TOKENS, K
 from saekit.wizard.walk import Question
