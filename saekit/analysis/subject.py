@@ -73,7 +73,7 @@ class MaskedToken:
         self.excluded = excluded
 
     def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-        """See `Objective`."""
+        """Mask some tokens of each sequence, and ask for those."""
         draws = [
             torch.rand(input_ids.shape[1], generator=torch.Generator().manual_seed(number))
             for number in numbers.tolist()

@@ -42,7 +42,7 @@ class DatasetSequences:
         return len(self.data)
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """See `Sequences.read`."""
+        """Return token ids, int64 `[B, ctx_len]`, of the sequences with these numbers."""
         if len(numbers) == 0:
             return torch.empty(0, self.ctx_len, dtype=torch.int64)
         rows = np.asarray(self.data[numbers.tolist()]["input_ids"])
@@ -67,7 +67,7 @@ class MemmapSequences:
         return len(self.rows)
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """See `Sequences.read`."""
+        """Return token ids, int64 `[B, ctx_len]`, of the sequences with these numbers."""
         return torch.from_numpy(self.rows[numbers].astype(np.int64))
 
 

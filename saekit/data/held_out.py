@@ -35,7 +35,7 @@ class Chosen:
         return len(self.numbers)
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """See `Sequences.read`."""
+        """Return token ids, int64 `[B, ctx_len]`, of the sequences with these numbers."""
         return self.whole.read(self.numbers[numbers]) if len(numbers) else torch.empty(0, self.ctx_len).long()
 
 

@@ -19,7 +19,17 @@ import psutil
 from saekit._version import __version__
 from saekit.config import TrainConfig
 from saekit.doctor import devices, hub, libraries, limits, ranks
-from saekit.doctor.findings import DEVICES, EIGHT_BITS, HUB, LIBRARIES, RANKS, RESOURCES, SAEKIT, Finding, make_check
+from saekit.doctor.findings import (
+    DEVICES,
+    EIGHT_BITS,
+    HUB,
+    LIBRARIES,
+    RANKS,
+    RESOURCES,
+    SAEKIT,
+    Finding,
+    attempt,
+)
 from saekit.doctor.probes import ADAM8BIT, DEEPSPEED, GLOO, Outcome, Probes
 from saekit.machine import cpu_model, free_memory, library_versions, usable_cores
 
@@ -37,7 +47,7 @@ def diagnose(*, debug: bool = False) -> list[Finding]:
     with Probes(TRIED) as probes:  # they run while the libraries are imported here
         found: list[Finding] = []
         for area, name, check in _libraries():
-            found += make_check(area, name, check, debug=debug)
+            found += attempt(area, name, check, debug=debug)
         torch = _torch()
         gpus = _gpus(torch)
         if torch is None:
@@ -47,7 +57,7 @@ def diagnose(*, debug: bool = False) -> list[Finding]:
         else:
             rest = [*_devices(torch, gpus), *_ranks(torch, gpus, probes.outcome), *_hub(), *_resources(gpus)]
         for area, name, check in rest:
-            found += make_check(area, name, check, debug=debug)
+            found += attempt(area, name, check, debug=debug)
     return found
 
 

@@ -51,31 +51,31 @@ class Reporters:
         self.finish()
 
     def status(self, message: str) -> None:
-        """See `Reporter.status`."""
+        """Pass a line on."""
         for reporter in self.reporters:
             reporter.status(message)
 
     def start(self, info: RunInfo) -> None:
-        """See `Reporter.start`."""
+        """Tell all that training is about to begin."""
         for reporter in self.reporters:
             reporter.start(info)
 
     def step(self, stats: StepStats) -> None:
-        """See `Reporter.step`."""
+        """Pass a report on."""
         for reporter in self.reporters:
             reporter.step(stats)
 
     def evaluated(self, stats: EvalStats) -> None:
-        """See `Reporter.evaluated`."""
+        """Pass an evaluation on."""
         for reporter in self.reporters:
             reporter.evaluated(stats)
 
     def saved(self, path: Path, step: int) -> None:
-        """See `Reporter.saved`."""
+        """Tell all that a checkpoint is in place."""
         for reporter in self.reporters:
             reporter.saved(path, step)
 
     def finish(self) -> None:
-        """See `Reporter.finish`."""
+        """Tell all that training has ended."""
         for reporter in self.reporters:
             reporter.finish()

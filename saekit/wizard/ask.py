@@ -30,20 +30,20 @@ class Defaults:
         self.console = console
 
     def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
-        """See `Asker`."""
+        """Take the default; raise what was wrong with it where it was refused."""
         if refused is not None:
             raise UserError(refused.problem)
         return default
 
     def went_back(self, question: Question) -> None:
-        """See `Asker`; it never does."""
+        """Nothing: this one never goes back."""
 
     def working(self, text: str) -> AbstractContextManager[object]:
-        """See `Asker`."""
+        """Show nothing while something takes time."""
         return nullcontext()
 
     def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
-        """See `Asker`."""
+        """Show what was taken."""
         show(self.console, question, answer, told)
 
 
@@ -61,7 +61,7 @@ class Terminal:
         self.console = console
 
     def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
-        """See `Asker`."""
+        """Ask at the prompt; Esc or `<` raises `Back`."""
         from saekit.wizard import prompt
 
         choices = question.choices(draft)
@@ -83,15 +83,15 @@ class Terminal:
         return typed
 
     def went_back(self, question: Question) -> None:
-        """See `Asker`."""
+        """Say which question comes again."""
         self.console.print(Text(f"↩ back to {question.label}", style="dim"))
 
     def working(self, text: str) -> AbstractContextManager[object]:
-        """See `Asker`."""
+        """Show a spinner while something takes time."""
         return self.console.status(text) if text else nullcontext()
 
     def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
-        """See `Asker`."""
+        """Leave a line with the answer."""
         show(self.console, question, answer, told)
 
     def _wrapped(self, text: str) -> str:

@@ -62,6 +62,14 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
     make_trainer(resume=True, save_every=3, micro_acc_steps=2, log_every=2).fit()
 
 
+@pytest.mark.parametrize("other", [1, 3])
+def test_only_todays_format_is_gone_on_from(make_trainer, other):
+    file = make_trainer().fit() / "checkpoint.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "format": other}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"has format {other}, and this saekit goes on from format 2 only"):
+        make_trainer(resume=True).fit()
+
+
 def test_the_index_says_what_it_should(make_trainer, tmp_path):
     checkpoint = make_trainer().fit()
     index = json.loads((checkpoint / "checkpoint.json").read_text())
