@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit.activations.live import LiveModel, Tokens, to_device
-from saekit.training.bank import read_later
+from saekit.training.message import read_later
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, tensors_of
 
