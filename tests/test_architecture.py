@@ -90,19 +90,7 @@ def test_nobody_else_compares_a_placements_name(file):
 
 def test_the_maths_needs_torch_only():
     allowed = {"torch", "triton", "safetensors", "huggingface_hub", "saekit", "__future__"}
-    standard = {
-        "collections",
-        "copy",
-        "functools",
-        "importlib",
-        "json",
-        "math",
-        "os",
-        "pathlib",
-        "re",
-        "typing",
-        "warnings",
-    }
+    standard = {"collections", "functools", "importlib", "json", "math", "os", "pathlib", "re", "typing", "warnings"}
     compiling = {"ctypes", "hashlib", "platform", "shutil", "subprocess", "sys", "tempfile", "threading"}
     standard |= compiling | {"copy", "weakref"}
     for file in (ROOT / "sae").rglob("*.py"):
@@ -116,13 +104,6 @@ SPELLED_ONCE: dict[str, tuple[str, ...]] = dict.fromkeys(
 )
 # Also what `--resume` without a value comes to.
 SPELLED_ONCE["latest"] = ("runs/layout.py", "sae/storage.py", "api.py", "config/options.py")
-    "runs/layout.py",
-    "sae/storage.py",
-    "api.py",
-    "config/options.py",
-    "cli/options.py",
-    "cli/train.py",
-)
 SPELLED_ONCE |= {
     "state.safetensors": ("runs/layout.py",),
     # One SAE's folder needs no run.
