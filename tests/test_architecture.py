@@ -90,7 +90,19 @@ def test_nobody_else_compares_a_placements_name(file):
 
 def test_the_maths_needs_torch_only():
     allowed = {"torch", "triton", "safetensors", "huggingface_hub", "saekit", "__future__"}
-    standard = {"collections", "functools", "importlib", "json", "math", "os", "pathlib", "re", "typing", "warnings"}
+    standard = {
+        "collections",
+        "copy",
+        "functools",
+        "importlib",
+        "json",
+        "math",
+        "os",
+        "pathlib",
+        "re",
+        "typing",
+        "warnings",
+    }
     compiling = {"ctypes", "hashlib", "platform", "shutil", "subprocess", "sys", "tempfile", "threading"}
     standard |= compiling | {"copy", "weakref"}
     for file in (ROOT / "sae").rglob("*.py"):

@@ -17,10 +17,11 @@ from saekit.config.ranks import placement_names
 from saekit.errors import UserError
 
 Plugins = Annotated[
-    Optional[list[Path]],  # noqa: UP045
+    list[Path] | None,
     typer.Option("--plugin", metavar="FILE.py", help="A Python file that registers selections; may be repeated."),
 ]
-"""For commands that open checkpoints. Typer cannot take `| None` from an alias on Python 3.10."""
+"""For commands that open checkpoints: the only plug-ins that these run."""
+SIZES = {"num_latents", "expansion_factor"}
 THEM = {1: "it", 2: "both"}
 PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 

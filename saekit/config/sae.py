@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from saekit.config.options import CONFIG, Files, Shares, option
 from saekit.registry import SELECTIONS
-
-if TYPE_CHECKING:
-    from saekit.sae.selection import Selection
 
 DEFAULT_EXPANSION_FACTOR = 32
 SAE = "Sparse autoencoder"
@@ -86,14 +83,13 @@ class SaeConfig:
         return f"{known}: it needs --plugin {' --plugin '.join(map(str, self.plugin))}"
 
     @property
-    def kind(self) -> type[Selection]:
-        """The class that selects latents. Imports torch.
+    def kind(self) -> Any:
+        """The class that selects latents, a `saekit.sae.selection.Selection`. Imports torch.
 
         Raises:
             UserError: If it comes from a package that cannot be imported.
         """
-        kind: type[Selection] = SELECTIONS.get(self.activation)
-        return kind
+        return SELECTIONS.get(self.activation)
 
     def sizes(self, d_in: int, num_latents: int) -> dict[str, Any]:
         """The arguments of a fresh `Sae` of D dimensions and M latents."""
@@ -139,7 +135,7 @@ class SaeConfig:
         try:
             self.kind.check(self.k, num_latents)
         except ValueError as error:
-            raise ValueError(f"--activation {self.activation}: {error}") from error
+            raise ValueError(f"--activation {self.activation} with --k {self.k}: {error}") from error
         self.resolve_prefixes(num_latents)
         return num_latents
 

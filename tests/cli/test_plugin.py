@@ -67,7 +67,7 @@ def test_without_it_a_checkpoint_says_what_is_missing(run, saekit, text_file, mo
 
 def test_a_checkpoint_names_no_code_that_is_run(run, saekit, tmp_path):
     trap = tmp_path / "trap.py"
-    trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    trap.write_text(f"import pathlib\n\npathlib.Path({str(tmp_path / 'sprung')!r}).touch()\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "plugin": [str(trap)]}))
     for command in (["eval", run], ["inspect", run], ["train", "--resume", run]):

@@ -161,7 +161,7 @@ def test_what_cannot_be(options, says):
 
 def test_the_configuration_says_it_first():
     assert SaeConfig(activation="groupmax", num_latents=60, k=5).sizes(12, 60)["selection"] == "groupmax"
-    with pytest.raises(ValueError, match=r"--activation groupmax: .* 60 latents are no multiple of 7"):
+    with pytest.raises(ValueError, match=r"--activation groupmax with --k 7: .* 60 latents are no multiple of 7"):
         SaeConfig(activation="groupmax", num_latents=60, k=7)
     with pytest.raises(ValueError, match="under groupmax there is no code at 4k"):
         SaeConfig(activation="groupmax", multi_topk=True)

@@ -99,6 +99,17 @@ def test_a_folder_of_an_unknown_kind_says_which_plug_in_made_it(tmp_path):
         Sae.load_from_disk(tmp_path)
 
 
+def test_the_page_about_extending_shows_a_kind_that_works():
+    page = (ABS_TOPK.parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    x, expected = tokens(N, D), make_sae("abs_topk")
+    SELECTIONS._registered.clear()
+    exec(page.split("```python\n")[1].split("```")[0], {"__name__": "their_file"})
+    found = make_sae("abs_topk")
+    assert type(found.selection) is not type(expected.selection)
+    assert torch.equal(found(x).recon, expected(x).recon)
+    assert found(x).fired.all()
+
+
 def test_saelens_has_no_signed_values(tmp_path):
     with pytest.raises(ValueError, match="as abs_topk does"):
         save_as_saelens(make_sae("abs_topk"), tmp_path)
