@@ -107,17 +107,17 @@ def read_codes(
     found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
     total_D, count = torch.zeros(1, dtype=torch.float64), 0
     with tap(subject.model, list(dict.fromkeys([*names, last]))) as read:
-        for numbers, input_ids, kept in subject.batches():
+        for numbers, input_ids, counted in subject.batches():
             places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
             acts = read(input_ids.to(subject.device))
-            kept = kept.to(subject.device)
-            ends = kept & subject.saes[last].covers(acts[last]) if last in subject.saes else kept
+            counted = counted.to(subject.device)
+            ends = counted & subject.saes[last].counted(acts[last]) if last in subject.saes else counted
             total_D = total_D + acts[last][ends].sum(0, dtype=torch.float64).cpu()
             count += int(ends.sum())
             for name in names:
                 sae, x = subject.saes[name], acts[name].float()
                 out = sae(x)
-                fired = out.fired & (kept & sae.covers(x))[..., None]
+                fired = out.fired & (counted & sae.counted(x))[..., None]
                 where = places[..., None].expand(fired.shape)[fired.cpu()]
                 found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
             done()

@@ -134,7 +134,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         job.dtype,
         on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
         on_gpu=machine.on_gpu,
-        alone=kind.alone,
+        owns_gradient=kind.owns_gradient,
     )
     demand = Demand(
         layers=len(job.layers),

@@ -53,7 +53,7 @@ def new_sae(plan: RunPlan, name: str) -> Sae:
     return fresh
 
 
-def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
+def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> Sae:
     """Replace the weights of a fresh SAE by those of an earlier one, in place.
 
     Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
@@ -63,7 +63,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
         hookpoint: Whose SAE it is.
         sae: The fresh one.
-        alone: Whether the bank has this layer only.
+        only_unit: Whether the bank has no other unit.
 
     Returns:
         The earlier one, as it is in its file.
@@ -72,7 +72,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         UserError: If the SAE is missing there, is damaged or has another size.
     """
     try:
-        single = (path / WEIGHTS_FILE).is_file() and alone
+        single = (path / WEIGHTS_FILE).is_file() and only_unit
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
