@@ -217,7 +217,7 @@ FAULTS = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "torch.where(counted[..., None], ways[change](x).to(acts), acts)",
+        "torch.where(own[..., None], ways[change](x).to(acts), acts)",
         "ways[change](x).to(acts)",
     ),
     (
