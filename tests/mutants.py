@@ -163,7 +163,7 @@ FAULTS = [
     ),
     (
         "a layer's number is the last one in a hookpoint's path",
-        "saekit/placement/layer_map.py",
+        "saekit/sae/storage.py",
         'for part in path.split(".")',
         'for part in reversed(path.split("."))',
     ),

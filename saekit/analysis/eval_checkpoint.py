@@ -183,11 +183,11 @@ def evaluate_prepared(
     results = evaluate(subject, progress)
     record = _record(results, prepared.cfg, prepared.origin)
     if subject.rank == 0:
-        write(record, prepared.folder / EVAL_FILE)
+        write_evaluation(record, prepared.folder / EVAL_FILE)
     return Evaluated(results, record)
 
 
-def write(record: dict[str, Any], file: Path) -> None:
+def write_evaluation(record: dict[str, Any], file: Path) -> None:
     """Write `eval.json`, all of it or nothing.
 
     Raises:

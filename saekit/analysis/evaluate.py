@@ -22,7 +22,7 @@ from saekit.analysis.results import (
     ReconstructionSums,
     ratio,
 )
-from saekit.analysis.subject import IGNORED, Subject, compare
+from saekit.analysis.subject import IGNORED, Subject, compare_answers
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Evaluator:
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
             logits, seen = self._clean(inputs)
-            clean.add(rows, compare(logits, logits, targets))
+            clean.add(rows, compare_answers(logits, logits, targets))
             self._done()
             replacements: dict[str, dict[str, Replace]] = {change: {} for change in changes}
             for name in self.names:
@@ -154,13 +154,13 @@ class Evaluator:
                 for change in changes:
                     answers = grafts[name].answers[change]
                     new = torch.where(own[..., None], ways[change](x).to(acts), acts)
-                    answers.add(rows, compare(logits, self._logits_behind(name, new, inputs), targets))
+                    answers.add(rows, compare_answers(logits, self._logits_behind(name, new, inputs), targets))
                     self._done()
                     replacements[change][name] = _where(own, ways[change])
                 replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
             for change, several in replacements.items():
                 answers = grafts[""].answers[change]
-                answers.add(rows, compare(logits, self._logits(inputs, several, ~counted), targets))
+                answers.add(rows, compare_answers(logits, self._logits(inputs, several, ~counted), targets))
                 self._done()
         self._grafts = grafts
         return self._result(recons, grafts, clean, scored_S, counted_S)

@@ -113,7 +113,7 @@ class Answer(NamedTuple):
     """Positions at which both models think the same token most likely."""
 
 
-def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
+def compare_answers(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
     """Score a changed model's logits against the truth and against the clean model's.
 
     Args:

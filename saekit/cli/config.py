@@ -76,7 +76,7 @@ def config(
         console.print("Nothing was written.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     files = wizard.files_of(draft)
-    wizard.write(files)
+    wizard.write_files(files)
     console.print(f"Wrote {' and '.join(map(str, files))}. Start the run with", soft_wrap=True, markup=False)
     typer.echo(wizard.start_command(draft))
 

@@ -19,17 +19,7 @@ import psutil
 from saekit._version import __version__
 from saekit.config import TrainConfig
 from saekit.doctor import devices, hub, libraries, limits, ranks
-from saekit.doctor.findings import (
-    DEVICES,
-    EIGHT_BITS,
-    HUB,
-    LIBRARIES,
-    RANKS,
-    RESOURCES,
-    SAEKIT,
-    Finding,
-    attempt,
-)
+from saekit.doctor.findings import DEVICES, EIGHT_BITS, HUB, LIBRARIES, RANKS, RESOURCES, SAEKIT, Finding, make_check
 from saekit.doctor.probes import ADAM8BIT, DEEPSPEED, GLOO, Outcome, Probes
 from saekit.machine import cpu_model, free_memory, library_versions, usable_cores
 
@@ -47,7 +37,7 @@ def diagnose(*, debug: bool = False) -> list[Finding]:
     with Probes(TRIED) as probes:  # they run while the libraries are imported here
         found: list[Finding] = []
         for area, name, check in _libraries():
-            found += attempt(area, name, check, debug=debug)
+            found += make_check(area, name, check, debug=debug)
         torch = _torch()
         gpus = _gpus(torch)
         if torch is None:
@@ -57,7 +47,7 @@ def diagnose(*, debug: bool = False) -> list[Finding]:
         else:
             rest = [*_devices(torch, gpus), *_ranks(torch, gpus, probes.outcome), *_hub(), *_resources(gpus)]
         for area, name, check in rest:
-            found += attempt(area, name, check, debug=debug)
+            found += make_check(area, name, check, debug=debug)
     return found
 
 

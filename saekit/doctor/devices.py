@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.doctor.findings import DEVICES, Finding, describe
+from saekit.doctor.findings import DEVICES, Finding, describe_error
 from saekit.doctor.libraries import install
 from saekit.units import plural, size
 
@@ -73,7 +73,7 @@ def _why_not(torch: Any) -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError, OSError) as error:
-        return describe(error).partition(". ")[0]  # advice follows, with addresses
+        return describe_error(error).partition(". ")[0]  # advice follows, with addresses
     return "it does not say why"
 
 

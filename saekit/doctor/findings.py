@@ -33,7 +33,7 @@ class Finding:
     """Whether `saekit train` cannot run at all before this is mended."""
 
 
-def attempt(area: str, name: str, check: Callable[[], Iterable[Finding]], *, debug: bool = False) -> list[Finding]:
+def make_check(area: str, name: str, check: Callable[[], Iterable[Finding]], *, debug: bool = False) -> list[Finding]:
     """Make one check; what it raises is a problem of its own, so that the other checks still get their turn.
 
     Args:
@@ -49,11 +49,11 @@ def attempt(area: str, name: str, check: Callable[[], Iterable[Finding]], *, deb
     except Exception as error:  # whatever a broken library or an odd machine makes a check raise is what is looked for
         if debug:
             raise
-        found = f"could not be looked at ({describe(error)})"
+        found = f"could not be looked at ({describe_error(error)})"
         return [Finding(area, name, "problem", found, "saekit doctor --debug shows where it went wrong")]
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception's type and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

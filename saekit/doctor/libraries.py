@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from saekit._version import __version__
-from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe
+from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe_error
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -156,5 +156,5 @@ def _import_error(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # noqa: BLE001  # a library that was built for another one raises whatever it likes
-        return describe(error)
+        return describe_error(error)
     return None

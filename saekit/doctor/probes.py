@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from saekit.doctor.findings import describe
+from saekit.doctor.findings import describe_error
 
 LIMIT_S = 60.0
 """Seconds that they may take together; most go into importing libraries, which can be slow on a network's disk."""
@@ -151,7 +151,7 @@ class Probes:
                 start_new_session=True,  # what it forks can be ended together with it
             )
         except OSError as error:  # no memory, or too many processes: the rest of the report is wanted all the more
-            self._silence = describe(error)
+            self._silence = describe_error(error)
             return None
 
     def __enter__(self) -> Probes:

@@ -17,6 +17,7 @@ from saekit.placement.local import LocalBank
 from saekit.placement.world import Ranked, World, start_world
 from saekit.sae import Sae
 from saekit.sae.model import around, without_memory
+from saekit.sae.storage import layer_number
 
 Wave = dict[int, str]
 """At most one hookpoint for each owner."""
@@ -228,15 +229,6 @@ def resolve_map(text: str | None, hookpoints: Sequence[str], world_size: int) ->
             f"--layer-map {text!r}: there is no rank {highest}; the last of {world_size} is {world_size - 1}"
         )
     return {name: owner[layer] for name, layer in layers.items()}
-
-
-def layer_number(hookpoint: str) -> int | None:
-    """The number in a hookpoint's path, such as 3 in `layers.3`, `transformer.h.3` or `layers.3.mlp:in`.
-
-    It is the first part of the path that is all digits; None where there is none.
-    """
-    path = hookpoint.partition(":")[0]
-    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit()), None)
 
 
 def _layers(numbers: Sequence[int]) -> str:

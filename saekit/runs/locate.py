@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from saekit.errors import UserError
 from saekit.runs.layout import CONFIG_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
 from saekit.runs.layout import INDEX_FILE as MANIFEST
-from saekit.sae.storage import SEARCH_DEPTH, natural_key, sae_folders_below
+from saekit.sae.storage import SEARCH_DEPTH, layer_number, natural_key, sae_folders_below
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 FOREIGN = "config.json"
@@ -134,12 +133,6 @@ def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
     if not chosen:
         raise UserError(f"--layer {layer}: there is no such layer; there are {', '.join(names)}")
     return chosen
-
-
-def layer_number(hookpoint: str) -> int | None:
-    """The last whole number in a hookpoint's name; sparsify's `/seed1` at its end is no layer."""
-    numbers = re.findall(r"\d+", re.sub(r"/seed\d+$", "", hookpoint))
-    return int(numbers[-1]) if numbers else None
 
 
 def _lone_sae(path: Path) -> Location:

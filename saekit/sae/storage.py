@@ -163,6 +163,16 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
     return folder / hookpoint if hookpoint else folder
 
 
+def layer_number(hookpoint: str) -> int | None:
+    """Return the number in a hookpoint's path, such as 3 in `layers.3`, `transformer.h.3` or `layers.3.mlp:in`.
+
+    It is the first part of the path that is all digits; None where there is none. sparsify's `/seed1` at the end of a
+    folder's name is no part of the path.
+    """
+    path = hookpoint.partition("/")[0].partition(":")[0]
+    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit()), None)
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """A sort key under which numbers inside names count as numbers."""
     parts = re.split(r"(\d+)", name)

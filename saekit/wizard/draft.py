@@ -97,7 +97,7 @@ def read_launch(path: Path) -> Launch:
     return Launch(processes, placement or "", on_gpu=said.get("gpu_ids") != "-1,-1")
 
 
-def write(files: Mapping[Path, str]) -> None:
+def write_files(files: Mapping[Path, str]) -> None:
     """Write all of them or none: each is whole beside its place before the first is put there.
 
     Raises:

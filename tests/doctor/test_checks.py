@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from saekit.doctor import devices, hub, libraries, limits, probes, ranks
-from saekit.doctor.findings import GIB, RESOURCES, Finding, attempt, shown
+from saekit.doctor.findings import GIB, RESOURCES, Finding, make_check, shown
 from saekit.doctor.probes import Outcome, Probes
 from saekit.units import size
 
@@ -50,7 +50,7 @@ def test_a_check_that_raises_is_a_problem_with_type_and_first_line():
         yield Finding("hub", "before", "ok", "seen")
         raise KeyError("first\nsecond")
 
-    found = mends(only(attempt("hub", "cache", check)), "problem", "--debug")
+    found = mends(only(make_check("hub", "cache", check)), "problem", "--debug")
     assert (found.area, found.name) == ("hub", "cache")
     assert "KeyError: 'first" in found.found
     assert not found.blocks
@@ -60,12 +60,12 @@ def test_only_the_first_line_of_an_error_is_shown():
     def check():
         raise OSError("one\ntwo")
 
-    assert "(OSError: one)" in only(attempt("hub", "cache", check)).found
+    assert "(OSError: one)" in only(make_check("hub", "cache", check)).found
 
 
 def test_debug_lets_the_error_out():
     with pytest.raises(ZeroDivisionError):
-        attempt("hub", "cache", lambda: [1 / 0], debug=True)
+        make_check("hub", "cache", lambda: [1 / 0], debug=True)
 
 
 # Libraries

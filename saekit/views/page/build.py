@@ -26,7 +26,7 @@ from saekit.runs.files import write_at_once
 from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
 from saekit.runs.metrics import EVALUATION, plain, read_metrics
 from saekit.views.page.charts import density_chart, evaluation_charts, layer_charts, similarity_chart, training_charts
-from saekit.views.page.packing import pack, token_texts
+from saekit.views.page.packing import pack_arrays, token_texts
 
 NOTHING = -1
 
@@ -114,8 +114,8 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
         charts=set(figures),
         figures={name: figure.to_plotly_json() for name, figure in figures.items()},
         data=data,
-        text=pack({"ids": _compact(features.ids_ST, vocabulary)}),
-        blobs=[pack(_arrays(layer, vocabulary)) for layer in features.layers],
+        text=pack_arrays({"ids": _compact(features.ids_ST, vocabulary)}),
+        blobs=[pack_arrays(_arrays(layer, vocabulary)) for layer in features.layers],
         plotly=get_plotlyjs(),
         version=__version__,
     )

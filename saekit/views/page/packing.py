@@ -17,7 +17,7 @@ ROUND_TO = 12
 """Bits of a float's mantissa that are kept: numbers are shown with three digits, and the rest would not compress."""
 
 
-def pack(arrays: Mapping[str, np.ndarray]) -> str:
+def pack_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """Arrays of any shape as base64 of gzip.
 
     Inside: the header's length in bytes (uint32, little-endian), the header (JSON: of each array its name, type, shape
