@@ -174,7 +174,7 @@ FAULTS = [
         "",
     ),
     (
-        "zero3 normalises each rank's part of a row by itself",
+        "zero3 normalizes each rank's part of a row by itself",
         "saekit/placement/shards.py",
         "        return sum_over_ranks(everywhere)[:, here]",
         "        return everywhere[:, here]",

@@ -25,7 +25,7 @@ TOP, SPREAD = 10, 5
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 NEIGHBOURS = 8
 LENS_TOKENS = 8
-FAVOURITES = 5
+FAVORITES = 5
 DENSEST = 100
 """Always among those that are looked at closely."""
 FIRINGS_AT_ONCE = 2**26
@@ -47,8 +47,8 @@ class LayerFeatures:
     quantiles_L: np.ndarray
     """float32 `[L, len(QUANTILES)]`: of the activations on the tokens on which a latent fired."""
     contexts: Contexts
-    favourites_L: np.ndarray
-    """int64 `[L, FAVOURITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
+    favorites_L: np.ndarray
+    """int64 `[L, FAVORITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
     shares_L: np.ndarray
     """float32: the share of its firings on each."""
     neighbours: Neighbours
@@ -168,7 +168,7 @@ def _features(
     latents_L = chosen(codes.counts_M, max(1, budget))
     numbers = torch.from_numpy(latents_L)
     decoder_MD = sae.W_dec.detach()
-    favourites, shares = codes.favourites(latents_L, ids_ST.reshape(-1), FAVOURITES)
+    favorites, shares = codes.favorites(latents_L, ids_ST.reshape(-1), FAVORITES)
     lens = None
     if subject.objective is not None:
         rows_LD = decoder_MD[numbers.to(decoder_MD.device)]
@@ -180,7 +180,7 @@ def _features(
         latents_L=latents_L,
         quantiles_L=codes.quantiles(latents_L, QUANTILES),
         contexts=find_contexts(codes, latents_L, ctx_len, TOP, SPREAD),
-        favourites_L=favourites,
+        favorites_L=favorites,
         shares_L=shares,
         neighbours=Neighbours(*(each.cpu() for each in near)),
         lens=lens,

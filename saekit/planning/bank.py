@@ -31,7 +31,7 @@ class LayerCost:
     gradients: Bytes
     """Or what they are the sums of, where they are left to the step."""
     state: Bytes
-    """The optimiser's."""
+    """The optimizer's."""
     counters: Bytes
     first_chunk: Bytes
     """The most that forward and backward pass of a chunk hold besides parameters, state and gradients, when the
@@ -39,7 +39,7 @@ class LayerCost:
     later_chunk: Bytes
     """The same when there are gradients already that its own are added to."""
     update: Bytes
-    """The most that the optimiser's step holds besides all of those."""
+    """The most that the optimizer's step holds besides all of those."""
 
 
 KNOWN: dict[tuple[object, ...], LayerCost] = {}

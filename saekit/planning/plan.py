@@ -32,13 +32,13 @@ class Choice:
     libraries: int
     """Bytes that it needs besides its tensors."""
     sent: int
-    """Bytes that it sends per optimiser step, about what it receives."""
+    """Bytes that it sends per optimizer step, about what it receives."""
     layers_of_busiest: int
     """SAEs that the rank trains."""
     tokens_per_step: int
     """Of all ranks."""
     time: StepTime | None = None
-    """Of an optimiser step; None where the machine's rates are not known."""
+    """Of an optimizer step; None where the machine's rates are not known."""
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -27,11 +27,11 @@ class RunState:
     """Where a run stands."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     tokens: int = 0
     """Tokens that trained the SAEs, over all ranks."""
     skipped: int = 0
-    """Optimiser steps left out because of NaN or Inf."""
+    """Optimizer steps left out because of NaN or Inf."""
     bad_in_row: int = 0
     """How many of them were the last ones."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> S
     """Replace the weights of a fresh SAE by those of an earlier one, in place.
 
     Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
-    latent adds to the reconstruction stays, and the first optimiser step does not change it at one blow.
+    latent adds to the reconstruction stays, and the first optimizer step does not change it at one blow.
 
     Args:
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.

@@ -1,7 +1,7 @@
 """BatchTopK: as many latents as a token needs, k of them on average.
 
 Bussmann et al. 2024 (arXiv 2412.06410) take the k·N largest values of a training batch, and a threshold only after
-training. Here it is a threshold from the start, which stands still during an optimiser step: otherwise the split of a
+training. Here it is a threshold from the start, which stands still during an optimizer step: otherwise the split of a
 batch into chunks, micro-batches or ranks would change the gradient.
 """
 
