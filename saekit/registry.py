@@ -114,7 +114,11 @@ PLACEMENTS = Registry(
         "zero3": "saekit.placement.zero3:Zero3",
     },
 )
-FORMATS = Registry("saekit.formats", "format", {})
+FORMATS = Registry(
+    "saekit.formats",
+    "format",
+    {"sparsify": "saekit.sae.formats.sparsify:Sparsify", "saelens": "saekit.sae.formats.saelens:SaeLens"},
+)
 
 
 def load_plugin(file: Path) -> None:

@@ -342,7 +342,7 @@ FAULTS = [
     ("low precision alone chooses in a group", SPARSE, "LEAST_SPARE // parts, 1)", "LEAST_SPARE // parts)"),
     (
         "SAELens reads the encoder the wrong way round",
-        "saekit/sae/saelens.py",
+        "saekit/sae/formats/saelens.py",
         "sae.W_enc.T,",
         "sae.W_enc,",
     ),

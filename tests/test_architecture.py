@@ -120,7 +120,7 @@ SPELLED_ONCE |= {
     "state.safetensors": ("runs/layout.py",),
     # One SAE's folder needs no run.
     "sae.safetensors": ("sae/storage.py",),
-    "cfg.json": ("sae/storage.py", "sae/saelens.py"),
+    "cfg.json": ("sae/storage.py",),
 }
 """Names of files and folders, and the files of ours in which they stand, besides in what is said to people."""
 
