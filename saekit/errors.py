@@ -21,10 +21,10 @@ class SaveError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody stopped a run after a whole optimiser step, and its checkpoint is in place.
+    """Somebody stopped a run after a whole optimizer step, and its checkpoint is in place.
 
     Args:
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         run_dir: The run's folder.
         by_user: By Ctrl-C, and not by a scheduler's SIGTERM or SIGUSR1.
     """

@@ -174,7 +174,7 @@ FAULTS = [
         "",
     ),
     (
-        "zero3 normalises each rank's part of a row by itself",
+        "zero3 normalizes each rank's part of a row by itself",
         "saekit/placement/shards.py",
         "        return sum_over_ranks(everywhere)[:, here]",
         "        return everywhere[:, here]",
@@ -217,7 +217,7 @@ FAULTS = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "torch.where(counted[..., None], ways[change](x).to(acts), acts)",
+        "torch.where(own[..., None], ways[change](x).to(acts), acts)",
         "ways[change](x).to(acts)",
     ),
     (
@@ -296,7 +296,7 @@ FAULTS = [
         "acts_NK.masked_fill(acts_NK <= threshold, 0.0)",
         BELOW_LEARNS,
     ),
-    ("a BatchTopK code is as wide as k", BATCHTOPK, "min(WIDTH * self.k, self.num_latents)", "self.k"),
+    ("a BatchTopK code is as wide as k", BATCHTOPK, "min(CODE_WIDTH * self.k, self.num_latents)", "self.k"),
     (
         "thresholds are moved by twice the tokens",
         "saekit/training/thresholds.py",
@@ -376,9 +376,9 @@ FAULTS = [
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),
-    ("excluded tokens have codes", "saekit/analysis/features.py", "& (kept & sae.covers(x))[..., None]", ""),
-    ("what is too long has codes", "saekit/analysis/features.py", "(kept & sae.covers(x))", "kept"),
-    ("what is too long is ablated with the others", EVALUATE, "_where(counted, ways[change])", "ways[change]"),
+    ("excluded tokens have codes", "saekit/analysis/features.py", "& (counted & sae.counted(x))[..., None]", ""),
+    ("what is too long has codes", "saekit/analysis/features.py", "(counted & sae.counted(x))", "counted"),
+    ("what is too long is ablated with the others", EVALUATE, "_where(own, ways[change])", "ways[change]"),
     (
         "evaluations between steps take all lengths",
         EVALUATING,
@@ -397,7 +397,7 @@ FAULTS = [
     (
         "a token that is left out is near the threshold",
         "saekit/sae/output.py",
-        "sums=kept(self.sums)",
+        "sums=mask(self.sums)",
         "sums=self.sums",
     ),
     (

@@ -154,3 +154,18 @@ def test_rooms_stand_on_floors():
     rooms = list(MAY_IMPORT)
     for place, room in enumerate(rooms):
         assert MAY_IMPORT[room] <= set(rooms[:place]), room
+
+
+def test_the_table_of_rooms_says_the_same():
+    """docs/design.md, in the same order of floors."""
+    page = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page[page.index("| module |") :].split("\n\n")[0].splitlines()]
+    said = {
+        cells[1].strip(" `/").split("/")[-1].removesuffix(".py"): cells[3] for cells in rows if "saekit/" in cells[1]
+    }
+    rooms = [name for name in said if name in MAY_IMPORT]
+    assert set(rooms) == set(MAY_IMPORT)
+    for place, room in enumerate(rooms):
+        allowed = {each.strip() for each in said[room].split(",")} - {"–"}
+        assert allowed == MAY_IMPORT[room], room
+        assert allowed <= set(rooms[:place]), room

@@ -56,7 +56,7 @@ class LiveModel(Source):
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_data: Any = None,
         name: str | None = None,
-        data_name: str = "tokenised data",
+        data_name: str = "tokenized data",
         fixed_rows: bool = False,
     ) -> None:
         self.model = model
@@ -173,5 +173,5 @@ def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> Non
     if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
         raise UserError(
             f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
-            f"{vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
+            f"{vocabulary}: it was tokenized for another model, or a .bin file has another --data-args dtype"
         )

@@ -22,7 +22,7 @@ Replace = Callable[[Tensor], Tensor]
 
 @contextmanager
 def splice(
-    model: PreTrainedModel, replacements: Mapping[str, Sae | Replace], keep: Tensor | None = None
+    model: PreTrainedModel, replacements: Mapping[str, Sae | Replace], excluded: Tensor | None = None
 ) -> Iterator[None]:
     """Replace the outputs of blocks; the hooks are gone afterwards, whatever happens.
 
@@ -33,15 +33,15 @@ def splice(
 
     Args:
         model: Any HuggingFace model, with or without a head.
-        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction goes in where it covers the
+        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction replaces counted
             activations (`Sae.reconstruct`), or a function.
-        keep: Where true, a token keeps its true activation; bool `[B, T]`.
+        excluded: bool `[B, T]`, True for tokens that keep their true activation; None for none.
     """
     handles: list[Any] = []
     try:
         for name, replace in replacements.items():
             module = model.base_model.get_submodule(name)
-            handles.append(module.register_forward_hook(_hook(_function(replace), keep)))
+            handles.append(module.register_forward_hook(_hook(_function(replace), excluded)))
         yield
     finally:
         for handle in handles:
@@ -54,12 +54,12 @@ def _function(replace: Sae | Replace) -> Replace:
     return replace.reconstruct
 
 
-def _hook(replace: Replace, keep: Tensor | None) -> Callable[..., Any]:
+def _hook(replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         acts = residual(output)
         new = replace(acts).to(acts)
-        if keep is not None:
-            new = torch.where(keep.to(acts.device)[..., None], acts, new)
+        if excluded is not None:
+            new = torch.where(excluded.to(acts.device)[..., None], acts, new)
         return _with_residual(output, new)
 
     return hook

@@ -80,7 +80,7 @@ class Codes:
         found[fired_L] = ascending_P[(starts_L1 + ranks)[fired_L]]
         return found
 
-    def favourites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def favorites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens on which each latent fires most often.
 
         Args:

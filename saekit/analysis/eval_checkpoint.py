@@ -120,8 +120,8 @@ def prepare(
     shape = model_shape(cfg.model)
     ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
     tokenizer = load_tokenizer(cfg.model)
-    status(f"Reading and tokenising {cfg.data.dataset}")
-    if placement.rank > 0:  # one rank tokenises, the others read what it left in the cache
+    status(f"Reading and tokenizing {cfg.data.dataset}")
+    if placement.rank > 0:  # one rank tokenizes, the others read what it left in the cache
         placement.gather(None)
     data, origin = _data(run, tokenizer, ctx_len, options)
     if placement.rank == 0:

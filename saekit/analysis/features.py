@@ -25,7 +25,7 @@ TOP, SPREAD = 10, 5
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 NEIGHBOURS = 8
 LENS_TOKENS = 8
-FAVOURITES = 5
+FAVORITES = 5
 DENSEST = 100
 """Always among those that are looked at closely."""
 FIRINGS_AT_ONCE = 2**26
@@ -47,8 +47,8 @@ class LayerFeatures:
     quantiles_L: np.ndarray
     """float32 `[L, len(QUANTILES)]`: of the activations on the tokens on which a latent fired."""
     contexts: Contexts
-    favourites_L: np.ndarray
-    """int64 `[L, FAVOURITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
+    favorites_L: np.ndarray
+    """int64 `[L, FAVORITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
     shares_L: np.ndarray
     """float32: the share of its firings on each."""
     neighbours: Neighbours
@@ -107,17 +107,17 @@ def read_codes(
     found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
     total_D, count = torch.zeros(1, dtype=torch.float64), 0
     with tap(subject.model, list(dict.fromkeys([*names, last]))) as read:
-        for numbers, input_ids, kept in subject.batches():
+        for numbers, input_ids, counted in subject.batches():
             places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
             acts = read(input_ids.to(subject.device))
-            kept = kept.to(subject.device)
-            ends = kept & subject.saes[last].covers(acts[last]) if last in subject.saes else kept
+            counted = counted.to(subject.device)
+            ends = counted & subject.saes[last].counted(acts[last]) if last in subject.saes else counted
             total_D = total_D + acts[last][ends].sum(0, dtype=torch.float64).cpu()
             count += int(ends.sum())
             for name in names:
                 sae, x = subject.saes[name], acts[name].float()
                 out = sae(x)
-                fired = out.fired & (kept & sae.covers(x))[..., None]
+                fired = out.fired & (counted & sae.counted(x))[..., None]
                 where = places[..., None].expand(fired.shape)[fired.cpu()]
                 found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
             done()
@@ -168,7 +168,7 @@ def _features(
     latents_L = chosen(codes.counts_M, max(1, budget))
     numbers = torch.from_numpy(latents_L)
     decoder_MD = sae.W_dec.detach()
-    favourites, shares = codes.favourites(latents_L, ids_ST.reshape(-1), FAVOURITES)
+    favorites, shares = codes.favorites(latents_L, ids_ST.reshape(-1), FAVORITES)
     lens = None
     if subject.objective is not None:
         rows_LD = decoder_MD[numbers.to(decoder_MD.device)]
@@ -180,7 +180,7 @@ def _features(
         latents_L=latents_L,
         quantiles_L=codes.quantiles(latents_L, QUANTILES),
         contexts=find_contexts(codes, latents_L, ctx_len, TOP, SPREAD),
-        favourites_L=favourites,
+        favorites_L=favorites,
         shares_L=shares,
         neighbours=Neighbours(*(each.cpu() for each in near)),
         lens=lens,

@@ -167,24 +167,24 @@ class ReconstructionSums:
         }
         self.fired_M = torch.zeros(num_latents, dtype=torch.int64, device=mean_D.device)
 
-    def add(self, rows: Tensor, x: Tensor, out: SaeOutput, kept: Tensor) -> None:
+    def add(self, rows: Tensor, x: Tensor, out: SaeOutput, counted: Tensor) -> None:
         """A batch.
 
         Args:
             rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
             x: Activations `[B, T, D]`, float32.
             out: What the SAE made of them.
-            kept: Which tokens count, bool `[B, T]`.
+            counted: Which tokens are counted, bool `[B, T]`.
         """
-        error = (x - out.recon) * kept[..., None]
-        fired = out.fired & kept[..., None]
-        deviation = (x - self.mean_D) * kept[..., None]
+        error = (x - out.recon) * counted[..., None]
+        fired = out.fired & counted[..., None]
+        deviation = (x - self.mean_D) * counted[..., None]
         values = {
-            "tokens": kept.sum(1),
+            "tokens": counted.sum(1),
             "error": error.square().sum((1, 2), dtype=torch.float64),
             "bias": error.sum(1, dtype=torch.float64),
             "deviation": deviation.square().sum((1, 2), dtype=torch.float64),
-            "cosine": (torch.cosine_similarity(x, out.recon, dim=2) * kept).sum(1, dtype=torch.float64),
+            "cosine": (torch.cosine_similarity(x, out.recon, dim=2) * counted).sum(1, dtype=torch.float64),
             "l0": fired.sum((1, 2)),
         }
         for name, value in values.items():

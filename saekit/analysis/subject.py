@@ -152,7 +152,7 @@ class Subject:
     """By hookpoint, on the model's device; where `whole` is given, only their sizes are looked at."""
     data: Sequences
     excluded: Tensor
-    """int64: ids of tokens that no SAE sees; they keep their true activations, like those that no SAE covers."""
+    """int64: ids of excluded tokens. They keep their true activations, as do those that `Sae.max_norm` excludes."""
     objective: Objective | None
     """None for a model without a head."""
     objective_name: str
@@ -173,17 +173,17 @@ class Subject:
         return self.saes[hookpoint] if self.whole is None else self.whole(hookpoint)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's numbers of sequences `[B]`, their token ids `[B, T]` on the CPU, and which are kept `[B, T]`.
+        """Give this rank's sequence numbers `[B]`, their token ids `[B, T]` on the CPU, and which are counted `[B, T]`.
 
-        All ranks have as many batches, so that they do the same things: who has less to do gets batches of one
-        sequence that has no number, and of which no token is kept.
+        All ranks have the same number of batches, so that they make the same calls. A rank with fewer sequences gets
+        batches of one sequence without a number, in which no token is counted.
         """
         mine = np.arange(self.rank, len(self.data), self.world_size)
         for start in range(0, self.num_batches * self.batch_size, self.batch_size):
             numbers = mine[start : start + self.batch_size]
             input_ids = self.data.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
-            kept = ~torch.isin(input_ids, self.excluded) & bool(len(numbers))
-            yield torch.from_numpy(numbers), input_ids, kept
+            counted = ~torch.isin(input_ids, self.excluded) & bool(len(numbers))
+            yield torch.from_numpy(numbers), input_ids, counted
 
     @property
     def num_batches(self) -> int:

@@ -98,7 +98,7 @@ def relaunch(context: typer.Context, name: str, num_processes: int | None) -> No
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it has found no GPU
-    # All cores in all, where accelerate would give one to each process; it counts for DeepSpeed's optimiser as well.
+    # All cores in all, where accelerate would give one to each process; it counts for DeepSpeed's optimizer as well.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     os.environ[LAUNCHED] = shlex.join(["--launch", name, "--num-processes", str(processes)])
     # Port 0: any that is free, so that two runs on one machine do not meet.

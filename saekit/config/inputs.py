@@ -41,7 +41,7 @@ class DataConfig:
     dataset: str
     """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or token ids (also .bin)."""
     split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
-    text_column: str = option("text", "Column with the text, if the data set is not tokenised yet.", panel=DATA)
+    text_column: str = option("text", "Column with the text, if the data set is not tokenized yet.", panel=DATA)
     data_args: Mapping = option(
         {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
     )
@@ -53,7 +53,7 @@ class DataConfig:
         ge=1,
     )
     num_proc: int | None = option(
-        None, "Processes that tokenise; by default one per core.", panel=DATA, unit="processes", ge=1
+        None, "Processes that tokenize; by default one per core.", panel=DATA, unit="processes", ge=1
     )
     eval_dataset: str | None = option(
         None,

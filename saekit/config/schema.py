@@ -1,4 +1,4 @@
-"""What a user can choose. Validated and serialisable, with no side effects; each option documented once.
+"""What a user can choose. Validated and serializable, with no side effects; each option documented once.
 
 This file has the options of training. `saekit.config.inputs` has those of the language model and the data set,
 `saekit.config.sae` those of an SAE's shape.
@@ -20,7 +20,7 @@ from saekit.config.sae import SAE, SaeConfig
 from saekit.errors import UserError
 
 BATCH = "Batches"
-OPTIMIZER = "Optimiser"
+OPTIMIZER = "Optimizer"
 DEAD = "Dead latents"
 SPEED = "Speed"
 PLACEMENT = "Several ranks"
@@ -67,7 +67,7 @@ class TrainConfig:
     batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)
     grad_acc_steps: int = option(
         1,
-        "Micro-batches per optimiser step; the global batch is batch-size × grad-acc-steps × ranks.",
+        "Micro-batches per optimizer step; the global batch is batch-size × grad-acc-steps × ranks.",
         panel=BATCH,
         unit="micro-batches",
         ge=1,
@@ -117,7 +117,7 @@ class TrainConfig:
         "Steps of linear warm-up. The rate then falls linearly to zero at the end of the run (signum: it stays). "
         "By default three tenths of the run (signum: a tenth).",
         panel=OPTIMIZER,
-        unit="optimiser steps",
+        unit="optimizer steps",
         ge=0,
     )
     decoder_lr_ratio: float | None = option(
@@ -148,7 +148,7 @@ class TrainConfig:
         "A step with NaN or Inf in the loss or gradient of any layer is skipped for all layers. The run stops after N "
         "such steps in a row.",
         panel=OPTIMIZER,
-        unit="optimiser steps",
+        unit="optimizer steps",
         ge=1,
     )
 
@@ -220,7 +220,7 @@ class TrainConfig:
         panel=SAVING,
     )
     save_every: int = option(
-        1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimiser steps", ge=1
+        1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimizer steps", ge=1
     )
     keep_last: int = option(1, "Checkpoints to keep, not counting the best.", panel=SAVING, unit="checkpoints", ge=1)
     save_best: bool = option(
@@ -250,7 +250,7 @@ class TrainConfig:
     )
 
     log_every: int = option(
-        1, "Steps between reports; numbers are means over those steps.", panel=LOGGING, unit="optimiser steps", ge=1
+        1, "Steps between reports; numbers are means over those steps.", panel=LOGGING, unit="optimizer steps", ge=1
     )
     log_with: str | None = option(
         None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
@@ -262,7 +262,7 @@ class TrainConfig:
         "always evaluated. Off by default. Evaluations need the whole language model, which is loaded unless "
         "--shard-lm is given; with --shard-lm only the reconstruction is evaluated.",
         panel=EVALUATION,
-        unit="optimiser steps",
+        unit="optimizer steps",
         ge=1,
     )
     eval_tokens: int = option(

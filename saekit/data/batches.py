@@ -1,4 +1,4 @@
-"""The batch of optimiser step *s*, as a function of *s*, the seed and the global batch size alone; read ahead."""
+"""The batch of optimizer step *s*, as a function of *s*, the seed and the global batch size alone; read ahead."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class MemmapSequences:
 
 
 def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
-    """Make `Sequences` of a tokenised data set; rows of other lengths than `ctx_len` are joined and cut anew.
+    """Make `Sequences` of a tokenized data set; rows of other lengths than `ctx_len` are joined and cut anew.
 
     Args:
         data: A `datasets.Dataset` with a column `input_ids`, or `Sequences` already.
@@ -85,7 +85,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
         return data
     if "input_ids" not in data.column_names:
         raise UserError(
-            f"the data set is not tokenised: it has no column input_ids but {', '.join(data.column_names)}; "
+            f"the data set is not tokenized: it has no column input_ids but {', '.join(data.column_names)}; "
             "saekit.chunk_and_tokenize makes one"
         )
     if len(data) == 0:
@@ -127,11 +127,11 @@ def _has_padding(data: Dataset) -> bool:
 
 
 class StepBatches:
-    """Cuts a seeded order of all sequences into optimiser steps, and a step into ranks and micro-batches.
+    """Cuts a seeded order of all sequences into optimizer steps, and a step into ranks and micro-batches.
 
     Args:
         data: The sequences.
-        global_batch: Sequences per optimiser step over all ranks.
+        global_batch: Sequences per optimizer step over all ranks.
         seed: Seed of the order; None keeps the data set's own.
         max_tokens: Stop after so many tokens (excluded ones counted).
 
@@ -146,7 +146,7 @@ class StepBatches:
         if count < global_batch:
             limit = "" if max_tokens is None else f" (--max-tokens {max_tokens})"
             raise UserError(
-                f"there are {count} sequences of {data.ctx_len} tokens{limit}, fewer than one optimiser step of "
+                f"there are {count} sequences of {data.ctx_len} tokens{limit}, fewer than one optimizer step of "
                 f"{global_batch}: give more text, or a smaller --batch-size, --grad-acc-steps or --ctx-len"
             )
         self.data = data
@@ -161,16 +161,16 @@ class StepBatches:
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps in a whole run; the last may have fewer sequences than the others."""
+        """Optimizer steps in a whole run; the last may have fewer sequences than the others."""
         return -(-len(self.order) // self.global_batch)
 
     def checksum(self, step: int) -> str:
-        """Of the token ids of optimiser step `step`, over all ranks: other data has another."""
+        """Of the token ids of optimizer step `step`, over all ranks: other data has another."""
         numbers = self.order[step * self.global_batch : (step + 1) * self.global_batch]
         return xxhash.xxh3_128_hexdigest(self.data.read(numbers).numpy().tobytes())
 
     def step(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[Tensor]:
-        """This rank's micro-batches of token ids `[B, T]` of optimiser step `step`, which counts from 0.
+        """This rank's micro-batches of token ids `[B, T]` of optimizer step `step`, which counts from 0.
 
         The step's sequences are dealt out in equal contiguous slices, first to micro-batches, then to ranks, so their
         union does not depend on either number; in the last step of a run slices can be short or empty.

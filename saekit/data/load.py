@@ -1,4 +1,4 @@
-"""A data set by name: from the hub, from local files, or pre-tokenised; all of it, or a look at its first rows."""
+"""A data set by name: from the hub, from local files, or pre-tokenized; all of it, or a look at its first rows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt"
 def load_sequences(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int, token: str | None = None, rows: Any = None
 ) -> Sequences:
-    """Find the data set, tokenise it unless it is tokenised already, and cut it into sequences of `ctx_len` tokens.
+    """Find the data set, tokenize it unless it is tokenized already, and cut it into sequences of `ctx_len` tokens.
 
     Args:
         cfg: Which data set.
-        tokenizer: The language model's; None if there is none, for data that is tokenised already.
+        tokenizer: The language model's; None if there is none, for data that is tokenized already.
         ctx_len: Tokens per sequence.
         token: For a private or gated data set on the hub.
         rows: The data, if it is in memory: see `rows_in_memory`.
@@ -48,7 +48,7 @@ def load_sequences(
     if "input_ids" in data.column_names:
         return sequences(data, ctx_len)
     if tokenizer is None:
-        raise UserError("the model does not say where it was loaded from: give its tokenizer, to tokenise the text")
+        raise UserError("the model does not say where it was loaded from: give its tokenizer, to tokenize the text")
     packed = chunk_and_tokenize(data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc)
     return sequences(packed, ctx_len)
 
@@ -69,7 +69,7 @@ def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
     if isinstance(rows, DatasetDict):
         rows = _one_split(rows, cfg.split)
     if isinstance(rows, IterableDataset):
-        return _materialise(rows, cfg)
+        return _materialize(rows, cfg)
     if isinstance(rows, (list, tuple)) and all(isinstance(text, str) for text in rows):
         return Dataset.from_dict({cfg.text_column: list(rows)})
     if not isinstance(rows, Dataset):
@@ -91,11 +91,11 @@ def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: 
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
-    """The rows of a data set as they are, before any tokenising."""
+    """The rows of a data set as they are, before any tokenizing."""
     from datasets import IterableDataset
 
     rows = open_rows(cfg, token)
-    return _materialise(rows, cfg) if isinstance(rows, IterableDataset) else rows
+    return _materialize(rows, cfg) if isinstance(rows, IterableDataset) else rows
 
 
 def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
@@ -143,7 +143,7 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {_first_line(reason)}") from error
 
 
-def _materialise(stream: Any, cfg: DataConfig) -> Dataset:
+def _materialize(stream: Any, cfg: DataConfig) -> Dataset:
     """Take as much of a streamed data set as the run needs, so that every step can be read again by its number."""
     from datasets import Dataset
 
@@ -216,7 +216,7 @@ class Peek:
     """Rows in all, None where only reading all of it would tell."""
 
     @property
-    def tokenised(self) -> bool:
+    def tokenized(self) -> bool:
         """Whether it holds token ids rather than text."""
         return "input_ids" in self.columns
 

@@ -32,7 +32,7 @@ def chunk_and_tokenize(
     num_proc: int | None = None,
     load_from_cache_file: bool = True,
 ) -> Dataset:
-    """Tokenise documents and pack them, one after the other, into chunks of one length.
+    """Tokenize documents and pack them, one after the other, into chunks of one length.
 
     The stream is `EOS doc EOS doc EOS ...`: an end-of-text token before every document, the first included. It is cut
     into chunks without a gap, across the borders of `map`'s batches too; only what is left at the very end of the
@@ -43,7 +43,7 @@ def chunk_and_tokenize(
         tokenizer: Its EOS token (for an encoder without one, its separator) is put between documents.
         text_key: The column with the text.
         max_seq_len: Tokens per chunk; by default 2048, or the tokenizer's limit if that is less.
-        num_proc: Processes that tokenise; by default one per core, as far as there are documents for them.
+        num_proc: Processes that tokenize; by default one per core, as far as there are documents for them.
         load_from_cache_file: Whether a cached result may be used.
 
     Returns:
@@ -65,7 +65,7 @@ def tokenize(
     num_proc: int | None = None,
     load_from_cache_file: bool = True,
 ) -> Dataset:
-    """Tokenise documents, each behind a separator, one row per document; the arguments are `chunk_and_tokenize`'s.
+    """Tokenize documents, each behind a separator, one row per document; the arguments are `chunk_and_tokenize`'s.
 
     Raises:
         UserError: If there is no such column, no token to put between documents, or no row.
@@ -94,7 +94,7 @@ def tokenize(
             num_proc=processes if processes > 1 else None,
             remove_columns=data.column_names,
             load_from_cache_file=load_from_cache_file,
-            desc="Tokenising",
+            desc="Tokenizing",
         )
 
 
@@ -129,7 +129,7 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return int(token_id)
     raise UserError(
-        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenise the data set yourself and give "
+        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenize the data set yourself and give "
         "it with a column input_ids"
     )
 

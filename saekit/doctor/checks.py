@@ -146,7 +146,7 @@ def _hub_path(constant: str) -> Path:
 
 
 def _datasets() -> Path:
-    """Where `datasets` keeps what was downloaded and tokenised."""
+    """Where `datasets` keeps what was downloaded and tokenized."""
     said = os.environ.get("HF_DATASETS_CACHE")
     return Path(said).expanduser() if said else _hub_path("HF_HOME") / "datasets"
 

@@ -109,7 +109,7 @@ weights.grad = torch.ones_like(weights)
 bitsandbytes.optim.Adam8bit([weights], lr=0.5).step()
 said["moved"] = weights.mean().item() < 0.9
 """
-"""One step of the optimiser behind `--optimizer adam8bit`."""
+"""One step of the optimizer behind `--optimizer adam8bit`."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def deepspeed(outcome: Outcome) -> Iterator[Finding]:
 def compilers(which: Callable[[str], str | None], environment: Mapping[str, str], *, triton: bool) -> Iterator[Finding]:
     """Compilers: Triton needs one, and native kernels; what DeepSpeed can compile (CPU Adam, ...) saekit never uses.
 
-    zero3 trains with saekit's own optimisers, offloaded or not, and switches DeepSpeed's shared-memory operation off:
+    zero3 trains with saekit's own optimizers, offloaded or not, and switches DeepSpeed's shared-memory operation off:
     see `saekit.placement.deepspeed`.
 
     Args:

@@ -21,7 +21,7 @@ class LayerOptimizer(Protocol):
     """What updates one layer's parameters."""
 
     optimizers: list[torch.optim.Optimizer]
-    """The torch optimisers behind it."""
+    """The torch optimizers behind it."""
     averages: bool
     """Whether `export` gives other weights than those that are trained, made of them and of the state."""
 
@@ -53,7 +53,7 @@ class LayerOptimizer(Protocol):
         """The inverse of `state`."""
 
     def export(self) -> dict[str, Tensor]:
-        """The weights to keep, by parameter name: an averaging optimiser trains on others than it delivers."""
+        """The weights to keep, by parameter name: an averaging optimizer trains on others than it delivers."""
 
 
 SaeFactory = Callable[[str], Sae]

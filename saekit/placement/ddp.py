@@ -25,7 +25,7 @@ class Ddp(Ranked, LocalBank):
     name = "ddp"
     title = "every process holds all SAEs"
     travels = "gradients"
-    alone = False
+    owns_gradient = False
     keeps_gradients = True
 
     def __init__(self, world: World) -> None:

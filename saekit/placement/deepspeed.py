@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEVICES = ("none", "cpu")
-"""Where parameters and optimiser states may be offloaded to."""
+"""Where parameters and optimizer states may be offloaded to."""
 OFFLOADED = {"offload_optimizer": "OPTIMIZER", "offload_param": "PARAM"}
 
 

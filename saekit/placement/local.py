@@ -28,7 +28,7 @@ class LocalBank(Placement):
                 sae.to(self.device)
             self._saes[hookpoint] = sae
             self._optimizers[hookpoint] = make_optimizer(sae)
-            if self.alone:
+            if self.owns_gradient:
                 self._optimizers[hookpoint].defer_gradients()
 
     def layers(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class Questions:
     ranked: ClassVar[bool] = True
     """Whether a launcher has to start its processes; if not, it is one process."""
     travels: ClassVar[Travels] = "nothing"
-    alone: ClassVar[bool] = True
+    owns_gradient: ClassVar[bool] = True
     """Whether the rank that steps a coder has its whole gradient without asking others: it may be left to the step."""
     keeps_gradients: ClassVar[bool] = False
     """Whether the memory of gradients stays from step to step; if not, each step makes it."""

@@ -17,7 +17,7 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's part of a parameter, and where it lies in the flat tensor that DeepSpeed hands to the optimiser."""
+    """This rank's part of a parameter, and where it lies in the flat tensor that DeepSpeed hands to the optimizer."""
 
     shape: torch.Size
     """Of the whole parameter."""
@@ -62,7 +62,7 @@ class Piece:
 
 
 def share_masters(zero_optimizer: Any) -> None:
-    """Let the optimiser step the shards themselves where nothing is offloaded.
+    """Let the optimizer step the shards themselves where nothing is offloaded.
 
     DeepSpeed keeps float32 master weights beside shards of another type; of float32 shards they are a mere copy.
     """

@@ -42,7 +42,7 @@ class Zero3(Ranked):
     name = "zero3"
     title = "each holds a part of every SAE"
     travels = "weights"
-    alone = False
+    owns_gradient = False
     keeps_gradients = True
     gathers = True
     buffer_bytes = 4_000_000  # for gradients on their way: see `saekit.placement.deepspeed.settings`

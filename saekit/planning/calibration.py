@@ -86,7 +86,7 @@ def measure(device: torch.device, network: Mapping[int, Network], say: Callable[
     for backend, select in _kernels(device):
         say(f"Measuring SAEs with the {backend} kernels, selecting in {select}")
         passes[f"{backend} {select}"] = _passes(backend, select, matmul[select], device, scale)
-    say("Measuring optimisers")
+    say("Measuring optimizers")
     return Rates(date.today().isoformat(), matmul, bandwidth, block, passes, dict(_updates(device)), network)
 
 
@@ -201,7 +201,7 @@ def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> floa
 
 
 def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
-    """Seconds per parameter of each optimiser that works here."""
+    """Seconds per parameter of each optimizer that works here."""
     M = 16384
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks for 4 bits is of no interest here
     for cfg in OPTIMIZERS:

@@ -19,7 +19,7 @@ class Offload(NamedTuple):
     """What a placement that can offload keeps in the machine's memory instead of the GPU's."""
 
     optimizer: bool = False
-    """The optimiser's state, the gradients, and the weights that it steps."""
+    """The optimizer's state, the gradients, and the weights that it steps."""
     parameters: bool = False
 
 
@@ -47,7 +47,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one moment of an optimiser step."""
+    """What is alive at one moment of an optimizer step."""
 
     name: str
     language_model: Bytes = NOTHING
@@ -120,11 +120,11 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: i
         held = replace(held, language_model=_sharded(demand, world_size))
     gradients, update, host = bank.gradients.times(share), bank.update, 0
     if demand.offload.optimizer:
-        gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimiser reads
+        gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimizer reads
     if demand.on_gpu:  # on a CPU what is offloaded stays where it was
         offload, shards, state = demand.offload, held.parameters, held.optimizer_state
         host = shards.total if any(offload) else 0
-        if all(offload):  # of parameters alone the optimiser would have a copy on the GPU
+        if all(offload):  # of parameters alone the optimizer would have a copy on the GPU
             held = replace(held, parameters=NOTHING)
         if offload.optimizer:
             host += gradients.total + state.total
@@ -134,7 +134,7 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: i
     moments = (
         _forward(demand, held, gradients),
         *_passes(kind, demand, held, owned, world_size),
-        replace(_with(held, "optimiser's step", working=update), gradients=gradients),
+        replace(_with(held, "optimizer's step", working=update), gradients=gradients),
     )
     return RankMemory(moments, host)
 
@@ -153,7 +153,7 @@ def _sharded(demand: Demand, world_size: int) -> Bytes:
 def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
     """The language model runs; its activations of all layers are there at its end, and one is copied after another.
 
-    On a GPU the next step's forward pass is begun before the optimiser steps, when the gradients are still there.
+    On a GPU the next step's forward pass is begun before the optimizer steps, when the gradients are still there.
     """
     one = sized(demand.activations, demand.on_gpu)
     captured = one.times(demand.layers)

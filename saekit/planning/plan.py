@@ -32,13 +32,13 @@ class Choice:
     libraries: int
     """Bytes that it needs besides its tensors."""
     sent: int
-    """Bytes that it sends per optimiser step, about what it receives."""
+    """Bytes that it sends per optimizer step, about what it receives."""
     layers_of_busiest: int
     """SAEs that the rank trains."""
     tokens_per_step: int
     """Of all ranks."""
     time: StepTime | None = None
-    """Of an optimiser step; None where the machine's rates are not known."""
+    """Of an optimizer step; None where the machine's rates are not known."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -134,7 +134,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         job.dtype,
         on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
         on_gpu=machine.on_gpu,
-        alone=kind.alone,
+        owns_gradient=kind.owns_gradient,
     )
     demand = Demand(
         layers=len(job.layers),

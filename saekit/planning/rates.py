@@ -62,7 +62,7 @@ class Rates:
     passes: Mapping[str, PassCost]
     """By kernels and type of selection, such as `cpu int8`."""
     update: Mapping[str, Positive]
-    """Seconds per parameter of an optimiser's step, by `optimizer_key`; muon's at `MUON_WIDTH`."""
+    """Seconds per parameter of an optimizer's step, by `optimizer_key`; muon's at `MUON_WIDTH`."""
     network: Mapping[int, Network] = Field(default_factory=dict)
     """By number of ranks."""
 

@@ -1,4 +1,4 @@
-"""How long an optimiser step will take: each kind of work over the rate that this machine was measured to do it at."""
+"""How long an optimizer step will take: each kind of work over the rate that this machine was measured to do it at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DENSE_PASSES = {"eager": 3}
 
 @dataclass(frozen=True)
 class StepWork:
-    """What the busiest rank does in an optimiser step."""
+    """What the busiest rank does in an optimizer step."""
 
     tokens: int
     """Per rank and micro-batch, those that the language model reads (N)."""
@@ -40,7 +40,7 @@ class StepWork:
     optimizer: str
     """As `rates.optimizer_key` says."""
     params_held: int
-    """Per layer and rank: what its optimiser steps."""
+    """Per layer and rank: what its optimizer steps."""
     sent: int
     """Bytes to other ranks."""
     ranks: int
@@ -52,7 +52,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimiser step, one part after the other: what overlaps in fact makes a run faster than this."""
+    """Seconds of an optimizer step, one part after the other: what overlaps in fact makes a run faster than this."""
 
     language_model: float
     passes: float

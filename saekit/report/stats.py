@@ -15,7 +15,7 @@ from saekit.units import active, decimal, size
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer over the optimiser steps since the last report."""
+    """One layer over the optimizer steps since the last report."""
 
     fvu: float
     """Fraction of variance unexplained: summed squared error over summed squared deviation from the mean."""
@@ -42,10 +42,10 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Everything that is reported about the optimiser steps since the last report."""
+    """Everything that is reported about the optimizer steps since the last report."""
 
     step: int
-    """Optimiser steps done, from 1."""
+    """Optimizer steps done, from 1."""
     tokens: int
     """Tokens that trained the SAEs so far (excluded tokens are not counted)."""
     tokens_per_second: float
@@ -57,7 +57,7 @@ class StepStats:
     layers: dict[str, LayerStats]
     """By hookpoint, in model order. Without a step that was not skipped, their numbers are NaN."""
     skipped_steps: int = 0
-    """Optimiser steps left out so far because of NaN or Inf."""
+    """Optimizer steps left out so far because of NaN or Inf."""
 
     @property
     def mean_fvu(self) -> float:
@@ -67,10 +67,10 @@ class StepStats:
 
 @dataclass(frozen=True)
 class EvalStats:
-    """An evaluation of the SAEs as they are after an optimiser step, on data that trains nothing."""
+    """An evaluation of the SAEs as they are after an optimizer step, on data that trains nothing."""
 
     step: int
-    """Optimiser steps done, from 1."""
+    """Optimizer steps done, from 1."""
     seconds: float
     """It took; training waited for it."""
     record: Mapping[str, Any]
@@ -140,7 +140,7 @@ class RunInfo:
     dtype: str
     """The language model's dtype."""
     global_batch: int
-    """Sequences per optimiser step over all ranks."""
+    """Sequences per optimizer step over all ranks."""
     config: dict[str, object]
     """The resolved configuration, without secrets."""
     world_size: int = 1
@@ -154,7 +154,7 @@ class RunInfo:
     select_dtype: str = "fp32"
     """In what precision latents are selected: fp32, bf16 or int8."""
     eval_every: int | None = None
-    """Optimiser steps between evaluations; None without."""
+    """Optimizer steps between evaluations; None without."""
     activation: str = "topk"
     """How the active latents are chosen: topk, batchtopk or groupmax."""
     with_auxk: bool = False

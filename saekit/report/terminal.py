@@ -25,7 +25,7 @@ REFRESH_PER_SECOND = 4
 class LiveReporter:
     """Keeps one calm picture of the run on the terminal, and leaves its last state behind.
 
-    The view appears when training starts. Before that each status is a line of its own, so that downloading, tokenising
+    The view appears when training starts. Before that each status is a line of its own, so that downloading, tokenizing
     and loading can show the progress bars that their libraries have; after that it is printed above the view. A thread
     of rich's redraws the view; it reads immutable states only, which training replaces.
 

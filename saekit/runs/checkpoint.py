@@ -40,7 +40,7 @@ class LayerRecord:
     weights: dict[str, Tensor]
     """Whole tensors by parameter name."""
     state: dict[str, Tensor]
-    """Counters, calibration and optimiser state."""
+    """Counters, calibration and optimizer state."""
     about: dict[str, Any]
     """The content of `saekit.json`."""
 

@@ -10,7 +10,7 @@ RUN/step_00000200/eval.json          what `saekit eval` found
 RUN/step_00000200/layers.0/          one folder per hookpoint:
     cfg.json, sae.safetensors        the SAE, in sparsify's format; `saekit.sae.storage` has these names
     saekit.json                      what it was trained on
-    state.safetensors                counters, calibration, optimiser state
+    state.safetensors                counters, calibration, optimizer state
 
 A checkpoint is written to `.step_00000200.partial`. Its index, `checkpoint.json`, comes last, when everything that it
 names is on the disk: a folder with an index is whole, whatever it is called, and `recovery` puts it in place if the

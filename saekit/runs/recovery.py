@@ -103,7 +103,7 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path, names: Collection[str] | None = None, if_there: Collection[str] = ()) -> dict[str, Tensor]:
-    """A layer's counters, calibration and optimiser state, on the CPU; only those of some names, if they are given.
+    """A layer's counters, calibration and optimizer state, on the CPU; only those of some names, if they are given.
 
     What is in `if_there` may be missing, as `max_norm` is where a layer has no limit.
     """

@@ -35,8 +35,8 @@ class Sae(nn.Module):
         multi_topk: Whether the forward pass in training also reconstructs from `4k` latents (section 5.4 of the paper).
         selection: Chooses the active latents: the name of a kind (`saekit.registry.SELECTIONS`), or one of its
             instances, which then belongs to this SAE.
-        max_norm: How long the activations are at most that the SAE is trained on; None for any. Longer ones, attention
-            sinks, are none that it is for (`covers`); `forward` treats them like others.
+        max_norm: The largest norm of activations that the SAE is trained on; None for any. Longer ones, attention
+            sinks, are excluded (`counted`); `forward` treats them like others.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 
@@ -143,15 +143,18 @@ class Sae(nn.Module):
         shape = (*x.shape[:-1], self.max_active)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
 
-    def covers(self, x: Tensor) -> Tensor:
-        """Which of the activations `[..., D]` are no longer than `max_norm`: bool `[...]`; NaN is, so that it shows."""
+    def counted(self, x: Tensor) -> Tensor:
+        """Tell which activations `[..., D]` are counted: bool `[...]`, False for norms above `max_norm`.
+
+        NaN is counted, so that it shows.
+        """
         if self.max_norm is None:
             return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         return ~(x.float().norm(dim=-1) > self.max_norm)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The reconstruction of the activations `[..., D]` that the SAE `covers`; the others as they are."""
-        return torch.where(self.covers(x)[..., None], self(x).recon.to(x.dtype), x)
+        """Reconstruct the counted activations `[..., D]`; excluded ones stay as they are."""
+        return torch.where(self.counted(x)[..., None], self(x).recon.to(x.dtype), x)
 
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
         """The reconstruction from a code, two tensors `[..., K]` → `[..., D]`. Any `K` will do."""

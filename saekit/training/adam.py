@@ -1,4 +1,4 @@
-"""Adam for SAEs: with the decoder's projection and renormalisation in the same pass, and moments in 32 or 16 bits."""
+"""Adam for SAEs: with the decoder's projection and renormalization in the same pass, and moments in 32 or 16 bits."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from saekit.training.resources import peak_memory_bytes
 from saekit.training.statistics import Segments, Tally
 from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
 
-ONE = "layers.0"
+ONLY_UNIT = "layers.0"
 """The name of a bank's only unit."""
 
 
@@ -229,7 +229,7 @@ def bank_of_one(
     sae: Sae,
     calibration: Calibration,
     *,
-    alone: bool = True,
+    owns_gradient: bool = True,
     dead_threshold: int = 1,
     optimizer: Callable[[Sae], LayerOptimizer] | None = None,
 ) -> Bank:
@@ -239,14 +239,14 @@ def bank_of_one(
         cfg: How to train.
         sae: Fresh, on the device where it is to be trained.
         calibration: What is known of its activations.
-        alone: Whether gradients may be left to the step, see `Placement.alone`.
+        owns_gradient: Whether gradients may be left to the step, see `Placement.owns_gradient`.
         dead_threshold: Tokens without firing after which a latent is dead.
         optimizer: Makes the optimizer; by default the configured one.
     """
     placement = Single(sae.device)
-    placement.alone = alone  # type: ignore[misc]  # of this instance only
+    placement.owns_gradient = owns_gradient  # type: ignore[misc]  # of this instance only
     scale = calibration.rms if cfg.scale_biases else 1.0
-    placement.place([ONE], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
-    hookpoint = Hookpoint(ONE, sae.d_in)
+    placement.place([ONLY_UNIT], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
+    hookpoint = Hookpoint(ONLY_UNIT, sae.d_in)
     rates = base_lr(cfg, sae.num_latents, sae.d_in), rate_ratios(cfg, sae.d_in)
-    return Bank(cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONE: calibration})
+    return Bank(cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration})

@@ -1,4 +1,4 @@
-"""Evaluating the SAEs between two optimiser steps, on data that trains nothing."""
+"""Evaluating the SAEs between two optimizer steps, on data that trains nothing."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def subject_of(
 
 
 class Pause(NamedTuple):
-    """What happened between two optimiser steps."""
+    """What happened between two optimizer steps."""
 
     stop: int
     """Who has asked for a stop, over all ranks: see `saekit.training.interrupt`."""
@@ -124,10 +124,10 @@ class _StopAsked(Exception):  # noqa: N818
 
 
 class Evaluating:
-    """Evaluates every `eval_every` optimiser steps and after the last one.
+    """Evaluates every `eval_every` optimizer steps and after the last one.
 
     It reads the SAEs as a checkpoint would hold them, and nothing of the training is moved by it: neither its random
-    numbers, its batches and counters, nor its gradients and optimisers.
+    numbers, its batches and counters, nor its gradients and optimizers.
 
     Args:
         subject: From `subject_of`; None evaluates nothing.

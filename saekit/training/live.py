@@ -71,7 +71,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
     ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
     tokenizer = _tokenizer(cfg, have)
 
-    say(f"Reading and tokenising {cfg.data.dataset}")
+    say(f"Reading and tokenizing {cfg.data.dataset}")
     if placement.rank > 0:
         placement.gather(None)
     data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)

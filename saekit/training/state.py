@@ -27,11 +27,11 @@ class RunState:
     """Where a run stands."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     tokens: int = 0
     """Tokens that trained the SAEs, over all ranks."""
     skipped: int = 0
-    """Optimiser steps left out because of NaN or Inf."""
+    """Optimizer steps left out because of NaN or Inf."""
     bad_in_row: int = 0
     """How many of them were the last ones."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
@@ -53,17 +53,17 @@ def new_sae(plan: RunPlan, name: str) -> Sae:
     return fresh
 
 
-def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
+def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> Sae:
     """Replace the weights of a fresh SAE by those of an earlier one, in place.
 
     Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
-    latent adds to the reconstruction stays, and the first optimiser step does not change it at one blow.
+    latent adds to the reconstruction stays, and the first optimizer step does not change it at one blow.
 
     Args:
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
         hookpoint: Whose SAE it is.
         sae: The fresh one.
-        alone: Whether the bank has this layer only.
+        only_unit: Whether the bank has no other unit.
 
     Returns:
         The earlier one, as it is in its file.
@@ -72,7 +72,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         UserError: If the SAE is missing there, is damaged or has another size.
     """
     try:
-        single = (path / WEIGHTS_FILE).is_file() and alone
+        single = (path / WEIGHTS_FILE).is_file() and only_unit
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")

@@ -70,21 +70,21 @@ class Moments:
 def without_excluded(
     sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None, *, may_ask: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Put zeros in the place of activations that do not train the SAE; rows stay as many as they are.
+    """Put zeros in place of excluded tokens' activations; the number of rows stays the same.
 
-    So nobody waits for a GPU to count them, and NaN stays NaN, so that it is noticed.
+    The host then need not wait for a GPU to count them, and NaN stays NaN, so that it is noticed.
 
     Args:
-        sae: Its `max_norm` excludes long activations.
+        sae: Its `max_norm` excludes activations whose norm is larger.
         x_ND: `[N, D]`.
-        counted_N1: bool `[N, 1]`, False for tokens that are excluded whatever their norm; None if there is none.
-        may_ask: Whether the host may look whether any activation is too long: nearly always none is.
+        counted_N1: bool `[N, 1]`, False for tokens that are excluded already, by their id; None if there is none.
+        may_ask: Whether the host may read whether any norm is too large; almost always none is.
 
     Returns:
-        The activations, and bool `[N, 1]` for `SaeOutput.only`: which tokens are counted. None stands for all.
+        The activations, and bool `[N, 1]` for `SaeOutput.masked`: which tokens are counted. None if none is excluded.
     """
     if sae.max_norm is not None:
-        short_N1 = sae.covers(x_ND).unsqueeze(1)
+        short_N1 = sae.counted(x_ND).unsqueeze(1)
         if not (may_ask and bool(short_N1.all())):
             counted_N1 = short_N1 if counted_N1 is None else short_N1 & counted_N1
     return (x_ND, None) if counted_N1 is None else (x_ND * counted_N1, counted_N1)
@@ -186,7 +186,7 @@ def observe_(
             zero if losses.auxk is None else losses.auxk.detach(),
         ]
     ).double()
-    Moments(mean_D, sums_7[5], sums_7[6]).add_centred(x_ND, centre_D, out.kept)
+    Moments(mean_D, sums_7[5], sums_7[6]).add_centred(x_ND, centre_D, out.counted)
 
 
 def read_tally(

@@ -243,7 +243,7 @@ class SaeTrainer:
             if rows_RD is not None and cfg.init == "fit":
                 fit_encoder_(sae, rows_RD)
             if found is None and cfg.finetune is not None:
-                before = state.load_finetune(cfg.finetune, name, sae, alone=len(plan.units) == 1)
+                before = state.load_finetune(cfg.finetune, name, sae, only_unit=len(plan.units) == 1)
                 earlier.add(active(before.k, before.activation))
             if rows_RD is not None:
                 sae.fit_selection_(rows_RD, run.calibration[name].rms)

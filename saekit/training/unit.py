@@ -72,7 +72,7 @@ class Unit:
     dead_M: Tensor | None = None
     """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
     may_ask: bool = False
-    """Whether the host may look whether any activation is too long: on a CPU that is free, and saves what follows."""
+    """Whether the host may read whether any norm is too large: free on a CPU, where it usually saves the masking."""
     aux_latents: Tensor | None = None
     """int64 `[dead]`: their numbers, for AuxK; None without."""
 
@@ -85,7 +85,7 @@ class Unit:
         """
         tokens = None if counted_N1 is None else counted_N1.sum()
         x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1, may_ask=self.may_ask)
-        out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).only(counted_N1)
+        out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).masked(counted_N1)
         losses = sae_losses(
             x_ND,
             out,

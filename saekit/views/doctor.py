@@ -41,15 +41,15 @@ def _lists(findings: Sequence[Finding], console: Console) -> Iterator[Text]:
 
 def _lines(finding: Finding, column: int, console: Console) -> Iterator[Text]:
     """A finding, and its remedy beneath; lines of our own, as a table would fill each up with blanks to its width."""
-    mark, colour = MARKS[finding.state]
+    mark, color = MARKS[finding.state]
     margin = 4 + column
     width = max(20, min(console.width, WIDEST) - margin)
-    start = Text.assemble("  ", (mark, f"bold {colour}"), " ", (finding.name.ljust(column), "dim"))
+    start = Text.assemble("  ", (mark, f"bold {color}"), " ", (finding.name.ljust(column), "dim"))
     for part in Text(finding.found).wrap(console, width):
         yield start + part
         start = Text(" " * margin)
-    start += Text(REMEDY, colour)
-    for part in Text(finding.remedy or "", colour).wrap(console, width - len(REMEDY)):
+    start += Text(REMEDY, color)
+    for part in Text(finding.remedy or "", color).wrap(console, width - len(REMEDY)):
         if part:
             yield start + part
         start = Text(" " * (margin + len(REMEDY)))

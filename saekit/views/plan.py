@@ -23,7 +23,7 @@ PARTS = {
     "language_model": "language model",
     "parameters": "SAE parameters",
     "gradients": "gradients",
-    "optimizer_state": "optimiser state",
+    "optimizer_state": "optimizer state",
     "activations": "activations",
     "working": "working memory",
 }

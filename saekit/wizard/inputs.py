@@ -125,13 +125,13 @@ def _open(draft: Draft, *mendable: re.Pattern[str]) -> Draft:
     _check(draft, found)
     draft = replace(draft, peek=found, in_the_way="")
     only = found.text_columns[0] if len(found.text_columns) == 1 else cfg.data.text_column
-    if found.tokenised or "text_column" in draft.values or only == cfg.data.text_column:
+    if found.tokenized or "text_column" in draft.values or only == cfg.data.text_column:
         return draft
     return draft.setting(text_column=only)
 
 
 def _check(draft: Draft, found: Peek) -> None:
-    if not found.tokenised:
+    if not found.tokenized:
         if not found.text_columns:
             raise UserError(f"no column has text or is called input_ids; there are {', '.join(found.columns)}")
         return
@@ -154,8 +154,8 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
         return ()
     columns = f"olumns {', '.join(found.columns)}"
     told = [f"C{columns}" if found.count is None else f"{found.count:,} rows, c{columns}"]
-    if found.tokenised:
-        told[0] += ": tokenised already"
+    if found.tokenized:
+        told[0] += ": tokenized already"
         texts = [_tokens(draft, row["input_ids"]) for row in found.first[:SAMPLE]]
     elif (column := draft.config().data.text_column) in found.text_columns:
         told[0] += f"; the text is in {column}"
@@ -232,7 +232,7 @@ COLUMN = Question(
     _take_column,
     _tell_dataset,
     needed=lambda draft: (
-        not known(draft.peek).tokenised and draft.config().data.text_column not in known(draft.peek).text_columns
+        not known(draft.peek).tokenized and draft.config().data.text_column not in known(draft.peek).text_columns
     ),
     choices=lambda draft: known(draft.peek).text_columns,
 )

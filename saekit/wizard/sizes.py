@@ -151,7 +151,7 @@ def _take_batch(draft: Draft, text: str) -> Draft:
     most, length = cfg.train.max_tokens, known(cfg.train.ctx_len)
     if most is not None and most // length < per_step:
         raise UserError(
-            f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimiser step of "
+            f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimizer step of "
             f"{per_step}: give a smaller batch, or go back for more tokens"
         )
     plan = make_plan(cfg, machine)
@@ -164,7 +164,7 @@ def _tell_batch(draft: Draft) -> Sequence[Fact]:
     job = known(draft.plan).job
     most = job.cfg.train.max_tokens
     steps = f", {-(-most // job.tokens_per_step):,} steps" if most else ""
-    return (f"{job.tokens_per_step:,} tokens per optimiser step{steps}", Planned(known(draft.plan), draft.advice))
+    return (f"{job.tokens_per_step:,} tokens per optimizer step{steps}", Planned(known(draft.plan), draft.advice))
 
 
 CONTEXT = Question("ctx_len", "Context", _explain_context, _context, _take_context)

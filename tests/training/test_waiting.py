@@ -44,7 +44,7 @@ def test_no_layer_is_asked_for_anything_in_a_step(make_trainer, monkeypatch, aux
     one = questions_of_a_step(make_trainer, monkeypatch, "one", layers=[1], **options)
     three = questions_of_a_step(make_trainer, monkeypatch, "three", **options)
     adams_own = 4  # of each layer: the number of steps of each parameter, which lies on the CPU
-    too_long = 1 if multiple else 0  # whether an activation is, which is asked on a CPU only (`covered`)
+    too_long = 1 if multiple else 0  # whether an activation is, which is read on a CPU only (`without_excluded`)
     assert three - one == 2 * (adams_own + too_long)
 
 

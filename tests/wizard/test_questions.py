@@ -89,7 +89,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
             ("max_tokens", "--max-tokens '1.5'"),
             ("max_tokens", "--max-tokens 16 is less than one sequence of 32"),
             ("batch_size", "--batch-size '0'"),
-            ("batch_size", "--max-tokens 64 is 2 sequences of 32, fewer than one optimiser step of 4"),
+            ("batch_size", "--max-tokens 64 is 2 sequences of 32, fewer than one optimizer step of 4"),
         ]
     ):
         assert said[number][0] == key
@@ -211,7 +211,7 @@ def test_token_ids_are_shown_as_text_and_held_against_the_vocabulary(answer, mod
         *("all", *SIZES, "all", "1"),
     )
     assert "token id 50,000, but the model knows 257 tokens" in asker.problems[0][2]
-    assert asker.told["dataset"][0] == "Columns input_ids: tokenised already"
+    assert asker.told["dataset"][0] == "Columns input_ids: tokenized already"
     assert asker.told["dataset"][1].startswith("│ 60 61 62 63 64 65 66 67 … = '")
 
 

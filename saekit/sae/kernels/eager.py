@@ -161,7 +161,7 @@ def adam_(
         beta2: Decay of the second.
         eps: What is added to the root of the second.
         unit_rows: Whether `param` is a matrix whose rows are kept at norm 1. Then the part of the gradient parallel
-            to each row is left out: renormalising would undo a step along the row anyway, but that part would still
+            to each row is left out: renormalizing would undo a step along the row anyway, but that part would still
             enter the moments (Bricken et al. 2023, "Towards Monosemanticity"; Gao et al. 2024 do the same).
     """
     if unit_rows:

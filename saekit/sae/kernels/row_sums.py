@@ -1,4 +1,4 @@
-"""Gradients of matrices that are not made, but kept as what they are the sum of, until the optimiser takes their rows.
+"""Gradients of matrices that are not made, but kept as what they are the sum of, until the optimizer takes their rows.
 
 The gradient of an SAE's matrix is as large as the matrix, and all layers' are there when a step ends. What it is the
 sum of is a row per token, and a number per pair (latent, token): with fewer tokens than latents that is mostly less.

@@ -7,7 +7,7 @@
 - Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
   `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
   gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
-  order that is fixed, so that the result is the same on every run. They may be left to the optimiser (`row_sums`).
+  order that is fixed, so that the result is the same on every run. They may be left to the optimizer (`row_sums`).
 
 What is computed is written here once; `Ops` are the loops over memory that it is made of, one set per backend.
 """
@@ -60,7 +60,7 @@ class Ops(Protocol):
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """One step of Adam, with projection and renormalisation where rows have norm 1.
+        """One step of Adam, with projection and renormalization where rows have norm 1.
 
         As `eager.adam_`, and from a gradient that is `RowSums`, too.
         """

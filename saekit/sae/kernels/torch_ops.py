@@ -167,7 +167,7 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalise.
+    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalize.
 
     A gradient of `RowSums` is summed first.
     """

@@ -1,4 +1,4 @@
-"""Adam as a Triton kernel: projection, step and renormalisation of a row while it is in registers."""
+"""Adam as a Triton kernel: projection, step and renormalization of a row while it is in registers."""
 
 from __future__ import annotations
 

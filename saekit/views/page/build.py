@@ -164,7 +164,7 @@ def _vocabulary(features: Features) -> np.ndarray:
     """Ids of all tokens that the page shows, ascending."""
     shown = [features.ids_ST.reshape(-1)]
     for layer in features.layers:
-        shown.append(layer.favourites_L[layer.favourites_L >= 0])
+        shown.append(layer.favorites_L[layer.favorites_L >= 0])
         if layer.lens is not None:
             shown += [layer.lens.promoted_LN.numpy().reshape(-1), layer.lens.suppressed_LN.numpy().reshape(-1)]
     return np.unique(np.concatenate(shown))
@@ -188,7 +188,7 @@ def _arrays(layer: LayerFeatures, vocabulary: np.ndarray) -> dict[str, np.ndarra
         "places": layer.contexts.places_LC,
         "acts": layer.contexts.acts_LC,
         "shades": shades.astype(np.uint8),
-        "favourites": _compact(layer.favourites_L, vocabulary),
+        "favorites": _compact(layer.favorites_L, vocabulary),
         "shares": layer.shares_L,
         "neighbours": layer.neighbours.latents_LN.numpy(),
         "cosines": layer.neighbours.cosines_LN.numpy(),
