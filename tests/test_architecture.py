@@ -26,7 +26,6 @@ MAY_IMPORT = {
     "planning": {"config", "sae", "activations", "placement", "runs", "training"},
     "views": {"placement", "doctor", "report", "runs", "analysis", "planning"},
     "wizard": {"config", "data", "activations", "placement", "runs", "training", "planning", "views"},
-    "api": {"config", "sae", "report", "runs", "analysis", "training"},
     "cli": {
         "api",
         "config",

@@ -249,4 +249,6 @@ def bank_of_one(
     placement.place([ONLY_UNIT], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
     hookpoint = Hookpoint(ONLY_UNIT, sae.d_in)
     rates = base_lr(cfg, sae.num_latents, sae.d_in), rate_ratios(cfg, sae.d_in)
-    return Bank(cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration})
+    return Bank(
+        cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration}
+    )
