@@ -1,7 +1,9 @@
 """Files of several formats: recognized, read and written through `saekit.load` and `saekit.save`."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,39 +18,9 @@ from tests.plugins import loaded
 
 D, M, K = 8, 32, 4
 
-ONE_FILE = '''
-import torch
-
-from saekit import Sae
-from saekit.registry import FORMATS
-from saekit.sae.formats import Format
-
-
-@FORMATS.register("text")
-class Text(Format):
-    """A line per tensor."""
-
-    name, looks_for = "text", "sae.txt"
-
-    def recognizes(self, folder):
-        return (folder / "sae.txt").is_file()
-
-    def read(self, folder, device="cpu"):
-        k, *lines = (folder / "sae.txt").read_text().splitlines()
-        tensors = [torch.tensor([float.fromhex(word) for word in line.split()]) for line in lines]
-        M, D = len(tensors[1]), len(tensors[3])
-        sae = Sae(D, M, int(k))
-        for parameter, tensor in zip(sae.parameters(), tensors, strict=True):
-            parameter.data.copy_(tensor.view_as(parameter))
-        return sae.to(device)
-
-    def write(self, sae, folder, metadata=None):
-        if sae.activation != "topk":
-            raise ValueError(f"the format text has no {sae.activation}")
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [" ".join(x.hex() for x in each.flatten().tolist()) for each in sae.parameters()]
-        (folder / "sae.txt").write_text("\\n".join([str(sae.k), *lines]))
-'''
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+(ONE_FILE,) = [text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "FORMATS" in text]
+"""The example of docs/extending.md, a format called npz."""
 
 
 @pytest.fixture
@@ -61,8 +33,8 @@ def sae():
 
 
 @pytest.fixture
-def text_format(tmp_path):
-    file = tmp_path / "text_format.py"
+def npz(tmp_path):
+    file = tmp_path / "npz_format.py"
     file.write_text(ONE_FILE, encoding="utf-8")
     with loaded(file):
         yield
@@ -89,30 +61,30 @@ def test_what_is_written_is_recognized_and_read(sae, tmp_path, name, changes):
     assert list(saekit.load_many(tmp_path / "new")) == ["layers.3"]
 
 
-def test_a_plug_in_is_one_file(sae, tmp_path, text_format):
-    saekit.save(sae, tmp_path / "saes" / "layers.2", format="text")
-    assert [file.name for file in (tmp_path / "saes" / "layers.2").iterdir()] == ["sae.txt"]
+def test_a_plug_in_is_one_file(sae, tmp_path, npz):
+    saekit.save(sae, tmp_path / "saes" / "layers.2", format="npz")
+    assert [file.name for file in (tmp_path / "saes" / "layers.2").iterdir()] == ["sae.npz"]
     assert_same(saekit.load(tmp_path / "saes" / "layers.2"), sae)
     saekit.save(sae, tmp_path / "saes" / "layers.10")
     assert list(saekit.load_many(tmp_path / "saes")) == ["layers.2", "layers.10"], "each in the format that it is in"
-    assert list(saekit.load_many(tmp_path / "saes", format="text")) == ["layers.2"]
-    with pytest.raises(UserError, match="the format text has no groupmax"):
-        saekit.save(Sae(D, M, K, selection="groupmax"), tmp_path / "other", "text")
+    assert list(saekit.load_many(tmp_path / "saes", format="npz")) == ["layers.2"]
+    with pytest.raises(UserError, match="the format npz has topk"):
+        saekit.save(Sae(D, M, K, selection="groupmax"), tmp_path / "other", "npz")
     assert not (tmp_path / "other").exists()
 
 
 def test_without_the_plug_in_there_is_no_such_format(sae, tmp_path):
-    with pytest.raises(UserError, match="there is no format 'text': choose one of sparsify, saelens"):
-        saekit.save(sae, tmp_path, "text")
+    with pytest.raises(UserError, match="there is no format 'npz': choose one of sparsify, saelens"):
+        saekit.save(sae, tmp_path, "npz")
 
 
-def test_a_folder_in_two_formats_needs_a_choice(sae, tmp_path, text_format):
+def test_a_folder_in_two_formats_needs_a_choice(sae, tmp_path, npz):
     folder = tmp_path / "both"
-    saekit.save(sae, folder, "text")
+    saekit.save(sae, folder, "npz")
     saekit.save(Sae(D, M, K + 1), folder)
-    with pytest.raises(UserError, match=r"both can be read as sparsify and as text: choose one with format="):
+    with pytest.raises(UserError, match=r"both can be read as sparsify and as npz: choose one with format="):
         saekit.load(folder)
-    assert [saekit.load(folder, format=name).k for name in ("sparsify", "text")] == [K + 1, K]
+    assert [saekit.load(folder, format=name).k for name in ("sparsify", "npz")] == [K + 1, K]
 
 
 def test_a_folder_in_no_format_says_what_was_looked_for(tmp_path):
