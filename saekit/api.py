@@ -280,7 +280,7 @@ def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]
 
 
 def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run that `resume` names was started with."""
+    """Read the options of the run that `resume` names."""
     run = run_of(path)
     if not has_checkpoints(run):
         hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"

@@ -14,7 +14,7 @@ COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def unknown(value: float | None) -> bool:
-    """Whether there is no number to show: None, or a float that is not finite."""
+    """Tell whether there is no number to show: None, or a float that is not finite."""
     return value is None or not math.isfinite(value)
 
 
@@ -85,7 +85,7 @@ def duration(seconds: float | None) -> str:
 
 
 def active(k: int | None, activation: str | None) -> str:
-    """How many latents are active, and how they are chosen unless by TopK: `32`, `32 (batchtopk)`."""
+    """Format k, with the selection unless it is TopK: `32`, `32 (batchtopk)`."""
     return count(k) if activation in (None, "topk") else f"{count(k)} ({activation})"
 
 

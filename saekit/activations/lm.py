@@ -31,7 +31,7 @@ PLAIN_ATTENTION_UP_TO = 256
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the model's config says, before any weight is loaded."""
+    """A model's sizes according to its config, before any weight is loaded."""
 
     config: PretrainedConfig
     num_layers: int
@@ -53,7 +53,7 @@ def model_shape(cfg: ModelConfig) -> ModelShape:
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
-    """What a model's config says of its shape."""
+    """Read a model's sizes from its config."""
     text = text_config_of(config)
     return ModelShape(config, num_layers(text), width(text), context_length(config))
 
@@ -128,7 +128,7 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
 
 
 def check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """See that all weights up to the end of the blocks came from the checkpoint; what is behind does not matter."""
+    """Check that the checkpoint had all weights up to the end of the blocks; weights after them do not matter."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"model {cfg.model!r}: {name!r} has shape {list(found)} in the checkpoint, but by config.json "
@@ -175,7 +175,7 @@ def choose_attention(model: PreTrainedModel, ctx_len: int) -> None:
 
 
 def check_device(cfg: ModelConfig, device: torch.device) -> None:
-    """See that the device can hold the model as it is asked for.
+    """Check that the device can load the model as configured.
 
     Raises:
         UserError: If 8 bits are asked for without a device for them.
@@ -205,7 +205,7 @@ def from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep transformers from listing weights that are left out on purpose (cut layers', or a head's) as unexpected."""
+    """Keep transformers from listing weights that are not loaded on purpose (cut layers, a head) as unexpected."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
 
     # A filter and not a level: transformers reads this level to decide on more checks, and warns about those.

@@ -112,7 +112,7 @@ BEFORE, AFTER = 23, 8
 """Tokens that are shown around the one at which a latent is strongest."""
 WINDOW = BEFORE + 1 + AFTER
 STRETCH = 64
-"""Of each stretch of so many tokens only the strongest place counts: else a list would be one passage over and over."""
+"""Of each stretch of this many tokens only the strongest context is shown: otherwise one passage fills the list."""
 
 
 @dataclass(frozen=True)

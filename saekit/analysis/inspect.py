@@ -1,4 +1,4 @@
-"""What `saekit inspect` knows of a checkpoint: pure functions from its files to numbers. No language model needed."""
+"""Reads a checkpoint for `saekit inspect`: pure functions from its files to numbers, without a language model."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class LayerInspection:
     k: int | None
     activation: str | None
     facts: tuple[tuple[str, float, str], ...]
-    """What the selection says of itself (`Selection.facts`): name, value and remark."""
+    """The selection's numbers (`Selection.facts`): name, value and remark."""
     max_norm: float | None
-    """How long the activations are at most that it is for."""
+    """The largest norm of counted activations."""
     fvu: float | None
     """Fraction of variance unexplained, as last reported while training."""
     trend: tuple[tuple[int, float | None], ...]
@@ -67,7 +67,7 @@ class Inspection:
     path: Path
     """As it was given."""
     kind: str
-    """What `path` is: "run", "checkpoint" or "sae"."""
+    """The kind of `path`: "run", "checkpoint" or "sae"."""
     checkpoint: Path
     """The checkpoint's folder; for a lone SAE the folder it lies in."""
     model: str | None
@@ -81,7 +81,7 @@ class Inspection:
     saekit_version: str | None
     layers: tuple[LayerInspection, ...]
     evaluation: dict[str, Any] | None = None
-    """What `saekit eval` found of these layers, if it was asked: the content of `eval.json`."""
+    """The results of `saekit eval` for these layers, if there are any: the content of `eval.json`."""
 
 
 def inspect_path(
@@ -180,13 +180,13 @@ def _inspect_sae(
 
 
 def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
-    """What the selection says of itself; nothing where no package or plug-in here knows it."""
+    """Read the selection's numbers; none if no package or plug-in here has the selection."""
     activation = _text(config, "activation") or "topk"
     return tuple(SELECTIONS.get(activation).facts(config)) if activation in SELECTIONS else ()
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """What training wrote beside the weights; sparsify writes nothing."""
+    """Read what training wrote next to the weights; sparsify writes nothing."""
     file = folder / ABOUT_FILE
     return read_json(file) if file.exists() else {}
 

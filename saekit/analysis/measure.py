@@ -1,4 +1,4 @@
-"""What can be measured on a trained SAE without its language model: M latents, D the residual stream's width."""
+"""Measures a trained SAE without its language model: M latents, D the width of the activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT_BUDGET = 10**11
 
 @dataclass(frozen=True)
 class Density:
-    """How often latents fire: a latent's firings over all training tokens, from 0 to 1."""
+    """Firing densities: a latent's firings over all training tokens, from 0 to 1."""
 
     p5: float
     """5 % of all latents, those that never fired included, fire less often than this."""
@@ -60,7 +60,7 @@ class Norms:
 
 
 def density(fire_count_M: Tensor, tokens: int) -> Density:
-    """How often latents fire.
+    """Measure firing densities.
 
     Args:
         fire_count_M: `[M]`, int64: tokens on which each latent fired.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 OTHER_DATA = "Name another data set or --split to evaluate on, or train with --max-tokens"
-"""What to do where a run has read everything."""
+"""Advice for a run that has read everything."""
 
 
 class Chosen:
@@ -53,10 +53,10 @@ def held_out(
     token: str | None = None,
     remedy: str = OTHER_DATA,
 ) -> Sequences:
-    """What a run left unread of its own data set.
+    """Find what a run does not read of its own data set.
 
     Of text, or rows of any lengths, those documents none of whose tokens were in a sequence that the run trained on,
-    packed anew. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
+    packed again. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
     is the sequences that were not trained on.
 
     Args:
@@ -151,7 +151,7 @@ def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
 
     Args:
         lengths: Tokens of each document, its separator included, int64.
-        ctx_len: Tokens per sequence; the documents, one behind the other, are cut into sequences of so many.
+        ctx_len: Tokens per sequence; the documents, one after the other, are cut into sequences of this length.
         seen: Numbers of sequences.
 
     Returns:

@@ -157,7 +157,7 @@ def _rows(stream: Any) -> Any:
 
 
 def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
-    """What `--split` means of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
+    """Take a split of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
     from datasets import ReadInstruction, concatenate_datasets
 
     if split in splits:
@@ -198,14 +198,14 @@ def _first_line(error: BaseException) -> str:
 
 
 ROWS = 20
-"""How many are looked at."""
+"""Rows that `peek` reads."""
 IDS = 1024
-"""How many token ids of a file without rows."""
+"""Token ids that `peek` reads of a file without rows."""
 
 
 @dataclass(frozen=True)
 class Peek:
-    """What a data set looks like."""
+    """The first rows of a data set, and what they show."""
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
@@ -213,11 +213,11 @@ class Peek:
     first: tuple[dict[str, Any], ...]
     """At most `ROWS` rows."""
     count: int | None
-    """Rows in all, None where only reading all of it would tell."""
+    """Total number of rows; None if only reading everything would tell."""
 
     @property
     def tokenized(self) -> bool:
-        """Whether it holds token ids rather than text."""
+        """Tell whether it holds token ids rather than text."""
         return "input_ids" in self.columns
 
 

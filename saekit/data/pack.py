@@ -20,7 +20,7 @@ TEXT_TYPES = ("string", "large_string", "null")
 """Types of a column with text; null is one without any."""
 
 DOCUMENTS_PER_PROCESS = 2000
-"""Below so many documents another process costs more to start than it saves."""
+"""Documents below which another process costs more to start than it saves."""
 
 
 def chunk_and_tokenize(

@@ -1,4 +1,4 @@
-"""What `saekit demo` runs: a small language model, trained by `examples/train_demo_lm.py`, and text that is at hand.
+"""The demo's inputs: a small language model, trained by `examples/train_demo_lm.py`, and text that is at hand.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

@@ -1,4 +1,4 @@
-"""saekit, Python, and the versions of the libraries beside what saekit asks of them."""
+"""Checks of saekit, Python, and the versions of libraries compared with what saekit requires."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def python_bounds() -> str | None:
 
 
 def requirements(distribution: str) -> dict[str, Requirement]:
-    """What an installed distribution asks for on this system, extras aside; nothing if it is not installed."""
+    """Return the requirements of an installed distribution here, without extras; none if it is not installed."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

@@ -1,4 +1,4 @@
-"""From `--placement` and what the launcher said to a placement."""
+"""Chooses a placement from `--placement` and what the launcher says."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from saekit.placement.base import Placement
 from saekit.registry import PLACEMENTS
 
 BY_DEFAULT = "ddp"
-"""Under a launcher that says nothing of placements."""
+"""The placement under a launcher that names none."""
 ALONE = "single"
-"""Without a launcher."""
+"""The placement without a launcher."""
 
 
 def connect(asked: str = AUTO, layer_map: str | None = None) -> Placement:
@@ -48,7 +48,7 @@ def kind_of(name: str) -> type[Placement]:
 
 
 def kinds(ranks: int) -> tuple[type[Placement], ...]:
-    """All placements for so many processes: those of one, or those that a launcher starts."""
+    """Return all placements for this number of ranks: those of one process, or those that a launcher starts."""
     every = map(kind_of, PLACEMENTS.names())
     return tuple(kind for kind in every if kind.ranked == (ranks > 1))
 

@@ -1,4 +1,4 @@
-"""Each layer's SAE lives whole on one rank; activations travel to it."""
+"""Each unit is on one rank; activations travel to it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LayerMap(Ranked, LocalBank):
 
     @classmethod
     def in_flight(cls, number: int, owned: int, layers: int, world_size: int) -> tuple[int, ...]:
-        """What has arrived for this wave, the next wave in both directions, and the layers that are still to go."""
+        """Return what has arrived for this wave, the next wave in both directions, and the layers still to be sent."""
         left = layers - (number + 1) * world_size
         if number + 1 >= owned or left <= 0:
             return (world_size,)
@@ -102,7 +102,7 @@ class LayerMap(Ranked, LocalBank):
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
         """Send each wave to its owners while they train on the one before it."""
-        # Ranks drop other numbers of special tokens, so each says how many rows it sends.
+        # Ranks drop different numbers of excluded tokens, so each says how many rows it sends.
         tokens = next(iter(acts.values())).shape[0]
         rows = self.gather(tokens)
 

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, found by planning it again with the change."""
+"""Advice for a run that does not fit, found by planning it again with each change."""
 
 from __future__ import annotations
 

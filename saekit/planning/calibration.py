@@ -38,7 +38,7 @@ Shape = tuple[int, int, int, int]
 
 
 class MeasuredRates(NamedTuple):
-    """What was measured."""
+    """The measured rates."""
 
     found: dict[str, Rates]
     """By the name of each kind of device."""

@@ -1,4 +1,4 @@
-"""What there is to run on: this machine, or one that is described."""
+"""The machine of a plan: this one, or one that is described."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Machine:
     model: str = ""
     """As its maker calls a device, for a machine that is here."""
     rates: Rates | None = None
-    """How fast a device is, if it is here and has been measured."""
+    """Find the rates of a device, if it is here and has been measured."""
     note: str | None = None
     """Why there are no rates though there is a file of them."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether ranks have GPUs."""
+        """Tell whether ranks have GPUs."""
         return self.kind == "cuda"
 
     @property
@@ -53,7 +53,7 @@ class Machine:
 
     @property
     def device(self) -> torch.device:
-        """What kernels and types are chosen for."""
+        """Return the device for which kernels and types are chosen."""
         return torch.device(self.kind)
 
 

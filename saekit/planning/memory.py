@@ -16,7 +16,7 @@ PREFETCH = 50_000_000
 
 
 class Offload(NamedTuple):
-    """What a placement that can offload keeps in the machine's memory instead of the GPU's."""
+    """The tensors that an offloading placement keeps in the machine's memory instead of the GPU's."""
 
     optimizer: bool = False
     """The optimizer's state, the gradients, and the weights that it steps."""
@@ -28,7 +28,7 @@ NO_OFFLOAD = Offload()
 
 @dataclass(frozen=True)
 class Demand:
-    """What the memory of a run depends on, besides where its SAEs live."""
+    """The quantities that a run's memory depends on, besides the placement."""
 
     layers: int
     """SAEs that are trained (L)."""
@@ -47,7 +47,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one moment of an optimizer step."""
+    """The tensors that are alive at one moment of an optimizer step."""
 
     name: str
     language_model: Bytes = NOTHING
@@ -56,7 +56,7 @@ class Moment:
     optimizer_state: Bytes = NOTHING
     activations: Bytes = NOTHING
     working: Bytes = NOTHING
-    """What operations hold for a while, and counters."""
+    """Temporary tensors of operations, and counters."""
 
     @property
     def parts(self) -> dict[str, Bytes]:
@@ -65,7 +65,7 @@ class Moment:
 
     @property
     def total(self) -> Bytes:
-        """In all."""
+        """Return the total."""
         return all_of(self.parts.values())
 
 
@@ -74,9 +74,9 @@ class RankMemory:
     """A rank's memory at the moment at which it needs most."""
 
     moments: tuple[Moment, ...]
-    """What was compared."""
+    """The moments that were compared."""
     host: int = 0
-    """Bytes in the machine's memory beside those on the GPU: what is offloaded."""
+    """Offloaded bytes, in the machine's memory."""
 
     @property
     def heap(self) -> int:
@@ -90,7 +90,7 @@ class RankMemory:
 
     @property
     def freed(self) -> int:
-        """Bytes of the peak that nobody uses then: what the heap keeps."""
+        """Unused bytes at the peak, which the heap keeps."""
         return self.heap - self.peak.total.kept
 
     @property
@@ -124,7 +124,7 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: i
     if demand.on_gpu:  # on a CPU what is offloaded stays where it was
         offload, shards, state = demand.offload, held.parameters, held.optimizer_state
         host = shards.total if any(offload) else 0
-        if all(offload):  # of parameters alone the optimizer would have a copy on the GPU
+        if all(offload):  # if only parameters were offloaded, the optimizer would have a copy on the GPU
             held = replace(held, parameters=NOTHING)
         if offload.optimizer:
             host += gradients.total + state.total

@@ -50,7 +50,7 @@ NOTHING = Bytes()
 
 
 def sized(count: int, on_gpu: bool) -> Bytes:
-    """One tensor of so many bytes."""
+    """Count one tensor."""
     return Bytes(count) if on_gpu or count >= HEAP_BELOW else Bytes(0, count)
 
 

@@ -1,4 +1,4 @@
-"""What the live view looks like: a function from the state of a run to something rich can draw."""
+"""Draws the live view: a function from the state of a run to something that rich can show."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _numbers(state: LiveState) -> Text:
 
 
 def _evaluation(state: LiveState) -> Text:
-    """What the newest evaluation found, in means over the layers; the line is there from the start."""
+    """Show the newest evaluation, in means over the layers; the line is there from the start."""
     stats = state.evaluation
     if stats is None:
         return line(("not evaluated yet", "dim"))

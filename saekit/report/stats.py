@@ -57,7 +57,7 @@ class StepStats:
     layers: dict[str, LayerStats]
     """By hookpoint, in model order. Without a step that was not skipped, their numbers are NaN."""
     skipped_steps: int = 0
-    """Optimizer steps left out so far because of NaN or Inf."""
+    """Optimizer steps skipped so far because of NaN or Inf."""
 
     @property
     def mean_fvu(self) -> float:
@@ -119,7 +119,7 @@ class EvalStats:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known before the first step."""
+    """The facts that are known before the first step."""
 
     run_dir: Path
     model: str
@@ -150,19 +150,19 @@ class RunInfo:
     shard_bytes: int | None = None
     """Bytes of one SAE's parameters on each rank, where they are sharded."""
     kernels: str = "eager"
-    """What computes the SAEs: eager, cpu or triton."""
+    """The kernels: eager, cpu, native or triton."""
     select_dtype: str = "fp32"
     """In what precision latents are selected: fp32, bf16 or int8."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; None without."""
     activation: str = "topk"
-    """How the active latents are chosen: topk, batchtopk or groupmax."""
+    """The selection: topk, batchtopk, groupmax or a plug-in's."""
     with_auxk: bool = False
     """Whether dead latents are trained with AuxK; if not, its loss is 0 and need not be shown."""
 
     @property
     def code(self) -> str:
-        """What a token is turned into: `4,096 latents, k 32`, with how they are chosen unless by TopK."""
+        """Describe the SAEs: `4,096 latents, k 32`, with the selection unless it is TopK."""
         return f"{self.num_latents:,} latents, k {active(self.k, self.activation)}"
 
     @property
@@ -241,7 +241,7 @@ class Pace:
         self._seconds_per_evaluation = stats.seconds
 
     def _evaluations_left(self) -> int:
-        """Every so many steps, and after the last one."""
+        """Count the evaluations to come: every `eval_every` steps, and after the last one."""
         if self._eval_every is None or self._step >= self._total_steps:
             return 0
         odd = self._total_steps % self._eval_every > 0

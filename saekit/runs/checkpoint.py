@@ -33,7 +33,7 @@ from saekit.sae import Sae
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What is kept of one layer."""
+    """The content of one unit's folder."""
 
     sae: Sae
     """For its sizes."""
@@ -115,8 +115,8 @@ def put_in_place(partial: Path) -> Path:
     """Give a checkpoint that is whole its name, make `latest` point to it, and return its folder."""
     run_dir = partial.parent
     final = final_folder(partial)
-    # There is one if the run went back to an earlier checkpoint, and passes this step again. Whoever dies in between
-    # leaves a whole partial folder, which `recovery` finds.
+    # There is one if the run went back to an earlier checkpoint, and passes this step again. A process that dies in
+    # between leaves a whole partial folder, which `recovery` finds.
     discard(final)
     os.replace(partial, final)
     flush(run_dir)

@@ -29,7 +29,7 @@ def run_folder(cfg: TrainConfig, default_name: str) -> Path:
 
 
 def goes_on(cfg: TrainConfig, path: Path) -> bool:
-    """Whether the run in folder `path` goes on, rather than starts."""
+    """Tell whether the run in folder `path` continues, rather than starts."""
     return has_checkpoints(path) if cfg.resume == "auto" else bool(cfg.resume)
 
 

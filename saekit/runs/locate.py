@@ -27,7 +27,7 @@ class Location:
     """Where the SAEs are."""
 
     kind: str
-    """What the path is: "run", "checkpoint" or "sae"."""
+    """The kind of path: "run", "checkpoint" or "sae"."""
     checkpoint: Path
     """The folder of the checkpoint; for a lone SAE its parent folder."""
     manifest: dict[str, Any]

@@ -57,7 +57,7 @@ class JsonlReporter:
         """Write one line.
 
         Raises:
-            UserError: If it cannot be written, and nobody was named whom to tell instead.
+            UserError: If it cannot be written, and no function was given to warn instead.
         """
         self._append(as_record(stats, time.time()))
 

@@ -27,7 +27,7 @@ class Found:
     index: dict[str, Any]
     """The content of its `checkpoint.json`."""
     passed_over: tuple[str, ...] = ()
-    """What is wrong with each newer one."""
+    """The damage of each newer checkpoint."""
 
 
 def find_checkpoint(path: Path) -> Found:

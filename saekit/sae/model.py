@@ -134,7 +134,7 @@ class Sae(nn.Module):
 
     @property
     def kernels(self) -> Kernels:
-        """What the SAE is computed with: those set as `chosen_kernels`, or the fastest exact ones of its device."""
+        """Return the kernels of this SAE: `chosen_kernels` if set, else the fastest exact ones of its device."""
         return self.chosen_kernels or default_kernels(self.device.type)
 
     def encode(self, x: Tensor) -> Encoded:

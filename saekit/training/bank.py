@@ -27,12 +27,12 @@ from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
 ONLY_UNIT = "layers.0"
 """The name of a bank's only unit."""
 FAULTS = ("activations", "loss", "gradient")
-"""What can hold NaN or Inf in an optimizer step, causes before effects."""
+"""Where NaN or Inf can appear in an optimizer step, causes before effects."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a bank did since the last report."""
+    """The numbers of all units since the last report."""
 
     layers: dict[str, LayerStats]
     """By hookpoint, in model order."""
@@ -42,7 +42,7 @@ class Report:
 
 @dataclass(frozen=True)
 class StepMessage:
-    """What the host learns of an optimizer step, in one message."""
+    """All that the host reads of an optimizer step."""
 
     tokens: int
     """Tokens that trained the units, over all ranks."""
@@ -135,7 +135,7 @@ class Bank:
         return self._auxk_U[number] if self.cfg.auxk_relative_to == "residual" else self._scales_3U[1, number]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint keeps of a unit's counters: views of them."""
+        """Return views of the counters of a unit that a checkpoint keeps."""
         number = self.names.index(name)
         return {
             "tokens_since_fired": self.latents.views(self.since_fired_F)[number],
@@ -155,7 +155,7 @@ class Bank:
         self.num_dead = dict(zip(self.names, counts.tolist(), strict=True))
 
     def begin_(self, tokens: int) -> None:
-        """Begin an optimizer step of so many tokens over all ranks: its scales, its dead latents, and empty sums.
+        """Begin an optimizer step: fix its scales and its dead latents, and set its sums to zero.
 
         A loss is a sum over tokens divided by numbers that are fixed here, before any backward pass. With
         `auxk_relative_to residual`, AuxK's loss is divided by the error of the step before: what dead latents are to
@@ -256,12 +256,12 @@ class Bank:
             self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
 
     def clear_window(self) -> None:
-        """Begin the next report's sums."""
+        """Set the sums of the next report to zero."""
         self._window.flat.zero_()
         self._window_steps = self._window_tokens = 0
 
     def report(self) -> Report:
-        """What a message's report would say, of steps that counted already. Collective; waits for the device."""
+        """Make a report of the steps that have counted already. Collective; waits for the device."""
         dead_L = self._leads_U.new_zeros(len(self.all_names)).index_copy_(0, self._at_U, self._dead_U * self._leads_U)
         together = self.placement.sum(torch.cat([dead_L, *self._everywhere(self._window), self._memory()])).cpu()
         dead, window, memory = together.split(

@@ -150,7 +150,7 @@ class TorchOptimizer:
                 optimizer.defer_gradients()
 
     def deferred(self) -> list[RowSums]:
-        """What the deferred gradients are the sums of."""
+        """Return the rows whose sums are the deferred gradients."""
         of_adam = (each.deferred for each in self.optimizers if isinstance(each, SaeAdam))
         return [sums for deferred in of_adam for each in deferred.values() for sums in each]
 

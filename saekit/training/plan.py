@@ -1,4 +1,4 @@
-"""What follows from the configuration, the source and the ranks, before anything is computed."""
+"""Resolves a run from the configuration, the source and the ranks, before anything is computed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RunPlan:
     """In model order."""
     source: Source
     kernels: Kernels
-    """What computes the SAEs."""
+    """The kernels of all units."""
     run_dir: Path
     run: RunConfig | None
     """The whole run's configuration, where there is one."""
@@ -112,7 +112,7 @@ class RunPlan:
         return {name: value for name, value in values.items() if name not in ("overwrite", "resume")}
 
     def resolved(self) -> dict[str, Any]:
-        """What the defaults that depend on something else came to: a number, or one by hookpoint where they differ.
+        """Return resolved defaults that depend on something else: a number, or one by hookpoint if they differ.
 
         Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
         for the next.
@@ -161,11 +161,11 @@ class RunPlan:
         }
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of its origin."""
+        """Return the origin that a checkpoint names."""
         return {"model": self.source.name, "dataset": self.source.data_name, "ctx_len": self.source.ctx_len}
 
     def info(self, placement: Placement, start_step: int) -> RunInfo:
-        """What reporters are told before the first step."""
+        """Return what reporters are told before the first step."""
         first, source = self.units[0], self.source
         return RunInfo(
             run_dir=self.run_dir,

@@ -11,7 +11,7 @@ MOST_TOKENS_ASLEEP = 10_000_000
 
 
 def warmup_steps(asked: int | None, total_steps: int, *, decay: bool) -> int:
-    """Optimizer steps of warm-up: what was asked for, or a share of the run that depends on what follows."""
+    """Return the optimizer steps of warm-up: as requested, or a share of the run that depends on what follows."""
     share = WARMUP_SHARE if decay else CONSTANT_WARMUP_SHARE
     return int(share * total_steps) if asked is None else asked
 

@@ -1,4 +1,4 @@
-"""Sums over tokens, which become means only when they are read; those of all units lie in one tensor."""
+"""Sums over tokens, which become means when they are read; those of all units are in one tensor."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def without_excluded(
 
 
 class Segments:
-    """How the latents (or dimensions) of all units lie one behind the other in one flat tensor.
+    """The places of all units' latents (or dimensions) in one flat tensor.
 
     Args:
         sizes: Of each of U units.
@@ -123,7 +123,7 @@ class Segments:
 
 
 SUMS = ("squared_error", "multi_error", "firings", "loss", "auxk_loss", "sum_squares", "counted")
-"""What is summed of each unit's tokens: squared error and that at 4k, values above zero, loss and AuxK's loss (both
+"""The sums over each unit's tokens: squared error and that at 4k, values above zero, loss and AuxK's loss (both
 divided by the step's tokens already, so that their mean is over steps), and the moments of the target."""
 
 

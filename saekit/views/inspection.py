@@ -1,4 +1,4 @@
-"""What `saekit inspect` shows: a table of the layers, or one layer in detail."""
+"""The view of `saekit inspect`: a table of the layers, or one layer in detail."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _origin(inspection: Inspection) -> Table:
 
 
 def _evaluation(inspection: Inspection) -> tuple[RenderableType, ...]:
-    """What `saekit eval` found, if there is that."""
+    """Show the results of `saekit eval`, if there are any."""
     record = inspection.evaluation
     if record is None:
         return ()

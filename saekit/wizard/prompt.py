@@ -28,7 +28,7 @@ STYLE = Style.from_dict({"quiet": "ansibrightblack", "mark": "ansicyan", "proble
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands on the screen while a question is open."""
+    """The text on the screen while a question is open."""
 
     label: str
     explanation: str
@@ -36,9 +36,9 @@ class Prompt:
     """Shown until something is typed; Enter takes it."""
     hint: str
     problem: str = ""
-    """What was wrong with the answer before."""
+    """The problem with the previous answer."""
     rejected: str = ""
-    """That answer, for who wants to mend it."""
+    """The previous answer, for the user to correct."""
     choices: Sequence[str] = field(default=())
     is_path: bool = False
 

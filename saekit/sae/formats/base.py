@@ -1,4 +1,4 @@
-"""What every file format tells about itself, and which formats a folder is in."""
+"""The protocol of file formats, and which formats a folder is in."""
 
 from __future__ import annotations
 

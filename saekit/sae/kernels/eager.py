@@ -15,7 +15,7 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor]:
     """The `k` largest values of `ReLU((x − centre) Wᵀ + b)` per token, largest first.
 
-    With `parts`, the latents are in so many equal parts, in their order, and it is the `k / parts` largest of each,
+    With `parts`, the latents are in that many equal parts, in order, and it is the `k / parts` largest of each,
     part by part. With as many parts as `k` that is GroupMax.
 
     Args:
@@ -99,7 +99,7 @@ def autoencode_nested(
         b_enc_M: `[M]`.
         W_dec_MD: `[M, D]`.
         centre_D: `[D]`.
-        k: How many latents are kept, of all M.
+        k: How many of the M latents are active.
         prefixes: Numbers of latents, ascending, the last one M.
         threshold: See `keep_above`.
         parts: See `encode_topk`.
@@ -132,7 +132,7 @@ def adam_numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[floa
 
 
 def odds_of_step(step: int) -> int:
-    """What `round_stochastically` needs to know of a step: 31 bits."""
+    """Return the 31 bits of a step from which `round_stochastically` draws its numbers."""
     return step * 747796405 % 2**31
 
 

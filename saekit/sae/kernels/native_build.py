@@ -98,7 +98,7 @@ def _version(compiler: str) -> str:
 
 
 def _cpu() -> str:
-    """What a CPU can do: a cache in a home directory may be seen by machines that differ."""
+    """Describe the CPU: machines that differ may share a cache in a home directory."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     telling = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
@@ -117,7 +117,7 @@ def _cache() -> Path:
 
 @cache
 def _cache_of_this_process() -> Path:
-    """Where nothing can be kept, each process compiles for itself."""
+    """Where nothing can be cached, each process compiles for itself."""
     return Path(tempfile.mkdtemp(prefix="saekit-"))
 
 

@@ -139,7 +139,7 @@ class Sparse(NamedTuple):
 
 
 def num_candidates(k: int, num_latents: int, parts: int = 1) -> int:
-    """How many latents low precision names for `k` to be chosen from, as many in each part."""
+    """Return the number of candidates that low precision names for `k` latents, equally many in each part."""
     each = k // parts
     spare = max(each // 2, LEAST_SPARE // parts, 1)
     return min(each + spare, num_latents // parts) * parts

@@ -31,7 +31,7 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
 
-    With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part.
+    With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part.
     The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
 
     Returns:
@@ -62,7 +62,7 @@ def topk(
 
 
 def topk_of_groups(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:
-    """As `scores.topk(k)`, largest first if `in_order`, in about half the time on a CPU where `k` is small beside M.
+    """As `scores.topk(k)`, largest first if `in_order`, in about half the time on a CPU if `k` is much smaller than M.
 
     The k largest numbers lie in the k groups whose maxima are largest, so those groups are found first, in the same
     way, and then only their members are compared. Among equal numbers another may be chosen than by `topk`.
@@ -96,7 +96,7 @@ def topk_of_bits(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tens
 def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     """Of a few scores of each token the k largest, largest first, and their latents; both `[N, K]`.
 
-    With `parts` it is the `k / parts` largest of each of so many equal parts of them, part by part.
+    With `parts` it is the `k / parts` largest of each of that many equal parts of them, part by part.
     """
     values_NK, order_NK = topk_in_parts(scores_NC, k, parts)
     return values_NK, latents_NC.gather(1, order_NK)

@@ -26,7 +26,7 @@ __all__ = ["INTERPRETED", "adam_", "best_of", "gather_dot", "gather_sum", "segme
 INTERPRETED = not isinstance(adam_rows, triton.runtime.jit.JITFunction)
 """Whether Triton runs these kernels in its interpreter, on any device; it decides so when it sees a kernel."""
 CHUNK_BYTES = 2**30
-"""Scores are made for so many tokens at a time that they take no more than this."""
+"""The largest size of the scores that are computed at a time."""
 GROUP = 32
 """Latents that have a maximum."""
 MAXIMA_BLOCK, MAXIMA_WARPS = 8192, 8
@@ -39,7 +39,7 @@ the L2 cache of a data centre's GPU (40 MiB on an A100, 50 on an H100): memory n
 ROWS = 16
 """That one program reads at a time of a slice."""
 PARTIAL_BYTES = 2**28
-"""What the slices' products may take before they are summed."""
+"""The largest size of the slices' products before they are summed."""
 SEGMENT_BLOCK = 1024
 """Numbers that one program of `segment_sum` reads at a time: 2 rows, where rows are long."""
 
@@ -123,7 +123,7 @@ def topk(
     its tiles are in registers, but the best of those took longer than torch's and this pass (docs/performance.md).
     Among equal scores any may be chosen. They come largest first if `in_order`.
 
-    With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part; the groups
+    With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part; the groups
     may lie across the parts' borders, so all scores are read again.
 
     Returns:

@@ -15,7 +15,7 @@ MULTI = 4
 
 
 class TopK(Selection):
-    """`TopK(ReLU(W_enc (x − b_dec) + b_enc))`: k of M latents are kept, largest first.
+    """`TopK(ReLU(W_enc (x − b_dec) + b_enc))`: k of M latents are active, largest first.
 
     The kinds that choose the largest latents in other ways inherit from it: they set `parts` or `threshold`, which the
     fused kernels know.

@@ -134,7 +134,7 @@ def _name(inspection: Inspection) -> str:
 
 
 def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
-    """Whether an evaluation is of the same data."""
+    """Tell whether an evaluation is of the same data."""
     cfg, subject = prepared.cfg, prepared.subject
     wanted = {
         "format": EVAL_FORMAT,
@@ -176,7 +176,7 @@ def _compact(ids: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
 
 
 def _arrays(layer: LayerFeatures, vocabulary: np.ndarray) -> dict[str, np.ndarray]:
-    """What `browser.js` reads of a layer."""
+    """Return the data of a layer that `browser.js` reads."""
     largest_L = layer.quantiles_L[:, -1][:, None, None]
     with np.errstate(invalid="ignore"):
         shades = np.ceil(np.nan_to_num(layer.contexts.acts_LCW / largest_L) * 255)

@@ -108,7 +108,7 @@ def density_chart(evaluation: Mapping[str, Any]) -> go.Figure:
 
 
 def similarity_chart(nearest: Mapping[str, np.ndarray]) -> go.Figure:
-    """How like its nearest neighbour each decoder row is: how many latents at which cosine, per layer.
+    """Chart the cosine between each decoder row and its nearest neighbor: latents per cosine, for each layer.
 
     Args:
         nearest: By hookpoint, each latent's largest cosine with another, `[L]`.

@@ -55,7 +55,7 @@ def _rounded(floats: np.ndarray) -> np.ndarray:
 
 
 NO_LETTER = "\ufffd"
-"""What decoding puts for bytes that are no whole letter."""
+"""The replacement character for bytes that are no complete letter."""
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
