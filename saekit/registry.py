@@ -71,7 +71,7 @@ class Registry:
         )
 
     def register(self, name: str) -> Callable[[type[Kind]], type[Kind]]:
-        """A decorator that adds a class under a name.
+        """Return a decorator that adds a class under a name.
 
         Raises:
             ValueError: If the name is taken by a built-in kind or by another plug-in.

@@ -54,7 +54,7 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
 
 
 def auto_with_head(config: PretrainedConfig) -> Any:
-    """The Auto class that gives a model of this config its head."""
+    """Return the Auto class that gives a model of this config its head."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     return AutoModelForCausalLM if objective_of(config) == "next token" else AutoModelForMaskedLM

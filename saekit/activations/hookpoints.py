@@ -29,7 +29,7 @@ class Hookpoint:
 
     @property
     def module(self) -> str:
-        """The module's path relative to the base model."""
+        """Return the module's path relative to the base model."""
         return self.name.removesuffix(":in")
 
     @property

@@ -83,7 +83,7 @@ class LiveModel(Source):
 
     @cached_property
     def vocabulary(self) -> int:
-        """The number of tokens in the model's vocabulary."""
+        """Return the number of tokens in the model's vocabulary."""
         return vocabulary(self.model)
 
     @contextmanager

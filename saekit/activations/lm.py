@@ -59,7 +59,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence in tokens that the model's positions allow, None if the config names no limit."""
+    """Return the longest sequence in tokens that the model's positions allow, None if the config names no limit."""
     limit = getattr(text_config_of(config), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
@@ -78,7 +78,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
-    """Tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
+    """Return tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
 
     Raises:
         UserError: If more was asked for than the model can read.
@@ -93,7 +93,7 @@ def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model."""
+    """Return the tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
     return from_pretrained(AutoTokenizer, cfg)
@@ -143,7 +143,7 @@ def check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]
 
 
 def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    """A copy of a config whose text model has only its first `depth` layers."""
+    """Return a copy of a config whose text model has only its first `depth` layers."""
     cut = copy.deepcopy(config)
     text = text_config_of(cut)
     full = num_layers(text)
@@ -157,7 +157,7 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the language model's weights that `--dtype` means on this device."""
+    """Return the type of the language model's weights that `--dtype` means on this device."""
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32

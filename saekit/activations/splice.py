@@ -66,7 +66,7 @@ def _hook(replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
 
 
 def _with_residual(output: Any, new: Tensor) -> Any:
-    """The inverse of `residual`: the same output with another residual stream in it."""
+    """Return the inverse of `residual`: the same output with another residual stream in it."""
     if isinstance(output, Tensor):
         return new
     return type(output)((_with_residual(output[0], new), *output[1:]))

@@ -84,7 +84,7 @@ def without_cache(model: PreTrainedModel) -> dict[str, bool]:
 
 
 def residual(output: Any) -> Tensor:
-    """The residual stream in a block's output: the output itself, or the first of several."""
+    """Return the residual stream in a block's output: the output itself, or the first of several."""
     while not isinstance(output, Tensor):
         output = output[0]
     return output

@@ -47,7 +47,7 @@ class Codes:
 
     @cached_property
     def starts_M(self) -> np.ndarray:
-        """Where each latent's firings begin, int64."""
+        """Return where each latent's firings begin, int64."""
         return np.cumsum(self.counts_M) - self.counts_M
 
     @cached_property
@@ -81,7 +81,7 @@ class Codes:
         return found
 
     def favorites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens on which each latent fires most often.
+        """Return the tokens on which each latent fires most often.
 
         Args:
             latents_L: Numbers of latents, int64.

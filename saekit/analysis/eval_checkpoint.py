@@ -177,7 +177,7 @@ def evaluate_prepared(
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> Evaluated:
-    """The second half of `evaluate_checkpoint`."""
+    """Do the second half of `evaluate_checkpoint`."""
     subject = prepared.subject
     status(f"Evaluating {len(subject.saes)} SAEs on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
     results = evaluate(subject, progress)
@@ -245,7 +245,7 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
 
 
 def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
-    """The sequences, and what they are."""
+    """Return the sequences, and what they are."""
     cfg, trained = run
     token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
     if trained is None or options.include_training_data:

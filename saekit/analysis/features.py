@@ -96,7 +96,7 @@ def gather_features(subject: Subject, budget: int, progress: Progress = lambda d
 def read_codes(
     subject: Subject, names: Sequence[str], done: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Codes], Tensor]:
-    """The codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
+    """Return the codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
 
     Args:
         subject: SAEs, model and text.

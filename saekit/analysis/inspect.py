@@ -128,7 +128,7 @@ def inspect_path(
 
 
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
-    """The same as JSON types: paths as strings, NaN and infinity as None."""
+    """Return the same as JSON types: paths as strings, NaN and infinity as None."""
     data = plain(asdict(inspection))
     for layer in data["layers"]:
         layer |= {name: value for name, value, _ in layer.pop("facts")}
@@ -192,7 +192,7 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
+    """Return tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
     file = folder / STATE_FILE
     if not file.exists():
         return None, None

@@ -118,7 +118,7 @@ def unit_rows(rows_MD: Tensor) -> Tensor:
 
 
 def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
-    """Each row's largest cosine `[M]` and the number of duplicates; every pair is multiplied once."""
+    """Return each row's largest cosine `[M]` and the number of duplicates; every pair is multiplied once."""
     nearest_M = torch.full((len(unit_MD),), -1.0)
     duplicates = 0
     chunk = chunk_rows(len(unit_MD))
@@ -135,7 +135,7 @@ def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
 
 
 def _sampled_rows(unit_MD: Tensor, rows: Tensor) -> tuple[Tensor, int]:
-    """The sampled rows' largest cosine, and the number of duplicates extrapolated to all rows."""
+    """Return the sampled rows' largest cosine, and the number of duplicates extrapolated to all rows."""
     nearest, found = [], 0
     for piece in rows.split(chunk_rows(len(unit_MD))):
         cosine = unit_MD[piece] @ unit_MD.T

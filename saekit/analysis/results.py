@@ -192,7 +192,7 @@ class ReconstructionSums:
         self.fired_M += torch.bincount(out.indices[fired], minlength=len(self.fired_M))
 
     def result(self, total: Total) -> Reconstruction:
-        """The numbers, the same on all ranks. Collective."""
+        """Return the numbers, the same on all ranks. Collective."""
         sums = {name: total(value) for name, value in self.sums.items()}
         fired_M = total(self.fired_M)
         tokens_S, error_S, bias_SD = sums["tokens"], sums["error"], sums["bias"]
@@ -237,7 +237,7 @@ class GraftSums:
         self.answers = {change: AnswerSums(sequences, device) for change in CHANGES}
 
     def result(self, clean_S: Tensor, scored_S: Tensor, total: Total) -> Grafted:
-        """The numbers, the same on all ranks. Collective.
+        """Return the numbers, the same on all ranks. Collective.
 
         Args:
             clean_S: The clean model's cross-entropy, summed over each sequence's scored tokens, of all ranks.

@@ -43,7 +43,7 @@ class Objective(Protocol):
     """From sequences to questions."""
 
     def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-        """The question of each sequence.
+        """Return the question of each sequence.
 
         Args:
             input_ids: int64 `[B, T]`, on the CPU.
@@ -52,7 +52,7 @@ class Objective(Protocol):
 
 
 def next_token(input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-    """Every token is predicted from those before it. Implements `Objective`."""
+    """Predict every token from those before it. Implements `Objective`."""
     targets = torch.full_like(input_ids, IGNORED)
     targets[:, :-1] = input_ids[:, 1:]
     return ScoredInput(input_ids, targets)
@@ -165,7 +165,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where everything is computed."""
+        """Return where everything is computed."""
         return self.model.device
 
     def sae(self, hookpoint: str) -> Sae:

@@ -37,7 +37,7 @@ SECONDS_TO_SAVE = "600"
 
 
 def launch_files() -> dict[str, Path]:
-    """The launch files that come with saekit, by name."""
+    """Return the launch files that come with saekit, by name."""
     package = Path(saekit.__file__).parent
     # An installed saekit carries them inside; in a checkout they are next to the package, for `accelerate launch`.
     for folder in (package / "accelerate_configs", package.parent / "accelerate_configs"):
@@ -47,7 +47,7 @@ def launch_files() -> dict[str, Path]:
 
 
 def launch_file(name: str) -> Path:
-    """The file that `--launch` means: a shipped one by its name (`zero3`, `layer-map`), or else the user's own.
+    """Return the file that `--launch` means: a shipped one by its name (`zero3`, `layer-map`), or else the user's own.
 
     Raises:
         UserError: If there is neither.
@@ -60,7 +60,7 @@ def launch_file(name: str) -> Path:
 
 
 def without_launch(arguments: Sequence[str], flags: frozenset[str]) -> list[str]:
-    """The command line less `--launch` and `--num-processes`, in whichever way they were written.
+    """Return the command line less `--launch` and `--num-processes`, in whichever way they were written.
 
     Args:
         arguments: What was typed after `saekit`.
@@ -233,7 +233,7 @@ def _leave_like(error: Exception) -> None:
 
 
 def _shell_code(code: int) -> int:
-    """A process's exit code as a shell shows it: 128 + N for one that signal N has ended."""
+    """Return a process's exit code as a shell shows it: 128 + N for one that signal N has ended."""
     return 128 - code if code < 0 else code or EXIT_FAULT
 
 
@@ -247,7 +247,7 @@ def _hush() -> None:
 
 
 def placement_of(name: str, asked: str) -> str | None:
-    """The placement under `--launch NAME`; None where there is one process.
+    """Return the placement under `--launch NAME`; None where there is one process.
 
     Args:
         name: A shipped launch file's name, or a file.

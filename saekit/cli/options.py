@@ -121,7 +121,7 @@ def check_machine(gpus: int | None, gpu_memory: str | None, num_processes: int |
 
 
 def with_resume_value(arguments: list[str]) -> list[str]:
-    """The command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
+    """Return the command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
     following = [*arguments, "--"][1:]
     return [
         f"{argument}=latest" if argument == "--resume" and after.startswith("-") else argument

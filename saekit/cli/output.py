@@ -29,12 +29,12 @@ TyperUsageError: Any = typer.BadParameter.__bases__[0]
 
 
 def results() -> Console:
-    """Where results go."""
+    """Return where results go."""
     return Console()
 
 
 def messages() -> Console:
-    """Where progress, hints and errors go."""
+    """Return where progress, hints and errors go."""
     return Console(stderr=True)
 
 

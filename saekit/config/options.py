@@ -19,7 +19,7 @@ CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan
 
 
 def option(default: Any, help: str, *, panel: str, unit: str | None = None, **constraints: Any) -> Any:
-    """A field that is also a command-line option.
+    """Return a field that is also a command-line option.
 
     Args:
         default: Its default; None where the default depends on something else, which `help` then says.

@@ -121,7 +121,7 @@ def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str |
 
 
 def _read(rows: Dataset, ctx_len: int, seen: np.ndarray) -> np.ndarray:
-    """Which rows have a token in one of the sequences `seen`; bool, one per row."""
+    """Tell which rows have a token in one of the sequences `seen`; bool, one per row."""
     lengths = row_lengths(rows)
     if not (lengths == ctx_len).all():
         return touched(lengths, ctx_len, seen)
@@ -147,7 +147,7 @@ def _chosen(whole: Sequences, numbers: np.ndarray, cfg: DataConfig, remedy: str)
 
 
 def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
-    """Which documents have a token in one of the sequences `seen`.
+    """Tell which documents have a token in one of the sequences `seen`.
 
     Args:
         lengths: Tokens of each document, its separator included, int64.
@@ -177,7 +177,7 @@ def row_lengths(rows: Dataset) -> np.ndarray:
 
 
 def fingerprints(rows: Dataset) -> np.ndarray:
-    """A hash of each row's token ids, uint64."""
+    """Return a hash of each row's token ids, uint64."""
     import xxhash
 
     found = []

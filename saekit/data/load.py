@@ -54,7 +54,7 @@ def load_sequences(
 
 
 def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
-    """The rows of data that a caller has loaded.
+    """Return the rows of data that a caller has loaded.
 
     Args:
         rows: A data set, a stream of which `cfg.max_examples` rows are taken, splits by name of which `cfg.split` is
@@ -78,7 +78,7 @@ def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
 
 
 def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int) -> MemmapSequences:
-    """A `.bin` file, as far as what it holds is beyond doubt."""
+    """Return a `.bin` file, as far as what it holds is beyond doubt."""
     if cfg.max_examples is not None:
         raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
     size = 0 if tokenizer is None else len(tokenizer)
@@ -91,7 +91,7 @@ def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: 
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
-    """The rows of a data set as they are, before any tokenizing."""
+    """Return the rows of a data set as they are, before any tokenizing."""
     from datasets import IterableDataset
 
     rows = open_rows(cfg, token)
@@ -99,7 +99,7 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
 
 
 def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
-    """The same, where a streamed data set is left a stream."""
+    """Return the same, where a streamed data set is left a stream."""
     from datasets import load_dataset, load_from_disk
 
     path = Path(cfg.dataset).expanduser()
@@ -177,7 +177,7 @@ def _existing(name: str) -> Path:
 
 
 def _format_of(files: list[str]) -> str:
-    """The format that all files share, as `datasets.load_dataset` calls it."""
+    """Return the format that all files share, as `datasets.load_dataset` calls it."""
     endings = sorted({Path(file).suffix for file in files})
     formats = {FILE_FORMATS.get(ending) for ending in endings}
     if len(formats) != 1 or None in formats:

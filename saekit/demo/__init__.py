@@ -20,7 +20,7 @@ LEFT_OUT = frozenset(
 
 
 def standard_library() -> Iterator[str]:
-    """The text of every module, one by one, in the order of their names."""
+    """Yield the text of every module, one by one, in the order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         if LEFT_OUT.isdisjoint(file.relative_to(root).parts):

@@ -81,7 +81,7 @@ def _library(name: str) -> Iterator[Finding]:
 
 
 def _torch() -> Any:
-    """The module; None if it cannot be imported, which `libraries` has found out already."""
+    """Return the module; None if it cannot be imported, which `libraries` has found out already."""
     try:
         return importlib.import_module("torch")
     except Exception:  # noqa: BLE001  # the same as there

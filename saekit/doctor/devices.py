@@ -108,7 +108,7 @@ def _built_for(major: int, minor: int, architectures: Sequence[str]) -> bool:
 
 
 def cpu(torch: Any, model: str, cores: int) -> Iterator[Finding]:
-    """The CPU's name, and the vector instructions that torch uses."""
+    """Check the CPU's name, and the vector instructions that torch uses."""
     level = torch.backends.cpu.get_cpu_capability()
     extras = {
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),

@@ -54,13 +54,13 @@ def make_check(area: str, name: str, check: Callable[[], Iterable[Finding]], *, 
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
+    """Return an exception's type and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def shown(path: Path) -> str:
-    """A path as it can be shown to others: with `~` for the home folder, which names its owner."""
+    """Return a path as it can be shown to others: with `~` for the home folder, which names its owner."""
     try:
         home = Path.home()
     except RuntimeError:  # a user without a home

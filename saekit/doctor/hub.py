@@ -66,7 +66,7 @@ def contents(cache: Path) -> Iterator[Finding]:
 
 
 def blob_bytes(repositories: list[Path], most: int = MOST_FILES) -> int | None:
-    """The size of what was downloaded, each file once; None if there are more files than `most`."""
+    """Return the size of what was downloaded, each file once; None if there are more files than `most`."""
     total = files = 0
     for repository in repositories:
         if not (repository / "blobs").is_dir():

@@ -48,7 +48,7 @@ def swap(total: int, used: int) -> Iterator[Finding]:
 
 
 def folder(area: str, name: str, path: Path, remedy: str) -> Iterator[Finding]:
-    """A folder that has to be written to: that this works, and what is free on its disk.
+    """Check a folder that has to be written to: that this works, and what is free on its disk.
 
     Args:
         area: Where the finding belongs.

@@ -152,7 +152,7 @@ class Placement(Questions, ABC):
         return counts
 
     def gather(self, value: Any) -> list[Any]:
-        """A small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
+        """Return a small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
         return [value]
 
     @abstractmethod

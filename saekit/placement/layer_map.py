@@ -61,7 +61,7 @@ class LayerMap(Ranked, LocalBank):
 
     @classmethod
     def rows(cls, tokens: int, world_size: int) -> int:
-        """An owner sees every rank's tokens."""
+        """Return the tokens of all ranks, which an owner sees."""
         return tokens * world_size
 
     @classmethod
@@ -93,11 +93,11 @@ class LayerMap(Ranked, LocalBank):
         super().place(held[self.rank], make_sae, make_optimizer)
 
     def leader(self, hookpoint: str) -> int:
-        """The owner."""
+        """Return the owner."""
         return self._owners[hookpoint]
 
     def owners(self) -> dict[str, int]:
-        """All ranks' layers, as `place` has mapped them."""
+        """Return all ranks' layers, as `place` has mapped them."""
         return dict(self._owners)
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
@@ -125,7 +125,7 @@ class LayerMap(Ranked, LocalBank):
         return arrived, dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
 
     def counted(self, mask_N: Tensor) -> Tensor:
-        """All ranks' masks in rank order, as their rows arrive: `[W · N]`."""
+        """Return all ranks' masks in rank order, as their rows arrive: `[W · N]`."""
         together = mask_N.new_empty(self.world_size, len(mask_N))
         dist.all_gather(list(together), mask_N)
         return together.view(-1)

@@ -82,7 +82,7 @@ def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]
 
 
 def _fastest(work: Callable[[], object], on: Tensor) -> float:
-    """Seconds of the fastest of several rounds, the slowest rank's in each."""
+    """Return seconds of the fastest of several rounds, the slowest rank's in each."""
     rounds = []
     for _ in range(ROUNDS + 2):
         dist.barrier()

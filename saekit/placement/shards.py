@@ -33,7 +33,7 @@ class Piece:
         return like_flat.narrow(0, self.start, self.size)
 
     def gathered(self, like_flat: Tensor, device: torch.device, leader: int | None = None) -> Tensor:
-        """The whole tensor from the ranks' pieces of it, on a device. Collective.
+        """Return the whole tensor from the ranks' pieces of it, on a device. Collective.
 
         Args:
             like_flat: Laid out like the flat tensor.
@@ -73,7 +73,7 @@ def share_masters(zero_optimizer: Any) -> None:
 
 
 def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:
-    """Where DeepSpeed has put each parameter's shard: those of a group lie one behind the other."""
+    """Return where DeepSpeed has put each parameter's shard: those of a group lie one behind the other."""
     pieces = {}
     groups = zip(zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
     for parameters, flat in groups:
@@ -112,7 +112,7 @@ class RowShard:
 
     @classmethod
     def of(cls, rank: int, shard: int, count: int, width: int) -> RowShard:
-        """The shard of `shard` elements that a rank has of a matrix `[count, width]`."""
+        """Return the shard of `shard` elements that a rank has of a matrix `[count, width]`."""
         start = min(rank * shard, count * width)
         size = min(shard, count * width - start)
         return cls(count, width, start, size, whole_rows=shard % width == 0)
@@ -129,7 +129,7 @@ class RowShard:
         return elements.view(-1, self.width)
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """The inverse of `rows`, without the padding: `[size]`."""
+        """Return the inverse of `rows`, without the padding: `[size]`."""
         lead = self.start % self.width
         return rows.reshape(-1)[lead : lead + self.size]
 

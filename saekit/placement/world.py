@@ -71,7 +71,7 @@ class Ranked(Placement):
         self.world_size = world.size
 
     def leader(self, hookpoint: str) -> int:
-        """The rank that leads a layer: layers that all ranks have a part in are shared out among them."""
+        """Return the rank that leads a layer: layers that all ranks have a part in are shared out among them."""
         return self.layers().index(hookpoint) % self.world_size
 
     def leads(self, hookpoint: str) -> bool:

@@ -43,12 +43,12 @@ class Machine:
 
     @property
     def capacity(self) -> int:
-        """Bytes that a rank can have."""
+        """Return bytes that a rank can have."""
         return self.memory if self.on_gpu else self.memory // self.count
 
     @property
     def libraries(self) -> int:
-        """Bytes of a rank that are not its tensors'."""
+        """Return bytes of a rank that are not its tensors'."""
         return LIBRARIES[self.kind]
 
     @property
@@ -81,7 +81,7 @@ def detect(processes: int | None = None) -> Machine:
 
 
 def describe(gpus: int, gpu_memory: str) -> Machine:
-    """A machine by what the user says of it.
+    """Return a machine by what the user says of it.
 
     Raises:
         UserError: If the size cannot be read.

@@ -80,12 +80,12 @@ class RankMemory:
 
     @property
     def heap(self) -> int:
-        """The most that the C library's heap has held at any moment, which it keeps."""
+        """Return the most that the C library's heap has held at any moment, which it keeps."""
         return max(moment.total.kept for moment in self.moments)
 
     @property
     def peak(self) -> Moment:
-        """The moment of the highest total."""
+        """Return the moment of the highest total."""
         return max(self.moments, key=lambda moment: moment.total.returned)
 
     @property
@@ -95,12 +95,12 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Return bytes at the peak."""
         return self.peak.total.returned + self.heap
 
 
 def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: int) -> RankMemory:
-    """The memory of one rank.
+    """Return the memory of one rank.
 
     Args:
         kind: Where SAEs live.
@@ -140,7 +140,7 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: i
 
 
 def _sharded(demand: Demand, world_size: int) -> Bytes:
-    """A language model that is cut among the ranks, at the moment at which most of it is whole.
+    """Return a language model that is cut among the ranks, at the moment at which most of it is whole.
 
     A module's tensors are gathered before it runs, and those of the modules after it up to `PREFETCH` elements.
     """
@@ -164,7 +164,7 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
 
 
 def _passes(kind: type[Placement], demand: Demand, held: Moment, trained: int, world_size: int) -> Iterator[Moment]:
-    """The first and the last layer of a micro-batch: activations go as gradients come."""
+    """Yield the first and the last layer of a micro-batch: activations go as gradients come."""
     bank = demand.bank
     made_anew = not kind.keeps_gradients
     for number in sorted({0, max(0, trained - 1)} if trained else ()):

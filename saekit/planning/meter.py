@@ -42,7 +42,7 @@ class Bytes(NamedTuple):
         return Bytes(round(self.returned * factor), round(self.kept * factor))
 
     def most(self, other: Bytes) -> Bytes:
-        """The larger of each."""
+        """Return the larger of each."""
         return Bytes(max(self.returned, other.returned), max(self.kept, other.kept))
 
 

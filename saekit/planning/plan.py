@@ -47,7 +47,7 @@ class Choice:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Return bytes at the peak."""
         return self.memory.total + self.libraries
 
     @property
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def considered(self) -> tuple[Choice, ...]:
-        """The choices that there are: all of them, or the one that was asked for."""
+        """Return the choices that there are: all of them, or the one that was asked for."""
         return tuple(choice for choice in self.choices if self.asked in (None, choice.placement)) or self.choices
 
     @property
@@ -89,7 +89,7 @@ class Plan:
         return any(choice.fits for choice in self.considered)
 
     def choice(self, placement: str) -> Choice:
-        """The one with that placement.
+        """Return the one with that placement.
 
         Raises:
             UserError: If this job has none such.

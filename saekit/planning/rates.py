@@ -80,7 +80,7 @@ FILE = TypeAdapter(Kept)
 
 
 def cache_file() -> Path:
-    """Where rates are kept: `$XDG_CACHE_HOME/saekit/rates.json`, by default below `~/.cache`."""
+    """Return where rates are kept: `$XDG_CACHE_HOME/saekit/rates.json`, by default below `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit" / "rates.json"
 
 
@@ -95,7 +95,7 @@ def optimizer_key(optimizer: str, moments_dtype: str) -> str:
 
 
 def read_rates(key: str) -> tuple[Rates | None, str | None]:
-    """The rates of a device, if they have been measured; and what is wrong with the file, if something is."""
+    """Return the rates of a device, if they have been measured; and what is wrong with the file, if something is."""
     try:
         return _read().get(key), None
     except FileNotFoundError:

@@ -67,7 +67,7 @@ class StepTime:
 
 
 def step_time(work: StepWork, rates: Rates) -> StepTime | None:
-    """The time of a step; None where something that it needs was not measured.
+    """Return the time of a step; None where something that it needs was not measured.
 
     No latent is taken for dead: AuxK costs nothing until some are.
     """

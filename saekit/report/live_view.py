@@ -45,7 +45,7 @@ class LiveState:
     finished: bool = False
 
     def after(self, stats: StepStats) -> LiveState:
-        """The state once `stats` has been reported."""
+        """Return the state once `stats` has been reported."""
         fvus = {hookpoint: layer.fvu for hookpoint, layer in stats.layers.items()}
         if fvus:
             fvus[ALL_LAYERS] = fmean(fvus.values())
@@ -210,7 +210,7 @@ def mean_layer(layers: list[LayerStats]) -> LayerStats | None:
 
 
 def _cells(layer: LayerStats | None) -> list[str | Text]:
-    """The numbers; AuxK's loss is the last one."""
+    """Return the numbers; AuxK's loss is the last one."""
     if layer is None:
         return [units.UNKNOWN] * 5
     worry = "red" if layer.dead_fraction >= 0.5 else "yellow" if layer.dead_fraction >= 0.1 else ""

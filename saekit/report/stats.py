@@ -77,7 +77,7 @@ class EvalStats:
     """As in `eval.json`: what was found of each layer and of all together, with 95% intervals."""
 
     def of_layers(self, number: str) -> dict[str, float]:
-        """A number's value by hookpoint, in model order; empty where it needs a head that the model lacks.
+        """Return a number's value by hookpoint, in model order; empty where it needs a head that the model lacks.
 
         Args:
             number: A field of `Reconstruction` (`fvu`, `l0`, ...) or of `Grafted` (`ce_recovered`, `kl`, ...), which
@@ -93,7 +93,7 @@ class EvalStats:
         return found
 
     def together(self, number: str) -> float | None:
-        """A field of `Grafted` with all layers replaced at once; None without a head."""
+        """Return a field of `Grafted` with all layers replaced at once; None without a head."""
         grafted = self.record["together"]
         return None if grafted is None else float(grafted[number]["value"])
 
@@ -167,7 +167,7 @@ class RunInfo:
 
     @property
     def place(self) -> str:
-        """Where it runs, in a few words: `cpu, single`, or `cuda:0, zero3 on 4 ranks (24 MiB of each SAE)`."""
+        """Return where it runs, in a few words: `cpu, single`, or `cuda:0, zero3 on 4 ranks (24 MiB of each SAE)`."""
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
         shard = f" ({size(self.shard_bytes)} of each SAE)" if self.shard_bytes is not None else ""
         return f"{self.device}, {self.placement}{ranks}{shard}"
@@ -179,7 +179,7 @@ class RunInfo:
 
     @property
     def layout(self) -> str:
-        """Which rank holds which layers, such as `rank 0: layers.0-layers.2`; empty where each holds all."""
+        """Tell which rank holds which layers, such as `rank 0: layers.0-layers.2`; empty where each holds all."""
         parts = []
         for rank in range(self.world_size if self.owners else 0):
             own = [name for name in self.hookpoints if self.owners[name] == rank]
@@ -191,7 +191,7 @@ class RunInfo:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens the run will read, excluded ones included: an upper bound of what trains the SAEs."""
+        """Return tokens the run will read, excluded ones included: an upper bound of what trains the SAEs."""
         return self.total_sequences * self.ctx_len
 
 
@@ -256,5 +256,5 @@ class Pace:
         return max(0.0, left - (self._clock() - self._last))
 
     def seconds_gone(self) -> float:
-        """Seconds since this session's training began."""
+        """Return seconds since this session's training began."""
         return self._clock() - self._began

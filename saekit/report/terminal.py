@@ -104,7 +104,7 @@ class LiveReporter:
 
 
 def terminal_reporter(console: Console | None = None) -> Reporter:
-    """A live view for somebody who watches a terminal, plain lines for everything else.
+    """Return a live view for somebody who watches a terminal, plain lines for everything else.
 
     Plain lines it is for a pipe or a file (also where FORCE_COLOR makes rich believe in a terminal), for TERM=dumb, in
     CI, and for a terminal whose encoding has no block characters.

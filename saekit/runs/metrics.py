@@ -164,7 +164,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where JSON has no number for it."""
+    """Return the value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -31,7 +31,7 @@ class Found:
 
 
 def find_checkpoint(path: Path) -> Found:
-    """The checkpoint to go on from: the one that `path` is, or the newest whole one of the run that it is.
+    """Return the checkpoint to go on from: the one that `path` is, or the newest whole one of the run that it is.
 
     Every byte is compared with its checksum. A checkpoint that was whole, but not in its place when its writer died,
     is put there.
@@ -72,7 +72,7 @@ def _newest_whole(run_dir: Path) -> Found:
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
-    """The content of `checkpoint.json`, after checking that every file it names is there and whole.
+    """Return the content of `checkpoint.json`, after checking that every file it names is there and whole.
 
     Raises:
         UserError: If the index or a file is missing or damaged; the message names it.

@@ -93,7 +93,7 @@ class SaeAdam(PreparedOptimizer):
             sums.clear()
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | RowSums | None:
-        """The whole gradient; as it was deferred where that is all of it."""
+        """Return the whole gradient; as it was deferred where that is all of it."""
         deferred = self.deferred.get(parameter, [])
         if len(deferred) == 1 and parameter.grad is None:
             return deferred[0]

@@ -216,7 +216,7 @@ class Bank:
         return lambda: self._message(read(), report)
 
     def _message(self, numbers: Tensor, report: bool) -> StepMessage:
-        """The fields of a message that has arrived; `numbers` are on the CPU."""
+        """Return the fields of a message that has arrived; `numbers` are on the CPU."""
         L, U = len(self.all_names), len(self.names)
         C = self._checks_UC.shape[1]
         checks_LC = numbers[U : U + L * C].view(L, C)
@@ -305,7 +305,7 @@ def bank_of_one(
     dead_threshold: int = 1,
     optimizer: Callable[[Sae], LayerOptimizer] | None = None,
 ) -> Bank:
-    """A bank of a single unit in this process: what plans meter, and benchmarks time.
+    """Make a bank of a single unit in this process, for plans to meter and benchmarks to time.
 
     Args:
         cfg: How to train.

@@ -91,7 +91,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
 
 
 def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None:
-    """The language model's tokenizer; None for a loaded model that does not say where it came from."""
+    """Return the language model's tokenizer; None for a loaded model that does not say where it came from."""
     if have.tokenizer is not None or (have.model is not None and not have.model.name_or_path):
         return have.tokenizer
     return load_tokenizer(cfg.model)

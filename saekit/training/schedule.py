@@ -17,7 +17,7 @@ def warmup_steps(asked: int | None, total_steps: int, *, decay: bool) -> int:
 
 
 def dead_threshold(asked: int | None, *, total_tokens: int, step_tokens: int, num_latents: int, k: int) -> int:
-    """Tokens without firing after which a latent is dead: what was asked for, or what suits the run.
+    """Return tokens without firing after which a latent is dead: what was asked for, or what suits the run.
 
     By default that is 300 times as long as a latent sleeps on average, which is M / k tokens, but ten optimizer steps
     at least; of a short run a fiftieth; and never more than the 10M tokens of Gao et al. 2024, appendix A.2, whose runs

@@ -44,7 +44,7 @@ class RunState:
 
 
 def new_sae(plan: RunPlan, name: str) -> Sae:
-    """A fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
+    """Make a fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
     unit = plan.unit(name)
     generator = torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed))
     fresh = Sae(**plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents), generator=generator)

@@ -87,7 +87,7 @@ def train_step(
 
 
 def chunks(x_ND: Tensor, counted_N: Tensor | None, count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """A micro-batch in `count` chunks of tokens, each with which of them are counted, `[n, 1]`; None for all."""
+    """Split a micro-batch into `count` chunks of tokens, each with its counted tokens, `[n, 1]`; None for all."""
     counted: Sequence[Tensor | None] = [None] * count
     if counted_N is not None:
         counted = counted_N[:, None].tensor_split(count)

@@ -43,7 +43,7 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
-    """The same as JSON types."""
+    """Return the same as JSON types."""
     return {
         "first": str(comparison.first.path),
         "second": str(comparison.second.path),

@@ -25,7 +25,7 @@ def render_evaluation(record: Mapping[str, Any], console: Console) -> None:
 
 
 def evaluation_tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
-    """The layers' reconstructions, and what they cost the language model."""
+    """Return the layers' reconstructions, and what they cost the language model."""
     shown = _IfThereIsRoom(_reconstructions(record), _reconstructions(record, brief=True))
     if record["together"] is None:
         return (shown,)
@@ -93,7 +93,7 @@ def _table(*columns: str) -> Table:
 
 
 def _number(estimate: Estimate, digits: int = 4, bold: bool = False, brief: bool = False) -> Text:
-    """A value and, unless in brief, half of its 95% interval: `0.1234 ± 0.0012`."""
+    """Return a value and, unless in brief, half of its 95% interval: `0.1234 ± 0.0012`."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     text = Text(units.decimal(value, digits), style="bold" if bold else "")
     if not brief and low is not None and high is not None:

@@ -53,7 +53,7 @@ def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> 
 
 
 def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
-    """The same as plain values, in bytes and seconds."""
+    """Return the same as plain values, in bytes and seconds."""
     job = plan.job
     return {
         "model": job.cfg.model.model,
@@ -120,7 +120,7 @@ def _table(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    """Which placement to take, or how much is lacking."""
+    """Tell which placement to take, or how much is lacking."""
     best = plan.recommended
     if not plan.fits:
         least = min(plan.considered, key=lambda choice: choice.total)

@@ -82,7 +82,7 @@ def launch_text(template: Path, processes: int) -> str:
 
 
 def template_for(targets: Targets, placement: str, *, on_gpu: bool) -> Path:
-    """The launch file of a placement that comes with saekit."""
+    """Return the launch file of a placement that comes with saekit."""
     return targets.templates[placement.replace("-", "_") + ("" if on_gpu else "_cpu")]
 
 
@@ -153,12 +153,12 @@ class Draft:
     """Changes that would make the plan fit, if it does not."""
 
     def setting(self, **values: Any) -> Draft:
-        """The same with other values; None takes one out."""
+        """Return the same with other values; None takes one out."""
         changed = {**self.values, **values}
         return replace(self, values={name: value for name, value in changed.items() if value is not None})
 
     def config(self) -> RunConfig:
-        """All values, validated, with defaults for those that are missing.
+        """Return all values, validated, with defaults for those that are missing.
 
         Raises:
             UserError: As `saekit train` would raise it.

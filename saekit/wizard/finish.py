@@ -47,7 +47,7 @@ def _tell_placement(draft: Draft) -> Sequence[str]:
 
 
 def _run(draft: Draft) -> str:
-    """The run's folder; one that is not taken, unless the name was asked for."""
+    """Return the run's folder; one that is not taken, unless the name was asked for."""
     cfg = draft.config()
     name = cfg.train.run_name or default_run_name(cfg.model.model, cfg)
     if "run_name" in draft.typed or cfg.train.overwrite or cfg.train.resume:

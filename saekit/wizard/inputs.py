@@ -166,7 +166,7 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
 
 
 def _tokens(draft: Draft, ids: Sequence[int]) -> str:
-    """The first ids, and the text that they stand for."""
+    """Return the first ids, and the text that they stand for."""
     numbers = " ".join(str(each) for each in ids[:8])
     return f"{numbers} … = {known(draft.tokenizer).decode(ids[:32])!r}"
 
@@ -181,7 +181,7 @@ def _arguments(draft: Draft) -> str:
 
 
 def _longest(draft: Draft) -> str:
-    """The column that was named, or else the one with the most text in the first rows."""
+    """Return the column that was named, or else the one with the most text in the first rows."""
     found = known(draft.peek)
     letters = {name: sum(len(row[name] or "") for row in found.first) for name in found.text_columns}
     return draft.values.get("text_column") or max(letters, key=lambda name: letters[name])

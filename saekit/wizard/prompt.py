@@ -44,7 +44,7 @@ class Prompt:
 
 
 def ask(prompt: Prompt) -> str | None:
-    """The answer, or None for Esc.
+    """Return the answer, or None for Esc.
 
     Raises:
         KeyboardInterrupt: For Ctrl-C, and Ctrl-D where nothing was typed.

@@ -100,7 +100,7 @@ class SaeLens(Format):
 
 
 def _config(sae: Sae, architecture: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `cfg.json`."""
+    """Return the content of `cfg.json`."""
     own = {"sae_lens_version": FORMAT_VERSION, **({} if sae.max_norm is None else {MAX_NORM: sae.max_norm})}
     return {
         **architecture,

@@ -88,7 +88,7 @@ class Eager:
 
 
 def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Kernels:
-    """The kernels for a device.
+    """Return the kernels for a device.
 
     Args:
         backend: One of `BACKENDS`, or `auto`: see `auto_backend`.

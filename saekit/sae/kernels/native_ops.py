@@ -55,7 +55,7 @@ def topk(
 
 
 def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
-    """The same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
+    """Return the same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
     (N, D), M, threads = x_ND.shape, len(W_MD), torch.get_num_threads()
     E = -(-(D + 2) // AMX_TILE) * AMX_TILE
     x_low = x_ND.new_empty(-(-N // AMX_TILE) * AMX_TILE * E, dtype=torch.bfloat16)

@@ -27,7 +27,7 @@ class RowSums(NamedTuple):
     rows_ND: Tensor
 
     def dense(self) -> Tensor:
-        """The gradient: the readable reference, with a tensor `[P, D]`."""
+        """Return the gradient: the readable reference, with a tensor `[P, D]`."""
         counts_M = self.starts_M.diff()
         latents_P = torch.arange(len(counts_M), device=counts_M.device).repeat_interleave(counts_M)
         sums_MD = self.rows_ND.new_zeros(len(counts_M), self.rows_ND.shape[1])

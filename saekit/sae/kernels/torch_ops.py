@@ -29,7 +29,7 @@ ADAM_BYTES = 4 * 2**20
 def topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
+    """Return the `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
 
     With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part.
     The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
@@ -142,7 +142,7 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
 
 
 def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs (latent, token) of a k-sparse code in the order of latents, and of tokens within a latent.
+    """Return the pairs (latent, token) of a k-sparse code in the order of latents, and of tokens within a latent.
 
     Returns:
         Where in the flat `indices` each of them is, and its token, both `[N·K]`; and `[M + 1]`, where each latent's

@@ -75,7 +75,7 @@ class BatchTopK(TopK):
         return min(CODE_WIDTH * self.k, self.num_latents)
 
     def before_fit(self) -> Selection:
-        """The k largest."""
+        """Return the k largest."""
         return TopK(self.k, self.num_latents)
 
     @torch.no_grad()
@@ -107,11 +107,11 @@ class BatchTopK(TopK):
         self.threshold.copy_(torch.where(tokens > 0, torch.clamp_min(moved, SMALLEST_THRESHOLD * rms), self.threshold))
 
     def state(self) -> dict[str, Tensor]:
-        """The threshold."""
+        """Return the threshold."""
         return {"threshold": self.threshold}
 
     def to_config(self) -> dict[str, Any]:
-        """The threshold as a plain number."""
+        """Return the threshold as a plain number."""
         return {"threshold": float(self.threshold)}
 
     @classmethod
@@ -124,7 +124,7 @@ class BatchTopK(TopK):
 
     @classmethod
     def facts(cls, config: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-        """The threshold."""
+        """Return the threshold."""
         threshold = config.get("threshold")
         if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
             return []

@@ -57,7 +57,7 @@ class TopK(Selection):
         return kernels.autoencode(*inputs, self.threshold, self.parts)
 
     def wider(self) -> Selection:
-        """The 4k largest."""
+        """Return the 4k largest."""
         return TopK(min(MULTI * self.k, self.num_latents), self.num_latents)
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

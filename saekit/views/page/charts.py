@@ -80,7 +80,7 @@ def evaluation_charts(
 
 
 def layer_charts(evaluation: Mapping[str, Any]) -> dict[str, go.Figure]:
-    """Each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
+    """Return each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
     layers = evaluation["layers"]
     names = [layer["hookpoint"] for layer in layers]
     charts = {"layer-fvu": _bars(names, [layer["reconstruction"]["fvu"] for layer in layers], "FVU")}
@@ -153,7 +153,7 @@ def _figure(
 
 
 def _colored(names: Sequence[str]) -> list[tuple[str, str]]:
-    """A color per layer, in the order of a scale whose colors show on light and on dark."""
+    """Return a color per layer, in the order of a scale whose colors show on light and on dark."""
     shares = np.linspace(0.08, 0.92, len(names)).tolist() if len(names) > 1 else [0.2]
     return list(zip(names, plotly.colors.sample_colorscale("Turbo", shares), strict=True))
 
