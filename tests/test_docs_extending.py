@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from saekit import Sae
-from saekit.registry import FORMATS, PLACEMENTS, SELECTIONS, SOURCES
 from tests.cli.conftest import saekit  # noqa: F401  # a fixture
 from tests.plugins import ABS_TOPK, forget_plugins
 
@@ -21,9 +20,6 @@ def _apart():
     forget_plugins()
     yield
     forget_plugins()
-    for registry in (SELECTIONS, SOURCES, PLACEMENTS, FORMATS):
-        registry._registered.clear()
-        registry._origin.clear()
 
 
 @pytest.fixture

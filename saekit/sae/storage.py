@@ -179,7 +179,7 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
     """Download one SAE folder from the hub; the arguments are `Sae.load_from_hub`'s."""
     from huggingface_hub import snapshot_download
 
-    only = {"allow_patterns": f"{hookpoint}/*"} if hookpoint else {}
+    only: dict[str, Any] = {"allow_patterns": f"{hookpoint}/*"} if hookpoint else {}
     folder = Path(snapshot_download(repo_id, **only, **kwargs))
     return folder / hookpoint if hookpoint else folder
 
