@@ -1,38 +1,91 @@
-"""Put known faults back, one by one, and see that a test notices each: `make mutants`.
+"""The list of known faults: `make mutants` puts them back, one by one, and sees that a test notices each.
 
-`python -m tests.mutants FVU zero3` tries only those whose names contain one of the words.
-
-Not part of the test suite: it runs the suite's quick core once per fault, in copies of the committed tree.
+`python -m tests.mutants FVU zero3` tries only those whose names contain one of the words; `--jobs 4` tries four at a
+time. Not part of the test suite: it runs a part of the suite once per fault, in copies of the committed tree.
 """
 
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from tests.put_back import Fault, main
 
-from rich.console import Console
-
-ROOT = Path(__file__).parents[1]
 MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
-TRAINER, COUNTERS = "saekit/training/trainer.py", "saekit/training/counters.py"
+TRAINER, BANK, UNIT = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit"))
+STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistics", "state", "start"))
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 LOCAL = "saekit/placement/local.py"
 CHECKPOINT, SAVING = "saekit/runs/checkpoint.py", "saekit/training/saving.py"
 RECOVERY = "saekit/runs/recovery.py"
-TAP = "saekit/activations/tap.py"
+TAP, LIVE, SOURCE = (f"saekit/activations/{part}.py" for part in ("tap", "live", "source"))
+HOOKPOINTS = "saekit/activations/hookpoints.py"
 EVALUATE = "saekit/analysis/evaluate.py"
 EVALUATING = "saekit/training/evaluating.py"
-ADVANCE = "run.counters[name].after(fired[name], tokens)"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
-BATCHTOPK, GROUPMAX = (f"saekit/sae/selection/{kind}.py" for kind in ("batchtopk", "groupmax"))
+SELECTION, BATCHTOPK, GROUPMAX = (f"saekit/sae/selection/{kind}.py" for kind in ("base", "batchtopk", "groupmax"))
+REGISTRY = "saekit/registry.py"
+SUMMED = "        together = self.placement.sum(torch.cat(mine))\n"
 
-FAULTS = [
+LIKELY = {
+    MODEL: "sae/test_losses sae/test_model",
+    SPARSE: "sae/test_kernels sae/test_losses sae/test_groupmax",
+    LOSSES: "sae/test_losses",
+    TORCH_OPS: "sae/test_kernels sae/test_groupmax",
+    EAGER: "sae/test_kernels sae/test_batchtopk sae/test_groupmax",
+    SCORES: "sae/test_kernels",
+    ADAM: "sae/test_row_sums training/test_optimizers",
+    NATIVE: "sae/test_native_kernels sae/test_native_adam",
+    ROWS: "sae/test_native_kernels sae/test_native_adam",
+    TOPK: "sae/test_native_kernels",
+    AMX: "sae/test_native_kernels",
+    TRITON_OPS: "sae/test_triton_kernels planning/test_triton_ops",
+    SELECTION: "sae/test_selection sae/test_batchtopk training/test_thresholds",
+    BATCHTOPK: "sae/test_batchtopk training/test_thresholds",
+    GROUPMAX: "sae/test_groupmax",
+    "saekit/sae/output.py": "training/test_norms sae/test_batchtopk",
+    "saekit/sae/decoder.py": "training/test_finetune",
+    "saekit/sae/saelens.py": "sae/test_saelens",
+    "examples/abs_topk.py": "sae/test_selection cli/test_plugin",
+    REGISTRY: "test_registry",
+    "saekit/config/flat.py": "cli/test_plugin",
+    HOOKPOINTS: "activations/test_hookpoints",
+    TAP: "activations/test_tap",
+    LIVE: "training/test_waiting activations/test_source",
+    SOURCE: "training/test_waiting",
+    BANK: "training/test_bank training/test_fixed_step",
+    UNIT: "training/test_bank training/test_fixed_step training/test_trainer",
+    TRAINER: "training/test_trainer",
+    STATISTICS: "training/test_bank training/test_statistics training/test_norms",
+    STATE: "training/test_resume",
+    START: "training/test_start training/test_norms",
+    "saekit/training/plan.py": "training/test_trainer",
+    "saekit/training/prepared.py": "training/test_fixed_optimizer",
+    "saekit/training/signum.py": "training/test_fixed_optimizer training/test_optimizers",
+    "saekit/training/optimizers.py": "training/test_optimizers training/test_reference_recipe",
+    "saekit/training/schedule.py": "training/test_schedule",
+    SAVING: "training/test_save_faults",
+    EVALUATING: "training/test_evaluating",
+    CHECKPOINT: "training/test_resume training/test_save_faults",
+    RECOVERY: "training/test_save_faults training/test_resume",
+    "saekit/runs/files.py": "training/test_save_faults",
+    LOCAL: "placement/test_single training/test_bad_steps",
+    DDP: "placement/test_equivalence",
+    ZERO3: "placement/test_zero3 placement/test_equivalence",
+    "saekit/placement/shards.py": "placement/test_rows",
+    "saekit/placement/layer_map.py": "placement/test_layer_map placement/test_planner",
+    "saekit/planning/bank.py": "planning/test_triton_ops",
+    EVALUATE: "analysis/test_evaluate",
+    "saekit/analysis/subject.py": "analysis/test_subject",
+    "saekit/analysis/results.py": "analysis/test_subject",
+    "saekit/analysis/codes.py": "analysis/test_codes",
+    "saekit/analysis/features.py": "analysis/test_gather",
+    "saekit/data/held_out.py": "data/test_held_out",
+    "saekit/views/page/build.py": "views/test_page",
+}
+"""Tests that are likely to notice a fault in a file; a fault can name others."""
+
+LIST: list[tuple[str, ...]] = [
     ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
     ("AuxK's gradient does not reach the encoder", MODEL, DEAD_CODE, DEAD_CODE.replace("[dead]", "[dead].detach()")),
     (
@@ -101,14 +154,24 @@ FAULTS = [
         "auxk_scale)",
     ),
     ("selected counts as fired", "saekit/sae/selection/base.py", "return acts > 0", "return acts >= 0"),
-    ("counters count micro-batches", TRAINER, ADVANCE, ADVANCE.replace("tokens)", "len(batches))")),
-    ("micro_acc_steps cuts nothing", TRAINER, "x_ND.tensor_split(cfg.micro_acc_steps)", "[x_ND]"),
-    ("micro_acc_steps divides the loss", TRAINER, "losses.total)", "losses.total / self.cfg.micro_acc_steps)"),
+    (
+        "counters count micro-batches",
+        TRAINER,
+        "    read = bank.finish(",
+        "    bank._tokens.fill_(len(batches))\n    read = bank.finish(",
+    ),
+    ("micro_acc_steps cuts nothing", TRAINER, "bank.cfg.micro_acc_steps", "1"),
+    (
+        "micro_acc_steps divides the loss",
+        UNIT,
+        "backward(losses.total)",
+        "backward(losses.total / self.cfg.micro_acc_steps)",
+    ),
     (
         "N is a micro-batch's",
         TRAINER,
-        "forward.count_tokens(batches)\n                scale",
-        "forward.count_tokens(batches[:1])\n                scale",
+        "count_tokens(source, batches, placement)",
+        "count_tokens(source, batches[:1], placement)",
     ),
     (
         "decay is planned in micro-batches",
@@ -119,15 +182,15 @@ FAULTS = [
     (
         "averages are cleared at another rhythm",
         TRAINER,
-        "windows = self._fresh_windows()\n                    tokens_at_report",
-        "windows = self._fresh_windows() if run.step % 5 == 0 else windows\n                    tokens_at_report",
+        "                    bank.clear_window()\n",
+        "                    if run.step % 5 == 0:\n                        bank.clear_window()\n",
     ),
     ("resume is off by one", "saekit/training/state.py", 'index["step"], index', 'index["step"] + 1, index'),
     (
         "reporting moves the counters",
         TRAINER,
         "report.step(stats)\n",
-        "report.step(stats)\n                    [run.counters[n].observe(out.acts, out.indices) for n in windows]\n",
+        "report.step(stats)\n                    bank.fire_count_F += bank._fired_F\n",
     ),
     ("a block's input is taken for its output", TAP, "residual(output)", "residual(_args)"),
     (
@@ -203,11 +266,18 @@ FAULTS = [
     ("skipping forgets to drop the gradient", DDP, "            gradient.zero_()\n", "            pass\n"),
     (
         "a skipped step moves the counters",
-        "saekit/training/faults.py",
-        "        counters.forget()\n",
-        "        counters.tokens_since_fired_M += 1\n        counters.forget()\n",
+        TRAINER,
+        "        placement.skip()\n",
+        "        placement.skip()\n        bank.since_fired_F.copy_(bank._since_after_F)\n",
+        "training/test_bad_steps",
     ),
-    ("only rank 0 knows of a bad step", "saekit/training/faults.py", "placement.sum(rows)", "rows"),
+    (
+        "only rank 0 knows of a bad step",
+        BANK,
+        SUMMED,
+        SUMMED + "        together[: checks_LC.numel()].view_as(checks_LC)[:, :3] = checks_LC[:, :3]\n",
+        "placement/test_equivalence",
+    ),
     (
         "zero ablation puts in the mean",
         EVALUATE,
@@ -264,8 +334,8 @@ FAULTS = [
         "range(0, self.num_batches * self.batch_size, self.batch_size)",
         "range(0, len(mine), self.batch_size)",
     ),
-    ("dead biases sink", LOSSES, "revive = -(len(x_ND)", "revive = (len(x_ND)"),
-    ("every chunk raises dead biases as a whole batch", LOSSES, "-(len(x_ND) * revive_scale)", "-(40 * revive_scale)"),
+    ("dead biases sink", LOSSES, "revive = -_in_type(", "revive = _in_type("),
+    ("every chunk raises dead biases as a whole batch", LOSSES, "(tokens * revive_scale,", "(40 * revive_scale,"),
     (
         "b_dec learns at b_enc's rate",
         "saekit/training/optimizers.py",
@@ -299,9 +369,10 @@ FAULTS = [
     ("a BatchTopK code is as wide as k", BATCHTOPK, "min(CODE_WIDTH * self.k, self.num_latents)", "self.k"),
     (
         "thresholds are moved by twice the tokens",
-        "saekit/training/thresholds.py",
-        "window.moments.count, window",
-        "2 * window.moments.count, window",
+        BANK,
+        "move_(counts[:, 0], counts[:, 1],",
+        "move_(counts[:, 0], 2 * counts[:, 1],",
+        "training/test_thresholds",
     ),
     (
         "thresholds are forgotten on resume",
@@ -319,15 +390,16 @@ FAULTS = [
     ("a signed value does not fire", "examples/abs_topk.py", "return acts != 0", "return acts > 0"),
     (
         "a checkpoint's plug-in is run",
-        "saekit/config/run.py",
-        "        parts: dict[type, Any] = {}\n",
-        "        load_plugins(values)\n        parts: dict[type, Any] = {}\n",
+        "saekit/config/flat.py",
+        "    own = {name: values[name] for name in option_names(config)",
+        "    load_plugins(values)\n    own = {name: values[name] for name in option_names(config)",
     ),
     (
         "what is too long still trains",
-        TRAINER,
-        ".only(covered_N1)",
+        UNIT,
+        ".only(counted_N1)",
         "",
+        "training/test_fixed_step training/test_norms",
     ),
     ("what is too long counts as variance", "saekit/training/statistics.py", "x_ND *= counted_N1", "pass"),
     (
@@ -406,40 +478,91 @@ FAULTS = [
         "layer.quantiles_L[:, -1][:, None, None]",
         "layer.quantiles_L[:, -2][:, None, None]",
     ),
+    ("a report of a skipped step counts its dead latents", BANK, "[:, 3 if counts else 4]", "[:, 3]"),
+    ("a report has the sums of a skipped step", BANK, "window + now if counts else window", "window + now"),
+    (
+        "dead latents are those of all ranks together",
+        BANK,
+        " * self._leads_U[:, None],",
+        ",",
+        "placement/test_equivalence",
+    ),
+    (
+        "what fired in a step fires in the next",
+        BANK,
+        "(self._tally.flat, self._selection_US, self._fired_F)",
+        "(self._tally.flat, self._selection_US)",
+    ),
+    (
+        "a selection is moved by earlier steps, too",
+        BANK,
+        "(self._tally.flat, self._selection_US, self._fired_F)",
+        "(self._tally.flat, self._fired_F)",
+        "training/test_thresholds training/test_fixed_step",
+    ),
+    (
+        "a step's sums are reported again with the next",
+        BANK,
+        "(self._tally.flat, self._selection_US, self._fired_F)",
+        "(self._selection_US, self._fired_F)",
+        "training/test_bank training/test_trainer",
+    ),
+    ("masked tokens raise dead biases", UNIT, "            tokens=tokens,\n", ""),
+    ("where some are too long, masked tokens train", STATISTICS, "short_N1 & counted_N1", "short_N1"),
+    ("masked tokens are calibrated on", START, "x_ND if acts.counted_N is None else x_ND[acts.counted_N]", "x_ND"),
+    ("the sums of units of several sizes begin a latent late", STATISTICS, ".cumsum(0).sub(1)", ".cumsum(0).sub(2)"),
+    (
+        "units of several sizes have each other's thresholds",
+        STATISTICS,
+        "least_U.repeat_interleave",
+        "least_U.flip(0).repeat_interleave",
+    ),
+    (
+        "a rank's means lie where only its own units would",
+        STATISTICS,
+        "sum(widths[:number]) for number in among]",
+        "sum(self.widths[:number]) for number in among]",
+    ),
+    (
+        "a unit keeps its threshold while the stacked ones move",
+        SELECTION,
+        "setattr(each, name, stacked[number])",
+        "setattr(each, name, stacked[number].clone())",
+        "training/test_thresholds",
+    ),
+    (
+        "initial weights depend on the place among the units",
+        STATE,
+        "unit.hookpoint.seed(plan.cfg.init_seed)",
+        "plan.cfg.init_seed * 100_003 + plan.hookpoints.index(name)",
+        "training/test_trainer",
+    ),
+    ("hookpoints of a block have one seed", HOOKPOINTS, "self.layer if self.is_block else None", "self.layer"),
+    (
+        "what was begun is handed out twice",
+        LIVE,
+        "acts, self._begun = self._begun[1], None",
+        "acts = self._begun[1]",
+    ),
+    ("what was begun is handed out for any batch", LIVE, " and self._begun[0] is batch:", ":"),
+    ("a step that was begun comes again", SOURCE, "step, self._begun = self._begun, None", "step = self._begun"),
+    (
+        "the last step is masked though it is shorter",
+        LIVE,
+        "masked = self.fixed_rows and batch.whole",
+        "masked = self.fixed_rows",
+        "activations/test_source",
+    ),
+    ("a plug-in takes a built-in kind's name", REGISTRY, "if name in self._built_in or self._reg", "if self._reg"),
+    (
+        "an installed package overrides a built-in kind",
+        REGISTRY,
+        "        if name in self._built_in:\n            module",
+        "        if name in self._built_in and name not in self._installed:\n            module",
+    ),
 ]
-
-
-def notices(file: str, good: str, bad: str) -> bool:
-    """Whether the tests fail in a copy of the tree with `good` replaced by `bad`."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "saekit"
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
-        text = (copy / file).read_text(encoding="utf-8")
-        if text.count(good) != 1:
-            sys.exit(f"{file}: expected exactly one {good!r}")
-        (copy / file).write_text(text.replace(good, bad), encoding="utf-8")
-        room = file.split("/")[1]
-        tests = ["tests/sae", "tests/placement", "tests/training"]
-        if room in ("evaluation", "data", "features", "page"):
-            tests = [f"tests/{room}"]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 1
-
-
-def main() -> None:
-    console = Console()
-    if shutil.which("git") is None:
-        sys.exit("needs git")
-    missed = 0
-    words = sys.argv[1:]
-    for name, file, good, bad in FAULTS:
-        if words and not any(word in name for word in words):
-            continue
-        noticed = notices(file, good, bad)
-        missed += not noticed
-        console.print(f"{'noticed' if noticed else '[red]MISSED [/red]'}  {name}")
-    sys.exit(missed)
+FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for each in LIST]
 
 
 if __name__ == "__main__":
-    main()
+    main(FAULTS)

@@ -42,7 +42,7 @@ MAY_IMPORT = {
 }
 """Rooms of ours that a room may import from, besides itself and `ANYWHERE`."""
 
-FILES = sorted([ROOT / "api.py", *(path for path in ROOT.rglob("*.py") if len(path.relative_to(ROOT).parts) > 1)])
+FILES = sorted(path for path in ROOT.rglob("*.py") if len(path.relative_to(ROOT).parts) > 1 or path.stem == "api")
 
 
 def imports_of(file):
@@ -115,7 +115,7 @@ SPELLED_ONCE: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("runs/layout.py",),
 )
 # Also what `--resume` without a value comes to.
-SPELLED_ONCE["latest"] = ("runs/layout.py", "sae/storage.py", "api.py", "config/options.py")
+SPELLED_ONCE["latest"] = ("runs/layout.py", "sae/storage.py", "config/options.py", "cli/options.py", "api.py")
 SPELLED_ONCE |= {
     "state.safetensors": ("runs/layout.py",),
     # One SAE's folder needs no run.

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
-import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from safetensors import SafetensorError
 
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
@@ -236,6 +233,10 @@ def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
 
 def no_bars() -> None:
     """Switch off the progress bars of the libraries: in a log they are noise, and one rank's are enough."""
+    import datasets
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
+
     datasets.disable_progress_bars()
     disable_hub_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -27,10 +27,11 @@ from saekit.runs.metrics import JsonlReporter
 from saekit.runs.recovery import Found, find_checkpoint
 from saekit.sae import Sae
 from saekit.training import state
-from saekit.training.bank import Bank, Report, StepMessage
+from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.faults import skip_step
 from saekit.training.interrupt import BY_USER, graceful_interrupt
+from saekit.training.message import Report, StepMessage
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, plan_run
 from saekit.training.saving import Saver, refuse_other_run
@@ -254,7 +255,7 @@ class SaeTrainer:
         own = active(cfg.sae.k, cfg.sae.activation)
         if earlier - {own}:
             self.report.status(f"Warning: the SAEs of --finetune have k {', '.join(sorted(earlier))}, this run k {own}")
-        bank = Bank(cfg, placement, plan.widths, plan.dead_thresholds, run.calibration)
+        bank = Bank(cfg, placement, plan.units, run.calibration)
         if found is not None:
             state.restore(found.folder, found.index, run, bank)
 
