@@ -280,7 +280,7 @@ def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]
 
 
 def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run that `resume` names was started with."""
+    """Read the options of the run that `resume` names."""
     run = run_of(path)
     if not has_checkpoints(run):
         hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
@@ -296,7 +296,7 @@ def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loaded_model(model: str | Path | PreTrainedModel | None) -> tuple[PreTrainedModel | None, str | None]:
-    """A model that is loaded already, if it is, and its name."""
+    """Return a model that is loaded already, if it is, and its name."""
     if model is None or isinstance(model, (str, Path)):
         return None, None if model is None else str(model)
     if not hasattr(model, "base_model") or not hasattr(model, "config"):
@@ -312,7 +312,7 @@ def _rows(data: Data | None, name: str) -> tuple[Any, str | None]:
 
 
 def _local_folder(path: str | Path, hub_options: Mapping[str, Any]) -> Path | None:
-    """The folder that a path means; None for a repository on the hub."""
+    """Return the folder that a path means; None for a repository on the hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if hub_options:

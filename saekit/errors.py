@@ -1,4 +1,4 @@
-"""What can end a run besides a fault of ours."""
+"""Errors that can end a run, other than faults of saekit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SaveError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody stopped a run after a whole optimizer step, and its checkpoint is in place.
+    """A run was stopped after a whole optimizer step, and its checkpoint is in place.
 
     Args:
         step: Optimizer steps done.

@@ -1,4 +1,4 @@
-"""Put something else in the place of the residual stream while a model runs, and run it from there only."""
+"""Replaces the residual stream while a model runs, and runs a model from there on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _hook(replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
 
 
 def _with_residual(output: Any, new: Tensor) -> Any:
-    """The inverse of `residual`: the same output with another residual stream in it."""
+    """Return the inverse of `residual`: the same output with another residual stream in it."""
     if isinstance(output, Tensor):
         return new
     return type(output)((_with_residual(output[0], new), *output[1:]))
@@ -76,9 +76,9 @@ def _with_residual(output: Any, new: Tensor) -> Any:
 def start_behind(model: PreTrainedModel, hookpoint: str, acts: Tensor) -> Iterator[None]:
     """Let a block give `acts`, and neither it nor the blocks before it compute anything.
 
-    What lies outside of the blocks (embeddings, positions, masks, the head) runs as ever. A model in which later blocks
-    read more of the earlier ones than the residual stream (shared keys and values, say) cannot be run so: whoever
-    uses this compares it with a whole run once.
+    The rest of the model (embeddings, positions, masks, the head) runs as usual. This is wrong for a model in which
+    later blocks read more than the residual stream from earlier ones (shared keys and values, for example): callers
+    compare it once with a run of the whole model.
 
     Args:
         model: Any HuggingFace model.

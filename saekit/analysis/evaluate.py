@@ -77,7 +77,7 @@ class Evaluator:
         """Of the last call; "" is all layers together."""
         self._done: Callable[[], None] = lambda: None
         self._can_start_behind: dict[str, bool] = {}
-        """Whether a model with one layer replaced needs to be run from there on only."""
+        """Tell whether a model with one layer replaced can be run from there on only."""
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
@@ -92,7 +92,7 @@ class Evaluator:
         return self._rest(self._means, changes)
 
     def _find_means(self) -> dict[str, Tensor]:
-        """Each layer's mean activation over all tokens that count, float32 `[D]`, the same on all ranks."""
+        """Compute each layer's mean activation over all counted tokens, float32 `[D]`, the same on all ranks."""
         subject = self.subject
         sums = {
             name: torch.zeros(sae.d_in + 1, dtype=torch.float64, device=subject.device)
@@ -118,7 +118,7 @@ class Evaluator:
     def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
         subject, device, count = self.subject, self.subject.device, len(self.subject.data)
         recons = {name: ReconstructionSums(means[name], sae.num_latents, count) for name, sae in subject.saes.items()}
-        # The spliced rows are all written anew; the others stay.
+        # All spliced rows are written again; the others stay.
         grafts = self._grafts or {name: GraftSums(count, device) for name in (*self.names, "")}
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
         counted_S = torch.zeros_like(scored_S)
@@ -216,7 +216,7 @@ class Evaluator:
             return self.subject.model(input_ids=inputs, **self._no_cache).logits
 
     def _starts_behind(self, name: str, acts: Tensor, inputs: Tensor, logits: Tensor) -> bool:
-        """Whether the model gives the same from a block's own output on: else it is always run as a whole."""
+        """Tell whether the model gives the same from a block's own output on; if not, it is always run as a whole."""
         if not self.start_anywhere:
             return False
         try:
@@ -231,7 +231,7 @@ class Evaluator:
 
 
 def _where(counted: Tensor, replace: Replace) -> Replace:
-    """Only of some tokens, bool `[B, T]`; the others keep what they have."""
+    """Replace only some tokens, bool `[B, T]`; the others keep their activations."""
     return lambda acts: torch.where(counted[..., None], replace(acts), acts)
 
 
@@ -242,7 +242,7 @@ def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:
 
 
 def _check(subject: Subject) -> None:
-    """See that every SAE has its layer in the model, of its width."""
+    """Check that every SAE has its layer in the model, of its width."""
     blocks = find_blocks(subject.model)
     d_in = width(text_config_of(subject.model.config))
     there = {blocks.hookpoint(layer) for layer in range(len(blocks.modules))}

@@ -27,7 +27,7 @@ NEIGHBOURS = 8
 LENS_TOKENS = 8
 FAVORITES = 5
 DENSEST = 100
-"""Always among those that are looked at closely."""
+"""The number of densest latents that always have a page."""
 FIRINGS_AT_ONCE = 2**26
 """Of layers whose codes are read in one pass over the text; about 1 GiB, three times that while they are sorted."""
 
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One SAE: M latents, L of which are looked at closely."""
+    """One SAE: M latents, L of which have a page."""
 
     hookpoint: str
     counts_M: np.ndarray
@@ -96,7 +96,7 @@ def gather_features(subject: Subject, budget: int, progress: Progress = lambda d
 def read_codes(
     subject: Subject, names: Sequence[str], done: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Codes], Tensor]:
-    """The codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
+    """Return the codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
 
     Args:
         subject: SAEs, model and text.
@@ -129,7 +129,7 @@ def read_codes(
 
 
 def chosen(counts_M: np.ndarray, budget: int, seed: int = 0) -> np.ndarray:
-    """Which latents to look at closely: all, or the densest and an even sample of the others that fired.
+    """Choose the latents that have a page: all, or the densest and an even sample of the others that fired.
 
     Args:
         counts_M: How often each fired.
@@ -210,12 +210,12 @@ class Lens(NamedTuple):
 
 @torch.no_grad()
 def logit_lens(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tensor, number: int, ctx_len: int) -> Lens:
-    """How the logits change when a decoder row is added to the residual stream behind the last block.
+    """Compute how the logits change when a decoder row is added to the residual stream behind the last block.
 
     The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads a direction of the residual stream
     through the final norm and the unembedding. Here it is the derivative of the logits along the direction, at the
     mean output of the last block: for a norm of any kind, a head with more layers (BERT's) or soft-capped logits
-    (Gemma's) alike, without a word about how the model is built.
+    (Gemma's) alike, whatever the model's architecture.
 
     Args:
         model: With its head.

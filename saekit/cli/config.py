@@ -82,6 +82,6 @@ def config(
 
 
 def _processes(num_processes: int | None, gpus: int | None, gpu_memory: str | None) -> str:
-    """The three options as the answer to the first question."""
+    """Return the three options as the answer to the first question."""
     check_machine(gpus, gpu_memory, num_processes)
     return f"{gpus}x{gpu_memory}" if gpus is not None else str(num_processes or "")

@@ -68,11 +68,11 @@ class DataConfig:
 
     @property
     def evaluates_on_own(self) -> bool:
-        """Whether --eval-every is to use the data that the run trains on, as far as it leaves that unread."""
+        """Tell whether --eval-every uses the data that the run trains on, as far as the run does not read it."""
         return self.eval_dataset in (None, self.dataset) and self.eval_split in (None, self.split)
 
     def for_evaluation(self) -> DataConfig:
-        """What --eval-every is to read, where that is not the run's own data."""
+        """Return the data that --eval-every reads, if that is not the run's own."""
         if self.eval_dataset in (None, self.dataset):
             return replace(self, split=self.eval_split or self.split)
         assert self.eval_dataset is not None

@@ -1,4 +1,4 @@
-"""What a user can choose. Validated and serializable, with no side effects; each option documented once.
+"""The options of a run: validated and serializable, without side effects; each is documented once.
 
 This file has the options of training. `saekit.config.inputs` has those of the language model and the data set,
 `saekit.config.sae` those of an SAE's shape.
@@ -30,7 +30,7 @@ LOGGING = "Logging"
 
 @dataclass(frozen=True, config=CONFIG)
 class TrainConfig:
-    """How SAEs are trained, whatever the model and data."""
+    """The options of training, for any model and data."""
 
     sae: SaeConfig = SaeConfig()
     layers: LayerList | None = option(
@@ -288,16 +288,16 @@ class TrainConfig:
 
     @property
     def revives(self) -> bool:
-        """Whether a loss reaches dead latents."""
+        """Tell whether a loss reaches dead latents."""
         return self.revive_alpha > 0 or self.auxk_alpha > 0
 
     @property
     def loads_whole_model(self) -> bool:
-        """Whether the blocks after the last tapped one and the head are loaded, too: evaluations need them.
+        """Tell whether the blocks after the last hookpoint and the head are loaded, too: evaluations need them.
 
-        Where the language model is cut among the ranks they are not, and evaluations are of the reconstruction only: it
-        would be gathered three times per layer for every batch, and DeepSpeed, which learns in which order modules run,
-        would have to learn it again each time.
+        If the language model is sharded they are not, and evaluations are of the reconstruction only. It would be
+        gathered three times per layer for every batch, and DeepSpeed, which learns in which order modules run, would
+        learn it again each time.
         """
         return self.eval_every is not None and not self.shard_lm
 
@@ -324,8 +324,8 @@ class TrainConfig:
             )
         if 0 < self.max_norm_multiple < 1:
             raise ValueError(
-                f"--max-norm-multiple {self.max_norm_multiple:g} would leave out ordinary tokens: give at least 1, or "
-                "0 to leave nothing out"
+                f"--max-norm-multiple {self.max_norm_multiple:g} would exclude ordinary tokens: give at least 1, or "
+                "0 to exclude none"
             )
         check_placement(self.placement, self.layer_map, self.shard_lm)
         if self.moments_dtype != "fp32" and self.optimizer != "adam":

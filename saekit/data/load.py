@@ -54,7 +54,7 @@ def load_sequences(
 
 
 def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
-    """The rows of data that a caller has loaded.
+    """Return the rows of data that a caller has loaded.
 
     Args:
         rows: A data set, a stream of which `cfg.max_examples` rows are taken, splits by name of which `cfg.split` is
@@ -78,7 +78,7 @@ def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
 
 
 def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int) -> MemmapSequences:
-    """A `.bin` file, as far as what it holds is beyond doubt."""
+    """Return a `.bin` file, as far as what it holds is beyond doubt."""
     if cfg.max_examples is not None:
         raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
     size = 0 if tokenizer is None else len(tokenizer)
@@ -91,7 +91,7 @@ def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: 
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
-    """The rows of a data set as they are, before any tokenizing."""
+    """Return the rows of a data set as they are, before any tokenizing."""
     from datasets import IterableDataset
 
     rows = open_rows(cfg, token)
@@ -99,7 +99,7 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
 
 
 def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
-    """The same, where a streamed data set is left a stream."""
+    """Return the same, where a streamed data set is left a stream."""
     from datasets import load_dataset, load_from_disk
 
     path = Path(cfg.dataset).expanduser()
@@ -157,7 +157,7 @@ def _rows(stream: Any) -> Any:
 
 
 def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
-    """What `--split` means of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
+    """Take a split of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
     from datasets import ReadInstruction, concatenate_datasets
 
     if split in splits:
@@ -177,7 +177,7 @@ def _existing(name: str) -> Path:
 
 
 def _format_of(files: list[str]) -> str:
-    """The format that all files share, as `datasets.load_dataset` calls it."""
+    """Return the format that all files share, as `datasets.load_dataset` calls it."""
     endings = sorted({Path(file).suffix for file in files})
     formats = {FILE_FORMATS.get(ending) for ending in endings}
     if len(formats) != 1 or None in formats:
@@ -198,14 +198,14 @@ def _first_line(error: BaseException) -> str:
 
 
 ROWS = 20
-"""How many are looked at."""
+"""Rows that `peek` reads."""
 IDS = 1024
-"""How many token ids of a file without rows."""
+"""Token ids that `peek` reads of a file without rows."""
 
 
 @dataclass(frozen=True)
 class Peek:
-    """What a data set looks like."""
+    """The first rows of a data set, and what they show."""
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
@@ -213,11 +213,11 @@ class Peek:
     first: tuple[dict[str, Any], ...]
     """At most `ROWS` rows."""
     count: int | None
-    """Rows in all, None where only reading all of it would tell."""
+    """Total number of rows; None if only reading everything would tell."""
 
     @property
     def tokenized(self) -> bool:
-        """Whether it holds token ids rather than text."""
+        """Tell whether it holds token ids rather than text."""
         return "input_ids" in self.columns
 
 

@@ -20,7 +20,7 @@ TEXT_TYPES = ("string", "large_string", "null")
 """Types of a column with text; null is one without any."""
 
 DOCUMENTS_PER_PROCESS = 2000
-"""Below so many documents another process costs more to start than it saves."""
+"""Documents below which another process costs more to start than it saves."""
 
 
 def chunk_and_tokenize(
@@ -124,7 +124,7 @@ def pack(tokens: Dataset, ctx_len: int, *, load_from_cache_file: bool = True) ->
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before each document: EOS, or an encoder's separator."""
+    """Return the token that stands before each document: EOS, or an encoder's separator."""
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
         if token_id is not None:
             return int(token_id)

@@ -18,7 +18,7 @@ GLOO_SOURCE = re.compile(r"\[enforce fail at [^]]*\] (\S+ != nullptr\. )?")
 
 
 def gloo(outcome: Outcome, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether ranks can meet over gloo, which every run on several ranks does, on GPUs too."""
+    """Check whether ranks can connect over gloo, as every run on several ranks does, on GPUs too."""
     if outcome.failed is not None:
         interface = environment.get("GLOO_SOCKET_IFNAME")
         remedy = f"export GLOO_SOCKET_IFNAME=lo (or the network's interface, see ip addr), {HOSTS}"
@@ -61,7 +61,7 @@ def nccl(version: Callable[[], object], gpus: int) -> Iterator[Finding]:
 
 
 def deepspeed(outcome: Outcome) -> Iterator[Finding]:
-    """Whether DeepSpeed can be imported, for `--placement zero3`."""
+    """Check whether DeepSpeed can be imported, for `--placement zero3`."""
     if outcome.failed is not None:
         found = f"cannot be imported ({outcome.failed}): no --placement zero3"
         remedy = f"{install('deepspeed', '--force-reinstall', '--no-deps')}, or use --placement layer-map"

@@ -1,4 +1,4 @@
-"""What one layer's SAE costs: the training's own code, run for a step on the meta device under a meter."""
+"""The cost of one layer's SAE: the training's own code runs for a step on the meta device under a meter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayerCost:
 
 
 KNOWN: dict[tuple[object, ...], LayerCost] = {}
-"""What was asked for before: placements and advice meter the same layer again and again."""
+"""Results so far: placements and advice meter the same layer many times."""
 
 
 def layer_cost(
@@ -137,7 +137,7 @@ class _CpuOps:
         return out
 
     def adam_(self, param: Tensor, grad: Tensor | RowSums, *_: Tensor, **__: object) -> None:
-        """A block of rows in float32 beside itself: products, and moments that are kept in another type."""
+        """Allocate copies of a block of rows in float32: products, and moments that are stored in another type."""
         grad = self.segment_sum(*grad) if isinstance(grad, RowSums) else grad
         block = torch.empty(min(torch_ops.ADAM_BYTES // 4, param.numel()), device=param.device)
         more = torch.empty_like(block), torch.empty_like(block)
@@ -145,7 +145,7 @@ class _CpuOps:
 
 
 class _TritonOps:
-    """What `triton_ops` allocates."""
+    """Allocate what `triton_ops` allocates."""
 
     best_of = staticmethod(torch_ops.best_of)
     sort_pairs = staticmethod(torch_ops.sort_pairs)

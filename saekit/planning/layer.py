@@ -27,7 +27,7 @@ class Layer:
         num_latents: M.
         kernels: What it is computed with.
         device: Where.
-        owns_gradient: See `saekit.placement.Placement.owns_gradient`.
+        owns_gradient: Whether gradients may be left to the step, see `Placement.owns_gradient`.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class Location:
     """Where the SAEs are."""
 
     kind: str
-    """What the path is: "run", "checkpoint" or "sae"."""
+    """The kind of path: "run", "checkpoint" or "sae"."""
     checkpoint: Path
     """The folder of the checkpoint; for a lone SAE its parent folder."""
     manifest: dict[str, Any]
@@ -120,7 +120,7 @@ def read_tensors(file: Path, names: Collection[str], optional: Collection[str] =
 
 
 def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
-    """The hookpoints that `layer` means: a whole name, or a layer number; all of them for None.
+    """Return the hookpoints that `layer` means: a whole name, or a layer number; all of them for None.
 
     Raises:
         UserError: If there is none.
@@ -143,7 +143,7 @@ def _lone_sae(path: Path) -> Location:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """The folder that `latest` leads to, else the one of the highest step; None where there is neither."""
+    """Return the folder that `latest` leads to, else the one of the highest step; None where there is neither."""
     if (run / LATEST).is_dir():
         return run / LATEST
     steps = [(int(m[1]), p) for p in run.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)) and p.is_dir()]

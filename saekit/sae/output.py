@@ -1,4 +1,4 @@
-"""What an SAE makes of activations."""
+"""The outputs of an SAE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Encoded(NamedTuple):
 
 
 class SaeOutput(NamedTuple):
-    """What one forward pass gives; leading dimensions are those of the input."""
+    """The output of one forward pass; leading dimensions are those of the input."""
 
     recon: Tensor
     """`[..., D]`: the reconstruction `x̂`."""

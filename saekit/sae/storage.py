@@ -54,7 +54,7 @@ def write_folder(path: str | Path, sizes: Mapping[str, Any], weights: Mapping[st
 
 
 def _config(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `cfg.json`."""
+    """Return the content of `cfg.json`."""
     selection: Selection = sizes["selection"]
     origin, max_norm = SELECTIONS.origin(selection.name), sizes["max_norm"]
     return {
@@ -195,7 +195,7 @@ def layer_number(hookpoint: str) -> int | None:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """A sort key under which numbers inside names count as numbers."""
+    """Return a sort key under which numbers inside names count as numbers."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
 
@@ -231,7 +231,7 @@ def unknown_activation(activation: Any, plugin: Any = None) -> str:
 
 
 def is_length(value: Any) -> bool:
-    """Whether a value from a file is a finite number of at least 0."""
+    """Tell whether a value from a file is a finite number of at least 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 

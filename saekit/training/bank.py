@@ -110,7 +110,7 @@ class Bank:
         return self._auxk_U[number] if self.cfg.auxk_relative_to == "residual" else self._scales_3U[1, number]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint keeps of a unit's counters: views of them."""
+        """Return views of the counters of a unit that a checkpoint keeps."""
         number = self.names.index(name)
         return {
             "tokens_since_fired": self.latents.views(self.since_fired_F)[number],
@@ -130,7 +130,7 @@ class Bank:
         self.num_dead = dict(zip(self.names, counts.tolist(), strict=True))
 
     def begin_(self, tokens: int) -> None:
-        """Begin an optimizer step of so many tokens over all ranks: its scales, its dead latents, and empty sums.
+        """Begin an optimizer step: fix its scales and its dead latents, and set its sums to zero.
 
         A loss is a sum over tokens divided by numbers that are fixed here, before any backward pass. With
         `auxk_relative_to residual`, AuxK's loss is divided by the error of the step before: what dead latents are to
@@ -206,12 +206,12 @@ class Bank:
             self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
 
     def clear_window(self) -> None:
-        """Begin the next report's sums."""
+        """Set the sums of the next report to zero."""
         self._window.flat.zero_()
         self._since = Since()
 
     def report(self) -> Report:
-        """What a message's report would say, of steps that counted already. Collective; waits for the device."""
+        """Make a report of the steps that have counted already. Collective; waits for the device."""
         dead_L = self._leads_U.new_zeros(len(self._reader.units))
         dead_L.index_copy_(0, self._at_U, self._dead_U * self._leads_U)
         mine = [dead_L, self._reader.everywhere(self._window, self._places), self._memory()]
@@ -233,7 +233,7 @@ def bank_of_one(
     dead_threshold: int = 1,
     optimizer: Callable[[Sae], LayerOptimizer] | None = None,
 ) -> Bank:
-    """A bank of a single unit in this process: what plans meter, and benchmarks time.
+    """Make a bank of a single unit in this process, for plans to meter and benchmarks to time.
 
     Args:
         cfg: How to train.

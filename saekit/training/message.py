@@ -1,4 +1,4 @@
-"""What the host learns of an optimizer step: one tensor per step, read into fields with names."""
+"""The message to the host: one tensor per optimizer step, read into fields with names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saekit.training.plan import UnitPlan
 from saekit.training.statistics import SUMS, Tally, read_tally
 
 FAULTS = ("activations", "loss", "gradient")
-"""What can hold NaN or Inf in an optimizer step, causes before effects."""
+"""Where NaN or Inf can appear in an optimizer step, causes before effects."""
 CHECKS = (*FAULTS, "dead", "dead_before", "error", "firings", "counted")
 """The numbers of each unit in every message, summed over ranks: on how many ranks each fault is; dead latents if the
 step counts, and if it does not; squared error; firings; counted tokens. The selection's own sums come behind them."""
@@ -22,7 +22,7 @@ DEAD, DEAD_BEFORE, ERROR, COUNTS = (CHECKS.index(name) for name in ("dead", "dea
 
 @dataclass(frozen=True)
 class Report:
-    """What a bank did since the last report."""
+    """The numbers of all units since the last report."""
 
     layers: dict[str, LayerStats]
     """By hookpoint, in model order."""
@@ -32,7 +32,7 @@ class Report:
 
 @dataclass(frozen=True)
 class StepMessage:
-    """What the host learns of an optimizer step."""
+    """All that the host reads of an optimizer step."""
 
     tokens: int
     """Tokens that trained the units, over all ranks."""
@@ -46,7 +46,7 @@ class StepMessage:
 
 @dataclass(frozen=True)
 class Since:
-    """What the host knows itself of the steps since the last report."""
+    """The host's own counts of the steps since the last report."""
 
     steps: int = 0
     """Those that counted."""
@@ -67,7 +67,7 @@ class MessageReader:
 
     @property
     def widths(self) -> list[int]:
-        """D of all units."""
+        """Return D of all units."""
         return [each.hookpoint.width for each in self.units]
 
     @property
@@ -76,7 +76,7 @@ class MessageReader:
         return len(self.units) * len(SUMS) + sum(self.widths)
 
     def everywhere(self, tally: Tally, places: Tensor) -> Tensor:
-        """This rank's tally as a part of all units': zeros where a unit is elsewhere."""
+        """Lay this rank's tally out as a part of all units': zeros where a unit is elsewhere."""
         return tally.flat.new_zeros(self.tally_size).index_copy_(0, places, tally.flat)
 
     def read(self, numbers: Tensor, columns: int, tokens: int, since: Since, *, report: bool) -> StepMessage:

@@ -52,12 +52,12 @@ def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
 
 
 def decays(cfg: TrainConfig) -> bool:
-    """Whether the learning rate falls to zero over the run; a schedule-free optimizer averages instead."""
+    """Tell whether the learning rate falls to zero over the run; a schedule-free optimizer averages instead."""
     return cfg.optimizer != "signum"
 
 
 def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> TorchOptimizer:
-    """The configured optimizer for one SAE.
+    """Return the configured optimizer for one SAE.
 
     Biases have the unit of the activations, and Adam's steps have no unit: with one rate for all, the biases of a layer
     whose activations are of size 100 hardly move, and those of one of size 0.01 jump about. With the activations' root
@@ -150,7 +150,7 @@ class TorchOptimizer:
                 optimizer.defer_gradients()
 
     def deferred(self) -> list[RowSums]:
-        """What the deferred gradients are the sums of."""
+        """Return the rows whose sums are the deferred gradients."""
         of_adam = (each.deferred for each in self.optimizers if isinstance(each, SaeAdam))
         return [sums for deferred in of_adam for each in deferred.values() for sums in each]
 
@@ -199,7 +199,7 @@ class TorchOptimizer:
         return weights
 
     def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter, int]]:
-        """Each parameter's name, its optimizer, itself, and its number inside that optimizer."""
+        """Yield each parameter's name, its optimizer, itself, and its number inside that optimizer."""
         names = {parameter: name for name, parameter in self.sae.named_parameters()}
         for optimizer in self.optimizers:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -11,13 +11,13 @@ MOST_TOKENS_ASLEEP = 10_000_000
 
 
 def warmup_steps(asked: int | None, total_steps: int, *, decay: bool) -> int:
-    """Optimizer steps of warm-up: what was asked for, or a share of the run that depends on what follows."""
+    """Return the optimizer steps of warm-up: as requested, or a share of the run that depends on what follows."""
     share = WARMUP_SHARE if decay else CONSTANT_WARMUP_SHARE
     return int(share * total_steps) if asked is None else asked
 
 
 def dead_threshold(asked: int | None, *, total_tokens: int, step_tokens: int, num_latents: int, k: int) -> int:
-    """Tokens without firing after which a latent is dead: what was asked for, or what suits the run.
+    """Return tokens without firing after which a latent is dead: what was asked for, or what suits the run.
 
     By default that is 300 times as long as a latent sleeps on average, which is M / k tokens, but ten optimizer steps
     at least; of a short run a fiftieth; and never more than the 10M tokens of Gao et al. 2024, appendix A.2, whose runs

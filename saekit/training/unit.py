@@ -16,14 +16,14 @@ from saekit.training.statistics import observe_, without_excluded
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first global batch said about a hookpoint; fixed for the run."""
+    """Measurements of a hookpoint on the first global batch; fixed for the run."""
 
     mean_D: Tensor
     """`[D]`, float32: the initial `b_dec`."""
     variance: float
     """σ², the total variance (trace of the covariance), by which the loss is divided."""
     max_norm: float | None = None
-    """The longest activations that train the SAE; None for any. Mean and variance are of those up to it."""
+    """The largest norm of counted activations; None for any. Mean and variance are of counted ones."""
 
     @property
     def rms(self) -> float:
@@ -32,7 +32,7 @@ class Calibration:
 
 
 class Scales(NamedTuple):
-    """What a unit's losses are multiplied by in one step of N tokens: scalars, fixed before its backward passes."""
+    """Factors of a unit's losses in one step of N tokens: scalars, fixed before its backward passes."""
 
     main: Tensor
     """`1 / (N σ²)`, of the reconstruction's loss, float64."""

@@ -1,4 +1,4 @@
-"""What `saekit doctor` shows: a list per area, a mark per finding, the remedy beneath."""
+"""The view of `saekit doctor`: a list per area, a mark per finding, the remedy beneath."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _lines(finding: Finding, column: int, console: Console) -> Iterator[Text]:
 
 
 def summary(findings: Sequence[Finding]) -> Text:
-    """The last line: what has to be mended, if anything."""
+    """Make the last line: what has to be fixed, if anything."""
     problems = [finding.name for finding in findings if finding.state == "problem"]
     blocking = [finding.name for finding in findings if finding.blocks]
     notes = sum(finding.state == "note" for finding in findings)
     line = Text()
     if problems:
-        line.append(f"{plural(len(problems), 'thing')} to mend: {', '.join(problems)}.", "bold red")
+        line.append(f"{plural(len(problems), 'thing')} to fix: {', '.join(problems)}.", "bold red")
     else:
         line.append("Everything that this machine needs is there.", "bold green")
     if not can_train(findings):

@@ -53,8 +53,8 @@ def _take_dictionary(draft: Draft, text: str) -> Draft:
     number, unit = parse_count("dictionary size", found[1] if found else text), found[2] if found else ""
     if not unit and number < width:
         raise UserError(
-            f"{text} is less than the width {width:,}: write {text}x for so many latents per dimension, or "
-            f"{text} latents for so many in all"
+            f"{text} is less than the width {width:,}: write {text}x for {text} latents per dimension, or "
+            f"{text} latents for a total of {text}"
         )
     per_dimension = unit in ("x", "×")
     draft = draft.setting(
@@ -99,7 +99,9 @@ LAYERS = Question(
 DICTIONARY = Question(
     "dictionary",
     "Dictionary",
-    lambda draft: "Latents of each SAE, per dimension of the model (32x) or in all (16384); more find finer features.",
+    lambda draft: (
+        "Latents of each SAE, per dimension of the model (32x) or in total (16384); more find finer features."
+    ),
     _dictionary,
     _take_dictionary,
     lambda draft: (f"{_latents(draft):,} latents in each SAE",),

@@ -78,7 +78,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
             ("layers", "--layers 3,4,5,6,7,8,9: out of range; the model has 3 layers, 0 to 2"),
             ("layers", "--layers 'x': expected numbers and ranges"),
             ("dictionary", "dictionary size 'many': expected a whole number"),
-            ("dictionary", "7 is less than the width 16: write 7x for so many latents per dimension, or 7 latents"),
+            ("dictionary", "7 is less than the width 16: write 7x for 7 latents per dimension, or 7 latents"),
             ("dictionary", "dictionary size '0'"),
             ("k", "--k 65 is larger than the dictionary of 64 latents"),
             ("k", "--k 'k'"),

@@ -1,4 +1,4 @@
-"""What every file format tells about itself, and which formats a folder is in."""
+"""The protocol of file formats, and which formats a folder is in."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Format:
 
 
 def formats(name: str | None = None) -> list[Format]:
-    """Every format there is, or the one of that name.
+    """Return every format there is, or the one of that name.
 
     Raises:
         UserError: If there is none of that name.
@@ -67,7 +67,7 @@ def formats(name: str | None = None) -> list[Format]:
 
 
 def format_of(folder: Path, name: str | None = None) -> Format | None:
-    """The format that recognizes a folder; None if none does, or not the one of that name.
+    """Return the format that recognizes a folder; None if none does, or not the one of that name.
 
     Raises:
         ValueError: If several formats recognize it.
@@ -101,7 +101,7 @@ def find_folders(path: Path, name: str | None = None) -> dict[str, Path]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `cfg.json`; empty if there is no such file, or no JSON object in it."""
+    """Return the content of a folder's `cfg.json`; empty if there is no such file, or no JSON object in it."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -25,9 +25,9 @@ FORMAT_VERSION = "6.0.0"
 MAX_NORM = "saekit_max_norm"
 """SAELens has no `max_norm`; it is kept under this name in the metadata, which SAELens carries along."""
 INPUT = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-"""What `cfg.json` says of an SAE that takes its input as ours do."""
+"""The entries of `cfg.json` for an SAE that takes its input as ours do."""
 READ = {"architecture": "topk", "rescale_acts_by_decoder_norm": False, **INPUT}
-"""What it says of one that computes what our TopK does."""
+"""Its entries for an SAE that computes what our TopK does."""
 UNIT = 1e-3
 """Decoder rows whose norms are this close to 1 were kept at unit norm in training."""
 
@@ -100,7 +100,7 @@ class SaeLens(Format):
 
 
 def _config(sae: Sae, architecture: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `cfg.json`."""
+    """Return the content of `cfg.json`."""
     own = {"sae_lens_version": FORMAT_VERSION, **({} if sae.max_norm is None else {MAX_NORM: sae.max_norm})}
     return {
         **architecture,

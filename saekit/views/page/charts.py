@@ -80,7 +80,7 @@ def evaluation_charts(
 
 
 def layer_charts(evaluation: Mapping[str, Any]) -> dict[str, go.Figure]:
-    """Each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
+    """Return each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
     layers = evaluation["layers"]
     names = [layer["hookpoint"] for layer in layers]
     charts = {"layer-fvu": _bars(names, [layer["reconstruction"]["fvu"] for layer in layers], "FVU")}
@@ -108,7 +108,7 @@ def density_chart(evaluation: Mapping[str, Any]) -> go.Figure:
 
 
 def similarity_chart(nearest: Mapping[str, np.ndarray]) -> go.Figure:
-    """How like its nearest neighbour each decoder row is: how many latents at which cosine, per layer.
+    """Chart the cosine between each decoder row and its nearest neighbor: latents per cosine, for each layer.
 
     Args:
         nearest: By hookpoint, each latent's largest cosine with another, `[L]`.
@@ -153,7 +153,7 @@ def _figure(
 
 
 def _colored(names: Sequence[str]) -> list[tuple[str, str]]:
-    """A color per layer, in the order of a scale whose colors show on light and on dark."""
+    """Return a color per layer, in the order of a scale whose colors show on light and on dark."""
     shares = np.linspace(0.08, 0.92, len(names)).tolist() if len(names) > 1 else [0.2]
     return list(zip(names, plotly.colors.sample_colorscale("Turbo", shares), strict=True))
 

@@ -55,11 +55,11 @@ def _rounded(floats: np.ndarray) -> np.ndarray:
 
 
 NO_LETTER = "\ufffd"
-"""What decoding puts for bytes that are no whole letter."""
+"""The replacement character for bytes that are no complete letter."""
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text of each token as it stands inside a text, with the space before it if it brings one.
+    """Return the text of each token as it stands inside a text, with the space before it if it brings one.
 
     Decoded alone, a token of SentencePiece's loses that space, and a WordPiece looks like a word of its own; so each is
     decoded behind another. Tokens that are a part of a letter only are shown as the vocabulary has them.

@@ -45,7 +45,7 @@ async function go(layer, latent, scroll = false) {
 async function step(by) {
   const { latents } = await layerAt(shown.layer);
   const count = latents.values.length;
-  // A latent that was not looked at has no row of its own: go on from where it would stand.
+  // A latent without a page has no row of its own: go on from where it would stand.
   let place = latents.values.findIndex((latent) => latent >= shown.latent);
   if (place < 0) place = count;
   if (by > 0 && latents.values[place] !== shown.latent) place -= 1;
@@ -76,7 +76,7 @@ async function showFeature(arrays, layer, latent) {
   article.dataset.layer = page.layers[layer].hookpoint;
   if (place === undefined) {
     const inside = latent >= 0 && latent < page.layers[layer].num_latents;
-    const reason = inside ? "This latent is not among those that the report looked at (saekit report --latents N for more)."
+    const reason = inside ? "This latent is not among those that the report shows (saekit report --latents N for more)."
       : `This layer has latents 0 to ${page.layers[layer].num_latents - 1}.`;
     article.replaceChildren(title, make("p", { className: "note", textContent: reason }));
   } else {
