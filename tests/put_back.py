@@ -43,12 +43,12 @@ class Fault(NamedTuple):
     bad: str
     """What is put in its place."""
     tests: str
-    """Files that are likely to notice it, as in `training/test_bank sae/test_losses`: they are run first."""
+    """What is likely to notice it and runs first: files, or single tests as in `training/test_norms::test_name`."""
 
     def suites(self) -> list[list[str]]:
         """What to run, one after the other until a test fails."""
         room = self.file.split("/")[1]
-        named = [f"tests/{each}.py" for each in self.tests.split()]
+        named = ["tests/{}.py{}{}".format(*each.partition("::")) for each in self.tests.split()]
         return [named, [f"tests/{each}" for each in ROOMS.get(room, ELSEWHERE).split()]]
 
 
