@@ -27,6 +27,8 @@ SELECTION, BATCHTOPK, GROUPMAX = (f"saekit/sae/selection/{kind}.py" for kind in 
 REGISTRY = "saekit/registry.py"
 SUMMED = "        together = self.placement.sum(torch.cat(mine))\n"
 
+SPLITS = "training/test_trainer::test_any_split_of_the_global_batch_gives_the_same_saes"
+
 LIKELY = {
     MODEL: "sae/test_losses sae/test_model",
     SPARSE: "sae/test_kernels sae/test_losses sae/test_groupmax",
@@ -83,7 +85,7 @@ LIKELY = {
     "saekit/data/held_out.py": "data/test_held_out",
     "saekit/views/page/build.py": "views/test_page",
 }
-"""Tests that are likely to notice a fault in a file; a fault can name others."""
+"""Tests that are likely to notice a fault in a file; a fault can name others, and single ones."""
 
 LIST: list[tuple[str, ...]] = [
     ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
@@ -159,6 +161,7 @@ LIST: list[tuple[str, ...]] = [
         TRAINER,
         "    read = bank.finish(",
         "    bank._tokens.fill_(len(batches))\n    read = bank.finish(",
+        SPLITS,
     ),
     ("micro_acc_steps cuts nothing", TRAINER, "bank.cfg.micro_acc_steps", "1"),
     (
@@ -166,12 +169,14 @@ LIST: list[tuple[str, ...]] = [
         UNIT,
         "backward(losses.total)",
         "backward(losses.total / self.cfg.micro_acc_steps)",
+        SPLITS,
     ),
     (
         "N is a micro-batch's",
         TRAINER,
         "count_tokens(source, batches, placement)",
         "count_tokens(source, batches[:1], placement)",
+        SPLITS,
     ),
     (
         "decay is planned in micro-batches",
@@ -276,7 +281,7 @@ LIST: list[tuple[str, ...]] = [
         BANK,
         SUMMED,
         SUMMED + "        together[: checks_LC.numel()].view_as(checks_LC)[:, :3] = checks_LC[:, :3]\n",
-        "placement/test_equivalence",
+        "placement/test_equivalence::test_a_bad_step_is_skipped_by_all",
     ),
     (
         "zero ablation puts in the mean",
@@ -507,9 +512,21 @@ LIST: list[tuple[str, ...]] = [
         "(self._selection_US, self._fired_F)",
         "training/test_bank training/test_trainer",
     ),
-    ("masked tokens raise dead biases", UNIT, "            tokens=tokens,\n", ""),
-    ("where some are too long, masked tokens train", STATISTICS, "short_N1 & counted_N1", "short_N1"),
-    ("masked tokens are calibrated on", START, "x_ND if acts.counted_N is None else x_ND[acts.counted_N]", "x_ND"),
+    ("masked tokens raise dead biases", UNIT, "            tokens=tokens,\n", "", "activations/test_source"),
+    (
+        "where some are too long, masked tokens train",
+        STATISTICS,
+        "short_N1 & counted_N1",
+        "short_N1",
+        "training/test_fixed_step::test_masked_tokens_train_as_dropped_ones_do",
+    ),
+    (
+        "masked tokens are calibrated on",
+        START,
+        "x_ND if acts.counted_N is None else x_ND[acts.counted_N]",
+        "x_ND",
+        "activations/test_source",
+    ),
     ("the sums of units of several sizes begin a latent late", STATISTICS, ".cumsum(0).sub(1)", ".cumsum(0).sub(2)"),
     (
         "units of several sizes have each other's thresholds",
@@ -535,7 +552,7 @@ LIST: list[tuple[str, ...]] = [
         STATE,
         "unit.hookpoint.seed(plan.cfg.init_seed)",
         "plan.cfg.init_seed * 100_003 + plan.hookpoints.index(name)",
-        "training/test_trainer",
+        "training/test_trainer::test_layers_do_not_influence_each_other",
     ),
     ("hookpoints of a block have one seed", HOOKPOINTS, "self.layer if self.is_block else None", "self.layer"),
     (

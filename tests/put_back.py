@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -43,12 +42,12 @@ class Fault(NamedTuple):
     bad: str
     """What is put in its place."""
     tests: str
-    """Files that are likely to notice it, as in `training/test_bank sae/test_losses`: they are run first."""
+    """What is likely to notice it and runs first: files, or single tests as in `training/test_norms::test_name`."""
 
     def suites(self) -> list[list[str]]:
         """What to run, one after the other until a test fails."""
         room = self.file.split("/")[1]
-        named = [f"tests/{each}.py" for each in self.tests.split()]
+        named = ["tests/{}.py{}{}".format(*each.partition("::")) for each in self.tests.split()]
         return [named, [f"tests/{each}" for each in ROOMS.get(room, ELSEWHERE).split()]]
 
 
@@ -78,24 +77,16 @@ def failures(copy: Path, tests: Sequence[str], *options: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", f"--basetemp={copy.parent / 'tmp'}"]
     # Processes that the tests start must read the copy, too, and not what is installed.
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(
-        [*command, *options, *tests],
-        cwd=copy,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    run = [*command, *options, *tests]
     try:
-        output, _ = running.communicate(timeout=LONGEST)
+        done = subprocess.run(
+            run, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST
+        )
     except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        running.communicate()
         return [f"{' '.join(tests)} (not done after {LONGEST} s)"]
-    if running.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with {running.returncode}: {output[-2000:]}")
-    if running.returncode == 0:
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    if done.returncode == 0:
         return []
     return list(json.loads((cache / "v" / "cache" / "lastfailed").read_text(encoding="utf-8")))
 
