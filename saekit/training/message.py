@@ -110,7 +110,7 @@ class MessageReader:
         return StepMessage(tokens, faults, num_dead, told)
 
     def report(self, tally: Tensor, memory: Tensor, dead_L: Tensor, since: Since) -> Report:
-        """A report from the tally of all units, `Tally.flat`."""
+        """Make a report from the tally of all units, `Tally.flat`."""
         layers = {
             unit.hookpoint.name: read_tally(
                 tally,
@@ -131,7 +131,7 @@ def read_later(value: Tensor) -> Callable[[], Tensor]:
     """Start to bring a tensor to the host.
 
     Returns:
-        What gives it, on the CPU. It waits until it is there, not for anything that is enqueued in between.
+        A function that gives it, on the CPU. It waits for the tensor, not for anything that is enqueued in between.
     """
     host = value.to("cpu", non_blocking=True)  # from a GPU into pinned memory
     arrived = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
