@@ -125,7 +125,7 @@ def one_round(saver: Saver, files: dict[Path, dict[str, torch.Tensor]], folder: 
 
     def restore() -> None:
         found = find_checkpoint(saver.plan.run_dir)
-        state.restore(found.folder, found.index, saver.run, saver.placement)
+        state.restore(found.folder, found.index, saver.run, saver.bank)
 
     results = {
         "save_file": measure(lambda: write(flush=False)),

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,13 +32,13 @@ import torch
 import typer
 from common import HERE, activations, hardware, spread, versions
 from measure import synchronize
+from one_unit import OneUnit
+from recipes import REFERENCE
 from rich.console import Console
 from rich.table import Table
 
-from saekit import Sae, TrainConfig
-from saekit.sae import sae_losses
+from saekit import TrainConfig
 from saekit.sae.kernels import Kernels, auto_backend, choose_kernels
-from saekit.training.optimizers import make_optimizer
 
 CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
 GPU_SIZES = ["4096,131072,64,8192"]
@@ -178,35 +177,21 @@ def floor(
 
 def operations(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> dict[str, Callable[[], object]]:
     """What is timed of a backend."""
-    sae, passes, step = training(x_ND, num_latents, k, kernels, "fp32")
+    unit = make_unit(x_ND, num_latents, k, kernels, "fp32")
     return {
-        "encode": torch.no_grad()(lambda: sae.encode(x_ND)),
-        "forward": torch.no_grad()(lambda: sae(x_ND)),
-        "forward and backward": passes,
-        "step": step,
-        "step, bf16 moments": training(x_ND, num_latents, k, kernels, "bf16")[2],
+        "encode": torch.no_grad()(lambda: unit.sae.encode(x_ND)),
+        "forward": torch.no_grad()(lambda: unit.sae(x_ND)),
+        "forward and backward": unit.passes,
+        "step": unit.step,
+        "step, bf16 moments": make_unit(x_ND, num_latents, k, kernels, "bf16").step,
     }
 
 
-def training(
+def make_unit(
     x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels, moments: Literal["fp32", "bf16"]
-) -> tuple[Sae, Callable[[], None], Callable[[], None]]:
-    """An SAE, its passes and its whole step."""
-    sae = Sae(x_ND.shape[1], num_latents, k, generator=torch.Generator().manual_seed(0), device=x_ND.device).train()
-    sae.b_dec.data.copy_(x_ND.mean(0))
-    sae.chosen_kernels = kernels
-    optimizer = make_optimizer(TrainConfig(lr=2e-4, moments_dtype=moments), sae)
-    optimizer.defer_gradients()  # as on one process
-    scale = 1 / float((x_ND - x_ND.mean(0)).square().sum())
-
-    def step(apply: bool = True) -> None:
-        sae_losses(x_ND, sae(x_ND), scale=scale, auxk_alpha=0.0, num_dead=0).total.backward()
-        if apply:
-            optimizer.prepare(1.0)
-            optimizer.step()
-        optimizer.zero_grad()
-
-    return sae, partial(step, apply=False), step
+) -> OneUnit:
+    """What is trained."""
+    return OneUnit(TrainConfig(**REFERENCE, lr=2e-4, moments_dtype=moments), x_ND, num_latents, k, kernels)
 
 
 def note(

@@ -128,7 +128,7 @@ def planned_bytes(job: dict[str, Any], tokens: int) -> int:
         torch.bfloat16 if job["bf16"] else torch.float32,
         on_meta(kernels.name, kernels.select_dtype),
         on_gpu=on_gpu,
-        alone=True,
+        owns_gradient=True,
     )
     held = {"parameters": cost.parameters, "optimizer_state": cost.state, "gradients": cost.gradients}
     moments = (Moment("passes", **held, working=cost.first_chunk), Moment("update", **held, working=cost.update))

@@ -11,7 +11,7 @@ from saekit._version import __version__
 
 if TYPE_CHECKING:
     from saekit.activations import splice, tap
-    from saekit.api import evaluate, load, load_many, train
+    from saekit.api import evaluate, load, load_many, save, train
     from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
     from saekit.data import chunk_and_tokenize
     from saekit.errors import UserError
@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_many",
+    "save",
     "save_as_saelens",
     "splice",
     "tap",
@@ -51,6 +52,7 @@ _HOMES = {
     "evaluate": "saekit.api",
     "load": "saekit.api",
     "load_many": "saekit.api",
+    "save": "saekit.api",
     "save_as_saelens": "saekit.sae",
     "splice": "saekit.activations",
     "tap": "saekit.activations",

@@ -161,61 +161,104 @@ def evaluate(
         return evaluate_checkpoint(Path(checkpoint), options, placement).results
 
 
-def load(path: str | Path, hookpoint: str | None = None, device: torch.device | str = "cpu", **hub_options: Any) -> Sae:
-    """Load one SAE.
+def load(
+    path: str | Path,
+    hookpoint: str | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    format: str | None = None,
+    **hub_options: Any,
+) -> Sae:
+    """Load one SAE. Its format is recognized by its files: saekit's own, which is sparsify's; SAELens'; a plug-in's.
 
     Args:
         path: The folder of an SAE, a run (its latest checkpoint) or a checkpoint; or a hub id such as
-            `EleutherAI/sae-llama-3-8b-32x`. Folders and repositories of sparsify can be read, too.
+            `EleutherAI/sae-llama-3-8b-32x`.
         hookpoint: Which SAE of a folder or repository with several, such as `layers.3`.
         device: Where the parameters go.
+        format: The name of the format to look for, where a folder could be read in several.
         hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
 
     Raises:
-        UserError: If there is no such SAE, if several are there and `hookpoint` is not given, or if a file is damaged.
+        UserError: If there is no such SAE, if several are there and `hookpoint` is not given, if several formats
+            recognize a folder, or if a file is damaged or describes what saekit cannot compute.
     """
-    from saekit.sae import Sae, storage
+    from saekit.sae.formats.base import find_folders, format_of
+    from saekit.sae.storage import download_folder
 
     with _user_errors():
         folder = _local_folder(path, hub_options)
         if folder is None:
-            return Sae.load_from_hub(str(path), hookpoint, device, **hub_options)
-        if (folder / storage.CONFIG_FILE).is_file():
+            folder, hookpoint = download_folder(str(path), hookpoint, **hub_options), None
+        found = format_of(folder, format)
+        if found is not None:
             if hookpoint not in (None, folder.resolve().name):
                 raise UserError(f"{path} is the folder of one SAE, not of {hookpoint}: leave out the hookpoint")
-            return Sae.load_from_disk(folder, device)
-        folders = storage.find_sae_folders(folder)
+            return found.read(folder, device)
+        folders = find_folders(folder, format)
         if hookpoint is None and len(folders) == 1:
-            return Sae.load_from_disk(next(iter(folders.values())), device)
+            (hookpoint,) = folders
         if hookpoint not in folders:
             problem = "has several SAEs" if hookpoint is None else f"has no SAE {hookpoint!r}"
             raise UserError(f"{path} {problem}: choose a hookpoint, one of {', '.join(folders)}")
-        return Sae.load_from_disk(folders[hookpoint], device)
+        return _read(folders[hookpoint], device, format)
 
 
-def load_many(path: str | Path, device: torch.device | str = "cpu", **hub_options: Any) -> dict[str, Sae]:
-    """Load all SAEs of a run (its latest checkpoint), of a checkpoint, or of a repository on the hub.
+def load_many(
+    path: str | Path, device: torch.device | str = "cpu", *, format: str | None = None, **hub_options: Any
+) -> dict[str, Sae]:
+    """Load all SAEs of a run (its latest checkpoint), of a folder with several, or of a repository on the hub.
 
     Args:
         path: A folder or a hub id.
         device: Where the parameters go.
+        format: The name of the format to look for, where folders could be read in several.
         hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
 
     Returns:
         The SAEs by hookpoint, in natural order: `layers.2` comes before `layers.10`.
 
     Raises:
-        UserError: If there is no SAE, or a file is damaged.
+        UserError: See `load`.
     """
-    from saekit.sae import Sae
+    from saekit.sae.formats.base import find_folders
+    from saekit.sae.storage import download_folder
 
     with _user_errors():
         folder = _local_folder(path, hub_options)
         if folder is None:
-            from huggingface_hub import snapshot_download
+            folder = download_folder(str(path), **hub_options)
+        return {name: _read(each, device, format) for name, each in find_folders(folder, format).items()}
 
-            folder = Path(snapshot_download(str(path), **hub_options))
-        return Sae.load_many(folder, device)
+
+def save(sae: Sae, folder: str | Path, format: str = "sparsify", metadata: Mapping[str, Any] | None = None) -> None:
+    """Write one SAE into a folder.
+
+    Args:
+        sae: The SAE.
+        folder: Where the files go; it is made if necessary.
+        format: `sparsify`, which is saekit's own; `saelens`; or the name of a plug-in's.
+        metadata: What readers should know besides, such as the language model's name, where the format has a place
+            for it; `saekit.save_as_saelens` says what SAELens expects.
+
+    Raises:
+        UserError: If there is no such format, if it cannot say something about this SAE (nothing is written then), or
+            if the files cannot be written.
+    """
+    from saekit.sae.formats.base import formats
+
+    with _user_errors():
+        (chosen,) = formats(format)
+        chosen.write(sae, Path(folder).expanduser(), metadata)
+
+
+def _read(folder: Path, device: torch.device | str, format: str | None) -> Sae:
+    """Read a folder that `find_folders` found."""
+    from saekit.sae.formats.base import format_of
+
+    found = format_of(folder, format)
+    assert found is not None
+    return found.read(folder, device)
 
 
 def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
@@ -237,7 +280,7 @@ def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]
 
 
 def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run that `resume` names was started with."""
+    """Read the options of the run that `resume` names."""
     run = run_of(path)
     if not has_checkpoints(run):
         hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
@@ -253,7 +296,7 @@ def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loaded_model(model: str | Path | PreTrainedModel | None) -> tuple[PreTrainedModel | None, str | None]:
-    """A model that is loaded already, if it is, and its name."""
+    """Return a model that is loaded already, if it is, and its name."""
     if model is None or isinstance(model, (str, Path)):
         return None, None if model is None else str(model)
     if not hasattr(model, "base_model") or not hasattr(model, "config"):
@@ -269,7 +312,7 @@ def _rows(data: Data | None, name: str) -> tuple[Any, str | None]:
 
 
 def _local_folder(path: str | Path, hub_options: Mapping[str, Any]) -> Path | None:
-    """The folder that a path means; None for a repository on the hub."""
+    """Return the folder that a path means; None for a repository on the hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if hub_options:

@@ -1,4 +1,4 @@
-"""What can end a run besides a fault of ours."""
+"""Errors that can end a run, other than faults of saekit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SaveError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody stopped a run after a whole optimiser step, and its checkpoint is in place.
+    """A run was stopped after a whole optimizer step, and its checkpoint is in place.
 
     Args:
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         run_dir: The run's folder.
         by_user: By Ctrl-C, and not by a scheduler's SIGTERM or SIGUSR1.
     """

@@ -1,4 +1,4 @@
-"""What this machine has for a process, within the limits of its container: memory, cores, libraries."""
+"""Measures what a process can use on this machine, within its container's limits: memory, cores, libraries."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Kinds by name: how a file adds a selection, a source, a placement or a format, from inside the package or outside.
 
-A built-in kind is a line in the tables at the end of this file. It says where the kind is, and importing that place
-waits until somebody asks for it: listing the names imports nothing. A package of somebody else's declares an entry
-point in the group of the table (`saekit.selections`, ...); a plug-in file calls `register`.
+A built-in kind is a line in the tables at the end of this file. The line says where the kind is; `get` imports it, and
+listing the names imports nothing. Another package declares an entry point in the table's group (`saekit.selections`,
+...); a plug-in file calls `register`.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Registry:
         return {each.name: each for each in entry_points(group=self.group)}
 
     def names(self) -> tuple[str, ...]:
-        """All names: built-in ones first, then those of installed packages and plug-ins."""
+        """Return all names: built-in ones first, then those of installed packages and plug-ins."""
         return tuple(dict.fromkeys((*self._built_in, *self._installed, *self._registered)))
 
     def __contains__(self, name: object) -> bool:
         return name in self._built_in or name in self._registered or name in self._installed
 
     def get(self, name: str) -> Any:
-        """The kind of that name; it is imported now, if it was not yet.
+        """Return the kind of that name, imported if necessary.
 
         Raises:
             UserError: If there is none of that name, or an installed package's cannot be imported.
@@ -71,7 +71,7 @@ class Registry:
         )
 
     def register(self, name: str) -> Callable[[type[Kind]], type[Kind]]:
-        """A decorator that adds a class under a name.
+        """Return a decorator that adds a class under a name.
 
         Raises:
             ValueError: If the name is taken by a built-in kind or by another plug-in.
@@ -87,7 +87,7 @@ class Registry:
         return add
 
     def origin(self, name: str) -> str | None:
-        """What registered a kind: a plug-in's file or an installed package; None for a built-in one."""
+        """Return where a kind comes from: a plug-in's file or an installed package; None for a built-in one."""
         if name in self._registered:
             return self._origin[name]
         found = self._installed.get(name)
@@ -114,7 +114,11 @@ PLACEMENTS = Registry(
         "zero3": "saekit.placement.zero3:Zero3",
     },
 )
-FORMATS = Registry("saekit.formats", "format", {})
+FORMATS = Registry(
+    "saekit.formats",
+    "format",
+    {"sparsify": "saekit.sae.formats.sparsify:Sparsify", "saelens": "saekit.sae.formats.saelens:SaeLens"},
+)
 
 
 def load_plugin(file: Path) -> None:

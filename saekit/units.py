@@ -14,12 +14,12 @@ COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def unknown(value: float | None) -> bool:
-    """Whether there is no number to show: None, or a float that is not finite."""
+    """Tell whether there is no number to show: None, or a float that is not finite."""
     return value is None or not math.isfinite(value)
 
 
 def short_count(value: float | None) -> str:
-    """A count with three significant digits: `950`, `12.3k`, `4.56M`, `1.20B`."""
+    """Return a count with three significant digits: `950`, `12.3k`, `4.56M`, `1.20B`."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -31,12 +31,12 @@ def short_count(value: float | None) -> str:
 
 
 def count(value: int | None) -> str:
-    """A whole count with thousands separators: `16,384`."""
+    """Return a whole count with thousands separators: `16,384`."""
     return UNKNOWN if value is None else f"{value:,}"
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction from 0 to 1 as a percentage; a small one that is not zero stays visible as `<0.1%`."""
+    """Return a fraction from 0 to 1 as a percentage; a small one that is not zero stays visible as `<0.1%`."""
     if fraction is None or not math.isfinite(fraction):
         return UNKNOWN
     if 0 < fraction < 0.0005:
@@ -59,7 +59,7 @@ def scientific(value: float | None) -> str:
 
 
 def size(n_bytes: float | None) -> str:
-    """Bytes in binary units: `3.2 GiB`."""
+    """Return bytes in binary units: `3.2 GiB`."""
     if n_bytes is None or not math.isfinite(n_bytes):
         return UNKNOWN
     value = float(n_bytes)
@@ -71,7 +71,7 @@ def size(n_bytes: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as the two largest units: `42s`, `3m 05s`, `2h 07m`, `4d 11h`."""
+    """Return seconds as the two largest units: `42s`, `3m 05s`, `2h 07m`, `4d 11h`."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     whole = max(0, round(seconds))
@@ -85,7 +85,7 @@ def duration(seconds: float | None) -> str:
 
 
 def active(k: int | None, activation: str | None) -> str:
-    """How many latents are active, and how they are chosen unless by TopK: `32`, `32 (batchtopk)`."""
+    """Format k, with the selection unless it is TopK: `32`, `32 (batchtopk)`."""
     return count(k) if activation in (None, "topk") else f"{count(k)} ({activation})"
 
 
@@ -109,7 +109,7 @@ def parse_count(option: str, text: str) -> int:
 
 
 def show_count(number: int) -> str:
-    """The shortest of these that is exact: `100M`, `1500`, `1234`."""
+    """Return the shortest of these that is exact: `100M`, `1500`, `1234`."""
     for unit in ("T", "B", "M"):
         if number % COUNTS[unit] == 0:
             return f"{number // COUNTS[unit]}{unit}"
@@ -117,7 +117,7 @@ def show_count(number: int) -> str:
 
 
 def plural(number: int, word: str) -> str:
-    """A count with its noun: `1 GPU`, `2 GPUs`."""
+    """Return a count with its noun: `1 GPU`, `2 GPUs`."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 

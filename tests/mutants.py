@@ -47,7 +47,8 @@ LIKELY = {
     GROUPMAX: "sae/test_groupmax",
     "saekit/sae/output.py": "training/test_norms sae/test_batchtopk",
     "saekit/sae/decoder.py": "training/test_finetune",
-    "saekit/sae/saelens.py": "sae/test_saelens",
+    "saekit/sae/formats/saelens.py": "sae/test_saelens",
+    "saekit/sae/storage.py": "sae/test_storage placement/test_planner",
     "examples/abs_topk.py": "sae/test_selection cli/test_plugin",
     REGISTRY: "test_registry",
     "saekit/config/flat.py": "cli/test_plugin",
@@ -231,7 +232,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     (
         "a layer's number is the last one in a hookpoint's path",
-        "saekit/placement/layer_map.py",
+        "saekit/sae/storage.py",
         'for part in path.split(".")',
         'for part in reversed(path.split("."))',
     ),
@@ -242,7 +243,7 @@ LIST: list[tuple[str, ...]] = [
         "",
     ),
     (
-        "zero3 normalises each rank's part of a row by itself",
+        "zero3 normalizes each rank's part of a row by itself",
         "saekit/placement/shards.py",
         "        return sum_over_ranks(everywhere)[:, here]",
         "        return everywhere[:, here]",
@@ -292,7 +293,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "torch.where(counted[..., None], ways[change](x).to(acts), acts)",
+        "torch.where(own[..., None], ways[change](x).to(acts), acts)",
         "ways[change](x).to(acts)",
     ),
     (
@@ -371,7 +372,7 @@ LIST: list[tuple[str, ...]] = [
         "acts_NK.masked_fill(acts_NK <= threshold, 0.0)",
         BELOW_LEARNS,
     ),
-    ("a BatchTopK code is as wide as k", BATCHTOPK, "min(WIDTH * self.k, self.num_latents)", "self.k"),
+    ("a BatchTopK code is as wide as k", BATCHTOPK, "min(CODE_WIDTH * self.k, self.num_latents)", "self.k"),
     (
         "thresholds are moved by twice the tokens",
         BANK,
@@ -419,7 +420,7 @@ LIST: list[tuple[str, ...]] = [
     ("low precision alone chooses in a group", SPARSE, "LEAST_SPARE // parts, 1)", "LEAST_SPARE // parts)"),
     (
         "SAELens reads the encoder the wrong way round",
-        "saekit/sae/saelens.py",
+        "saekit/sae/formats/saelens.py",
         "sae.W_enc.T,",
         "sae.W_enc,",
     ),
@@ -453,9 +454,9 @@ LIST: list[tuple[str, ...]] = [
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),
-    ("excluded tokens have codes", "saekit/analysis/features.py", "& (kept & sae.covers(x))[..., None]", ""),
-    ("what is too long has codes", "saekit/analysis/features.py", "(kept & sae.covers(x))", "kept"),
-    ("what is too long is ablated with the others", EVALUATE, "_where(counted, ways[change])", "ways[change]"),
+    ("excluded tokens have codes", "saekit/analysis/features.py", "& (counted & sae.counted(x))[..., None]", ""),
+    ("what is too long has codes", "saekit/analysis/features.py", "(counted & sae.counted(x))", "counted"),
+    ("what is too long is ablated with the others", EVALUATE, "_where(own, ways[change])", "ways[change]"),
     (
         "evaluations between steps take all lengths",
         EVALUATING,
@@ -474,7 +475,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "a token that is left out is near the threshold",
         "saekit/sae/output.py",
-        "sums=kept(self.sums)",
+        "sums=mask(self.sums)",
         "sums=self.sums",
     ),
     (

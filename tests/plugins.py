@@ -4,7 +4,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from saekit.registry import SELECTIONS, load_plugin
+from saekit.registry import FORMATS, PLACEMENTS, SELECTIONS, SOURCES, load_plugin
 
 ABS_TOPK = Path(__file__).parents[1] / "examples" / "abs_topk.py"
 
@@ -13,8 +13,9 @@ def forget_plugins():
     """As if no plug-in had been loaded in this process."""
     for name in [name for name in sys.modules if name.startswith("saekit_plugin_")]:
         del sys.modules[name]
-    SELECTIONS._registered.clear()
-    SELECTIONS._origin.clear()
+    for registry in (SELECTIONS, SOURCES, PLACEMENTS, FORMATS):
+        registry._registered.clear()
+        registry._origin.clear()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class WithHead(NamedTuple):
 
     model: PreTrainedModel
     objective: ObjectiveName | None
-    """What its logits predict; None where it has no head."""
+    """The task of its logits; None if it has no head."""
 
 
 def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) -> WithHead:
@@ -54,19 +54,19 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
 
 
 def auto_with_head(config: PretrainedConfig) -> Any:
-    """The Auto class that gives a model of this config its head."""
+    """Return the Auto class that gives a model of this config its head."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     return AutoModelForCausalLM if objective_of(config) == "next token" else AutoModelForMaskedLM
 
 
 def predicts(model: PreTrainedModel) -> ObjectiveName | None:
-    """What a loaded model's logits predict; None where it has no head."""
+    """Tell what a loaded model's logits predict; None if it has no head."""
     return None if model.get_output_embeddings() is None else objective_of(model.config)
 
 
 def objective_of(config: PretrainedConfig) -> ObjectiveName:
-    """What a model with this config predicts: by the class it was saved as, else by whether its type can be masked."""
+    """Tell what a model with this config predicts: by the class it was saved as, else by whether it has a mask."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     saved_as = " ".join(config.architectures or [])

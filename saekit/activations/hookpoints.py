@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A named tensor of the language model: what one of its modules puts out, or takes in.
+    """A named tensor of the language model: the output of one of its modules, or its input.
 
     Its name is the module's path relative to the base model, and `:in` behind it for the module's input:
     `layers.3` is a block's output (the residual stream), `layers.3.mlp:in` the input of its MLP.
@@ -29,26 +29,26 @@ class Hookpoint:
 
     @property
     def module(self) -> str:
-        """The module's path relative to the base model."""
+        """Return the module's path relative to the base model."""
         return self.name.removesuffix(":in")
 
     @property
     def side(self) -> Literal["in", "out"]:
-        """Whether it is what the module takes in or puts out."""
+        """Tell whether it is the module's input or its output."""
         return "in" if self.name.endswith(":in") else "out"
 
     @property
     def layer(self) -> int | None:
-        """The number of the block that it belongs to; None outside the blocks."""
+        """Return the number of the block that it belongs to; None outside the blocks."""
         return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
 
     @property
     def is_block(self) -> bool:
-        """Whether it is the output of a whole block."""
+        """Tell whether it is the output of a whole block."""
         return self.side == "out" and self.module.rpartition(".")[2].isdigit()
 
     def seed(self, init_seed: int) -> int:
-        """The seed of a unit's initial weights here: it does not depend on what else is trained.
+        """Return the seed of a unit's initial weights, which does not depend on the other units.
 
         A block's output has its layer's number in it, any other hookpoint a checksum of its name.
         """
@@ -65,12 +65,12 @@ class Blocks:
     modules: nn.ModuleList
 
     def hookpoint(self, layer: int) -> str:
-        """Name of a block, which also names its SAE's folder: `layers.3`."""
+        """Return the name of a block's output, which also names its SAE's folder: `layers.3`."""
         return f"{self.prefix}.{layer}"
 
 
 def block_outputs(model: PreTrainedModel, layers: Sequence[int] | None, stride: int) -> tuple[Hookpoint, ...]:
-    """The outputs of the chosen blocks of a model, in order.
+    """Return the outputs of the chosen blocks of a model, in order.
 
     Raises:
         UserError: See `find_blocks` and `select_layers`.
@@ -85,7 +85,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     """Find the list of blocks of a model's text part.
 
     It is the `ModuleList` with one entry per layer of the text config, owned by the text model itself (a vision tower
-    beside it has a config, and so a width, of its own). Nothing is known by architecture.
+    has a config, and so a width, of its own). No architecture is known by name.
 
     Raises:
         UserError: If there is none, or more than one (an encoder-decoder).
@@ -110,7 +110,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
 
 
 def select_layers(depth: int, layers: Sequence[int] | None, stride: int) -> list[int]:
-    """The layers to train on, in order, without repeats.
+    """Choose the layers to train on, in order, without repeats.
 
     Raises:
         UserError: If one of them is not a layer of the model.
@@ -126,12 +126,12 @@ def select_layers(depth: int, layers: Sequence[int] | None, stride: int) -> list
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a config that describes the text model; the config itself for a text-only model."""
+    """Return the part of a config that describes the text model; the config itself for a text-only model."""
     return config.get_text_config(decoder=True)
 
 
 def num_layers(text_config: PretrainedConfig) -> int:
-    """Blocks in the text model."""
+    """Return the number of blocks in the text model."""
     depth = getattr(text_config, "num_hidden_layers", None)
     if not isinstance(depth, int):
         raise UserError(f"{type(text_config).__name__} does not say how many layers it has (num_hidden_layers)")
@@ -139,7 +139,7 @@ def num_layers(text_config: PretrainedConfig) -> int:
 
 
 def width(text_config: PretrainedConfig) -> int:
-    """D, the width of the residual stream."""
+    """Return D, the width of the residual stream."""
     hidden = getattr(text_config, "hidden_size", None)
     if not isinstance(hidden, int):
         raise UserError(f"{type(text_config).__name__} does not say how wide it is (hidden_size)")
@@ -147,7 +147,7 @@ def width(text_config: PretrainedConfig) -> int:
 
 
 def _owned_by_text_model(base: nn.Module, name: str, text_config: PretrainedConfig) -> bool:
-    """Whether the innermost module around `name` that has a config is the text model, not a tower beside it."""
+    """Tell whether the innermost module around `name` that has a config is the text model, not a vision tower."""
     path = name.split(".")
     for end in range(len(path) - 1, -1, -1):
         config = getattr(base.get_submodule(".".join(path[:end])), "config", None)

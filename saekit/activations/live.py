@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     ids: Tensor
     """int64 `[sequences, tokens]`, on the CPU; without a sequence where a rank has no share."""
     whole: bool
-    """Whether it is of a step in which all ranks have equal shares: any but the last of a run."""
+    """Whether all ranks have equal shares of its step, as in all steps but possibly the last of a run."""
 
 
 class LiveModel(Source):
@@ -41,7 +41,7 @@ class LiveModel(Source):
         model: The language model; it is only read, and left as it was.
         dataset: `datasets.Dataset` with a column `input_ids`, or `saekit.data.Sequences`.
         tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
-        eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that trains nothing.
+        eval_data: The data set that `eval_every` evaluates on, of the same kind as `dataset`.
         name: The model's; by default what its config says.
         data_name: The text's.
         fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
@@ -56,7 +56,7 @@ class LiveModel(Source):
         tokenizer: PreTrainedTokenizerBase | None = None,
         eval_data: Any = None,
         name: str | None = None,
-        data_name: str = "tokenised data",
+        data_name: str = "tokenized data",
         fixed_rows: bool = False,
     ) -> None:
         self.model = model
@@ -83,7 +83,7 @@ class LiveModel(Source):
 
     @cached_property
     def vocabulary(self) -> int:
-        """Tokens that the model knows."""
+        """Return the number of tokens in the model's vocabulary."""
         return vocabulary(self.model)
 
     @contextmanager
@@ -94,26 +94,26 @@ class LiveModel(Source):
         del self._read_taps
 
     def read(self, step: int) -> list[Tokens]:
-        """Token ids of this rank."""
+        """Read this rank's token ids."""
         whole = (step + 1) * self.global_batch <= self.num_sequences
         shares = self.batches.step(step, self._rank, self._world_size, self._micro_batches)
         return [Tokens(ids, whole) for ids in shares]
 
     def checksum(self, step: int) -> str:
-        """Of the token ids."""
+        """Return a checksum of the step's token ids."""
         return self.batches.checksum(step)
 
     def counted(self, input_ids: Tensor) -> Tensor:
-        """Which tokens train: bool, of the shape of `input_ids`, on the CPU."""
+        """Tell which tokens are counted: bool, of the shape of `input_ids`, on the CPU."""
         return ~torch.isin(input_ids, self.excluded)
 
     def count(self, batch: Tokens) -> int:
-        """How many of a micro-batch's tokens train."""
+        """Count a micro-batch's tokens that are not excluded."""
         return int(self.counted(batch.ids).sum())
 
     @property
     def runs_behind(self) -> bool:
-        """On a GPU."""
+        """True on a GPU."""
         return self.device.type == "cuda"
 
     def prefetch(self, batch: Tokens) -> None:
@@ -121,7 +121,7 @@ class LiveModel(Source):
         self._begun = (batch, self._run(batch))
 
     def __call__(self, batch: Tokens) -> Activations:
-        """The forward pass up to the last hookpoint.
+        """Run the model up to the last hookpoint.
 
         Raises:
             UserError: If the token ids are not of the model's vocabulary.
@@ -152,20 +152,20 @@ class LiveModel(Source):
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; the copy waits its turn there, not here."""
+    """Copy a CPU tensor to the device without waiting for the copy."""
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Tokens that a language model knows."""
+    """Return the number of tokens in a language model's vocabulary."""
     embeddings = model.get_input_embeddings().weight
     return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
 
 
 def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> None:
-    """See that token ids are of the model's vocabulary.
+    """Check that token ids are in the model's vocabulary.
 
     Raises:
         UserError: If one of them is not; it says of what data.
@@ -173,5 +173,5 @@ def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> Non
     if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
         raise UserError(
             f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
-            f"{vocabulary}: it was tokenised for another model, or a .bin file has another --data-args dtype"
+            f"{vocabulary}: it was tokenized for another model, or a .bin file has another --data-args dtype"
         )

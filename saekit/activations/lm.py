@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
-import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from safetensors import SafetensorError
 
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
@@ -31,7 +28,7 @@ PLAIN_ATTENTION_UP_TO = 256
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the model's config says, before any weight is loaded."""
+    """A model's sizes according to its config, before any weight is loaded."""
 
     config: PretrainedConfig
     num_layers: int
@@ -53,13 +50,13 @@ def model_shape(cfg: ModelConfig) -> ModelShape:
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
-    """What a model's config says of its shape."""
+    """Read a model's sizes from its config."""
     text = text_config_of(config)
     return ModelShape(config, num_layers(text), width(text), context_length(config))
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The longest sequence in tokens that the model's positions allow, None if the config names no limit."""
+    """Return the longest sequence in tokens that the model's positions allow, None if the config names no limit."""
     limit = getattr(text_config_of(config), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
@@ -78,7 +75,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
-    """Tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
+    """Return tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
 
     Raises:
         UserError: If more was asked for than the model can read.
@@ -93,7 +90,7 @@ def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model."""
+    """Return the tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
     return from_pretrained(AutoTokenizer, cfg)
@@ -128,7 +125,7 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
 
 
 def check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """See that all weights up to the end of the blocks came from the checkpoint; what is behind does not matter."""
+    """Check that the checkpoint had all weights up to the end of the blocks; weights after them do not matter."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"model {cfg.model!r}: {name!r} has shape {list(found)} in the checkpoint, but by config.json "
@@ -143,7 +140,7 @@ def check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]
 
 
 def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    """A copy of a config whose text model has only its first `depth` layers."""
+    """Return a copy of a config whose text model has only its first `depth` layers."""
     cut = copy.deepcopy(config)
     text = text_config_of(cut)
     full = num_layers(text)
@@ -157,7 +154,7 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the language model's weights that `--dtype` means on this device."""
+    """Return the type of the language model's weights that `--dtype` means on this device."""
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32
@@ -175,7 +172,7 @@ def choose_attention(model: PreTrainedModel, ctx_len: int) -> None:
 
 
 def check_device(cfg: ModelConfig, device: torch.device) -> None:
-    """See that the device can hold the model as it is asked for.
+    """Check that the device can load the model as configured.
 
     Raises:
         UserError: If 8 bits are asked for without a device for them.
@@ -205,7 +202,7 @@ def from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep transformers from listing weights that are left out on purpose (cut layers', or a head's) as unexpected."""
+    """Keep transformers from listing weights that are not loaded on purpose (cut layers, a head) as unexpected."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
 
     # A filter and not a level: transformers reads this level to decide on more checks, and warns about those.
@@ -236,6 +233,10 @@ def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
 
 def no_bars() -> None:
     """Switch off the progress bars of the libraries: in a log they are noise, and one rank's are enough."""
+    import datasets
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
+
     datasets.disable_progress_bars()
     disable_hub_bars()
     transformers.utils.logging.disable_progress_bar()

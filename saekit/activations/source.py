@@ -19,35 +19,35 @@ Batch = Any
 
 
 class Activations(NamedTuple):
-    """What a source gives for a micro-batch."""
+    """The activations that a source gives for a micro-batch."""
 
     of: dict[str, Tensor]
-    """`[N, D]` by hookpoint, in order; the caller's, who removes them one by one."""
+    """`[N, D]` by hookpoint, in order; they belong to the caller, who removes them one by one."""
     counted_N: Tensor | None = None
-    """bool `[N]`: which of the rows train; None for all, where the source has dropped the others."""
+    """bool `[N]`: which of the rows are counted; None for all, if the source has dropped the others."""
 
 
 class Source(ABC):
     """Gives every optimizer step its activations.
 
-    A source is made, then `begin` tells it the run and its slice of it, then it is opened (`with source.open():`), and
-    only then asked for activations. `read` is called in a thread that reads ahead; all else in the training's own.
+    A source is made; `begin` tells it the run and this rank's slice of it; it is opened (`with source.open():`); then
+    it is called for activations. A thread that reads ahead calls `read`; the training's own thread calls the rest.
 
     One that is registered in `saekit.registry.SOURCES` is chosen by `--source`, and called with the run's configuration
     (`RunConfig`), its placement, a function that shows a line of text, and what a caller of `saekit.train` has loaded.
     """
 
     name: str
-    """What the activations are of: a language model's name, kept with every checkpoint."""
+    """The language model's name, saved with every checkpoint."""
     data_name: str
-    """The name of the text."""
+    """The data set's name."""
     dtype: torch.dtype = torch.float32
     """Of the activations."""
     excluded: Tensor = torch.zeros(0, dtype=torch.int64)
-    """int64: ids of the tokens that do not train, kept with every checkpoint; empty where there are no ids."""
+    """int64: ids of excluded tokens, saved with every checkpoint; empty if the source has no token ids."""
 
     hookpoints: tuple[Hookpoint, ...]
-    """What it gives in every step. This and what follows is set by `begin`."""
+    """The hookpoints of every step. `begin` sets this attribute and those that follow."""
     ctx_len: int
     """Tokens per sequence."""
     global_batch: int
@@ -62,38 +62,38 @@ class Source(ABC):
 
     @abstractmethod
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
-        """Resolve what is left to the run: hookpoints, batches, and this rank's slice of each.
+        """Resolve what depends on the run: hookpoints, batches, and this rank's slice of each.
 
         Raises:
             UserError: If the configuration does not fit the source.
         """
 
     def open(self) -> AbstractContextManager[None]:
-        """Hold what is needed while activations are read: hooks, files."""
+        """Return a context that holds what is needed while activations are read: hooks, files."""
         return nullcontext()
 
     @abstractmethod
     def read(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of an optimizer step, from 0, `grad_acc_steps` of them; on the host."""
+        """Read this rank's micro-batches of a step, counted from 0: `grad_acc_steps` of them, on the host."""
 
     @abstractmethod
     def checksum(self, step: int) -> str:
-        """Of what all ranks read in a step: other data has another."""
+        """Return a checksum of what all ranks read in a step; other data has another."""
 
     @abstractmethod
     def count(self, batch: Batch) -> int:
-        """Tokens of a micro-batch that train."""
+        """Count the tokens of a micro-batch that are not excluded."""
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Activations:
-        """The activations of a micro-batch, on the device; `[0, D]` for a rank without a share of the step.
+        """Give the activations of a micro-batch, on the device; `[0, D]` for a rank without a share of the step.
 
         Excluded tokens are dropped, which is cheapest, or masked by all ranks, where shapes must not depend on data.
         """
 
     @property
     def runs_behind(self) -> bool:
-        """Whether the device works through a queue, so that work begun early fills the time the host waits."""
+        """Tell whether the device works through a queue, so that work begun early fills the time the host waits."""
         return False
 
     def prefetch(self, batch: Batch) -> None:  # noqa: B027  # nothing to begin, unless it runs behind
@@ -121,7 +121,7 @@ class Steps:
             yield self
 
     def begin_next(self) -> None:
-        """Have the source begin the next step's activations, if there is one."""
+        """Let the source begin the next step's activations, if there is a next step."""
         self._begun = next(self._steps, None)
         if self._begun is not None:
             self._source.prefetch(self._begun[1][0])

@@ -1,4 +1,4 @@
-"""Put something else in the place of the residual stream while a model runs, and run it from there only."""
+"""Replaces the residual stream while a model runs, and runs a model from there on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Replace = Callable[[Tensor], Tensor]
 
 @contextmanager
 def splice(
-    model: PreTrainedModel, replacements: Mapping[str, Sae | Replace], keep: Tensor | None = None
+    model: PreTrainedModel, replacements: Mapping[str, Sae | Replace], excluded: Tensor | None = None
 ) -> Iterator[None]:
     """Replace the outputs of blocks; the hooks are gone afterwards, whatever happens.
 
@@ -33,15 +33,15 @@ def splice(
 
     Args:
         model: Any HuggingFace model, with or without a head.
-        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction goes in where it covers the
+        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction replaces counted
             activations (`Sae.reconstruct`), or a function.
-        keep: Where true, a token keeps its true activation; bool `[B, T]`.
+        excluded: bool `[B, T]`, True for tokens that keep their true activation; None for none.
     """
     handles: list[Any] = []
     try:
         for name, replace in replacements.items():
             module = model.base_model.get_submodule(name)
-            handles.append(module.register_forward_hook(_hook(_function(replace), keep)))
+            handles.append(module.register_forward_hook(_hook(_function(replace), excluded)))
         yield
     finally:
         for handle in handles:
@@ -54,19 +54,19 @@ def _function(replace: Sae | Replace) -> Replace:
     return replace.reconstruct
 
 
-def _hook(replace: Replace, keep: Tensor | None) -> Callable[..., Any]:
+def _hook(replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         acts = residual(output)
         new = replace(acts).to(acts)
-        if keep is not None:
-            new = torch.where(keep.to(acts.device)[..., None], acts, new)
+        if excluded is not None:
+            new = torch.where(excluded.to(acts.device)[..., None], acts, new)
         return _with_residual(output, new)
 
     return hook
 
 
 def _with_residual(output: Any, new: Tensor) -> Any:
-    """The inverse of `residual`: the same output with another residual stream in it."""
+    """Return the inverse of `residual`: the same output with another residual stream in it."""
     if isinstance(output, Tensor):
         return new
     return type(output)((_with_residual(output[0], new), *output[1:]))
@@ -76,9 +76,9 @@ def _with_residual(output: Any, new: Tensor) -> Any:
 def start_behind(model: PreTrainedModel, hookpoint: str, acts: Tensor) -> Iterator[None]:
     """Let a block give `acts`, and neither it nor the blocks before it compute anything.
 
-    What lies outside of the blocks (embeddings, positions, masks, the head) runs as ever. A model in which later blocks
-    read more of the earlier ones than the residual stream (shared keys and values, say) cannot be run so: whoever
-    uses this compares it with a whole run once.
+    The rest of the model (embeddings, positions, masks, the head) runs as usual. This is wrong for a model in which
+    later blocks read more than the residual stream from earlier ones (shared keys and values, for example): callers
+    compare it once with a run of the whole model.
 
     Args:
         model: Any HuggingFace model.

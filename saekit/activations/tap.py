@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _LastTapReached(BaseException):
-    """Ends a forward pass whose rest nobody needs. Not an `Exception`, so that no model code swallows it."""
+    """Ends a forward pass whose rest is not needed. Not an `Exception`, so that no model code swallows it."""
 
 
 @contextmanager
@@ -79,12 +79,12 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """Arguments that keep a forward pass from making a cache of keys and values: memory that nobody would read."""
+    """Return arguments that keep a forward pass from caching keys and values, which nothing would read."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def residual(output: Any) -> Tensor:
-    """The residual stream in a block's output: the output itself, or the first of several."""
+    """Return the residual stream in a block's output: the output itself, or the first of several."""
     while not isinstance(output, Tensor):
         output = output[0]
     return output

@@ -1,1 +1,1 @@
-"""What finished SAEs are worth: on held-out tokens, in the language model, latent by latent, and from their files."""
+"""Analysis of finished SAEs: on held-out tokens, in the language model, latent by latent, and from their files."""

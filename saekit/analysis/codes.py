@@ -47,7 +47,7 @@ class Codes:
 
     @cached_property
     def starts_M(self) -> np.ndarray:
-        """Where each latent's firings begin, int64."""
+        """Return where each latent's firings begin, int64."""
         return np.cumsum(self.counts_M) - self.counts_M
 
     @cached_property
@@ -80,8 +80,8 @@ class Codes:
         found[fired_L] = ascending_P[(starts_L1 + ranks)[fired_L]]
         return found
 
-    def favourites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens on which each latent fires most often.
+    def favorites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens on which each latent fires most often.
 
         Args:
             latents_L: Numbers of latents, int64.
@@ -112,7 +112,7 @@ BEFORE, AFTER = 23, 8
 """Tokens that are shown around the one at which a latent is strongest."""
 WINDOW = BEFORE + 1 + AFTER
 STRETCH = 64
-"""Of each stretch of so many tokens only the strongest place counts: else a list would be one passage over and over."""
+"""Of each stretch of this many tokens only the strongest context is shown: otherwise one passage fills the list."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Comparison:
     """That both have."""
 
     def evaluated(self, which: str, hookpoint: str) -> dict[str, Any] | None:
-        """What `saekit eval` found of a layer in the `first` or the `second`, if it was asked."""
+        """Return the results of `saekit eval` for a layer of the `first` or the `second`, if there are any."""
         record = getattr(self, which).evaluation
         layers = record["layers"] if record else ()
         return next((layer for layer in layers if layer["hookpoint"] == hookpoint), None)
@@ -76,7 +76,7 @@ def compare(first: Inspection, second: Inspection) -> Comparison:
 
 
 def shared_rows(first_MD: Tensor, second_LD: Tensor, budget: int = EXACT_BUDGET) -> tuple[Shared, Shared]:
-    """How many rows of each dictionary are in the other, in pieces: the `[M, L]` cosines never exist at once.
+    """Count the rows of each dictionary that are in the other, in pieces: the `[M, L]` cosines never exist at once.
 
     Args:
         first_MD: `[M, D]`.

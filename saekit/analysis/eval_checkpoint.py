@@ -48,7 +48,7 @@ SEEN = "the run's data set, what it was trained on included"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How a checkpoint is evaluated. None stands for what the run was trained with."""
+    """The options of an evaluation. None stands for what the run was trained with."""
 
     dataset: str | None = None
     split: str | None = None
@@ -61,7 +61,7 @@ class EvalOptions:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found."""
+    """The outcome of an evaluation."""
 
     results: Evaluation
     record: dict[str, Any]
@@ -91,7 +91,7 @@ class Prepared:
     cfg: RunConfig
     """The run's, with what was asked for instead."""
     origin: str
-    """What the data is: `HELD_OUT`, `OTHER_SPLIT`, `OTHER` or `SEEN`."""
+    """The kind of data: `HELD_OUT`, `OTHER_SPLIT`, `OTHER` or `SEEN`."""
     tokenizer: PreTrainedTokenizerBase
     subject: Subject
 
@@ -120,8 +120,8 @@ def prepare(
     shape = model_shape(cfg.model)
     ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
     tokenizer = load_tokenizer(cfg.model)
-    status(f"Reading and tokenising {cfg.data.dataset}")
-    if placement.rank > 0:  # one rank tokenises, the others read what it left in the cache
+    status(f"Reading and tokenizing {cfg.data.dataset}")
+    if placement.rank > 0:  # one rank tokenizes, the others read what it left in the cache
         placement.gather(None)
     data, origin = _data(run, tokenizer, ctx_len, options)
     if placement.rank == 0:
@@ -156,7 +156,7 @@ def evaluate_checkpoint(
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> Evaluated:
-    """Evaluate what `prepare` loads, and write `eval.json` beside it.
+    """Evaluate what `prepare` loads, and write `eval.json` next to it.
 
     Args:
         path: See `prepare`.
@@ -177,17 +177,17 @@ def evaluate_prepared(
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> Evaluated:
-    """The second half of `evaluate_checkpoint`."""
+    """Do the second half of `evaluate_checkpoint`."""
     subject = prepared.subject
     status(f"Evaluating {len(subject.saes)} SAEs on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
     results = evaluate(subject, progress)
     record = _record(results, prepared.cfg, prepared.origin)
     if subject.rank == 0:
-        write(record, prepared.folder / EVAL_FILE)
+        write_evaluation(record, prepared.folder / EVAL_FILE)
     return Evaluated(results, record)
 
 
-def write(record: dict[str, Any], file: Path) -> None:
+def write_evaluation(record: dict[str, Any], file: Path) -> None:
     """Write `eval.json`, all of it or nothing.
 
     Raises:
@@ -220,12 +220,12 @@ def _load(folder: Path, device: torch.device) -> Sae:
 
 
 class _Run(NamedTuple):
-    """What is evaluated, and on what."""
+    """Describe what is evaluated, and on what."""
 
     cfg: RunConfig
     """The run's, with what was asked for instead."""
     trained: DataConfig | None
-    """What the run read; None where nothing tells, or where it is another data set than the one to evaluate on."""
+    """Find what the run read; None if nothing tells, or if it read another data set than the one to evaluate on."""
 
 
 def _config(checkpoint: Path, options: EvalOptions) -> _Run:
@@ -245,7 +245,7 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
 
 
 def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
-    """The sequences, and what they are."""
+    """Return the sequences, and what they are."""
     cfg, trained = run
     token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
     if trained is None or options.include_training_data:

@@ -22,7 +22,7 @@ from saekit.analysis.results import (
     ReconstructionSums,
     ratio,
 )
-from saekit.analysis.subject import IGNORED, Subject, compare
+from saekit.analysis.subject import IGNORED, Subject, compare_answers
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Evaluator:
         """Of the last call; "" is all layers together."""
         self._done: Callable[[], None] = lambda: None
         self._can_start_behind: dict[str, bool] = {}
-        """Whether a model with one layer replaced needs to be run from there on only."""
+        """Tell whether a model with one layer replaced can be run from there on only."""
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
@@ -92,19 +92,19 @@ class Evaluator:
         return self._rest(self._means, changes)
 
     def _find_means(self) -> dict[str, Tensor]:
-        """Each layer's mean activation over all tokens that count, float32 `[D]`, the same on all ranks."""
+        """Compute each layer's mean activation over all counted tokens, float32 `[D]`, the same on all ranks."""
         subject = self.subject
         sums = {
             name: torch.zeros(sae.d_in + 1, dtype=torch.float64, device=subject.device)
             for name, sae in subject.saes.items()
         }
         with tap(subject.model, self.names) as read:
-            for _, input_ids, kept in subject.batches():
-                kept = kept.to(subject.device)
+            for _, input_ids, counted in subject.batches():
+                counted = counted.to(subject.device)
                 for name, acts in read(input_ids.to(subject.device)).items():
-                    counted = kept & subject.saes[name].covers(acts)
-                    sums[name][:-1] += acts[counted].sum(0, dtype=torch.float64)
-                    sums[name][-1] += counted.sum()
+                    own = counted & subject.saes[name].counted(acts)
+                    sums[name][:-1] += acts[own].sum(0, dtype=torch.float64)
+                    sums[name][-1] += own.sum()
                 self._done()
         sums = {name: subject.total(each) for name, each in sums.items()}
         for name, each in sums.items():
@@ -118,52 +118,52 @@ class Evaluator:
     def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
         subject, device, count = self.subject, self.subject.device, len(self.subject.data)
         recons = {name: ReconstructionSums(means[name], sae.num_latents, count) for name, sae in subject.saes.items()}
-        # The spliced rows are all written anew; the others stay.
+        # All spliced rows are written again; the others stay.
         grafts = self._grafts or {name: GraftSums(count, device) for name in (*self.names, "")}
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
-        kept_S = torch.zeros_like(scored_S)
-        for numbers, input_ids, kept in subject.batches():
-            rows, kept = numbers.to(device), kept.to(device)
-            kept_S[rows] = kept.sum(1).double()[: len(rows)]
+        counted_S = torch.zeros_like(scored_S)
+        for numbers, input_ids, counted in subject.batches():
+            rows, counted = numbers.to(device), counted.to(device)
+            counted_S[rows] = counted.sum(1).double()[: len(rows)]
             asked = numbers if len(numbers) else numbers.new_zeros(1)
             question = None if subject.objective is None else subject.objective(input_ids, asked)
             as_it_is = question is not None and question.input_ids is input_ids
             if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
                 for name, acts in self._read(input_ids.to(device)).items():
                     x, sae = acts.float(), subject.sae(name)
-                    recons[name].add(rows, x, sae(x), kept & sae.covers(x))
+                    recons[name].add(rows, x, sae(x), counted & sae.counted(x))
             if question is None:
                 self._done()
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
             logits, seen = self._clean(inputs)
-            clean.add(rows, compare(logits, logits, targets))
+            clean.add(rows, compare_answers(logits, logits, targets))
             self._done()
             replacements: dict[str, dict[str, Replace]] = {change: {} for change in changes}
             for name in self.names:
                 acts = seen.pop(name)
                 x, sae = acts.float(), subject.sae(name)
-                out, counted = sae(x), kept & sae.covers(x)
+                out, own = sae(x), counted & sae.counted(x)
                 del sae
                 if as_it_is:
-                    recons[name].add(rows, x, out, counted)
+                    recons[name].add(rows, x, out, own)
                 if name not in self._can_start_behind:
                     self._can_start_behind[name] = self._starts_behind(name, acts, inputs, logits)
                 ways = _changes(out.recon, means[name])
                 for change in changes:
                     answers = grafts[name].answers[change]
-                    new = torch.where(counted[..., None], ways[change](x).to(acts), acts)
-                    answers.add(rows, compare(logits, self._logits_behind(name, new, inputs), targets))
+                    new = torch.where(own[..., None], ways[change](x).to(acts), acts)
+                    answers.add(rows, compare_answers(logits, self._logits_behind(name, new, inputs), targets))
                     self._done()
-                    replacements[change][name] = _where(counted, ways[change])
+                    replacements[change][name] = _where(own, ways[change])
                 replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
             for change, several in replacements.items():
                 answers = grafts[""].answers[change]
-                answers.add(rows, compare(logits, self._logits(inputs, several, ~kept), targets))
+                answers.add(rows, compare_answers(logits, self._logits(inputs, several, ~counted), targets))
                 self._done()
         self._grafts = grafts
-        return self._result(recons, grafts, clean, scored_S, kept_S)
+        return self._result(recons, grafts, clean, scored_S, counted_S)
 
     def _result(
         self,
@@ -171,7 +171,7 @@ class Evaluator:
         grafts: dict[str, GraftSums],
         clean: AnswerSums,
         scored_S: Tensor,
-        kept_S: Tensor,
+        counted_S: Tensor,
     ) -> Evaluation:
         subject, total = self.subject, self.subject.total
         with_head = subject.objective is not None
@@ -187,7 +187,7 @@ class Evaluator:
             objective=subject.objective_name,
             sequences=len(subject.data),
             ctx_len=subject.data.ctx_len,
-            tokens=int(total(kept_S).sum()),
+            tokens=int(total(counted_S).sum()),
             scored=int(scored_S.sum()),
         )
 
@@ -204,8 +204,8 @@ class Evaluator:
 
         return self._logits(inputs, {name: watch(name) for name in self.names}), seen
 
-    def _logits(self, inputs: Tensor, replacements: Mapping[str, Replace], keep: Tensor | None = None) -> Tensor:
-        with splice(self.subject.model, replacements, keep):
+    def _logits(self, inputs: Tensor, replacements: Mapping[str, Replace], excluded: Tensor | None = None) -> Tensor:
+        with splice(self.subject.model, replacements, excluded):
             return self.subject.model(input_ids=inputs, **self._no_cache).logits
 
     def _logits_behind(self, name: str, new: Tensor, inputs: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Evaluator:
             return self.subject.model(input_ids=inputs, **self._no_cache).logits
 
     def _starts_behind(self, name: str, acts: Tensor, inputs: Tensor, logits: Tensor) -> bool:
-        """Whether the model gives the same from a block's own output on: else it is always run as a whole."""
+        """Tell whether the model gives the same from a block's own output on; if not, it is always run as a whole."""
         if not self.start_anywhere:
             return False
         try:
@@ -231,7 +231,7 @@ class Evaluator:
 
 
 def _where(counted: Tensor, replace: Replace) -> Replace:
-    """Only of some tokens, bool `[B, T]`; the others keep what they have."""
+    """Replace only some tokens, bool `[B, T]`; the others keep their activations."""
     return lambda acts: torch.where(counted[..., None], replace(acts), acts)
 
 
@@ -242,7 +242,7 @@ def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:
 
 
 def _check(subject: Subject) -> None:
-    """See that every SAE has its layer in the model, of its width."""
+    """Check that every SAE has its layer in the model, of its width."""
     blocks = find_blocks(subject.model)
     d_in = width(text_config_of(subject.model.config))
     there = {blocks.hookpoint(layer) for layer in range(len(blocks.modules))}

@@ -25,9 +25,9 @@ TOP, SPREAD = 10, 5
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 NEIGHBOURS = 8
 LENS_TOKENS = 8
-FAVOURITES = 5
+FAVORITES = 5
 DENSEST = 100
-"""Always among those that are looked at closely."""
+"""The number of densest latents that always have a page."""
 FIRINGS_AT_ONCE = 2**26
 """Of layers whose codes are read in one pass over the text; about 1 GiB, three times that while they are sorted."""
 
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One SAE: M latents, L of which are looked at closely."""
+    """One SAE: M latents, L of which have a page."""
 
     hookpoint: str
     counts_M: np.ndarray
@@ -47,8 +47,8 @@ class LayerFeatures:
     quantiles_L: np.ndarray
     """float32 `[L, len(QUANTILES)]`: of the activations on the tokens on which a latent fired."""
     contexts: Contexts
-    favourites_L: np.ndarray
-    """int64 `[L, FAVOURITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
+    favorites_L: np.ndarray
+    """int64 `[L, FAVORITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
     shares_L: np.ndarray
     """float32: the share of its firings on each."""
     neighbours: Neighbours
@@ -96,7 +96,7 @@ def gather_features(subject: Subject, budget: int, progress: Progress = lambda d
 def read_codes(
     subject: Subject, names: Sequence[str], done: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Codes], Tensor]:
-    """The codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
+    """Return the codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
 
     Args:
         subject: SAEs, model and text.
@@ -107,17 +107,17 @@ def read_codes(
     found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
     total_D, count = torch.zeros(1, dtype=torch.float64), 0
     with tap(subject.model, list(dict.fromkeys([*names, last]))) as read:
-        for numbers, input_ids, kept in subject.batches():
+        for numbers, input_ids, counted in subject.batches():
             places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
             acts = read(input_ids.to(subject.device))
-            kept = kept.to(subject.device)
-            ends = kept & subject.saes[last].covers(acts[last]) if last in subject.saes else kept
+            counted = counted.to(subject.device)
+            ends = counted & subject.saes[last].counted(acts[last]) if last in subject.saes else counted
             total_D = total_D + acts[last][ends].sum(0, dtype=torch.float64).cpu()
             count += int(ends.sum())
             for name in names:
                 sae, x = subject.saes[name], acts[name].float()
                 out = sae(x)
-                fired = out.fired & (kept & sae.covers(x))[..., None]
+                fired = out.fired & (counted & sae.counted(x))[..., None]
                 where = places[..., None].expand(fired.shape)[fired.cpu()]
                 found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
             done()
@@ -129,7 +129,7 @@ def read_codes(
 
 
 def chosen(counts_M: np.ndarray, budget: int, seed: int = 0) -> np.ndarray:
-    """Which latents to look at closely: all, or the densest and an even sample of the others that fired.
+    """Choose the latents that have a page: all, or the densest and an even sample of the others that fired.
 
     Args:
         counts_M: How often each fired.
@@ -168,7 +168,7 @@ def _features(
     latents_L = chosen(codes.counts_M, max(1, budget))
     numbers = torch.from_numpy(latents_L)
     decoder_MD = sae.W_dec.detach()
-    favourites, shares = codes.favourites(latents_L, ids_ST.reshape(-1), FAVOURITES)
+    favorites, shares = codes.favorites(latents_L, ids_ST.reshape(-1), FAVORITES)
     lens = None
     if subject.objective is not None:
         rows_LD = decoder_MD[numbers.to(decoder_MD.device)]
@@ -180,7 +180,7 @@ def _features(
         latents_L=latents_L,
         quantiles_L=codes.quantiles(latents_L, QUANTILES),
         contexts=find_contexts(codes, latents_L, ctx_len, TOP, SPREAD),
-        favourites_L=favourites,
+        favorites_L=favorites,
         shares_L=shares,
         neighbours=Neighbours(*(each.cpu() for each in near)),
         lens=lens,
@@ -210,12 +210,12 @@ class Lens(NamedTuple):
 
 @torch.no_grad()
 def logit_lens(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tensor, number: int, ctx_len: int) -> Lens:
-    """How the logits change when a decoder row is added to the residual stream behind the last block.
+    """Compute how the logits change when a decoder row is added to the residual stream behind the last block.
 
     The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads a direction of the residual stream
     through the final norm and the unembedding. Here it is the derivative of the logits along the direction, at the
     mean output of the last block: for a norm of any kind, a head with more layers (BERT's) or soft-capped logits
-    (Gemma's) alike, without a word about how the model is built.
+    (Gemma's) alike, whatever the model's architecture.
 
     Args:
         model: With its head.

@@ -1,4 +1,4 @@
-"""What `saekit inspect` knows of a checkpoint: pure functions from its files to numbers. No language model needed."""
+"""Reads a checkpoint for `saekit inspect`: pure functions from its files to numbers, without a language model."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class LayerInspection:
     k: int | None
     activation: str | None
     facts: tuple[tuple[str, float, str], ...]
-    """What the selection says of itself (`Selection.facts`): name, value and remark."""
+    """The selection's numbers (`Selection.facts`): name, value and remark."""
     max_norm: float | None
-    """How long the activations are at most that it is for."""
+    """The largest norm of counted activations."""
     fvu: float | None
     """Fraction of variance unexplained, as last reported while training."""
     trend: tuple[tuple[int, float | None], ...]
@@ -67,7 +67,7 @@ class Inspection:
     path: Path
     """As it was given."""
     kind: str
-    """What `path` is: "run", "checkpoint" or "sae"."""
+    """The kind of `path`: "run", "checkpoint" or "sae"."""
     checkpoint: Path
     """The checkpoint's folder; for a lone SAE the folder it lies in."""
     model: str | None
@@ -81,7 +81,7 @@ class Inspection:
     saekit_version: str | None
     layers: tuple[LayerInspection, ...]
     evaluation: dict[str, Any] | None = None
-    """What `saekit eval` found of these layers, if it was asked: the content of `eval.json`."""
+    """The results of `saekit eval` for these layers, if there are any: the content of `eval.json`."""
 
 
 def inspect_path(
@@ -128,7 +128,7 @@ def inspect_path(
 
 
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
-    """The same as JSON types: paths as strings, NaN and infinity as None."""
+    """Return the same as JSON types: paths as strings, NaN and infinity as None."""
     data = plain(asdict(inspection))
     for layer in data["layers"]:
         layer |= {name: value for name, value, _ in layer.pop("facts")}
@@ -180,19 +180,19 @@ def _inspect_sae(
 
 
 def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
-    """What the selection says of itself; nothing where no package or plug-in here knows it."""
+    """Read the selection's numbers; none if no package or plug-in here has the selection."""
     activation = _text(config, "activation") or "topk"
     return tuple(SELECTIONS.get(activation).facts(config)) if activation in SELECTIONS else ()
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """What training wrote beside the weights; sparsify writes nothing."""
+    """Read what training wrote next to the weights; sparsify writes nothing."""
     file = folder / ABOUT_FILE
     return read_json(file) if file.exists() else {}
 
 
 def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
+    """Return tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
     file = folder / STATE_FILE
     if not file.exists():
         return None, None

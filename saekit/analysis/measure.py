@@ -1,4 +1,4 @@
-"""What can be measured on a trained SAE without its language model: M latents, D the residual stream's width."""
+"""Measures a trained SAE without its language model: M latents, D the width of the activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT_BUDGET = 10**11
 
 @dataclass(frozen=True)
 class Density:
-    """How often latents fire: a latent's firings over all training tokens, from 0 to 1."""
+    """Firing densities: a latent's firings over all training tokens, from 0 to 1."""
 
     p5: float
     """5 % of all latents, those that never fired included, fire less often than this."""
@@ -60,7 +60,7 @@ class Norms:
 
 
 def density(fire_count_M: Tensor, tokens: int) -> Density:
-    """How often latents fire.
+    """Measure firing densities.
 
     Args:
         fire_count_M: `[M]`, int64: tokens on which each latent fired.
@@ -118,7 +118,7 @@ def unit_rows(rows_MD: Tensor) -> Tensor:
 
 
 def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
-    """Each row's largest cosine `[M]` and the number of duplicates; every pair is multiplied once."""
+    """Return each row's largest cosine `[M]` and the number of duplicates; every pair is multiplied once."""
     nearest_M = torch.full((len(unit_MD),), -1.0)
     duplicates = 0
     chunk = chunk_rows(len(unit_MD))
@@ -135,7 +135,7 @@ def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
 
 
 def _sampled_rows(unit_MD: Tensor, rows: Tensor) -> tuple[Tensor, int]:
-    """The sampled rows' largest cosine, and the number of duplicates extrapolated to all rows."""
+    """Return the sampled rows' largest cosine, and the number of duplicates extrapolated to all rows."""
     nearest, found = [], 0
     for piece in rows.split(chunk_rows(len(unit_MD))):
         cosine = unit_MD[piece] @ unit_MD.T

@@ -1,4 +1,4 @@
-"""What an evaluation adds up, sequence by sequence, what it estimates from that, and the file it goes to."""
+"""Sums of an evaluation, sequence by sequence, the estimates from them, and the file they go to."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def ratio(numerator_S: Tensor, denominator_S: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well an SAE reconstructs its layer's activations, over all tokens that it is for."""
+    """The quality of an SAE's reconstruction, over all counted tokens."""
 
     fvu: Estimate
     """Fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖², with the mean x̄ over the same tokens."""
     explained_variance: Estimate
-    """One minus the same with the mean error taken out of the numerator: what a constant could mend is not counted."""
+    """One minus the FVU without the mean error in the numerator, which a constant could correct."""
     cosine: Estimate
     """Mean over tokens of the cosine of x and x̂."""
     l0: Estimate
@@ -79,7 +79,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Grafted:
-    """What the language model says with something in the place of one layer's activations, or of all layers'."""
+    """The language model's answers when the activations of one layer, or of all layers, are replaced."""
 
     ce: Estimate
     """Cross-entropy with the true tokens, nats per scored token, with the reconstruction spliced in."""
@@ -126,7 +126,7 @@ class Evaluation:
     """Predictions that were scored."""
 
     def warnings(self) -> list[str]:
-        """What looks wrong."""
+        """Return warnings about results that look wrong."""
         return [
             f"{layer.hookpoint}: FVU {layer.reconstruction.fvu.value:.2f}, worse than the mean: this SAE was hardly "
             "trained on this layer of this model"
@@ -167,24 +167,24 @@ class ReconstructionSums:
         }
         self.fired_M = torch.zeros(num_latents, dtype=torch.int64, device=mean_D.device)
 
-    def add(self, rows: Tensor, x: Tensor, out: SaeOutput, kept: Tensor) -> None:
+    def add(self, rows: Tensor, x: Tensor, out: SaeOutput, counted: Tensor) -> None:
         """A batch.
 
         Args:
             rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
             x: Activations `[B, T, D]`, float32.
             out: What the SAE made of them.
-            kept: Which tokens count, bool `[B, T]`.
+            counted: Which tokens are counted, bool `[B, T]`.
         """
-        error = (x - out.recon) * kept[..., None]
-        fired = out.fired & kept[..., None]
-        deviation = (x - self.mean_D) * kept[..., None]
+        error = (x - out.recon) * counted[..., None]
+        fired = out.fired & counted[..., None]
+        deviation = (x - self.mean_D) * counted[..., None]
         values = {
-            "tokens": kept.sum(1),
+            "tokens": counted.sum(1),
             "error": error.square().sum((1, 2), dtype=torch.float64),
             "bias": error.sum(1, dtype=torch.float64),
             "deviation": deviation.square().sum((1, 2), dtype=torch.float64),
-            "cosine": (torch.cosine_similarity(x, out.recon, dim=2) * kept).sum(1, dtype=torch.float64),
+            "cosine": (torch.cosine_similarity(x, out.recon, dim=2) * counted).sum(1, dtype=torch.float64),
             "l0": fired.sum((1, 2)),
         }
         for name, value in values.items():
@@ -192,7 +192,7 @@ class ReconstructionSums:
         self.fired_M += torch.bincount(out.indices[fired], minlength=len(self.fired_M))
 
     def result(self, total: Total) -> Reconstruction:
-        """The numbers, the same on all ranks. Collective."""
+        """Return the numbers, the same on all ranks. Collective."""
         sums = {name: total(value) for name, value in self.sums.items()}
         fired_M = total(self.fired_M)
         tokens_S, error_S, bias_SD = sums["tokens"], sums["error"], sums["bias"]
@@ -227,7 +227,7 @@ class AnswerSums:
 
 
 CHANGES = ("spliced", "mean-ablated", "zero-ablated")
-"""What is put in a layer's place: its reconstruction, its mean, nothing."""
+"""The replacements of a layer's activations: its reconstruction, its mean, zeros."""
 
 
 class GraftSums:
@@ -237,7 +237,7 @@ class GraftSums:
         self.answers = {change: AnswerSums(sequences, device) for change in CHANGES}
 
     def result(self, clean_S: Tensor, scored_S: Tensor, total: Total) -> Grafted:
-        """The numbers, the same on all ranks. Collective.
+        """Return the numbers, the same on all ranks. Collective.
 
         Args:
             clean_S: The clean model's cross-entropy, summed over each sequence's scored tokens, of all ranks.

@@ -1,4 +1,4 @@
-"""What is evaluated, on what, what the language model is asked, and how far its answers change."""
+"""The subject of an evaluation: SAEs, model and data, the model's task, and how far its answers change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOCK = {"cpu": 2**20, "cuda": 2**26}
 
 
 class ScoredInput(NamedTuple):
-    """What the model reads, and what it is to predict."""
+    """The model's input, and the targets to predict."""
 
     input_ids: Tensor
     """int64 `[B, T]`."""
@@ -43,7 +43,7 @@ class Objective(Protocol):
     """From sequences to questions."""
 
     def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-        """The question of each sequence.
+        """Return the question of each sequence.
 
         Args:
             input_ids: int64 `[B, T]`, on the CPU.
@@ -52,7 +52,7 @@ class Objective(Protocol):
 
 
 def next_token(input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-    """Every token is predicted from those before it. Implements `Objective`."""
+    """Predict every token from those before it. Implements `Objective`."""
     targets = torch.full_like(input_ids, IGNORED)
     targets[:, :-1] = input_ids[:, 1:]
     return ScoredInput(input_ids, targets)
@@ -85,7 +85,7 @@ class MaskedToken:
 def choose_objective(
     predicts: str | None, mask_id: int | None, excluded: Tensor, no_head: str
 ) -> tuple[Objective | None, str]:
-    """What a model is asked, and what to call it: its name, or why there is none.
+    """Choose a model's task, and a name for it: or why there is none.
 
     Args:
         predicts: "next token", "masked token", or None for a model without a head.
@@ -113,7 +113,7 @@ class Answer(NamedTuple):
     """Positions at which both models think the same token most likely."""
 
 
-def compare(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
+def compare_answers(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
     """Score a changed model's logits against the truth and against the clean model's.
 
     Args:
@@ -145,14 +145,14 @@ def _alone(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, on what, and which part of it this rank does."""
+    """SAEs, model and data of an evaluation, and this rank's part of it."""
 
     model: PreTrainedModel
     saes: Mapping[str, Sae]
-    """By hookpoint, on the model's device; where `whole` is given, only their sizes are looked at."""
+    """By hookpoint, on the model's device; if `whole` is given, only their sizes are read."""
     data: Sequences
     excluded: Tensor
-    """int64: ids of tokens that no SAE sees; they keep their true activations, like those that no SAE covers."""
+    """int64: ids of excluded tokens. They keep their true activations, as do those that `Sae.max_norm` excludes."""
     objective: Objective | None
     """None for a model without a head."""
     objective_name: str
@@ -161,11 +161,11 @@ class Subject:
     world_size: int = 1
     total: Total = _alone
     whole: Callable[[str], Sae] | None = None
-    """Gives an SAE for one use, where no rank holds them all. All ranks ask for the same ones in the same order."""
+    """Gives an SAE for one use, if no rank holds them all. All ranks ask for the same ones in the same order."""
 
     @property
     def device(self) -> torch.device:
-        """Where everything is computed."""
+        """Return where everything is computed."""
         return self.model.device
 
     def sae(self, hookpoint: str) -> Sae:
@@ -173,19 +173,19 @@ class Subject:
         return self.saes[hookpoint] if self.whole is None else self.whole(hookpoint)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's numbers of sequences `[B]`, their token ids `[B, T]` on the CPU, and which are kept `[B, T]`.
+        """Give this rank's sequence numbers `[B]`, their token ids `[B, T]` on the CPU, and which are counted `[B, T]`.
 
-        All ranks have as many batches, so that they do the same things: who has less to do gets batches of one
-        sequence that has no number, and of which no token is kept.
+        All ranks have the same number of batches, so that they make the same calls. A rank with fewer sequences gets
+        batches of one sequence without a number, in which no token is counted.
         """
         mine = np.arange(self.rank, len(self.data), self.world_size)
         for start in range(0, self.num_batches * self.batch_size, self.batch_size):
             numbers = mine[start : start + self.batch_size]
             input_ids = self.data.read(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
-            kept = ~torch.isin(input_ids, self.excluded) & bool(len(numbers))
-            yield torch.from_numpy(numbers), input_ids, kept
+            counted = ~torch.isin(input_ids, self.excluded) & bool(len(numbers))
+            yield torch.from_numpy(numbers), input_ids, counted
 
     @property
     def num_batches(self) -> int:
-        """How many each rank has: as many as the first one's share makes."""
+        """Return the number of batches of each rank: as many as the first rank's share makes."""
         return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)

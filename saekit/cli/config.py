@@ -76,12 +76,12 @@ def config(
         console.print("Nothing was written.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     files = wizard.files_of(draft)
-    wizard.write(files)
+    wizard.write_files(files)
     console.print(f"Wrote {' and '.join(map(str, files))}. Start the run with", soft_wrap=True, markup=False)
     typer.echo(wizard.start_command(draft))
 
 
 def _processes(num_processes: int | None, gpus: int | None, gpu_memory: str | None) -> str:
-    """The three options as the answer to the first question."""
+    """Return the three options as the answer to the first question."""
     check_machine(gpus, gpu_memory, num_processes)
     return f"{gpus}x{gpu_memory}" if gpus is not None else str(num_processes or "")

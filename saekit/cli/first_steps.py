@@ -14,7 +14,7 @@ from saekit.cli.output import EXIT_FAULT, messages, progress, results, resumable
 from saekit.demo import MODEL_DIR, standard_library
 
 EVALUATED_SHARE = 7
-"""For so many tokens trained on, the demo evaluates on one."""
+"""Tokens that the demo trains on for each token that it evaluates on."""
 
 
 def doctor(
@@ -25,7 +25,7 @@ def doctor(
         bool, typer.Option("--debug", help="Show the traceback when a check itself goes wrong, and stop there.")
     ] = False,
 ) -> None:
-    """Look at this machine: versions, devices, ranks, 8 bits, hub, resources; what will not work, and what mends it."""
+    """Check this machine: versions, devices, ranks, 8 bits, hub, resources; say what will not work, how to fix it."""
     with messages().status("Looking at this machine"):
         from saekit.doctor import can_train, diagnose, findings_to_json
         from saekit.views.doctor import render_findings

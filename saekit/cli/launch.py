@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from saekit.planning import Offload
 
 OWN_OPTIONS = ("--launch", "--num-processes")
-"""What `saekit train` understands itself and the processes that it starts are not told."""
+"""Options that `saekit train` does not pass on to the processes that it starts."""
 
 STARTABLE = ("NO", "MULTI_GPU", "DEEPSPEED")
 """Kinds of launch file (accelerate's distributed_type) that start as many processes as they say."""
 
 SECONDS_TO_SAVE = "600"
-"""How long after Ctrl-C the processes may take to finish their step and save it; torchrun's own 30 s are too few."""
+"""Seconds after Ctrl-C in which processes finish and save their step; torchrun's own 30 s are too few."""
 
 
 def launch_files() -> dict[str, Path]:
-    """The launch files that come with saekit, by name."""
+    """Return the launch files that come with saekit, by name."""
     package = Path(saekit.__file__).parent
-    # An installed saekit carries them inside; in a checkout they lie beside the package, for `accelerate launch`.
+    # An installed saekit carries them inside; in a checkout they are next to the package, for `accelerate launch`.
     for folder in (package / "accelerate_configs", package.parent / "accelerate_configs"):
         if files := sorted(folder.glob("*.yaml")):
             return {file.stem: file for file in files}
@@ -47,7 +47,7 @@ def launch_files() -> dict[str, Path]:
 
 
 def launch_file(name: str) -> Path:
-    """The file that `--launch` means: a shipped one by its name (`zero3`, `layer-map`), or else the user's own.
+    """Return the file that `--launch` means: a shipped one by its name (`zero3`, `layer-map`), or else the user's own.
 
     Raises:
         UserError: If there is neither.
@@ -60,7 +60,7 @@ def launch_file(name: str) -> Path:
 
 
 def without_launch(arguments: Sequence[str], flags: frozenset[str]) -> list[str]:
-    """The command line less `--launch` and `--num-processes`, in whichever way they were written.
+    """Return the command line less `--launch` and `--num-processes`, in whichever way they were written.
 
     Args:
         arguments: What was typed after `saekit`.
@@ -98,7 +98,7 @@ def relaunch(context: typer.Context, name: str, num_processes: int | None) -> No
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it has found no GPU
-    # All cores in all, where accelerate would give one to each process; it counts for DeepSpeed's optimiser as well.
+    # The total is all cores; accelerate would give one to each process. It matters to DeepSpeed's optimizer, too.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     os.environ[LAUNCHED] = shlex.join(["--launch", name, "--num-processes", str(processes)])
     # Port 0: any that is free, so that two runs on one machine do not meet.
@@ -107,7 +107,7 @@ def relaunch(context: typer.Context, name: str, num_processes: int | None) -> No
 
 
 def processes_of(name: str, num_processes: int | None) -> int:
-    """How many processes `--launch NAME` would start.
+    """Return the number of processes that `--launch NAME` would start.
 
     Raises:
         UserError: If the launch file, or this machine, cannot start them.
@@ -129,7 +129,7 @@ def _flags(option: Any) -> list[str]:
 
 
 def _processes(file: Path, name: str, asked: int | None) -> int:
-    """How many processes to start; refuses what accelerate would start differently, or not at all."""
+    """Return the number of processes to start; refuses what accelerate would start differently, or not at all."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
@@ -233,7 +233,7 @@ def _leave_like(error: Exception) -> None:
 
 
 def _shell_code(code: int) -> int:
-    """A process's exit code as a shell shows it: 128 + N for one that signal N has ended."""
+    """Return a process's exit code as a shell shows it: 128 + N for one that signal N has ended."""
     return 128 - code if code < 0 else code or EXIT_FAULT
 
 
@@ -247,7 +247,7 @@ def _hush() -> None:
 
 
 def placement_of(name: str, asked: str) -> str | None:
-    """The placement under `--launch NAME`; None where there is one process.
+    """Return the placement under `--launch NAME`; None where there is one process.
 
     Args:
         name: A shipped launch file's name, or a file.
@@ -260,7 +260,7 @@ def placement_of(name: str, asked: str) -> str | None:
 
 
 def offload_of(name: str) -> Offload:
-    """What DeepSpeed is to keep in the machine's memory under `--launch NAME`."""
+    """Return what DeepSpeed keeps in the machine's memory under `--launch NAME`."""
     from saekit.planning import Offload
 
     zero = _section(_read_launch_file(name), "deepspeed_config")

@@ -18,7 +18,7 @@ from saekit.errors import UserError
 
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE.py", help="A Python file that registers selections; may be repeated."),
+    typer.Option("--plugin", metavar="FILE.py", help="A Python file that registers selections, ...; may be repeated."),
 ]
 """For commands that open checkpoints: the only plug-ins that these run."""
 SIZES = {"num_latents", "expansion_factor"}
@@ -64,7 +64,7 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def _option_type(option: Option) -> Any:
-    """What Typer parses; the rest the configuration parses, which names every wrong value, and all of them together."""
+    """Return the type that Typer parses. The configuration parses the rest, and reports all wrong values together."""
     if option.type in (bool, Path) or get_origin(option.type) is Literal:
         return option.type
     return list[Path] if option.type == tuple[Path, ...] else str
@@ -85,7 +85,7 @@ def _metavar(option: Option) -> str | None:
 
 
 def options_given(config: Path | None, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was typed, and that laid over a file's values. The plug-ins among them are run.
+    """Return the typed options, and a file's values updated with them. Plug-ins among them are run.
 
     Args:
         config: `--config`.
@@ -98,7 +98,7 @@ def options_given(config: Path | None, typed: Mapping[str, Any]) -> tuple[dict[s
 
 
 def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> None:
-    """See that these options have a value.
+    """Check that these options have a value.
 
     Raises:
         UserError: If one has none.
@@ -109,7 +109,7 @@ def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> No
 
 
 def check_machine(gpus: int | None, gpu_memory: str | None, num_processes: int | None) -> None:
-    """See that a machine is described whole, or this one is meant.
+    """Check that a machine is described completely, or this one is meant.
 
     Raises:
         UserError: If it is half of each.
@@ -121,7 +121,7 @@ def check_machine(gpus: int | None, gpu_memory: str | None, num_processes: int |
 
 
 def with_resume_value(arguments: list[str]) -> list[str]:
-    """The command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
+    """Return the command line with `--resume=latest` where `--resume` has no value; Typer knows no optional values."""
     following = [*arguments, "--"][1:]
     return [
         f"{argument}=latest" if argument == "--resume" and after.startswith("-") else argument

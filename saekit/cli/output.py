@@ -1,4 +1,4 @@
-"""What the command line prints and how it ends: results on stdout, everything else on stderr, no tracebacks.
+"""Output and exit codes of the command line: results on stdout, everything else on stderr, no tracebacks.
 
 Exit codes: 0 done, or saved because a scheduler wants the machine, 2 something the user gave cannot be used, 130
 stopped by Ctrl-C, 1 a fault of ours.
@@ -25,16 +25,16 @@ LAUNCHED = "SAEKIT_LAUNCHED"
 """In the environment of processes that `--launch` started: its options."""
 
 TyperUsageError: Any = typer.BadParameter.__bases__[0]
-"""What Typer raises for an unknown option and the like: click's class, of which newer Typers carry a copy."""
+"""The class that Typer raises for an unknown option, for example: click's, of which newer Typers have a copy."""
 
 
 def results() -> Console:
-    """Where results go."""
+    """Return where results go."""
     return Console()
 
 
 def messages() -> Console:
-    """Where progress, hints and errors go."""
+    """Return where progress, hints and errors go."""
     return Console(stderr=True)
 
 
@@ -124,13 +124,13 @@ class Bar:
         self._task = self.bar.add_task("", total=None)
 
     def status(self, text: str) -> None:
-        """What is going on now."""
+        """Show what is going on now."""
         self.bar.update(self._task, description=text)
         if not self.console.is_terminal:
             self.console.print(text, soft_wrap=True, highlight=False)
 
     def update(self, done: int, of: int) -> None:
-        """How far it is."""
+        """Show how far it is."""
         self.bar.update(self._task, completed=done, total=of)
 
 

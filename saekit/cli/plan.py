@@ -115,7 +115,7 @@ def plan(
 def _check_machine(
     gpus: int | None, gpu_memory: str | None, num_processes: int | None, *, use_this: bool, measure: bool
 ) -> None:
-    """See that one machine is meant, not two."""
+    """Check that one machine is meant, not two."""
     if use_this and gpus is not None:
         raise UserError(f"--detect plans for this machine and --gpus {gpus} for another: give one of them")
     if measure and gpus is not None:

@@ -26,7 +26,7 @@ def train(
         str | None,
         typer.Argument(
             help="Data set: a hub id, a folder made by save_to_disk, a .jsonl, .parquet or .txt file or glob; "
-            "pre-tokenised with a column input_ids, or a .bin file of uint16 or uint32 token ids."
+            "pre-tokenized with a column input_ids, or a .bin file of uint16 or uint32 token ids."
         ),
     ] = None,
     config: Annotated[

@@ -22,7 +22,7 @@ SECRETS = frozenset({"hf_token"})
 
 
 def option_names(*configs: type) -> set[str]:
-    """The options of these configs; a nested config is none."""
+    """Return the options of these configs; a nested config is none."""
     return {field.name for config in configs for field in dataclasses.fields(config)} - {"sae"}
 
 
@@ -47,7 +47,7 @@ def make_config(config: type, values: Mapping[str, Any], found: list[str], **nes
 
 
 def unknown_options(given: Iterable[str], known: Collection[str]) -> list[str]:
-    """A line for each name that is no option, with the options whose names are similar."""
+    """Return a line for each name that is no option, with the options whose names are similar."""
     lines = []
     for name in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
@@ -75,7 +75,7 @@ def to_flat(config: Any) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML file; dashes in names count as underscores.
+    """Return the options in a YAML file; dashes in names count as underscores.
 
     Raises:
         UserError: If there is no such file or it is not a mapping.

@@ -41,7 +41,7 @@ class DataConfig:
     dataset: str
     """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or token ids (also .bin)."""
     split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
-    text_column: str = option("text", "Column with the text, if the data set is not tokenised yet.", panel=DATA)
+    text_column: str = option("text", "Column with the text, if the data set is not tokenized yet.", panel=DATA)
     data_args: Mapping = option(
         {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
     )
@@ -53,7 +53,7 @@ class DataConfig:
         ge=1,
     )
     num_proc: int | None = option(
-        None, "Processes that tokenise; by default one per core.", panel=DATA, unit="processes", ge=1
+        None, "Processes that tokenize; by default one per core.", panel=DATA, unit="processes", ge=1
     )
     eval_dataset: str | None = option(
         None,
@@ -68,11 +68,11 @@ class DataConfig:
 
     @property
     def evaluates_on_own(self) -> bool:
-        """Whether --eval-every is to use the data that the run trains on, as far as it leaves that unread."""
+        """Tell whether --eval-every uses the data that the run trains on, as far as the run does not read it."""
         return self.eval_dataset in (None, self.dataset) and self.eval_split in (None, self.split)
 
     def for_evaluation(self) -> DataConfig:
-        """What --eval-every is to read, where that is not the run's own data."""
+        """Return the data that --eval-every reads, if that is not the run's own."""
         if self.eval_dataset in (None, self.dataset):
             return replace(self, split=self.eval_split or self.split)
         assert self.eval_dataset is not None

@@ -1,4 +1,4 @@
-"""How a config field is documented: once, at the field, for `--help`, the YAML file and the docs."""
+"""Documents a config field once, at the field, for `--help`, the YAML file and the docs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan
 
 
 def option(default: Any, help: str, *, panel: str, unit: str | None = None, **constraints: Any) -> Any:
-    """A field that is also a command-line option.
+    """Return a field that is also a command-line option.
 
     Args:
         default: Its default; None where the default depends on something else, which `help` then says.
@@ -46,7 +46,7 @@ class Option:
 
 
 def options_of(config: type) -> Iterator[Option]:
-    """The fields of a config that are options, in order; nested configs and others without a panel are left out."""
+    """Yield the fields of a config that are options, in order; nested configs and others without a panel are not."""
     hints = get_type_hints(config, include_extras=True)
     fields: dict[str, FieldInfo] = config.__pydantic_fields__  # type: ignore[attr-defined]
     for name, info in fields.items():
@@ -74,7 +74,7 @@ def _plain_type(hint: Any) -> Any:
 
 
 def problems(error: ValidationError) -> list[str]:
-    """A line per problem that pydantic found, each naming the option and what it was given."""
+    """Return one line per problem that pydantic found, with the option and its value."""
     lines = []
     for item in error.errors(include_url=False):
         name = str(item["loc"][0]) if item["loc"] else ""

@@ -10,11 +10,11 @@ from saekit.errors import UserError
 from saekit.registry import PLACEMENTS
 
 AUTO = "auto"
-"""`--placement` by default: what the launch file says."""
+"""The default of `--placement`: what the launch file says."""
 
 
 def placement_names() -> tuple[str, ...]:
-    """What `--placement` takes: `auto`, the built-in placements and those of plug-ins."""
+    """Return the values of `--placement`: `auto`, the built-in placements and those of plug-ins."""
     return (AUTO, *PLACEMENTS.names())
 
 

@@ -59,7 +59,7 @@ class RunConfig:
         return cls.from_flat(read_yaml(Path(path)))
 
     def to_flat(self) -> dict[str, Any]:
-        """The same as plain YAML-able values, without secrets; `from_flat` reads it back."""
+        """Return the same as plain YAML-able values, without secrets; `from_flat` reads it back."""
         return {**to_flat(self.model), **to_flat(self.data), **to_flat(self.train)}
 
     def to_yaml(self, path: str | Path) -> None:

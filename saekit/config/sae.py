@@ -1,4 +1,4 @@
-"""The options of what an SAE is. `saekit.config.schema` has the others."""
+"""The options of an SAE's shape. `saekit.config.schema` has the others."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class SaeConfig:
     )
     plugin: Files = option(
         (),
-        "A Python file that registers more selections for --activation. May be given several times. Only files that "
-        "are named here, or in the file of --config, are run: never one that a checkpoint names.",
+        "A Python file that registers selections, sources, placements or formats. May be given several times. Only "
+        "files that are named here, or in the file of --config, are run: never one that a checkpoint names.",
         panel=SAE,
     )
     normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
@@ -84,7 +84,7 @@ class SaeConfig:
 
     @property
     def kind(self) -> Any:
-        """The class that selects latents, a `saekit.sae.selection.Selection`. Imports torch.
+        """Return the class that selects latents, a `saekit.sae.selection.Selection`. Imports torch.
 
         Raises:
             UserError: If it comes from a package that cannot be imported.
@@ -92,7 +92,7 @@ class SaeConfig:
         return SELECTIONS.get(self.activation)
 
     def sizes(self, d_in: int, num_latents: int) -> dict[str, Any]:
-        """The arguments of a fresh `Sae` of D dimensions and M latents."""
+        """Return the arguments of a fresh `Sae` of D dimensions and M latents."""
         return {
             "d_in": d_in,
             "num_latents": num_latents,
@@ -103,7 +103,7 @@ class SaeConfig:
         }
 
     def resolve_prefixes(self, num_latents: int) -> tuple[int, ...]:
-        """How many latents each of the nested dictionaries has, ascending, the last one M; empty without any.
+        """Return the sizes of the nested dictionaries, ascending, the last one M; empty without any.
 
         Raises:
             ValueError: If two of them would be the same, or one empty.
@@ -118,7 +118,7 @@ class SaeConfig:
         return prefixes
 
     def resolve_num_latents(self, d_in: int) -> int:
-        """M for a residual stream of width `d_in`.
+        """Return M for activations of width `d_in`.
 
         Raises:
             ValueError: If `d_in` contradicts the config's own, `k` is larger than M, the selection cannot have these

@@ -1,4 +1,4 @@
-"""What a user can choose. Validated and serialisable, with no side effects; each option documented once.
+"""The options of a run: validated and serializable, without side effects; each is documented once.
 
 This file has the options of training. `saekit.config.inputs` has those of the language model and the data set,
 `saekit.config.sae` those of an SAE's shape.
@@ -20,7 +20,7 @@ from saekit.config.sae import SAE, SaeConfig
 from saekit.errors import UserError
 
 BATCH = "Batches"
-OPTIMIZER = "Optimiser"
+OPTIMIZER = "Optimizer"
 DEAD = "Dead latents"
 SPEED = "Speed"
 PLACEMENT = "Several ranks"
@@ -30,7 +30,7 @@ LOGGING = "Logging"
 
 @dataclass(frozen=True, config=CONFIG)
 class TrainConfig:
-    """How SAEs are trained, whatever the model and data."""
+    """The options of training, for any model and data."""
 
     sae: SaeConfig = SaeConfig()
     layers: LayerList | None = option(
@@ -67,7 +67,7 @@ class TrainConfig:
     batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)
     grad_acc_steps: int = option(
         1,
-        "Micro-batches per optimiser step; the global batch is batch-size × grad-acc-steps × ranks.",
+        "Micro-batches per optimizer step; the global batch is batch-size × grad-acc-steps × ranks.",
         panel=BATCH,
         unit="micro-batches",
         ge=1,
@@ -117,7 +117,7 @@ class TrainConfig:
         "Steps of linear warm-up. The rate then falls linearly to zero at the end of the run (signum: it stays). "
         "By default three tenths of the run (signum: a tenth).",
         panel=OPTIMIZER,
-        unit="optimiser steps",
+        unit="optimizer steps",
         ge=0,
     )
     decoder_lr_ratio: float | None = option(
@@ -148,7 +148,7 @@ class TrainConfig:
         "A step with NaN or Inf in the loss or gradient of any layer is skipped for all layers. The run stops after N "
         "such steps in a row.",
         panel=OPTIMIZER,
-        unit="optimiser steps",
+        unit="optimizer steps",
         ge=1,
     )
 
@@ -220,7 +220,7 @@ class TrainConfig:
         panel=SAVING,
     )
     save_every: int = option(
-        1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimiser steps", ge=1
+        1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimizer steps", ge=1
     )
     keep_last: int = option(1, "Checkpoints to keep, not counting the best.", panel=SAVING, unit="checkpoints", ge=1)
     save_best: bool = option(
@@ -250,7 +250,7 @@ class TrainConfig:
     )
 
     log_every: int = option(
-        1, "Steps between reports; numbers are means over those steps.", panel=LOGGING, unit="optimiser steps", ge=1
+        1, "Steps between reports; numbers are means over those steps.", panel=LOGGING, unit="optimizer steps", ge=1
     )
     log_with: str | None = option(
         None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
@@ -262,7 +262,7 @@ class TrainConfig:
         "always evaluated. Off by default. Evaluations need the whole language model, which is loaded unless "
         "--shard-lm is given; with --shard-lm only the reconstruction is evaluated.",
         panel=EVALUATION,
-        unit="optimiser steps",
+        unit="optimizer steps",
         ge=1,
     )
     eval_tokens: int = option(
@@ -288,16 +288,16 @@ class TrainConfig:
 
     @property
     def revives(self) -> bool:
-        """Whether a loss reaches dead latents."""
+        """Tell whether a loss reaches dead latents."""
         return self.revive_alpha > 0 or self.auxk_alpha > 0
 
     @property
     def loads_whole_model(self) -> bool:
-        """Whether the blocks after the last tapped one and the head are loaded, too: evaluations need them.
+        """Tell whether the blocks after the last hookpoint and the head are loaded, too: evaluations need them.
 
-        Where the language model is cut among the ranks they are not, and evaluations are of the reconstruction only: it
-        would be gathered three times per layer for every batch, and DeepSpeed, which learns in which order modules run,
-        would have to learn it again each time.
+        If the language model is sharded they are not, and evaluations are of the reconstruction only. It would be
+        gathered three times per layer for every batch, and DeepSpeed, which learns in which order modules run, would
+        learn it again each time.
         """
         return self.eval_every is not None and not self.shard_lm
 
@@ -324,8 +324,8 @@ class TrainConfig:
             )
         if 0 < self.max_norm_multiple < 1:
             raise ValueError(
-                f"--max-norm-multiple {self.max_norm_multiple:g} would leave out ordinary tokens: give at least 1, or "
-                "0 to leave nothing out"
+                f"--max-norm-multiple {self.max_norm_multiple:g} would exclude ordinary tokens: give at least 1, or "
+                "0 to exclude none"
             )
         check_placement(self.placement, self.layer_map, self.shard_lm)
         if self.moments_dtype != "fp32" and self.optimizer != "adam":

@@ -1,4 +1,4 @@
-"""The batch of optimiser step *s*, as a function of *s*, the seed and the global batch size alone; read ahead."""
+"""The batch of optimizer step *s*, as a function of *s*, the seed and the global batch size alone; read ahead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sequences(Protocol):
     """Tokens per sequence."""
 
     def __len__(self) -> int:
-        """How many sequences there are."""
+        """Return the number of sequences."""
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """Token ids `[len(numbers), ctx_len]`, int64, on the CPU."""
@@ -72,7 +72,7 @@ class MemmapSequences:
 
 
 def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
-    """Make `Sequences` of a tokenised data set; rows of other lengths than `ctx_len` are joined and cut anew.
+    """Make `Sequences` of a tokenized data set; rows of other lengths than `ctx_len` are joined and cut again.
 
     Args:
         data: A `datasets.Dataset` with a column `input_ids`, or `Sequences` already.
@@ -85,7 +85,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
         return data
     if "input_ids" not in data.column_names:
         raise UserError(
-            f"the data set is not tokenised: it has no column input_ids but {', '.join(data.column_names)}; "
+            f"the data set is not tokenized: it has no column input_ids but {', '.join(data.column_names)}; "
             "saekit.chunk_and_tokenize makes one"
         )
     if len(data) == 0:
@@ -106,7 +106,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
 
 
 def _all_of_length(data: Dataset, length: int) -> bool:
-    """Whether every row has so many tokens; read from Arrow's offsets, not from the tokens."""
+    """Tell whether every row has `ctx_len` tokens, by Arrow's offsets, not by the tokens."""
     import pyarrow.compute as pc
 
     for batch in data.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000):
@@ -117,7 +117,7 @@ def _all_of_length(data: Dataset, length: int) -> bool:
 
 
 def _has_padding(data: Dataset) -> bool:
-    """Whether any token is masked out."""
+    """Tell whether any token is masked out."""
     import pyarrow.compute as pc
 
     for batch in data.with_format("arrow").select_columns(["attention_mask"]).iter(batch_size=10_000):
@@ -127,13 +127,13 @@ def _has_padding(data: Dataset) -> bool:
 
 
 class StepBatches:
-    """Cuts a seeded order of all sequences into optimiser steps, and a step into ranks and micro-batches.
+    """Cuts a seeded order of all sequences into optimizer steps, and a step into ranks and micro-batches.
 
     Args:
         data: The sequences.
-        global_batch: Sequences per optimiser step over all ranks.
+        global_batch: Sequences per optimizer step over all ranks.
         seed: Seed of the order; None keeps the data set's own.
-        max_tokens: Stop after so many tokens (excluded ones counted).
+        max_tokens: Stop after this many tokens, excluded ones included.
 
     Raises:
         UserError: If there is less than one global batch.
@@ -146,7 +146,7 @@ class StepBatches:
         if count < global_batch:
             limit = "" if max_tokens is None else f" (--max-tokens {max_tokens})"
             raise UserError(
-                f"there are {count} sequences of {data.ctx_len} tokens{limit}, fewer than one optimiser step of "
+                f"there are {count} sequences of {data.ctx_len} tokens{limit}, fewer than one optimizer step of "
                 f"{global_batch}: give more text, or a smaller --batch-size, --grad-acc-steps or --ctx-len"
             )
         self.data = data
@@ -156,21 +156,21 @@ class StepBatches:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that a whole run sees."""
+        """Return the number of sequences that a run reads."""
         return len(self.order)
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps in a whole run; the last may have fewer sequences than the others."""
+        """Return the number of optimizer steps in a run; the last may have fewer sequences than the others."""
         return -(-len(self.order) // self.global_batch)
 
     def checksum(self, step: int) -> str:
-        """Of the token ids of optimiser step `step`, over all ranks: other data has another."""
+        """Return a checksum of the token ids of optimizer step `step`, over all ranks."""
         numbers = self.order[step * self.global_batch : (step + 1) * self.global_batch]
         return xxhash.xxh3_128_hexdigest(self.data.read(numbers).numpy().tobytes())
 
     def step(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[Tensor]:
-        """This rank's micro-batches of token ids `[B, T]` of optimiser step `step`, which counts from 0.
+        """Yield this rank's micro-batches of token ids `[B, T]` of optimizer step `step`, which counts from 0.
 
         The step's sequences are dealt out in equal contiguous slices, first to micro-batches, then to ranks, so their
         union does not depend on either number; in the last step of a run slices can be short or empty.
@@ -183,7 +183,7 @@ class StepBatches:
 
 
 def read_ahead(read: Callable[[int], list[Tensor]], start: int, stop: int) -> Generator[tuple[int, list[Tensor]]]:
-    """Each step's number, from `start` up to but not including `stop`, with its batches; the next ones are being read.
+    """Yield each step's number, from `start` up to but not including `stop`, with its batches; a thread reads ahead.
 
     What a step reads depends on its number alone, so reading early changes nothing. An error in `read` is raised when
     its step comes. Close the iterator (or use it up) to end its thread.

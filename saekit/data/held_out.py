@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 OTHER_DATA = "Name another data set or --split to evaluate on, or train with --max-tokens"
-"""What to do where a run has read everything."""
+"""Advice for a run that has read everything."""
 
 
 class Chosen:
@@ -53,10 +53,10 @@ def held_out(
     token: str | None = None,
     remedy: str = OTHER_DATA,
 ) -> Sequences:
-    """What a run left unread of its own data set.
+    """Find what a run does not read of its own data set.
 
     Of text, or rows of any lengths, those documents none of whose tokens were in a sequence that the run trained on,
-    packed anew. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
+    packed again. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
     is the sequences that were not trained on.
 
     Args:
@@ -121,7 +121,7 @@ def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str |
 
 
 def _read(rows: Dataset, ctx_len: int, seen: np.ndarray) -> np.ndarray:
-    """Which rows have a token in one of the sequences `seen`; bool, one per row."""
+    """Tell which rows have a token in one of the sequences `seen`; bool, one per row."""
     lengths = row_lengths(rows)
     if not (lengths == ctx_len).all():
         return touched(lengths, ctx_len, seen)
@@ -147,11 +147,11 @@ def _chosen(whole: Sequences, numbers: np.ndarray, cfg: DataConfig, remedy: str)
 
 
 def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
-    """Which documents have a token in one of the sequences `seen`.
+    """Tell which documents have a token in one of the sequences `seen`.
 
     Args:
         lengths: Tokens of each document, its separator included, int64.
-        ctx_len: Tokens per sequence; the documents, one behind the other, are cut into sequences of so many.
+        ctx_len: Tokens per sequence; the documents, one after the other, are cut into sequences of this length.
         seen: Numbers of sequences.
 
     Returns:
@@ -177,7 +177,7 @@ def row_lengths(rows: Dataset) -> np.ndarray:
 
 
 def fingerprints(rows: Dataset) -> np.ndarray:
-    """A hash of each row's token ids, uint64."""
+    """Return a hash of each row's token ids, uint64."""
     import xxhash
 
     found = []

@@ -1,4 +1,4 @@
-"""A data set by name: from the hub, from local files, or pre-tokenised; all of it, or a look at its first rows."""
+"""A data set by name: from the hub, from local files, or pre-tokenized; all of it, or a look at its first rows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt"
 def load_sequences(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int, token: str | None = None, rows: Any = None
 ) -> Sequences:
-    """Find the data set, tokenise it unless it is tokenised already, and cut it into sequences of `ctx_len` tokens.
+    """Find the data set, tokenize it unless it is tokenized already, and cut it into sequences of `ctx_len` tokens.
 
     Args:
         cfg: Which data set.
-        tokenizer: The language model's; None if there is none, for data that is tokenised already.
+        tokenizer: The language model's; None if there is none, for data that is tokenized already.
         ctx_len: Tokens per sequence.
         token: For a private or gated data set on the hub.
         rows: The data, if it is in memory: see `rows_in_memory`.
@@ -48,13 +48,13 @@ def load_sequences(
     if "input_ids" in data.column_names:
         return sequences(data, ctx_len)
     if tokenizer is None:
-        raise UserError("the model does not say where it was loaded from: give its tokenizer, to tokenise the text")
+        raise UserError("the model does not say where it was loaded from: give its tokenizer, to tokenize the text")
     packed = chunk_and_tokenize(data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc)
     return sequences(packed, ctx_len)
 
 
 def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
-    """The rows of data that a caller has loaded.
+    """Return the rows of data that a caller has loaded.
 
     Args:
         rows: A data set, a stream of which `cfg.max_examples` rows are taken, splits by name of which `cfg.split` is
@@ -69,7 +69,7 @@ def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
     if isinstance(rows, DatasetDict):
         rows = _one_split(rows, cfg.split)
     if isinstance(rows, IterableDataset):
-        return _materialise(rows, cfg)
+        return _materialize(rows, cfg)
     if isinstance(rows, (list, tuple)) and all(isinstance(text, str) for text in rows):
         return Dataset.from_dict({cfg.text_column: list(rows)})
     if not isinstance(rows, Dataset):
@@ -78,7 +78,7 @@ def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
 
 
 def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int) -> MemmapSequences:
-    """A `.bin` file, as far as what it holds is beyond doubt."""
+    """Return a `.bin` file, as far as what it holds is beyond doubt."""
     if cfg.max_examples is not None:
         raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
     size = 0 if tokenizer is None else len(tokenizer)
@@ -91,15 +91,15 @@ def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: 
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
-    """The rows of a data set as they are, before any tokenising."""
+    """Return the rows of a data set as they are, before any tokenizing."""
     from datasets import IterableDataset
 
     rows = open_rows(cfg, token)
-    return _materialise(rows, cfg) if isinstance(rows, IterableDataset) else rows
+    return _materialize(rows, cfg) if isinstance(rows, IterableDataset) else rows
 
 
 def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
-    """The same, where a streamed data set is left a stream."""
+    """Return the same, where a streamed data set is left a stream."""
     from datasets import load_dataset, load_from_disk
 
     path = Path(cfg.dataset).expanduser()
@@ -143,7 +143,7 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {_first_line(reason)}") from error
 
 
-def _materialise(stream: Any, cfg: DataConfig) -> Dataset:
+def _materialize(stream: Any, cfg: DataConfig) -> Dataset:
     """Take as much of a streamed data set as the run needs, so that every step can be read again by its number."""
     from datasets import Dataset
 
@@ -157,7 +157,7 @@ def _rows(stream: Any) -> Any:
 
 
 def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
-    """What `--split` means of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
+    """Take a split of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
     from datasets import ReadInstruction, concatenate_datasets
 
     if split in splits:
@@ -177,7 +177,7 @@ def _existing(name: str) -> Path:
 
 
 def _format_of(files: list[str]) -> str:
-    """The format that all files share, as `datasets.load_dataset` calls it."""
+    """Return the format that all files share, as `datasets.load_dataset` calls it."""
     endings = sorted({Path(file).suffix for file in files})
     formats = {FILE_FORMATS.get(ending) for ending in endings}
     if len(formats) != 1 or None in formats:
@@ -198,14 +198,14 @@ def _first_line(error: BaseException) -> str:
 
 
 ROWS = 20
-"""How many are looked at."""
+"""Rows that `peek` reads."""
 IDS = 1024
-"""How many token ids of a file without rows."""
+"""Token ids that `peek` reads of a file without rows."""
 
 
 @dataclass(frozen=True)
 class Peek:
-    """What a data set looks like."""
+    """The first rows of a data set, and what they show."""
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
@@ -213,11 +213,11 @@ class Peek:
     first: tuple[dict[str, Any], ...]
     """At most `ROWS` rows."""
     count: int | None
-    """Rows in all, None where only reading all of it would tell."""
+    """Total number of rows; None if only reading everything would tell."""
 
     @property
-    def tokenised(self) -> bool:
-        """Whether it holds token ids rather than text."""
+    def tokenized(self) -> bool:
+        """Tell whether it holds token ids rather than text."""
         return "input_ids" in self.columns
 
 

@@ -20,7 +20,7 @@ TEXT_TYPES = ("string", "large_string", "null")
 """Types of a column with text; null is one without any."""
 
 DOCUMENTS_PER_PROCESS = 2000
-"""Below so many documents another process costs more to start than it saves."""
+"""Documents below which another process costs more to start than it saves."""
 
 
 def chunk_and_tokenize(
@@ -32,7 +32,7 @@ def chunk_and_tokenize(
     num_proc: int | None = None,
     load_from_cache_file: bool = True,
 ) -> Dataset:
-    """Tokenise documents and pack them, one after the other, into chunks of one length.
+    """Tokenize documents and pack them, one after the other, into chunks of one length.
 
     The stream is `EOS doc EOS doc EOS ...`: an end-of-text token before every document, the first included. It is cut
     into chunks without a gap, across the borders of `map`'s batches too; only what is left at the very end of the
@@ -43,7 +43,7 @@ def chunk_and_tokenize(
         tokenizer: Its EOS token (for an encoder without one, its separator) is put between documents.
         text_key: The column with the text.
         max_seq_len: Tokens per chunk; by default 2048, or the tokenizer's limit if that is less.
-        num_proc: Processes that tokenise; by default one per core, as far as there are documents for them.
+        num_proc: Processes that tokenize; by default one per core, as far as there are documents for them.
         load_from_cache_file: Whether a cached result may be used.
 
     Returns:
@@ -65,7 +65,7 @@ def tokenize(
     num_proc: int | None = None,
     load_from_cache_file: bool = True,
 ) -> Dataset:
-    """Tokenise documents, each behind a separator, one row per document; the arguments are `chunk_and_tokenize`'s.
+    """Tokenize documents, each behind a separator, one row per document; the arguments are `chunk_and_tokenize`'s.
 
     Raises:
         UserError: If there is no such column, no token to put between documents, or no row.
@@ -94,7 +94,7 @@ def tokenize(
             num_proc=processes if processes > 1 else None,
             remove_columns=data.column_names,
             load_from_cache_file=load_from_cache_file,
-            desc="Tokenising",
+            desc="Tokenizing",
         )
 
 
@@ -124,12 +124,12 @@ def pack(tokens: Dataset, ctx_len: int, *, load_from_cache_file: bool = True) ->
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before each document: EOS, or an encoder's separator."""
+    """Return the token that stands before each document: EOS, or an encoder's separator."""
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
         if token_id is not None:
             return int(token_id)
     raise UserError(
-        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenise the data set yourself and give "
+        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenize the data set yourself and give "
         "it with a column input_ids"
     )
 

@@ -1,4 +1,4 @@
-"""What `saekit demo` runs: a small language model, trained by `examples/train_demo_lm.py`, and text that is at hand.
+"""The demo's inputs: a small language model, trained by `examples/train_demo_lm.py`, and text that is at hand.
 
 Internal: may change in any release; the API is what `saekit` names.
 """
@@ -20,7 +20,7 @@ LEFT_OUT = frozenset(
 
 
 def standard_library() -> Iterator[str]:
-    """The text of every module, one by one, in the order of their names."""
+    """Yield the text of every module, one by one, in the order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         if LEFT_OUT.isdisjoint(file.relative_to(root).parts):

@@ -1,4 +1,4 @@
-"""What `saekit doctor` looks at on a machine, what will not work there, and how to mend it.
+"""The checks of `saekit doctor`: what will not work on a machine, and how to fix it.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

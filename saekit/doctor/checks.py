@@ -19,17 +19,7 @@ import psutil
 from saekit._version import __version__
 from saekit.config import TrainConfig
 from saekit.doctor import devices, hub, libraries, limits, ranks
-from saekit.doctor.findings import (
-    DEVICES,
-    EIGHT_BITS,
-    HUB,
-    LIBRARIES,
-    RANKS,
-    RESOURCES,
-    SAEKIT,
-    Finding,
-    attempt,
-)
+from saekit.doctor.findings import DEVICES, EIGHT_BITS, HUB, LIBRARIES, RANKS, RESOURCES, SAEKIT, Finding, make_check
 from saekit.doctor.probes import ADAM8BIT, DEEPSPEED, GLOO, Outcome, Probes
 from saekit.machine import cpu_model, free_memory, library_versions, usable_cores
 
@@ -47,22 +37,22 @@ def diagnose(*, debug: bool = False) -> list[Finding]:
     with Probes(TRIED) as probes:  # they run while the libraries are imported here
         found: list[Finding] = []
         for area, name, check in _libraries():
-            found += attempt(area, name, check, debug=debug)
+            found += make_check(area, name, check, debug=debug)
         torch = _torch()
         gpus = _gpus(torch)
         if torch is None:
-            remedy = "mend torch first, see above"
-            found.append(Finding(DEVICES, "devices", "note", "not looked at: torch cannot be imported", remedy))
+            remedy = "fix torch first, see above"
+            found.append(Finding(DEVICES, "devices", "note", "not checked: torch cannot be imported", remedy))
             rest = [*_hub(), *_resources(gpus)]
         else:
             rest = [*_devices(torch, gpus), *_ranks(torch, gpus, probes.outcome), *_hub(), *_resources(gpus)]
         for area, name, check in rest:
-            found += attempt(area, name, check, debug=debug)
+            found += make_check(area, name, check, debug=debug)
     return found
 
 
 def can_train(findings: Iterable[Finding]) -> bool:
-    """Whether `saekit train` can run on this machine, in whatever way."""
+    """Tell whether `saekit train` can run on this machine in some way."""
     return not any(finding.blocks for finding in findings)
 
 
@@ -91,7 +81,7 @@ def _library(name: str) -> Iterator[Finding]:
 
 
 def _torch() -> Any:
-    """The module; None if it cannot be imported, which `libraries` has found out already."""
+    """Return the module; None if it cannot be imported, which `libraries` has found out already."""
     try:
         return importlib.import_module("torch")
     except Exception:  # noqa: BLE001  # the same as there
@@ -99,7 +89,7 @@ def _torch() -> Any:
 
 
 def _gpus(torch: Any) -> int:
-    """How many GPUs torch can use; why it is none, `devices.cuda` finds out."""
+    """Count the GPUs that torch can use; `devices.cuda` finds out why there are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -156,13 +146,13 @@ def _hub_path(constant: str) -> Path:
 
 
 def _datasets() -> Path:
-    """Where `datasets` keeps what was downloaded and tokenised."""
+    """Return the folder in which `datasets` stores what was downloaded and tokenized."""
     said = os.environ.get("HF_DATASETS_CACHE")
     return Path(said).expanduser() if said else _hub_path("HF_HOME") / "datasets"
 
 
 def _elsewhere(variable: str) -> str:
-    """How to move a cache, by the variable that rules it now."""
+    """Say how to move a cache, by the variable that sets it now."""
     return f"export {variable if variable in os.environ else 'HF_HOME'}=FOLDER, one that can be written and has room"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.doctor.findings import DEVICES, Finding, describe
+from saekit.doctor.findings import DEVICES, Finding, describe_error
 from saekit.doctor.libraries import install
 from saekit.units import plural, size
 
@@ -35,7 +35,7 @@ def nvidia_gpus() -> list[str]:
 
 
 def cuda(torch: Any, seen: Sequence[str], environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether torch can use the GPUs that there are.
+    """Check whether torch can use the GPUs that there are.
 
     Args:
         torch: The module.
@@ -61,7 +61,7 @@ def cuda(torch: Any, seen: Sequence[str], environment: Mapping[str, str]) -> Ite
     else:
         reason = _why_not(torch)
         remedy = (
-            f"see that nvidia-smi works, else reboot or install the driver anew; this torch is for CUDA {{}}: {BUILDS}"
+            f"see that nvidia-smi works, else reboot or reinstall the driver; this torch is for CUDA {{}}: {BUILDS}"
         )
         if re.search(r"driver.*(too old|insufficient)", reason):
             remedy = f"update NVIDIA's driver to one for CUDA {{}}, or install a torch for an older CUDA: {BUILDS}"
@@ -73,7 +73,7 @@ def _why_not(torch: Any) -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError, OSError) as error:
-        return describe(error).partition(". ")[0]  # advice follows, with addresses
+        return describe_error(error).partition(". ")[0]  # advice follows, with addresses
     return "it does not say why"
 
 
@@ -96,7 +96,7 @@ def gpu(torch: Any, number: int) -> Iterator[Finding]:
 
 
 def _built_for(major: int, minor: int, architectures: Sequence[str]) -> bool:
-    """Whether there is machine code of the same major capability, or PTX of an older one, from which it is made."""
+    """Tell whether there is machine code of the same major capability, or PTX of an older one to compile."""
     for architecture in architectures:
         parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture)
         if parts is None:
@@ -108,7 +108,7 @@ def _built_for(major: int, minor: int, architectures: Sequence[str]) -> bool:
 
 
 def cpu(torch: Any, model: str, cores: int) -> Iterator[Finding]:
-    """The CPU's name, and the vector instructions that torch uses."""
+    """Check the CPU's name, and the vector instructions that torch uses."""
     level = torch.backends.cpu.get_cpu_capability()
     extras = {
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
@@ -126,7 +126,7 @@ def cpu(torch: Any, model: str, cores: int) -> Iterator[Finding]:
 
 
 def threads(number: int, cores: int, allowed: int, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """How many threads torch computes with on the CPU.
+    """Check how many threads torch computes with on the CPU.
 
     Args:
         number: `torch.get_num_threads()`.
@@ -148,7 +148,7 @@ def threads(number: int, cores: int, allowed: int, environment: Mapping[str, str
 
 
 def kernels(device: torch.device, *, triton: bool, capability: tuple[int, int] | None) -> Iterator[Finding]:
-    """What `--kernels auto`, `--select-dtype auto` and `--dtype auto` come to on the device that would train.
+    """Resolve `--kernels auto`, `--select-dtype auto` and `--dtype auto` on the device that would train.
 
     Args:
         device: That device.

@@ -1,4 +1,4 @@
-"""What a check hands back, and how a check that fails becomes a finding as well."""
+"""Findings of checks; a check that raises an error becomes a finding as well."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw."""
+    """The result of one check."""
 
     area: str
     """One of `AREAS`."""
     name: str
     state: Literal["ok", "note", "problem"]
-    """`note`: good to know, and most of saekit works; `problem`: something does not work before it is mended."""
+    """`note`: good to know, and most of saekit works; `problem`: something does not work until it is fixed."""
     found: str
     """One short phrase."""
     remedy: str | None = None
-    """What to type or to install; None when all is well."""
+    """The command to type or the thing to install; None if all is well."""
     blocks: bool = False
-    """Whether `saekit train` cannot run at all before this is mended."""
+    """Whether `saekit train` cannot run at all until this is fixed."""
 
 
-def attempt(area: str, name: str, check: Callable[[], Iterable[Finding]], *, debug: bool = False) -> list[Finding]:
+def make_check(area: str, name: str, check: Callable[[], Iterable[Finding]], *, debug: bool = False) -> list[Finding]:
     """Make one check; what it raises is a problem of its own, so that the other checks still get their turn.
 
     Args:
@@ -49,18 +49,18 @@ def attempt(area: str, name: str, check: Callable[[], Iterable[Finding]], *, deb
     except Exception as error:  # whatever a broken library or an odd machine makes a check raise is what is looked for
         if debug:
             raise
-        found = f"could not be looked at ({describe(error)})"
+        found = f"could not be checked ({describe_error(error)})"
         return [Finding(area, name, "problem", found, "saekit doctor --debug shows where it went wrong")]
 
 
-def describe(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
+def describe_error(error: BaseException) -> str:
+    """Return an exception's type and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def shown(path: Path) -> str:
-    """A path as it can be shown to others: with `~` for the home folder, which names its owner."""
+    """Return a path as it can be shown to others: with `~` for the home folder, which names its owner."""
     try:
         home = Path.home()
     except RuntimeError:  # a user without a home

@@ -17,7 +17,7 @@ MOST_FILES = 20_000
 
 
 def token(environment: Mapping[str, str], file: Path) -> Iterator[Finding]:
-    """Whether there is a token, and where; it is neither kept nor read from its file.
+    """Check whether there is a token, and where; it is neither stored nor read from its file.
 
     Args:
         environment: In which it may be set.
@@ -38,7 +38,7 @@ def token(environment: Mapping[str, str], file: Path) -> Iterator[Finding]:
 
 
 def offline(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether a variable keeps the libraries from asking the hub."""
+    """Check whether a variable keeps the libraries from asking the hub."""
     said = [f"{name}={environment[name]}" for name in OFFLINE if _on(environment, name)]
     if said:
         remedy = f"unset {' '.join(each.partition('=')[0] for each in said)}"
@@ -49,7 +49,7 @@ def offline(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def contents(cache: Path) -> Iterator[Finding]:
-    """How much is in the cache.
+    """Measure the cache.
 
     Args:
         cache: The hub's cache, with a folder per repository.
@@ -66,7 +66,7 @@ def contents(cache: Path) -> Iterator[Finding]:
 
 
 def blob_bytes(repositories: list[Path], most: int = MOST_FILES) -> int | None:
-    """The size of what was downloaded, each file once; None if there are more files than `most`."""
+    """Return the size of what was downloaded, each file once; None if there are more files than `most`."""
     total = files = 0
     for repository in repositories:
         if not (repository / "blobs").is_dir():

@@ -1,4 +1,4 @@
-"""saekit, Python, and the versions of the libraries beside what saekit asks of them."""
+"""Checks of saekit, Python, and the versions of libraries compared with what saekit requires."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from saekit._version import __version__
-from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe
+from saekit.doctor.findings import LIBRARIES, SAEKIT, Finding, describe_error
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -38,7 +38,7 @@ SERVES = {"deepspeed": "--placement zero3", "bitsandbytes": "--load-in-8bit and 
 
 
 def about() -> Iterator[Finding]:
-    """The version of saekit, and whether its bounds are known."""
+    """Check the version of saekit, and whether its bounds are known."""
     try:
         version("saekit")
     except PackageNotFoundError:
@@ -60,7 +60,7 @@ def python(running: str, bounds: str | None) -> Iterator[Finding]:
 
 
 def system() -> Iterator[Finding]:
-    """The operating system, as a bug report needs it."""
+    """Check the operating system, as a bug report needs it."""
     yield Finding(SAEKIT, "system", "ok", platform.platform())
 
 
@@ -73,7 +73,7 @@ def python_bounds() -> str | None:
 
 
 def requirements(distribution: str) -> dict[str, Requirement]:
-    """What an installed distribution asks for on this system, extras aside; nothing if it is not installed."""
+    """Return the requirements of an installed distribution here, without extras; none if it is not installed."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -108,7 +108,7 @@ def library(name: str, asked: Mapping[str, Requirement]) -> Iterator[Finding]:
 
 
 def install(name: str, *flags: str) -> str:
-    """The command that installs a library as saekit needs it."""
+    """Return the command that installs a library as saekit needs it."""
     return _pip(name, _bounds(requirements("saekit").get(name)), *flags)
 
 
@@ -133,14 +133,14 @@ def _missing(name: str, bounds: str, *, asked_for: bool) -> Finding:
 
 
 def _bounds(requirement: Requirement | None) -> str:
-    """The bounds of a requirement as they are written by hand, the lower one first: `>=2.6,<2.14`."""
+    """Return the bounds of a requirement as they are written by hand, the lower one first: `>=2.6,<2.14`."""
     if requirement is None:
         return ""
     return ",".join(sorted(str(requirement.specifier).split(","), key=lambda bound: not bound.startswith(">")))
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a library, None if there is none."""
+    """Return the version of a library, None if there is none."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -156,5 +156,5 @@ def _import_error(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # noqa: BLE001  # a library that was built for another one raises whatever it likes
-        return describe(error)
+        return describe_error(error)
     return None

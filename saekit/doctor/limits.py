@@ -26,7 +26,9 @@ def memory(free: int, total: int, limit: int | None) -> Iterator[Finding]:
         limit: What the container or the scheduler's job may use; None if that is all.
     """
     of = (
-        size(total) if limit is None else f"the {size(limit)} that this container or job may use ({size(total)} in all)"
+        size(total)
+        if limit is None
+        else f"the {size(limit)} that this container or job may use (of {size(total)} in total)"
     )
     found = f"{size(free)} free of {of}"
     remedy = (
@@ -46,7 +48,7 @@ def swap(total: int, used: int) -> Iterator[Finding]:
 
 
 def folder(area: str, name: str, path: Path, remedy: str) -> Iterator[Finding]:
-    """A folder that has to be written to: that this works, and what is free on its disk.
+    """Check a folder that has to be written to: that this works, and what is free on its disk.
 
     Args:
         area: Where the finding belongs.
@@ -87,7 +89,7 @@ def shared_memory(gpus: int, path: Path = Path("/dev/shm")) -> Iterator[Finding]
 
 
 def open_files(soft: int, hard: int) -> Iterator[Finding]:
-    """How many files a process may have open at once: data sets and checkpoints are many.
+    """Check how many files a process may have open at once: data sets and checkpoints are many.
 
     Args:
         soft: The limit; negative if there is none.
@@ -102,7 +104,7 @@ def open_files(soft: int, hard: int) -> Iterator[Finding]:
 
 
 def open_file_limits() -> tuple[int, int]:
-    """What `open_files` takes; -1 where the system has no such limit."""
+    """Read the argument of `open_files`; -1 if the system has no such limit."""
     try:
         import resource
     except ImportError:  # Windows

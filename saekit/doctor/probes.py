@@ -1,4 +1,4 @@
-"""What is tried in processes of its own: it changes a process for good, may hang, and may crash."""
+"""Probes run in processes of their own: they change a process for good, may hang, and may crash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from saekit.doctor.findings import describe
+from saekit.doctor.findings import describe_error
 
 LIMIT_S = 60.0
 """Seconds that they may take together; most go into importing libraries, which can be slow on a network's disk."""
@@ -58,7 +58,7 @@ import torch.distributed as dist
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-# Two ranks, because one alone connects to nobody.
+# Two ranks, because a single one connects to none.
 size = 2 if sys.platform == "linux" else 1
 child = os.fork() if size > 1 else None
 rank = 1 if child == 0 else 0
@@ -109,15 +109,15 @@ weights.grad = torch.ones_like(weights)
 bitsandbytes.optim.Adam8bit([weights], lr=0.5).step()
 said["moved"] = weights.mean().item() < 0.9
 """
-"""One step of the optimiser behind `--optimizer adam8bit`."""
+"""One step of the optimizer behind `--optimizer adam8bit`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a probe ended."""
+    """The outcome of a probe."""
 
     said: Mapping[str, Any] = field(default_factory=dict)
-    """What it has seen, up to where it failed if it did."""
+    """Its findings, up to where it failed if it did."""
     failed: str | None = None
     """Why it failed; None if it did not."""
 
@@ -133,7 +133,7 @@ class Probes:
     def __init__(self, codes: Mapping[str, str], limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
         self._answers: dict[str, dict[str, Any]] | None = None
-        self._silence = "it ended without a word"
+        self._silence = "it ended without an error message"
         self._process = self._start([sys.executable, "-c", RUN, json.dumps(dict(codes))])
 
     def _start(self, command: list[str]) -> subprocess.Popen[str] | None:
@@ -151,7 +151,7 @@ class Probes:
                 start_new_session=True,  # what it forks can be ended together with it
             )
         except OSError as error:  # no memory, or too many processes: the rest of the report is wanted all the more
-            self._silence = describe(error)
+            self._silence = describe_error(error)
             return None
 
     def __enter__(self) -> Probes:
@@ -162,7 +162,7 @@ class Probes:
             self._end(self._process)
 
     def outcome(self, name: str) -> Outcome:
-        """How one of them has ended; waits for all."""
+        """Return the outcome of one of them; waits for all."""
         if self._answers is None:
             self._answers = self._wait()
         said = dict(self._answers.get(name, {"error": self._silence}))

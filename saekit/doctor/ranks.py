@@ -18,7 +18,7 @@ GLOO_SOURCE = re.compile(r"\[enforce fail at [^]]*\] (\S+ != nullptr\. )?")
 
 
 def gloo(outcome: Outcome, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether ranks can meet over gloo, which every run on several ranks does, on GPUs too."""
+    """Check whether ranks can connect over gloo, as every run on several ranks does, on GPUs too."""
     if outcome.failed is not None:
         interface = environment.get("GLOO_SOCKET_IFNAME")
         remedy = f"export GLOO_SOCKET_IFNAME=lo (or the network's interface, see ip addr), {HOSTS}"
@@ -61,7 +61,7 @@ def nccl(version: Callable[[], object], gpus: int) -> Iterator[Finding]:
 
 
 def deepspeed(outcome: Outcome) -> Iterator[Finding]:
-    """Whether DeepSpeed can be imported, for `--placement zero3`."""
+    """Check whether DeepSpeed can be imported, for `--placement zero3`."""
     if outcome.failed is not None:
         found = f"cannot be imported ({outcome.failed}): no --placement zero3"
         remedy = f"{install('deepspeed', '--force-reinstall', '--no-deps')}, or use --placement layer-map"
@@ -73,7 +73,7 @@ def deepspeed(outcome: Outcome) -> Iterator[Finding]:
 def compilers(which: Callable[[str], str | None], environment: Mapping[str, str], *, triton: bool) -> Iterator[Finding]:
     """Compilers: Triton needs one, and native kernels; what DeepSpeed can compile (CPU Adam, ...) saekit never uses.
 
-    zero3 trains with saekit's own optimisers, offloaded or not, and switches DeepSpeed's shared-memory operation off:
+    zero3 trains with saekit's own optimizers, offloaded or not, and switches DeepSpeed's shared-memory operation off:
     see `saekit.placement.deepspeed`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where coders live: what every placement does, and what one process needs of it."""
+"""The protocol of placements, with defaults that suit one process."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class LayerOptimizer(Protocol):
-    """What updates one layer's parameters."""
+    """Updates one unit's parameters."""
 
     optimizers: list[torch.optim.Optimizer]
-    """The torch optimisers behind it."""
+    """The torch optimizers behind it."""
     averages: bool
     """Whether `export` gives other weights than those that are trained, made of them and of the state."""
 
     def prepare(self, lr_scale: float) -> None:
-        """Get the next step ready, at `lr_scale` times the base learning rate: the host's part, before each `step`."""
+        """Prepare the next step, at `lr_scale` times the base learning rate: the host's part, before each `step`."""
 
     def step(self) -> None:
         """Take the prepared step, from the SAE's gradients: the device's part.
@@ -38,22 +38,22 @@ class LayerOptimizer(Protocol):
         """Drop the gradients."""
 
     def defer_gradients(self) -> None:
-        """Let gradients of matrices be left to the step, if that saves memory: for layers of one rank alone.
+        """Leave gradients of matrices to the step, if that saves memory: for units whose gradient one rank has.
 
         They are not in `.grad` then, but in `deferred`.
         """
 
     def deferred(self) -> list[RowSums]:
-        """What those gradients are the sums of that have been left to the step."""
+        """Return the rows whose sums are the gradients that have been left to the step."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly, as whole tensors by name."""
+        """Return everything that an exact continuation needs, as whole tensors by name."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
 
     def export(self) -> dict[str, Tensor]:
-        """The weights to keep, by parameter name: an averaging optimiser trains on others than it delivers."""
+        """Return the weights to save, by parameter name; an averaging optimizer trains others than it delivers."""
 
 
 SaeFactory = Callable[[str], Sae]
@@ -62,7 +62,7 @@ OptimizerFactory = Callable[[Sae], LayerOptimizer]
 
 
 class Placement(Questions, ABC):
-    """Holds the bank of SAEs, brings activations to them and their gradients together.
+    """Holds the SAEs of a bank, brings activations to them and their gradients together.
 
     The training loop runs the same lines under every placement; nothing else knows of ranks. All ranks call every
     method that a docstring calls *collective*, in the same order. Methods that are not abstract do what one process
@@ -74,7 +74,7 @@ class Placement(Questions, ABC):
     rank: int = 0
     """Which slice of the data this process takes, over all machines. Rank 0 reports and makes the run's folder."""
     world_size: int = 1
-    """How many slices there are."""
+    """The number of slices."""
 
     @classmethod
     @abstractmethod
@@ -91,48 +91,48 @@ class Placement(Questions, ABC):
 
     @abstractmethod
     def layers(self) -> tuple[str, ...]:
-        """Hookpoints whose SAEs this rank has a part in, in model order."""
+        """Return the hookpoints of the units that this rank has a part in, in model order."""
 
     def leads(self, hookpoint: str) -> bool:
-        """Whether this rank speaks for a layer: exactly one does, and writes its files."""
+        """Tell whether this rank leads a unit: exactly one does, and writes its files."""
         return True
 
     def owners(self) -> dict[str, int]:
-        """The rank that holds each layer, where each is held by one of several; else empty."""
+        """Return the rank that holds each unit, if each is on one of several ranks; else nothing."""
         return {}
 
     @abstractmethod
     def sae(self, hookpoint: str) -> Sae:
-        """The module to call for a layer of this rank."""
+        """Return the module to call for a unit of this rank."""
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """Hand each layer's activations `[N, D]` to where it trains; yields what this rank trains on. Collective.
+        """Bring each unit's activations `[N, D]` to where it trains; yields what this rank trains on. Collective.
 
-        Entries of `acts` are removed as they are consumed, so that their memory is free again. A layer's gradient is
+        Entries of `acts` are removed as they are consumed, so that their memory is free again. A unit's gradient is
         complete when the loop comes back after it; with `last`, the step's last micro-batch, it may then travel.
         """
         for hookpoint in list(acts):
             yield hookpoint, acts.pop(hookpoint)
 
     def counted(self, mask_N: Tensor) -> Tensor:
-        """Which of the rows that arrive from `route` count, the same for all layers of this rank. Collective.
+        """Tell which of the rows that arrive from `route` are counted, the same for all units of this rank. Collective.
 
         Args:
-            mask_N: Bool; which of the rows count that this rank hands to `route`. All ranks hand over equally many.
+            mask_N: Bool; which of the rows are counted that this rank gives to `route`. All ranks give equally many.
         """
         return mask_N
 
     @abstractmethod
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """Add the gradient of one chunk's loss to the layer's. Collective where layers are cut among ranks."""
+        """Add the gradient of one chunk's loss to the unit's. Collective if units are sharded."""
 
     @abstractmethod
     def collect(self) -> dict[str, Tensor]:
         """End the step's backward passes: bring gradients together. Collective.
 
         Returns:
-            For each layer of this rank a scalar, the sum of its gradient as far as this rank holds it, or a bound of
-            what is deferred: NaN or Inf in the gradient show in it.
+            For each unit of this rank a scalar, the sum of its gradient as far as this rank holds it, or a bound of
+            what is deferred; it shows NaN or Inf in the gradient.
         """
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Placement(Questions, ABC):
         """After `collect`, instead of `apply`: drop the gradients, and leave everything as it is. Collective."""
 
     def sum(self, value: Tensor) -> Tensor:
-        """A tensor summed over all ranks. Collective."""
+        """Sum a tensor over all ranks. Collective."""
         return value
 
     def share(self, counts: Tensor) -> Tensor:
@@ -152,20 +152,20 @@ class Placement(Questions, ABC):
         return counts
 
     def gather(self, value: Any) -> list[Any]:
-        """A small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
+        """Return a small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
         return [value]
 
     @abstractmethod
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """The layer's whole tensors to keep, by name: weights and optimizer state. None on ranks that do not lead it.
+        """Return the unit's whole tensors to save, by name: weights and optimizer state. None on ranks that don't lead.
 
-        Collective among the layer's ranks; no more than one layer is gathered at a time.
+        Collective among the unit's ranks; no more than one unit is gathered at a time.
         """
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
-        """`whole` of every layer that this rank leads, with its hookpoint, one at a time. Collective.
+        """Yield `whole` of every unit that this rank leads, with its hookpoint, one at a time. Collective.
 
-        Ranks get theirs at the same time where that is possible, so that they can write them at the same time.
+        Ranks get theirs at the same time if possible, so that they can write at the same time.
         """
         for hookpoint in self.layers():
             if (whole := self.whole(hookpoint)) is not None:
@@ -173,18 +173,18 @@ class Placement(Questions, ABC):
 
     @abstractmethod
     def whole_sae(self, hookpoint: str) -> Sae:
-        """The layer's SAE as a checkpoint would hold it now, whole, on every rank; training is not touched by it.
+        """Return the unit's SAE as a checkpoint would hold it now, whole, on every rank, without changing the training.
 
-        It is for reading, and to be forgotten before the next one is asked for: so no rank ever has more than one that
-        it does not hold anyway. Collective.
+        Callers only read it, and drop it before they ask for the next one, so no rank has more than one that it does
+        not hold anyway. Collective.
         """
 
     @abstractmethod
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """The inverse of `whole`, on every rank of the layer."""
+        """Restore what `whole` returned, on every rank of the unit."""
 
     def load_sharded(self, load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
-        """The language model cut among the ranks, where `shards_lm`. Collective.
+        """Load the language model sharded over the ranks, if `shards_lm`. Collective.
 
         Args:
             load: Loads it with transformers.
@@ -194,15 +194,15 @@ class Placement(Questions, ABC):
 
     @abstractmethod
     def held_bytes(self) -> int:
-        """Bytes of parameters, gradients and optimizer state on this rank at this moment."""
+        """Return the bytes of parameters, gradients and optimizer state on this rank at this moment."""
 
     def first_to_fail(self) -> bool:
-        """Called by a rank that ends by an error: whether it is the first, whose error is the one to show."""
+        """Tell a rank that ends with an error whether it is the first, whose error is the one to show."""
         return True
 
-    def close(self) -> None:  # one process has nobody to part from
-        """Part from the other ranks at the end of a run that went well. Collective."""
+    def close(self) -> None:  # one process has no others to leave
+        """Leave the other ranks at the end of a run that went well. Collective."""
 
     def shard_bytes(self) -> int | None:
-        """Bytes of one layer's parameters on this rank, where they are sharded; else None."""
+        """Return the bytes of one unit's parameters on this rank, if they are sharded; else None."""
         return None

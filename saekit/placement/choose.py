@@ -1,4 +1,4 @@
-"""From `--placement` and what the launcher said to a placement."""
+"""Chooses a placement from `--placement` and what the launcher says."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from saekit.placement.base import Placement
 from saekit.registry import PLACEMENTS
 
 BY_DEFAULT = "ddp"
-"""Under a launcher that says nothing of placements."""
+"""The placement under a launcher that names none."""
 ALONE = "single"
-"""Without a launcher."""
+"""The placement without a launcher."""
 
 
 def connect(asked: str = AUTO, layer_map: str | None = None) -> Placement:
@@ -36,7 +36,7 @@ def connect(asked: str = AUTO, layer_map: str | None = None) -> Placement:
 
 
 def kind_of(name: str) -> type[Placement]:
-    """The class of that name, built in or from outside the package; it is imported now.
+    """Return the class of that name, built in or from outside the package; it is imported now.
 
     Raises:
         UserError: If there is none, or it has another name than it is registered under.
@@ -48,7 +48,7 @@ def kind_of(name: str) -> type[Placement]:
 
 
 def kinds(ranks: int) -> tuple[type[Placement], ...]:
-    """All placements for so many processes: those of one, or those that a launcher starts."""
+    """Return all placements for this number of ranks: those of one process, or those that a launcher starts."""
     every = map(kind_of, PLACEMENTS.names())
     return tuple(kind for kind in every if kind.ranked == (ranks > 1))
 
@@ -59,7 +59,7 @@ def with_deepspeed() -> tuple[str, ...]:
 
 
 def launched_as(launch_file: Mapping[str, object]) -> str | None:
-    """The placement that a launch file of accelerate decides on; None where it starts one process.
+    """Return the placement that a launch file of accelerate decides on; None where it starts one process.
 
     It says DeepSpeed, or names the placement as the workers' role.
     """
@@ -72,7 +72,7 @@ def launched_as(launch_file: Mapping[str, object]) -> str | None:
 
 
 def choose(asked: str, environment: Mapping[str, str]) -> str:
-    """The placement's name, `single` where there is one process that no launcher started.
+    """Return the placement's name, `single` where there is one process that no launcher started.
 
     `auto` takes what the launch file says, and ddp under a launcher that says nothing of placements.
 
@@ -117,7 +117,7 @@ def choose(asked: str, environment: Mapping[str, str]) -> str:
 
 
 def _role(name: object) -> str | None:
-    """The placement that the workers' role names; torchrun's own default, for one, names none."""
+    """Return the placement that the workers' role names; torchrun's own default, for one, names none."""
     return name if isinstance(name, str) and name in PLACEMENTS and kind_of(name).ranked else None
 
 

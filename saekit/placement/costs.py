@@ -1,4 +1,4 @@
-"""What the traffic and the memory of a placement depend on. Pure arithmetic; each placement has its own formulas.
+"""The quantities that a placement's traffic and memory depend on; each placement has its own formulas.
 
 `benchmarks/placement.py` compares the formulas with what the kernel counts on the sockets and with the tensors held.
 """
@@ -18,7 +18,7 @@ ADAM = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """What the traffic and the memory of one optimizer step depend on."""
+    """The quantities that traffic and memory of one optimizer step depend on."""
 
     layers: int
     """SAEs that are trained (L)."""
@@ -58,7 +58,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank exchanges with all others in one optimizer step, in bytes of payload."""
+    """Bytes of payload that one rank exchanges with all others in one optimizer step."""
 
     sent: int
     received: int

@@ -25,7 +25,7 @@ class Ddp(Ranked, LocalBank):
     name = "ddp"
     title = "every process holds all SAEs"
     travels = "gradients"
-    alone = False
+    owns_gradient = False
     keeps_gradients = True
 
     def __init__(self, world: World) -> None:
@@ -54,7 +54,7 @@ class Ddp(Ranked, LocalBank):
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
         """Leave tokens where they are; after a layer's last backward pass its gradient begins to travel."""
         for hookpoint in list(acts):
-            yield hookpoint, acts.pop(hookpoint)  # kept nowhere here, so that whoever trains on it can let go of it
+            yield hookpoint, acts.pop(hookpoint)  # no reference stays here, so that the caller can free it
             if last:
                 self._travelling[hookpoint] = dist.all_reduce(self._gradients[hookpoint], async_op=True)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEVICES = ("none", "cpu")
-"""Where parameters and optimiser states may be offloaded to."""
+"""Where parameters and optimizer states may be offloaded to."""
 OFFLOADED = {"offload_optimizer": "OPTIMIZER", "offload_param": "PARAM"}
 
 
@@ -47,7 +47,7 @@ def start_zero3() -> World:
 
 
 def load_sharded(load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
-    """A language model that is cut among the ranks: each of its modules is gathered while it runs.
+    """Return a language model that is cut among the ranks: each of its modules is gathered while it runs.
 
     Args:
         load: Loads it with transformers, which then keeps one shard only of each tensor that it reads.
@@ -96,7 +96,7 @@ def settings(offload: Mapping[str, str]) -> dict[str, Any]:
 
 
 def offload_devices(environment: Mapping[str, str]) -> dict[str, str]:
-    """Where the launch file wants `offload_optimizer` and `offload_param`: `none` or `cpu`.
+    """Return where the launch file wants `offload_optimizer` and `offload_param`: `none` or `cpu`.
 
     Raises:
         UserError: If it says another stage than 3, or offloading to a disk; or its own DeepSpeed file cannot be read.

@@ -1,4 +1,4 @@
-"""Each layer's SAE lives whole on one rank; activations travel to it."""
+"""Each unit is on one rank; activations travel to it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from saekit.placement.local import LocalBank
 from saekit.placement.world import Ranked, World, start_world
 from saekit.sae import Sae
 from saekit.sae.model import around, without_memory
+from saekit.sae.storage import layer_number
 
 Wave = dict[int, str]
 """At most one hookpoint for each owner."""
@@ -60,12 +61,12 @@ class LayerMap(Ranked, LocalBank):
 
     @classmethod
     def rows(cls, tokens: int, world_size: int) -> int:
-        """An owner sees every rank's tokens."""
+        """Return the tokens of all ranks, which an owner sees."""
         return tokens * world_size
 
     @classmethod
     def in_flight(cls, number: int, owned: int, layers: int, world_size: int) -> tuple[int, ...]:
-        """What has arrived for this wave, the next wave in both directions, and the layers that are still to go."""
+        """Return what has arrived for this wave, the next wave in both directions, and the layers still to be sent."""
         left = layers - (number + 1) * world_size
         if number + 1 >= owned or left <= 0:
             return (world_size,)
@@ -92,16 +93,16 @@ class LayerMap(Ranked, LocalBank):
         super().place(held[self.rank], make_sae, make_optimizer)
 
     def leader(self, hookpoint: str) -> int:
-        """The owner."""
+        """Return the owner."""
         return self._owners[hookpoint]
 
     def owners(self) -> dict[str, int]:
-        """All ranks' layers, as `place` has mapped them."""
+        """Return all ranks' layers, as `place` has mapped them."""
         return dict(self._owners)
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
         """Send each wave to its owners while they train on the one before it."""
-        # Ranks drop other numbers of special tokens, so each says how many rows it sends.
+        # Ranks drop different numbers of excluded tokens, so each says how many rows it sends.
         tokens = next(iter(acts.values())).shape[0]
         rows = self.gather(tokens)
 
@@ -124,7 +125,7 @@ class LayerMap(Ranked, LocalBank):
         return arrived, dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
 
     def counted(self, mask_N: Tensor) -> Tensor:
-        """All ranks' masks in rank order, as their rows arrive: `[W · N]`."""
+        """Return all ranks' masks in rank order, as their rows arrive: `[W · N]`."""
         together = mask_N.new_empty(self.world_size, len(mask_N))
         dist.all_gather(list(together), mask_N)
         return together.view(-1)
@@ -228,15 +229,6 @@ def resolve_map(text: str | None, hookpoints: Sequence[str], world_size: int) ->
             f"--layer-map {text!r}: there is no rank {highest}; the last of {world_size} is {world_size - 1}"
         )
     return {name: owner[layer] for name, layer in layers.items()}
-
-
-def layer_number(hookpoint: str) -> int | None:
-    """The number in a hookpoint's path, such as 3 in `layers.3`, `transformer.h.3` or `layers.3.mlp:in`.
-
-    It is the first part of the path that is all digits; None where there is none.
-    """
-    path = hookpoint.partition(":")[0]
-    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit()), None)
 
 
 def _layers(numbers: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ class LocalBank(Placement):
                 sae.to(self.device)
             self._saes[hookpoint] = sae
             self._optimizers[hookpoint] = make_optimizer(sae)
-            if self.alone:
+            if self.owns_gradient:
                 self._optimizers[hookpoint].defer_gradients()
 
     def layers(self) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ class LocalBank(Placement):
         return tuple(self._saes)
 
     def sae(self, hookpoint: str) -> Sae:
-        """The module that holds the parameters."""
+        """Return the module that holds the parameters."""
         return self._saes[hookpoint]
 
     def backward(self, hookpoint: str, loss: Tensor) -> None:
@@ -107,5 +107,5 @@ class Single(LocalBank):
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of several tensors."""
+    """Return bytes of several tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

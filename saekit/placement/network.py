@@ -1,4 +1,4 @@
-"""What travels between ranks on this machine, measured by ranks of its own: `python -m saekit.placement.network`."""
+"""Measures the speed between ranks on this machine, with ranks of its own: `python -m saekit.placement.network`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def measure_network(ranks: int) -> tuple[float, float]:
 
 
 def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]:
-    """What `measure_network` returns, on every rank; collective."""
+    """Measure what `measure_network` returns, on every rank. Collective."""
     tensor = torch.ones(SIZE // 4, device=device)
     arrived = torch.empty_like(tensor)
 
@@ -82,7 +82,7 @@ def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]
 
 
 def _fastest(work: Callable[[], object], on: Tensor) -> float:
-    """Seconds of the fastest of several rounds, the slowest rank's in each."""
+    """Return seconds of the fastest of several rounds, the slowest rank's in each."""
     rounds = []
     for _ in range(ROUNDS + 2):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What a placement answers before it runs: the planner, the wizard and the command line ask classes, not names."""
+"""A placement's answers before it runs: the planner, the wizard and the command line ask classes, not names."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class Questions:
     name: ClassVar[str]
     """As in `--placement` and in `saekit.registry.PLACEMENTS`."""
     title: ClassVar[str]
-    """What it does, in a few words, for the wizard."""
+    """A few words for the wizard: what the placement does."""
     ranked: ClassVar[bool] = True
-    """Whether a launcher has to start its processes; if not, it is one process."""
+    """Whether a launcher starts its processes; if not, it is one process."""
     travels: ClassVar[Travels] = "nothing"
-    alone: ClassVar[bool] = True
-    """Whether the rank that steps a coder has its whole gradient without asking others: it may be left to the step."""
+    owns_gradient: ClassVar[bool] = True
+    """Whether the rank that steps a coder has its whole gradient without other ranks: it may be left to the step."""
     keeps_gradients: ClassVar[bool] = False
-    """Whether the memory of gradients stays from step to step; if not, each step makes it."""
+    """Whether the memory of gradients is kept from step to step; if not, each step allocates it."""
     gathers: ClassVar[bool] = False
-    """Whether a coder that is cut among ranks is put together, on each of them, while it computes."""
+    """Whether a sharded coder is gathered, on every rank, while it computes."""
     buffer_bytes: ClassVar[int] = 0
-    """Bytes of buffers for what is on its way, beside the coder at work."""
+    """Bytes of buffers for what is travelling, in addition to the coder that computes."""
     deepspeed: ClassVar[bool] = False
     """Whether it trains with DeepSpeed; then a launch file that says DeepSpeed means it."""
     offloads: ClassVar[bool] = False
     """Whether it can keep parameters and optimizer state in the machine's memory instead of the GPU's."""
     shards_lm: ClassVar[bool] = False
-    """Whether it can cut the language model among the ranks (`--shard-lm`)."""
+    """Whether it can shard the language model over the ranks (`--shard-lm`)."""
     takes_layer_map: ClassVar[bool] = False
     """Whether `--layer-map` means something to it."""
 
     @classmethod
     def supports(cls, train: TrainConfig) -> str | None:
-        """Why these options cannot be trained under this placement, as an error message; None if they can."""
+        """Say why these options cannot be trained under this placement, as an error message; None if they can."""
         if train.shard_lm and not cls.shards_lm:
             return f"--shard-lm, but the placement is {cls.name}: only --placement zero3 shards"
         if train.layer_map is not None and cls.ranked and not cls.takes_layer_map:
@@ -63,7 +63,7 @@ class Questions:
     def holds(
         cls, rank: int, hookpoints: Sequence[str], world_size: int, layer_map: str | None = None
     ) -> tuple[str, ...]:
-        """Hookpoints whose coders a rank holds, whole or in part, in the order of `hookpoints`.
+        """Return the hookpoints whose coders a rank holds, whole or in part, in the order of `hookpoints`.
 
         Raises:
             UserError: If `layer_map` does not fit.
@@ -72,17 +72,17 @@ class Questions:
 
     @classmethod
     def parts(cls, world_size: int) -> int:
-        """Into how many parts each coder is cut, of which a rank holds one."""
+        """Return the number of parts into which each coder is cut; a rank holds one of them."""
         return 1
 
     @classmethod
     def rows(cls, tokens: int, world_size: int) -> int:
-        """Tokens that a coder trains on at a time, where each rank reads `tokens`."""
+        """Return the number of tokens that a coder trains on at a time, if each rank reads `tokens`."""
         return tokens
 
     @classmethod
     def in_flight(cls, number: int, owned: int, layers: int, world_size: int) -> tuple[int, ...]:
-        """Tensors of activations on a rank while it trains one of its coders, each as a multiple of one layer's.
+        """Return the tensors of activations on a rank while it trains one of its coders, as multiples of one layer's.
 
         Args:
             number: Which of its coders, from 0.
@@ -97,9 +97,9 @@ class Questions:
 
     @classmethod
     def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
-        """Bytes that one rank sends and receives per optimizer step.
+        """Return the bytes that one rank sends and receives per optimizer step.
 
-        What is left out does not grow with the SAEs: token counts, numbers of tokens to come, statistics at reports.
+        They do not include what does not grow with the SAEs: token counts, statistics at reports.
 
         Args:
             load: The step; its tokens are taken as the same on every rank.
@@ -109,7 +109,7 @@ class Questions:
 
     @classmethod
     def memory(cls, load: Workload, owned: int | None = None, state: int = ADAM) -> int:
-        """Bytes of parameters, gradients and optimizer state that one rank holds when the optimizer steps.
+        """Return the bytes of parameters, gradients and optimizer state that one rank holds when the optimizer steps.
 
         Less where gradients are left to the step; a coder that is gathered while it computes is not counted.
 

@@ -17,12 +17,12 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's part of a parameter, and where it lies in the flat tensor that DeepSpeed hands to the optimiser."""
+    """This rank's part of a parameter, and where it lies in the flat tensor that DeepSpeed hands to the optimizer."""
 
     shape: torch.Size
     """Of the whole parameter."""
     shard: Tensor
-    """What the ranks gather before a layer computes, `[size]`."""
+    """The tensor that the ranks gather before a unit computes, `[size]`."""
     flat: Tensor
     """Master weights, behind each other, of all the parameters that are stepped together."""
     start: int
@@ -33,7 +33,7 @@ class Piece:
         return like_flat.narrow(0, self.start, self.size)
 
     def gathered(self, like_flat: Tensor, device: torch.device, leader: int | None = None) -> Tensor:
-        """The whole tensor from the ranks' pieces of it, on a device. Collective.
+        """Return the whole tensor from the ranks' pieces of it, on a device. Collective.
 
         Args:
             like_flat: Laid out like the flat tensor.
@@ -57,14 +57,14 @@ class Piece:
         self.of(like_flat)[: mine.numel()].copy_(mine)
 
     def is_laid_out(self, value: Any) -> bool:
-        """Whether a value of the optimizer's state has a number for each element of the flat tensor."""
+        """Tell whether a value of the optimizer's state has a number for each element of the flat tensor."""
         return isinstance(value, Tensor) and value.numel() == self.flat.numel()
 
 
 def share_masters(zero_optimizer: Any) -> None:
-    """Let the optimiser step the shards themselves where nothing is offloaded.
+    """Let the optimizer step the shards themselves where nothing is offloaded.
 
-    DeepSpeed keeps float32 master weights beside shards of another type; of float32 shards they are a mere copy.
+    DeepSpeed keeps float32 master weights for shards of another type; for float32 shards they are only a copy.
     """
     pairs = zip(zero_optimizer.fp16_partitioned_groups_flat, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
     for shards, masters in pairs:
@@ -73,7 +73,7 @@ def share_masters(zero_optimizer: Any) -> None:
 
 
 def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:
-    """Where DeepSpeed has put each parameter's shard: those of a group lie one behind the other."""
+    """Return where DeepSpeed has put each parameter's shard: those of a group lie one behind the other."""
     pieces = {}
     groups = zip(zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
     for parameters, flat in groups:
@@ -86,7 +86,7 @@ def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:
 
 
 def same_memory(shards: Sequence[Tensor], flats: Any) -> bool:
-    """Whether the master weights are the shards themselves."""
+    """Tell whether the master weights are the shards themselves."""
     starts = {flat.data_ptr() for flat in flats}
     return any(shard.data_ptr() in starts for shard in shards)
 
@@ -108,11 +108,11 @@ class RowShard:
     size: int
     """Elements of the matrix in the shard; what comes behind them is padding."""
     whole_rows: bool
-    """Whether all ranks' shards begin and end with a row."""
+    """Tell whether all ranks' shards begin and end with a row."""
 
     @classmethod
     def of(cls, rank: int, shard: int, count: int, width: int) -> RowShard:
-        """The shard of `shard` elements that a rank has of a matrix `[count, width]`."""
+        """Return the shard of `shard` elements that a rank has of a matrix `[count, width]`."""
         start = min(rank * shard, count * width)
         size = min(shard, count * width - start)
         return cls(count, width, start, size, whole_rows=shard % width == 0)
@@ -129,7 +129,7 @@ class RowShard:
         return elements.view(-1, self.width)
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """The inverse of `rows`, without the padding: `[size]`."""
+        """Return the inverse of `rows`, without the padding: `[size]`."""
         lead = self.start % self.width
         return rows.reshape(-1)[lead : lead + self.size]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin
 
 PATIENCE = timedelta(days=1)
-"""How long ranks wait for one another outside the training: one of them may be tokenizing a large data set."""
+"""Time for which ranks wait for one another outside the training: one of them may be tokenizing a large data set."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class World:
     control: dist.ProcessGroup
     """For small plain values, over TCP, so that no GPU is involved."""
     store: dist.Store  # type: ignore[name-defined]
-    """What the launcher keeps for all ranks; it answers when a rank is gone."""
+    """The launcher's store, shared by all ranks; it still answers when a rank is gone."""
     accelerator: Accelerator
 
 
@@ -71,11 +71,11 @@ class Ranked(Placement):
         self.world_size = world.size
 
     def leader(self, hookpoint: str) -> int:
-        """The rank that leads a layer: layers that all ranks have a part in are shared out among them."""
+        """Return the rank that leads a layer: layers that all ranks have a part in are shared out among them."""
         return self.layers().index(hookpoint) % self.world_size
 
     def leads(self, hookpoint: str) -> bool:
-        """Whether this rank is the leader."""
+        """Tell whether this rank is the leader."""
         return self.leader(hookpoint) == self.rank
 
     def sum(self, value: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Ranked(Placement):
         """Ask the launcher's store, which counts."""
         try:
             return self.world.store.add("saekit/failures", 1) == 1
-        except RuntimeError:  # the store is gone with the rank or the launcher that kept it
+        except RuntimeError:  # the store is gone with the rank or the launcher that had it
             return True
 
     def close(self) -> None:

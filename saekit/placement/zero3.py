@@ -42,7 +42,7 @@ class Zero3(Ranked):
     name = "zero3"
     title = "each holds a part of every SAE"
     travels = "weights"
-    alone = False
+    owns_gradient = False
     keeps_gradients = True
     gathers = True
     buffer_bytes = 4_000_000  # for gradients on their way: see `saekit.placement.deepspeed.settings`
@@ -124,11 +124,11 @@ class Zero3(Ranked):
         self._torch_optimizer.register_step_post_hook(rows.normalize)
 
     def layers(self) -> tuple[str, ...]:
-        """All of them: each rank has a part in each."""
+        """Return all of them: each rank has a part in each."""
         return tuple(self._saes)
 
     def sae(self, hookpoint: str) -> Sae:
-        """The module with its hooks: calling it gathers its parameters, and only those."""
+        """Return the module with its hooks: calling it gathers its parameters, and only those."""
         return self._saes[hookpoint]
 
     def backward(self, hookpoint: str, loss: Tensor) -> None:
@@ -220,7 +220,7 @@ class Zero3(Ranked):
                 yield mine.pop()
 
     def _on_one_rank(self, sae: Sae, tensors: Mapping[str, Tensor]) -> tuple[Sae, LayerOptimizer]:
-        """The same layer with whole tensors, and its optimizer."""
+        """Return the same layer with whole tensors, and its optimizer."""
         copy = around(tensors, **sae.sizes())
         return copy, self._make_optimizer(copy)
 

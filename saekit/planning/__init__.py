@@ -1,4 +1,4 @@
-"""What a run will cost before it is started, by placement: memory, traffic, time, from the model's config alone.
+"""Plans a run before it starts, by placement: memory, traffic, time, from the model's config alone.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, found by planning it again with the change."""
+"""Advice for a run that does not fit, found by planning it again with each change."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _least(plan: Plan) -> Choice:
 
 
 def _best(change: Change, start: Attempt, plan: Plan, before: Advice | None = None) -> tuple[Attempt, Advice] | None:
-    """The first degree of a change that fits, or the one that saves most; None if it saves nothing.
+    """Return the first degree of a change that fits, or the one that saves most; None if it saves nothing.
 
     Args:
         change: The kind of change.
@@ -107,7 +107,7 @@ def _micro_batches(start: Attempt, _: Plan) -> Iterator[Attempt]:
 
 
 def _eight_bits(start: Attempt, plan: Plan) -> Iterator[Attempt]:
-    """The language model in 8 bits, which needs a GPU and is not cut among ranks."""
+    """Yield the language model in 8 bits, which needs a GPU and is not cut among ranks."""
     model = start.cfg.model
     if plan.job.machine.on_gpu and not model.load_in_8bit and not start.cfg.train.shard_lm:
         attempt = start.having("--load-in-8bit")
@@ -130,7 +130,7 @@ def _offloading(start: Attempt, plan: Plan) -> Iterator[Attempt]:
 
 
 def _fewer_layers(start: Attempt, plan: Plan) -> Iterator[Attempt]:
-    """Every second one of the layers, every third, ...; the others can be trained by further runs."""
+    """Yield every second one of the layers, every third, ...; the others can be trained by further runs."""
     train, layers = start.cfg.train, plan.job.layers
     if train.layer_map is not None:  # it names the layers, too
         return

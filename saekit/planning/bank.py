@@ -1,4 +1,4 @@
-"""What one layer's SAE costs: the training's own code, run for a step on the meta device under a meter."""
+"""The cost of one layer's SAE: the training's own code runs for a step on the meta device under a meter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LayerCost:
     gradients: Bytes
     """Or what they are the sums of, where they are left to the step."""
     state: Bytes
-    """The optimiser's."""
+    """The optimizer's."""
     counters: Bytes
     first_chunk: Bytes
     """The most that forward and backward pass of a chunk hold besides parameters, state and gradients, when the
@@ -39,11 +39,11 @@ class LayerCost:
     later_chunk: Bytes
     """The same when there are gradients already that its own are added to."""
     update: Bytes
-    """The most that the optimiser's step holds besides all of those."""
+    """The most that the optimizer's step holds besides all of those."""
 
 
 KNOWN: dict[tuple[object, ...], LayerCost] = {}
-"""What was asked for before: placements and advice meter the same layer again and again."""
+"""Results so far: placements and advice meter the same layer many times."""
 
 
 def layer_cost(
@@ -56,7 +56,7 @@ def layer_cost(
     *,
     on_gpu: bool,
     dead: int = 0,
-    alone: bool = False,
+    owns_gradient: bool = False,
 ) -> LayerCost:
     """Meter a step of one layer.
 
@@ -69,15 +69,15 @@ def layer_cost(
         kernels: From `on_meta`.
         on_gpu: Whether it is a GPU's memory.
         dead: Dead latents, which the losses that revive them look at.
-        alone: Whether the placement has a layer's gradient on one rank, where it may be left to the step.
+        owns_gradient: Whether the placement has a layer's gradient on one rank, where it may be left to the step.
     """
     settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha, cfg.max_norm_multiple > 0)
     shape = (d_in, num_latents, tokens, cfg.grad_acc_steps, cfg.micro_acc_steps, dead)
-    asked = (settings, shape, act_dtype, kernels.name, kernels.select_dtype, on_gpu, alone)
+    asked = (settings, shape, act_dtype, kernels.name, kernels.select_dtype, on_gpu, owns_gradient)
     if asked in KNOWN:
         return KNOWN[asked]
     eight_bit = cfg.optimizer == "adam8bit"
-    layer = Layer(cfg, d_in, num_latents, kernels, META, alone)
+    layer = Layer(cfg, d_in, num_latents, kernels, META, owns_gradient)
     parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in layer.sae.parameters())
     chunk = torch.empty(tokens, d_in, dtype=act_dtype, device=META)
     dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead and cfg.revives else None
@@ -137,7 +137,7 @@ class _CpuOps:
         return out
 
     def adam_(self, param: Tensor, grad: Tensor | RowSums, *_: Tensor, **__: object) -> None:
-        """A block of rows in float32 beside itself: products, and moments that are kept in another type."""
+        """Allocate copies of a block of rows in float32: products, and moments that are stored in another type."""
         grad = self.segment_sum(*grad) if isinstance(grad, RowSums) else grad
         block = torch.empty(min(torch_ops.ADAM_BYTES // 4, param.numel()), device=param.device)
         more = torch.empty_like(block), torch.empty_like(block)
@@ -145,7 +145,7 @@ class _CpuOps:
 
 
 class _TritonOps:
-    """What `triton_ops` allocates."""
+    """Allocate what `triton_ops` allocates."""
 
     best_of = staticmethod(torch_ops.best_of)
     sort_pairs = staticmethod(torch_ops.sort_pairs)

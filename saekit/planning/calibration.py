@@ -38,7 +38,7 @@ Shape = tuple[int, int, int, int]
 
 
 class MeasuredRates(NamedTuple):
-    """What was measured."""
+    """The measured rates."""
 
     found: dict[str, Rates]
     """By the name of each kind of device."""
@@ -74,7 +74,7 @@ def calibrate(machine: Machine, say: Callable[[str], None]) -> MeasuredRates:
 
 
 def measure(device: torch.device, network: Mapping[int, Network], say: Callable[[str], None]) -> Rates:
-    """The rates of one device, this process's, with all of its threads."""
+    """Return the rates of one device, this process's, with all of its threads."""
     scale = 4 if device.type == "cuda" else 1  # of widths, so that a GPU is busy
     say("Measuring matmuls and memory")
     types = [*TYPES, *(["int8"] if has_fast_int8(device) else [])]
@@ -86,12 +86,12 @@ def measure(device: torch.device, network: Mapping[int, Network], say: Callable[
     for backend, select in _kernels(device):
         say(f"Measuring SAEs with the {backend} kernels, selecting in {select}")
         passes[f"{backend} {select}"] = _passes(backend, select, matmul[select], device, scale)
-    say("Measuring optimisers")
+    say("Measuring optimizers")
     return Rates(date.today().isoformat(), matmul, bandwidth, block, passes, dict(_updates(device)), network)
 
 
 def fastest(work: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Seconds of the fastest round after a warm-up: whatever else the machine does only adds to it."""
+    """Return seconds of the fastest round after a warm-up: whatever else the machine does only adds to it."""
     seconds = []
     for _ in range(rounds + 1):
         _wait(device)
@@ -120,14 +120,14 @@ def _matmul(name: str, device: torch.device, scale: int) -> float:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy, read and written."""
+    """Return bytes per second of a copy, read and written."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / fastest(lambda: target.copy_(source), device)
 
 
 def _block(dtype: torch.dtype, rate: float, device: torch.device, scale: int) -> float:
-    """Seconds per token, dimension and block besides the matmuls, of a small Llama with random weights."""
+    """Return seconds per token, dimension and block besides the matmuls, of a small Llama with random weights."""
     from transformers import LlamaConfig, LlamaModel
 
     width, blocks, batch, ctx_len = 512 * scale, 2, 4, 256
@@ -187,7 +187,7 @@ def _passes(backend: str, select: str, rate: float, device: torch.device, scale:
 
 
 def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> float:
-    """Seconds of a layer's forward and backward pass over a chunk of tokens."""
+    """Return seconds of a layer's forward and backward pass over a chunk of tokens."""
     N, D, M, k = shape
     cfg = TrainConfig(sae=SaeConfig(num_latents=M, k=k))
     layer = Layer(cfg, D, M, choose_kernels(backend, select, device), device)
@@ -201,7 +201,7 @@ def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> floa
 
 
 def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
-    """Seconds per parameter of each optimiser that works here."""
+    """Measure seconds per parameter of each optimizer that works here."""
     M = 16384
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks for 4 bits is of no interest here
     for cfg in OPTIMIZERS:

@@ -23,7 +23,7 @@ from saekit.sae.kernels import auto_backend, check_select_dtype, has_fast_bf16, 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and on what."""
+    """The units and the batches of a run."""
 
     cfg: RunConfig
     shape: ModelShape

@@ -1,4 +1,4 @@
-"""What the language model costs: its weights, its forward pass up to the last tapped layer. Nothing is loaded."""
+"""The cost of the language model: its weights, its forward pass up to the last hookpoint. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LmCost:
 
 
 KNOWN: dict[tuple[object, ...], LmCost] = {}
-"""What was asked for before: advice plans the same model many times."""
+"""Results so far: advice plans the same model many times."""
 
 
 def language_model_cost(

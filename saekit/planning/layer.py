@@ -11,7 +11,7 @@ from saekit.config import TrainConfig
 from saekit.placement import LayerOptimizer
 from saekit.sae import Sae
 from saekit.sae.kernels import Kernels
-from saekit.training.bank import ONE, bank_of_one
+from saekit.training.bank import ONLY_UNIT, bank_of_one
 from saekit.training.optimizers import make_optimizer
 from saekit.training.unit import Calibration
 
@@ -27,7 +27,7 @@ class Layer:
         num_latents: M.
         kernels: What it is computed with.
         device: Where.
-        alone: See `saekit.placement.Placement.alone`.
+        owns_gradient: Whether gradients may be left to the step, see `Placement.owns_gradient`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Layer:
         num_latents: int,
         kernels: Kernels,
         device: torch.device,
-        alone: bool = False,
+        owns_gradient: bool = False,
     ) -> None:
         self.on_meta = device.type == "meta"
         stand_in = self.on_meta and cfg.optimizer == "adam8bit"
@@ -48,8 +48,10 @@ class Layer:
             known = Calibration(torch.zeros(d_in), float(d_in), limit)
         sae.chosen_kernels = kernels
         sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
-        self.bank = bank_of_one(cfg, sae, known, alone=alone and not stand_in, optimizer=self._optimizer)
-        self.unit = self.bank.units[ONE]
+        self.bank = bank_of_one(
+            cfg, sae, known, owns_gradient=owns_gradient and not stand_in, optimizer=self._optimizer
+        )
+        self.unit = self.bank.units[ONLY_UNIT]
         self.sae = sae
 
     def _optimizer(self, sae: Sae) -> LayerOptimizer:

@@ -1,4 +1,4 @@
-"""What there is to run on: this machine, or one that is described."""
+"""The machine of a plan: this one, or one that is described."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class Machine:
     model: str = ""
     """As its maker calls a device, for a machine that is here."""
     rates: Rates | None = None
-    """How fast a device is, if it is here and has been measured."""
+    """Find the rates of a device, if it is here and has been measured."""
     note: str | None = None
     """Why there are no rates though there is a file of them."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether ranks have GPUs."""
+        """Tell whether ranks have GPUs."""
         return self.kind == "cuda"
 
     @property
     def capacity(self) -> int:
-        """Bytes that a rank can have."""
+        """Return bytes that a rank can have."""
         return self.memory if self.on_gpu else self.memory // self.count
 
     @property
     def libraries(self) -> int:
-        """Bytes of a rank that are not its tensors'."""
+        """Return bytes of a rank that are not its tensors'."""
         return LIBRARIES[self.kind]
 
     @property
     def device(self) -> torch.device:
-        """What kernels and types are chosen for."""
+        """Return the device for which kernels and types are chosen."""
         return torch.device(self.kind)
 
 
@@ -81,7 +81,7 @@ def detect(processes: int | None = None) -> Machine:
 
 
 def describe(gpus: int, gpu_memory: str) -> Machine:
-    """A machine by what the user says of it.
+    """Return a machine by what the user says of it.
 
     Raises:
         UserError: If the size cannot be read.

@@ -16,10 +16,10 @@ PREFETCH = 50_000_000
 
 
 class Offload(NamedTuple):
-    """What a placement that can offload keeps in the machine's memory instead of the GPU's."""
+    """The tensors that an offloading placement keeps in the machine's memory instead of the GPU's."""
 
     optimizer: bool = False
-    """The optimiser's state, the gradients, and the weights that it steps."""
+    """The optimizer's state, the gradients, and the weights that it steps."""
     parameters: bool = False
 
 
@@ -28,7 +28,7 @@ NO_OFFLOAD = Offload()
 
 @dataclass(frozen=True)
 class Demand:
-    """What the memory of a run depends on, besides where its SAEs live."""
+    """The quantities that a run's memory depends on, besides the placement."""
 
     layers: int
     """SAEs that are trained (L)."""
@@ -47,7 +47,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive at one moment of an optimiser step."""
+    """The tensors that are alive at one moment of an optimizer step."""
 
     name: str
     language_model: Bytes = NOTHING
@@ -56,7 +56,7 @@ class Moment:
     optimizer_state: Bytes = NOTHING
     activations: Bytes = NOTHING
     working: Bytes = NOTHING
-    """What operations hold for a while, and counters."""
+    """Temporary tensors of operations, and counters."""
 
     @property
     def parts(self) -> dict[str, Bytes]:
@@ -65,7 +65,7 @@ class Moment:
 
     @property
     def total(self) -> Bytes:
-        """In all."""
+        """Return the total."""
         return all_of(self.parts.values())
 
 
@@ -74,33 +74,33 @@ class RankMemory:
     """A rank's memory at the moment at which it needs most."""
 
     moments: tuple[Moment, ...]
-    """What was compared."""
+    """The moments that were compared."""
     host: int = 0
-    """Bytes in the machine's memory beside those on the GPU: what is offloaded."""
+    """Offloaded bytes, in the machine's memory."""
 
     @property
     def heap(self) -> int:
-        """The most that the C library's heap has held at any moment, which it keeps."""
+        """Return the most that the C library's heap has held at any moment, which it keeps."""
         return max(moment.total.kept for moment in self.moments)
 
     @property
     def peak(self) -> Moment:
-        """The moment of the highest total."""
+        """Return the moment of the highest total."""
         return max(self.moments, key=lambda moment: moment.total.returned)
 
     @property
     def freed(self) -> int:
-        """Bytes of the peak that nobody uses then: what the heap keeps."""
+        """Unused bytes at the peak, which the heap keeps."""
         return self.heap - self.peak.total.kept
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Return bytes at the peak."""
         return self.peak.total.returned + self.heap
 
 
 def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: int) -> RankMemory:
-    """The memory of one rank.
+    """Return the memory of one rank.
 
     Args:
         kind: Where SAEs live.
@@ -120,11 +120,11 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: i
         held = replace(held, language_model=_sharded(demand, world_size))
     gradients, update, host = bank.gradients.times(share), bank.update, 0
     if demand.offload.optimizer:
-        gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimiser reads
+        gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimizer reads
     if demand.on_gpu:  # on a CPU what is offloaded stays where it was
         offload, shards, state = demand.offload, held.parameters, held.optimizer_state
         host = shards.total if any(offload) else 0
-        if all(offload):  # of parameters alone the optimiser would have a copy on the GPU
+        if all(offload):  # if only parameters were offloaded, the optimizer would have a copy on the GPU
             held = replace(held, parameters=NOTHING)
         if offload.optimizer:
             host += gradients.total + state.total
@@ -134,13 +134,13 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: i
     moments = (
         _forward(demand, held, gradients),
         *_passes(kind, demand, held, owned, world_size),
-        replace(_with(held, "optimiser's step", working=update), gradients=gradients),
+        replace(_with(held, "optimizer's step", working=update), gradients=gradients),
     )
     return RankMemory(moments, host)
 
 
 def _sharded(demand: Demand, world_size: int) -> Bytes:
-    """A language model that is cut among the ranks, at the moment at which most of it is whole.
+    """Return a language model that is cut among the ranks, at the moment at which most of it is whole.
 
     A module's tensors are gathered before it runs, and those of the modules after it up to `PREFETCH` elements.
     """
@@ -153,7 +153,7 @@ def _sharded(demand: Demand, world_size: int) -> Bytes:
 def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
     """The language model runs; its activations of all layers are there at its end, and one is copied after another.
 
-    On a GPU the next step's forward pass is begun before the optimiser steps, when the gradients are still there.
+    On a GPU the next step's forward pass is begun before the optimizer steps, when the gradients are still there.
     """
     one = sized(demand.activations, demand.on_gpu)
     captured = one.times(demand.layers)
@@ -164,7 +164,7 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
 
 
 def _passes(kind: type[Placement], demand: Demand, held: Moment, trained: int, world_size: int) -> Iterator[Moment]:
-    """The first and the last layer of a micro-batch: activations go as gradients come."""
+    """Yield the first and the last layer of a micro-batch: activations go as gradients come."""
     bank = demand.bank
     made_anew = not kind.keeps_gradients
     for number in sorted({0, max(0, trained - 1)} if trained else ()):

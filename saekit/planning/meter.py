@@ -42,7 +42,7 @@ class Bytes(NamedTuple):
         return Bytes(round(self.returned * factor), round(self.kept * factor))
 
     def most(self, other: Bytes) -> Bytes:
-        """The larger of each."""
+        """Return the larger of each."""
         return Bytes(max(self.returned, other.returned), max(self.kept, other.kept))
 
 
@@ -50,7 +50,7 @@ NOTHING = Bytes()
 
 
 def sized(count: int, on_gpu: bool) -> Bytes:
-    """One tensor of so many bytes."""
+    """Count one tensor."""
     return Bytes(count) if on_gpu or count >= HEAP_BELOW else Bytes(0, count)
 
 

@@ -32,13 +32,13 @@ class Choice:
     libraries: int
     """Bytes that it needs besides its tensors."""
     sent: int
-    """Bytes that it sends per optimiser step, about what it receives."""
+    """Bytes that it sends per optimizer step, about what it receives."""
     layers_of_busiest: int
     """SAEs that the rank trains."""
     tokens_per_step: int
     """Of all ranks."""
     time: StepTime | None = None
-    """Of an optimiser step; None where the machine's rates are not known."""
+    """Of an optimizer step; None where the machine's rates are not known."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -47,12 +47,12 @@ class Choice:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Return bytes at the peak."""
         return self.memory.total + self.libraries
 
     @property
     def fits(self) -> bool:
-        """Whether the rank has so much."""
+        """Tell whether the rank has this much memory."""
         return self.total <= self.capacity
 
 
@@ -80,16 +80,16 @@ class Plan:
 
     @property
     def considered(self) -> tuple[Choice, ...]:
-        """The choices that there are: all of them, or the one that was asked for."""
+        """Return the choices that there are: all of them, or the one that was asked for."""
         return tuple(choice for choice in self.choices if self.asked in (None, choice.placement)) or self.choices
 
     @property
     def fits(self) -> bool:
-        """Whether one of those does."""
+        """Tell whether one of them does."""
         return any(choice.fits for choice in self.considered)
 
     def choice(self, placement: str) -> Choice:
-        """The one with that placement.
+        """Return the one with that placement.
 
         Raises:
             UserError: If this job has none such.
@@ -105,7 +105,7 @@ def make_plan(cfg: RunConfig, machine: Machine, *, offload: Offload = NO_OFFLOAD
     """Plan a run from the model's config alone; no weight and no data is read.
 
     Args:
-        cfg: The run; its data set is not looked at.
+        cfg: The run; its data set is not read.
         machine: Where it is to run, and how fast that is, if it is known.
         offload: What placements that can offload keep in the machine's memory.
         asked: The placement that the run will have; by default what `cfg` says, if it says one.
@@ -134,7 +134,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         job.dtype,
         on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
         on_gpu=machine.on_gpu,
-        alone=kind.alone,
+        owns_gradient=kind.owns_gradient,
     )
     demand = Demand(
         layers=len(job.layers),
@@ -162,7 +162,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
 
 
 def _time(job: Job, kind: type[Placement], owned: int, sent: int) -> StepTime | None:
-    """How long a step will take, if this machine's rates are known; what is offloaded is not in it."""
+    """Compute the time of a step, if this machine's rates are known; offloading is not included."""
     train, ranks = job.cfg.train, job.machine.count
     if job.machine.rates is None:
         return None

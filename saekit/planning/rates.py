@@ -1,4 +1,4 @@
-"""How fast this machine is: measured by `saekit plan --calibrate`, kept in the user's cache, used by every plan."""
+"""The speed of this machine: `saekit plan --calibrate` measures it, the user's cache stores it, every plan uses it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True, config=FORMAT)
 class PassCost:
-    """What a layer's forward and backward pass over a chunk of tokens takes besides the encoder's matmul, in seconds.
+    """Seconds of a layer's forward and backward pass over a chunk of tokens, without the encoder's matmul.
 
     Fitted to passes of several shapes, so that each number stands for all that grows with its unit.
     """
@@ -41,7 +41,7 @@ class PassCost:
 
 @dataclass(frozen=True, config=FORMAT)
 class Network:
-    """What travels between ranks, in bytes per second that one rank sends while all send."""
+    """Speeds between ranks, in bytes per second that one rank sends while all send."""
 
     all_reduce: Positive
     point_to_point: Positive
@@ -49,7 +49,7 @@ class Network:
 
 @dataclass(frozen=True, config=FORMAT)
 class Rates:
-    """What one kind of device was measured to do, with all of the process's threads on a CPU."""
+    """Measured rates of one kind of device, with all of the process's threads on a CPU."""
 
     measured: str
     """Date."""
@@ -62,7 +62,7 @@ class Rates:
     passes: Mapping[str, PassCost]
     """By kernels and type of selection, such as `cpu int8`."""
     update: Mapping[str, Positive]
-    """Seconds per parameter of an optimiser's step, by `optimizer_key`; muon's at `MUON_WIDTH`."""
+    """Seconds per parameter of an optimizer's step, by `optimizer_key`; muon's at `MUON_WIDTH`."""
     network: Mapping[int, Network] = Field(default_factory=dict)
     """By number of ranks."""
 
@@ -80,12 +80,12 @@ FILE = TypeAdapter(Kept)
 
 
 def cache_file() -> Path:
-    """Where rates are kept: `$XDG_CACHE_HOME/saekit/rates.json`, by default below `~/.cache`."""
+    """Return where rates are kept: `$XDG_CACHE_HOME/saekit/rates.json`, by default below `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit" / "rates.json"
 
 
 def device_key(device: str) -> str:
-    """What rates belong to: a device's name, the threads that work on a CPU's side, and torch's version."""
+    """Return the key of rates: a device's name, the threads that work on a CPU's side, and torch's version."""
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -95,13 +95,13 @@ def optimizer_key(optimizer: str, moments_dtype: str) -> str:
 
 
 def read_rates(key: str) -> tuple[Rates | None, str | None]:
-    """The rates of a device, if they have been measured; and what is wrong with the file, if something is."""
+    """Return the rates of a device, if they have been measured; and what is wrong with the file, if something is."""
     try:
         return _read().get(key), None
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError) as error:
-        return None, f"{cache_file()} cannot be read ({_reason(error)}): --calibrate writes it anew"
+        return None, f"{cache_file()} cannot be read ({_reason(error)}): --calibrate replaces it"
 
 
 def keep_rates(found: Mapping[str, Rates]) -> Path:

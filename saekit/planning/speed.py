@@ -1,4 +1,4 @@
-"""How long an optimiser step will take: each kind of work over the rate that this machine was measured to do it at."""
+"""The time of an optimizer step: each kind of work divided by the rate that was measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DENSE_PASSES = {"eager": 3}
 
 @dataclass(frozen=True)
 class StepWork:
-    """What the busiest rank does in an optimiser step."""
+    """The work of the busiest rank in an optimizer step."""
 
     tokens: int
     """Per rank and micro-batch, those that the language model reads (N)."""
@@ -40,7 +40,7 @@ class StepWork:
     optimizer: str
     """As `rates.optimizer_key` says."""
     params_held: int
-    """Per layer and rank: what its optimiser steps."""
+    """Per layer and rank: the parameters that its optimizer steps."""
     sent: int
     """Bytes to other ranks."""
     ranks: int
@@ -52,7 +52,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimiser step, one part after the other: what overlaps in fact makes a run faster than this."""
+    """Seconds of an optimizer step, one part after the other: what overlaps in fact makes a run faster than this."""
 
     language_model: float
     passes: float
@@ -62,12 +62,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """In all."""
+        """Return the total."""
         return self.language_model + self.passes + self.update + self.network
 
 
 def step_time(work: StepWork, rates: Rates) -> StepTime | None:
-    """The time of a step; None where something that it needs was not measured.
+    """Return the time of a step; None where something that it needs was not measured.
 
     No latent is taken for dead: AuxK costs nothing until some are.
     """
@@ -100,7 +100,7 @@ def step_time(work: StepWork, rates: Rates) -> StepTime | None:
 
 
 def pass_seconds(work: StepWork, rates: Rates) -> float:
-    """Forward and backward pass of one layer over a micro-batch, in all its chunks."""
+    """Return the seconds of one layer's forward and backward passes over a micro-batch."""
     cost = rates.passes[f"{work.kernels} {work.select_type}"]
     scores, weights = work.trained * work.num_latents, work.num_latents * work.d_in
     dense = 2 * scores * work.d_in * DENSE_PASSES.get(work.kernels, 1)

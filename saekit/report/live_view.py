@@ -1,4 +1,4 @@
-"""What the live view looks like: a function from the state of a run to something rich can draw."""
+"""Draws the live view: a function from the state of a run to something that rich can show."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LiveState:
     finished: bool = False
 
     def after(self, stats: StepStats) -> LiveState:
-        """The state once `stats` has been reported."""
+        """Return the state once `stats` has been reported."""
         fvus = {hookpoint: layer.fvu for hookpoint, layer in stats.layers.items()}
         if fvus:
             fvus[ALL_LAYERS] = fmean(fvus.values())
@@ -138,7 +138,7 @@ def _numbers(state: LiveState) -> Text:
 
 
 def _evaluation(state: LiveState) -> Text:
-    """What the newest evaluation found, in means over the layers; the line is there from the start."""
+    """Show the newest evaluation, in means over the layers; the line is there from the start."""
     stats = state.evaluation
     if stats is None:
         return line(("not evaluated yet", "dim"))
@@ -210,7 +210,7 @@ def mean_layer(layers: list[LayerStats]) -> LayerStats | None:
 
 
 def _cells(layer: LayerStats | None) -> list[str | Text]:
-    """The numbers; AuxK's loss is the last one."""
+    """Return the numbers; AuxK's loss is the last one."""
     if layer is None:
         return [units.UNKNOWN] * 5
     worry = "red" if layer.dead_fraction >= 0.5 else "yellow" if layer.dead_fraction >= 0.1 else ""

@@ -18,7 +18,7 @@ from saekit.report.stats import EvalStats, LayerStats, Pace, RunInfo, StepStats
 class PlainReporter:
     """Writes a line for a report, but not more often than every few seconds, and the last one always.
 
-    No colours, no cursor movements, no characters that a log viewer could choke on.
+    No colors, no cursor movements, no characters that a log viewer could choke on.
 
     Args:
         output: A text stream, or a rich console, whose stream is used directly.

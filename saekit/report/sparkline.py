@@ -34,7 +34,7 @@ TO_ASCII = str.maketrans(
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """A trend on a log scale, oldest value first, scaled to its own smallest and largest value.
+    """Return a trend on a log scale, oldest value first, scaled to its own smallest and largest value.
 
     Equal heights are equal ratios, so halving FVU takes the same drop early and late. Where the values differ by less
     than `MIN_RATIO`, they are drawn about the middle at that fixed scale instead.
@@ -61,7 +61,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
 
 
 def bars(counts: Sequence[int], rows: int = 1) -> list[str]:
-    """A histogram as lines of text, the top line first, one character per bin.
+    """Return a histogram as lines of text, the top line first, one character per bin.
 
     Heights are linear in the counts, and the largest fills the height. An empty bin is blank; a bin that holds
     anything shows at least the lowest block.
@@ -85,10 +85,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _block(height: float) -> str:
-    """The block for a height from 0 to 1."""
+    """Return the block for a height from 0 to 1."""
     return BLOCKS[min(len(BLOCKS) - 1, int(height * len(BLOCKS)))]
 
 
 def _slice(eighths: int) -> str:
-    """The part of a bar that falls into one line, of height `eighths` above the line's foot."""
+    """Return the part of a bar that falls into one line, of height `eighths` above the line's foot."""
     return " " if eighths <= 0 else BLOCKS[min(eighths, 8) - 1]

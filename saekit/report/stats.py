@@ -15,7 +15,7 @@ from saekit.units import active, decimal, size
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer over the optimiser steps since the last report."""
+    """One layer over the optimizer steps since the last report."""
 
     fvu: float
     """Fraction of variance unexplained: summed squared error over summed squared deviation from the mean."""
@@ -42,10 +42,10 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Everything that is reported about the optimiser steps since the last report."""
+    """Everything that is reported about the optimizer steps since the last report."""
 
     step: int
-    """Optimiser steps done, from 1."""
+    """Optimizer steps done, from 1."""
     tokens: int
     """Tokens that trained the SAEs so far (excluded tokens are not counted)."""
     tokens_per_second: float
@@ -57,7 +57,7 @@ class StepStats:
     layers: dict[str, LayerStats]
     """By hookpoint, in model order. Without a step that was not skipped, their numbers are NaN."""
     skipped_steps: int = 0
-    """Optimiser steps left out so far because of NaN or Inf."""
+    """Optimizer steps skipped so far because of NaN or Inf."""
 
     @property
     def mean_fvu(self) -> float:
@@ -67,17 +67,17 @@ class StepStats:
 
 @dataclass(frozen=True)
 class EvalStats:
-    """An evaluation of the SAEs as they are after an optimiser step, on data that trains nothing."""
+    """An evaluation of the SAEs as they are after an optimizer step, on data that trains nothing."""
 
     step: int
-    """Optimiser steps done, from 1."""
+    """Optimizer steps done, from 1."""
     seconds: float
     """It took; training waited for it."""
     record: Mapping[str, Any]
     """As in `eval.json`: what was found of each layer and of all together, with 95% intervals."""
 
     def of_layers(self, number: str) -> dict[str, float]:
-        """A number's value by hookpoint, in model order; empty where it needs a head that the model lacks.
+        """Return a number's value by hookpoint, in model order; empty where it needs a head that the model lacks.
 
         Args:
             number: A field of `Reconstruction` (`fvu`, `l0`, ...) or of `Grafted` (`ce_recovered`, `kl`, ...), which
@@ -93,7 +93,7 @@ class EvalStats:
         return found
 
     def together(self, number: str) -> float | None:
-        """A field of `Grafted` with all layers replaced at once; None without a head."""
+        """Return a field of `Grafted` with all layers replaced at once; None without a head."""
         grafted = self.record["together"]
         return None if grafted is None else float(grafted[number]["value"])
 
@@ -119,7 +119,7 @@ class EvalStats:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known before the first step."""
+    """The facts that are known before the first step."""
 
     run_dir: Path
     model: str
@@ -140,7 +140,7 @@ class RunInfo:
     dtype: str
     """The language model's dtype."""
     global_batch: int
-    """Sequences per optimiser step over all ranks."""
+    """Sequences per optimizer step over all ranks."""
     config: dict[str, object]
     """The resolved configuration, without secrets."""
     world_size: int = 1
@@ -150,24 +150,24 @@ class RunInfo:
     shard_bytes: int | None = None
     """Bytes of one SAE's parameters on each rank, where they are sharded."""
     kernels: str = "eager"
-    """What computes the SAEs: eager, cpu or triton."""
+    """The kernels: eager, cpu, native or triton."""
     select_dtype: str = "fp32"
     """In what precision latents are selected: fp32, bf16 or int8."""
     eval_every: int | None = None
-    """Optimiser steps between evaluations; None without."""
+    """Optimizer steps between evaluations; None without."""
     activation: str = "topk"
-    """How the active latents are chosen: topk, batchtopk or groupmax."""
+    """The selection: topk, batchtopk, groupmax or a plug-in's."""
     with_auxk: bool = False
     """Whether dead latents are trained with AuxK; if not, its loss is 0 and need not be shown."""
 
     @property
     def code(self) -> str:
-        """What a token is turned into: `4,096 latents, k 32`, with how they are chosen unless by TopK."""
+        """Describe the SAEs: `4,096 latents, k 32`, with the selection unless it is TopK."""
         return f"{self.num_latents:,} latents, k {active(self.k, self.activation)}"
 
     @property
     def place(self) -> str:
-        """Where it runs, in a few words: `cpu, single`, or `cuda:0, zero3 on 4 ranks (24 MiB of each SAE)`."""
+        """Return where it runs, in a few words: `cpu, single`, or `cuda:0, zero3 on 4 ranks (24 MiB of each SAE)`."""
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
         shard = f" ({size(self.shard_bytes)} of each SAE)" if self.shard_bytes is not None else ""
         return f"{self.device}, {self.placement}{ranks}{shard}"
@@ -179,7 +179,7 @@ class RunInfo:
 
     @property
     def layout(self) -> str:
-        """Which rank holds which layers, such as `rank 0: layers.0-layers.2`; empty where each holds all."""
+        """Tell which rank holds which layers, such as `rank 0: layers.0-layers.2`; empty where each holds all."""
         parts = []
         for rank in range(self.world_size if self.owners else 0):
             own = [name for name in self.hookpoints if self.owners[name] == rank]
@@ -191,7 +191,7 @@ class RunInfo:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens the run will read, excluded ones included: an upper bound of what trains the SAEs."""
+        """Return tokens the run will read, excluded ones included: an upper bound of what trains the SAEs."""
         return self.total_sequences * self.ctx_len
 
 
@@ -241,7 +241,7 @@ class Pace:
         self._seconds_per_evaluation = stats.seconds
 
     def _evaluations_left(self) -> int:
-        """Every so many steps, and after the last one."""
+        """Count the evaluations to come: every `eval_every` steps, and after the last one."""
         if self._eval_every is None or self._step >= self._total_steps:
             return 0
         odd = self._total_steps % self._eval_every > 0
@@ -256,5 +256,5 @@ class Pace:
         return max(0.0, left - (self._clock() - self._last))
 
     def seconds_gone(self) -> float:
-        """Seconds since this session's training began."""
+        """Return seconds since this session's training began."""
         return self._clock() - self._began

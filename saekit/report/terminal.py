@@ -25,7 +25,7 @@ REFRESH_PER_SECOND = 4
 class LiveReporter:
     """Keeps one calm picture of the run on the terminal, and leaves its last state behind.
 
-    The view appears when training starts. Before that each status is a line of its own, so that downloading, tokenising
+    The view appears when training starts. Before that each status is a line of its own, so that downloading, tokenizing
     and loading can show the progress bars that their libraries have; after that it is printed above the view. A thread
     of rich's redraws the view; it reads immutable states only, which training replaces.
 
@@ -91,7 +91,7 @@ class LiveReporter:
         return "" if self._state is None else self._draw(self._state)
 
     def _draw(self, state: LiveState) -> Segments:
-        """The view as finished characters: laid out anew for new numbers, another size, or the ETA's next second.
+        """Return the view as finished characters, laid out again for new numbers, another size or the next second.
 
         Laying out takes some milliseconds that the training thread has to wait for the interpreter's lock.
         """
@@ -104,7 +104,7 @@ class LiveReporter:
 
 
 def terminal_reporter(console: Console | None = None) -> Reporter:
-    """A live view for somebody who watches a terminal, plain lines for everything else.
+    """Return a live view for somebody who watches a terminal, plain lines for everything else.
 
     Plain lines it is for a pipe or a file (also where FORCE_COLOR makes rich believe in a terminal), for TERM=dumb, in
     CI, and for a terminal whose encoding has no block characters.

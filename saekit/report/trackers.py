@@ -105,7 +105,7 @@ def evaluation_metrics(stats: EvalStats) -> dict[str, float]:
 
 
 def flat_config(config: Mapping[str, object], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """A nested configuration as `section.option` → scalar or string, which is all that every tracker takes."""
+    """Return a nested configuration as `section.option` → scalar or string, which is all that every tracker takes."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -121,7 +121,7 @@ def flat_config(config: Mapping[str, object], prefix: str = "") -> dict[str, boo
 
 
 def tracker_reporter(name: str, run_dir: Path) -> TrackerReporter:
-    """A reporter for one of accelerate's trackers.
+    """Return a reporter for one of accelerate's trackers.
 
     Args:
         name: As accelerate knows it: `wandb`, `tensorboard`, ...

@@ -1,1 +1,1 @@
-"""What lies where on disk: a run's folder, its checkpoints and its metrics; writing, reading and finding them."""
+"""Files of a run: its folder, its checkpoints and its metrics; writing, reading and finding them."""

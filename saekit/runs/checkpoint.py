@@ -33,14 +33,14 @@ from saekit.sae import Sae
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What is kept of one layer."""
+    """The content of one unit's folder."""
 
     sae: Sae
     """For its sizes."""
     weights: dict[str, Tensor]
     """Whole tensors by parameter name."""
     state: dict[str, Tensor]
-    """Counters, calibration and optimiser state."""
+    """Counters, calibration and optimizer state."""
     about: dict[str, Any]
     """The content of `saekit.json`."""
 
@@ -115,8 +115,8 @@ def put_in_place(partial: Path) -> Path:
     """Give a checkpoint that is whole its name, make `latest` point to it, and return its folder."""
     run_dir = partial.parent
     final = final_folder(partial)
-    # There is one if the run went back to an earlier checkpoint, and passes this step again. Whoever dies in between
-    # leaves a whole partial folder, which `recovery` finds.
+    # There is one if the run went back to an earlier checkpoint, and passes this step again. A process that dies in
+    # between leaves a whole partial folder, which `recovery` finds.
     discard(final)
     os.replace(partial, final)
     flush(run_dir)
@@ -125,7 +125,7 @@ def put_in_place(partial: Path) -> Path:
 
 
 def numbered(run_dir: Path) -> list[tuple[Path, int]]:
-    """The run's checkpoints, whole or damaged, with their serial numbers; the last is the one written last.
+    """Return the run's checkpoints, whole or damaged, with their serial numbers; the last is the one written last.
 
     The number, not the step, says what is newest: a run can go back to an earlier step. What has no index that can be
     read comes first.
@@ -159,7 +159,7 @@ def prune(run_dir: Path, keep_last: int) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each with memory of its own (8-bit Adam shares its tables between parameters)."""
+    """Return the tensors on the CPU, each with memory of its own (8-bit Adam shares its tables between parameters)."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():

@@ -22,14 +22,14 @@ from saekit.runs.layout import (
 
 
 def run_folder(cfg: TrainConfig, default_name: str) -> Path:
-    """Where a run lives: with the checkpoint that it is to go on from, or in `save_dir`."""
+    """Return where a run lives: with the checkpoint that it is to go on from, or in `save_dir`."""
     if isinstance(cfg.resume, Path):
         return run_of(cfg.resume)
     return cfg.save_dir / (cfg.run_name or default_name)
 
 
 def goes_on(cfg: TrainConfig, path: Path) -> bool:
-    """Whether the run in folder `path` goes on, rather than starts."""
+    """Tell whether the run in folder `path` continues, rather than starts."""
     return has_checkpoints(path) if cfg.resume == "auto" else bool(cfg.resume)
 
 

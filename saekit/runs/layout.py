@@ -1,4 +1,4 @@
-"""What lies where on disk. Every name of a file or folder of a run is spelled here, and nowhere else.
+"""The layout of a run's folder. Every name of a file or folder of a run is spelled here, and nowhere else.
 
 RUN/config.yaml                      the configuration, with every default; as `run.yaml` it starts the same run again
 RUN/metrics.jsonl                    one line per report, and per evaluation
@@ -10,7 +10,7 @@ RUN/step_00000200/eval.json          what `saekit eval` found
 RUN/step_00000200/layers.0/          one folder per hookpoint:
     cfg.json, sae.safetensors        the SAE, in sparsify's format; `saekit.sae.storage` has these names
     saekit.json                      what it was trained on
-    state.safetensors                counters, calibration, optimiser state
+    state.safetensors                counters, calibration, optimizer state
 
 A checkpoint is written to `.step_00000200.partial`. Its index, `checkpoint.json`, comes last, when everything that it
 names is on the disk: a folder with an index is whole, whatever it is called, and `recovery` puts it in place if the
@@ -40,7 +40,7 @@ LATEST, BEST = "latest", "best"
 """Links to a run's checkpoints."""
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 PARTIAL, DELETED = ".partial", ".deleted"
-"""How names of folders end that are being written, or deleted; they begin with a dot."""
+"""Endings of folders that are being written or deleted; their names begin with a dot."""
 
 
 def checkpoint_folders(run_dir: Path, step: int) -> tuple[Path, Path]:

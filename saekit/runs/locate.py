@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from saekit.errors import UserError
 from saekit.runs.layout import CONFIG_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
 from saekit.runs.layout import INDEX_FILE as MANIFEST
-from saekit.sae.storage import SEARCH_DEPTH, natural_key, sae_folders_below
+from saekit.sae.storage import SEARCH_DEPTH, layer_number, natural_key, sae_folders_below
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 FOREIGN = "config.json"
@@ -28,7 +27,7 @@ class Location:
     """Where the SAEs are."""
 
     kind: str
-    """What the path is: "run", "checkpoint" or "sae"."""
+    """The kind of path: "run", "checkpoint" or "sae"."""
     checkpoint: Path
     """The folder of the checkpoint; for a lone SAE its parent folder."""
     manifest: dict[str, Any]
@@ -121,7 +120,7 @@ def read_tensors(file: Path, names: Collection[str], optional: Collection[str] =
 
 
 def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
-    """The hookpoints that `layer` means: a whole name, or a layer number; all of them for None.
+    """Return the hookpoints that `layer` means: a whole name, or a layer number; all of them for None.
 
     Raises:
         UserError: If there is none.
@@ -136,12 +135,6 @@ def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
     return chosen
 
 
-def layer_number(hookpoint: str) -> int | None:
-    """The last whole number in a hookpoint's name; sparsify's `/seed1` at its end is no layer."""
-    numbers = re.findall(r"\d+", re.sub(r"/seed\d+$", "", hookpoint))
-    return int(numbers[-1]) if numbers else None
-
-
 def _lone_sae(path: Path) -> Location:
     for parent in list(path.parents)[:SEARCH_DEPTH]:
         if (parent / MANIFEST).is_file():
@@ -150,7 +143,7 @@ def _lone_sae(path: Path) -> Location:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """The folder that `latest` leads to, else the one of the highest step; None where there is neither."""
+    """Return the folder that `latest` leads to, else the one of the highest step; None where there is neither."""
     if (run / LATEST).is_dir():
         return run / LATEST
     steps = [(int(m[1]), p) for p in run.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)) and p.is_dir()]

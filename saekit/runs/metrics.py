@@ -57,7 +57,7 @@ class JsonlReporter:
         """Write one line.
 
         Raises:
-            UserError: If it cannot be written, and nobody was named whom to tell instead.
+            UserError: If it cannot be written, and no function was given to warn instead.
         """
         self._append(as_record(stats, time.time()))
 
@@ -164,7 +164,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where JSON has no number for it."""
+    """Return the value, or None where JSON has no number for it."""
     return value if value is not None and math.isfinite(value) else None
 
 

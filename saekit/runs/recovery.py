@@ -27,11 +27,11 @@ class Found:
     index: dict[str, Any]
     """The content of its `checkpoint.json`."""
     passed_over: tuple[str, ...] = ()
-    """What is wrong with each newer one."""
+    """The damage of each newer checkpoint."""
 
 
 def find_checkpoint(path: Path) -> Found:
-    """The checkpoint to go on from: the one that `path` is, or the newest whole one of the run that it is.
+    """Return the checkpoint to go on from: the one that `path` is, or the newest whole one of the run that it is.
 
     Every byte is compared with its checksum. A checkpoint that was whole, but not in its place when its writer died,
     is put there.
@@ -72,7 +72,7 @@ def _newest_whole(run_dir: Path) -> Found:
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
-    """The content of `checkpoint.json`, after checking that every file it names is there and whole.
+    """Return the content of `checkpoint.json`, after checking that every file it names is there and whole.
 
     Raises:
         UserError: If the index or a file is missing or damaged; the message names it.
@@ -103,7 +103,7 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path, names: Collection[str] | None = None, if_there: Collection[str] = ()) -> dict[str, Tensor]:
-    """A layer's counters, calibration and optimiser state, on the CPU; only those of some names, if they are given.
+    """A layer's counters, calibration and optimizer state, on the CPU; only those of some names, if they are given.
 
     What is in `if_there` may be missing, as `max_norm` is where a layer has no limit.
     """

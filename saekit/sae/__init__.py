@@ -7,10 +7,10 @@ Internal: may change in any release; the API is what `saekit` names.
 """
 
 from saekit.sae.decoder import normalize_decoder_, project_decoder_gradient_
+from saekit.sae.formats.saelens import save_as_saelens
 from saekit.sae.losses import Losses, sae_losses
 from saekit.sae.model import Sae
 from saekit.sae.output import Encoded, SaeOutput
-from saekit.sae.saelens import save_as_saelens
 
 __all__ = [
     "Encoded",

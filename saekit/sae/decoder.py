@@ -18,7 +18,7 @@ def normalize_decoder_(sae: Sae) -> None:
 def project_decoder_gradient_(sae: Sae) -> None:
     """Take the part parallel to each decoder row out of its gradient, in place.
 
-    Renormalising would undo a step along the row anyway; without the projection that part would still enter Adam's
+    Renormalizing would undo a step along the row anyway; without the projection that part would still enter Adam's
     moments (Bricken et al. 2023, "Towards Monosemanticity", appendix on training; Gao et al. 2024 do the same).
     """
     grad_MD = sae.W_dec.grad

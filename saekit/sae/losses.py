@@ -22,7 +22,7 @@ class Losses(NamedTuple):
     """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
 
     total: Tensor
-    """What is differentiated: `mse + nested + penalty + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
+    """The differentiated sum: `mse + nested + penalty + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
@@ -49,7 +49,7 @@ def sae_losses(
     revive_scale: float | Tensor = 0.0,
     tokens: int | Tensor | None = None,
 ) -> Losses:
-    """The loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
+    """Compute the loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
 
     A dead latent gets no gradient from the reconstruction. The term `revive` raises its bias instead, until it is among
     the k largest somewhere and learns again; a loss on dead latents' pre-activations is in Anthropic's "Circuits

@@ -35,8 +35,8 @@ class Sae(nn.Module):
         multi_topk: Whether the forward pass in training also reconstructs from `4k` latents (section 5.4 of the paper).
         selection: Chooses the active latents: the name of a kind (`saekit.registry.SELECTIONS`), or one of its
             instances, which then belongs to this SAE.
-        max_norm: How long the activations are at most that the SAE is trained on; None for any. Longer ones, attention
-            sinks, are none that it is for (`covers`); `forward` treats them like others.
+        max_norm: The largest norm of activations that the SAE is trained on; None for any. Longer ones, attention
+            sinks, are excluded (`counted`); `forward` treats them like others.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 
@@ -90,7 +90,7 @@ class Sae(nn.Module):
             self.selection.to(device)
 
     def sizes(self) -> dict[str, Any]:
-        """The arguments that make another SAE of the same shape, with a copy of the selection's state."""
+        """Return the arguments that make another SAE of the same shape, with a copy of the selection's state."""
         return {
             "d_in": self.d_in,
             "num_latents": self.num_latents,
@@ -114,7 +114,7 @@ class Sae(nn.Module):
 
     @property
     def activation(self) -> str:
-        """The selection's name."""
+        """Return the selection's name."""
         return self.selection.name
 
     @property
@@ -124,37 +124,40 @@ class Sae(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Return where the parameters are."""
         return self.W_enc.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' type; inputs are cast to it."""
+        """Return the parameters' type; inputs are cast to it."""
         return self.W_enc.dtype
 
     @property
     def kernels(self) -> Kernels:
-        """What the SAE is computed with: those set as `chosen_kernels`, or the fastest exact ones of its device."""
+        """Return the kernels of this SAE: `chosen_kernels` if set, else the fastest exact ones of its device."""
         return self.chosen_kernels or default_kernels(self.device.type)
 
     def encode(self, x: Tensor) -> Encoded:
-        """The sparse code of `x`, `[..., D]` → two tensors `[..., K]`."""
+        """Encode `x`, `[..., D]` → two tensors `[..., K]`, the sparse code."""
         acts_NK, indices_NK = self.selection.encode(self._flat(x), self.W_enc, self.b_enc, self.b_dec, self.kernels)
         shape = (*x.shape[:-1], self.max_active)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
 
-    def covers(self, x: Tensor) -> Tensor:
-        """Which of the activations `[..., D]` are no longer than `max_norm`: bool `[...]`; NaN is, so that it shows."""
+    def counted(self, x: Tensor) -> Tensor:
+        """Tell which activations `[..., D]` are counted: bool `[...]`, False for norms above `max_norm`.
+
+        NaN is counted, so that it shows.
+        """
         if self.max_norm is None:
             return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         return ~(x.float().norm(dim=-1) > self.max_norm)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The reconstruction of the activations `[..., D]` that the SAE `covers`; the others as they are."""
-        return torch.where(self.covers(x)[..., None], self(x).recon.to(x.dtype), x)
+        """Reconstruct the counted activations `[..., D]`; excluded ones stay as they are."""
+        return torch.where(self.counted(x)[..., None], self(x).recon.to(x.dtype), x)
 
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
-        """The reconstruction from a code, two tensors `[..., K]` → `[..., D]`. Any `K` will do."""
+        """Decode a code, two tensors `[..., K]` → the reconstruction `[..., D]`. Any `K` will do."""
         k = acts.shape[-1]
         out_ND = self.kernels.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
         return out_ND.view(*acts.shape[:-1], self.d_in)
@@ -264,13 +267,13 @@ class Sae(nn.Module):
 
 
 def without_memory(**sizes: Any) -> Sae:
-    """An SAE of those sizes on torch's meta device: no memory, and no numbers from the global generator."""
+    """Make an SAE of those sizes on torch's meta device: no memory, and no numbers from the global generator."""
     with torch.device("meta"):
         return Sae(**sizes)
 
 
 def around(tensors: Mapping[str, Tensor], **sizes: Any) -> Sae:
-    """An SAE of those sizes whose parameters are these tensors, by name; they are not copied."""
+    """Make an SAE of those sizes whose parameters are these tensors, by name; they are not copied."""
     selection = make_selection(sizes.get("selection", "topk"), sizes["k"], sizes["num_latents"])
     sae = without_memory(**{**sizes, "selection": selection})
     sae.load_state_dict(dict(tensors), assign=True)

@@ -1,4 +1,4 @@
-"""What an SAE makes of activations."""
+"""The outputs of an SAE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Encoded(NamedTuple):
 
 
 class SaeOutput(NamedTuple):
-    """What one forward pass gives; leading dimensions are those of the input."""
+    """The output of one forward pass; leading dimensions are those of the input."""
 
     recon: Tensor
     """`[..., D]`: the reconstruction `x̂`."""
@@ -39,29 +39,29 @@ class SaeOutput(NamedTuple):
     """`[..., num_sums]`, int64: what the selection is moved by (`Selection.sums`); None where nothing moves it."""
     penalty: Tensor | None = None
     """`[...]`: the selection's own term of the loss for each token; None without one."""
-    kept: Tensor | None = None
-    """`[..., 1]`, bool: which tokens are not left out (`only`); None for all."""
+    counted: Tensor | None = None
+    """`[..., 1]`, bool: False for excluded tokens (`masked`); None if none is excluded."""
 
-    def only(self, keep: Tensor | None) -> SaeOutput:
-        """Zeros in the place of what was made of the other tokens, whose gradient is zero then; None keeps all.
+    def masked(self, counted: Tensor | None) -> SaeOutput:
+        """Put zeros in place of the output for excluded tokens, which then have no gradient.
 
         Args:
-            keep: Bool `[..., 1]`.
+            counted: Bool `[..., 1]`, False for excluded tokens; None excludes none.
         """
-        if keep is None:
+        if counted is None:
             return self
 
-        def kept(each: Tensor | None) -> Tensor | None:
-            return None if each is None else each * keep
+        def mask(each: Tensor | None) -> Tensor | None:
+            return None if each is None else each * counted
 
         return self._replace(
-            recon=self.recon * keep,
-            acts=self.acts * keep,
-            fired=self.fired & keep,
-            aux_recon=kept(self.aux_recon),
-            multi_recon=kept(self.multi_recon),
-            prefix_recons=tuple(each * keep for each in self.prefix_recons),
-            sums=kept(self.sums),
-            penalty=None if self.penalty is None else self.penalty * keep.squeeze(-1),
-            kept=keep,
+            recon=self.recon * counted,
+            acts=self.acts * counted,
+            fired=self.fired & counted,
+            aux_recon=mask(self.aux_recon),
+            multi_recon=mask(self.multi_recon),
+            prefix_recons=tuple(each * counted for each in self.prefix_recons),
+            sums=mask(self.sums),
+            penalty=None if self.penalty is None else self.penalty * counted.squeeze(-1),
+            counted=counted,
         )

@@ -5,7 +5,7 @@ Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [
 sparsify has TopK and GroupMax, and reads no other `"activation"`: it refuses the name of another kind, where under the
 name of TopK it would give other codes. The kind's own entries are its `to_config`; where it comes from outside this
 package, `"plugin"` says from which file or package, for people to read: what a folder says never runs code.
-`saekit.sae.saelens` writes a format that has more kinds. `"max_norm"`, see `Sae`, is ours; sparsify does not look at
+`saekit.sae.formats` has the other formats. `"max_norm"`, see `Sae`, is ours; sparsify does not look at
 it.
 
 What is read and written here are plain sizes and tensors; `Sae` makes a module of them.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def write_folder(path: str | Path, sizes: Mapping[str, Any], weights: Mapping[st
 
 
 def _config(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `cfg.json`."""
+    """Return the content of `cfg.json`."""
     selection: Selection = sizes["selection"]
     origin, max_norm = SELECTIONS.origin(selection.name), sizes["max_norm"]
     return {
@@ -87,8 +87,6 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
     if not folder.is_dir():
         raise FileNotFoundError(f"no SAE folder at {folder}")
     config = _read_config(folder / CONFIG_FILE)
-    tensors = _read_weights(folder / WEIGHTS_FILE, device)
-
     num_latents = config.get("num_latents") or config["d_in"] * config.get("expansion_factor", 32)
     shapes = {
         "encoder.weight": (num_latents, config["d_in"]),
@@ -96,14 +94,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "W_dec": (num_latents, config["d_in"]),
         "b_dec": (config["d_in"],),
     }
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ValueError(f"{folder / WEIGHTS_FILE} has no tensor {name!r}; it has {', '.join(sorted(tensors))}")
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {name} has shape {list(tensors[name].shape)}, "
-                f"but {CONFIG_FILE} says {list(shape)}"
-            )
+    tensors = read_tensors(folder / WEIGHTS_FILE, shapes, device)
     kind: type[Selection] = SELECTIONS.get(config.get("activation", "topk"))
     try:
         selection = kind.from_config(config["k"], num_latents, config)
@@ -122,6 +113,24 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
     return sizes, {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()}
 
 
+def read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file that have to be there, in the shapes that `cfg.json` gives them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or a tensor is missing or has another shape.
+    """
+    tensors = _read_weights(file, device)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{file} has no tensor {name!r}; it has {', '.join(sorted(tensors))}")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{file}: {name} has shape {list(tensors[name].shape)}, but {CONFIG_FILE} says {list(shape)}"
+            )
+    return {name: tensors[name] for name in shapes}
+
+
 def find_sae_folders(path: str | Path) -> dict[str, Path]:
     """Find every SAE folder of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted.
 
@@ -135,17 +144,29 @@ def find_sae_folders(path: str | Path) -> dict[str, Path]:
     return found
 
 
-def sae_folders_below(checkpoint: Path) -> dict[str, Path]:
+def _has_weights(folder: Path, files: Collection[str]) -> bool:
+    return WEIGHTS_FILE in files
+
+
+def sae_folders_below(
+    checkpoint: Path, holds_sae: Callable[[Path, Collection[str]], bool] = _has_weights
+) -> dict[str, Path]:
     """Find the SAE folders below a checkpoint, by their relative path, naturally sorted; there may be none.
 
     `layers.2` comes before `layers.10`. Folders whose names begin with a dot are passed over.
+
+    Args:
+        checkpoint: The folder.
+        holds_sae: Tells whether a folder with these files holds an SAE; by default one in our format.
     """
     found: dict[str, Path] = {}
-    for folder, below, files in os.walk(checkpoint):
-        relative = Path(folder).relative_to(checkpoint)
-        if WEIGHTS_FILE in files:
-            found[relative.as_posix()] = Path(folder)
-        if WEIGHTS_FILE in files or len(relative.parts) >= SEARCH_DEPTH:
+    for name, below, files in os.walk(checkpoint):
+        folder = Path(name)
+        relative = folder.relative_to(checkpoint)
+        holds = holds_sae(folder, files)
+        if holds:
+            found[relative.as_posix()] = folder
+        if holds or len(relative.parts) >= SEARCH_DEPTH:
             below.clear()
         below[:] = [name for name in below if not name.startswith(".")]
     # sparsify keeps its best SAEs in a folder inside the checkpoint; they are no further layers.
@@ -158,13 +179,23 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
     """Download one SAE folder from the hub; the arguments are `Sae.load_from_hub`'s."""
     from huggingface_hub import snapshot_download
 
-    pattern = f"{hookpoint}/*" if hookpoint else None
-    folder = Path(snapshot_download(repo_id, allow_patterns=pattern, **kwargs))
+    only: dict[str, Any] = {"allow_patterns": f"{hookpoint}/*"} if hookpoint else {}
+    folder = Path(snapshot_download(repo_id, **only, **kwargs))
     return folder / hookpoint if hookpoint else folder
 
 
+def layer_number(hookpoint: str) -> int | None:
+    """Return the number in a hookpoint's path, such as 3 in `layers.3`, `transformer.h.3` or `layers.3.mlp:in`.
+
+    It is the first part of the path that is all digits; None where there is none. sparsify's `/seed1` at the end of a
+    folder's name is no part of the path.
+    """
+    path = hookpoint.partition("/")[0].partition(":")[0]
+    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit()), None)
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """A sort key under which numbers inside names count as numbers."""
+    """Return a sort key under which numbers inside names count as numbers."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
 
@@ -184,7 +215,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: activation {activation!r} with signed values is not what saekit has by that name")
     if activation not in SELECTIONS:
         raise ValueError(f"{file}: {unknown_activation(activation, config.get('plugin'))}")
-    if config.get("max_norm") is not None and not _is_number(config["max_norm"]):
+    if config.get("max_norm") is not None and not is_length(config["max_norm"]):
         raise ValueError(f"{file} has no number of at least 0 as 'max_norm'")
     if config.get("transcode") or config.get("skip_connection"):
         raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
@@ -199,7 +230,8 @@ def unknown_activation(activation: Any, plugin: Any = None) -> str:
     return f"{known}; the plug-in {plugin} made it: name that file with --plugin"
 
 
-def _is_number(value: Any) -> bool:
+def is_length(value: Any) -> bool:
+    """Tell whether a value from a file is a finite number of at least 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 

@@ -1,4 +1,4 @@
-"""The training loop and what it keeps: optimisers, counters, statistics, checkpoints.
+"""The trainer, units and bank, optimizers, statistics and checkpoints.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

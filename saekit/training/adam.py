@@ -1,4 +1,4 @@
-"""Adam for SAEs: with the decoder's projection and renormalisation in the same pass, and moments in 32 or 16 bits."""
+"""Adam for SAEs: with the decoder's projection and renormalization in the same pass, and moments in 32 or 16 bits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SaeAdam(PreparedOptimizer):
         self.moments_dtype = moments_dtype
         self._unit_rows = {id(parameter) for parameter in unit_rows}
         self.deferred: dict[nn.Parameter, list[RowSums]] = {}
-        """What the gradients of matrices are the sums of, where they are left to the step."""
+        """Return the rows whose sums are the deferred gradients of matrices."""
 
     def defer_gradients(self) -> None:
         """Have the gradients of all matrices left to the step, where the kernels can (`saekit.sae.kernels.row_sums`).
@@ -93,7 +93,7 @@ class SaeAdam(PreparedOptimizer):
             sums.clear()
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | RowSums | None:
-        """The whole gradient; as it was deferred where that is all of it."""
+        """Return the whole gradient; as it was deferred where that is all of it."""
         deferred = self.deferred.get(parameter, [])
         if len(deferred) == 1 and parameter.grad is None:
             return deferred[0]

@@ -7,51 +7,26 @@ The number of operations in a step that are not a unit's own does not grow with 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saekit.activations.hookpoints import Hookpoint
 from saekit.config import TrainConfig
 from saekit.placement import LayerOptimizer, Placement, Single
-from saekit.report.stats import LayerStats
 from saekit.sae import Sae
 from saekit.sae.selection.base import Selection
-from saekit.training.optimizers import make_optimizer
+from saekit.training.message import COUNTS, ERROR, MessageReader, Report, Since, StepMessage, read_later
+from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
+from saekit.training.plan import UnitPlan
 from saekit.training.resources import peak_memory_bytes
-from saekit.training.statistics import SUMS, Segments, Tally, read_tally
+from saekit.training.statistics import Segments, Tally
 from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
 
-ONE = "layers.0"
+ONLY_UNIT = "layers.0"
 """The name of a bank's only unit."""
-FAULTS = ("activations", "loss", "gradient")
-"""What can hold NaN or Inf in an optimizer step, causes before effects."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a bank did since the last report."""
-
-    layers: dict[str, LayerStats]
-    """By hookpoint, in model order."""
-    memory_bytes: int
-    """Peak memory of the rank that uses most."""
-
-
-@dataclass(frozen=True)
-class StepMessage:
-    """What the host learns of an optimizer step, in one message."""
-
-    tokens: int
-    """Tokens that trained the units, over all ranks."""
-    faults: dict[str, str]
-    """By hookpoint, where NaN or Inf was on any rank: one of `FAULTS`. Not empty: the step must not count."""
-    num_dead: dict[str, int]
-    """Of each unit of this rank: its dead latents, if the step counts."""
-    report: Report | None = None
-    """Since the last report, this step included if it counts; None unless it was asked for."""
 
 
 class Bank:
@@ -60,21 +35,21 @@ class Bank:
     Args:
         cfg: How to train.
         placement: Where the units are; their SAEs are placed already.
-        widths: D of every unit of the run by hookpoint, in model order.
-        dead_thresholds: By hookpoint, tokens without firing after which a latent is dead.
-        calibration: By hookpoint, of the units of this rank.
+        units: All units of the run, in model order.
+        calibration: By hookpoint, of the units of this rank at least.
     """
 
     def __init__(
         self,
         cfg: TrainConfig,
         placement: Placement,
-        widths: Mapping[str, int],
-        dead_thresholds: Mapping[str, int],
+        units: Sequence[UnitPlan],
         calibration: Mapping[str, Calibration],
     ) -> None:
         self.cfg, self.placement, device = cfg, placement, placement.device
-        self.names, self.all_names = placement.layers(), tuple(widths)
+        self.names = placement.layers()
+        self._reader = MessageReader(units, self.names, cfg.sae.multi_topk, placement.world_size)
+        plans, everywhere = {each.hookpoint.name: each for each in units}, [each.hookpoint.name for each in units]
         saes = [placement.sae(name) for name in self.names]
         own = [calibration[name] for name in self.names]
 
@@ -83,10 +58,10 @@ class Bank:
 
         self._variance_U, self._rms_U = float64([each.variance for each in own]), float64([each.rms for each in own])
         self._threshold_U = torch.tensor(
-            [dead_thresholds[name] for name in self.names], dtype=torch.int64, device=device
+            [plans[name].dead_threshold for name in self.names], dtype=torch.int64, device=device
         )
         self._leads_U = float64([placement.leads(name) for name in self.names])
-        at = [self.all_names.index(name) for name in self.names]
+        at = [everywhere.index(name) for name in self.names]
         self._at_U = torch.tensor(at, dtype=torch.int64, device=device)
 
         self.latents = Segments([sae.num_latents for sae in saes], device)
@@ -99,10 +74,10 @@ class Bank:
         """Of each unit, when the step began."""
         self.error_U = self._variance_U.clone()
         """Mean squared error per token in the last step that counted, over all ranks: the variance before the first."""
-        self._all_widths = list(widths.values())
-        self._tally, self._window = (Tally([widths[name] for name in self.names], device) for _ in range(2))
-        self._places = self._tally.places(at, self._all_widths).to(device)
-        self._window_steps = self._window_tokens = 0
+        widths = [plans[name].hookpoint.width for name in self.names]
+        self._tally, self._window = Tally(widths, device), Tally(widths, device)
+        self._places = self._tally.places(at, self._reader.widths).to(device)
+        self._since = Since()
         self._scales_3U = self._variance_U.new_zeros(3, len(self.names))
         self._auxk_U = self._scales_3U[1].float()
         kind = cfg.sae.kind
@@ -135,7 +110,7 @@ class Bank:
         return self._auxk_U[number] if self.cfg.auxk_relative_to == "residual" else self._scales_3U[1, number]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint keeps of a unit's counters: views of them."""
+        """Return views of the counters of a unit that a checkpoint keeps."""
         number = self.names.index(name)
         return {
             "tokens_since_fired": self.latents.views(self.since_fired_F)[number],
@@ -155,7 +130,7 @@ class Bank:
         self.num_dead = dict(zip(self.names, counts.tolist(), strict=True))
 
     def begin_(self, tokens: int) -> None:
-        """Begin an optimizer step of so many tokens over all ranks: its scales, its dead latents, and empty sums.
+        """Begin an optimizer step: fix its scales and its dead latents, and set its sums to zero.
 
         A loss is a sum over tokens divided by numbers that are fixed here, before any backward pass. With
         `auxk_relative_to residual`, AuxK's loss is divided by the error of the step before: what dead latents are to
@@ -189,13 +164,12 @@ class Bank:
         Returns:
             What gives the message. It waits until that has arrived, not for anything that is enqueued in between.
         """
-        device = self.placement.device
         fired_F = self.placement.share(self._fired_F)
         self._since_after_F = (self.since_fired_F + self._tokens).masked_fill_(fired_F > 0, 0)
         self._fired_after_F = fired_F
         dead_U = self.latents.counts(self.latents.at_least(self._since_after_F, self._threshold_U)).double()
         self._dead_after_U = dead_U
-        gradient_U = torch.stack([*gradients.values()]) if gradients else torch.zeros(0, device=device)
+        gradient_U = torch.stack([gradients[name] for name in self.names]) if self.names else dead_U
         faulty_U3 = ~torch.cat([self._tally.finite(), gradient_U.isfinite()[:, None]], 1)
         columns = [
             faulty_U3.double(),
@@ -206,39 +180,16 @@ class Bank:
             self._selection_US.double(),
         ]
         checks_UC = torch.cat(columns, 1)
-        checks_LC = checks_UC.new_zeros(len(self.all_names), checks_UC.shape[1]).index_copy_(0, self._at_U, checks_UC)
+        C = checks_UC.shape[1]
+        checks_LC = checks_UC.new_zeros(len(self._reader.units), C).index_copy_(0, self._at_U, checks_UC)
         mine = [checks_LC.flatten()]
         if report:
-            mine += [*self._everywhere(self._window, self._tally), self._memory()]
+            mine += [self._reader.everywhere(each, self._places) for each in (self._window, self._tally)]
+            mine.append(self._memory())
         together = self.placement.sum(torch.cat(mine))
         self._checks_UC = together[: checks_LC.numel()].view_as(checks_LC)[self._at_U]
-        read = read_later(torch.cat([dead_U, together]))
-        return lambda: self._message(read(), report)
-
-    def _message(self, numbers: Tensor, report: bool) -> StepMessage:
-        """The fields of a message that has arrived; `numbers` are on the CPU."""
-        L, U = len(self.all_names), len(self.names)
-        C = self._checks_UC.shape[1]
-        checks_LC = numbers[U : U + L * C].view(L, C)
-        faults = {
-            name: next(fault for fault, ranks in zip(FAULTS, row, strict=True) if ranks)
-            for name, row in zip(self.all_names, checks_LC[:, : len(FAULTS)].tolist(), strict=True)
-            if any(row)
-        }
-        told = None
-        if report:
-            size = L * len(SUMS) + sum(self._all_widths)
-            window, now, memory = numbers[U + L * C :].split([size, size, self.placement.world_size])
-            counts = not faults
-            told = self._read_report(
-                window + now if counts else window,
-                memory,
-                checks_LC[:, 3 if counts else 4].tolist(),
-                self._window_tokens + self._step_tokens * counts,
-                self._window_steps + counts,
-            )
-        num_dead = dict(zip(self.names, map(int, numbers[:U].tolist()), strict=True))
-        return StepMessage(self._step_tokens, faults, num_dead, told)
+        read, tokens = read_later(torch.cat([dead_U, together])), self._step_tokens
+        return lambda: self._reader.read(read(), C, tokens, self._since, report=report)
 
     def advance_(self, message: StepMessage) -> None:
         """Let a step count whose message shows no fault: counters, thresholds, errors and the window."""
@@ -246,54 +197,31 @@ class Bank:
         self.fire_count_F += self._fired_after_F
         self._window.flat += self._tally.flat
         self._dead_U.copy_(self._dead_after_U)
-        self._window_steps += 1
-        self._window_tokens += message.tokens
+        self._since = Since(self._since.steps + 1, self._since.tokens + message.tokens)
         self.num_dead = message.num_dead
         if self.cfg.auxk_relative_to == "residual":
-            self.error_U.copy_(self._checks_UC[:, 5] / self._tokens.clamp_min(1))
+            self.error_U.copy_(self._checks_UC[:, ERROR] / self._tokens.clamp_min(1))
         if self._selections is not None:
-            counts = self._checks_UC[:, 6:].long()
+            counts = self._checks_UC[:, COUNTS:].long()
             self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
 
     def clear_window(self) -> None:
-        """Begin the next report's sums."""
+        """Set the sums of the next report to zero."""
         self._window.flat.zero_()
-        self._window_steps = self._window_tokens = 0
+        self._since = Since()
 
     def report(self) -> Report:
-        """What a message's report would say, of steps that counted already. Collective; waits for the device."""
-        dead_L = self._leads_U.new_zeros(len(self.all_names)).index_copy_(0, self._at_U, self._dead_U * self._leads_U)
-        together = self.placement.sum(torch.cat([dead_L, *self._everywhere(self._window), self._memory()])).cpu()
-        dead, window, memory = together.split(
-            [len(dead_L), len(together) - len(dead_L) - self.placement.world_size, self.placement.world_size]
-        )
-        return self._read_report(window, memory, dead.tolist(), self._window_tokens, self._window_steps)
-
-    def _everywhere(self, *tallies: Tally) -> list[Tensor]:
-        """Tallies as parts of the sums of all units: zeros where a unit is elsewhere."""
-        size = len(self.all_names) * len(SUMS) + sum(self._all_widths)
-        return [each.flat.new_zeros(size).index_copy_(0, self._places, each.flat) for each in tallies]
+        """Make a report of the steps that have counted already. Collective; waits for the device."""
+        dead_L = self._leads_U.new_zeros(len(self._reader.units))
+        dead_L.index_copy_(0, self._at_U, self._dead_U * self._leads_U)
+        mine = [dead_L, self._reader.everywhere(self._window, self._places), self._memory()]
+        dead, window, memory = self.placement.sum(torch.cat(mine)).cpu().split([len(each) for each in mine])
+        return self._reader.report(window, memory, dead, self._since)
 
     def _memory(self) -> Tensor:
         memory = torch.zeros(self.placement.world_size, dtype=torch.float64)
         memory[self.placement.rank] = peak_memory_bytes(self.placement.device)
         return memory.to(self.placement.device, non_blocking=True)
-
-    def _read_report(self, flat: Tensor, memory: Tensor, dead: Sequence[float], tokens: int, steps: int) -> Report:
-        layers = {
-            name: read_tally(
-                flat,
-                number,
-                self._all_widths,
-                tokens=tokens,
-                steps=steps,
-                dead=int(dead[number]),
-                num_latents=self.cfg.sae.resolve_num_latents(self._all_widths[number]),
-                with_multi_topk=self.cfg.sae.multi_topk,
-            )
-            for number, name in enumerate(self.all_names)
-        }
-        return Report(layers, int(memory.max()))
 
 
 def bank_of_one(
@@ -301,39 +229,26 @@ def bank_of_one(
     sae: Sae,
     calibration: Calibration,
     *,
-    alone: bool = True,
+    owns_gradient: bool = True,
     dead_threshold: int = 1,
     optimizer: Callable[[Sae], LayerOptimizer] | None = None,
 ) -> Bank:
-    """A bank of a single unit in this process: what plans meter, and benchmarks time.
+    """Make a bank of a single unit in this process, for plans to meter and benchmarks to time.
 
     Args:
         cfg: How to train.
         sae: Fresh, on the device where it is to be trained.
         calibration: What is known of its activations.
-        alone: Whether gradients may be left to the step, see `Placement.alone`.
+        owns_gradient: Whether gradients may be left to the step, see `Placement.owns_gradient`.
         dead_threshold: Tokens without firing after which a latent is dead.
         optimizer: Makes the optimizer; by default the configured one.
     """
     placement = Single(sae.device)
-    placement.alone = alone  # type: ignore[misc]  # of this instance only
+    placement.owns_gradient = owns_gradient  # type: ignore[misc]  # of this instance only
     scale = calibration.rms if cfg.scale_biases else 1.0
-    placement.place([ONE], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
-    return Bank(cfg, placement, {ONE: sae.d_in}, {ONE: dead_threshold}, {ONE: calibration})
-
-
-def read_later(value: Tensor) -> Callable[[], Tensor]:
-    """Start to bring a tensor to the host.
-
-    Returns:
-        What gives it, on the CPU. It waits until it is there, not for anything that is enqueued in between.
-    """
-    host = value.to("cpu", non_blocking=True)  # from a GPU into pinned memory
-    arrived = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
-
-    def read() -> Tensor:
-        if arrived is not None:
-            arrived.synchronize()
-        return host
-
-    return read
+    placement.place([ONLY_UNIT], lambda _: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale)))
+    hookpoint = Hookpoint(ONLY_UNIT, sae.d_in)
+    rates = base_lr(cfg, sae.num_latents, sae.d_in), rate_ratios(cfg, sae.d_in)
+    return Bank(
+        cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration}
+    )

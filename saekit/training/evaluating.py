@@ -1,4 +1,4 @@
-"""Evaluating the SAEs between two optimiser steps, on data that trains nothing."""
+"""Evaluating the SAEs between two optimizer steps, on data that trains nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --
 def load_eval_data(
     cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> Sequences | None:
-    """What `--eval-every` evaluates on: other data, or documents that the whole run never reads; None without it.
+    """Load what `--eval-every` evaluates on: other data, or documents that the run never reads; None without it.
 
     Args:
         cfg: The run.
@@ -59,7 +59,7 @@ def subject_of(
     plan: RunPlan,
     placement: Placement,
 ) -> Subject | None:
-    """What is evaluated every `eval_every` steps, and on what; None without that option.
+    """Describe what is evaluated every `eval_every` steps, and on what; None without that option.
 
     A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there.
 
@@ -111,12 +111,12 @@ def subject_of(
 
 
 class Pause(NamedTuple):
-    """What happened between two optimiser steps."""
+    """The outcome of the moment between two optimizer steps."""
 
     stop: int
-    """Who has asked for a stop, over all ranks: see `saekit.training.interrupt`."""
+    """Who asked for a stop, over all ranks: a code of `saekit.training.interrupt`."""
     seconds: float = 0.0
-    """An evaluation took; they belong to no step."""
+    """The time that an evaluation took, which belongs to no step."""
 
 
 class _StopAsked(Exception):  # noqa: N818
@@ -124,17 +124,17 @@ class _StopAsked(Exception):  # noqa: N818
 
 
 class Evaluating:
-    """Evaluates every `eval_every` optimiser steps and after the last one.
+    """Evaluates every `eval_every` optimizer steps and after the last one.
 
     It reads the SAEs as a checkpoint would hold them, and nothing of the training is moved by it: neither its random
-    numbers, its batches and counters, nor its gradients and optimisers.
+    numbers, its batches and counters, nor its gradients and optimizers.
 
     Args:
         subject: From `subject_of`; None evaluates nothing.
         plan: The run.
         placement: The ranks.
         report: Told what was found.
-        interruption: A stop that is asked for ends an evaluation; who goes on makes it up.
+        interruption: A stop ends an evaluation; the resumed run makes up for it.
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class Evaluating:
             )
 
     def due(self, run: RunState) -> bool:
-        """Whether the SAEs are to be evaluated as they are after the step that was just done, and have not been."""
+        """Tell whether the SAEs should be evaluated after the step that was just done, and have not been yet."""
         every = self.plan.cfg.eval_every
         if every is None or run.step == run.evaluated:
             return False
         return run.step % every == 0 or run.step == self.plan.total_steps
 
     def __call__(self, run: RunState) -> Pause:
-        """Evaluate if that is due, and look whether a stop was asked for, once for all ranks. Collective."""
+        """Evaluate if that is due, and find out, once for all ranks, whether a stop was asked for. Collective."""
         if self.evaluate is None or not self.due(run):
             return Pause(self._asked())
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""NaN and Inf: noticed before they reach the weights. The step is left out, by all units and on all ranks alike."""
+"""NaN and Inf are noticed before they reach the weights: all units on all ranks skip the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HINTS = {
 }
 
 
-def leave_out_step(run: RunState, faults: Mapping[str, str], max_bad_steps: int) -> str:
+def skip_step(run: RunState, faults: Mapping[str, str], max_bad_steps: int) -> str:
     """Count a step that was skipped; returns a warning that says so.
 
     Args:

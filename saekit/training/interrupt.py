@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, or by a scheduler that wants the machine back.
+"""Requests to stop: by Ctrl-C, or by a scheduler that wants the machine back.
 
 Ctrl-C once, SIGTERM and SIGUSR1 (what SLURM sends): finish the step, save, stop. Ctrl-C twice: stop now.
 """
@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 NOT_ASKED, BY_SCHEDULER, BY_USER = 0, 1, 2
-"""Who has asked for a stop; of several ranks' answers the highest counts."""
+"""Codes for who asked for a stop; over several ranks the highest counts."""
 
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Whether somebody has asked the run to stop."""
+    """Knows whether the user or a scheduler has asked the run to stop."""
 
     def __init__(self) -> None:
         self.request = NOT_ASKED
@@ -62,7 +62,7 @@ def graceful_interrupt(grace: float, last_words: Callable[[str], None]) -> Itera
 
 @contextmanager
 def _deadline(grace: float, last_words: Callable[[str], None]) -> Iterator[None]:
-    """End the process so many seconds after a scheduler's signal, whatever it is doing.
+    """End the process `grace` seconds after a scheduler's signal, whatever it is doing.
 
     Python's handlers run between two bytecodes of the main thread, which can be waiting for another rank inside a
     library. The numbers of signals arrive at this socket at once, where a thread of its own reads them.

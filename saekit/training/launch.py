@@ -24,8 +24,8 @@ from saekit.training.trainer import SaeTrainer
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: InMemory | None = None) -> Path:
     """Load what the configuration names, unless the caller has it, and train; returns the last checkpoint's folder.
 
-    The order is from cheap to dear: first the run's folder, then what the model's config says of layers and context,
-    then the data, and only then the weights. What `SaeTrainer` refuses besides (trackers, `--finetune`) comes last.
+    Cheap checks come first: the run's folder, then the model's config (layers, context), then the data, and then the
+    weights. `SaeTrainer` checks the rest (trackers, `--finetune`) last.
 
     Raises:
         UserError: If something in the configuration cannot be used.
@@ -56,8 +56,8 @@ def _one_error(placement: Placement) -> Iterator[None]:
             raise SystemExit(1) from error
         if placement.world_size > 1 and isinstance(error, RuntimeError) and "gloo" in str(error).lower():
             raise UserError(
-                "another rank of this run has ended without a word (killed, out of memory, or its machine is gone); "
-                "--resume goes on from the last checkpoint"
+                "another rank of this run has ended without an error message (killed, out of memory, or its machine is "
+                "gone); --resume continues from the last checkpoint"
             ) from error
         raise
 

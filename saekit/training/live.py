@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InMemory:
-    """What the caller has loaded already; the configuration then has only a name for it."""
+    """Objects that the caller has loaded already; the configuration then has only names for them."""
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,7 +71,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
     ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
     tokenizer = _tokenizer(cfg, have)
 
-    say(f"Reading and tokenising {cfg.data.dataset}")
+    say(f"Reading and tokenizing {cfg.data.dataset}")
     if placement.rank > 0:
         placement.gather(None)
     data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
@@ -91,7 +91,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
 
 
 def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None:
-    """The language model's tokenizer; None for a loaded model that does not say where it came from."""
+    """Return the language model's tokenizer; None for a loaded model that does not say where it came from."""
     if have.tokenizer is not None or (have.model is not None and not have.model.name_or_path):
         return have.tokenizer
     return load_tokenizer(cfg.model)
@@ -100,7 +100,7 @@ def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None
 def _load_data(
     cfg: RunConfig, have: InMemory, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> tuple[Sequences, Sequences | None]:
-    """What the run trains on, and what it evaluates on."""
+    """Load the data to train on and the data to evaluate on."""
     token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
     data = load_sequences(cfg.data, tokenizer, ctx_len, token, have.rows)
     if have.eval_rows is not None and cfg.train.eval_every is not None:

@@ -52,17 +52,17 @@ def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
 
 
 def decays(cfg: TrainConfig) -> bool:
-    """Whether the learning rate falls to zero over the run; a schedule-free optimizer averages instead."""
+    """Tell whether the learning rate falls to zero over the run; a schedule-free optimizer averages instead."""
     return cfg.optimizer != "signum"
 
 
 def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> TorchOptimizer:
-    """The configured optimizer for one SAE.
+    """Return the configured optimizer for one SAE.
 
     Biases have the unit of the activations, and Adam's steps have no unit: with one rate for all, the biases of a layer
     whose activations are of size 100 hardly move, and those of one of size 0.01 jump about. With the activations' root
     mean square as `input_scale`, Adam trains the same SAE on `s · x` as on `x`, but for its biases that are `s` times
-    as large: as if the activations had been normalised, and the weights that saekit saves take them as they are.
+    as large: as if the activations had been normalized, and the weights that saekit saves take them as they are.
 
     Args:
         cfg: How to train.
@@ -95,7 +95,7 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
     # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
-    # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalised.
+    # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalized.
     muon = torch.optim.Muon(groups[:2], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return TorchOptimizer(sae, [muon, torch.optim.Adam(groups[2:], lr=lr, betas=betas, fused=True)])
 
@@ -150,7 +150,7 @@ class TorchOptimizer:
                 optimizer.defer_gradients()
 
     def deferred(self) -> list[RowSums]:
-        """What the deferred gradients are the sums of."""
+        """Return the rows whose sums are the deferred gradients."""
         of_adam = (each.deferred for each in self.optimizers if isinstance(each, SaeAdam))
         return [sums for deferred in of_adam for each in deferred.values() for sums in each]
 
@@ -199,7 +199,7 @@ class TorchOptimizer:
         return weights
 
     def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter, int]]:
-        """Each parameter's name, its optimizer, itself, and its number inside that optimizer."""
+        """Yield each parameter's name, its optimizer, itself, and its number inside that optimizer."""
         names = {parameter: name for name, parameter in self.sae.named_parameters()}
         for optimizer in self.optimizers:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""What follows from the configuration, the source and the ranks, before anything is computed."""
+"""Resolves a run from the configuration, the source and the ranks, before anything is computed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class UnitPlan:
 
     @classmethod
     def of(cls, cfg: TrainConfig, hookpoint: Hookpoint, source: Source) -> UnitPlan:
-        """The plan of a unit in a run.
+        """Return the plan of a unit in a run.
 
         Raises:
             ValueError: If the configuration does not fit the hookpoint's width.
@@ -65,7 +65,7 @@ class RunPlan:
     """In model order."""
     source: Source
     kernels: Kernels
-    """What computes the SAEs."""
+    """The kernels of all units."""
     run_dir: Path
     run: RunConfig | None
     """The whole run's configuration, where there is one."""
@@ -82,11 +82,11 @@ class RunPlan:
 
     @property
     def dead_thresholds(self) -> dict[str, int]:
-        """Tokens without firing after which a latent of each unit is dead."""
+        """Return tokens without firing after which a latent of each unit is dead."""
         return {each.hookpoint.name: each.dead_threshold for each in self.units}
 
     def unit(self, name: str) -> UnitPlan:
-        """The plan of one unit."""
+        """Return the plan of one unit."""
         return self.units[self.hookpoints.index(name)]
 
     @property
@@ -112,7 +112,7 @@ class RunPlan:
         return {name: value for name, value in values.items() if name not in ("overwrite", "resume")}
 
     def resolved(self) -> dict[str, Any]:
-        """What the defaults that depend on something else came to: a number, or one by hookpoint where they differ.
+        """Return resolved defaults that depend on something else: a number, or one by hookpoint if they differ.
 
         Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
         for the next.
@@ -140,7 +140,7 @@ class RunPlan:
         return next(name for name, dtype in SELECT_DTYPES.items() if dtype == self.kernels.select_dtype)
 
     def place(self, step: int) -> dict[str, Any]:
-        """Where a run stands after `step` optimizer steps, in the data and in the schedule."""
+        """Return where a run stands after `step` optimizer steps, in the data and in the schedule."""
         source, lr = self.source, self.resolved()["lr"]
         scale = self.lr_scale(step - 1)
         return {
@@ -161,11 +161,11 @@ class RunPlan:
         }
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of its origin."""
+        """Return the origin that a checkpoint names."""
         return {"model": self.source.name, "dataset": self.source.data_name, "ctx_len": self.source.ctx_len}
 
     def info(self, placement: Placement, start_step: int) -> RunInfo:
-        """What reporters are told before the first step."""
+        """Return what reporters are told before the first step."""
         first, source = self.units[0], self.source
         return RunInfo(
             run_dir=self.run_dir,
@@ -213,7 +213,7 @@ def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement:
 
 
 def default_run_name(model_name: str, run: RunConfig | None) -> str:
-    """A folder name such as `pythia-70m-fineweb`, made of the model's and the data set's."""
+    """Return a folder name such as `pythia-70m-fineweb`, made of the model's and the data set's."""
     parts = [Path(model_name).name] + ([Path(run.data.dataset).name.split("*")[0]] if run else [])
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "-" for c in part).strip("-.") for part in parts)
     return name.strip("-.") or "run"

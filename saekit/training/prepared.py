@@ -43,6 +43,6 @@ class PreparedOptimizer(torch.optim.Optimizer, ABC):
         """Move what the host knows of a parameter on by a step; returns the step's numbers."""
 
     def _numbers(self, parameter: nn.Parameter) -> Tensor:
-        """What `_advance` returned, as float64 on the parameter's device."""
+        """Put what `_advance` returned on the parameter's device, as float64."""
         assert self._static is not None, "`prepare` comes before `step`"
         return self._rows[id(parameter)]

@@ -1,4 +1,4 @@
-"""What a run uses of the machine."""
+"""Measures what a run uses of the machine."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class Saver:
 
 
 def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
-    """See that a resumed run would go on with the same training.
+    """Check that a resumed run continues the same training.
 
     Raises:
         UserError: If an option that the training depends on has changed; the message lists all that did.

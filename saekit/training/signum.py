@@ -32,7 +32,7 @@ class ScheduleFreeSignum(PreparedOptimizer):
         super().__init__(params, {"lr": lr, "beta": beta})
 
     def _advance(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[float, ...]:
-        """The learning rate, and `c`."""
+        """Return the learning rate, and `c`."""
         lr, state = float(group["lr"]), self.state[parameter]
         if not state:
             state["z"] = parameter.clone()

@@ -1,4 +1,4 @@
-"""What the first global batch says: calibration, and initial weights that fit it."""
+"""Calibration on the first global batch, and initial weights that fit it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from saekit.training.unit import Calibration
 from saekit.units import percent
 
 ROWS = 512
-"""Tokens whose activations are looked at; each rank holds so many of every layer for a moment, on the CPU."""
+"""Tokens in the sample; each rank holds this many activations of every unit for a moment, on the CPU."""
 
 
 def calibrate(
@@ -29,21 +29,21 @@ def calibrate(
     placement: Placement,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Calibration], dict[str, Tensor]]:
-    """Mean and variance of every layer over the first global batch, and some of its activations. Collective.
+    """Measure each hookpoint's mean and variance over the first global batch, and take a sample of it. Collective.
 
-    Where tokens are longer than `max_norm_multiple` medians, mean and variance are of the others; that takes a second
-    pass. Attention sinks, a few tokens that are a hundred times as long as the others and nearly alike, would otherwise
-    be all of the variance (Sun et al. 2024, arXiv 2402.17762).
+    If the norm of some tokens exceeds `max_norm_multiple` times the median, a second pass measures mean and variance
+    without them. Attention sinks, a few nearly equal tokens with a hundred times the norm of the others, would
+    otherwise be all of the variance (Sun et al. 2024, arXiv 2402.17762).
 
     Args:
         batches: This rank's micro-batches of the first step.
         plan: The run; its source gives the activations.
         placement: The ranks.
-        say: Told whether tokens are left out.
+        say: Told whether tokens are excluded.
 
     Returns:
-        Both by hookpoint; activations `[R, D]`, none of them too long, where initial weights, thresholds or the limit
-        of norms are made of them.
+        Both by hookpoint. The sample `[R, D]`, without excluded tokens, is empty unless initial weights, thresholds or
+        the norm limit need it.
 
     Raises:
         UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
@@ -67,7 +67,7 @@ def calibrate(
         shares = {name: 1 - float(moments[name].count / before[name].count) for name in moments}
         worst = max(shares, key=lambda name: shares[name])
         say(
-            f"Activations of more than {cfg.max_norm_multiple:g} times the median norm train no SAE "
+            f"Tokens whose activation norm exceeds {cfg.max_norm_multiple:g} times the median are excluded "
             f"(--max-norm-multiple): {percent(shares[worst])} of the tokens of {worst}, and some of "
             f"{sum(share > 0 for share in shares.values())} of {len(shares)} layers"
         )
@@ -75,13 +75,13 @@ def calibrate(
 
 
 def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:
-    """Tokens of an optimizer step that train, over all ranks. Collective."""
+    """Count an optimizer step's tokens over all ranks. Collective."""
     # Ranks tell each other plain numbers: a tensor's sum would wait for everything that a GPU still has to do.
     return sum(placement.gather(sum(source.count(batch) for batch in batches)))
 
 
 def _counted(source: Source, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Each hookpoint's activations `[N, D]` of the counted tokens alone."""
+    """Give each hookpoint's activations `[N, D]` of counted tokens."""
     acts = source(batch)
     for name, x_ND in acts.of.items():
         yield name, x_ND if acts.counted_N is None else x_ND[acts.counted_N]
@@ -94,7 +94,7 @@ def _moments(
     limits: Mapping[str, float] | None = None,
     sample: Sample | None = None,
 ) -> tuple[dict[str, Moments], dict[str, float]]:
-    """Moments of every layer's activations up to its limit over a global batch, and the largest norm. Collective."""
+    """Sum each hookpoint's moments up to its norm limit over a global batch; find the largest norm. Collective."""
     moments = {name: Moments.zero(width, placement.device) for name, width in plan.widths.items()}
     longest = {name: torch.zeros((), device=placement.device) for name in plan.hookpoints}
     for micro, batch in enumerate(batches):
@@ -111,31 +111,31 @@ def _moments(
 
 
 class Sample:
-    """Activations of some tokens of the first global batch: the same tokens for all layers, the same on all ranks.
+    """Activations of some tokens of the first global batch: the same tokens for all units and on all ranks.
 
     Args:
-        kept: Tokens that train the SAEs in each of this rank's micro-batches of the step.
+        counted: Counted tokens in each of this rank's micro-batches of the step.
         seed: Of the choice.
         placement: The ranks. Making a sample is collective.
     """
 
-    def __init__(self, kept: Sequence[int], seed: int, placement: Placement) -> None:
+    def __init__(self, counted: Sequence[int], seed: int, placement: Placement) -> None:
         self._placement = placement
-        everywhere = placement.gather(list(kept))
+        everywhere = placement.gather(list(counted))
         # Micro-batches are dealt out first, then ranks: so a token's number does not depend on how many there are.
         starts, total = [], 0
-        for micro in range(len(kept)):
+        for micro in range(len(counted)):
             before = sum(of_rank[micro] for of_rank in everywhere[: placement.rank])
             starts.append(total + before)
             total += sum(of_rank[micro] for of_rank in everywhere)
-        self._spans = [(start, start + count) for start, count in zip(starts, kept, strict=True)]
+        self._spans = [(start, start + count) for start, count in zip(starts, counted, strict=True)]
         generator = torch.Generator().manual_seed(seed)
         self._numbers = torch.randperm(total, generator=generator)[:ROWS]
         self.rows: dict[str, Tensor] = {}
         """By hookpoint `[R, D]`, float32, on the CPU."""
 
     def add(self, micro: int, name: str, x_ND: Tensor) -> None:
-        """Take what is wanted of a layer's activations of one of this rank's micro-batches."""
+        """Take the sampled tokens from a unit's activations of one of this rank's micro-batches."""
         start, stop = self._spans[micro]
         here_R = (self._numbers >= start) & (self._numbers < stop)
         rows_RD = self.rows.setdefault(name, torch.zeros(len(self._numbers), x_ND.shape[1]))
@@ -150,13 +150,13 @@ class Sample:
 
 @torch.no_grad()
 def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
-    """Make a fresh SAE's encoder so long that the first reconstructions fit best, in place.
+    """Scale a fresh SAE's encoder, in place, so that the first reconstructions fit best.
 
         W_enc = s · W_dec        s = Σ_t (x_t − b_dec) · y_t / Σ_t ‖y_t‖²
 
-    where y is what the SAE makes of x with s = 1, without `b_dec`. The k latents that are chosen all point to where x
-    does, so that together they overshoot by a multiple; an SAE that starts so unlearns it by pushing latents away from
-    the data, where some of them die.
+    where y is the reconstruction of x with s = 1, without `b_dec`. The k active latents all point roughly in the
+    direction of x, so together they overshoot several times. An SAE that starts like that unlearns it by pushing
+    latents away from the data, where some of them die.
 
     Args:
         sae: A fresh SAE on the CPU whose `b_dec` is the activations' mean.

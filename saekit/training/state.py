@@ -27,24 +27,24 @@ class RunState:
     """Where a run stands."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     tokens: int = 0
     """Tokens that trained the SAEs, over all ranks."""
     skipped: int = 0
-    """Optimiser steps left out because of NaN or Inf."""
+    """Optimizer steps skipped because of NaN or Inf."""
     bad_in_row: int = 0
-    """How many of them were the last ones."""
+    """The number of skipped steps in a row, up to now."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
     evaluated: int = 0
     """The step after which the SAEs were evaluated last; 0 before the first time."""
     best_fvu: float = float("inf")
     """The lowest mean FVU between two checkpoints so far."""
     checkpoint: Path | None = None
-    """The one that was written last, or gone on from."""
+    """The checkpoint that was written last, or that the run continued from."""
 
 
 def new_sae(plan: RunPlan, name: str) -> Sae:
-    """A fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
+    """Make a fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
     unit = plan.unit(name)
     generator = torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed))
     fresh = Sae(**plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents), generator=generator)
@@ -53,17 +53,17 @@ def new_sae(plan: RunPlan, name: str) -> Sae:
     return fresh
 
 
-def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
+def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> Sae:
     """Replace the weights of a fresh SAE by those of an earlier one, in place.
 
     Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
-    latent adds to the reconstruction stays, and the first optimiser step does not change it at one blow.
+    latent adds to the reconstruction then stays the same until the first optimizer step.
 
     Args:
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
         hookpoint: Whose SAE it is.
         sae: The fresh one.
-        alone: Whether the bank has this layer only.
+        only_unit: Whether the bank has no other unit.
 
     Returns:
         The earlier one, as it is in its file.
@@ -72,7 +72,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
         UserError: If the SAE is missing there, is damaged or has another size.
     """
     try:
-        single = (path / WEIGHTS_FILE).is_file() and alone
+        single = (path / WEIGHTS_FILE).is_file() and only_unit
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
@@ -91,7 +91,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, alone: bool) -> Sae:
 
 
 def calibration(name: str, moments: Moments, max_norm: float | None = None) -> Calibration:
-    """Mean and variance of one layer from the sums over the first global batch's activations up to `max_norm`.
+    """Compute a hookpoint's mean and variance from sums over the first global batch's counted activations.
 
     Raises:
         UserError: If the activations hold NaN or Inf, or do not vary.
@@ -109,7 +109,7 @@ def calibration(name: str, moments: Moments, max_norm: float | None = None) -> C
 
 
 def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
-    """Stop rather than save what nobody can go on from."""
+    """Refuse to save weights with NaN or Inf, which no run could continue from."""
     for tensor in weights.values():
         if not bool(torch.isfinite(tensor.sum())):  # a sum needs no memory, unlike isfinite of each element
             raise UserError(
@@ -120,7 +120,7 @@ def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
 def records(
     run: RunState, bank: Bank, plan: RunPlan, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
-    """What a checkpoint keeps of each unit that this rank leads, made one unit at a time. Collective."""
+    """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective."""
     placement = bank.placement
     for name, weights, optimizer_state in placement.each_whole():
         check_weights(name, weights, run.step)
@@ -145,7 +145,7 @@ def records(
 
 
 def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, Calibration]:
-    """What a checkpoint knows of the first global batch, on the CPU.
+    """Read the calibration from a checkpoint, on the CPU.
 
     Raises:
         UserError: If a file is missing or damaged.
@@ -159,7 +159,7 @@ def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, C
 
 
 def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) -> None:
-    """Put a run back to where a checkpoint left it; `index` is what `read_index` said of it, its calibration is read.
+    """Restore a run from a checkpoint; `index` is what `read_index` returned, and its calibration is read already.
 
     Raises:
         UserError: If a file is missing or damaged.

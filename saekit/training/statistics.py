@@ -1,4 +1,4 @@
-"""Sums over tokens, which become means only when they are read; those of all units lie in one tensor."""
+"""Sums over tokens, which become means when they are read; those of all units are in one tensor."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Moments:
         self.count += x_ND.shape[0] if counted_N1 is None else counted_N1.sum()
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Moments:
-        """The same over all ranks, in one reduction."""
+        """Return the same over all ranks, in one reduction."""
         together = reduce(torch.cat([self.sum_D, self.sum_squares.view(1), self.count.view(1)]))
         return Moments(together[:-2], together[-2], together[-1])
 
@@ -70,28 +70,28 @@ class Moments:
 def without_excluded(
     sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None, *, may_ask: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Put zeros in the place of activations that do not train the SAE; rows stay as many as they are.
+    """Put zeros in place of excluded tokens' activations; the number of rows stays the same.
 
-    So nobody waits for a GPU to count them, and NaN stays NaN, so that it is noticed.
+    The host then need not wait for a GPU to count them, and NaN stays NaN, so that it is noticed.
 
     Args:
-        sae: Its `max_norm` excludes long activations.
+        sae: Its `max_norm` excludes activations whose norm is larger.
         x_ND: `[N, D]`.
-        counted_N1: bool `[N, 1]`, False for tokens that are excluded whatever their norm; None if there is none.
-        may_ask: Whether the host may look whether any activation is too long: nearly always none is.
+        counted_N1: bool `[N, 1]`, False for tokens that are excluded already, by their id; None if there is none.
+        may_ask: Whether the host may read whether any norm is too large; almost always none is.
 
     Returns:
-        The activations, and bool `[N, 1]` for `SaeOutput.only`: which tokens are counted. None stands for all.
+        The activations, and bool `[N, 1]` for `SaeOutput.masked`: which tokens are counted. None if none is excluded.
     """
     if sae.max_norm is not None:
-        short_N1 = sae.covers(x_ND).unsqueeze(1)
+        short_N1 = sae.counted(x_ND).unsqueeze(1)
         if not (may_ask and bool(short_N1.all())):
             counted_N1 = short_N1 if counted_N1 is None else short_N1 & counted_N1
     return (x_ND, None) if counted_N1 is None else (x_ND * counted_N1, counted_N1)
 
 
 class Segments:
-    """How the latents (or dimensions) of all units lie one behind the other in one flat tensor.
+    """The places of all units' latents (or dimensions) in one flat tensor.
 
     Args:
         sizes: Of each of U units.
@@ -106,24 +106,24 @@ class Segments:
         self._sizes_U = torch.tensor(self.sizes, dtype=torch.int64).to(device)
 
     def views(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """Each unit's part of a flat tensor `[total]`."""
+        """Return each unit's part of a flat tensor `[total]`."""
         return flat.split(self.sizes)
 
     def counts(self, flat: Tensor) -> Tensor:
-        """The sum of each unit's part of a flat tensor of whole numbers or booleans: int64 `[U]`."""
+        """Return the sum of each unit's part of a flat tensor of whole numbers or booleans: int64 `[U]`."""
         if self.alike:
             return flat.view(len(self.sizes), -1).sum(1) if self.sizes else flat.new_zeros(0, dtype=torch.int64)
         return flat.cumsum(0)[self._ends_U].diff(prepend=self._ends_U.new_zeros(1))
 
     def at_least(self, flat: Tensor, least_U: Tensor) -> Tensor:
-        """Which numbers of a flat tensor reach their unit's threshold: bool `[total]`."""
+        """Tell which numbers of a flat tensor reach their unit's threshold: bool `[total]`."""
         if self.alike:
             return (flat.view(len(self.sizes), -1) >= least_U[:, None]).view(-1) if self.sizes else flat.bool()
         return flat >= least_U.repeat_interleave(self._sizes_U, output_size=self.total)
 
 
 SUMS = ("squared_error", "multi_error", "firings", "loss", "auxk_loss", "sum_squares", "counted")
-"""What is summed of each unit's tokens: squared error and that at 4k, values above zero, loss and AuxK's loss (both
+"""The sums over each unit's tokens: squared error and that at 4k, values above zero, loss and AuxK's loss (both
 divided by the step's tokens already, so that their mean is over steps), and the moments of the target."""
 
 
@@ -143,14 +143,14 @@ class Tally:
         """`Σ_t (x_t − centre)` of each unit, `[D]`."""
 
     def finite(self) -> Tensor:
-        """Whether each unit's target and its losses are finite: bool `[U, 2]`.
+        """Tell whether each unit's target and its losses are finite: bool `[U, 2]`.
 
         A float64 sum of squares of float32 values is finite if they all are.
         """
         return torch.stack([self.sums_U7[:, 5].isfinite(), self.sums_U7[:, :5].isfinite().all(1)], 1)
 
     def places(self, among: Sequence[int], widths: Sequence[int]) -> Tensor:
-        """Where the numbers of these units are in the tally of more units: int64, as long as `flat`.
+        """Return where the numbers of these units are in the tally of more units: int64, as long as `flat`.
 
         Args:
             among: The number of each of these units among all of them.
@@ -186,7 +186,7 @@ def observe_(
             zero if losses.auxk is None else losses.auxk.detach(),
         ]
     ).double()
-    Moments(mean_D, sums_7[5], sums_7[6]).add_centred(x_ND, centre_D, out.kept)
+    Moments(mean_D, sums_7[5], sums_7[6]).add_centred(x_ND, centre_D, out.counted)
 
 
 def read_tally(
@@ -200,7 +200,7 @@ def read_tally(
     num_latents: int,
     with_multi_topk: bool,
 ) -> LayerStats:
-    """The finished numbers of one unit.
+    """Return the finished numbers of one unit.
 
     Args:
         flat: On the CPU, `Tally.flat` of all units, summed over ranks.

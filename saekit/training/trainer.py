@@ -27,10 +27,11 @@ from saekit.runs.metrics import JsonlReporter
 from saekit.runs.recovery import Found, find_checkpoint
 from saekit.sae import Sae
 from saekit.training import state
-from saekit.training.bank import Bank, Report, StepMessage
+from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
-from saekit.training.faults import leave_out_step
+from saekit.training.faults import skip_step
 from saekit.training.interrupt import BY_USER, graceful_interrupt
+from saekit.training.message import Report, StepMessage
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, plan_run
 from saekit.training.saving import Saver, refuse_other_run
@@ -50,7 +51,7 @@ def train_step(
     report: bool = False,
     meanwhile: Callable[[], None] | None = None,
 ) -> StepMessage:
-    """One optimizer step of all units. Collective.
+    """Take one optimizer step with all units. Collective.
 
     Args:
         bank: The units.
@@ -72,8 +73,8 @@ def train_step(
             for chunk_ND, counted_N1 in chunks(x_ND, counted_N, bank.cfg.micro_acc_steps):
                 bank.units[name].run_(chunk_ND, counted_N1)
             del x_ND, chunk_ND  # else the last unit's would stay through the rest of the step
-    # All that the host must know of the step comes in one message, asked for before the language model's next batch
-    # is put behind it: a GPU has work while the host reads, and while it asks for the rest.
+    # All that the host must know of the step is in one message, requested before the language model's next batch is
+    # queued: the GPU has work while the host reads the message and queues the rest.
     read = bank.finish(placement.collect(), report=report)
     if meanwhile is not None:
         meanwhile()
@@ -87,7 +88,7 @@ def train_step(
 
 
 def chunks(x_ND: Tensor, counted_N: Tensor | None, count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """A micro-batch in `count` chunks of tokens, each with which of them are counted, `[n, 1]`; None for all."""
+    """Split a micro-batch into `count` chunks of tokens, each with its counted tokens, `[n, 1]`; None for all."""
     counted: Sequence[Tensor | None] = [None] * count
     if counted_N is not None:
         counted = counted_N[:, None].tensor_split(count)
@@ -104,7 +105,7 @@ class SaeTrainer:
         tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
         source: Where the activations come from, instead of what `dataset`, `model`, `tokenizer` and `eval_data` say.
         run: The whole run's configuration where there is one (the command line's); it is saved with the run.
-        reporter: Who watches; by default the live view, or plain lines where there is no terminal.
+        reporter: Shows the run's progress; by default the live view, or plain lines if there is no terminal.
         placement: Where the SAEs live; by default all on the model's device, in this process. Under a launcher,
             `saekit.placement.connect()` gives the others.
         eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that the SAEs are not trained on.
@@ -172,22 +173,22 @@ class SaeTrainer:
             clock, tokens_at_report = time.perf_counter(), run.tokens
             steps = opened.enter_context(Steps(source, run.step, plan.total_steps).open())
 
-            stop = evaluate(run).stop if evaluate.due(run) else 0  # what a stop has prevented
+            stop = evaluate(run).stop if evaluate.due(run) else 0  # makes up for one that a stop has prevented
             for step, batches in steps if not stop else ():
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
                 due = save or run.step % cfg.log_every == 0
-                # What is to be saved is, before new data can be at fault; an evaluation needs the memory.
+                # A step that saves does it before bad data of the next can end the run; evaluations need the memory.
                 overlap = source.runs_behind and not save and not evaluate.due(run)
                 meanwhile = steps.begin_next if overlap else None
                 message = train_step(bank, source, batches, plan.lr_scale(step), report=due, meanwhile=meanwhile)
                 if message.faults:
-                    report.status(leave_out_step(run, message.faults, cfg.max_bad_steps))
+                    report.status(skip_step(run, message.faults, cfg.max_bad_steps))
                 else:
                     run.tokens += message.tokens
                     run.bad_in_row = 0
 
-                # Read once: Ctrl-C from here on ends the next step, not this one unsaved. All ranks end the same step.
+                # Read once: a Ctrl-C from here on ends the run after the next step. All ranks end at the same step.
                 stop, seconds = evaluate(run)
                 clock += seconds
                 if due or stop:
@@ -207,7 +208,7 @@ class SaeTrainer:
         return (plan.run_dir / LATEST).resolve()
 
     def _stats(self, run: state.RunState, report: Report, tokens_per_second: float) -> StepStats:
-        """What reporters are told of the steps since the last report."""
+        """Assemble what reporters are told of the steps since the last report."""
         plan = self.plan
         return StepStats(
             step=run.step,
@@ -242,7 +243,7 @@ class SaeTrainer:
             if rows_RD is not None and cfg.init == "fit":
                 fit_encoder_(sae, rows_RD)
             if found is None and cfg.finetune is not None:
-                before = state.load_finetune(cfg.finetune, name, sae, alone=len(plan.units) == 1)
+                before = state.load_finetune(cfg.finetune, name, sae, only_unit=len(plan.units) == 1)
                 earlier.add(active(before.k, before.activation))
             if rows_RD is not None:
                 sae.fit_selection_(rows_RD, run.calibration[name].rms)
@@ -254,17 +255,17 @@ class SaeTrainer:
         own = active(cfg.sae.k, cfg.sae.activation)
         if earlier - {own}:
             self.report.status(f"Warning: the SAEs of --finetune have k {', '.join(sorted(earlier))}, this run k {own}")
-        bank = Bank(cfg, placement, plan.widths, plan.dead_thresholds, run.calibration)
+        bank = Bank(cfg, placement, plan.units, run.calibration)
         if found is not None:
             state.restore(found.folder, found.index, run, bank)
 
         if placement.rank == 0:
             self._open_run_folder(run.step)
-        placement.gather(None)  # nobody goes on before the folder is there
+        placement.gather(None)  # all ranks wait until the folder is there
         return run, bank
 
     def _find_checkpoint(self) -> Found | None:
-        """What to go on from, if the run goes on. One rank looks, so that all take the same."""
+        """Find the checkpoint to continue from, if the run continues. One rank looks, so that all take the same."""
         cfg, plan = self.cfg, self.plan
         found = None
         if self.placement.rank == 0 and goes_on(cfg, plan.run_dir):
@@ -283,7 +284,7 @@ class SaeTrainer:
             self.report.start(plan.info(self.placement, step))
 
     def _last_words(self, message: str) -> None:
-        if self.placement.rank == 0:  # straight to the terminal: whoever holds a lock on it may be what takes so long
+        if self.placement.rank == 0:  # straight to the terminal: a lock on it may be what the run waits for
             cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
             os.write(2, f"{cursor}\nError: {message}; --resume goes on from the last checkpoint\n".encode())
 

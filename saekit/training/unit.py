@@ -16,14 +16,14 @@ from saekit.training.statistics import observe_, without_excluded
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first global batch said about a hookpoint; fixed for the run."""
+    """Measurements of a hookpoint on the first global batch; fixed for the run."""
 
     mean_D: Tensor
     """`[D]`, float32: the initial `b_dec`."""
     variance: float
     """σ², the total variance (trace of the covariance), by which the loss is divided."""
     max_norm: float | None = None
-    """The longest activations that train the SAE; None for any. Mean and variance are of those up to it."""
+    """The largest norm of counted activations; None for any. Mean and variance are of counted ones."""
 
     @property
     def rms(self) -> float:
@@ -32,7 +32,7 @@ class Calibration:
 
 
 class Scales(NamedTuple):
-    """What a unit's losses are multiplied by in one step of N tokens: scalars, fixed before its backward passes."""
+    """Factors of a unit's losses in one step of N tokens: scalars, fixed before its backward passes."""
 
     main: Tensor
     """`1 / (N σ²)`, of the reconstruction's loss, float64."""
@@ -72,7 +72,7 @@ class Unit:
     dead_M: Tensor | None = None
     """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
     may_ask: bool = False
-    """Whether the host may look whether any activation is too long: on a CPU that is free, and saves what follows."""
+    """Whether the host may read whether any norm is too large: free on a CPU, where it usually saves the masking."""
     aux_latents: Tensor | None = None
     """int64 `[dead]`: their numbers, for AuxK; None without."""
 
@@ -85,7 +85,7 @@ class Unit:
         """
         tokens = None if counted_N1 is None else counted_N1.sum()
         x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1, may_ask=self.may_ask)
-        out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).only(counted_N1)
+        out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).masked(counted_N1)
         losses = sae_losses(
             x_ND,
             out,

@@ -1,1 +1,1 @@
-"""What people are shown: on a terminal, and on a page of HTML."""
+"""Views for people: on a terminal, and on a page of HTML."""

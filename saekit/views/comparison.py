@@ -1,4 +1,4 @@
-"""What `saekit inspect A B` shows."""
+"""The view of `saekit inspect A B`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
-    """The same as JSON types."""
+    """Return the same as JSON types."""
     return {
         "first": str(comparison.first.path),
         "second": str(comparison.second.path),
@@ -123,7 +123,7 @@ def _legend(comparison: Comparison, with_evaluation: bool) -> str:
 
 
 def _others_left_out(first: float | None, second: float | None) -> bool:
-    """Whether two limits of length differ by more than two first batches make them differ."""
+    """Tell whether two norm limits differ by more than two first batches would make them differ."""
     if first is None or second is None:
         return first is not second
     return abs(first - second) > ALIKE * max(first, second)

@@ -1,4 +1,4 @@
-"""What `saekit doctor` shows: a list per area, a mark per finding, the remedy beneath."""
+"""The view of `saekit doctor`: a list per area, a mark per finding, the remedy beneath."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def _lists(findings: Sequence[Finding], console: Console) -> Iterator[Text]:
 
 def _lines(finding: Finding, column: int, console: Console) -> Iterator[Text]:
     """A finding, and its remedy beneath; lines of our own, as a table would fill each up with blanks to its width."""
-    mark, colour = MARKS[finding.state]
+    mark, color = MARKS[finding.state]
     margin = 4 + column
     width = max(20, min(console.width, WIDEST) - margin)
-    start = Text.assemble("  ", (mark, f"bold {colour}"), " ", (finding.name.ljust(column), "dim"))
+    start = Text.assemble("  ", (mark, f"bold {color}"), " ", (finding.name.ljust(column), "dim"))
     for part in Text(finding.found).wrap(console, width):
         yield start + part
         start = Text(" " * margin)
-    start += Text(REMEDY, colour)
-    for part in Text(finding.remedy or "", colour).wrap(console, width - len(REMEDY)):
+    start += Text(REMEDY, color)
+    for part in Text(finding.remedy or "", color).wrap(console, width - len(REMEDY)):
         if part:
             yield start + part
         start = Text(" " * (margin + len(REMEDY)))
 
 
 def summary(findings: Sequence[Finding]) -> Text:
-    """The last line: what has to be mended, if anything."""
+    """Make the last line: what has to be fixed, if anything."""
     problems = [finding.name for finding in findings if finding.state == "problem"]
     blocking = [finding.name for finding in findings if finding.blocks]
     notes = sum(finding.state == "note" for finding in findings)
     line = Text()
     if problems:
-        line.append(f"{plural(len(problems), 'thing')} to mend: {', '.join(problems)}.", "bold red")
+        line.append(f"{plural(len(problems), 'thing')} to fix: {', '.join(problems)}.", "bold red")
     else:
         line.append("Everything that this machine needs is there.", "bold green")
     if not can_train(findings):

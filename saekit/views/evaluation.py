@@ -1,4 +1,4 @@
-"""What `saekit eval` shows, from the content of `eval.json`."""
+"""The tables of `saekit eval`, from the content of `eval.json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def render_evaluation(record: Mapping[str, Any], console: Console) -> None:
 
 
 def evaluation_tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
-    """The layers' reconstructions, and what they cost the language model."""
+    """Return the layers' reconstructions, and what they cost the language model."""
     shown = _IfThereIsRoom(_reconstructions(record), _reconstructions(record, brief=True))
     if record["together"] is None:
         return (shown,)
@@ -33,13 +33,13 @@ def evaluation_tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:
 
 
 def _reconstructions(record: Mapping[str, Any], brief: bool = False) -> Table:
-    """What is explained; in brief, only the FVU stands with its interval."""
+    """Show the reconstruction; in brief, only the FVU has its interval."""
     layers = record["layers"]
-    left_out = [_too_long(record, layer["reconstruction"]) for layer in layers]
+    excluded = [_excluded(record, layer["reconstruction"]) for layer in layers]
     shown = _table(
-        "layer", "FVU", "explained\nvariance", "cosine", "L0", "dead", *(["too long"] if any(left_out) else [])
+        "layer", "FVU", "explained\nvariance", "cosine", "L0", "dead", *(["excluded"] if any(excluded) else [])
     )
-    for layer, share in zip(layers, left_out, strict=True):
+    for layer, share in zip(layers, excluded, strict=True):
         own = layer["reconstruction"]
         shown.add_row(
             layer["hookpoint"],
@@ -48,18 +48,18 @@ def _reconstructions(record: Mapping[str, Any], brief: bool = False) -> Table:
             _number(own["cosine"], brief=brief),
             _number(own["l0"], 1, brief=brief),
             units.percent(own["dead"] / own["num_latents"]),
-            *([units.percent(share)] if any(left_out) else []),
+            *([units.percent(share)] if any(excluded) else []),
         )
     return shown
 
 
-def _too_long(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:
+def _excluded(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:
     """The share of tokens whose activations are longer than those that the SAE is for; they are left as they are."""
     return 1 - own["tokens"] / record["tokens"]
 
 
 def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
-    """What the reconstructions cost; in brief, cross-entropies stand without their intervals."""
+    """Show the cost of the reconstructions; in brief, cross-entropies are without their intervals."""
     shown = _table("spliced in", "CE\nrecovered", "KL", "CE", "CE, mean\nablated", "CE, zero\nablated", "same\ntop-1")
     layers = ((layer["hookpoint"], layer["grafted"]) for layer in record["layers"])
     for name, own in [*layers, ("all", record["together"])]:
@@ -93,7 +93,7 @@ def _table(*columns: str) -> Table:
 
 
 def _number(estimate: Estimate, digits: int = 4, bold: bool = False, brief: bool = False) -> Text:
-    """A value and, unless in brief, half of its 95% interval: `0.1234 ± 0.0012`."""
+    """Return a value and, unless in brief, half of its 95% interval: `0.1234 ± 0.0012`."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     text = Text(units.decimal(value, digits), style="bold" if bold else "")
     if not brief and low is not None and high is not None:
@@ -125,9 +125,9 @@ def _legend(record: Mapping[str, Any]) -> str:
         "± is half of a 95% interval over sequences.",
         "Dead: fired on none of these tokens.",
     ]
-    if any(_too_long(record, layer["reconstruction"]) for layer in record["layers"]):
+    if any(_excluded(record, layer["reconstruction"]) for layer in record["layers"]):
         sentences.append(
-            "Too long: of so many tokens the activation is longer than the SAE is for, and stays as it is."
+            "Excluded: the share of tokens whose activation norm is larger than the SAE's limit; they stay as they are."
         )
     if record["together"] is not None:
         sentences += [

@@ -1,4 +1,4 @@
-"""What `saekit inspect` shows: a table of the layers, or one layer in detail."""
+"""The view of `saekit inspect`: a table of the layers, or one layer in detail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render_inspection(inspection: Inspection, console: Console) -> None:
 
 
 def _origin(inspection: Inspection) -> Table:
-    """Where it comes from: path, model, dataset, how far it was trained."""
+    """Return where it comes from: path, model, dataset, how far it was trained."""
     trained = []
     if inspection.step is not None:
         of = "" if inspection.total_steps is None else f" of {inspection.total_steps:,}"
@@ -64,7 +64,7 @@ def _origin(inspection: Inspection) -> Table:
 
 
 def _evaluation(inspection: Inspection) -> tuple[RenderableType, ...]:
-    """What `saekit eval` found, if there is that."""
+    """Show the results of `saekit eval`, if there are any."""
     record = inspection.evaluation
     if record is None:
         return ()
@@ -238,7 +238,7 @@ def _tally(part: int | None, whole: int) -> str:
 
 
 def _range(layers: Sequence[LayerInspection], read: Callable[[LayerInspection], int | None]) -> str:
-    """A number that all layers share, or its range."""
+    """Return a number that all layers share, or its range."""
     known = [value for one in layers if (value := read(one)) is not None]
     if not known:
         return units.UNKNOWN
@@ -246,5 +246,5 @@ def _range(layers: Sequence[LayerInspection], read: Callable[[LayerInspection], 
 
 
 def _pairs(histogram: Sequence[int]) -> list[int]:
-    """The histogram with half as many bins."""
+    """Return the histogram with half as many bins."""
     return [a + b for a, b in zip(histogram[::2], histogram[1::2], strict=True)]

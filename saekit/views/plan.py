@@ -23,7 +23,7 @@ PARTS = {
     "language_model": "language model",
     "parameters": "SAE parameters",
     "gradients": "gradients",
-    "optimizer_state": "optimiser state",
+    "optimizer_state": "optimizer state",
     "activations": "activations",
     "working": "working memory",
 }
@@ -53,7 +53,7 @@ def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> 
 
 
 def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
-    """The same as plain values, in bytes and seconds."""
+    """Return the same as plain values, in bytes and seconds."""
     job = plan.job
     return {
         "model": job.cfg.model.model,
@@ -108,7 +108,7 @@ def _table(plan: Plan) -> Table:
     if any(choice.memory.freed for choice in plan.choices):
         shown.add_row("freed, kept by the heap", *(_number(choice.memory.freed) for choice in plan.choices))
     shown.add_row("libraries", *(_number(choice.libraries) for choice in plan.choices))
-    shown.add_row("in all", *(_number(choice.total) for choice in plan.choices), style="bold")
+    shown.add_row("total", *(_number(choice.total) for choice in plan.choices), style="bold")
     shown.add_row("highest in", *(choice.memory.peak.name for choice in plan.choices), style="dim")
     if plan.job.machine.count > 1:
         shown.add_row("GiB sent per step", *(_number(choice.sent) for choice in plan.choices))
@@ -120,7 +120,7 @@ def _table(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    """Which placement to take, or how much is lacking."""
+    """Tell which placement to take, or how much is lacking."""
     best = plan.recommended
     if not plan.fits:
         least = min(plan.considered, key=lambda choice: choice.total)
@@ -144,8 +144,8 @@ def _advice_table(advice: Sequence[Advice]) -> Table:
         choice, host = each.choice, each.choice.memory.host
         verdict = Text("fits", "green") if choice.fits else Text("does not fit", "red")
         layers = f"{each.layers} layer{'s' if each.layers > 1 else ''}"
-        beside = f", {_gib(host)} per rank in the machine's memory" if host else ""
-        verdict.append(f": {choice.placement}, {layers}{beside}", "default")
+        on_host = f", {_gib(host)} per rank in the machine's memory" if host else ""
+        verdict.append(f": {choice.placement}, {layers}{on_host}", "default")
         shown.add_row(" ".join(each.options), _number(choice.total), verdict)
     return shown
 

@@ -5,7 +5,7 @@ Internal: may change in any release; the API is what `saekit` names.
 
 from saekit.activations import no_bars
 from saekit.wizard.ask import Defaults, Terminal
-from saekit.wizard.draft import Draft, Targets, start, write
+from saekit.wizard.draft import Draft, Targets, start, write_files
 from saekit.wizard.finish import QUESTIONS, files_of, start_command
 from saekit.wizard.walk import Asker, Back, walk
 
@@ -22,5 +22,5 @@ __all__ = [
     "start",
     "start_command",
     "walk",
-    "write",
+    "write_files",
 ]

@@ -1,4 +1,4 @@
-"""Who answers: somebody at a terminal, or the defaults."""
+"""The two answerers: a person at a terminal, or the defaults."""
 
 from __future__ import annotations
 

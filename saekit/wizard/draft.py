@@ -1,4 +1,4 @@
-"""What is known of a run while it is being asked about, and the files that start it: read as defaults, written."""
+"""The draft of a run while questions are asked, and the files that start the run: read as defaults, then written."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch file says, as far as the wizard has written it."""
+    """The values of a launch file that the wizard writes."""
 
     processes: int | None = None
     placement: str = ""
@@ -75,19 +75,19 @@ def secrets_in(values: Mapping[str, Any]) -> list[str]:
 
 
 def launch_text(template: Path, processes: int) -> str:
-    """The accelerate launch file: one that comes with saekit, for so many processes."""
+    """Make accelerate's launch file: one that comes with saekit, with this number of processes."""
     said = yaml.safe_load(template.read_text(encoding="utf-8"))
     said["num_processes"] = processes
     return yaml.safe_dump(said, sort_keys=False)
 
 
 def template_for(targets: Targets, placement: str, *, on_gpu: bool) -> Path:
-    """The launch file of a placement that comes with saekit."""
+    """Return the launch file of a placement that comes with saekit."""
     return targets.templates[placement.replace("-", "_") + ("" if on_gpu else "_cpu")]
 
 
 def read_launch(path: Path) -> Launch:
-    """What an earlier launch file says; nothing where there is none, or it is somebody else's."""
+    """Read an earlier launch file; None if there is none, or if the wizard did not write it."""
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
         processes = int(said["num_processes"])
@@ -97,8 +97,8 @@ def read_launch(path: Path) -> Launch:
     return Launch(processes, placement or "", on_gpu=said.get("gpu_ids") != "-1,-1")
 
 
-def write(files: Mapping[Path, str]) -> None:
-    """Write all of them or none: each is whole beside its place before the first is put there.
+def write_files(files: Mapping[Path, str]) -> None:
+    """Write all of them or none: each is complete under another name before the first is renamed.
 
     Raises:
         UserError: If one cannot be written.
@@ -127,7 +127,7 @@ EITHER_OR = (("num_latents", "expansion_factor"), ("layers", "layer_stride"))
 class Draft:
     """The answers so far. Each makes a new one, so that going back is taking an older one.
 
-    What is found while checking an answer is kept beside it, for the questions that follow.
+    Findings of checks are stored with the answers, for the questions that follow.
     """
 
     values: Mapping[str, Any]
@@ -136,7 +136,7 @@ class Draft:
     """Those that stood on the command line."""
     targets: Targets
     earlier: Launch = field(default_factory=Launch)
-    """What the launch file says that is to be replaced."""
+    """The values of the launch file that will be replaced."""
     processes: str = ""
     """As they were asked for on the command line."""
     placement: str = ""
@@ -147,18 +147,18 @@ class Draft:
     tokenizer: PreTrainedTokenizerBase | None = None
     peek: Peek | None = None
     in_the_way: str = ""
-    """Why the data set could not be opened as it was named, if another answer can mend that."""
+    """The error when the data set was opened under its name, if another answer can fix it."""
     plan: Plan | None = None
     advice: tuple[Advice, ...] = ()
-    """What would make the plan fit, where it does not."""
+    """Changes that would make the plan fit, if it does not."""
 
     def setting(self, **values: Any) -> Draft:
-        """The same with other values; None takes one out."""
+        """Return the same with other values; None takes one out."""
         changed = {**self.values, **values}
         return replace(self, values={name: value for name, value in changed.items() if value is not None})
 
     def config(self) -> RunConfig:
-        """All values, validated, with defaults for those that are missing.
+        """Return all values, validated, with defaults for those that are missing.
 
         Raises:
             UserError: As `saekit train` would raise it.
@@ -167,7 +167,7 @@ class Draft:
 
 
 def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Draft:
-    """What is known before the first question: an existing `run.yaml`, and over it what was typed.
+    """Make the draft before the first question: an existing `run.yaml`, updated with what was typed.
 
     Raises:
         UserError: If one of them cannot be used.
@@ -186,7 +186,7 @@ def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Dr
     try:
         Draft(kept, frozenset(), targets).config()
     except UserError as error:
-        raise UserError(f"{targets.run}: {error} (mend it, or write to another file: --output)") from None
+        raise UserError(f"{targets.run}: {error} (fix it, or write to another file: --output)") from None
     draft = Draft(
         values={**kept, **values},
         typed=frozenset(typed),
@@ -200,6 +200,6 @@ def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Dr
 
 
 def known(value: Known | None) -> Known:
-    """What an earlier question has found out."""
+    """Return a finding of an earlier question."""
     assert value is not None
     return value

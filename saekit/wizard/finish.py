@@ -28,7 +28,7 @@ def _explain_placement(draft: Draft) -> str:
 
 
 def _placement(draft: Draft) -> str:
-    """What was asked for; else what there was before if it still fits; else what the plan recommends."""
+    """Return the requested placement; else the previous one if it still fits; else the plan's recommendation."""
     plan = known(draft.plan)
     fitting = {each.placement for each in plan.choices if each.fits}
     earlier = draft.earlier.placement if draft.earlier.placement in fitting else ""
@@ -47,7 +47,7 @@ def _tell_placement(draft: Draft) -> Sequence[str]:
 
 
 def _run(draft: Draft) -> str:
-    """The run's folder; one that is not taken, unless the name was asked for."""
+    """Return the run's folder; one that is not taken, unless the name was asked for."""
     cfg = draft.config()
     name = cfg.train.run_name or default_run_name(cfg.model.model, cfg)
     if "run_name" in draft.typed or cfg.train.overwrite or cfg.train.resume:
@@ -87,7 +87,7 @@ def _run_text(draft: Draft) -> str:
 
 
 def files_of(draft: Draft) -> Mapping[Path, str]:
-    """What is to be written: `run.yaml`, and for several processes a launch file."""
+    """Return the files to write: `run.yaml`, and for several processes a launch file."""
     files = {draft.targets.run: _run_text(draft)}
     machine = known(draft.machine)
     if machine.count > 1:
@@ -97,7 +97,7 @@ def files_of(draft: Draft) -> Mapping[Path, str]:
 
 
 def start_command(draft: Draft) -> str:
-    """What starts the run from these files."""
+    """Return the command that starts the run from these files."""
     targets = draft.targets
     launch = ["--launch", str(targets.launch)] if known(draft.machine).count > 1 else []
     return shlex.join(["saekit", "train", "--config", str(targets.run), *launch])

@@ -101,7 +101,7 @@ OF_THE_DATASET = ("split", "data_args", "text_column")
 """Options that belong to one data set, and mean nothing for another."""
 WHICH_CONFIG = re.compile(r"Config name is missing|BuilderConfig .* not found")
 WHICH_SPLIT = re.compile(r"no such split|Unknown split|Bad split")
-"""What `datasets` says when a data set has several of them: another answer mends it, the name is right."""
+"""Errors of `datasets` about a data set that has several of them: the name is right, another answer fixes it."""
 
 
 def _take_dataset(draft: Draft, text: str) -> Draft:
@@ -112,26 +112,26 @@ def _take_dataset(draft: Draft, text: str) -> Draft:
     return _open(draft.setting(dataset=text), WHICH_CONFIG, WHICH_SPLIT)
 
 
-def _open(draft: Draft, *mendable: re.Pattern[str]) -> Draft:
-    """Look at the first rows; what one of the next questions can mend is kept for them."""
+def _open(draft: Draft, *fixable: re.Pattern[str]) -> Draft:
+    """Read the first rows; an error that one of the next questions can fix is stored for them."""
     cfg = draft.config()
     token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
     try:
         found = peek(cfg.data, known(draft.tokenizer), token)
     except UserError as error:
-        if any(pattern.search(str(error)) for pattern in mendable):
+        if any(pattern.search(str(error)) for pattern in fixable):
             return replace(draft, peek=None, in_the_way=str(error))
         raise
     _check(draft, found)
     draft = replace(draft, peek=found, in_the_way="")
     only = found.text_columns[0] if len(found.text_columns) == 1 else cfg.data.text_column
-    if found.tokenised or "text_column" in draft.values or only == cfg.data.text_column:
+    if found.tokenized or "text_column" in draft.values or only == cfg.data.text_column:
         return draft
     return draft.setting(text_column=only)
 
 
 def _check(draft: Draft, found: Peek) -> None:
-    if not found.tokenised:
+    if not found.tokenized:
         if not found.text_columns:
             raise UserError(f"no column has text or is called input_ids; there are {', '.join(found.columns)}")
         return
@@ -154,8 +154,8 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
         return ()
     columns = f"olumns {', '.join(found.columns)}"
     told = [f"C{columns}" if found.count is None else f"{found.count:,} rows, c{columns}"]
-    if found.tokenised:
-        told[0] += ": tokenised already"
+    if found.tokenized:
+        told[0] += ": tokenized already"
         texts = [_tokens(draft, row["input_ids"]) for row in found.first[:SAMPLE]]
     elif (column := draft.config().data.text_column) in found.text_columns:
         told[0] += f"; the text is in {column}"
@@ -166,7 +166,7 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
 
 
 def _tokens(draft: Draft, ids: Sequence[int]) -> str:
-    """The first ids, and the text that they stand for."""
+    """Return the first ids, and the text that they stand for."""
     numbers = " ".join(str(each) for each in ids[:8])
     return f"{numbers} … = {known(draft.tokenizer).decode(ids[:32])!r}"
 
@@ -181,7 +181,7 @@ def _arguments(draft: Draft) -> str:
 
 
 def _longest(draft: Draft) -> str:
-    """The column that was named, or else the one with the most text in the first rows."""
+    """Return the column that was named, or else the one with the most text in the first rows."""
     found = known(draft.peek)
     letters = {name: sum(len(row[name] or "") for row in found.first) for name in found.text_columns}
     return draft.values.get("text_column") or max(letters, key=lambda name: letters[name])
@@ -232,7 +232,7 @@ COLUMN = Question(
     _take_column,
     _tell_dataset,
     needed=lambda draft: (
-        not known(draft.peek).tokenised and draft.config().data.text_column not in known(draft.peek).text_columns
+        not known(draft.peek).tokenized and draft.config().data.text_column not in known(draft.peek).text_columns
     ),
     choices=lambda draft: known(draft.peek).text_columns,
 )

@@ -28,7 +28,7 @@ STYLE = Style.from_dict({"quiet": "ansibrightblack", "mark": "ansicyan", "proble
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands on the screen while a question is open."""
+    """The text on the screen while a question is open."""
 
     label: str
     explanation: str
@@ -36,15 +36,15 @@ class Prompt:
     """Shown until something is typed; Enter takes it."""
     hint: str
     problem: str = ""
-    """What was wrong with the answer before."""
+    """The problem with the previous answer."""
     rejected: str = ""
-    """That answer, for who wants to mend it."""
+    """The previous answer, for the user to correct."""
     choices: Sequence[str] = field(default=())
     is_path: bool = False
 
 
 def ask(prompt: Prompt) -> str | None:
-    """The answer, or None for Esc.
+    """Return the answer, or None for Esc.
 
     Raises:
         KeyboardInterrupt: For Ctrl-C, and Ctrl-D where nothing was typed.

@@ -53,8 +53,8 @@ def _take_dictionary(draft: Draft, text: str) -> Draft:
     number, unit = parse_count("dictionary size", found[1] if found else text), found[2] if found else ""
     if not unit and number < width:
         raise UserError(
-            f"{text} is less than the width {width:,}: write {text}x for so many latents per dimension, or "
-            f"{text} latents for so many in all"
+            f"{text} is less than the width {width:,}: write {text}x for {text} latents per dimension, or "
+            f"{text} latents for a total of {text}"
         )
     per_dimension = unit in ("x", "×")
     draft = draft.setting(
@@ -99,7 +99,9 @@ LAYERS = Question(
 DICTIONARY = Question(
     "dictionary",
     "Dictionary",
-    lambda draft: "Latents of each SAE, per dimension of the model (32x) or in all (16384); more find finer features.",
+    lambda draft: (
+        "Latents of each SAE, per dimension of the model (32x) or in total (16384); more find finer features."
+    ),
     _dictionary,
     _take_dictionary,
     lambda draft: (f"{_latents(draft):,} latents in each SAE",),
@@ -151,7 +153,7 @@ def _take_batch(draft: Draft, text: str) -> Draft:
     most, length = cfg.train.max_tokens, known(cfg.train.ctx_len)
     if most is not None and most // length < per_step:
         raise UserError(
-            f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimiser step of "
+            f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimizer step of "
             f"{per_step}: give a smaller batch, or go back for more tokens"
         )
     plan = make_plan(cfg, machine)
@@ -164,7 +166,7 @@ def _tell_batch(draft: Draft) -> Sequence[Fact]:
     job = known(draft.plan).job
     most = job.cfg.train.max_tokens
     steps = f", {-(-most // job.tokens_per_step):,} steps" if most else ""
-    return (f"{job.tokens_per_step:,} tokens per optimiser step{steps}", Planned(known(draft.plan), draft.advice))
+    return (f"{job.tokens_per_step:,} tokens per optimizer step{steps}", Planned(known(draft.plan), draft.advice))
 
 
 CONTEXT = Question("ctx_len", "Context", _explain_context, _context, _take_context)

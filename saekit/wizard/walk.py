@@ -1,4 +1,4 @@
-"""The way through the questions, forwards and back, whoever answers them."""
+"""The way through the questions, forwards and back, for any kind of answerer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Planned(NamedTuple):
 
 
 Fact = str | Planned
-"""What there is to say about an answer: a line, or a whole plan."""
+"""A message about an answer: a line, or a whole plan."""
 
 
 class Back(Exception):  # noqa: N818  # not an error
@@ -40,14 +40,14 @@ class Question:
     take: Callable[[Draft, str], Draft]
     """The draft with the answer in it; raises `UserError` if it cannot be used."""
     tell: Callable[[Draft], Sequence[Fact]] = lambda draft: ()
-    """What there is to say once it is answered."""
+    """The messages to show once it is answered."""
     needed: Callable[[Draft], bool] = lambda draft: True
-    """Whether it has to be asked, after what has been answered before."""
+    """Whether it has to be asked, given the answers before."""
     choices: Callable[[Draft], Sequence[str]] = lambda draft: ()
     """Answers to offer, where they can be listed."""
     is_path: bool = False
     working: str = ""
-    """What is going on while the answer is being checked, if that takes time."""
+    """The status while the answer is being checked, if that takes time."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Refused:
 
 
 class Asker(Protocol):
-    """Whoever answers."""
+    """Answers questions: a person at a terminal, or the defaults."""
 
     def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
         """One answer, after one to the same question that was refused if there was one.

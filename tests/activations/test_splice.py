@@ -78,13 +78,13 @@ def test_later_saes_read_what_earlier_ones_left(llama):
 
 def test_tokens_that_are_kept(llama):
     ids = torch.randint(3, 90, (2, 6))
-    keep = torch.tensor([[True, False, False, True, False, False], [False] * 6])
+    excluded = torch.tensor([[True, False, False, True, False, False], [False] * 6])
     with tap(llama, ["layers.1"]) as read:
         clean = read(ids)["layers.1"]
-    with torch.no_grad(), splice(llama, {"layers.1": torch.zeros_like}, keep), tap(llama, ["layers.1"]) as read:
+    with torch.no_grad(), splice(llama, {"layers.1": torch.zeros_like}, excluded), tap(llama, ["layers.1"]) as read:
         changed = read(ids)["layers.1"]
-    assert torch.equal(changed[keep], clean[keep])
-    assert not changed[~keep].any()
+    assert torch.equal(changed[excluded], clean[excluded])
+    assert not changed[~excluded].any()
 
 
 def test_the_type_of_the_stream_stays(llama):

@@ -54,7 +54,7 @@ def test_quantiles_are_values_of_firings(codes, table):
 
 def test_the_tokens_it_fires_on_most_often(codes, table):
     ids = np.random.default_rng(2).integers(0, 7, PLACES) * 1000
-    tokens, shares = codes.favourites(ALL, ids, 3)
+    tokens, shares = codes.favorites(ALL, ids, 3)
     assert tokens[0].tolist() == [-1, -1, -1]
     assert tokens[1].tolist() == [ids[77], -1, -1]
     assert shares[1].tolist() == [1, 0, 0]
@@ -107,7 +107,7 @@ def test_an_sae_that_never_fires(empty):
     assert (found.places_LC == -1).all()
     assert not found.acts_LCW.any()
     assert np.isnan(empty.quantiles(ALL, (0.5,))).all()
-    tokens, shares = empty.favourites(ALL, np.zeros(PLACES, np.int64), 2)
+    tokens, shares = empty.favorites(ALL, np.zeros(PLACES, np.int64), 2)
     assert (tokens == -1).all()
     assert not shares.any()
 

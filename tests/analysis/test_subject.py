@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from saekit.analysis import subject
 from saekit.analysis.results import Estimate, ratio
-from saekit.analysis.subject import IGNORED, MaskedToken, compare, next_token
+from saekit.analysis.subject import IGNORED, MaskedToken, compare_answers, next_token
 
 
 def test_the_next_token():
@@ -41,7 +41,7 @@ def test_answers_are_those_of_the_definitions(monkeypatch, block):
     clean, changed = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
     targets = torch.randint(0, 11, (3, 5))
     targets[0, 2] = targets[2, :] = IGNORED
-    answer = compare(clean, changed, targets)
+    answer = compare_answers(clean, changed, targets)
     for row in range(3):
         kept = targets[row] != IGNORED
         p, q = clean[row, kept].double().softmax(-1), changed[row, kept].double().softmax(-1)

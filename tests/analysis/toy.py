@@ -54,7 +54,7 @@ class Scaling(nn.Module):
         super().__init__()
         self.factor, self.max_norm = factor, max_norm
 
-    covers, reconstruct = Sae.covers, Sae.reconstruct
+    counted, reconstruct = Sae.counted, Sae.reconstruct
 
     def forward(self, x):
         acts = torch.tensor([1.0, 0.0]).expand(*x.shape[:-1], 2)

@@ -197,7 +197,7 @@ def test_debug_shows_where(train):
 
 
 def test_a_fault_of_ours_is_one_line_and_code_1(train, monkeypatch):
-    monkeypatch.setattr("saekit.training.launch.load_sequences", lambda *a: 1 / 0)
+    monkeypatch.setattr("saekit.training.live.load_sequences", lambda *a: 1 / 0)
     result = train()
     assert result.code == 1
     assert result.err.splitlines()[-1].startswith("Error: ZeroDivisionError")

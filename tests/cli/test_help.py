@@ -29,7 +29,7 @@ def test_every_field_is_an_option(train_help):
 
 
 def test_panels_units_and_defaults(train_help):
-    for panel in ("Language model", "Data", "Sparse autoencoder", "Batches", "Optimiser", "Dead latents", "Saving"):
+    for panel in ("Language model", "Data", "Sparse autoencoder", "Batches", "Optimizer", "Dead latents", "Saving"):
         assert f"─ {panel} ─" in train_help
     for text in ("[sequences] [default: 8]", "[tokens] [default: 16,384]", "<adam|adam8bit|signum|muon>"):
         assert text in train_help

@@ -53,7 +53,7 @@ def test_max_tokens(data):
 
 
 def test_less_than_one_step(data):
-    with pytest.raises(UserError, match="100 sequences of 4 tokens, fewer than one optimiser step of 101"):
+    with pytest.raises(UserError, match="100 sequences of 4 tokens, fewer than one optimizer step of 101"):
         StepBatches(data, 101, seed=0)
 
 

@@ -76,7 +76,7 @@ def test_streaming_takes_what_was_asked_for(text_file, tokenizer, expected):
 
 
 @pytest.mark.parametrize("length", [CTX_LEN, 10, 48])
-def test_pretokenised_rows_of_any_length(tmp_path, tokenizer, expected, length):
+def test_pretokenized_rows_of_any_length(tmp_path, tokenizer, expected, length):
     flat = expected.flatten().tolist()
     whole = len(flat) // length * length
     Dataset.from_dict({"input_ids": [flat[i : i + length] for i in range(0, whole, length)]}).save_to_disk(
@@ -87,7 +87,7 @@ def test_pretokenised_rows_of_any_length(tmp_path, tokenizer, expected, length):
     assert len(found) == whole // CTX_LEN
 
 
-def test_pretokenised_rows_of_unequal_lengths():
+def test_pretokenized_rows_of_unequal_lengths():
     data = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [5, 6, 7, 8], [9]]})
     assert sequences(data).read(np.arange(3)).tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert sequences(data, 4).read(np.arange(2)).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
@@ -106,7 +106,7 @@ def test_a_bin_file_of_the_other_type_is_noticed(tmp_path, tokenizer):
         tokens_of(tokenizer, tmp_path / "t.bin", data_args="dtype=uint32")
 
 
-def test_not_tokenised():
+def test_not_tokenized():
     with pytest.raises(UserError, match="no column input_ids but text"):
         sequences(Dataset.from_dict({"text": ["a"]}))
 

@@ -51,7 +51,7 @@ def test_the_second_time_comes_from_the_cache(text_file, tokenizer, monkeypatch)
     tokenizer("another text changes nothing", truncation=True, max_length=4)
 
     def no_work(*args, **kwargs):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr(type(tokenizer), "__call__", no_work)
     again = chunk_and_tokenize(data, tokenizer, max_seq_len=16)

@@ -38,7 +38,7 @@ def test_files(tmp_path, look, rows, documents):
         found = look(tmp_path / name, split="train[:1%]")
         assert (found.columns, found.text_columns, found.count) == (("text", "id"), ("text",), None), name
         assert [row["text"] for row in found.first] == documents[:ROWS]
-        assert not found.tokenised
+        assert not found.tokenized
     gc.collect()
 
 
@@ -60,11 +60,11 @@ def test_folders_know_how_many_rows_they_have(tmp_path, look, rows):
 def test_token_ids(tmp_path, look):
     Dataset.from_dict({"input_ids": [[1, 2], [3]]}).save_to_disk(tmp_path / "ids")
     found = look(tmp_path / "ids")
-    assert found.tokenised
+    assert found.tokenized
     assert found.first == ({"input_ids": [1, 2]}, {"input_ids": [3]})
     np.arange(5000, dtype=np.uint32).tofile(tmp_path / "ids.bin")
     found = look(tmp_path / "ids.bin", data_args={"dtype": "uint32"})
-    assert found.tokenised
+    assert found.tokenized
     assert found.first[0]["input_ids"] == list(range(len(found.first[0]["input_ids"])))
 
 

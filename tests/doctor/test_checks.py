@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from saekit.doctor import devices, hub, libraries, limits, probes, ranks
-from saekit.doctor.findings import GIB, RESOURCES, Finding, attempt, shown
+from saekit.doctor.findings import GIB, RESOURCES, Finding, make_check, shown
 from saekit.doctor.probes import Outcome, Probes
 from saekit.units import size
 
@@ -28,7 +28,7 @@ def only(findings):
     return finding
 
 
-def mends(finding, state, *parts):
+def fixes(finding, state, *parts):
     """Whether a finding has the state, and a remedy with all of the parts."""
     assert finding.state == state, finding
     assert finding.remedy is not None
@@ -50,7 +50,7 @@ def test_a_check_that_raises_is_a_problem_with_type_and_first_line():
         yield Finding("hub", "before", "ok", "seen")
         raise KeyError("first\nsecond")
 
-    found = mends(only(attempt("hub", "cache", check)), "problem", "--debug")
+    found = fixes(only(make_check("hub", "cache", check)), "problem", "--debug")
     assert (found.area, found.name) == ("hub", "cache")
     assert "KeyError: 'first" in found.found
     assert not found.blocks
@@ -60,12 +60,12 @@ def test_only_the_first_line_of_an_error_is_shown():
     def check():
         raise OSError("one\ntwo")
 
-    assert "(OSError: one)" in only(attempt("hub", "cache", check)).found
+    assert "(OSError: one)" in only(make_check("hub", "cache", check)).found
 
 
 def test_debug_lets_the_error_out():
     with pytest.raises(ZeroDivisionError):
-        attempt("hub", "cache", lambda: [1 / 0], debug=True)
+        make_check("hub", "cache", lambda: [1 / 0], debug=True)
 
 
 # Libraries
@@ -100,7 +100,7 @@ def test_a_library_within_its_bounds(installed):
 @pytest.mark.parametrize("version", ["2.5.1", "2.14.0"])
 def test_a_library_out_of_bounds(installed, version):
     installed(torch=version)
-    found = mends(library("torch"), "problem", 'pip install "torch>=2.6,<2.14"')
+    found = fixes(library("torch"), "problem", 'pip install "torch>=2.6,<2.14"')
     assert found.found == f"{version}, and saekit needs >=2.6,<2.14"
     assert not found.blocks
 
@@ -112,7 +112,7 @@ def test_a_nightly_build_counts_by_its_number(installed):
 
 def test_without_torch_nothing_can_be_trained(installed):
     installed()
-    assert mends(library("torch"), "problem", 'pip install "torch>=2.6,<2.14"').blocks
+    assert fixes(library("torch"), "problem", 'pip install "torch>=2.6,<2.14"').blocks
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_without_torch_nothing_can_be_trained(installed):
 )
 def test_without_an_optional_library_its_options_are_lost(installed, name, lost):
     installed()
-    found = mends(library(name), "problem", f'pip install "{name}>=')
+    found = fixes(library(name), "problem", f'pip install "{name}>=')
     assert lost in found.found
     assert not found.blocks
-    mends(library(name, {}), "note", f"pip install {name}")  # where saekit does not ask for it
+    fixes(library(name, {}), "note", f"pip install {name}")  # where saekit does not ask for it
 
 
 def test_triton_is_not_missed_by_itself(installed):
@@ -137,7 +137,7 @@ def test_a_library_that_cannot_be_imported(installed, monkeypatch):
 
     installed(torch="2.7.0")
     monkeypatch.setattr(libraries, "importlib", SimpleNamespace(import_module=broken))
-    found = mends(library("torch"), "problem", 'pip install --force-reinstall "torch>=2.6,<2.14"')
+    found = fixes(library("torch"), "problem", 'pip install --force-reinstall "torch>=2.6,<2.14"')
     assert "OSError: libcublas.so.12" in found.found
     assert found.blocks
 
@@ -152,7 +152,7 @@ def test_tokenizers_are_bound_by_transformers(installed, monkeypatch):
     installed(tokenizers="0.30.0")
     asked = {"transformers": {"tokenizers": Requirement("tokenizers>=0.22,<0.23")}}
     monkeypatch.setattr(libraries, "requirements", lambda name: asked.get(name, {}))
-    found = mends(library("tokenizers"), "problem", 'pip install "tokenizers>=0.22,<0.23"')
+    found = fixes(library("tokenizers"), "problem", 'pip install "tokenizers>=0.22,<0.23"')
     assert "transformers needs" in found.found
 
 
@@ -169,13 +169,13 @@ def test_saekit_from_a_folder(installed, monkeypatch):
     installed()
     monkeypatch.setattr(libraries, "requires", nowhere)
     assert libraries.requirements("saekit") == {}
-    mends(only(libraries.about()), "note", "pip install -e .")
+    fixes(only(libraries.about()), "note", "pip install -e .")
 
 
 def test_python_has_bounds():
     fine(only(libraries.python("3.11.7", ">=3.10")))
     fine(only(libraries.python("3.11.7", None)))
-    mends(only(libraries.python("3.9.2", ">=3.10")), "problem", "Python >=3.10")
+    fixes(only(libraries.python("3.9.2", ">=3.10")), "problem", "Python >=3.10")
 
 
 # Devices
@@ -197,7 +197,7 @@ def test_no_gpu_is_no_problem():
 
 
 def test_a_gpu_and_a_torch_without_cuda():
-    found = mends(
+    found = fixes(
         only(devices.cuda(fake_torch(cuda=None), ["Tesla V100, 470.57"], {})),
         "problem",
         'pip install --force-reinstall "torch',
@@ -207,7 +207,7 @@ def test_a_gpu_and_a_torch_without_cuda():
 
 def test_a_gpu_and_an_old_driver():
     error = "The NVIDIA driver on your system is too old (found version 11040). Please update it from the URL: http://"
-    found = mends(
+    found = fixes(
         only(devices.cuda(fake_torch(error=error), ["V100"], {})), "problem", "update NVIDIA's driver", "CUDA 12.8"
     )
     assert "too old (found version 11040)" in found.found
@@ -216,14 +216,14 @@ def test_a_gpu_and_an_old_driver():
 
 def test_a_gpu_that_does_not_answer():
     found = only(devices.cuda(fake_torch(error="CUDA unknown error"), ["V100"], {}))
-    mends(found, "problem", "nvidia-smi", "CUDA 12.8")
+    fixes(found, "problem", "nvidia-smi", "CUDA 12.8")
     assert "CUDA unknown error" in found.found
 
 
 @pytest.mark.parametrize("value", ["", "-1"])
 def test_a_gpu_that_is_hidden(value):
     found = only(devices.cuda(fake_torch(), ["V100"], {"CUDA_VISIBLE_DEVICES": value}))
-    mends(found, "note", "unset CUDA_VISIBLE_DEVICES")
+    fixes(found, "note", "unset CUDA_VISIBLE_DEVICES")
 
 
 def test_gpus_are_counted_without_torch(monkeypatch, tmp_path):
@@ -252,7 +252,7 @@ def test_a_gpu_is_described():
 
 
 def test_a_gpu_that_others_use():
-    mends(only(devices.gpu(one_gpu(free=5), 0)), "note", "nvidia-smi", "CUDA_VISIBLE_DEVICES")
+    fixes(only(devices.gpu(one_gpu(free=5), 0)), "note", "nvidia-smi", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.mark.parametrize(
@@ -271,32 +271,32 @@ def test_whether_torch_was_built_for_a_gpu(capability, architectures, runs):
     if runs:
         fine(found)
     else:
-        assert "no code for it" in mends(found, "problem", "pytorch.org").found
+        assert "no code for it" in fixes(found, "problem", "pytorch.org").found
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_too_few_threads(variable):
-    found = mends(
+    found = fixes(
         only(devices.threads(1, 64, 128, {variable: "1"})), "note", f"unset {variable}", "export OMP_NUM_THREADS=64"
     )
     assert f"{variable}=1" in found.found
 
 
 def test_half_of_the_cores_is_too_few():
-    mends(only(devices.threads(4, 8, 16, {})), "note", "export OMP_NUM_THREADS=8")
+    fixes(only(devices.threads(4, 8, 16, {})), "note", "export OMP_NUM_THREADS=8")
 
 
 def test_two_variables_for_threads():
     both = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    mends(only(devices.threads(1, 8, 8, both)), "note", "unset OMP_NUM_THREADS MKL_NUM_THREADS")
+    fixes(only(devices.threads(1, 8, 8, both)), "note", "unset OMP_NUM_THREADS MKL_NUM_THREADS")
 
 
 def test_too_few_threads_that_no_variable_explains():
-    assert mends(only(devices.threads(1, 8, 8, {})), "note", "export OMP_NUM_THREADS=8").remedy.count("unset") == 0
+    assert fixes(only(devices.threads(1, 8, 8, {})), "note", "export OMP_NUM_THREADS=8").remedy.count("unset") == 0
 
 
 def test_more_threads_than_a_container_may_run():
-    mends(only(devices.threads(64, 2, 2, {})), "note", "export OMP_NUM_THREADS=2")
+    fixes(only(devices.threads(64, 2, 2, {})), "note", "export OMP_NUM_THREADS=2")
 
 
 @pytest.mark.parametrize(("number", "cores", "allowed"), [(1, 1, 1), (8, 8, 16), (16, 8, 16), (5, 8, 16)])
@@ -313,7 +313,7 @@ def test_the_cpu_and_its_vectors():
     found = fine(only(devices.cpu(fake, "Xeon", 2)))
     assert found.found == "Xeon, 2 cores; AVX512, AVX512-BF16, VNNI"
     backend.cpu.get_cpu_capability = lambda: "DEFAULT"
-    mends(only(devices.cpu(fake, "Xeon", 2)), "note", "ATEN_CPU_CAPABILITY")
+    fixes(only(devices.cpu(fake, "Xeon", 2)), "note", "ATEN_CPU_CAPABILITY")
 
 
 def test_kernels_on_this_cpu_are_those_that_train():
@@ -329,7 +329,7 @@ def test_kernels_on_this_cpu_are_those_that_train():
 def test_a_cpu_without_a_compiler(monkeypatch):
     monkeypatch.setattr("saekit.sae.kernels.native_build.why_not", lambda: "no C++ compiler")
     _, kernels = devices.kernels(torch.device("cpu"), triton=False, capability=None)
-    found = mends(kernels, "note", "apt install g++", "CXX")
+    found = fixes(kernels, "note", "apt install g++", "CXX")
     assert found.found.startswith("auto is cpu, ")
     assert found.found.endswith("no C++ compiler")
 
@@ -352,7 +352,7 @@ def test_kernels_on_a_gpu(monkeypatch, name, triton, capability, remedy):
     if remedy is None:
         fine(kernels)
     else:
-        mends(kernels, "note", remedy)
+        fixes(kernels, "note", remedy)
 
 
 # Ranks and 8 bits
@@ -371,14 +371,14 @@ def test_what_was_tried_with_gloo():
 
 def test_a_host_whose_name_leads_nowhere():
     found = gloo(Outcome({"ranks": 2, "seconds": 0.05, "address": None}))
-    mends(found, "note", "for several machines", "GLOO_SOCKET_IFNAME", "/etc/hosts")
+    fixes(found, "note", "for several machines", "GLOO_SOCKET_IFNAME", "/etc/hosts")
 
 
 def test_ranks_that_cannot_meet():
     failed = Outcome(failed="RuntimeError: [enforce fail at /src/device.cc:84] ifa != nullptr. Unable to find address")
-    found = mends(gloo(failed), "problem", "export GLOO_SOCKET_IFNAME=lo", "/etc/hosts")
+    found = fixes(gloo(failed), "problem", "export GLOO_SOCKET_IFNAME=lo", "/etc/hosts")
     assert "(RuntimeError: Unable to find address)" in found.found
-    mends(gloo(failed, GLOO_SOCKET_IFNAME="nope0"), "problem", "unset GLOO_SOCKET_IFNAME, which is nope0")
+    fixes(gloo(failed, GLOO_SOCKET_IFNAME="nope0"), "problem", "unset GLOO_SOCKET_IFNAME, which is nope0")
 
 
 def no_nccl():
@@ -388,13 +388,13 @@ def no_nccl():
 def test_nccl():
     assert "2.27.5" in fine(only(ranks.nccl(lambda: (2, 27, 5), 8))).found
     fine(only(ranks.nccl(no_nccl, 1)))
-    mends(only(ranks.nccl(no_nccl, 2)), "problem", 'pip install --force-reinstall "torch', "WSL")
+    fixes(only(ranks.nccl(no_nccl, 2)), "problem", 'pip install --force-reinstall "torch', "WSL")
 
 
 def test_deepspeed():
     fine(only(ranks.deepspeed(Outcome({"version": "0.19"}))))
     found = only(ranks.deepspeed(Outcome(failed="ImportError: no name")))
-    mends(found, "problem", 'pip install --force-reinstall --no-deps "deepspeed', "layer-map")
+    fixes(found, "problem", 'pip install --force-reinstall --no-deps "deepspeed', "layer-map")
     assert "ImportError: no name" in found.found
 
 
@@ -404,31 +404,31 @@ def compilers(there, triton=False, **environment):
 
 def test_saekit_needs_no_compiler_without_triton():
     fine(compilers({"gcc", "c++", "ninja"}))
-    found = mends(compilers(set()), "note", "apt install g++", "pip install ninja")
+    found = fixes(compilers(set()), "note", "apt install g++", "pip install ninja")
     assert "saekit does not use" in found.found
     assert "ninja" not in compilers({"c++", "ninja"}).found.partition("no ")[2]
-    assert mends(compilers({"c++"}), "note", "pip install ninja").remedy.count("g++") == 0
+    assert fixes(compilers({"c++"}), "note", "pip install ninja").remedy.count("g++") == 0
 
 
 def test_triton_needs_a_c_compiler():
-    mends(compilers(set(), triton=True), "problem", "apt install gcc", "--kernels cpu")
+    fixes(compilers(set(), triton=True), "problem", "apt install gcc", "--kernels cpu")
     assert "clang starts" in fine(compilers({"clang", "c++", "ninja"}, triton=True)).found
     assert "icx starts" in fine(compilers({"icx", "c++", "ninja"}, triton=True, CC="icx")).found
 
 
 def test_triton_needs_pythons_headers(tmp_path):
-    mends(only(ranks.headers(tmp_path)), "problem", "python3-dev", "--kernels cpu")
+    fixes(only(ranks.headers(tmp_path)), "problem", "python3-dev", "--kernels cpu")
     (tmp_path / "Python.h").touch()
     fine(only(ranks.headers(tmp_path)))
 
 
 def test_8_bits():
-    mends(only(ranks.load_in_8bit(Outcome(), cuda=False)), "note", "--dtype bfloat16")
+    fixes(only(ranks.load_in_8bit(Outcome(), cuda=False)), "note", "--dtype bfloat16")
     fine(only(ranks.load_in_8bit(Outcome(), cuda=True)))
-    mends(only(ranks.load_in_8bit(Outcome(failed="no library"), cuda=True)), "problem", "--upgrade", "bitsandbytes")
+    fixes(only(ranks.load_in_8bit(Outcome(failed="no library"), cuda=True)), "problem", "--upgrade", "bitsandbytes")
     assert "on the CPU" in fine(only(ranks.adam8bit(Outcome({"device": "cpu", "moved": True})))).found
     found = only(ranks.adam8bit(Outcome({"device": "cuda"}, "RuntimeError: no kernel")))
-    mends(found, "problem", "--upgrade", "--optimizer adam")
+    fixes(found, "problem", "--upgrade", "--optimizer adam")
     assert "cuda (RuntimeError: no kernel)" in found.found
     assert "changed nothing" in only(ranks.adam8bit(Outcome({"device": "cpu", "moved": False}))).found
 
@@ -453,7 +453,7 @@ def test_gloo_on_an_interface_that_there_is_not(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
     outcome = probe(probes.GLOO)
     assert "nope0" in outcome.failed
-    mends(gloo(outcome, GLOO_SOCKET_IFNAME="nope0"), "problem", "unset GLOO_SOCKET_IFNAME")
+    fixes(gloo(outcome, GLOO_SOCKET_IFNAME="nope0"), "problem", "unset GLOO_SOCKET_IFNAME")
 
 
 def test_the_other_probes():
@@ -547,12 +547,12 @@ def test_where_a_token_comes_from(tmp_path):
     assert fine(only(hub.token({"HF_TOKEN": "hf_xyz"}, file))).found == "a token is set (from HF_TOKEN)"
     assert fine(only(hub.token({"HF_TOKEN": " "}, file))).found == "a token is set (from the token file)"
     kept = {"HF_TOKEN": "hf_xyz", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    mends(only(hub.token(kept, file)), "note", "unset HF_HUB_DISABLE_IMPLICIT_TOKEN", "--hf-token")
+    fixes(only(hub.token(kept, file)), "note", "unset HF_HUB_DISABLE_IMPLICIT_TOKEN", "--hf-token")
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"])
 def test_the_hub_switched_off(variable):
-    found = mends(only(hub.offline({variable: "1"})), "note", f"unset {variable}")
+    found = fixes(only(hub.offline({variable: "1"})), "note", f"unset {variable}")
     assert f"{variable}=1" in found.found
     fine(only(hub.offline({variable: "0"})))
 
@@ -577,9 +577,9 @@ def test_what_is_cached(tmp_path):
 
 def test_memory():
     assert fine(only(limits.memory(20 * GIB, 32 * GIB, None))).found == "20.0 GiB free of 32.0 GiB"
-    mends(only(limits.memory(2 * GIB, 32 * GIB, None)), "note", "--layers", "--moments-dtype bf16")
-    found = mends(only(limits.memory(GIB // 2, 64 * GIB, 4 * GIB)), "problem", "--expansion-factor")
-    assert "512 MiB free of the 4.0 GiB that this container or job may use (64.0 GiB in all)" in found.found
+    fixes(only(limits.memory(2 * GIB, 32 * GIB, None)), "note", "--layers", "--moments-dtype bf16")
+    found = fixes(only(limits.memory(GIB // 2, 64 * GIB, 4 * GIB)), "problem", "--expansion-factor")
+    assert "512 MiB free of the 4.0 GiB that this container or job may use (of 64.0 GiB in total)" in found.found
 
 
 def test_swap():
@@ -603,19 +603,19 @@ def test_free_disk(monkeypatch, tmp_path, free, state):
     if state == "ok":
         fine(found)
     else:
-        mends(found, state, "free some", "--save-dir")
+        fixes(found, state, "free some", "--save-dir")
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    assert "Not a directory" in mends(folder(file / "cache"), "problem", "--save-dir").found
+    assert "Not a directory" in fixes(folder(file / "cache"), "problem", "--save-dir").found
 
     def refuse(**_):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(limits.tempfile, "TemporaryFile", refuse)
-    assert "Read-only file system" in mends(folder(tmp_path), "problem", "--save-dir").found
+    assert "Read-only file system" in fixes(folder(tmp_path), "problem", "--save-dir").found
 
 
 def test_looking_at_a_folder_leaves_nothing_in_it(tmp_path):
@@ -628,18 +628,18 @@ def test_shared_memory(monkeypatch, tmp_path):
         monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
     has(64 * 2**20)
-    mends(only(limits.shared_memory(2, tmp_path)), "problem", "--shm-size=1g")
-    mends(only(limits.shared_memory(0, tmp_path)), "note", "--shm-size=1g")
+    fixes(only(limits.shared_memory(2, tmp_path)), "problem", "--shm-size=1g")
+    fixes(only(limits.shared_memory(0, tmp_path)), "note", "--shm-size=1g")
     has(8 * GIB)
     fine(only(limits.shared_memory(2, tmp_path)))
     assert list(limits.shared_memory(2, tmp_path / "missing")) == []
 
 
 def test_open_files():
-    mends(only(limits.open_files(256, 1_048_576)), "note", "ulimit -n 4096")
-    mends(only(limits.open_files(256, 512)), "note", "ulimit -n 512")
-    mends(only(limits.open_files(256, -1)), "note", "ulimit -n 4096")
-    mends(only(limits.open_files(256, 256)), "note", "administrator")
+    fixes(only(limits.open_files(256, 1_048_576)), "note", "ulimit -n 4096")
+    fixes(only(limits.open_files(256, 512)), "note", "ulimit -n 512")
+    fixes(only(limits.open_files(256, -1)), "note", "ulimit -n 4096")
+    fixes(only(limits.open_files(256, 256)), "note", "administrator")
     fine(only(limits.open_files(1024, 1024)))
     assert fine(only(limits.open_files(-1, -1))).found == "no limit"
 

@@ -77,7 +77,7 @@ def test_json_has_a_schema(call):
         assert isinstance(finding["name"], str)
         assert isinstance(finding["found"], str)
         assert (finding["remedy"] is None) == (finding["state"] == "ok"), finding
-        assert "could not be looked at" not in finding["found"], finding
+        assert "could not be checked" not in finding["found"], finding
     assert [area for area in AREAS if any(finding["area"] == area for finding in said["findings"])] == list(AREAS)
     for state, number in (("problem", said["problems"]), ("note", said["notes"])):
         assert sum(finding["state"] == state for finding in said["findings"]) == number
@@ -168,16 +168,16 @@ def test_without_torch_it_still_reports_and_the_exit_code_is_1():
     assert done.returncode == 1, done.stderr
     assert "cannot be imported (ModuleNotFoundError" in done.stdout
     assert "pip install --force-reinstall" in done.stdout
-    assert "not looked at: torch cannot be imported" in done.stdout
+    assert "not checked: torch cannot be imported" in done.stdout
     assert "saekit train cannot run" in done.stdout
-    assert "free of" in done.stdout  # what needs no torch has been looked at
+    assert "free of" in done.stdout  # what needs no torch has been checked
 
 
 def test_a_problem_that_does_not_keep_from_training_is_no_failure(call, monkeypatch):
     monkeypatch.setattr("saekit.doctor.diagnose", lambda debug: [WELL, MENDED])
     result = call()
     assert result.exit_code == 0
-    assert "1 thing to mend: cache." in result.stdout
+    assert "1 thing to fix: cache." in result.stdout
 
 
 def test_a_problem_that_keeps_from_training_is_exit_code_1(call, monkeypatch):
@@ -214,7 +214,7 @@ def test_marks_remedies_and_the_last_line():
     assert "\x1b" not in text
     end = " ".join(text.split("\n\n")[-1].split())
     assert end == (
-        "2 things to mend: torch, cache. Until torch can be imported, saekit train cannot run. 1 note (marked !)."
+        "2 things to fix: torch, cache. Until torch can be imported, saekit train cannot run. 1 note (marked !)."
     )
 
 

@@ -14,7 +14,7 @@ from tests.forked import ROOT, Forked, environment
 
 DEMO_LM = MODEL_DIR
 SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
-"""20 optimiser steps, the last of which has too few sequences for all ranks."""
+"""20 optimizer steps, the last of which has too few sequences for all ranks."""
 
 
 @pytest.fixture(scope="session")

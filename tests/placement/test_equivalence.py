@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 
 
 def assert_same_run(found, expected, steps=20):
-    """Weights, optimiser state, counters and every logged number."""
+    """Weights, optimizer state, counters and every logged number."""
     a, b = tensors_of(found / "latest"), tensors_of(expected / "latest")
     assert a.keys() == b.keys()
     for name in b:

@@ -211,7 +211,7 @@ def test_memory_of_adam():
     assert [kind_of("layer-map").memory(LOAD, owned) for owned in (0, 1, 3)] == [0, 16 * PARAMS, 16 * PARAMS * 3]
 
 
-def test_memory_of_another_optimiser():
+def test_memory_of_another_optimizer():
     assert kind_of("ddp").memory(LOAD, state=2) == 10 * PARAMS * 3
     assert kind_of("zero3").memory(LOAD, state=2) == 10 * PARAMS * 3 // 2
     assert kind_of("layer-map").memory(LOAD, 2, state=4) == 12 * PARAMS * 2

@@ -1,6 +1,7 @@
 """A placement from outside the package is one file, and no other file needs to know of it."""
 
 import json
+import sys
 
 import pytest
 
@@ -46,6 +47,8 @@ def plugin(tmp_path, monkeypatch):
     """The file above, loaded; forgotten afterwards."""
     monkeypatch.setattr(PLACEMENTS, "_registered", {})
     monkeypatch.setattr(PLACEMENTS, "_origin", {})
+    for name in [name for name in sys.modules if name.startswith("saekit_plugin_")]:
+        monkeypatch.delitem(sys.modules, name)  # loaded once it would not be run again
     file = tmp_path / "placements.py"
     file.write_text(ONE_FILE, encoding="utf-8")
     load_plugin(file)
@@ -63,6 +66,7 @@ def test_it_is_planned_and_launched_and_asked_what_it_supports(plugin, saekit, m
         saekit("plan", model_dir, "--json", "--gpus", gpus, "--gpu-memory", "1GiB", "--optimizer", optimizer, *more)
         for gpus, optimizer, more in ((1, "adam", ()), (2, "muon", ("--placement", "loud-ddp")), (2, "adam", ()))
     ]
+    assert not any(done.code for done in planned), [done.err for done in planned]
     names = [list(json.loads(done.out)["placements"]) for done in planned]
     assert names == [["single", "counting"], ["ddp", "layer-map", "loud-ddp"], ["ddp", "layer-map", "zero3"]]
     both = json.loads(planned[1].out)["placements"]

@@ -18,7 +18,7 @@ def backward(placement, sae):
     placement.backward("h.0", (sae(x).recon - x).square().sum())
 
 
-def test_apply_projects_steps_normalises_and_clears():
+def test_apply_projects_steps_normalizes_and_clears():
     placement, sae = place()
     rows = sae.W_dec.detach().clone()
     backward(placement, sae)

@@ -22,7 +22,7 @@ def resident_peak() -> int:
 
 
 def second_gradients(placement: Any) -> int:
-    """Bytes of the gradients that DeepSpeed's optimiser reads, where they are not those that it sums up."""
+    """Bytes of the gradients that DeepSpeed's optimizer reads, where they are not those that it sums up."""
     zero = placement._engine.optimizer
     summed = zero.grad_partitions_flat_buffer.untyped_storage().data_ptr()
     read = [flat.grad for flat in zero.fp32_partitioned_groups_flat if flat.grad is not None]

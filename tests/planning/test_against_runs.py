@@ -147,7 +147,7 @@ def test_the_allowance_for_libraries_is_about_what_they_take(libraries):
 @pytest.mark.parametrize("name", SMALL)
 def test_tensors_of_two_ranks(name, placement, tmp_path):
     measured, planned = measured_and_planned(SMALL[name], tmp_path / "run", placement)
-    peak = next(moment for moment in planned.memory.moments if moment.name == "optimiser's step")
+    peak = next(moment for moment in planned.memory.moments if moment.name == "optimizer's step")
     expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
     assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.1)
 
@@ -155,7 +155,7 @@ def test_tensors_of_two_ranks(name, placement, tmp_path):
 def test_what_is_offloaded(tmp_path):
     """On a CPU it lies where it would anyway, so that all of it is seen."""
     measured, planned = measured_and_planned(SMALL["even"], tmp_path / "run", "zero3", offload=True)
-    peak = next(moment for moment in planned.memory.moments if moment.name == "optimiser's step")
+    peak = next(moment for moment in planned.memory.moments if moment.name == "optimizer's step")
     expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
     assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.05)
 

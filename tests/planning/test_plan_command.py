@@ -106,7 +106,7 @@ def test_codes_of_batchtopk_take_more_room(planned):
     assert {**batch_topk, "working": 0} == {**topk, "working": 0}
 
 
-def test_an_optimiser_that_needs_whole_tensors_leaves_out_zero3(planned):
+def test_an_optimizer_that_needs_whole_tensors_leaves_out_zero3(planned):
     assert set(planned("--optimizer", "muon")["placements"]) == {"ddp", "layer-map"}
 
 

@@ -142,7 +142,7 @@ def test_plain_where_nobody_watches(no_ci, monkeypatch, setting):
     assert isinstance(terminal_reporter(Console(file=Tty())), PlainReporter)
 
 
-def test_plain_for_a_pipe_even_with_forced_colours(no_ci, monkeypatch):
+def test_plain_for_a_pipe_even_with_forced_colors(no_ci, monkeypatch):
     assert isinstance(terminal_reporter(Console(file=io.StringIO())), PlainReporter)
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert isinstance(terminal_reporter(Console(file=io.StringIO())), PlainReporter)

@@ -65,7 +65,7 @@ def test_projection_leaves_no_part_along_the_row():
     torch.testing.assert_close(torch.cosine_similarity(removed, sae.W_dec.detach()).abs(), torch.ones(32))
 
 
-def test_normalisation_keeps_directions_and_zero_rows():
+def test_normalization_keeps_directions_and_zero_rows():
     sae = make_sae()
     with torch.no_grad():
         sae.W_dec.mul_(3)

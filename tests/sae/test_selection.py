@@ -163,8 +163,8 @@ def test_a_kind_can_have_a_loss_of_its_own():
     found, wanted = gradients(sae, pieces), gradients(sae, whole.total)
     for name in found:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-14)
-    keep_N1 = torch.arange(N)[:, None] < 10
-    few = sae_losses(x * keep_N1, out.only(keep_N1), **options)
+    counted_N1 = torch.arange(N)[:, None] < 10
+    few = sae_losses(x * counted_N1, out.masked(counted_N1), **options)
     torch.testing.assert_close(few.penalty, 0.5 * out.acts[:10].sum() * SCALE)
     assert sae.eval()(x).penalty is None
 

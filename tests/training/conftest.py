@@ -34,7 +34,7 @@ def tiny_llama():
 
 @pytest.fixture(scope="session")
 def tokens():
-    """52 sequences: 6 optimiser steps of 8 and one of 4. A tenth of the tokens is special."""
+    """52 sequences: 6 optimizer steps of 8 and one of 4. A tenth of the tokens is special."""
     generator = torch.Generator().manual_seed(0)
     return Dataset.from_dict({"input_ids": torch.randint(0, 20, (52, CTX_LEN), generator=generator).tolist()})
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from saekit import Sae, SaeConfig, TrainConfig
+from saekit.activations.hookpoints import Hookpoint
 from saekit.placement import Single
 from saekit.training.bank import Bank
 from saekit.training.optimizers import make_optimizer
+from saekit.training.plan import UnitPlan
 from saekit.training.statistics import SUMS, Segments, Tally, read_tally
 from saekit.training.unit import Calibration
 
@@ -23,7 +25,8 @@ def bank_of(widths, num_latents=8, dead_threshold=11, **options):
         lambda sae: make_optimizer(cfg, sae),
     )
     known = {name: Calibration(torch.zeros(width), 2.0) for name, width in widths.items()}
-    return Bank(cfg, placement, widths, dict.fromkeys(widths, dead_threshold), known)
+    plans = [UnitPlan(Hookpoint(name, d), num_latents, 0.0, (1.0, 1.0), dead_threshold) for name, d in widths.items()]
+    return Bank(cfg, placement, plans, known)
 
 
 def step(bank, fired, tokens):

@@ -1,4 +1,4 @@
-"""Evaluations between optimiser steps, in this process: what they find, and that nothing else notices them."""
+"""Evaluations between optimizer steps, in this process: what they find, and that nothing else notices them."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def test_when(train, tmp_path, every, steps):
 
 @pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
 def test_training_does_not_notice(train, tmp_path, optimizer):
-    """Weights, optimiser state, counters, reports and every random generator, bit for bit."""
+    """Weights, optimizer state, counters, reports and every random generator, bit for bit."""
     options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "save_every": 2, "keep_last": 9}
     options["sae"] = SaeConfig(num_latents=64, k=4, multi_topk=True)
     generators = []

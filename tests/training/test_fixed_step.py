@@ -9,11 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from saekit import Sae, SaeConfig, TrainConfig
+from saekit.activations.hookpoints import Hookpoint
 from saekit.placement import Single
 from saekit.planning.bank import on_meta
 from saekit.sae.kernels import choose_kernels
-from saekit.training.bank import Bank, StepMessage
+from saekit.training.bank import Bank
+from saekit.training.message import StepMessage
 from saekit.training.optimizers import make_optimizer
+from saekit.training.plan import UnitPlan
 from saekit.training.unit import Calibration
 
 D, M, K, N = 16, 64, 4, 24
@@ -46,7 +49,8 @@ def make_bank(units=1, kernels=None, sae=None, **options):
     placement = Single(CPU)
     placement.place(list(widths), make_sae, lambda made: make_optimizer(cfg, made))
     known = {name: Calibration(torch.zeros(D), 1.0, limit) for name in widths}
-    bank = Bank(cfg, placement, widths, dict.fromkeys(widths, 40), known)
+    plans = [UnitPlan(Hookpoint(name, D), M, 0.0, (1.0, 1.0), dead_threshold=40) for name in widths]
+    bank = Bank(cfg, placement, plans, known)
     for unit in bank.units.values():
         unit.may_ask = False
     return bank

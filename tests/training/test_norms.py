@@ -62,8 +62,8 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
     dead, scale, centre_D = torch.tensor([1, 3, 5, 20]), 0.01, torch.ones(D)
     results = []
     for rows_ND in (x_ND, few_ND):
-        rows_ND, keep_N1 = without_excluded(sae, rows_ND)
-        out = sae(rows_ND, aux=dead).only(keep_N1)
+        rows_ND, counted_N1 = without_excluded(sae, rows_ND)
+        out = sae(rows_ND, aux=dead).masked(counted_N1)
         losses = sae_losses(rows_ND, out, scale=scale, auxk_alpha=0.5, num_dead=4)
         tally = Tally([D], rows_ND.device)
         observe_(tally.sums_U7[0], tally.means[0], rows_ND, out, losses, torch.tensor(scale), centre_D)
@@ -78,8 +78,8 @@ def test_loss_gradients_and_statistics_are_those_of_the_others_alone(options, pr
 def test_nan_is_not_taken_for_long():
     sae, x_ND = Sae(D, M, K, max_norm=6.0), torch.ones(3, D)
     x_ND[1, 2], x_ND[2, 3] = torch.nan, torch.inf
-    rows_ND, keep_N1 = without_excluded(sae, x_ND)
-    assert keep_N1.flatten().tolist() == [True, True, False]
+    rows_ND, counted_N1 = without_excluded(sae, x_ND)
+    assert counted_N1.flatten().tolist() == [True, True, False]
     assert rows_ND.isnan().any(1).tolist() == [False, True, True], "infinity is as bad as NaN"
     assert without_excluded(Sae(D, M, K), x_ND) == (x_ND, None)
     fine_ND = torch.ones(3, D)

@@ -106,7 +106,7 @@ def test_no_optimizer_decays_weights(name):
     optimizer.prepare(1.0)
     optimizer.step()
     for parameter, old in zip(sae.parameters(), before, strict=True):
-        torch.testing.assert_close(parameter, old, rtol=1e-6, atol=0)  # renormalising rounds
+        torch.testing.assert_close(parameter, old, rtol=1e-6, atol=0)  # renormalizing rounds
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -7,7 +7,7 @@ import torch
 
 from saekit import Sae, SaeConfig, UserError
 from saekit.errors import Interrupted
-from saekit.sae.selection.batchtopk import FASTEST, GAIN, LEAST, NEAR, BatchTopK
+from saekit.sae.selection.batchtopk import GAIN, LARGEST_MOVE, NEAR_FACTOR, SMALLEST_THRESHOLD, BatchTopK
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of, thresholds_of
 from tests.training.test_bad_steps import Spoiler, explodes
@@ -30,16 +30,16 @@ def test_where_few_latents_are_positive_the_threshold_is_small_and_not_zero():
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
     sae.fit_selection_(torch.randn(60, 16), rms=2.0)
-    assert float(sae.selection.threshold) == 2 * LEAST
+    assert float(sae.selection.threshold) == 2 * SMALLEST_THRESHOLD
     everything = Sae(16, 8, 8, selection="batchtopk")  # a token can have all of them: none is to be kept out
     everything.fit_selection_(torch.randn(60, 16), rms=2.0)
-    assert float(everything.selection.threshold) == 2 * LEAST
+    assert float(everything.selection.threshold) == 2 * SMALLEST_THRESHOLD
 
 
 def moved(threshold, *, k, firings, near, tokens, least):
     """A threshold after a step of these counts."""
     selection = BatchTopK(k, 16 * k, threshold)
-    selection.move_(*map(torch.tensor, (firings, tokens)), torch.tensor([near]), rms=least / LEAST)
+    selection.move_(*map(torch.tensor, (firings, tokens)), torch.tensor([near]), rms=least / SMALLEST_THRESHOLD)
     return float(selection.threshold)
 
 
@@ -49,8 +49,8 @@ def test_how_it_moves():
     steepness = near / 440 / math.log(1.1)
     assert moved(2.0, firings=400, near=near, **step) == 2.0
     assert moved(2.0, firings=440, near=near, **step) == pytest.approx(2 * 1.1 ** (GAIN / steepness))
-    assert moved(2.0, firings=0, near=0, **step) == pytest.approx(2 * math.exp(-FASTEST))
-    assert moved(2.0, firings=1600, near=1, **step) == pytest.approx(2 * math.exp(FASTEST))
+    assert moved(2.0, firings=0, near=0, **step) == pytest.approx(2 * math.exp(-LARGEST_MOVE))
+    assert moved(2.0, firings=1600, near=1, **step) == pytest.approx(2 * math.exp(LARGEST_MOVE))
     assert moved(0.5, firings=0, near=0, **step) == pytest.approx(0.5, rel=1e-15)
     assert moved(2.0, firings=0, near=0, k=4, tokens=0, least=0.5) == 2.0, "a step without a token says nothing"
 
@@ -65,7 +65,7 @@ def test_it_finds_k_however_steep_and_however_far(power, start):
 
     threshold, found = start, []
     for _ in range(120):
-        counts = [round(10_000 * l0(each * threshold)) for each in (1, NEAR)]
+        counts = [round(10_000 * l0(each * threshold)) for each in (1, NEAR_FACTOR)]
         threshold = moved(threshold, k=4, firings=counts[0], near=counts[0] - counts[1], tokens=10_000, least=1e-3)
         found.append(l0(threshold))
     assert found[-40:] == pytest.approx([4] * 40, rel=0.01)
@@ -74,7 +74,7 @@ def test_it_finds_k_however_steep_and_however_far(power, start):
 def test_values_near_the_threshold_are_counted():
     sae = Sae(16, 64, 8, selection=BatchTopK(8, 64, 0.5)).train()
     out = sae(torch.randn(60, 16))
-    assert torch.equal(out.sums, ((out.acts > 0.5) & (out.acts <= 0.5 * NEAR)).sum(1, keepdim=True))
+    assert torch.equal(out.sums, ((out.acts > 0.5) & (out.acts <= 0.5 * NEAR_FACTOR)).sum(1, keepdim=True))
     assert out.sums.any()
     assert sae.eval()(torch.randn(60, 16)).sums is None
     assert Sae(16, 64, 8).train()(torch.randn(60, 16)).sums is None

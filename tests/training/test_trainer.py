@@ -45,7 +45,7 @@ def test_a_run_learns_and_leaves_what_it_promises(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["collect", "apply"])
-def test_activations_are_gone_before_the_optimiser_steps(make_trainer, monkeypatch, moment):
+def test_activations_are_gone_before_the_optimizer_steps(make_trainer, monkeypatch, moment):
     trainer = make_trainer(exclude_special_tokens=False, micro_acc_steps=3)
     found = []
     original = getattr(trainer.placement, moment)
@@ -191,7 +191,7 @@ def test_dead_latents_are_counted_in_tokens_and_revived(make_trainer, tmp_path):
     assert any(stats.layers[name].auxk_loss > 0 for stats in watcher.steps for name in HOOKPOINTS)
 
 
-def test_the_schedule_is_counted_in_optimiser_steps(make_trainer):
+def test_the_schedule_is_counted_in_optimizer_steps(make_trainer):
     watcher = Recorder()
     make_trainer(reporter=watcher, batch_size=2, grad_acc_steps=4, lr=0.7, lr_warmup_steps=3).fit()
     expected = [0.7 * factor for factor in (1 / 4, 2 / 4, 3 / 4, 4 / 4, 3 / 4, 2 / 4, 1 / 4)]

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit.activations.live import LiveModel, Tokens, to_device
-from saekit.training.bank import read_later
+from saekit.training.message import read_later
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, tensors_of
 
@@ -44,19 +44,26 @@ def test_no_layer_is_asked_for_anything_in_a_step(make_trainer, monkeypatch, aux
     one = questions_of_a_step(make_trainer, monkeypatch, "one", layers=[1], **options)
     three = questions_of_a_step(make_trainer, monkeypatch, "three", **options)
     adams_own = 4  # of each layer: the number of steps of each parameter, which lies on the CPU
-    too_long = 1 if multiple else 0  # whether an activation is, which is asked on a CPU only (`covered`)
+    too_long = 1 if multiple else 0  # whether an activation is, which is read on a CPU only (`without_excluded`)
     assert three - one == 2 * (adams_own + too_long)
 
 
-def test_the_message_comes_in_one_piece(make_trainer, monkeypatch):
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_the_host_is_told_once_a_step(make_trainer, monkeypatch, log_every):
+    """The report is part of the step's message: nothing else is brought to the host."""
     from saekit.training import bank as module
 
     messages, real = [], module.read_later
     monkeypatch.setattr(module, "read_later", lambda value: messages.append(value.numel()) or real(value))
+    monkeypatch.setattr(module.Bank, "report", None)
     recorder = Recorder()
-    make_trainer(reporter=recorder).fit()
-    layers = len(recorder.infos[0].hookpoints)
-    assert messages == [layers * 4] * len(recorder.steps)
+    make_trainer(reporter=recorder, log_every=log_every).fit()
+    units, steps = 3, 7
+    plain = units + units * 8  # dead latents; and of each unit faults, dead ones now and before, error, firings, tokens
+    with_report = plain + 2 * (units * 7 + units * 16) + 1
+    reported = [step % log_every == 0 or step == steps for step in range(1, steps + 1)]
+    assert messages == [with_report if report else plain for report in reported]
+    assert len(recorder.steps) == sum(reported)
 
 
 @pytest.mark.parametrize("grad_acc_steps", [1, 2])

@@ -173,14 +173,14 @@ def test_lists(open_page, evaluation):
 
 
 def test_light_and_dark(open_page):
-    colour = "getComputedStyle(document.body).backgroundColor"
+    color = "getComputedStyle(document.body).backgroundColor"
     light, dark = open_page(color_scheme="light"), open_page(color_scheme="dark")
-    assert light.evaluate(colour) != dark.evaluate(colour)
+    assert light.evaluate(color) != dark.evaluate(color)
     light.keyboard.press("t")
-    assert light.evaluate(colour) == dark.evaluate(colour)
+    assert light.evaluate(color) == dark.evaluate(color)
     dark.click("#theme")
     light.keyboard.press("t")
-    assert light.evaluate(colour) == dark.evaluate(colour)
+    assert light.evaluate(color) == dark.evaluate(color)
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])

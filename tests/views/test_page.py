@@ -19,7 +19,7 @@ from saekit.views.page.charts import (
     similarity_chart,
     training_charts,
 )
-from saekit.views.page.packing import pack, token_texts
+from saekit.views.page.packing import pack_arrays, token_texts
 
 
 def unpack(text):
@@ -41,19 +41,19 @@ def unpack(text):
 )
 def test_integers_in_the_smallest_type(values, kind):
     array = np.array(values, dtype=np.int64)
-    found = unpack(pack({"it": array}))["it"]
+    found = unpack(pack_arrays({"it": array}))["it"]
     assert found.dtype == np.dtype(kind)
     assert np.array_equal(found, array)
 
 
 def test_integers_too_large():
     with pytest.raises(ValueError, match="no type for integers"):
-        pack({"it": np.array([2**31])})
+        pack_arrays({"it": np.array([2**31])})
 
 
 def test_floats_keep_their_first_digits():
     values = np.array([0, -1.23456789, 1e-30, 6.5504e4, np.nan, np.inf, np.finfo(np.float32).max], np.float32)
-    found = unpack(pack({"it": values, "other": np.arange(3)}))["it"]
+    found = unpack(pack_arrays({"it": values, "other": np.arange(3)}))["it"]
     assert found == pytest.approx(values, rel=2**-13, nan_ok=True)
 
 

@@ -13,7 +13,7 @@ from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.planning import Machine
 from saekit.units import parse_count, show_count
-from saekit.wizard import files_of, start, start_command, write
+from saekit.wizard import files_of, start, start_command, write_files
 from saekit.wizard.ask import show
 from saekit.wizard.sizes import BATCH
 from tests.wizard.conftest import BACK, ENTER
@@ -78,7 +78,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
             ("layers", "--layers 3,4,5,6,7,8,9: out of range; the model has 3 layers, 0 to 2"),
             ("layers", "--layers 'x': expected numbers and ranges"),
             ("dictionary", "dictionary size 'many': expected a whole number"),
-            ("dictionary", "7 is less than the width 16: write 7x for so many latents per dimension, or 7 latents"),
+            ("dictionary", "7 is less than the width 16: write 7x for 7 latents per dimension, or 7 latents"),
             ("dictionary", "dictionary size '0'"),
             ("k", "--k 65 is larger than the dictionary of 64 latents"),
             ("k", "--k 'k'"),
@@ -89,7 +89,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
             ("max_tokens", "--max-tokens '1.5'"),
             ("max_tokens", "--max-tokens 16 is less than one sequence of 32"),
             ("batch_size", "--batch-size '0'"),
-            ("batch_size", "--max-tokens 64 is 2 sequences of 32, fewer than one optimiser step of 4"),
+            ("batch_size", "--max-tokens 64 is 2 sequences of 32, fewer than one optimizer step of 4"),
         ]
     ):
         assert said[number][0] == key
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_marked_and_not_offered_first(answer, model_dir, te
 def test_an_earlier_run_yaml_gives_the_defaults_and_keeps_what_is_not_asked(answer, model_dir, text_file, targets):
     answers = ("2", str(model_dir), str(text_file), "0,2", "8x", "3", "16", "4096", "2", "zero3", "runs/mine")
     first, _ = answer(*answers)
-    write(files_of(first))
+    write_files(files_of(first))
     with targets.run.open("a") as file:
         file.write("lr: 0.003  # mine\nsave-every: 7\n")
     again, asker = answer()
@@ -211,7 +211,7 @@ def test_token_ids_are_shown_as_text_and_held_against_the_vocabulary(answer, mod
         *("all", *SIZES, "all", "1"),
     )
     assert "token id 50,000, but the model knows 257 tokens" in asker.problems[0][2]
-    assert asker.told["dataset"][0] == "Columns input_ids: tokenised already"
+    assert asker.told["dataset"][0] == "Columns input_ids: tokenized already"
     assert asker.told["dataset"][1].startswith("│ 60 61 62 63 64 65 66 67 … = '")
 
 
@@ -276,12 +276,12 @@ def test_secrets_are_not_written(answer, model_dir, text_file, targets):
 def test_both_files_or_none(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(UserError, match=r"b cannot be written \(Is a directory\)"):
-        write({tmp_path / "b": "2"})
+        write_files({tmp_path / "b": "2"})
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write({tmp_path / "a": "1", blocked / "b": "2"})
+        write_files({tmp_path / "a": "1", blocked / "b": "2"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "file"]
 
 
@@ -321,7 +321,7 @@ def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text
     assert "has 2 × GPU of a kind, 80.0 GiB each: one per GPU" in asker.explained["machine"]
     assert asker.told["machine"] == ["2 × GPU of a kind, 80.0 GiB each"]
     assert "but this machine has 2 GPUs" in asker.problems[0][2]
-    write(files_of(draft))
+    write_files(files_of(draft))
     assert yaml.safe_load(targets.launch.read_text())["use_cpu"] is False
     monkeypatch.undo()  # the same files on a machine without: its number, not theirs
     assert answer("1", *beginning)[1].asked[0] == ("machine", "1")

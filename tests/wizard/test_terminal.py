@@ -112,7 +112,7 @@ def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_
     first.answer(("machine", "1", "2"), *small)
     shown = first.asks("placement", "layer-map")
     assert "Take layer-map" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    for text in ("ddp ", "layer-map ", "zero3 ", "fits", "256 tokens per optimiser step"):
+    for text in ("ddp ", "layer-map ", "zero3 ", "fits", "256 tokens per optimizer step"):
         assert text in shown
     first.send(f"{DOWN}\r")  # the one behind layer-map
     first.answer(("run", "checkpoints/", "runs/mine"))
@@ -164,7 +164,7 @@ def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
         "k": ("65", "--k 65 is larger than the dictionary of 64 latents"),
         "ctx_len": ("65", "--ctx-len 65 is more than the 64 tokens"),
         "max_tokens": ("some", "--max-tokens 'some': expected a whole number"),
-        "batch_size": ("1e9", "fewer than one optimiser step of 1000000000"),
+        "batch_size": ("1e9", "fewer than one optimizer step of 1000000000"),
     }
     for question, default, right in small:
         answer, problem = wrong[question]

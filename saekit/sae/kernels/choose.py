@@ -17,11 +17,11 @@ from saekit.sae.kernels.sparse import Sparse
 
 BACKENDS = ("eager", "cpu", "native", "triton")
 SELECT_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
-"""What candidates are found in, by the name that `--select-dtype` has for it; None is the parameters' own type."""
+"""The type in which candidates are found, by its name in `--select-dtype`; None is the parameters' own type."""
 
 
 class Kernels(Protocol):
-    """What an SAE is computed with; `eager` says what each function gives."""
+    """The functions that compute an SAE; `eager` documents their results."""
 
     @property
     def name(self) -> str:
@@ -34,10 +34,10 @@ class Kernels(Protocol):
     def encode_topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """See `eager.encode_topk`."""
+        """Compute `eager.encode_topk`."""
 
     def decode(self, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-        """See `eager.decode`."""
+        """Compute `eager.decode`."""
 
     def autoencode(
         self,
@@ -50,7 +50,7 @@ class Kernels(Protocol):
         threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `eager.autoencode`."""
+        """Compute `eager.autoencode`."""
 
     def autoencode_nested(
         self,
@@ -64,14 +64,14 @@ class Kernels(Protocol):
         threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `eager.autoencode_nested`."""
+        """Compute `eager.autoencode_nested`."""
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """See `eager.adam_`; those that defer gradients take `RowSums` for one."""
+        """Compute `eager.adam_`; kernels that defer gradients take `RowSums` for a gradient."""
 
     def sum_rows(self, sums: RowSums) -> Tensor:
-        """See `RowSums.dense`."""
+        """Compute `RowSums.dense`."""
 
 
 class Eager:
@@ -88,7 +88,7 @@ class Eager:
 
 
 def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Kernels:
-    """The kernels for a device.
+    """Return the kernels for a device.
 
     Args:
         backend: One of `BACKENDS`, or `auto`: see `auto_backend`.
@@ -121,7 +121,7 @@ def auto_backend(device: torch.device) -> str:
 
 
 def check_select_dtype(backend: str, select_dtype: str, device: torch.device) -> None:
-    """See that a backend, which is not `auto`, can select in that precision on a device.
+    """Check that a backend, which is not `auto`, can select in that precision on a device.
 
     Raises:
         ValueError: If it cannot.
@@ -152,18 +152,18 @@ def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a modu
 
 @cache
 def default_kernels(device_type: str) -> Kernels:
-    """For an SAE that nobody chose kernels for: exact selection, `auto` otherwise."""
+    """Return the kernels of an SAE for which none were chosen: exact selection, `auto` otherwise."""
     return choose_kernels("auto", "fp32", torch.device(device_type))
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Tell whether Triton can be imported."""
     return find_spec("triton") is not None
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices faster than float32 ones.
+    """Tell whether a device multiplies bfloat16 matrices faster than float32 ones.
 
     On a CPU that is known of AMX (Intel) and of AMD's AVX-512: measured 4.5 times the rate of float32. Intel's AVX-512
     has the instructions, too, but without AMX half that rate only.
@@ -176,7 +176,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def has_fast_int8(device: torch.device) -> bool:
-    """Whether a device is a CPU that multiplies 8-bit matrices faster than float32 ones (VNNI: 2 to 3.8 times)."""
+    """Tell whether a device is a CPU that multiplies 8-bit matrices faster than float32 (VNNI: 2 to 3.8 times)."""
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 

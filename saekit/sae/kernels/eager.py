@@ -13,9 +13,9 @@ STEP_SIZE, CORRECTION, ROOT, ODDS, RATE, STEPS_BEFORE = range(6)
 def encode_topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The `k` largest values of `ReLU((x − centre) Wᵀ + b)` per token, largest first.
+    """Return the `k` largest values of `ReLU((x − centre) Wᵀ + b)` per token, largest first.
 
-    With `parts`, the latents are in so many equal parts, in their order, and it is the `k / parts` largest of each,
+    With `parts`, the latents are in that many equal parts, in order, and it is the `k / parts` largest of each,
     part by part. With as many parts as `k` that is GroupMax.
 
     Args:
@@ -48,12 +48,12 @@ def from_parts(within_NPk: Tensor, num_columns: int) -> Tensor:
 
 
 def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-    """The sum of `acts[n, k] * W[indices[n, k]]` over `k`: `[N, D]`, without the decoder's bias."""
+    """Return the sum of `acts[n, k] * W[indices[n, k]]` over `k`: `[N, D]`, without the decoder's bias."""
     return (acts_NK.unsqueeze(-1) * W_MD[indices_NK]).sum(dim=1)
 
 
 def keep_above(acts_NK: Tensor, threshold: Tensor | None) -> Tensor:
-    """The values above a threshold, and exactly zero, without a gradient, in the place of the others.
+    """Return the values above a threshold, and exactly zero, without a gradient, in the place of the others.
 
     NaN stays, so that it is noticed. The threshold is 0-dimensional, of any float type; it is compared in the values'
     type. None leaves all values as they are.
@@ -99,7 +99,7 @@ def autoencode_nested(
         b_enc_M: `[M]`.
         W_dec_MD: `[M, D]`.
         centre_D: `[D]`.
-        k: How many latents are kept, of all M.
+        k: How many of the M latents are active.
         prefixes: Numbers of latents, ascending, the last one M.
         threshold: See `keep_above`.
         parts: See `encode_topk`.
@@ -132,7 +132,7 @@ def adam_numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[floa
 
 
 def odds_of_step(step: int) -> int:
-    """What `round_stochastically` needs to know of a step: 31 bits."""
+    """Return the 31 bits of a step from which `round_stochastically` draws its numbers."""
     return step * 747796405 % 2**31
 
 
@@ -161,7 +161,7 @@ def adam_(
         beta2: Decay of the second.
         eps: What is added to the root of the second.
         unit_rows: Whether `param` is a matrix whose rows are kept at norm 1. Then the part of the gradient parallel
-            to each row is left out: renormalising would undo a step along the row anyway, but that part would still
+            to each row is left out: renormalizing would undo a step along the row anyway, but that part would still
             enter the moments (Bricken et al. 2023, "Towards Monosemanticity"; Gao et al. 2024 do the same).
     """
     if unit_rows:

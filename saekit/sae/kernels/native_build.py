@@ -47,7 +47,7 @@ def why_not() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels, from the cache if this CPU and compiler have compiled this source before.
+    """Return the compiled kernels, from the cache if this CPU and compiler have compiled this source before.
 
     Raises:
         NoNativeKernelsError: If there is no compiler, it fails, or torch's OpenMP runtime is none that is known.
@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL:
 
 
 def _openmp_runtime() -> str:
-    """The file of the runtime that torch's threads belong to; importing torch has loaded it."""
+    """Return the file of the runtime that torch's threads belong to; importing torch has loaded it."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -98,7 +98,7 @@ def _version(compiler: str) -> str:
 
 
 def _cpu() -> str:
-    """What a CPU can do: a cache in a home directory may be seen by machines that differ."""
+    """Describe the CPU: machines that differ may share a cache in a home directory."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     telling = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
@@ -117,7 +117,7 @@ def _cache() -> Path:
 
 @cache
 def _cache_of_this_process() -> Path:
-    """Where nothing can be kept, each process compiles for itself."""
+    """Make a folder for this process only, where nothing can be cached."""
     return Path(tempfile.mkdtemp(prefix="saekit-"))
 
 

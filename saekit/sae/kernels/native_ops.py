@@ -21,9 +21,9 @@ from saekit.sae.kernels.row_sums import RowSums
 DEVICES = ("cpu", "meta")
 """On the second nothing is computed, and what is allocated can be counted."""
 AMX_TILE = 32
-"""Tokens, latents and numbers of each come in so many, in `native_amx.h`."""
+"""Tokens, latents and their dimensions come in multiples of this number in `native_amx.h`."""
 FEW = 192
-"""Of so many scores at most `best_of` counts how many are before each; above, torch's `topk` is as fast."""
+"""Up to this many scores `best_of` counts how many are before each; above, torch's `topk` is as fast."""
 TOPK = {torch.float32: "topk_float32", torch.bfloat16: "topk_bfloat16", torch.int8: "topk_int8"}
 
 
@@ -55,7 +55,7 @@ def topk(
 
 
 def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
-    """The same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
+    """Return the same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
     (N, D), M, threads = x_ND.shape, len(W_MD), torch.get_num_threads()
     E = -(-(D + 2) // AMX_TILE) * AMX_TILE
     x_low = x_ND.new_empty(-(-N // AMX_TILE) * AMX_TILE * E, dtype=torch.bfloat16)
@@ -70,13 +70,13 @@ def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bo
 class _Kept(threading.local):
     """Memory for weights in low precision, the same for all SAEs and all steps.
 
-    From 32 MiB on, the C library would get it anew from the operating system each time: twice the time of packing them.
+    From 32 MiB on, the C library would request it from the operating system each time: twice the time of packing them.
     """
 
     memory: Tensor | None = None
 
     def numbers(self, count: int) -> Tensor:
-        """So many in bfloat16, until the next call."""
+        """Return this many numbers in bfloat16, valid until the next call."""
         if self.memory is None or len(self.memory) < count:
             self.memory = torch.empty(count, dtype=torch.bfloat16)
         return self.memory
@@ -87,7 +87,7 @@ _kept = _Kept()
 
 @cache
 def has_amx() -> bool:
-    """Whether this CPU has matrix units for bfloat16, and the operating system lets this process use them."""
+    """Tell whether this CPU has matrix units for bfloat16, and the operating system lets this process use them."""
     return bool(library().amx_ready())
 
 

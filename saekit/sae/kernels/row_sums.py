@@ -1,4 +1,4 @@
-"""Gradients of matrices that are not made, but kept as what they are the sum of, until the optimiser takes their rows.
+"""Gradients of matrices that are not made, but kept as what they are the sum of, until the optimizer takes their rows.
 
 The gradient of an SAE's matrix is as large as the matrix, and all layers' are there when a step ends. What it is the
 sum of is a row per token, and a number per pair (latent, token): with fewer tokens than latents that is mostly less.
@@ -27,7 +27,7 @@ class RowSums(NamedTuple):
     rows_ND: Tensor
 
     def dense(self) -> Tensor:
-        """The gradient: the readable reference, with a tensor `[P, D]`."""
+        """Return the gradient: the readable reference, with a tensor `[P, D]`."""
         counts_M = self.starts_M.diff()
         latents_P = torch.arange(len(counts_M), device=counts_M.device).repeat_interleave(counts_M)
         sums_MD = self.rows_ND.new_zeros(len(counts_M), self.rows_ND.shape[1])
@@ -42,18 +42,18 @@ class RowSums(NamedTuple):
 
 
 class Deferred(list[RowSums]):
-    """What has been left to a step; a list that can be referred to weakly."""
+    """The rows that have been left to a step; a list that can be referred to weakly."""
 
 
 _DEFERRED = WeakTensorKeyDictionary()
-"""By matrix, and keeping neither alive: without whoever steps it a matrix has its `.grad` again."""
+"""By matrix, without keeping either alive: when its optimizer is gone, a matrix has its `.grad` again."""
 
 
 def defer_gradient(W_MD: Tensor) -> Deferred:
     """From now on, backward passes leave the sums of a matrix's gradient in the list that is returned.
 
     They do where those take less memory than the gradient; others go to its `.grad`, as all do of kernels that make
-    gradients in another way. Whoever steps the matrix adds up what is there, and empties the list.
+    gradients in another way. The optimizer of the matrix adds up what is there, and empties the list.
     """
     deferred = Deferred()
     _DEFERRED[W_MD] = weakref.ref(deferred)
@@ -61,7 +61,7 @@ def defer_gradient(W_MD: Tensor) -> Deferred:
 
 
 def left_to_the_step(W_MD: Tensor, sums: RowSums) -> bool:
-    """Whether the gradient of a matrix is deferred: then the sums are in its list."""
+    """Tell whether the gradient of a matrix is deferred: then the sums are in its list."""
     reference = _DEFERRED.get(W_MD)
     deferred = reference() if reference is not None else None
     if deferred is None or sum(each.nbytes for each in sums) >= W_MD.nbytes:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 8 * 2**20
-"""Scores are made for so many tokens at a time that they stay in a CPU's last-level cache until the top-k read them."""
+"""The scores of a chunk of tokens fit in a CPU's last-level cache until the top-k reads them."""
 SHARED_FROM = 2**15
 """Numbers below which torch's `topk` leaves all of them to one thread; a chunk has twice as many for its last stage."""
 GROUP = 4
 """Scores per group of that top-k; 8 is as good where there are many latents, and worse where there are few."""
 MOST_CHUNK_BYTES = 8 * CHUNK_BYTES
-"""What a chunk may take for that."""
+"""The largest size of a chunk's scores."""
 ROWS = 256
 """Rows of bfloat16 in a chunk are a multiple of these: a matmul of 341 rows takes what one of 448 does (AMX)."""
 COLUMNS = 32
@@ -23,13 +23,13 @@ COLUMNS = 32
 INT8 = 127
 """The largest magnitude of a number in 8 bits; -128 is left out, so that signs are alike."""
 SAMPLED_ROWS = 1024
-"""As many at least, if there are so many, say how large a dimension is."""
+"""At least this many rows, or all if there are fewer, tell how large a dimension is."""
 LEAST_SCALE = 1e-30
 """Of a row of zeros; a bias can still be divided by it in float32."""
 
 
 def chunk_rows(N: int, M: int, k: int, dtype: torch.dtype, bytes_per_score: int) -> int:
-    """How many of N tokens are scored at a time: what the cache holds, and no fewer than a top-k can share out."""
+    """Return how many of N tokens are scored at a time: the cache's size, and enough to divide a top-k."""
     rows = max(CHUNK_BYTES // (bytes_per_score * M), 2 * SHARED_FROM // (GROUP * max(1, k)))
     if dtype == torch.bfloat16:
         rows = -(-rows // ROWS) * ROWS

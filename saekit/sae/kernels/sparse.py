@@ -7,7 +7,7 @@
 - Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
   `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
   gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
-  order that is fixed, so that the result is the same on every run. They may be left to the optimiser (`row_sums`).
+  order that is fixed, so that the result is the same on every run. They may be left to the optimizer (`row_sums`).
 
 What is computed is written here once; `Ops` are the loops over memory that it is made of, one set per backend.
 """
@@ -38,29 +38,29 @@ class Ops(Protocol):
     def topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool, parts: int
     ) -> tuple[Tensor, Tensor]:
-        """The k largest scores of each token and their latents, largest first if they are to be in order.
+        """Return the k largest scores of each token and their latents, largest first if they are to be in order.
 
         Of each of `parts` equal parts of the latents k / parts, part by part. For int8 only the latents mean anything.
         """
 
     def best_of(self, scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int) -> tuple[Tensor, Tensor]:
-        """The k largest of each token's few scores, and their latents, largest first; part by part."""
+        """Return the k largest of each token's few scores, and their latents, largest first; part by part."""
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-        """Each token's row times the rows chosen for it."""
+        """Return each token's row times the rows chosen for it."""
 
     def gather_sum(self, weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-        """The weighted sum of the rows chosen for each token."""
+        """Return the weighted sum of the rows chosen for each token."""
 
     def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-        """The weighted sum of the tokens' rows for each latent."""
+        """Return the weighted sum of the tokens' rows for each latent."""
 
     def sort_pairs(self, indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs (latent, token), sorted by latent."""
+        """Return the pairs (latent, token), sorted by latent."""
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """One step of Adam, with projection and renormalisation where rows have norm 1.
+        """One step of Adam, with projection and renormalization where rows have norm 1.
 
         As `eager.adam_`, and from a gradient that is `RowSums`, too.
         """
@@ -139,7 +139,7 @@ class Sparse(NamedTuple):
 
 
 def num_candidates(k: int, num_latents: int, parts: int = 1) -> int:
-    """How many latents low precision names for `k` to be chosen from, as many in each part."""
+    """Return the number of candidates that low precision names for `k` latents, equally many in each part."""
     each = k // parts
     spare = max(each // 2, LEAST_SPARE // parts, 1)
     return min(each + spare, num_latents // parts) * parts
@@ -165,7 +165,7 @@ class _Pairs:
     def gradient(
         self, W_MD: Tensor, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None = None
     ) -> Tensor | None:
-        """The same as the gradient of a matrix; None where that is left to the step."""
+        """Return the same as the gradient of a matrix; None where that is left to the step."""
         sums = self._sums(coefficients_NK, rows_ND, shifts_NK)
         return None if left_to_the_step(W_MD, sums) else self.ops.segment_sum(*sums)
 

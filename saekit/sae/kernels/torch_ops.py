@@ -29,9 +29,9 @@ ADAM_BYTES = 4 * 2**20
 def topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
+    """Return the `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
 
-    With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part.
+    With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part.
     The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
 
     Returns:
@@ -62,7 +62,7 @@ def topk(
 
 
 def topk_of_groups(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:
-    """As `scores.topk(k)`, largest first if `in_order`, in about half the time on a CPU where `k` is small beside M.
+    """As `scores.topk(k)`, largest first if `in_order`, in about half the time on a CPU if `k` is much smaller than M.
 
     The k largest numbers lie in the k groups whose maxima are largest, so those groups are found first, in the same
     way, and then only their members are compared. Among equal numbers another may be chosen than by `topk`.
@@ -96,7 +96,7 @@ def topk_of_bits(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tens
 def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     """Of a few scores of each token the k largest, largest first, and their latents; both `[N, K]`.
 
-    With `parts` it is the `k / parts` largest of each of so many equal parts of them, part by part.
+    With `parts` it is the `k / parts` largest of each of that many equal parts of them, part by part.
     """
     values_NK, order_NK = topk_in_parts(scores_NC, k, parts)
     return values_NK, latents_NC.gather(1, order_NK)
@@ -142,7 +142,7 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
 
 
 def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs (latent, token) of a k-sparse code in the order of latents, and of tokens within a latent.
+    """Return the pairs (latent, token) of a k-sparse code in the order of latents, and of tokens within a latent.
 
     Returns:
         Where in the flat `indices` each of them is, and its token, both `[N·K]`; and `[M + 1]`, where each latent's
@@ -167,7 +167,7 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalise.
+    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalize.
 
     A gradient of `RowSums` is summed first.
     """

@@ -1,4 +1,4 @@
-"""Adam as a Triton kernel: projection, step and renormalisation of a row while it is in registers."""
+"""Adam as a Triton kernel: projection, step and renormalization of a row while it is in registers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 
 @triton.jit
 def _rounded(values, noise, odds):
-    """See `eager.round_stochastically`: bit for bit the same."""
+    """Round as `eager.round_stochastically` does, bit for bit."""
     bits = values.to(tl.int32, bitcast=True)
     mixed = (noise.to(tl.int32, bitcast=True) ^ bits) * -1640531535 + odds
     mixed = (mixed ^ (mixed >> 15)) * -2048144789

@@ -26,7 +26,7 @@ __all__ = ["INTERPRETED", "adam_", "best_of", "gather_dot", "gather_sum", "segme
 INTERPRETED = not isinstance(adam_rows, triton.runtime.jit.JITFunction)
 """Whether Triton runs these kernels in its interpreter, on any device; it decides so when it sees a kernel."""
 CHUNK_BYTES = 2**30
-"""Scores are made for so many tokens at a time that they take no more than this."""
+"""The largest size of the scores that are computed at a time."""
 GROUP = 32
 """Latents that have a maximum."""
 MAXIMA_BLOCK, MAXIMA_WARPS = 8192, 8
@@ -39,14 +39,14 @@ the L2 cache of a data centre's GPU (40 MiB on an A100, 50 on an H100): memory n
 ROWS = 16
 """That one program reads at a time of a slice."""
 PARTIAL_BYTES = 2**28
-"""What the slices' products may take before they are summed."""
+"""The largest size of the slices' products before they are summed."""
 SEGMENT_BLOCK = 1024
 """Numbers that one program of `segment_sum` reads at a time: 2 rows, where rows are long."""
 
 
 @triton.jit(do_not_specialize=["M"])
 def _maxima(scores_ptr, b_ptr, maxima_ptr, M, padded_M, BLOCK: tl.constexpr, G: tl.constexpr):
-    """The largest of each group of scores, with the bias."""
+    """Compute the largest of each group of scores, with the bias."""
     n, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scores = tl.load(scores_ptr + n * padded_M + m, mask=m < M, other=float("-inf")).to(tl.float32)
     scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)
@@ -59,7 +59,7 @@ def _maxima(scores_ptr, b_ptr, maxima_ptr, M, padded_M, BLOCK: tl.constexpr, G: 
 
 @triton.jit(do_not_specialize=["M", "K"])
 def _members(scores_ptr, b_ptr, groups_ptr, out_ptr, M, padded_M, K, BK: tl.constexpr, G: tl.constexpr):
-    """The scores of K groups of each token, rounded as they were for the maxima."""
+    """Compute the scores of K groups of each token, rounded as they were for the maxima."""
     n, k, g = tl.program_id(0).to(tl.int64), tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, G)
     groups = tl.load(groups_ptr + n * K + k, mask=k < K, other=0)
     m = groups[:, None] * G + g[None, :]
@@ -84,7 +84,7 @@ def _gather_dot(x_ptr, w_ptr, indices_ptr, out_ptr, K, nK, D, BK: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["K"])
 def _gather_sum(weights_ptr, indices_ptr, w_ptr, out_ptr, K, D, BK: tl.constexpr, BD: tl.constexpr):
-    """A slice of the sums."""
+    """Compute a slice of the sums."""
     n, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     sums = tl.zeros((BK, BD), dtype=tl.float32)
     for first in range(0, K, BK):
@@ -98,7 +98,7 @@ def _gather_sum(weights_ptr, indices_ptr, w_ptr, out_ptr, K, D, BK: tl.constexpr
 
 @triton.jit
 def _segment_sum(weights_ptr, tokens_ptr, starts_ptr, rows_ptr, out_ptr, D, BP: tl.constexpr, BD: tl.constexpr):
-    """A block of columns of one latent's sum."""
+    """Compute a block of columns of one latent's sum."""
     m, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     end = tl.load(starts_ptr + m + 1)
     sums = tl.zeros((BP, BD), dtype=tl.float32)
@@ -116,14 +116,14 @@ def _segment_sum(weights_ptr, tokens_ptr, starts_ptr, rows_ptr, out_ptr, D, BP: 
 def topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents.
+    """Return the `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents.
 
     The matmul is torch's. The `k` largest lie in the `k` groups with the largest maxima, which one pass over the
     scores finds; behind it `k` groups per token are read again. The maxima could come out of a matmul of our own while
     its tiles are in registers, but the best of those took longer than torch's and this pass (docs/performance.md).
     Among equal scores any may be chosen. They come largest first if `in_order`.
 
-    With `parts` it is the `k / parts` largest of each of so many equal parts of the latents, part by part; the groups
+    With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part; the groups
     may lie across the parts' borders, so all scores are read again.
 
     Returns:

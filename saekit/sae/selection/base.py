@@ -1,4 +1,4 @@
-"""What every way to choose a token's latents tells about itself, with defaults that suit a code of k latents."""
+"""The protocol of selections, with defaults that suit a code of k latents."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Selection:
     name: ClassVar[str]
     """As in `--activation` and `cfg.json`."""
     lr_factor: ClassVar[float] = 1.0
-    """What Adam's default learning rate is multiplied by."""
+    """Factor on Adam's default learning rate."""
     multi_topk: ClassVar[bool] = False
     """Whether there is a `wider` code, for Multi-TopK."""
     num_sums: ClassVar[int] = 0
-    """How many numbers `sums` gives per token."""
+    """The number of values that `sums` gives per token."""
     fits: ClassVar[bool] = False
     """Whether `fit_` does something: only then is a sample of the first batch taken for it."""
     moves: ClassVar[bool] = False
@@ -48,7 +48,7 @@ class Selection:
 
     @classmethod
     def check(cls, k: int, num_latents: int) -> None:
-        """See that a dictionary of this size can be used with this k.
+        """Check that a dictionary of this size can be used with this k.
 
         Raises:
             ValueError: If it cannot.
@@ -58,7 +58,7 @@ class Selection:
 
     @property
     def max_active(self) -> int:
-        """K, the most latents that a token can have: the width of its code."""
+        """Return K, the largest number of active latents of a token: the width of its code."""
         return self.k
 
     # The choice
@@ -91,7 +91,7 @@ class Selection:
         kernels: Kernels,
         prefixes: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`encode`, then the sum of the chosen decoder rows; kinds for which there are fused kernels use them.
+        """Encode, then sum the chosen decoder rows; kinds for which there are fused kernels use them.
 
         Args:
             x_ND: As for `encode`, like those behind it.
@@ -113,15 +113,15 @@ class Selection:
         return torch.stack(rows), acts_NK, indices_NK
 
     def wider(self) -> Selection:
-        """The selection of Multi-TopK's second code, whose first K latents are this one's."""
+        """Return the selection of Multi-TopK's second code, whose first K latents are this one's."""
         raise NotImplementedError
 
     def fired(self, acts: Tensor) -> Tensor:
-        """Which values count as firings, bool of the same shape; 0 never does."""
+        """Tell which values count as firings, bool of the same shape; 0 never does."""
         return acts > 0
 
     def penalty(self, acts: Tensor, indices: Tensor) -> Tensor | None:
-        """An extra term of the loss for each token, `[...]` from `[..., K]`; None for none.
+        """Return an extra term of the loss for each token, `[...]` from `[..., K]`; None for none.
 
         It is added up over tokens and divided by what the squared error is divided by, so that how a batch is split
         changes nothing.
@@ -139,11 +139,11 @@ class Selection:
         """
 
     def before_fit(self) -> Selection:
-        """The selection by which initial weights are fitted, when nothing of this one is fitted yet."""
+        """Return the selection with which initial weights are fitted, before this one is."""
         return self
 
     def sums(self, acts: Tensor) -> Tensor:
-        """What `move_` needs to know of each token's code, `[..., K]`: int64 `[..., num_sums]`."""
+        """Return the numbers that `move_` needs of each token's code, `[..., K]`: int64 `[..., num_sums]`."""
         return acts.new_zeros(*acts.shape[:-1], self.num_sums, dtype=torch.int64)
 
     def move_(self, firings: Tensor, tokens: Tensor, sums: Tensor, rms: Tensor) -> None:
@@ -161,7 +161,7 @@ class Selection:
         """
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that change between steps, by attribute; they go where the SAE's parameters go."""
+        """Return the tensors that change between steps, by attribute; they go where the SAE's parameters go."""
         return {}
 
     def load_(self, other: Selection) -> None:
@@ -171,7 +171,7 @@ class Selection:
 
     @staticmethod
     def stack_(selections: Sequence[Selection]) -> Selection:
-        """One selection whose state is that of several of one kind and k, `[units, ...]`, which become views of it.
+        """Make one selection whose state is that of several of one kind and k, `[units, ...]`; they become views of it.
 
         Moving it moves them all.
         """
@@ -190,7 +190,7 @@ class Selection:
         return self
 
     def clone(self) -> Selection:
-        """An independent copy, on the CPU: small enough to be sent about."""
+        """Return an independent copy, on the CPU: small enough to be sent to other ranks."""
         other = copy.copy(self)
         for name, tensor in self.state().items():
             plain = tensor.detach()  # one on the meta device has nothing to copy
@@ -200,12 +200,12 @@ class Selection:
     # Files and views
 
     def to_config(self) -> dict[str, Any]:
-        """Its own entries of `cfg.json`, beside `activation` and `k`; plain values, exact to the last bit."""
+        """Return its own entries of `cfg.json`, besides `activation` and `k`: plain values, exact to the last bit."""
         return {}
 
     @classmethod
     def from_config(cls, k: int, num_latents: int, config: Mapping[str, Any]) -> Selection:
-        """The selection that a `cfg.json` describes.
+        """Make the selection that a `cfg.json` describes.
 
         Raises:
             ValueError: If one of its entries is missing or cannot be.
@@ -214,11 +214,11 @@ class Selection:
 
     @classmethod
     def facts(cls, config: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-        """Numbers of a `cfg.json` that `saekit inspect` shows: name, value and a remark."""
+        """Return numbers of a `cfg.json` that `saekit inspect` shows: name, value and a remark."""
         return []
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """SAELens' architecture for these codes: entries of its `cfg.json`, and tensors besides the weights.
+        """Return SAELens' architecture for these codes: entries of its `cfg.json`, and tensors besides the weights.
 
         Raises:
             ValueError: If it has none.
@@ -231,7 +231,7 @@ class Selection:
 
 
 def make_selection(kind: str | Selection, k: int, num_latents: int) -> Selection:
-    """A fresh selection from its name; an instance is taken as it is.
+    """Make a fresh selection from its name; an instance is taken as it is.
 
     Raises:
         UserError: If there is none of that name.

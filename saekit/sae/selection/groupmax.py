@@ -11,14 +11,14 @@ from saekit.sae.selection.topk import TopK
 
 
 class GroupMax(TopK):
-    """The latents are k groups of M / k, in their order, and the largest of each group is kept, group by group."""
+    """The latents are k groups of M / k, in their order, and the largest of each group is active."""
 
     name: ClassVar[str] = "groupmax"
     multi_topk: ClassVar[bool] = False
 
     @classmethod
     def check(cls, k: int, num_latents: int) -> None:
-        """See that k groups of one size can be made of the latents."""
+        """Check that the latents can be divided into k groups of one size."""
         super().check(k, num_latents)
         if num_latents % k:
             raise ValueError(f"groupmax makes k groups of equal size: {num_latents} latents are no multiple of {k}")

@@ -15,7 +15,7 @@ MULTI = 4
 
 
 class TopK(Selection):
-    """`TopK(ReLU(W_enc (x − b_dec) + b_enc))`: k of M latents are kept, largest first.
+    """`TopK(ReLU(W_enc (x − b_dec) + b_enc))`: k of M latents are active, largest first.
 
     The kinds that choose the largest latents in other ways inherit from it: they set `parts` or `threshold`, which the
     fused kernels know.
@@ -57,7 +57,7 @@ class TopK(Selection):
         return kernels.autoencode(*inputs, self.threshold, self.parts)
 
     def wider(self) -> Selection:
-        """The 4k largest."""
+        """Return the 4k largest."""
         return TopK(min(MULTI * self.k, self.num_latents), self.num_latents)
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

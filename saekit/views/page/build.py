@@ -26,7 +26,7 @@ from saekit.runs.files import write_at_once
 from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
 from saekit.runs.metrics import EVALUATION, plain, read_metrics
 from saekit.views.page.charts import density_chart, evaluation_charts, layer_charts, similarity_chart, training_charts
-from saekit.views.page.packing import pack, token_texts
+from saekit.views.page.packing import pack_arrays, token_texts
 
 NOTHING = -1
 
@@ -83,7 +83,7 @@ def build_report(
 
 
 def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Features, prepared: Prepared) -> str:
-    """The page's text."""
+    """Return the page's text."""
     records, evaluations = (_records(inspection, kind) for kind in (None, EVALUATION))
     names = [layer.hookpoint for layer in features.layers]
     figures = {
@@ -114,27 +114,27 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
         charts=set(figures),
         figures={name: figure.to_plotly_json() for name, figure in figures.items()},
         data=data,
-        text=pack({"ids": _compact(features.ids_ST, vocabulary)}),
-        blobs=[pack(_arrays(layer, vocabulary)) for layer in features.layers],
+        text=pack_arrays({"ids": _compact(features.ids_ST, vocabulary)}),
+        blobs=[pack_arrays(_arrays(layer, vocabulary)) for layer in features.layers],
         plotly=get_plotlyjs(),
         version=__version__,
     )
 
 
 def _records(inspection: Inspection, kind: str | None) -> list[dict[str, Any]]:
-    """The run's metrics up to the checkpoint; none without the file."""
+    """Return the run's metrics up to the checkpoint; none without the file."""
     file = inspection.checkpoint.parent / METRICS_FILE
     records = read_metrics(file, kind) if file.is_file() else []
     return [record for record in records if inspection.step is None or record["step"] <= inspection.step]
 
 
 def _name(inspection: Inspection) -> str:
-    """The model's: a hub id as it is, of a local folder the last two parts, as a hub id has two."""
+    """Return the model's: a hub id as it is, of a local folder the last two parts, as a hub id has two."""
     return "/".join(Path(inspection.model or inspection.checkpoint.name).parts[-2:])
 
 
 def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
-    """Whether an evaluation is of the same data."""
+    """Tell whether an evaluation is of the same data."""
     cfg, subject = prepared.cfg, prepared.subject
     wanted = {
         "format": EVAL_FORMAT,
@@ -155,7 +155,7 @@ def _facts(layer: LayerFeatures, evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(layer: LayerFeatures) -> np.ndarray:
-    """Each latent's largest cosine with another, `[L]`; 0 in a dictionary of one."""
+    """Return each latent's largest cosine with another, `[L]`; 0 in a dictionary of one."""
     cosines_LN = layer.neighbours.cosines_LN.numpy()
     return cosines_LN[:, 0] if cosines_LN.shape[1] else np.zeros(len(cosines_LN), np.float32)
 
@@ -164,7 +164,7 @@ def _vocabulary(features: Features) -> np.ndarray:
     """Ids of all tokens that the page shows, ascending."""
     shown = [features.ids_ST.reshape(-1)]
     for layer in features.layers:
-        shown.append(layer.favourites_L[layer.favourites_L >= 0])
+        shown.append(layer.favorites_L[layer.favorites_L >= 0])
         if layer.lens is not None:
             shown += [layer.lens.promoted_LN.numpy().reshape(-1), layer.lens.suppressed_LN.numpy().reshape(-1)]
     return np.unique(np.concatenate(shown))
@@ -176,7 +176,7 @@ def _compact(ids: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
 
 
 def _arrays(layer: LayerFeatures, vocabulary: np.ndarray) -> dict[str, np.ndarray]:
-    """What `browser.js` reads of a layer."""
+    """Return the data of a layer that `browser.js` reads."""
     largest_L = layer.quantiles_L[:, -1][:, None, None]
     with np.errstate(invalid="ignore"):
         shades = np.ceil(np.nan_to_num(layer.contexts.acts_LCW / largest_L) * 255)
@@ -188,7 +188,7 @@ def _arrays(layer: LayerFeatures, vocabulary: np.ndarray) -> dict[str, np.ndarra
         "places": layer.contexts.places_LC,
         "acts": layer.contexts.acts_LC,
         "shades": shades.astype(np.uint8),
-        "favourites": _compact(layer.favourites_L, vocabulary),
+        "favorites": _compact(layer.favorites_L, vocabulary),
         "shares": layer.shares_L,
         "neighbours": layer.neighbours.latents_LN.numpy(),
         "cosines": layer.neighbours.cosines_LN.numpy(),

@@ -1,4 +1,4 @@
-"""The page's charts, as figures of plotly's; the page gives them the colours of its theme."""
+"""The page's charts, as figures of plotly's; the page gives them the colors of its theme."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def training_charts(records: Sequence[Mapping[str, Any]], hookpoints: Sequence[s
 
     def layers(key: str, factor: float = 1) -> list[go.Scatter]:
         return [
-            go.Scatter(x=tokens, y=curve(name, key, factor), name=name, mode="lines", line={"color": colour})
-            for name, colour in _coloured(hookpoints)
+            go.Scatter(x=tokens, y=curve(name, key, factor), name=name, mode="lines", line={"color": color})
+            for name, color in _colored(hookpoints)
         ]
 
     rate = go.Scatter(x=tokens, y=[record["tokens_per_second"] for record in some], mode="lines", showlegend=False)
@@ -68,9 +68,9 @@ def evaluation_charts(
                 y=[each[name][part][metric]["value"] for each in layers],
                 name=name,
                 mode="lines+markers",
-                line={"color": colour},
+                line={"color": color},
             )
-            for name, colour in _coloured(list(layers[0]))
+            for name, color in _colored(list(layers[0]))
         ]
 
     charts = {"held-out-fvu": _figure(curves("reconstruction", "fvu"), "tokens", "FVU", yaxis=LOG_FVU)}
@@ -80,7 +80,7 @@ def evaluation_charts(
 
 
 def layer_charts(evaluation: Mapping[str, Any]) -> dict[str, go.Figure]:
-    """Each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
+    """Return each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
     layers = evaluation["layers"]
     names = [layer["hookpoint"] for layer in layers]
     charts = {"layer-fvu": _bars(names, [layer["reconstruction"]["fvu"] for layer in layers], "FVU")}
@@ -96,9 +96,9 @@ def density_chart(evaluation: Mapping[str, Any]) -> go.Figure:
     centres = [10 ** ((place + 0.5) / BINS_PER_DECADE - DENSITY_DECADES) for place in range(_bins())]
     lines = []
     layers = {layer["hookpoint"]: layer["reconstruction"] for layer in evaluation["layers"]}
-    for name, colour in _coloured(list(layers)):
+    for name, color in _colored(list(layers)):
         counts = layers[name]["density"]["histogram"]
-        lines.append(go.Scatter(x=centres, y=counts, name=name, line={"color": colour, "shape": "hvh"}))
+        lines.append(go.Scatter(x=centres, y=counts, name=name, line={"color": color, "shape": "hvh"}))
     return _figure(
         lines,
         "share of tokens on which a latent fires",
@@ -108,7 +108,7 @@ def density_chart(evaluation: Mapping[str, Any]) -> go.Figure:
 
 
 def similarity_chart(nearest: Mapping[str, np.ndarray]) -> go.Figure:
-    """How like its nearest neighbour each decoder row is: how many latents at which cosine, per layer.
+    """Chart the cosine between each decoder row and its nearest neighbor: latents per cosine, for each layer.
 
     Args:
         nearest: By hookpoint, each latent's largest cosine with another, `[L]`.
@@ -116,9 +116,9 @@ def similarity_chart(nearest: Mapping[str, np.ndarray]) -> go.Figure:
     edges = np.linspace(0, 1, SIMILARITY_BINS + 1)
     centres = ((edges[:-1] + edges[1:]) / 2).round(4).tolist()
     lines = []
-    for name, colour in _coloured(list(nearest)):
+    for name, color in _colored(list(nearest)):
         counts, _ = np.histogram(nearest[name].clip(0, 1), edges)
-        lines.append(go.Scatter(x=centres, y=counts.tolist(), name=name, line={"color": colour, "shape": "hvh"}))
+        lines.append(go.Scatter(x=centres, y=counts.tolist(), name=name, line={"color": color, "shape": "hvh"}))
     return _figure(lines, "cosine with the nearest decoder row", "latents")
 
 
@@ -152,8 +152,8 @@ def _figure(
     return go.Figure(list(data), layout)
 
 
-def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:
-    """A colour per layer, in the order of a scale whose colours show on light and on dark."""
+def _colored(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return a color per layer, in the order of a scale whose colors show on light and on dark."""
     shares = np.linspace(0.08, 0.92, len(names)).tolist() if len(names) > 1 else [0.2]
     return list(zip(names, plotly.colors.sample_colorscale("Turbo", shares), strict=True))
 

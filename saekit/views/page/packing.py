@@ -17,7 +17,7 @@ ROUND_TO = 12
 """Bits of a float's mantissa that are kept: numbers are shown with three digits, and the rest would not compress."""
 
 
-def pack(arrays: Mapping[str, np.ndarray]) -> str:
+def pack_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """Arrays of any shape as base64 of gzip.
 
     Inside: the header's length in bytes (uint32, little-endian), the header (JSON: of each array its name, type, shape
@@ -55,11 +55,11 @@ def _rounded(floats: np.ndarray) -> np.ndarray:
 
 
 NO_LETTER = "\ufffd"
-"""What decoding puts for bytes that are no whole letter."""
+"""The replacement character for bytes that are no complete letter."""
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text of each token as it stands inside a text, with the space before it if it brings one.
+    """Return the text of each token as it stands inside a text, with the space before it if it brings one.
 
     Decoded alone, a token of SentencePiece's loses that space, and a WordPiece looks like a word of its own; so each is
     decoded behind another. Tokens that are a part of a letter only are shown as the vocabulary has them.

@@ -45,7 +45,7 @@ async function go(layer, latent, scroll = false) {
 async function step(by) {
   const { latents } = await layerAt(shown.layer);
   const count = latents.values.length;
-  // A latent that was not looked at has no row of its own: go on from where it would stand.
+  // A latent without a page has no row of its own: go on from where it would stand.
   let place = latents.values.findIndex((latent) => latent >= shown.latent);
   if (place < 0) place = count;
   if (by > 0 && latents.values[place] !== shown.latent) place -= 1;
@@ -76,7 +76,7 @@ async function showFeature(arrays, layer, latent) {
   article.dataset.layer = page.layers[layer].hookpoint;
   if (place === undefined) {
     const inside = latent >= 0 && latent < page.layers[layer].num_latents;
-    const reason = inside ? "This latent is not among those that the report looked at (saekit report --latents N for more)."
+    const reason = inside ? "This latent is not among those that the report shows (saekit report --latents N for more)."
       : `This layer has latents 0 to ${page.layers[layer].num_latents - 1}.`;
     article.replaceChildren(title, make("p", { className: "note", textContent: reason }));
   } else {
@@ -115,7 +115,7 @@ function columns(arrays, place) {
       return [item];
     });
   };
-  add("Fires most often on", tokens("favourites", "shares", percent));
+  add("Fires most often on", tokens("favorites", "shares", percent));
   add("Promotes", tokens("promoted", "rises", digits));
   add("Suppresses", tokens("suppressed", "falls", digits, true));
   const cosines = row(arrays.cosines, place);
@@ -208,8 +208,8 @@ const LISTS = {
 
 function entry(arrays, place) {
   const latent = arrays.latents.values[place];
-  const favourite = row(arrays.favourites, place)[0];
-  return { latent, label: latent, token: favourite < 0 ? "" : visible(word(favourite)), value: percent(arrays.counts.values[place] / page.layers[shown.layer].tokens) };
+  const favorite = row(arrays.favorites, place)[0];
+  return { latent, label: latent, token: favorite < 0 ? "" : visible(word(favorite)), value: percent(arrays.counts.values[place] / page.layers[shown.layer].tokens) };
 }
 
 function showList(arrays) {
@@ -256,10 +256,10 @@ async function search() {
   for (let i = 0; i < arrays.latents.values.length; i++) {
     let share = 0;
     let token = -1;
-    row(arrays.favourites, i).forEach((favourite, j) => {
-      if (!wanted.has(favourite)) return;
+    row(arrays.favorites, i).forEach((favorite, j) => {
+      if (!wanted.has(favorite)) return;
       share += row(arrays.shares, i)[j];
-      if (token < 0) token = favourite;
+      if (token < 0) token = favorite;
     });
     const promoted = arrays.promoted ? row(arrays.promoted, i).findIndex((each) => wanted.has(each)) : -1;
     if (token < 0 && promoted < 0) continue;

@@ -1,4 +1,4 @@
-// Figures come finished; only the theme's colours are put in here, and again when it changes.
+// Figures come finished; only the theme's colors are put in here, and again when it changes.
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const charts = [...document.querySelectorAll("[data-chart]")];
 
