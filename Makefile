@@ -34,7 +34,7 @@ types: $(STAMP)
 check: lint types test  ## everything that has to be green before a commit is shared
 
 mutants: $(STAMP)  ## put known faults back and see that a test notices each
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants --jobs 2
 
 bench: $(STAMP)  ## speed and memory beside eai-sparsify's, half an hour; tables as in docs/performance.md
 	missed=0; for each in kernels step train memory selection; do \
