@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
-from saekit.config.flat import laid_over, load_plugins, option_names, read_yaml, unknown_options
+from saekit.config.flat import option_names, unknown_options
 from saekit.config.options import options_of
 from saekit.errors import UserError
-from saekit.runs.layout import CONFIG_FILE, has_checkpoints, run_of
+from saekit.runs.folder import all_options
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -259,40 +259,6 @@ def _read(folder: Path, device: torch.device | str, format: str | None) -> Sae:
     found = format_of(folder, format)
     assert found is not None
     return found.read(folder, device)
-
-
-def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
-    """Collect a run's options: those given, over those of a YAML file, over those of the run that `resume` names.
-
-    Args:
-        given: Options by name, without those that were not given.
-        config: The YAML file.
-
-    Raises:
-        UserError: If the file, a plug-in or the run cannot be read, or if an option contradicts `resume`.
-    """
-    values = laid_over({} if config is None else read_yaml(config), given)
-    load_plugins(values)
-    resume = values.get("resume")
-    if isinstance(resume, (str, Path)) and str(resume) not in ("auto", "latest"):
-        values = laid_over(_options_of_run(Path(resume), given), values)
-    return values
-
-
-def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options of the run that `resume` names."""
-    run = run_of(path)
-    if not has_checkpoints(run):
-        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
-        raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
-    for name in ("save_dir", "run_name"):
-        if name in given:
-            option = f"--{name.replace('_', '-')} {given[name]}"
-            raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
-    kept = read_yaml(run / CONFIG_FILE)
-    if "placement" in given:  # what belongs to another one does not come along
-        kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
-    return kept
 
 
 def _loaded_model(model: str | Path | PreTrainedModel | None) -> tuple[PreTrainedModel | None, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 from saekit.errors import UserError
 
@@ -134,3 +135,9 @@ def parse_size(option: str, text: str) -> int:
     if not unit and number < 10_000:
         unit = "GI"
     return round(number * SIZES[unit])
+
+
+def span(numbers: Collection[int]) -> str:
+    """Format whole numbers as one: `4,096`, or `48 to 4,096` where they differ."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"

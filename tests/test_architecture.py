@@ -115,7 +115,7 @@ SPELLED_ONCE: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("runs/layout.py",),
 )
 # Also what `--resume` without a value comes to.
-SPELLED_ONCE["latest"] = ("runs/layout.py", "sae/storage.py", "config/options.py", "cli/options.py", "api.py")
+SPELLED_ONCE["latest"] = ("runs/layout.py", "sae/storage.py", "config/options.py", "cli/options.py", "runs/folder.py")
 SPELLED_ONCE |= {
     "state.safetensors": ("runs/layout.py",),
     # One SAE's folder needs no run.

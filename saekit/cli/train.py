@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saekit.api import all_options
 from saekit.cli.options import options_given, require, with_config_options
 from saekit.config import ranks
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
+from saekit.runs.folder import all_options
 
 if TYPE_CHECKING:
     from saekit.config import RunConfig

@@ -89,7 +89,7 @@ def line(*parts: str | tuple[str, str]) -> Text:
 def _header(info: RunInfo, width: int) -> list[Text]:
     layers = len(info.hookpoints)
     shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.code}"
-    parts = [shape, f"width {info.d_in:,}", f"{info.place}, {info.dtype}", info.computed_by]
+    parts = [shape, f"width {info.width}", f"{info.place}, {info.dtype}", info.computed_by]
     batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens a step"
     if len(" · ".join([*parts, batch])) <= width:
         parts.append(batch)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from saekit.units import active, decimal, size
+from saekit.units import active, decimal, size, span
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ class RunInfo:
     model: str
     dataset: str
     hookpoints: tuple[str, ...]
-    d_in: int
-    num_latents: int
+    widths: tuple[int, ...]
+    """D of each hookpoint's SAE, in the same order."""
+    latents: tuple[int, ...]
+    """M of each."""
     k: int
     total_steps: int
     total_sequences: int
@@ -163,7 +165,12 @@ class RunInfo:
     @property
     def code(self) -> str:
         """Describe the SAEs: `4,096 latents, k 32`, with the selection unless it is TopK."""
-        return f"{self.num_latents:,} latents, k {active(self.k, self.activation)}"
+        return f"{span(self.latents)} latents, k {active(self.k, self.activation)}"
+
+    @property
+    def width(self) -> str:
+        """Return the width of the SAEs: `512`, or `512 to 2,048` where they differ."""
+        return span(self.widths)
 
     @property
     def place(self) -> str:

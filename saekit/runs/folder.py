@@ -1,13 +1,15 @@
-"""The folder of a run: whether it may be used, and making it."""
+"""The folder of a run: whether it may be used, making it, and the options that a run in it was started with."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from saekit.config import TrainConfig
+from saekit.config.flat import laid_over, load_plugins, read_yaml
 from saekit.errors import UserError
 from saekit.runs.files import flush
 from saekit.runs.layout import (
@@ -91,3 +93,37 @@ def new_run_folder(cfg: TrainConfig, path: Path) -> Iterator[None]:
             replaced.rename(path)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """Collect a run's options: those given, over those of a YAML file, over those of the run that `resume` names.
+
+    Args:
+        given: Options by name, without those that were not given.
+        config: The YAML file.
+
+    Raises:
+        UserError: If the file, a plug-in or the run cannot be read, or if an option contradicts `resume`.
+    """
+    values = laid_over({} if config is None else read_yaml(config), given)
+    load_plugins(values)
+    resume = values.get("resume")
+    if isinstance(resume, (str, Path)) and str(resume) not in ("auto", "latest"):
+        values = laid_over(_options_of_run(Path(resume), given), values)
+    return values
+
+
+def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the options of the run that `resume` names."""
+    run = run_of(path)
+    if not has_checkpoints(run):
+        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
+        raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
+    for name in ("save_dir", "run_name"):
+        if name in given:
+            option = f"--{name.replace('_', '-')} {given[name]}"
+            raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
+    kept = read_yaml(run / CONFIG_FILE)
+    if "placement" in given:  # what belongs to another one does not come along
+        kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
+    return kept

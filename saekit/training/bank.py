@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from saekit.sae.selection.base import Selection
 from saekit.training.message import COUNTS, ERROR, MessageReader, Report, Since, StepMessage, read_later
 from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
 from saekit.training.plan import UnitPlan
-from saekit.training.resources import peak_memory_bytes
 from saekit.training.statistics import Segments, Tally
 from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
 
@@ -252,3 +252,10 @@ def bank_of_one(
     return Bank(
         cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration}
     )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """On a GPU the most that its allocator has held, elsewhere the process's resident set now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -166,14 +166,14 @@ class RunPlan:
 
     def info(self, placement: Placement, start_step: int) -> RunInfo:
         """Return what reporters are told before the first step."""
-        first, source = self.units[0], self.source
+        source = self.source
         return RunInfo(
             run_dir=self.run_dir,
             model=source.name,
             dataset=source.data_name,
             hookpoints=self.hookpoints,
-            d_in=first.hookpoint.width,
-            num_latents=first.num_latents,
+            widths=tuple(each.hookpoint.width for each in self.units),
+            latents=tuple(each.num_latents for each in self.units),
             k=self.cfg.sae.k,
             total_steps=self.total_steps,
             total_sequences=source.num_sequences,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
+
+DIVERGES = "the SAE diverges: try a smaller --lr or more --lr-warmup-steps"
+HINTS = {
+    "activations": "the language model overflows: try --dtype bfloat16 or float32",
+    "loss": DIVERGES,
+    "gradient": DIVERGES,
+}
 
 
 @dataclass
@@ -177,3 +184,26 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
         bank.placement.load(name, saved.state_dict(), optimizer)
         bank.placement.sae(name).selection.load_(saved.selection)
     bank.count_dead()
+
+
+def skip_step(run: RunState, faults: Mapping[str, str], max_bad_steps: int) -> str:
+    """Count a step that was skipped; returns a warning that says so.
+
+    Args:
+        run: Where the run stands.
+        faults: By hookpoint, see `StepMessage.faults`.
+        max_bad_steps: How many in a row end the run.
+
+    Raises:
+        UserError: If too many in a row were bad.
+    """
+    run.skipped += 1
+    run.bad_in_row += 1
+    name, fault = next(iter(faults.items()))
+    if run.bad_in_row >= max_bad_steps:
+        when = f"at step {run.step}"
+        if max_bad_steps > 1:
+            when = f"in each of the {run.bad_in_row} steps up to {run.step}"
+        raise UserError(f"{name}: NaN or Inf in the {fault} {when} (--max-bad-steps {max_bad_steps}); {HINTS[fault]}")
+    others = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    return f"Warning: step {run.step} was skipped: NaN or Inf in the {fault} of {name}{others}"

@@ -29,7 +29,6 @@ from saekit.sae import Sae
 from saekit.training import state
 from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
-from saekit.training.faults import skip_step
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import Report, StepMessage
 from saekit.training.optimizers import make_optimizer
@@ -183,7 +182,7 @@ class SaeTrainer:
                 meanwhile = steps.begin_next if overlap else None
                 message = train_step(bank, source, batches, plan.lr_scale(step), report=due, meanwhile=meanwhile)
                 if message.faults:
-                    report.status(skip_step(run, message.faults, cfg.max_bad_steps))
+                    report.status(state.skip_step(run, message.faults, cfg.max_bad_steps))
                 else:
                     run.tokens += message.tokens
                     run.bad_in_row = 0

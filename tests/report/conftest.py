@@ -26,13 +26,14 @@ def clock() -> Clock:
 @pytest.fixture
 def make_info(tmp_path: Path) -> Callable[..., RunInfo]:
     def make(layers: int = 2, start_step: int = 0, names: Sequence[str] | None = None, **more: object) -> RunInfo:
+        hookpoints = tuple(names or [f"layers.{i}" for i in range(layers)])
         return RunInfo(
             run_dir=tmp_path / "run",
             model="EleutherAI/pythia-14m",
             dataset="wikitext [train]",
-            hookpoints=tuple(names or [f"layers.{i}" for i in range(layers)]),
-            d_in=128,
-            num_latents=4096,
+            hookpoints=hookpoints,
+            widths=(128,) * len(hookpoints),
+            latents=(4096,) * len(hookpoints),
             k=32,
             total_steps=1000,
             total_sequences=64_000,
