@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit import Sae, TrainConfig
 from saekit.activations.source import Activations, Source
 from saekit.sae.kernels import Kernels
-from saekit.training.bank import ONE, bank_of_one
+from saekit.training.bank import ONLY_UNIT, bank_of_one
 from saekit.training.trainer import train_step
 from saekit.training.unit import Calibration
 
@@ -50,7 +50,7 @@ class Given(Source):
 
     def __call__(self, batch: None) -> Activations:
         """`[N, D]`."""
-        return Activations({ONE: self.x_ND})
+        return Activations({ONLY_UNIT: self.x_ND})
 
 
 class OneUnit:
@@ -95,7 +95,7 @@ class OneUnit:
     def passes(self) -> None:
         """Forward and backward pass over the activations; the gradients are dropped."""
         self.bank.begin_(len(self.source.x_ND))
-        self.bank.units[ONE].run_(self.source.x_ND)
+        self.bank.units[ONLY_UNIT].run_(self.source.x_ND)
         self.bank.placement.skip()
 
     def step(self) -> None:
@@ -106,5 +106,5 @@ class OneUnit:
 
     def held(self) -> list[Tensor]:
         """Weights and optimizer state."""
-        weights, state = self.bank.placement.whole(ONE) or ({}, {})
+        weights, state = self.bank.placement.whole(ONLY_UNIT) or ({}, {})
         return [*weights.values(), *state.values()]
