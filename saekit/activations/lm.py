@@ -219,7 +219,7 @@ def quietly() -> Iterator[None]:
 
 
 def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Ids of the tokens to leave out: the user's, and unless switched off the special ones, ascending."""
+    """Return the ids of excluded tokens: the user's and, unless switched off, the special ones, ascending."""
     ids = set(cfg.exclude_tokens)
     if cfg.exclude_special_tokens and tokenizer is not None:
         ids |= set(tokenizer.all_special_ids)

@@ -116,7 +116,9 @@ def _legend(comparison: Comparison, with_evaluation: bool) -> str:
         "in brackets the mean of the largest cosines.",
     ]
     if any(_others_left_out(layer.first.max_norm, layer.second.max_norm) for layer in comparison.layers):
-        sentences.append("They leave out other long activations (max_norm): where there are any, FVUs say little.")
+        sentences.append(
+            "They exclude tokens of different norms (max_norm): if there are any, FVUs can hardly be compared."
+        )
     if not with_evaluation:
         sentences.append("With saekit eval of both, what they cost the language model is compared, too.")
     return " ".join(sentences)

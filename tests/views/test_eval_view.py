@@ -1,6 +1,7 @@
 """What `saekit eval` shows: no number is cut off on 80 columns."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -47,12 +48,13 @@ def test_what_is_too_long_finds_room(width, with_intervals):
     assert ("0.7354 ± 0.0100" in row) == with_intervals
     assert row.split()[:4] == ["layers.11", "0.2683", "±", "0.0100"]
     assert row.split()[-2:] == ["14.5%", "46.0%"]
-    assert "excluded" in text
+    assert "Excluded: the share of tokens" in " ".join(text.split())
+    assert re.search(r"dead +excluded", text)
     assert "…" not in text
 
 
 def test_without_long_ones_there_is_no_column():
     shown = io.StringIO()
     render_evaluation(record(tokens=100), Console(file=shown, width=80))
-    assert "excluded" not in shown.getvalue().lower()
+    assert not re.search(r"Excluded|dead +excluded", shown.getvalue())
     assert "0.7354 ± 0.0100" in shown.getvalue()
