@@ -11,7 +11,7 @@ TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
-TRAINER, BANK, UNIT = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit"))
+TRAINER, BANK, UNIT, MESSAGE = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit", "message"))
 STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistics", "state", "start"))
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 LOCAL = "saekit/placement/local.py"
@@ -57,6 +57,7 @@ LIKELY = {
     LIVE: "training/test_waiting activations/test_source",
     SOURCE: "training/test_waiting",
     BANK: "training/test_bank training/test_fixed_step",
+    MESSAGE: "training/test_bank training/test_waiting",
     UNIT: "training/test_bank training/test_fixed_step training/test_trainer",
     TRAINER: "training/test_trainer",
     STATISTICS: "training/test_bank training/test_statistics training/test_norms",
@@ -403,7 +404,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "what is too long still trains",
         UNIT,
-        ".only(counted_N1)",
+        ".masked(counted_N1)",
         "",
         "training/test_fixed_step training/test_norms",
     ),
@@ -484,8 +485,13 @@ LIST: list[tuple[str, ...]] = [
         "layer.quantiles_L[:, -1][:, None, None]",
         "layer.quantiles_L[:, -2][:, None, None]",
     ),
-    ("a report of a skipped step counts its dead latents", BANK, "[:, 3 if counts else 4]", "[:, 3]"),
-    ("a report has the sums of a skipped step", BANK, "window + now if counts else window", "window + now"),
+    ("a report of a skipped step counts its dead latents", MESSAGE, "checks_LC[:, DEAD_BEFORE]", "checks_LC[:, DEAD]"),
+    (
+        "a report has the sums of a skipped step",
+        MESSAGE,
+        "self.report(before, memory",
+        "self.report(before + now, memory",
+    ),
     (
         "dead latents are those of all ranks together",
         BANK,
