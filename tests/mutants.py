@@ -11,7 +11,7 @@ TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
 TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
-TRAINER, BANK, MESSAGE, UNIT = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "message", "unit"))
+TRAINER, BANK, UNIT, MESSAGE = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit", "message"))
 STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistics", "state", "start"))
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 LOCAL = "saekit/placement/local.py"
@@ -57,7 +57,7 @@ LIKELY = {
     LIVE: "training/test_waiting activations/test_source",
     SOURCE: "training/test_waiting",
     BANK: "training/test_bank training/test_fixed_step",
-    MESSAGE: "training/test_bank",
+    MESSAGE: "training/test_bank training/test_waiting",
     UNIT: "training/test_bank training/test_fixed_step training/test_trainer",
     TRAINER: "training/test_trainer",
     STATISTICS: "training/test_bank training/test_statistics training/test_norms",
@@ -485,7 +485,7 @@ LIST: list[tuple[str, ...]] = [
         "layer.quantiles_L[:, -1][:, None, None]",
         "layer.quantiles_L[:, -2][:, None, None]",
     ),
-    ("a report of a skipped step counts its dead latents", MESSAGE, "DEAD_BEFORE], since", "DEAD], since"),
+    ("a report of a skipped step counts its dead latents", MESSAGE, "checks_LC[:, DEAD_BEFORE]", "checks_LC[:, DEAD]"),
     (
         "a report has the sums of a skipped step",
         MESSAGE,
