@@ -569,7 +569,13 @@ LIST: list[tuple[str, ...]] = [
         "acts = self._begun[1]",
     ),
     ("what was begun is handed out for any batch", LIVE, " and self._begun[0] is batch:", ":"),
-    ("a step that was begun comes again", SOURCE, "step, self._begun = self._begun, None", "step = self._begun"),
+    (
+        "a step that was begun comes again",
+        SOURCE,
+        "step, self._begun = self._begun, None",
+        "step = self._begun",
+        "training/test_waiting::test_a_step_that_was_begun_comes_once",
+    ),
     (
         "the last step is masked though it is shorter",
         LIVE,

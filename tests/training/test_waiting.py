@@ -1,10 +1,13 @@
 """How often the host asks the device for numbers, and what it does meanwhile. On a GPU each question stops the work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit.activations.live import LiveModel, Tokens, to_device
+from saekit.activations.source import Steps
 from saekit.training.message import read_later
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, tensors_of
@@ -77,6 +80,19 @@ def test_to_begin_the_next_forward_early_changes_nothing(make_trainer, monkeypat
     assert_same_tensors(tensors_of(make_trainer("early", reporter=recorder, **options).fit()), expected)
     steps = len(recorder.steps)
     assert len(begun) == sum(step % 3 != 0 for step in range(1, steps))  # not before what is saved, nor after the end
+
+
+def test_a_step_that_was_begun_comes_once():
+    begun = []
+    source = SimpleNamespace(read=lambda step: [10 * step], prefetch=begun.append)
+    with Steps(source, 0, 3).open() as steps:
+        assert next(steps) == (0, [0])
+        steps.begin_next()
+        assert begun == [10]
+        assert [next(steps), next(steps)] == [(1, [10]), (2, [20])]
+        steps.begin_next()
+        assert next(steps, None) is None
+    assert begun == [10]
 
 
 def test_what_was_begun_is_handed_out_once(monkeypatch):
