@@ -30,7 +30,7 @@ def bank_of(widths, num_latents=8, dead_threshold=11, **options):
 
 
 def step(bank, fired, tokens):
-    """A step in which latents fired so many times."""
+    """A step in which each latent fired the given number of times."""
     bank.begin_(tokens)
     for unit, counts in zip(bank.units.values(), fired, strict=True):
         unit.fired_M += torch.tensor(counts)
@@ -61,7 +61,7 @@ def test_dead_means_not_fired_in_the_last_threshold_tokens():
     unit = bank.units["h.0"]
     assert unit.dead_M.tolist() == [True, True, False, True, True]
     assert unit.aux_latents.tolist() == [0, 1, 3, 4]
-    assert not unit.fired_M.any(), "counted anew in each step"
+    assert not unit.fired_M.any(), "each step counts from zero"
 
 
 def test_chosen_at_zero_is_not_fired():

@@ -79,7 +79,7 @@ def in_8_bits(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Callable[[s
     """As `exact`, from `Rounded` factors; in a unit of each token's own."""
     M, rounded = W_MD.shape[0], round_to_8_bits(x_ND, W_MD)
     buffer = x_ND.new_empty(rows, M, dtype=torch.float32)
-    # Each call packs the weights it is given anew, so tiles are as long as a chunk, and as wide as the cache allows
+    # Each call packs the weights it is given again, so tiles are as long as a chunk, and as wide as the cache allows
     # for their sums to be there still when they are scaled.
     width = max(1, min(M, CHUNK_BYTES // (8 * rows)))
     sums = x_ND.new_empty(rows * width, dtype=torch.int32)
