@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --dir /mnt/scratch --layers 8
 
-The bank is that of a real run: SAEs and their Adam moments after two optimiser steps on a random language model. Each
+The bank is that of a real run: SAEs and their Adam moments after two optimizer steps on a random language model. Each
 round does, one after the other: `save_file` of every layer's tensors, with and without waiting for the disk; a save of
 ours, which waits for the disk, computes checksums, writes the index and deletes the checkpoint before; `load_file` of
 the same files; and finding, checking and restoring ours. Peak memory is what the process's resident set grew by.

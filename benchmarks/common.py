@@ -43,7 +43,7 @@ class Job:
     num_latents: int
     k: int
     batch_size: int
-    """Sequences per optimiser step."""
+    """Sequences per optimizer step."""
     exclude_tokens: list[int]
     seed: int
     """Of the initial weights."""
@@ -52,7 +52,7 @@ class Job:
 
 
 def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:
-    """Tokenise Python's own standard library, split by documents, and save `train` and `heldout` below `folder`.
+    """Tokenize Python's own standard library, split by documents, and save `train` and `heldout` below `folder`.
 
     A random twentieth of the documents is held out. The sequences of each part are shuffled once, here; whoever
     trains on them must not shuffle again. Where the text is shorter than what is asked for, it is read several times,

@@ -58,8 +58,8 @@ def summary(seconds: list[float], tokens: int, peak: int, held: Iterable[Tensor]
     Args:
         seconds: Of each step.
         tokens: Per step.
-        peak: Bytes by which memory grew at most, weights and optimiser state included.
-        held: Weights and optimiser state.
+        peak: Bytes by which memory grew at most, weights and optimizer state included.
+        held: Weights and optimizer state.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in held)
     return {

@@ -4,7 +4,7 @@
     python benchmarks/placement.py --ranks 3           rows of the decoder cut between ranks, an uneven layer map
 
 Ranks are processes of this machine, on the CPU with gloo. Bytes exchanged are the kernel's own counts per TCP socket;
-bytes held are those of the tensors that the placement holds when the optimiser steps. Ends with code 1 where measured
+bytes held are those of the tensors that the placement holds when the optimizer steps. Ends with code 1 where measured
 and planned differ by more than a tenth.
 """
 
@@ -35,7 +35,7 @@ SMALLEST = 100_000
 to come, the request to stop, and the store come to a few thousand bytes per step, which the planner leaves out."""
 CTX_LEN = 64
 FIRST_STEP, STEPS = 3, 13
-"""Counters are read in these optimiser steps: connections and lazy buffers are there by then."""
+"""Counters are read in these optimizer steps: connections and lazy buffers are there by then."""
 QUANTITIES = ("sent", "received", "held")
 console = Console()
 
@@ -137,7 +137,7 @@ def deviation(run: dict[str, Any]) -> float:
 
 
 def table(run: dict[str, Any]) -> Table:
-    """One run's ranks, measured beside planned; sent and received are per optimiser step."""
+    """One run's ranks, measured beside planned; sent and received are per optimizer step."""
     shown = Table("rank", "layers", "", title=f"{run['placement']}, step {run['setting']}", title_justify="left")
     for column in ("measured MB", "planned MB", "ratio"):
         shown.add_column(column, justify="right")

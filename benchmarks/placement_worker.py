@@ -44,7 +44,7 @@ def tcp_bytes() -> tuple[int, int]:
 
 
 class Meter:
-    """Stands around a placement's `apply` and reads the counters in two of the optimiser steps.
+    """Stands around a placement's `apply` and reads the counters in two of the optimizer steps.
 
     Before it the gradients are there, to be held; after it the gradients' exchange is through. Nothing is reported
     between the two steps, so that what lies between them is training alone.
@@ -72,7 +72,7 @@ class Meter:
             torch.distributed.barrier()
 
     def readings(self) -> dict[str, Any]:
-        """Bytes per optimiser step, bytes held, and how many layers this rank trains."""
+        """Bytes per optimizer step, bytes held, and how many layers this rank trains."""
         steps = self.last - self.first
         sent, received = (
             (after - before) / steps for before, after in zip(self.seen[self.first], self.seen[self.last], strict=True)

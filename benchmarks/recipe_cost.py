@@ -3,7 +3,7 @@
     python benchmarks/recipe_cost.py                   three sizes, a tenth of the latents dead
     python benchmarks/recipe_cost.py --dead 0.5
 
-The first three differ in what happens to dead latents and to long activations, and in the optimiser's rates; the others
+The first three differ in what happens to dead latents and to long activations, and in the optimizer's rates; the others
 are the default's with another `--activation` or with nested dictionaries. All in one process. Which latents are dead is
 given, so that all do the same work throughout. The learning rate is tiny, for the same reason.
 """

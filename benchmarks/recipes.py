@@ -48,7 +48,7 @@ def recipes(steps: int) -> Iterator[Recipe]:
     as its own example does.
 
     Args:
-        steps: Optimiser steps of a run.
+        steps: Optimizer steps of a run.
     """
     warmup = max(1, steps // 10)
     yield Recipe(SAEKIT, "defaults")
