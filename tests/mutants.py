@@ -334,7 +334,13 @@ LIST: list[tuple[str, ...]] = [
         "return around(self._saes[hookpoint].state_dict(), **",
     ),
     ("a stopped evaluation counts as done", EVALUATING, "            run.evaluated = run.step\n", "            pass\n"),
-    ("the tap stops every pass", TAP, "            if not at_work:\n                return\n", ""),
+    (
+        "the tap stops every pass",
+        TAP,
+        "            if not at_work:\n                return\n",
+        "",
+        "training/test_evaluating",
+    ),
     (
         "a rank with fewer sequences drops out of step",
         "saekit/analysis/subject.py",
