@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from saekit.errors import UserError
+from saekit.sae.storage import layer_number
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,12 +41,13 @@ class Hookpoint:
     @property
     def layer(self) -> int | None:
         """Return the number of the block that it belongs to; None outside the blocks."""
-        return next((int(part) for part in self.module.split(".") if part.isdigit()), None)
+        return layer_number(self.module)
 
     @property
     def is_block(self) -> bool:
         """Tell whether it is the output of a whole block."""
-        return self.side == "out" and self.module.rpartition(".")[2].isdigit()
+        numbers = [part.isdigit() for part in self.module.split(".")]
+        return self.side == "out" and numbers[-1] and sum(numbers) == 1  # not an expert in a block's list
 
     def seed(self, init_seed: int) -> int:
         """Return the seed of a unit's initial weights, which does not depend on the other units.
