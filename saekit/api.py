@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from saekit.config import DataConfig, ModelConfig, RunConfig, SaeConfig, TrainConfig
+from saekit.config import RunConfig
 from saekit.config.flat import option_names, unknown_options
 from saekit.config.options import options_of
+from saekit.config.run import PARTS
 from saekit.errors import UserError
 from saekit.runs.folder import all_options
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     Data: TypeAlias = "str | Path | Dataset | DatasetDict | IterableDataset | Sequence[str]"
 
-PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 IN_MEMORY = "data in memory"
 """The name of a data set that has none; no data set on the hub can be called so."""
 EVAL_IN_MEMORY = "evaluation data in memory"

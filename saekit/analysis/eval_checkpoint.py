@@ -220,12 +220,12 @@ def _load(folder: Path, device: torch.device) -> Sae:
 
 
 class _Run(NamedTuple):
-    """Describe what is evaluated, and on what."""
+    """The models and data of an evaluation."""
 
     cfg: RunConfig
     """The run's, with what was asked for instead."""
     trained: DataConfig | None
-    """Find what the run read; None if nothing tells, or if it read another data set than the one to evaluate on."""
+    """The data set that the run read; None if nothing tells, or if another one is evaluated on."""
 
 
 def _config(checkpoint: Path, options: EvalOptions) -> _Run:

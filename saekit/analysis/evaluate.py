@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,9 +23,6 @@ from saekit.analysis.results import (
 )
 from saekit.analysis.subject import IGNORED, Subject, compare_answers
 from saekit.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 Progress = Callable[[int, int], None]
 """Told how many of how many passes over a batch are done."""
@@ -77,7 +73,7 @@ class Evaluator:
         """Of the last call; "" is all layers together."""
         self._done: Callable[[], None] = lambda: None
         self._can_start_behind: dict[str, bool] = {}
-        """Tell whether a model with one layer replaced can be run from there on only."""
+        """By layer: whether a model with it replaced can be run from there on only."""
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:

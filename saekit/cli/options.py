@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Optional, get_origin
 
 import typer
 
-from saekit.config import DataConfig, ModelConfig, SaeConfig, TrainConfig
 from saekit.config.flat import laid_over, load_plugins, read_yaml
 from saekit.config.options import Option, options_of
 from saekit.config.ranks import placement_names
+from saekit.config.run import PARTS
 from saekit.errors import UserError
 
 Plugins = Annotated[
@@ -21,9 +21,7 @@ Plugins = Annotated[
     typer.Option("--plugin", metavar="FILE.py", help="A Python file that registers selections, ...; may be repeated."),
 ]
 """For commands that open checkpoints: the only plug-ins that these run."""
-SIZES = {"num_latents", "expansion_factor"}
 THEM = {1: "it", 2: "both"}
-PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -39,7 +39,7 @@ class DataConfig:
     """Which data set, and how it is read."""
 
     dataset: str
-    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet or .txt file or glob, or token ids (also .bin)."""
+    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet, .csv or .txt file or glob, or token ids (also .bin)."""
     split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
     text_column: str = option("text", "Column with the text, if the data set is not tokenized yet.", panel=DATA)
     data_args: Mapping = option(

@@ -15,8 +15,10 @@ from saekit.config.sae import SaeConfig
 from saekit.config.schema import TrainConfig
 from saekit.errors import UserError
 
-__all__ = ["RunConfig", "read_yaml", "to_flat"]
+__all__ = ["PARTS", "RunConfig", "read_yaml", "to_flat"]
 
+PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
+"""The configs whose fields are options, in the order in which they are shown."""
 OF_EVAL_EVERY = ("eval_dataset", "eval_split")
 """Options that say nothing by themselves. (The tokens have a default, which is written down with every run.)"""
 
@@ -36,7 +38,7 @@ class RunConfig:
         Raises:
             UserError: With every problem that was found, one after the other.
         """
-        found = unknown_options(values, option_names(ModelConfig, DataConfig, SaeConfig, TrainConfig))
+        found = unknown_options(values, option_names(*PARTS))
         model = make_config(ModelConfig, values, found)
         data = make_config(DataConfig, values, found)
         sae = make_config(SaeConfig, values, found)

@@ -108,7 +108,7 @@ class RowShard:
     size: int
     """Elements of the matrix in the shard; what comes behind them is padding."""
     whole_rows: bool
-    """Tell whether all ranks' shards begin and end with a row."""
+    """Whether all ranks' shards begin and end with a row."""
 
     @classmethod
     def of(cls, rank: int, shard: int, count: int, width: int) -> RowShard:

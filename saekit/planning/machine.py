@@ -32,7 +32,7 @@ class Machine:
     model: str = ""
     """As its maker calls a device, for a machine that is here."""
     rates: Rates | None = None
-    """Find the rates of a device, if it is here and has been measured."""
+    """The device's rates, if it is here and has been measured."""
     note: str | None = None
     """Why there are no rates though there is a file of them."""
 

@@ -5,8 +5,7 @@ Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [
 sparsify has TopK and GroupMax, and reads no other `"activation"`: it refuses the name of another kind, where under the
 name of TopK it would give other codes. The kind's own entries are its `to_config`; where it comes from outside this
 package, `"plugin"` says from which file or package, for people to read: what a folder says never runs code.
-`saekit.sae.formats` has the other formats. `"max_norm"`, see `Sae`, is ours; sparsify does not look at
-it.
+`saekit.sae.formats` has the other formats. `"max_norm"`, see `Sae`, is ours; sparsify does not look at it.
 
 What is read and written here are plain sizes and tensors; `Sae` makes a module of them.
 """

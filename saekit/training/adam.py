@@ -45,7 +45,7 @@ class SaeAdam(PreparedOptimizer):
         self.moments_dtype = moments_dtype
         self._unit_rows = {id(parameter) for parameter in unit_rows}
         self.deferred: dict[nn.Parameter, list[RowSums]] = {}
-        """Return the rows whose sums are the deferred gradients of matrices."""
+        """The rows whose sums are the deferred gradients of matrices."""
 
     def defer_gradients(self) -> None:
         """Have the gradients of all matrices left to the step, where the kernels can (`saekit.sae.kernels.row_sums`).

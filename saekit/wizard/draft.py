@@ -87,10 +87,10 @@ def template_for(targets: Targets, placement: str, *, on_gpu: bool) -> Path:
 
 
 def read_launch(path: Path) -> Launch:
-    """Read an earlier launch file; None if there is none, or if the wizard did not write it."""
+    """Read an earlier launch file; an empty `Launch` if there is none, or if the wizard did not write it."""
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
-        processes = int(said["num_processes"])
+        processes, _ = int(said["num_processes"]), said["distributed_type"]  # accelerate's files have both
         placement = launched_as(said)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return Launch()

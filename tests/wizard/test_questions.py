@@ -261,7 +261,7 @@ def test_a_run_yaml_that_cannot_be_used_is_left_alone(targets, content, part):
 
 
 def test_a_launch_file_of_somebody_elses_gives_no_defaults(answer, model_dir, text_file, targets):
-    for content in ("[1, 2]\n", "\x00", "num_processes: many\ndistributed_type: X\n"):
+    for content in ("[1, 2]\n", "\x00", "num_processes: many\ndistributed_type: X\n", "num_processes: 4\n"):
         targets.launch.write_text(content)
         _, asker = answer("1", str(model_dir), str(text_file), "all", *SIZES)
         assert asker.asked[0] == ("machine", "1")
