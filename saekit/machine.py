@@ -10,10 +10,14 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from saekit._version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where control groups are mounted, and the list of those that this process is in."""
@@ -152,3 +156,12 @@ def _cpu_quota(folder: Path) -> float | None:
     except (OSError, ValueError):
         quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         return quota_us / period_us if quota_us and quota_us > 0 and period_us else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """On a GPU the most that its allocator has held, elsewhere the process's resident set now."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

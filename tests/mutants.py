@@ -495,8 +495,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "a report has the sums of a skipped step",
         MESSAGE,
-        "self.report(before, memory",
-        "self.report(before + now, memory",
+        "self.report(before, checks",
+        "self.report(before + now, checks",
     ),
     (
         "dead latents are those of all ranks together",

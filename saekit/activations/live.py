@@ -90,8 +90,11 @@ class LiveModel(Source):
     def open(self) -> Iterator[None]:
         """Hook the blocks."""
         with tap(self.model, [each.name for each in self.hookpoints]) as self._read_taps:
-            yield
-        del self._read_taps
+            try:
+                yield
+            finally:
+                self._begun = None
+                del self._read_taps
 
     def read(self, step: int) -> list[Tokens]:
         """Read this rank's token ids."""

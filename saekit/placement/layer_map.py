@@ -114,14 +114,18 @@ class LayerMap(Ranked, LocalBank):
             if number + 1 < len(self._waves):
                 coming.append(self._send(acts, self._waves[number + 1], tokens, rows))
             if self.rank in wave:
-                yield wave[self.rank], arrived
+                yield wave[self.rank], arrived.view(sum(rows), -1)
 
     def _send(self, acts: dict[str, Tensor], wave: Wave, tokens: int, rows: list[int]) -> tuple[Tensor, dist.Work]:
-        """Start one wave; what arrives is this rank's layer, `[sum(rows), D]` in rank order, once the work is done."""
-        leaving = torch.cat([acts.pop(wave[owner]) for owner in sorted(wave)])
-        send = [tokens if owner in wave else 0 for owner in range(self.world_size)]
-        receive = rows if self.rank in wave else [0] * self.world_size
-        arrived = leaving.new_empty(sum(receive), leaving.shape[1])
+        """Start one wave.
+
+        What arrives once the work is done is this rank's unit, `[sum(rows) · D]` in rank order; D may differ in a wave.
+        """
+        widths = {owner: acts[wave[owner]].shape[1] for owner in sorted(wave)}
+        leaving = torch.cat([acts.pop(wave[owner]).flatten() for owner in widths])
+        send = [tokens * widths.get(owner, 0) for owner in range(self.world_size)]
+        receive = [count * widths.get(self.rank, 0) for count in rows]
+        arrived = leaving.new_empty(sum(receive))
         return arrived, dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
 
     def counted(self, mask_N: Tensor) -> Tensor:

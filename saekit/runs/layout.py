@@ -34,7 +34,7 @@ ABOUT_FILE = "saekit.json"
 EVAL_FILE = "eval.json"
 EVAL_FORMAT = 1
 """Of `eval.json`."""
-FORMAT = 2
+FORMAT = 3
 """Of `checkpoint.json` and what it speaks of."""
 LATEST, BEST = "latest", "best"
 """Links to a run's checkpoints."""

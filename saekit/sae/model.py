@@ -70,7 +70,6 @@ class Sae(nn.Module):
         self.selection = make_selection(selection, k, num_latents)
         if multi_topk and not self.selection.multi_topk:
             raise ValueError(f"multi_topk is for topk: {self.activation} has no code at 4k")
-        self._wider = self.selection.wider() if multi_topk else None
         self.d_in = d_in
         self.num_latents = num_latents
         self.k = k
@@ -176,7 +175,7 @@ class Sae(nn.Module):
             Matryoshka and the selection's own sums and loss are computed only in training mode.
         """
         x_ND, k = self._flat(x), self.max_active
-        selection = self._wider if self._wider is not None and self.training else self.selection
+        selection = self.selection.wider() if self.multi_topk and self.training else self.selection
         prefixes = self.prefixes if self.training else ()
         rows_ND, acts, indices = selection.autoencode(
             x_ND, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.kernels, prefixes

@@ -107,5 +107,5 @@ class SaeAdam(PreparedOptimizer):
         """As torch's, which makes every state the parameter's type; the moments keep theirs."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in {"exp_avg", "exp_avg_sq"} & state.keys():  # none before the first step that counted
                 state[key] = state[key].to(self.moments_dtype)

@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from saekit.activations.hookpoints import Hookpoint
 from saekit.config import TrainConfig
 from saekit.placement import LayerOptimizer, Placement, Single
+from saekit.report.stats import LayerStats
 from saekit.sae import Sae
 from saekit.sae.selection.base import Selection
-from saekit.training.message import COUNTS, ERROR, MessageReader, Report, Since, StepMessage, read_later
+from saekit.training.message import COUNTS, ERROR, MessageReader, Since, StepMessage, read_later
 from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
 from saekit.training.plan import UnitPlan
 from saekit.training.statistics import Segments, Tally
@@ -48,7 +48,7 @@ class Bank:
     ) -> None:
         self.cfg, self.placement, device = cfg, placement, placement.device
         self.names = placement.layers()
-        self._reader = MessageReader(units, self.names, cfg.sae.multi_topk, placement.world_size)
+        self._reader = MessageReader(units, self.names, cfg.sae.multi_topk)
         plans, everywhere = {each.hookpoint.name: each for each in units}, [each.hookpoint.name for each in units]
         saes = [placement.sae(name) for name in self.names]
         own = [calibration[name] for name in self.names]
@@ -82,9 +82,9 @@ class Bank:
         self._auxk_U = self._scales_3U[1].float()
         kind = cfg.sae.kind
         self._selection_US = torch.zeros(len(self.names), kind.num_sums, dtype=torch.int64, device=device)
-        moves = bool(saes) and kind.moves
-        self._selections = Selection.stack_([sae.selection for sae in saes]) if moves else None
+        self._selections = stacked([sae.selection for sae in saes], device) if kind.moves else []
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._if_it_counts: tuple[Tensor, Tensor] | None = None
         self._step_tokens = 0
 
         fired, dead = self.latents.views(self._fired_F), self.latents.views(self._dead_F)
@@ -165,9 +165,9 @@ class Bank:
             What gives the message. It waits until that has arrived, not for anything that is enqueued in between.
         """
         fired_F = self.placement.share(self._fired_F)
-        self._since_after_F = (self.since_fired_F + self._tokens).masked_fill_(fired_F > 0, 0)
-        self._fired_after_F = fired_F
-        dead_U = self.latents.counts(self.latents.at_least(self._since_after_F, self._threshold_U)).double()
+        since_F = (self.since_fired_F + self._tokens).masked_fill_(fired_F > 0, 0)
+        self._if_it_counts = since_F, fired_F
+        dead_U = self.latents.counts(self.latents.at_least(since_F, self._threshold_U)).double()
         self._dead_after_U = dead_U
         gradient_U = torch.stack([gradients[name] for name in self.names]) if self.names else dead_U
         faulty_U3 = ~torch.cat([self._tally.finite(), gradient_U.isfinite()[:, None]], 1)
@@ -185,7 +185,6 @@ class Bank:
         mine = [checks_LC.flatten()]
         if report:
             mine += [self._reader.everywhere(each, self._places) for each in (self._window, self._tally)]
-            mine.append(self._memory())
         together = self.placement.sum(torch.cat(mine))
         self._checks_UC = together[: checks_LC.numel()].view_as(checks_LC)[self._at_U]
         read, tokens = read_later(torch.cat([dead_U, together])), self._step_tokens
@@ -193,35 +192,33 @@ class Bank:
 
     def advance_(self, message: StepMessage) -> None:
         """Let a step count whose message shows no fault: counters, thresholds, errors and the window."""
-        self.since_fired_F.copy_(self._since_after_F)
-        self.fire_count_F += self._fired_after_F
+        assert self._if_it_counts is not None, "a step is finished before it counts"
+        since_F, fired_F = self._if_it_counts
+        self.since_fired_F.copy_(since_F)
+        self.fire_count_F += fired_F
+        self._if_it_counts = None
         self._window.flat += self._tally.flat
         self._dead_U.copy_(self._dead_after_U)
         self._since = Since(self._since.steps + 1, self._since.tokens + message.tokens)
         self.num_dead = message.num_dead
         if self.cfg.auxk_relative_to == "residual":
             self.error_U.copy_(self._checks_UC[:, ERROR] / self._tokens.clamp_min(1))
-        if self._selections is not None:
-            counts = self._checks_UC[:, COUNTS:].long()
-            self._selections.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U)
+        for selection, at_G in self._selections:
+            counts = self._checks_UC[at_G, COUNTS:].long()
+            selection.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U[at_G])
 
     def clear_window(self) -> None:
         """Set the sums of the next report to zero."""
         self._window.flat.zero_()
         self._since = Since()
 
-    def report(self) -> Report:
+    def report(self) -> dict[str, LayerStats]:
         """Make a report of the steps that have counted already. Collective; waits for the device."""
         dead_L = self._leads_U.new_zeros(len(self._reader.units))
         dead_L.index_copy_(0, self._at_U, self._dead_U * self._leads_U)
-        mine = [dead_L, self._reader.everywhere(self._window, self._places), self._memory()]
-        dead, window, memory = self.placement.sum(torch.cat(mine)).cpu().split([len(each) for each in mine])
-        return self._reader.report(window, memory, dead, self._since)
-
-    def _memory(self) -> Tensor:
-        memory = torch.zeros(self.placement.world_size, dtype=torch.float64)
-        memory[self.placement.rank] = peak_memory_bytes(self.placement.device)
-        return memory.to(self.placement.device, non_blocking=True)
+        mine = [dead_L, self._reader.everywhere(self._window, self._places)]
+        dead, window = self.placement.sum(torch.cat(mine)).cpu().split([len(each) for each in mine])
+        return self._reader.report(window, dead, self._since)
 
 
 def bank_of_one(
@@ -254,8 +251,17 @@ def bank_of_one(
     )
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """On a GPU the most that its allocator has held, elsewhere the process's resident set now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+def stacked(selections: Sequence[Selection], device: torch.device) -> list[tuple[Selection, Tensor]]:
+    """Stack the state of selections that are alike, so that those of many units move at once.
+
+    Returns:
+        For each group one selection that moves them all (`Selection.stack_`), and their numbers, int64 `[G]`.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, each in enumerate(selections):
+        shapes = tuple(tensor.shape for tensor in each.state().values())
+        groups.setdefault((each.k, each.num_latents, shapes), []).append(number)
+    return [
+        (Selection.stack_([selections[number] for number in group]), torch.tensor(group, device=device))
+        for group in groups.values()
+    ]

@@ -21,16 +21,6 @@ DEAD, DEAD_BEFORE, ERROR, COUNTS = (CHECKS.index(name) for name in ("dead", "dea
 
 
 @dataclass(frozen=True)
-class Report:
-    """The numbers of all units since the last report."""
-
-    layers: dict[str, LayerStats]
-    """By hookpoint, in model order."""
-    memory_bytes: int
-    """Peak memory of the rank that uses most."""
-
-
-@dataclass(frozen=True)
 class StepMessage:
     """All that the host reads of an optimizer step."""
 
@@ -40,8 +30,8 @@ class StepMessage:
     """By hookpoint, where NaN or Inf was on any rank: one of `FAULTS`. Not empty: the step must not count."""
     num_dead: dict[str, int]
     """Of each unit of this rank: its dead latents, if the step counts."""
-    report: Report | None = None
-    """Since the last report, this step included if it counts; None unless it was asked for."""
+    report: dict[str, LayerStats] | None = None
+    """By hookpoint, in model order, since the last report, this step included if it counts; None if not asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,6 @@ class MessageReader:
     names: Sequence[str]
     """The units of this rank."""
     with_multi_topk: bool
-    world_size: int
 
     @property
     def widths(self) -> list[int]:
@@ -84,7 +73,7 @@ class MessageReader:
 
         Args:
             numbers: Dead latents of this rank's units; `[L, columns]` of `CHECKS` and the selections' sums; and with a
-                report the tally of the steps before, this step's tally, and each rank's memory.
+                report the tally of the steps before, and this step's.
             columns: See there.
             tokens: Of the step, over all ranks.
             since: Without the step.
@@ -99,19 +88,18 @@ class MessageReader:
         }
         told = None
         if report:
-            sizes = [self.tally_size, self.tally_size, self.world_size]
-            before, now, memory = numbers[mine + L * columns :].split(sizes)
+            before, now = numbers[mine + L * columns :].split(self.tally_size)
             if faults:  # there NaN may be
-                told = self.report(before, memory, checks_LC[:, DEAD_BEFORE], since)
+                told = self.report(before, checks_LC[:, DEAD_BEFORE], since)
             else:
                 with_it = Since(since.steps + 1, since.tokens + tokens)
-                told = self.report(before + now, memory, checks_LC[:, DEAD], with_it)
+                told = self.report(before + now, checks_LC[:, DEAD], with_it)
         num_dead = dict(zip(self.names, map(int, numbers[:mine].tolist()), strict=True))
         return StepMessage(tokens, faults, num_dead, told)
 
-    def report(self, tally: Tensor, memory: Tensor, dead_L: Tensor, since: Since) -> Report:
+    def report(self, tally: Tensor, dead_L: Tensor, since: Since) -> dict[str, LayerStats]:
         """Make a report from the tally of all units, `Tally.flat`."""
-        layers = {
+        return {
             unit.hookpoint.name: read_tally(
                 tally,
                 number,
@@ -124,7 +112,6 @@ class MessageReader:
             )
             for number, (unit, dead) in enumerate(zip(self.units, dead_L.tolist(), strict=True))
         }
-        return Report(layers, int(memory.max()))
 
 
 def read_later(value: Tensor) -> Callable[[], Tensor]:

@@ -18,8 +18,9 @@ from saekit.activations.live import LiveModel
 from saekit.activations.source import Batch, Source, Steps
 from saekit.config import RunConfig, TrainConfig
 from saekit.errors import Interrupted, SaveError, UserError
+from saekit.machine import peak_memory_bytes
 from saekit.placement import Placement, Single
-from saekit.report import Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
+from saekit.report import LayerStats, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
 from saekit.runs.files import write_at_once
 from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
 from saekit.runs.layout import CONFIG_FILE, LATEST, METRICS_FILE
@@ -30,7 +31,7 @@ from saekit.training import state
 from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.interrupt import BY_USER, graceful_interrupt
-from saekit.training.message import Report, StepMessage
+from saekit.training.message import StepMessage
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, plan_run
 from saekit.training.saving import Saver, refuse_other_run
@@ -206,7 +207,7 @@ class SaeTrainer:
             raise Interrupted(run.step, plan.run_dir, by_user=stop == BY_USER)
         return (plan.run_dir / LATEST).resolve()
 
-    def _stats(self, run: state.RunState, report: Report, tokens_per_second: float) -> StepStats:
+    def _stats(self, run: state.RunState, layers: dict[str, LayerStats], tokens_per_second: float) -> StepStats:
         """Assemble what reporters are told of the steps since the last report."""
         plan = self.plan
         return StepStats(
@@ -215,8 +216,8 @@ class SaeTrainer:
             tokens_per_second=tokens_per_second,
             learning_rate=plan.units[0].lr * plan.lr_scale(run.step - 1),
             skipped_steps=run.skipped,
-            memory_bytes=report.memory_bytes,
-            layers=report.layers,
+            memory_bytes=max(self.placement.gather(peak_memory_bytes(self.placement.device))),
+            layers=layers,
         )
 
     def _start(self) -> tuple[state.RunState, Bank]:

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations.live import LiveModel
 from saekit.report import Reporters
 from tests.cli.conftest import saekit  # noqa: F401  # a fixture
+from tests.forked import Forked
 from tests.training.conftest import make_trainer, tiny_llama, tokens  # noqa: F401  # fixtures
 from tests.training.runs import assert_same_tensors, tensors_of
 
@@ -82,6 +84,22 @@ def test_it_trains_through_the_command_line(plugin, saekit, tmp_path):  # noqa: 
     assert inspected.code == 0, inspected.err
 
 
+@pytest.mark.slow
+def test_units_of_several_widths_under_each_placement(plugin, tmp_path):
+    """The same SAEs in one process and on two ranks, of which each has a unit of another width under layer-map."""
+    found = {}
+    with Forked() as ranks:
+        for name, count in (("single", None), ("ddp", 2), ("layer-map", 2), ("zero3", 2)):
+            command = ["train", "directions", "none", "--plugin", plugin, "--source", "directions", "--k", 3]
+            command += ["--batch-size", 8 // (count or 1), "--expansion-factor", 4, "--activation", "batchtopk"]
+            command += ["--save-dir", tmp_path, "--run-name", name, *(["--placement", name] if count else [])]
+            said = tmp_path / f"{name}.txt"
+            assert not any(ranks.run(command, count, said, tmp_path, timeout=120)), said.read_text()
+            found[name] = tensors_of((tmp_path / name / "latest").resolve())
+    for name in ("ddp", "layer-map", "zero3"):
+        assert_same_tensors(found[name], found["single"], rtol=1e-4, atol=1e-5)
+
+
 def test_without_the_plug_in_there_is_none_of_that_name(saekit):  # noqa: F811
     done = saekit("train", "directions", "none", "--source", "directions_2")
     assert done.code == 2
@@ -93,6 +111,21 @@ def test_only_a_live_model_is_evaluated_in_training(plugin, saekit, tmp_path):  
     done = saekit(*command, "--num-latents", 64, "--eval-every", 2)
     assert done.code == 2
     assert "eval_every needs the language model itself, and directions gives its activations only" in done.err
+
+
+def test_what_was_begun_is_forgotten_when_reading_ends(tiny_llama, tokens):  # noqa: F811
+    """Else a run that is stopped would keep the activations of its next step."""
+    source = LiveModel(tiny_llama, tokens)
+    source.begin(TrainConfig(batch_size=2), torch.device("cpu"), 0, 1)
+
+    def stopped():
+        with source.open():
+            source.prefetch(source.read(0)[0])
+            assert source._begun is not None
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, stopped)
+    assert source._begun is None
 
 
 def test_a_trainer_needs_a_model_and_data_or_a_source(tiny_llama, tmp_path):  # noqa: F811

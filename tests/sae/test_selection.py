@@ -197,3 +197,30 @@ def test_the_configuration_takes_every_kind():
         SaeConfig(activation="nosuch")
     with pytest.raises(ValueError, match=r"it needs --plugin a\.py --plugin b\.py"):
         SaeConfig(activation="nosuch", plugin=["a.py", "b.py"])
+
+
+def test_the_second_code_of_multi_topk_follows_the_selection():
+    """Also what moves between steps: it is made of the selection as it is."""
+
+    class Scaled(TopK):
+        def __init__(self, k, num_latents):
+            super().__init__(k, num_latents)
+            self.factor = torch.ones(())
+
+        def state(self):
+            return {"factor": self.factor}
+
+        def autoencode(self, *arguments, **options):
+            rows, acts, indices = super().autoencode(*arguments, **options)
+            return rows * self.factor, acts * self.factor, indices
+
+        def wider(self):
+            other = Scaled(4 * self.k, self.num_latents)
+            other.factor = self.factor
+            return other
+
+    sae = Sae(8, 32, 2, selection=Scaled(2, 32), multi_topk=True).train()
+    x = torch.randn(5, 8)
+    before = sae(x).multi_recon - sae.b_dec
+    sae.selection.factor = torch.tensor(3.0)
+    torch.testing.assert_close(sae(x).multi_recon - sae.b_dec, 3 * before)

@@ -6,7 +6,8 @@ import torch
 from saekit import Sae, SaeConfig, TrainConfig
 from saekit.activations.hookpoints import Hookpoint
 from saekit.placement import Single
-from saekit.training.bank import Bank
+from saekit.sae.selection.topk import TopK
+from saekit.training.bank import Bank, stacked
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import UnitPlan
 from saekit.training.statistics import SUMS, Segments, Tally, read_tally
@@ -126,13 +127,13 @@ def test_a_report_in_the_message_is_the_one_asked_for_later(widths):
     spoilt = one_step(report=True, spoil=True)
     assert set(spoilt.faults) == set(widths)
     assert set(spoilt.faults.values()) == {"activations"}
-    assert spoilt.report.layers == bank.report().layers
+    assert spoilt.report == bank.report()
     message = one_step(report=True)
     bank.advance_(message)
-    assert message.report.layers == bank.report().layers
-    assert all(1 < layer.l0 <= 2 and layer.fvu > 0 for layer in message.report.layers.values())
+    assert message.report == bank.report()
+    assert all(1 < layer.l0 <= 2 and layer.fvu > 0 for layer in message.report.values())
     bank.clear_window()
-    assert all(layer.fvu != layer.fvu for layer in bank.report().layers.values()), "not a number: of no token"
+    assert all(layer.fvu != layer.fvu for layer in bank.report().values()), "not a number: of no token"
 
 
 def test_a_tally_is_read_as_ratios():
@@ -144,3 +145,27 @@ def test_a_tally_is_read_as_ratios():
     assert (found.fvu, found.multi_topk_fvu) == (3 / 6, 6 / 6), "16 less the square of the sum over the tokens"
     assert (found.l0, found.loss, found.auxk_loss, found.dead) == (4.0, 0.75, 0.25, 3)
     assert found.too_long == pytest.approx(2 / 12)
+
+
+def test_selections_that_are_alike_move_together():
+    """Those with another k, size or state are in groups of their own; each has its own state still."""
+
+    class PerLatent(TopK):
+        def __init__(self, k, num_latents, start=0.0):
+            super().__init__(k, num_latents)
+            self.level = torch.full((num_latents,), start)
+
+        def state(self):
+            return {"level": self.level}
+
+        def move_(self, firings, tokens, sums, rms):
+            self.level += (firings / tokens)[..., None]
+
+    selections = [PerLatent(2, 8, 1.0), PerLatent(2, 6, 2.0), PerLatent(2, 8, 3.0)]
+    groups = stacked(selections, CPU)
+    assert [at.tolist() for _, at in groups] == [[0, 2], [1]]
+    firings = torch.tensor([10, 20, 30])
+    for whole, at in groups:
+        whole.move_(firings[at], torch.full_like(at, 10), firings[at, None], torch.ones(len(at)))
+    assert [each.level.unique().tolist() for each in selections] == [[2.0], [4.0], [6.0]]
+    assert [each.level.shape[0] for each in selections] == [8, 6, 8]

@@ -173,7 +173,7 @@ def test_masked_tokens_train_as_dropped_ones_do():
             rows, mask = (chunk_ND, counted_N[:, None]) if masked else (chunk_ND[counted_N], None)
             Step(bank, int(counted_N.sum()), [rows], mask).run()
         unit = bank.units["layers.0"]
-        found.append([*unit.sae.parameters(), unit.sae.selection.threshold, bank.report().layers["layers.0"].fvu])
+        found.append([*unit.sae.parameters(), unit.sae.selection.threshold, bank.report()["layers.0"].fvu])
         found[-1] += [bank.since_fired_F, bank.fire_count_F]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

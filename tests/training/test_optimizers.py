@@ -319,3 +319,11 @@ class TestDeferredGradients:
         self.backward(sae, 0)
         assert optimizer.deferred() == []
         assert sae.W_enc.grad is not None
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "signum"])
+def test_an_optimizer_that_has_not_stepped_has_a_state_to_go_on_from(optimizer):
+    """As in a run whose steps have all been skipped so far."""
+    fresh, other = (make_optimizer(TrainConfig(optimizer=optimizer), Sae(8, 16, 2)) for _ in range(2))
+    other.load_state(fresh.state())
+    other.prepare(1.0)

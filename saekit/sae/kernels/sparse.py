@@ -254,7 +254,10 @@ class _DecodeNested(torch.autograd.Function):
         ctx: Any, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor, pairs: _Pairs, ops: Ops, prefixes: tuple[int, ...]
     ) -> Tensor:
         # Which prefix is the first to hold a latent: the group it adds to, and to all groups behind.
-        groups_NK = torch.bucketize(indices_NK, torch.tensor(prefixes, device=indices_NK.device), right=True)
+        # Compared one by one: a tensor of the prefixes would be brought to the device in every step.
+        groups_NK = torch.zeros_like(indices_NK)
+        for prefix in prefixes[:-1]:
+            groups_NK += indices_NK >= prefix
         ctx.save_for_backward(acts_NK, indices_NK, W_MD, groups_NK)
         ctx.pairs, ctx.ops = pairs, ops
         parts = [ops.gather_sum(acts_NK * (groups_NK == group), indices_NK, W_MD) for group in range(len(prefixes))]
