@@ -124,7 +124,8 @@ def test_what_was_begun_is_forgotten_when_reading_ends(tiny_llama, tokens):  # n
             assert source._begun is not None
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert source._begun is None
 
 
