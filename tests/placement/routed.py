@@ -15,10 +15,16 @@ from saekit.placement import connect
 TOKENS, WIDTH, LAYERS = 96, 24, 7
 
 
+class Nothing(torch.nn.Module):
+    """An SAE's stand-in, without a tensor."""
+
+    device = torch.device("cpu")
+
+
 def alive():
     """Layers' activations of one rank's tokens that storages are held for; small and other tensors do not count."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.ndim == 2]
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dtype == torch.float32]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values()) / (4 * TOKENS * WIDTH)
 
@@ -39,7 +45,7 @@ def main():
     placement = connect("layer-map")
     names = [f"layers.{number}" for number in range(LAYERS)]
     optimizer = SimpleNamespace(defer_gradients=lambda: None)
-    placement.place(names, lambda name: torch.nn.Identity(), lambda sae: optimizer)
+    placement.place(names, lambda name: Nothing(), lambda sae: optimizer)
     numbers = []
     for _ in range(2):
         acts = {name: torch.full((TOKENS, WIDTH), float(number)) for number, name in enumerate(names)}

@@ -39,13 +39,13 @@ def train(job: dict[str, Any]) -> dict[str, int]:
 
     from saekit.config import RunConfig
     from saekit.report import Reporters
-    from saekit.training import launch
+    from saekit.training import launch, live
 
     torch.set_num_threads(1)
     held, sharded = [], []
     for what in ("OPTIMIZER", "PARAM") if job.get("offload") else ():
         os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"] = "cpu"  # as accelerate says it of a launch file
-    connect, load = launch.connect, launch._load
+    connect, load = launch.connect, live._load
 
     def observed(*args: Any) -> Any:
         placement = connect(*args)
@@ -66,7 +66,7 @@ def train(job: dict[str, Any]) -> dict[str, int]:
                 module.register_forward_pre_hook(lambda *_: sharded.append(bytes_of(model)))
         return model
 
-    launch.connect, launch._load = observed, loaded
+    launch.connect, live._load = observed, loaded
     launch.train_from_config(RunConfig.from_flat(job["config"]), Reporters())
     return {"held": held[-1], "peak": resident_peak(), "language_model": max(sharded, default=0)}
 
