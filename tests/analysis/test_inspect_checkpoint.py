@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from saekit.analysis.inspect import inspect_path, inspection_to_json
 from saekit.analysis.measure import density, neighbours
 from saekit.errors import UserError
+from saekit.runs.layout import FORMAT
 from saekit.views.inspection import render_inspection
 
 HOOKPOINTS = ["layers.10", "layers.2"]
@@ -47,7 +48,7 @@ def run(tmp_path):
     (run / "config.yaml").write_text("model: gpt2\n")
     os.symlink("step_00000200", run / "latest")
     files = [file for file in checkpoint.rglob("*") if file.is_file()]
-    index = {"format": 2, "step": 200, "tokens": TOKENS, "schedule": {"total_steps": 400}}
+    index = {"format": FORMAT, "step": 200, "tokens": TOKENS, "schedule": {"total_steps": 400}}
     index |= {"model": "gpt2", "dataset": "wikitext"}
     index |= {"hookpoints": HOOKPOINTS, "ctx_len": 64, "dead_feature_threshold": 500_000, "saekit_version": "0.1.0"}
     index |= {"files": {file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size} for file in files}}
@@ -173,8 +174,8 @@ def cut(file):
         (lambda c: (c / "checkpoint.json").write_text("{"), r"checkpoint\.json is damaged: it is not JSON"),
         (lambda c: (c / "checkpoint.json").write_text("[]"), r"checkpoint\.json is damaged: it holds no JSON object"),
         (
-            lambda c: (c / "checkpoint.json").write_text('{"format": 3}'),
-            "has format 3, and this saekit reads format 2 only",
+            lambda c: (c / "checkpoint.json").write_text('{"format": 99}'),
+            f"has format 99, and this saekit reads format {FORMAT} only",
         ),
         (lambda c: (c.parent / "metrics.jsonl").write_text("x\n{}\n"), r"metrics\.jsonl, line 1"),
     ],

@@ -8,6 +8,7 @@ import torch
 
 from saekit import Sae, UserError
 from saekit.errors import Interrupted, SaveError
+from saekit.runs.layout import FORMAT
 from saekit.runs.recovery import read_index
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
@@ -62,18 +63,18 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
     make_trainer(resume=True, save_every=3, micro_acc_steps=2, log_every=2).fit()
 
 
-@pytest.mark.parametrize("other", [1, 3])
+@pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1])
 def test_only_todays_format_is_gone_on_from(make_trainer, other):
     file = make_trainer().fit() / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "format": other}), encoding="utf-8")
-    with pytest.raises(UserError, match=f"has format {other}, and this saekit goes on from format 2 only"):
+    with pytest.raises(UserError, match=f"has format {other}, and this saekit goes on from format {FORMAT} only"):
         make_trainer(resume=True).fit()
 
 
 def test_the_index_says_what_it_should(make_trainer, tmp_path):
     checkpoint = make_trainer().fit()
     index = json.loads((checkpoint / "checkpoint.json").read_text())
-    assert (index["step"], index["serial"], index["format"]) == (7, 1, 2)
+    assert (index["step"], index["serial"], index["format"]) == (7, 1, FORMAT)
     assert index["schedule"]["total_steps"] == 7
     assert index["schedule"]["lr_of_last_step"] == metrics_of(checkpoint.parent)[-1]["learning_rate"]
     assert index["data"]["next_sequence"] == index["data"]["sequences"]
