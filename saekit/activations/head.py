@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from saekit.activations.lm import ModelShape, check_device, check_weights, from_pretrained, quietly, resolve_dtype
+from saekit.activations.lm import ModelShape, check_device, check_loaded, from_pretrained, quietly, resolve_dtype
 from saekit.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
         if info["missing_keys"]:  # tied weights do not count
             objective = None
             model, info = from_pretrained(AutoModel, cfg, **asked)
-    check_weights(cfg, model, info)
+    check_loaded(cfg, model, info)
     if not cfg.load_in_8bit:
         model.to(device)
     return WithHead(model.eval().requires_grad_(False), objective)

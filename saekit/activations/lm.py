@@ -118,13 +118,13 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
         # Other shapes are let through here to be refused by name below.
         asked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
         model, info = from_pretrained(AutoModel, cfg, **asked)
-    check_weights(cfg, model, info)
+    check_loaded(cfg, model, info)
     if not cfg.load_in_8bit:
         model.to(device)
     return model.eval().requires_grad_(False)
 
 
-def check_weights(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def check_loaded(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Check that the checkpoint had all weights up to the end of the blocks; weights after them do not matter."""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from saekit.analysis.inspect import Inspection, LayerInspection
-from saekit.analysis.measure import EXACT_BUDGET, chunk_rows, unit_rows
+from saekit.analysis.measure import EXACT_BUDGET, rows_at_a_time
 from saekit.errors import UserError
-from saekit.runs.locate import read_tensors
+from saekit.runs.locate import read_some_tensors
+from saekit.sae.kernels.eager import unit_rows
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 SHARED_COSINE = 0.9
@@ -91,10 +92,10 @@ def _looked_up(rows_MD: Tensor, among_LD: Tensor, budget: int) -> Shared:
     count = max(1, min(len(rows_MD), budget // among_LD.numel()))
     sample = torch.linspace(0, len(rows_MD) - 1, count).long()
     nearest = torch.cat(
-        [(rows_MD[piece] @ among_LD.T).amax(1) for piece in sample.split(chunk_rows(len(among_LD)))]
+        [(rows_MD[piece] @ among_LD.T).amax(1) for piece in sample.split(rows_at_a_time(len(among_LD)))]
     ).clamp_max(1)
     return Shared(nearest.mean().item(), (nearest >= SHARED_COSINE).double().mean().item())
 
 
 def _decoder(folder: Path) -> Tensor:
-    return read_tensors(folder / WEIGHTS, ["W_dec"])["W_dec"].float()
+    return read_some_tensors(folder / WEIGHTS, ["W_dec"])["W_dec"].float()

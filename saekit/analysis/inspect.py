@@ -23,7 +23,7 @@ from saekit.analysis.measure import (
 from saekit.errors import UserError
 from saekit.registry import SELECTIONS
 from saekit.runs.layout import ABOUT_FILE, EVAL_FILE, EVAL_FORMAT, METRICS_FILE, STATE_FILE
-from saekit.runs.locate import Location, check_files, locate, read_json, read_tensors, select
+from saekit.runs.locate import Location, check_files, locate, read_json, read_some_tensors, select
 from saekit.runs.metrics import plain, read_metrics
 from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
@@ -145,7 +145,7 @@ def _inspect_sae(
     config = read_json(folder / SAE_CONFIG)
     weights = {
         name: tensor.float()
-        for name, tensor in read_tensors(folder / WEIGHTS, ["encoder.weight", "W_dec", "b_dec"]).items()
+        for name, tensor in read_some_tensors(folder / WEIGHTS, ["encoder.weight", "W_dec", "b_dec"]).items()
     }
     encoder_MD, decoder_MD = weights["encoder.weight"], weights["W_dec"]
     num_latents, d_in = encoder_MD.shape
@@ -197,7 +197,7 @@ def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | N
     if not file.exists():
         return None, None
     names = ("tokens_since_fired", "fire_count")
-    held = read_tensors(file, (), optional=names)
+    held = read_some_tensors(file, (), optional=names)
     for name, tensor in held.items():
         if tensor.shape != (num_latents,):
             raise UserError(f"{file} does not fit the weights: {name} is {list(tensor.shape)}, not [{num_latents}]")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saekit.sae.kernels.eager import unit_rows
+
 DUPLICATE_COSINE = 0.95
 """Two decoder rows whose cosine is above this count as duplicates."""
 
@@ -112,16 +114,11 @@ def neighbours(decoder_MD: Tensor, budget: int = EXACT_BUDGET) -> NearestCosines
     return NearestCosines(median, p99, nearest.max().item(), duplicates, rows=len(nearest))
 
 
-def unit_rows(rows_MD: Tensor) -> Tensor:
-    """Rows of norm 1; a row of zeros stays one."""
-    return rows_MD / rows_MD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-
 def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
     """Return each row's largest cosine `[M]` and the number of duplicates; every pair is multiplied once."""
     nearest_M = torch.full((len(unit_MD),), -1.0)
     duplicates = 0
-    chunk = chunk_rows(len(unit_MD))
+    chunk = rows_at_a_time(len(unit_MD))
     for start in range(0, len(unit_MD), chunk):
         stop = min(start + chunk, len(unit_MD))
         # Only rows from `start` on: the pairs before it have been seen from the other side.
@@ -137,7 +134,7 @@ def _all_pairs(unit_MD: Tensor) -> tuple[Tensor, int]:
 def _sampled_rows(unit_MD: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     """Return the sampled rows' largest cosine, and the number of duplicates extrapolated to all rows."""
     nearest, found = [], 0
-    for piece in rows.split(chunk_rows(len(unit_MD))):
+    for piece in rows.split(rows_at_a_time(len(unit_MD))):
         cosine = unit_MD[piece] @ unit_MD.T
         cosine[torch.arange(len(piece)), piece] = -1
         nearest.append(cosine.amax(dim=1))
@@ -145,7 +142,7 @@ def _sampled_rows(unit_MD: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     return torch.cat(nearest), round(found / 2 * len(unit_MD) / len(rows))
 
 
-def chunk_rows(num_latents: int) -> int:
+def rows_at_a_time(num_latents: int) -> int:
     """Rows at a time, so that their cosines with all rows take 64 MiB."""
     return max(1, 2**24 // num_latents)
 
@@ -170,7 +167,7 @@ def nearest_rows(decoder_MD: Tensor, latents_L: Tensor, number: int) -> Neighbou
     unit_MD = unit_rows(decoder_MD.float())
     number = min(number, len(unit_MD) - 1)
     latents, cosines = [], []
-    for rows in latents_L.split(chunk_rows(len(unit_MD))):
+    for rows in latents_L.split(rows_at_a_time(len(unit_MD))):
         cosine = unit_MD[rows] @ unit_MD.T
         cosine[torch.arange(len(rows)), rows] = -torch.inf
         best = cosine.topk(number, dim=1)

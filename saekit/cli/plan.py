@@ -85,7 +85,7 @@ def plan(
     _check_machine(gpus, gpu_memory, num_processes, use_this=use_this, measure=measure)
     cfg = RunConfig.from_flat(values) if "model" in values else None
     with messages().status("Loading libraries") as status:
-        from saekit.planning import NO_OFFLOAD, advise, calibrate, describe, detect, make_plan
+        from saekit.planning import NO_OFFLOAD, advise, describe, detect, make_plan, measure_rates
         from saekit.views.plan import plan_to_json, render_plan, render_rates
 
         ranks, offload, asked = num_processes, NO_OFFLOAD, None
@@ -96,7 +96,7 @@ def plan(
             asked = placement_of(launch, str(values.get("placement", "auto")))
         machine = detect(ranks) if gpus is None or gpu_memory is None else describe(gpus, gpu_memory)
         if measure:
-            measured = calibrate(machine, lambda text: status.update(text))
+            measured = measure_rates(machine, lambda text: status.update(text))
             machine = detect(ranks)
         if cfg is not None:
             status.update("Planning")

@@ -4,7 +4,7 @@ Internal: may change in any release; the API is what `saekit` names.
 """
 
 from saekit.planning.advice import Advice, advise
-from saekit.planning.calibration import calibrate
+from saekit.planning.calibration import measure_rates
 from saekit.planning.machine import Machine, describe, detect
 from saekit.planning.memory import NO_OFFLOAD, Offload
 from saekit.planning.plan import Choice, Plan, make_plan
@@ -17,8 +17,8 @@ __all__ = [
     "Offload",
     "Plan",
     "advise",
-    "calibrate",
     "describe",
     "detect",
     "make_plan",
+    "measure_rates",
 ]

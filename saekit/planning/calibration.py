@@ -48,7 +48,7 @@ class MeasuredRates(NamedTuple):
     """Share of the CPU that others used just before: their work makes rates too low."""
 
 
-def calibrate(machine: Machine, say: Callable[[str], None]) -> MeasuredRates:
+def measure_rates(machine: Machine, say: Callable[[str], None]) -> MeasuredRates:
     """Measure this machine and keep what was found.
 
     Args:

@@ -100,7 +100,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(file: Path, names: Collection[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
+def read_some_tensors(file: Path, names: Collection[str], optional: Collection[str] = ()) -> dict[str, Tensor]:
     """Read some tensors of a safetensors file; those in `optional` are left out if it lacks them.
 
     Raises:

@@ -115,7 +115,7 @@ def calibration(name: str, moments: Moments, max_norm: float | None = None) -> C
     return Calibration(moments.mean_D().float(), variance, max_norm)
 
 
-def check_weights(name: str, weights: dict[str, Tensor], step: int) -> None:
+def check_finite(name: str, weights: dict[str, Tensor], step: int) -> None:
     """Refuse to save weights with NaN or Inf, which no run could continue from."""
     for tensor in weights.values():
         if not bool(torch.isfinite(tensor.sum())):  # a sum needs no memory, unlike isfinite of each element
@@ -130,7 +130,7 @@ def records(
     """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective."""
     placement = bank.placement
     for name, weights, optimizer_state in placement.each_whole():
-        check_weights(name, weights, run.step)
+        check_finite(name, weights, run.step)
         known = run.calibration[name]
         limit = known.max_norm
         tensors = {

@@ -27,7 +27,7 @@ def test_pieces_and_samples(monkeypatch):
     torch.manual_seed(0)
     first, second = torch.randn(50, 8), torch.randn(70, 8)
     expected = shared_rows(first, second)
-    monkeypatch.setattr("saekit.analysis.compare.chunk_rows", lambda _: 7)
+    monkeypatch.setattr("saekit.analysis.compare.rows_at_a_time", lambda _: 7)
     found = shared_rows(first, second)
     for one, other in zip(found, expected, strict=True):
         assert one.mean == pytest.approx(other.mean)

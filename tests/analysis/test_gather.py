@@ -121,7 +121,7 @@ def test_no_lens_without_a_head(subject):
 
 @pytest.mark.parametrize("num_latents", [1, 3, 200])
 def test_nearest_rows(num_latents, monkeypatch):
-    monkeypatch.setattr("saekit.analysis.measure.chunk_rows", lambda count: 7)
+    monkeypatch.setattr("saekit.analysis.measure.rows_at_a_time", lambda count: 7)
     rows = torch.randn(num_latents, 5, generator=torch.Generator().manual_seed(0))
     rows[0] = 0
     some = torch.arange(num_latents - 1, -1, -2)

@@ -282,7 +282,7 @@ def test_the_dictionary_in_pieces_gives_the_same(monkeypatch):
     cosine = (unit @ unit.T).fill_diagonal_(-2)
     nearest = cosine.amax(dim=1)
     for rows in (1, 7, 50, 64):
-        monkeypatch.setattr("saekit.analysis.measure.chunk_rows", lambda _, rows=rows: rows)
+        monkeypatch.setattr("saekit.analysis.measure.rows_at_a_time", lambda _, rows=rows: rows)
         for budget in (10**9, 50 * 50 * 6 // 2 - 1, 50 * 6 * 10):
             near = neighbours(decoder, budget)
             sample = torch.linspace(0, 49, near.rows).long()
