@@ -63,7 +63,7 @@ LIKELY = {
     STATISTICS: "training/test_bank training/test_statistics training/test_norms",
     STATE: "training/test_resume",
     START: "training/test_start training/test_norms",
-    "saekit/training/plan.py": "training/test_trainer",
+    "saekit/training/plan.py": "sae/test_native_build training/test_trainer",
     "saekit/training/prepared.py": "training/test_fixed_optimizer",
     "saekit/training/signum.py": "training/test_fixed_optimizer training/test_optimizers",
     "saekit/training/optimizers.py": "training/test_optimizers training/test_reference_recipe",

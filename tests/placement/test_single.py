@@ -62,6 +62,16 @@ def test_what_is_not_finite_shows_in_gradients_that_are_left_to_the_step():
     torch.testing.assert_close(placement.collect(), {"h.0": torch.zeros(())})
 
 
+def test_what_overflows_only_in_gradients_that_are_left_to_the_step_shows():
+    placement, sae = place(1000)
+    x = torch.full((20, 8), 1e37)
+    placement.backward("h.0", (1e3 * sae(x).recon).sum())
+    assert sae.W_enc.grad is None
+    assert sae.b_enc.grad.isfinite().all()
+    assert sae.b_dec.grad.isfinite().all()
+    assert not placement.collect()["h.0"].isfinite()
+
+
 def test_held_bytes_are_those_of_the_moment():
     placement, sae = place(1000)
     weights = sum(each.nbytes for each in sae.parameters())
