@@ -34,7 +34,7 @@ LIKELY = {
     SPARSE: "sae/test_kernels sae/test_losses sae/test_groupmax",
     LOSSES: "sae/test_losses",
     TORCH_OPS: "sae/test_kernels sae/test_groupmax",
-    EAGER: "sae/test_kernels sae/test_batchtopk sae/test_groupmax",
+    EAGER: "sae/test_kernels sae/test_batchtopk sae/test_groupmax training/test_optimizers",
     SCORES: "sae/test_kernels",
     ADAM: "sae/test_row_sums training/test_optimizers",
     NATIVE: "sae/test_native_kernels sae/test_native_adam",
