@@ -33,7 +33,7 @@ LIKELY = {
     MODEL: "sae/test_losses sae/test_model",
     SPARSE: "sae/test_kernels sae/test_losses sae/test_groupmax",
     LOSSES: "sae/test_losses",
-    TORCH_OPS: "sae/test_kernels sae/test_groupmax",
+    TORCH_OPS: "sae/test_kernels sae/test_groupmax training/test_optimizers",
     EAGER: "sae/test_kernels sae/test_batchtopk sae/test_groupmax training/test_optimizers",
     SCORES: "sae/test_kernels",
     ADAM: "sae/test_row_sums training/test_optimizers",
