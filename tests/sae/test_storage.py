@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from saekit import Sae
 from saekit.sae.selection.batchtopk import BatchTopK
+from saekit.sae.storage import layer_number
 
 
 @pytest.fixture
@@ -146,3 +147,19 @@ def test_damaged_folders_are_named(sae, tmp_path, damage, error, says):
 def test_a_folder_without_saes(tmp_path):
     with pytest.raises(FileNotFoundError, match="no SAE in"):
         Sae.load_many(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "number"),
+    [
+        ("layers.3", 3),
+        ("transformer.h.11.mlp:in", 11),
+        ("model.layers.2.experts.5", 2),
+        ("layers.4/seed1", 4),
+        ("embed_in", None),
+        ("block2.out", None),
+        ("layers.²", None),
+    ],
+)
+def test_a_layers_number_is_the_first_in_its_path(hookpoint, number):
+    assert layer_number(hookpoint) == number
