@@ -8,7 +8,7 @@ import pytest
 from saekit.errors import UserError
 from saekit.placement.choose import kind_of
 from saekit.placement.costs import Traffic, Workload
-from saekit.placement.layer_map import balanced_map, layer_number, parse_map, resolve_map
+from saekit.placement.layer_map import balanced_map, parse_map, resolve_map
 
 
 def names(count):
@@ -93,24 +93,6 @@ def test_a_map_is_resolved_by_layer_number():
     hookpoints = ("h.4", "h.8", "h.9")
     assert resolve_map("8-9:0,4:2", hookpoints, 3) == {"h.4": 2, "h.8": 0, "h.9": 0}
     assert resolve_map(None, hookpoints, 2) == {"h.4": 0, "h.8": 0, "h.9": 1}
-
-
-@pytest.mark.parametrize(
-    ("hookpoint", "number"),
-    [
-        ("layers.3", 3),
-        ("transformer.h.12", 12),
-        ("7", 7),
-        ("layers.3.mlp", 3),
-        ("layers.3.experts.5", 3),
-        ("layers.3.mlp:in", 3),
-        ("embed_tokens", None),
-        ("block2.mlp", None),
-        ("layers.²", None),
-    ],
-)
-def test_a_layers_number_is_the_first_part_of_the_path_that_is_one(hookpoint, number):
-    assert layer_number(hookpoint) == number
 
 
 def test_hookpoints_of_one_layer_share_its_rank_and_those_of_none_are_refused():
