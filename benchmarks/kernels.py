@@ -176,7 +176,7 @@ def floor(
 
 
 def operations(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> dict[str, Callable[[], object]]:
-    """What is timed of a backend."""
+    """Return the calls to time for one backend, by name."""
     unit = make_unit(x_ND, num_latents, k, kernels, "fp32")
     return {
         "encode": torch.no_grad()(lambda: unit.sae.encode(x_ND)),
@@ -190,7 +190,7 @@ def operations(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -
 def make_unit(
     x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels, moments: Literal["fp32", "bf16"]
 ) -> OneUnit:
-    """What is trained."""
+    """Make the unit whose whole step is timed, with the reference recipe."""
     return OneUnit(TrainConfig(**REFERENCE, lr=2e-4, moments_dtype=moments), x_ND, num_latents, k, kernels)
 
 

@@ -38,21 +38,21 @@ class Fault(NamedTuple):
     file: str
     """From the root of the repository."""
     good: str
-    """What stands in that file, exactly once."""
+    """Source text to replace; it occurs in that file exactly once."""
     bad: str
-    """What is put in its place."""
+    """The replacement."""
     tests: str
-    """What is likely to notice it and runs first: files, or single tests as in `training/test_norms::test_name`."""
+    """Tests that should catch it and so run first: files, or single tests such as `training/test_norms::test_name`."""
 
     def suites(self) -> list[list[str]]:
-        """What to run, one after the other until a test fails."""
+        """Return groups of tests to run in turn until one fails."""
         room = self.file.split("/")[1]
         named = ["tests/{}.py{}{}".format(*each.partition("::")) for each in self.tests.split()]
         return [named, [f"tests/{each}" for each in ROOMS.get(room, ELSEWHERE).split()]]
 
 
 class Verdict(NamedTuple):
-    """What came of a fault."""
+    """The outcome of one fault."""
 
     fault: Fault
     noticed_by: list[str]

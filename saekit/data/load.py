@@ -235,7 +235,7 @@ def peek(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str | None 
         # A slice of a split has no meaning for a stream.
         split = cfg.split.partition("+")[0].partition("[")[0]
         return _look(dataclasses.replace(cfg, split=split, data_args={**cfg.data_args, "streaming": True}), token)
-    except (UserError, NotImplementedError):
+    except (UserError, NotImplementedError):  # datasets raises the latter for a stream of some caches
         from datasets.config import HF_HUB_OFFLINE
 
         if not HF_HUB_OFFLINE:

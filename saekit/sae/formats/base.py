@@ -32,7 +32,7 @@ class Format:
         It looks at the names of files and at the keys of a small JSON file (`config_of`), and never runs what it finds.
         A damaged folder should be recognized where that is possible: then `read` can say what is wrong with it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__qualname__} does not say which folders it recognizes")
 
     def read(self, folder: Path, device: torch.device | str = "cpu") -> Sae:
         """Read the SAE in a folder that this format recognizes.

@@ -79,7 +79,7 @@ class Selection:
             Values and the latents' numbers (int64), both `[N, K]`. A place that is not used has the value 0. Gradients
             reach `W_enc`, `b_enc` and `centre` by autograd.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__qualname__} does not say how it chooses latents: define `encode`")
 
     def autoencode(
         self,
@@ -113,8 +113,12 @@ class Selection:
         return torch.stack(rows), acts_NK, indices_NK
 
     def wider(self) -> Selection:
-        """Return the selection of Multi-TopK's second code, whose first K latents are this one's."""
-        raise NotImplementedError
+        """Return the selection of Multi-TopK's second code, whose first K latents are this one's.
+
+        Raises:
+            NotImplementedError: If there is none: `multi_topk` is False.
+        """
+        raise NotImplementedError(f"{self.name} has no wider code: see `multi_topk`")
 
     def fired(self, acts: Tensor) -> Tensor:
         """Tell which values count as firings, bool of the same shape; 0 never does."""
