@@ -169,6 +169,9 @@ def numbers_of(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         for name, inner in value.items():
             if name not in TIMED:
                 yield from numbers_of(inner, f"{where}.{name}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from numbers_of(inner, f"{where}.{number}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield where, value
 
@@ -176,7 +179,6 @@ def numbers_of(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 def metrics_of(run_dir: Path) -> dict[str, Any]:
     """Of every step and evaluation, by place."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    records = [each for each in records if "step" in each and "layers" in each]
     return {f"{number}{where}": value for number, each in enumerate(records) for where, value in numbers_of(each)}
 
 
