@@ -275,7 +275,7 @@ LIST: list[tuple[str, ...]] = [
         "a skipped step moves the counters",
         TRAINER,
         "        placement.skip()\n",
-        "        placement.skip()\n        bank.since_fired_F.copy_(bank._since_after_F)\n",
+        "        placement.skip()\n        bank.since_fired_F.copy_(bank._if_it_counts[0])\n",
         "training/test_bad_steps",
     ),
     (

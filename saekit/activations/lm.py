@@ -188,7 +188,7 @@ def from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
     path = Path(cfg.model).expanduser()
     if cfg.model.startswith((".", "/", "~")) and not path.is_dir():
         raise UserError(f"model {cfg.model!r}: there is no such folder")
-    token = cfg.hf_token.get_secret_value() if cfg.hf_token else None
+    token = cfg.token
     name = str(path) if path.is_dir() else cfg.model
     try:
         return auto.from_pretrained(name, revision=cfg.revision or "main", token=token, **kwargs)

@@ -26,7 +26,7 @@ from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import DataConfig, RunConfig
-from saekit.config.run import read_yaml
+from saekit.config.flat import read_yaml
 from saekit.data import Sequences, StepBatches, load_sequences
 from saekit.data.held_out import held_out, other_split, shuffled
 from saekit.errors import UserError
@@ -247,7 +247,7 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
 def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
     """Return the sequences, and what they are."""
     cfg, trained = run
-    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    token = cfg.model.token
     if trained is None or options.include_training_data:
         return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
     whole = load_sequences(trained, tokenizer, ctx_len, token)

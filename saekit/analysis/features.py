@@ -14,6 +14,7 @@ from torch import Tensor
 from saekit.activations import find_blocks, splice, tap
 from saekit.activations.hookpoints import text_config_of
 from saekit.analysis.codes import Codes, Contexts, find_contexts
+from saekit.analysis.evaluate import Progress
 from saekit.analysis.measure import Neighbours, nearest_rows
 from saekit.analysis.subject import Subject
 
@@ -30,9 +31,6 @@ DENSEST = 100
 """The number of densest latents that always have a page."""
 FIRINGS_AT_ONCE = 2**26
 """Of layers whose codes are read in one pass over the text; about 1 GiB, three times that while they are sorted."""
-
-Progress = Callable[[int, int], None]
-"""Told how many of how many pieces of work are done."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _groups(subject: Subject, names: Sequence[str], places: int) -> Iterator[lis
     group: list[str] = []
     firings = 0
     for name in names:
-        own = places * getattr(subject.saes[name], "k", 1)
+        own = places * subject.saes[name].k
         if group and firings + own > FIRINGS_AT_ONCE:
             yield group
             group, firings = [], 0

@@ -33,6 +33,11 @@ class ModelConfig:
         None, "Token for private or gated repositories on the hub; never written to disk.", panel=MODEL
     )
 
+    @property
+    def token(self) -> str | None:
+        """Return `hf_token` as what reads from the hub takes it."""
+        return self.hf_token.get_secret_value() if self.hf_token else None
+
 
 @dataclass(frozen=True, config=CONFIG)
 class DataConfig:

@@ -15,7 +15,7 @@ from saekit.config.sae import SaeConfig
 from saekit.config.schema import TrainConfig
 from saekit.errors import UserError
 
-__all__ = ["PARTS", "RunConfig", "read_yaml", "to_flat"]
+__all__ = ["PARTS", "RunConfig", "to_flat"]
 
 PARTS = (ModelConfig, DataConfig, SaeConfig, TrainConfig)
 """The configs whose fields are options, in the order in which they are shown."""

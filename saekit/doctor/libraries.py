@@ -30,7 +30,7 @@ NAMES = (
     "numpy",
 )
 INDISPENSABLE = frozenset(NAMES) - {"deepspeed", "bitsandbytes", "triton"}
-"""Without one of these no SAE is trained. The others are tried elsewhere: see `ranks` and `machine`."""
+"""Without one of these no SAE is trained. The others are tried elsewhere: see `ranks` and `devices`."""
 UNKNOWN = "of unknown version"
 BOUND_BY = {"tokenizers": "transformers", "triton": "torch"}
 """Libraries that saekit does not ask for itself, and whose bounds it takes instead."""
@@ -122,7 +122,7 @@ def _within(installed: str, requirement: Requirement) -> bool:
 
 def _missing(name: str, bounds: str, *, asked_for: bool) -> Finding:
     remedy = _pip(name, bounds)
-    if name == "triton":  # whether it is missed depends on the device: see `machine.kernels`
+    if name == "triton":  # whether it is missed depends on the device: see `devices.kernels`
         return Finding(LIBRARIES, name, "ok", "not installed; it is for GPUs only")
     if name in INDISPENSABLE:
         return Finding(LIBRARIES, name, "problem", "not installed", remedy, blocks=True)

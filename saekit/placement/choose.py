@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from saekit.config.ranks import AUTO
+from saekit.config.ranks import AUTO, placement_names
 from saekit.errors import UserError
 from saekit.placement.base import Placement
 from saekit.registry import PLACEMENTS
@@ -26,9 +26,8 @@ def connect(asked: str = AUTO, layer_map: str | None = None) -> Placement:
     Raises:
         UserError: If what is asked for contradicts how the process was launched; the message names both.
     """
-    if asked != AUTO and asked not in PLACEMENTS:
-        names = ", ".join((AUTO, *PLACEMENTS.names()))
-        raise UserError(f"--placement {asked}: there is none of that name; choose one of {names}")
+    if asked not in (names := placement_names()):
+        raise UserError(f"--placement {asked}: there is none of that name; choose one of {', '.join(names)}")
     kind = kind_of(choose(asked, os.environ))
     if layer_map is not None and not kind.takes_layer_map:
         raise UserError(f"--layer-map {layer_map} has no meaning under --placement {kind.name}")

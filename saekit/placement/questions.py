@@ -44,7 +44,7 @@ class Questions:
     def supports(cls, train: TrainConfig) -> str | None:
         """Say why these options cannot be trained under this placement, as an error message; None if they can."""
         if train.shard_lm and not cls.shards_lm:
-            return f"--shard-lm, but the placement is {cls.name}: only --placement zero3 shards"
+            return f"--shard-lm, but the placement is {cls.name}, which does not shard the language model: zero3 does"
         if train.layer_map is not None and cls.ranked and not cls.takes_layer_map:
             return f"--layer-map {train.layer_map} has no meaning under --placement {cls.name}"
         return None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from saekit.config import TrainConfig
@@ -169,9 +168,7 @@ class Zero3(Ranked):
         self._backwards.clear()
 
     def _sum_rows(self, partial: Tensor) -> Tensor:
-        total = partial.to(self.device)
-        dist.all_reduce(total)
-        return total.to(partial.device)
+        return self.sum(partial.to(self.device)).to(partial.device)
 
     @torch.no_grad()
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:

@@ -19,7 +19,7 @@ TREND_REPORTS = 24
 """Reports that a trend shows, the newest last."""
 
 ALL_LAYERS = ""
-"""Key of the mean over layers in `RunState.trends`; no hookpoint is called that."""
+"""Key of the mean over layers in `LiveState.trends`; no hookpoint is called that."""
 
 WIDE_ENOUGH_FOR_RANKS = 66
 """Columns of the terminal from which a layer map's ranks are shown."""
@@ -87,8 +87,7 @@ def line(*parts: str | tuple[str, str]) -> Text:
 
 
 def _header(info: RunInfo, width: int) -> list[Text]:
-    layers = len(info.hookpoints)
-    shape = f"{layers} {'layer' if layers == 1 else 'layers'} × {info.code}"
+    shape = f"{units.plural(len(info.hookpoints), 'layer')} × {info.code}"
     parts = [shape, f"width {info.width}", f"{info.place}, {info.dtype}", info.computed_by]
     batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens a step"
     if len(" · ".join([*parts, batch])) <= width:

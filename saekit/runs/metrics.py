@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from saekit.errors import UserError
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
+from saekit.runs.files import write_at_once
 
 EVALUATION = "evaluation"
 """The kind of record that an evaluation is; reports name none."""
@@ -45,13 +46,7 @@ class JsonlReporter:
         self._close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_up_to(self.path, info.start_step) if info.start_step > 0 and self.path.exists() else ""
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        # A crash leaves the old file or the new one, never half of either.
-        os.replace(temporary, self.path)
+        write_at_once(self.path, kept)
 
     def step(self, stats: StepStats) -> None:
         """Write one line.

@@ -45,7 +45,7 @@ def load_eval_data(
     """
     if cfg.train.eval_every is None:
         return None
-    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    token = cfg.model.token
     other = None if cfg.data.evaluates_on_own else cfg.data.for_evaluation()
     if other is not None and other.dataset != cfg.data.dataset:
         return load_sequences(other, tokenizer, ctx_len, token)

@@ -101,7 +101,7 @@ def _load_data(
     cfg: RunConfig, have: InMemory, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> tuple[Sequences, Sequences | None]:
     """Load the data to train on and the data to evaluate on."""
-    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    token = cfg.model.token
     data = load_sequences(cfg.data, tokenizer, ctx_len, token, have.rows)
     if have.eval_rows is not None and cfg.train.eval_every is not None:
         return data, load_sequences(cfg.data.for_evaluation(), tokenizer, ctx_len, token, have.eval_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,11 +80,6 @@ class RunPlan:
         """D of each unit."""
         return {each.hookpoint.name: each.hookpoint.width for each in self.units}
 
-    @property
-    def dead_thresholds(self) -> dict[str, int]:
-        """Return tokens without firing after which a latent of each unit is dead."""
-        return {each.hookpoint.name: each.dead_threshold for each in self.units}
-
     def unit(self, name: str) -> UnitPlan:
         """Return the plan of one unit."""
         return self.units[self.hookpoints.index(name)]
@@ -118,21 +113,21 @@ class RunPlan:
         for the next.
         """
         return {
-            "lr": self._of_units({name: self.unit(name).lr for name in self.hookpoints}),
+            "lr": self._of_units(lambda unit: unit.lr),
             "lr_warmup_steps": self.warmup,
-            "decoder_lr_ratio": self._of_units({name: self.unit(name).rate_ratios[0] for name in self.hookpoints}),
-            "encoder_bias_lr_ratio": self._of_units({name: self.unit(name).rate_ratios[1] for name in self.hookpoints}),
-            "dead_feature_threshold": self._of_units(self.dead_thresholds),
-            "num_latents": self._of_units({name: self.unit(name).num_latents for name in self.hookpoints}),
-            "d_in": self._of_units(self.widths),
+            "decoder_lr_ratio": self._of_units(lambda unit: unit.rate_ratios[0]),
+            "encoder_bias_lr_ratio": self._of_units(lambda unit: unit.rate_ratios[1]),
+            "dead_feature_threshold": self._of_units(lambda unit: unit.dead_threshold),
+            "num_latents": self._of_units(lambda unit: unit.num_latents),
+            "d_in": self._of_units(lambda unit: unit.hookpoint.width),
             "global_batch": self.source.global_batch,
             "kernels": self.kernels.name,
             "select_dtype": self.select_dtype,
         }
 
-    @staticmethod
-    def _of_units(values: Mapping[str, Value]) -> Value | dict[str, Value]:
-        return next(iter(values.values())) if len(set(values.values())) == 1 else dict(values)
+    def _of_units(self, read: Callable[[UnitPlan], Value]) -> Value | dict[str, Value]:
+        values = {unit.hookpoint.name: read(unit) for unit in self.units}
+        return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
     @property
     def select_dtype(self) -> str:
@@ -151,9 +146,7 @@ class RunPlan:
             },
             "schedule": {
                 "lr": lr,
-                "lr_of_last_step": self._of_units(
-                    {name: self.unit(name).lr * scale for name in self.hookpoints},
-                ),
+                "lr_of_last_step": self._of_units(lambda unit: unit.lr * scale),
                 "warmup_steps": self.warmup,
                 "total_steps": self.total_steps,
             },

@@ -63,6 +63,7 @@ class Saver:
         run, plan = self.run, self.plan
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
         improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
+        resolved = plan.resolved()
         about = {**plan.about(), "saekit_version": __version__}
         index = {
             "tokens": run.tokens,
@@ -72,12 +73,12 @@ class Saver:
             **plan.place(run.step),
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
             **about,
-            "dead_feature_threshold": plan.resolved()["dead_feature_threshold"],
+            "dead_feature_threshold": resolved["dead_feature_threshold"],
             "hookpoints": list(plan.hookpoints),
             "versions": library_versions(),
             "excluded_tokens": plan.source.excluded.tolist(),
             "config": plan.config(),
-            "resolved": plan.resolved(),
+            "resolved": resolved,
         }
         layers = records(run, self.bank, plan, about, self.fvu)
         # Each rank writes the layers it speaks for; the first begins and ends.

@@ -240,9 +240,7 @@ def _tally(part: int | None, whole: int) -> str:
 def _range(layers: Sequence[LayerInspection], read: Callable[[LayerInspection], int | None]) -> str:
     """Return a number that all layers share, or its range."""
     known = [value for one in layers if (value := read(one)) is not None]
-    if not known:
-        return units.UNKNOWN
-    return f"{known[0]:,}" if min(known) == max(known) else f"{min(known):,} to {max(known):,}"
+    return units.span(known) if known else units.UNKNOWN
 
 
 def _pairs(histogram: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saekit import units
 from saekit.planning.advice import Advice
 from saekit.planning.calibration import MeasuredRates
 from saekit.planning.job import Job
@@ -143,7 +144,7 @@ def _advice_table(advice: Sequence[Advice]) -> Table:
     for each in advice:
         choice, host = each.choice, each.choice.memory.host
         verdict = Text("fits", "green") if choice.fits else Text("does not fit", "red")
-        layers = f"{each.layers} layer{'s' if each.layers > 1 else ''}"
+        layers = units.plural(each.layers, "layer")
         on_host = f", {_gib(host)} per rank in the machine's memory" if host else ""
         verdict.append(f": {choice.placement}, {layers}{on_host}", "default")
         shown.add_row(" ".join(each.options), _number(choice.total), verdict)

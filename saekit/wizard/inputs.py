@@ -115,7 +115,7 @@ def _take_dataset(draft: Draft, text: str) -> Draft:
 def _open(draft: Draft, *fixable: re.Pattern[str]) -> Draft:
     """Read the first rows; an error that one of the next questions can fix is stored for them."""
     cfg = draft.config()
-    token = cfg.model.hf_token.get_secret_value() if cfg.model.hf_token else None
+    token = cfg.model.token
     try:
         found = peek(cfg.data, known(draft.tokenizer), token)
     except UserError as error:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from saekit import RunConfig, Sae, SaeConfig, TrainConfig, UserError
-from saekit.config.run import read_yaml
+from saekit.config.flat import read_yaml
 from saekit.registry import SELECTIONS
 
 BASE = {"model": "m", "dataset": "d"}
