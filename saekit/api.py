@@ -17,7 +17,7 @@ from saekit.config import RunConfig
 from saekit.config.flat import option_names, unknown_options
 from saekit.config.options import options_of
 from saekit.config.run import PARTS
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.runs.folder import all_options
 
 if TYPE_CHECKING:
@@ -298,4 +298,4 @@ def _user_errors() -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise UserError(first_line(error)) from error

@@ -34,3 +34,8 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
         self.run_dir = run_dir
         self.by_user = by_user
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, for a message of one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
 from saekit.config import ModelConfig, TrainConfig
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.sae.kernels import has_fast_bf16
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
     try:
         return auto.from_pretrained(name, revision=cfg.revision or "main", token=token, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"model {cfg.model!r} could not be loaded: it is neither a complete local folder nor a model on the hub "
             f"that can be reached ({reason})"

@@ -21,7 +21,7 @@ import yaml
 import saekit
 from saekit.cli.output import EXIT_FAULT, LAUNCHED, fail, leave
 from saekit.config.ranks import AUTO
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from saekit.planning import Offload
@@ -136,7 +136,7 @@ def _processes(file: Path, name: str, asked: int | None) -> int:
         said = load_config_from_file(str(file))
         kind, machines, number = said.distributed_type.value, said.num_machines, said.num_processes
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--launch {name}: not a launch file that accelerate can read ({reason})") from None
     if kind not in STARTABLE:
         # MULTI_CPU, for one, starts a single process whatever num_processes says.
@@ -271,7 +271,7 @@ def _read_launch_file(name: str) -> dict[str, object]:
     try:
         said = yaml.safe_load(launch_file(name).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--launch {name}: not a launch file that can be read ({reason})") from None
     return said if isinstance(said, dict) else {}
 

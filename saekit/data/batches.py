@@ -106,7 +106,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
 
 
 def _all_of_length(data: Dataset, length: int) -> bool:
-    """Tell whether every row has `ctx_len` tokens, by Arrow's offsets, not by the tokens."""
+    """Tell whether every row has `length` tokens, by Arrow's offsets, not by the tokens."""
     import pyarrow.compute as pc
 
     for batch in data.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000):

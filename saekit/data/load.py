@@ -15,7 +15,7 @@ import numpy as np
 from saekit.config import DataConfig
 from saekit.data.batches import MemmapSequences, Sequences, sequences
 from saekit.data.pack import chunk_and_tokenize
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -134,13 +134,13 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
         return load(*args, **kwargs)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise UserError(
-            f"data set {cfg.dataset!r} was found neither on this machine nor on the hub ({_first_line(error)})"
+            f"data set {cfg.dataset!r} was found neither on this machine nor on the hub ({first_line(error)})"
         ) from error
     except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl, where there is no row
         raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
     except (ValueError, TypeError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {_first_line(reason)}") from error
+        raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {first_line(reason)}") from error
 
 
 def _materialize(stream: Any, cfg: DataConfig) -> Dataset:
@@ -193,10 +193,6 @@ def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_FORMATS
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 ROWS = 20
 """Rows that `peek` reads."""
 IDS = 1024
@@ -234,8 +230,12 @@ def peek(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str | None 
     try:
         # A slice of a split has no meaning for a stream.
         split = cfg.split.partition("+")[0].partition("[")[0]
-        return _look(dataclasses.replace(cfg, split=split, data_args={**cfg.data_args, "streaming": True}), token)
-    except (UserError, NotImplementedError):  # datasets raises the latter for a stream of some caches
+        # Processes are for reading everything; datasets refuses them for a stream.
+        arguments = {name: value for name, value in cfg.data_args.items() if name != "num_proc"}
+        return _look(dataclasses.replace(cfg, split=split, data_args={**arguments, "streaming": True}), token)
+    except NotImplementedError:  # of datasets: some archives cannot be streamed, online or not
+        return _look(cfg, token)
+    except UserError:
         from datasets.config import HF_HUB_OFFLINE
 
         if not HF_HUB_OFFLINE:

@@ -42,7 +42,7 @@ class Demand:
     on_gpu: bool
     shard_lm: bool = False
     offload: Offload = NO_OFFLOAD
-    """None where the placement cannot offload."""
+    """`NO_OFFLOAD` where the placement cannot offload."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,31 @@ def test_token_ids(tmp_path, look):
     assert found.first[0]["input_ids"] == list(range(len(found.first[0]["input_ids"])))
 
 
+def test_options_that_a_stream_cannot_have(tmp_path, look, rows, documents, monkeypatch):
+    """Online and offline alike: no hub is asked for a file."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    rows.to_json(tmp_path / "t.jsonl")
+    found = look(tmp_path / "t.jsonl", data_args={"num_proc": 2})
+    assert [row["text"] for row in found.first] == documents[:ROWS]
+
+
+def test_what_cannot_be_streamed_is_read_whole(tmp_path, look, rows, monkeypatch):
+    import datasets
+
+    load = datasets.load_dataset
+
+    def refuses_streams(*args, streaming=False, **options):
+        if streaming:
+            raise NotImplementedError("this archive cannot be streamed")
+        return load(*args, **options)
+
+    monkeypatch.setattr("datasets.load_dataset", refuses_streams)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    rows.to_json(tmp_path / "t.jsonl")
+    found = look(tmp_path / "t.jsonl")
+    assert (len(found.first), found.count) == (min(ROWS, len(rows)), len(rows))
+
+
 def test_nothing_is_written_to_the_cache(tmp_path, look, rows, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -37,9 +37,14 @@ class Selection:
     num_sums: ClassVar[int] = 0
     """The number of values that `sums` gives per token."""
     fits: ClassVar[bool] = False
-    """Whether `fit_` does something: only then is a sample of the first batch taken for it."""
+    """Whether a kind defines `fit_`: only then is a sample of the first batch taken for it. Found out by itself."""
     moves: ClassVar[bool] = False
-    """Whether `move_` does something: only then are firings and `sums` added up over the ranks."""
+    """Whether a kind defines `move_`: only then are firings and `sums` added up over the ranks. Found out by itself."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.fits = cls.fit_ is not Selection.fit_
+        cls.moves = cls.move_ is not Selection.move_
 
     def __init__(self, k: int, num_latents: int) -> None:
         self.check(k, num_latents)

@@ -58,8 +58,6 @@ class BatchTopK(TopK):
     lr_factor: ClassVar[float] = 2.0
     """Measured in docs/quality.md."""
     num_sums: ClassVar[int] = 1
-    fits: ClassVar[bool] = True
-    moves: ClassVar[bool] = True
     threshold: Tensor
     """θ, float64 and 0-dimensional, on the SAE's device."""
 
