@@ -80,7 +80,7 @@ def evaluate(
     plugin: Plugins = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
-    """Evaluate SAEs on held-out tokens: reconstruction, and what grafting it into the language model costs."""
+    """Evaluate SAEs on held-out tokens: reconstruction, and what splicing it into the language model costs."""
     load_plugins({"plugin": plugin})
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
