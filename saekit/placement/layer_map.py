@@ -114,19 +114,21 @@ class LayerMap(Ranked, LocalBank):
             if number + 1 < len(self._waves):
                 coming.append(self._send(acts, self._waves[number + 1], tokens, rows))
             if self.rank in wave:
-                yield wave[self.rank], arrived.view(sum(rows), -1)
+                yield wave[self.rank], arrived
 
     def _send(self, acts: dict[str, Tensor], wave: Wave, tokens: int, rows: list[int]) -> tuple[Tensor, dist.Work]:
         """Start one wave.
 
-        What arrives once the work is done is this rank's unit, `[sum(rows) · D]` in rank order; D may differ in a wave.
+        What arrives once the work is done is this rank's unit, `[sum(rows), D]` in rank order, or `[0]` where it has
+        none in this wave. D may differ in a wave, and there may be no rows at all.
         """
         widths = {owner: acts[wave[owner]].shape[1] for owner in sorted(wave)}
         leaving = torch.cat([acts.pop(wave[owner]).flatten() for owner in widths])
         send = [tokens * widths.get(owner, 0) for owner in range(self.world_size)]
         receive = [count * widths.get(self.rank, 0) for count in rows]
         arrived = leaving.new_empty(sum(receive))
-        return arrived, dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
+        work = dist.all_to_all_single(arrived, leaving, receive, send, async_op=True)
+        return (arrived.view(sum(rows), widths[self.rank]) if self.rank in wave else arrived), work
 
     def counted(self, mask_N: Tensor) -> Tensor:
         """Return all ranks' masks in rank order, as their rows arrive: `[W · N]`."""

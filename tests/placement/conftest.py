@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,13 @@ def train(tmp_path_factory, token_dir, forked):
     """Run `saekit train` on some ranks and return the run's folder; each different command runs once."""
     root = tmp_path_factory.mktemp("runs")
     done: dict[tuple, Path] = {}
+    numbers = count()  # not of what is done: a run that failed has left its folder
 
     def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None, data=token_dir):
         key = (str(model), str(data), ranks, batch_size, launch_file, name, *options)
         if key in done:
             return done[key]
-        name = name or f"run{len(done)}"
+        name = name or f"run{next(numbers)}"
         sizes = [
             "--batch-size",
             batch_size or GLOBAL_BATCH // ranks,
