@@ -601,4 +601,6 @@ FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for 
 
 
 if __name__ == "__main__":
-    main(FAULTS)
+    import torch
+
+    main(FAULTS, {} if torch.cpu._is_amx_tile_supported() else {AMX: "this CPU has no AMX"})

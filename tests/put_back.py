@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -115,14 +115,23 @@ def fail_anyway(tests: Sequence[str]) -> set[str]:
         return set(failures(copy_tree(folder), there))
 
 
-def main(faults: Sequence[Fault]) -> None:
-    """Try faults; the exit status is 1 if one of them was missed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=main.__doc__)
+def main(faults: Sequence[Fault], idle: Mapping[str, str]) -> None:
+    """Try faults; the exit status is 1 if one of them was missed.
+
+    Args:
+        faults: All that there are.
+        idle: Why a fault in a file does nothing on this machine, by file: such faults are named and not tried.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Try faults; status 1 if one was missed.")
     parser.add_argument("words", nargs="*", help="try only the faults whose names contain one of these")
     parser.add_argument("--jobs", type=int, default=1, help="how many to try at a time (each takes one core)")
     asked = parser.parse_args()
-    chosen = [each for each in faults if not asked.words or any(word in each.name for word in asked.words)]
+    wanted = [each for each in faults if not asked.words or any(word in each.name for word in asked.words)]
+    chosen = [each for each in wanted if each.file not in idle]
     console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
+    for fault in wanted:
+        if fault.file in idle:
+            console.print(f"not tried       {fault.name}: {idle[fault.file]}", markup=False)
     verdicts = []
     with ThreadPoolExecutor(asked.jobs) as pool:
         for verdict in pool.map(try_fault, chosen):
