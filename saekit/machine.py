@@ -7,7 +7,9 @@ import math
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +48,26 @@ def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:  # not Linux
         named = None
     return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Return the folder for what saekit can make again: `$XDG_CACHE_HOME/saekit`, by default below `~/.cache`.
+
+    Where that cannot be written, it is a folder of this process only.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # the second: nobody's home
+        pass
+    return _folder_of_this_process()
+
+
+@cache
+def _folder_of_this_process() -> Path:
+    return Path(tempfile.mkdtemp(prefix="saekit-"))
 
 
 def usable_memory(root: Path = GROUPS, own: Path = OWN_GROUPS) -> int:

@@ -116,13 +116,8 @@ def fail_anyway(tests: Sequence[str]) -> set[str]:
 
 
 def main(faults: Sequence[Fault], idle: Mapping[str, str]) -> None:
-    """Try faults; the exit status is 1 if one of them was missed.
-
-    Args:
-        faults: All that there are.
-        idle: Why a fault in a file does nothing on this machine, by file: such faults are named and not tried.
-    """
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Try faults; status 1 if one was missed.")
+    """Try faults, except in files of which `idle` says why this machine never runs them; status 1 if one was missed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=main.__doc__)
     parser.add_argument("words", nargs="*", help="try only the faults whose names contain one of these")
     parser.add_argument("--jobs", type=int, default=1, help="how many to try at a time (each takes one core)")
     asked = parser.parse_args()

@@ -104,7 +104,8 @@ def test_the_maths_needs_torch_only():
         "warnings",
     }
     compiling = {"ctypes", "hashlib", "platform", "shutil", "subprocess", "sys", "tempfile", "threading"}
-    standard |= compiling | {"copy", "weakref"}
+    measuring = {"contextlib", "time"}
+    standard |= compiling | measuring | {"copy", "weakref"}
     for file in (ROOT / "sae").rglob("*.py"):
         found = {name.split(".")[0] for name in imports_of(file)}
         assert found <= allowed | standard, file

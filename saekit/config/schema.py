@@ -191,8 +191,8 @@ class TrainConfig:
     select_dtype: Literal["auto", "fp32", "bf16", "int8"] = option(
         "auto",
         "Precision of the scores that find candidates for the k latents; the choice among them is made in float32. "
-        "auto takes what the hardware is fast at: bf16 on GPUs and CPUs with fast bfloat16, int8 on other CPUs with "
-        "VNNI, else fp32. fp32 is for bit-exact work.",
+        "auto takes bf16 on GPUs that are fast at it; on a CPU it times fp32, bf16 and int8 at the run's own sizes, "
+        "once, and a resumed run keeps what it began with. fp32 is for bit-exact work.",
         panel=SPEED,
     )
 

@@ -161,8 +161,9 @@ def kernels(device: torch.device, *, triton: bool, capability: tuple[int, int] |
     dtype = "fast here: --dtype auto takes it" if has_fast_bf16(device) else "slow here: --dtype auto is float32"
     yield Finding(DEVICES, "bf16", "ok", dtype)
     chosen = choose_kernels("auto", "auto", device)
-    select = next(name for name, kind in SELECT_DTYPES.items() if kind == chosen.select_dtype)
-    found = f"auto is {chosen.name}, selecting in {select}"
+    found = f"auto is {chosen.name}"
+    if device.type != "cpu":
+        found += f", selecting in {next(name for name, kind in SELECT_DTYPES.items() if kind == chosen.select_dtype)}"
     if device.type == "cuda" and not triton:
         found += ": without Triton, its kernels for GPUs cannot be used"
         yield Finding(DEVICES, "kernels", "note", found, "pip install triton")
@@ -174,3 +175,24 @@ def kernels(device: torch.device, *, triton: bool, capability: tuple[int, int] |
         yield Finding(DEVICES, "kernels", "note", found, "apt install g++ (or name a C++ compiler in CXX)")
     else:
         yield Finding(DEVICES, "kernels", "ok", found)
+    if device.type == "cpu":
+        yield Finding(DEVICES, "selecting", "ok", selecting(chosen.name))
+
+
+def selecting(backend: str) -> str:
+    """Tell in which type `auto` selects on this CPU, as far as runs have measured it.
+
+    Args:
+        backend: The kernels that run here.
+    """
+    from saekit.sae.kernels.fastest import fastest, known, types
+
+    measured = known(backend)
+    if not measured:
+        return f"auto takes the fastest of {', '.join(types())}, which a run measures at its own sizes: none has yet"
+    told = []
+    for work, seconds in measured.items():
+        best = fastest(seconds)
+        others = ", ".join(f"{name} {each / seconds[best]:.1f} ×" for name, each in seconds.items() if name != best)
+        told.append(f"{best} for {work}" + (f" ({others} its time)" if others else ""))
+    return f"auto is {'; '.join(told)}, as measured here"

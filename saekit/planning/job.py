@@ -18,7 +18,8 @@ from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.planning.language_model import LmCost, language_model_cost
 from saekit.planning.machine import Machine
-from saekit.sae.kernels import auto_backend, check_select_dtype, has_fast_bf16, has_fast_int8
+from saekit.sae.kernels import auto_backend, check_select_dtype, likely_type
+from saekit.sae.kernels.fastest import Work, fastest, remembered
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         fast = "bf16"
     else:
         dtype = resolve_dtype(cfg.model.dtype, machine.device)
-        fast = "bf16" if has_fast_bf16(machine.device) else "int8" if has_fast_int8(machine.device) else "fp32"
+        active = train.sae.kind(train.sae.k, num_latents).max_active
+        work = Work(train.batch_size * ctx_len // train.micro_acc_steps, shape.d_in, num_latents, active)
+        seconds = remembered(backend, work)
+        fast = fastest(seconds) if seconds else likely_type(machine.device)
     select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
     if backend == "eager":
         select_dtype = "fp32"

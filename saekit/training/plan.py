@@ -16,7 +16,9 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import RunInfo
 from saekit.runs.folder import run_folder
-from saekit.sae.kernels import SELECT_DTYPES, Kernels, auto_backend, choose_kernels
+from saekit.sae.kernels import SELECT_DTYPES, Kernels
+from saekit.sae.kernels.fastest import Work
+from saekit.training.agreed import agreed_kernels
 from saekit.training.optimizers import base_lr, decays, rate_ratios
 from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
 
@@ -54,6 +56,12 @@ class UnitPlan:
         )
         rate = base_lr(cfg, num_latents, hookpoint.width)
         return cls(hookpoint, num_latents, rate, rate_ratios(cfg, hookpoint.width), asleep)
+
+    def work(self, cfg: TrainConfig, tokens: int) -> Work:
+        """Return what the unit encodes at a time, if that is so many tokens."""
+        return Work(
+            tokens, self.hookpoint.width, self.num_latents, cfg.sae.kind(cfg.sae.k, self.num_latents).max_active
+        )
 
 
 @dataclass(frozen=True)
@@ -197,11 +205,11 @@ def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement:
     source.begin(cfg, placement.device, placement.rank, placement.world_size)
     try:
         units = tuple(UnitPlan.of(cfg, hookpoint, source) for hookpoint in source.hookpoints)
-        backend = _one_backend(placement) if cfg.kernels == "auto" else cfg.kernels
-        kernels = choose_kernels(backend, cfg.select_dtype, placement.device)
+        run_dir = run_folder(cfg, default_run_name(source.name, run))
+        tokens = placement.rows(cfg.batch_size * source.ctx_len, placement.world_size) // cfg.micro_acc_steps
+        kernels = agreed_kernels(cfg, [unit.work(cfg, tokens) for unit in units], placement, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from None
-    run_dir = run_folder(cfg, default_run_name(source.name, run))
     return RunPlan(cfg=cfg, units=units, source=source, kernels=kernels, run_dir=run_dir, run=run)
 
 
@@ -210,9 +218,3 @@ def default_run_name(model_name: str, run: RunConfig | None) -> str:
     parts = [Path(model_name).name] + ([Path(run.data.dataset).name.split("*")[0]] if run else [])
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "-" for c in part).strip("-.") for part in parts)
     return name.strip("-.") or "run"
-
-
-def _one_backend(placement: Placement) -> str:
-    """The kernels of all ranks, which step replicas of the same SAEs: where one has no compiler, torch's for all."""
-    wanted = set(placement.gather(auto_backend(placement.device)))
-    return wanted.pop() if len(wanted) == 1 else "cpu"

@@ -317,20 +317,31 @@ def test_the_cpu_and_its_vectors():
 
 
 def test_kernels_on_this_cpu_are_those_that_train():
-    from saekit.sae.kernels import SELECT_DTYPES, choose_kernels
+    from saekit.sae.kernels import auto_backend
 
-    bf16, kernels = devices.kernels(torch.device("cpu"), triton=False, capability=None)
+    bf16, kernels, selecting = devices.kernels(torch.device("cpu"), triton=False, capability=None)
     fine(bf16)
-    chosen = choose_kernels("auto", "auto", torch.device("cpu"))
-    name, select = fine(kernels).found.removeprefix("auto is ").split(", selecting in ")
-    assert (name, SELECT_DTYPES[select]) == (chosen.name, chosen.select_dtype)
+    fine(selecting)
+    assert fine(kernels).found == f"auto is {auto_backend(torch.device('cpu'))}"
+
+
+def test_what_runs_have_measured_is_told(tmp_path, monkeypatch):
+    from saekit.sae.kernels import fastest
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fastest, "types", lambda *_: ("fp32", "int8"))
+    assert devices.selecting("cpu").endswith("none has yet")
+    monkeypatch.setattr(fastest, "measure", lambda *_: {"fp32": 0.3, "int8": 0.1})
+    fastest.seconds_by_type("cpu", fastest.Work(4096, 512, 16384, 32))
+    assert "auto is int8 for D 512, M 16384, k 32, N 4096 (fp32 3.0 × its time)" in devices.selecting("cpu")
+    assert devices.selecting("native").endswith("none has yet")
 
 
 def test_a_cpu_without_a_compiler(monkeypatch):
     monkeypatch.setattr("saekit.sae.kernels.native_build.why_not", lambda: "no C++ compiler")
-    _, kernels = devices.kernels(torch.device("cpu"), triton=False, capability=None)
+    _, kernels, _ = devices.kernels(torch.device("cpu"), triton=False, capability=None)
     found = fixes(kernels, "note", "apt install g++", "CXX")
-    assert found.found.startswith("auto is cpu, ")
+    assert found.found.startswith("auto is cpu; ")
     assert found.found.endswith("no C++ compiler")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saekit.sae.kernels import choose_kernels, native_build
-from saekit.training.plan import _one_backend
+from saekit.training.agreed import one_backend
 from tests.sae.native import needs_native
 
 
@@ -83,6 +83,6 @@ def test_all_ranks_take_the_same_kernels():
             return [value, *self.others]
 
     own = choose_kernels("auto", "fp32", Ranks.device).name
-    assert _one_backend(Ranks(own, own)) == own
+    assert one_backend(Ranks(own, own)) == own
     for others in ("cpu", "native"), ("native", "triton"):
-        assert _one_backend(Ranks(*others)) == "cpu"
+        assert one_backend(Ranks(*others)) == "cpu"

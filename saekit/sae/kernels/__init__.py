@@ -16,6 +16,7 @@ from saekit.sae.kernels.choose import (
     default_kernels,
     has_fast_bf16,
     has_fast_int8,
+    likely_type,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "default_kernels",
     "has_fast_bf16",
     "has_fast_int8",
+    "likely_type",
 ]

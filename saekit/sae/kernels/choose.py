@@ -92,7 +92,7 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
 
     Args:
         backend: One of `BACKENDS`, or `auto`: see `auto_backend`.
-        select_dtype: One of `SELECT_DTYPES`, or `auto`: what the device multiplies faster than float32, if anything.
+        select_dtype: One of `SELECT_DTYPES`, or `auto`: `likely_type`.
         device: Where the SAE is.
 
     Raises:
@@ -104,7 +104,7 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
     if backend == "eager":
         return Eager()
     if select_dtype == "auto":
-        select_dtype = "bf16" if has_fast_bf16(device) else "int8" if has_fast_int8(device) else "fp32"
+        select_dtype = likely_type(device)
     dtype = SELECT_DTYPES[select_dtype]
     if backend == "cpu":
         return Sparse("cpu", torch_ops, dtype)
@@ -118,6 +118,11 @@ def auto_backend(device: torch.device) -> str:
     if device.type == "cuda":
         return "triton" if has_triton() else "cpu"
     return "native" if device.type == "cpu" and native_build.why_not() is None else "cpu"
+
+
+def likely_type(device: torch.device) -> str:
+    """Return the type that a device is likely to select in fastest, by what it is; `fastest` measures it on a CPU."""
+    return "bf16" if has_fast_bf16(device) else "int8" if has_fast_int8(device) else "fp32"
 
 
 def check_select_dtype(backend: str, select_dtype: str, device: torch.device) -> None:

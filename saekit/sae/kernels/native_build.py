@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from saekit.machine import cache_folder
+
 SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("native_*.h")))
 """It, and what it includes."""
@@ -56,7 +58,7 @@ def library() -> ctypes.CDLL:
     flags = (*FLAGS, THIS_CPU[platform.machine()]) if platform.machine() in THIS_CPU else FLAGS
     sources = (source.read_text("utf-8") for source in SOURCES)
     name = hashlib.sha256("\0".join((*sources, _version(compiler), *flags, _cpu())).encode())
-    path = _cache() / f"native-{name.hexdigest()[:16]}.so"
+    path = cache_folder() / f"native-{name.hexdigest()[:16]}.so"
     if not path.exists():
         _compile(compiler, flags, path)
     ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the kernels find their OpenMP calls there, and link to none
@@ -102,23 +104,6 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     telling = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
-
-
-def _cache() -> Path:
-    try:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit"
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            return directory
-    except (OSError, RuntimeError):  # the second: nobody's home
-        pass
-    return _cache_of_this_process()
-
-
-@cache
-def _cache_of_this_process() -> Path:
-    """Make a folder for this process only, where nothing can be cached."""
-    return Path(tempfile.mkdtemp(prefix="saekit-"))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:

@@ -132,8 +132,9 @@ class Sparse(NamedTuple):
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, centre_D: Tensor | None, parts: int
     ) -> tuple[Tensor, Tensor, _Pairs]:
         pairs = _Pairs(None, W_MD.shape[0], self.ops)
-        few = num_candidates(k, W_MD.shape[0], parts) * WORTH_FROM <= W_MD.shape[0]
-        select_dtype = self.select_dtype if self.select_dtype and few else W_MD.dtype
+        select_dtype = self.select_dtype
+        if select_dtype is None or not low_precision_pays(k, W_MD.shape[0], parts):
+            select_dtype = W_MD.dtype
         acts_NK, indices_NK = _EncodeTopK.apply(x_ND, W_MD, b_M, centre_D, k, parts, pairs, self.ops, select_dtype)
         return acts_NK, indices_NK, pairs
 
@@ -143,6 +144,16 @@ def num_candidates(k: int, num_latents: int, parts: int = 1) -> int:
     each = k // parts
     spare = max(each // 2, LEAST_SPARE // parts, 1)
     return min(each + spare, num_latents // parts) * parts
+
+
+def low_precision_pays(k: int, num_latents: int, parts: int = 1) -> bool:
+    """Tell whether candidates for `k` latents are so few that to name them in low precision can save time."""
+    return num_candidates(k, num_latents, parts) * WORTH_FROM <= num_latents
+
+
+def least_latents(k: int) -> int:
+    """Return the smallest number of latents for which `low_precision_pays`."""
+    return (k + max(k // 2, LEAST_SPARE, 1)) * WORTH_FROM
 
 
 class _Pairs:

@@ -1,0 +1,83 @@
+"""The kernels of a run: what `auto` comes to, the same on all ranks and for as long as the run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from saekit.config import TrainConfig
+from saekit.placement import Placement
+from saekit.runs.checkpoint import numbered
+from saekit.runs.folder import goes_on
+from saekit.runs.layout import INDEX_FILE, is_checkpoint
+from saekit.sae.kernels import Kernels, auto_backend, choose_kernels, likely_type
+from saekit.sae.kernels.fastest import Work, fastest, seconds_by_type, types
+
+
+def agreed_kernels(cfg: TrainConfig, works: Sequence[Work], placement: Placement, run_dir: Path) -> Kernels:
+    """Return the kernels of all units on all ranks. Collective.
+
+    A resumed run keeps what it began with, where this machine has it.
+
+    Args:
+        cfg: Says which, or `auto`.
+        works: What the units encode at a time; the largest decides.
+        placement: The ranks.
+        run_dir: The run's folder.
+
+    Raises:
+        ValueError: If what the configuration asks for cannot run here.
+    """
+    began = began_with(cfg, run_dir, placement)
+    backend = one_backend(placement, began.get("kernels")) if cfg.kernels == "auto" else cfg.kernels
+    select: str = cfg.select_dtype
+    if select == "auto" and backend != "eager":
+        largest = max(works, key=lambda work: work.tokens * work.d_in * work.num_latents)
+        select = _one_type(backend, largest, placement, began.get("select_dtype"))
+    return choose_kernels(backend, select, placement.device)
+
+
+def began_with(cfg: TrainConfig, run_dir: Path, placement: Placement) -> Mapping[str, Any]:
+    """Return what was resolved for the run that goes on, by its newest checkpoint; nothing for a new one. Collective.
+
+    A checkpoint that cannot be read says nothing here: whoever restores it reports that.
+    """
+    found: dict[str, Any] = {}
+    if placement.rank == 0 and goes_on(cfg, run_dir):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            named = cfg.resume if isinstance(cfg.resume, Path) and is_checkpoint(cfg.resume) else None
+            newest = named or numbered(run_dir)[-1][0]
+            found = dict(json.loads((newest / INDEX_FILE).read_text(encoding="utf-8"))["resolved"])
+    return placement.gather(found)[0]
+
+
+def one_backend(placement: Placement, before: str | None = None) -> str:
+    """Return the kernels of all ranks, which step replicas of the same SAEs. Collective.
+
+    Args:
+        placement: The ranks. Where one of them has no compiler, all take torch's operations.
+        before: The kernels that the run began with: kept on a CPU.
+    """
+    auto = auto_backend(placement.device)
+    keeps = before == "cpu" and placement.device.type == "cpu"
+    return _one_of(placement.gather("cpu" if keeps else auto), otherwise="cpu")
+
+
+def _one_type(backend: str, work: Work, placement: Placement, before: str | None) -> str:
+    """Return the type in which all ranks select: that in which the slowest of them is fastest. Collective."""
+    here = types(placement.device)
+    if all(placement.gather(before in here)):
+        return str(before)
+    if not (placement.device.type == "cpu" and work.is_measured):
+        return _one_of(placement.gather(likely_type(placement.device)), otherwise="fp32")
+    everywhere = placement.gather(seconds_by_type(backend, work))
+    names = [name for name in everywhere[0] if all(name in each for each in everywhere)]
+    return fastest({name: max(each[name] for each in everywhere) for name in names})
+
+
+def _one_of(wanted: Sequence[str], otherwise: str) -> str:
+    """Return what all ranks want, or else what all of them have."""
+    return wanted[0] if len(set(wanted)) == 1 else otherwise
