@@ -176,6 +176,18 @@ def activations(tokens: int, d_in: int, seed: int = 0) -> torch.Tensor:
     return x * d_in**0.5
 
 
+def auto_type(size: str, device: torch.device) -> str:
+    """What `--select-dtype auto` comes to for a size, D,M,k,N: on a CPU measured, or remembered."""
+    from saekit.sae.kernels import auto_backend, likely_type
+    from saekit.sae.kernels.fastest import Work, fastest, seconds_by_type
+
+    d_in, num_latents, k, tokens = map(int, size.split(","))
+    work = Work(tokens, d_in, num_latents, k)
+    if device.type != "cpu" or not work.is_measured:
+        return likely_type(device)
+    return fastest(seconds_by_type(auto_backend(device), work))
+
+
 def train(python: Path | str, script: str, job: Job) -> float:
     """Run a training script on `job`; returns its wall time in seconds, start-up included."""
     out = Path(job.out)

@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --gpu
+    python benchmarks/kernels.py --auto           # is what auto takes the fastest of all?
 
 The floor is what this machine's own rates allow, measured right before and after each step that is held to it: the
 time of a plain matmul of the same shape in the type that selects, the sparse sums' over that of float32, and the bytes
@@ -10,7 +11,8 @@ Counted are only bytes that no cache of any size could save: parameters, moments
 algorithm must read or write it. The scores are not counted (they need not leave the cache), nor are rows that are
 gathered again, nor the matrices' gradients (a row of one need not live longer than its step).
 
-Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor.
+Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor; with --auto, where what auto takes is not
+within 5% of the fastest backend and type.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from common import HERE, activations, hardware, spread, versions
+from common import HERE, activations, auto_type, hardware, spread, versions
 from measure import synchronize
 from one_unit import OneUnit
 from recipes import REFERENCE
@@ -39,9 +41,12 @@ from rich.table import Table
 
 from saekit import TrainConfig
 from saekit.sae.kernels import Kernels, auto_backend, choose_kernels
+from saekit.sae.kernels.fastest import types
 
 CPU_SIZES = ["512,16384,32,4096", "768,24576,32,2048"]
 GPU_SIZES = ["4096,131072,64,8192"]
+AUTO_SIZES = ["256,4096,32,2048", *CPU_SIZES]
+AUTO_WITHIN = 1.05
 STREAM_BYTES = {"cpu": 2**29, "cuda": 2**32}
 """So many that on a GPU the launch does not count."""
 OPERATIONS = ("encode", "forward", "forward and backward", "step", "step, bf16 moments")
@@ -54,21 +59,27 @@ def main(
     rounds: Annotated[int, typer.Option(help="Times everything is measured, in turn; medians count.", min=1)] = 9,
     at_most: Annotated[float | None, typer.Option(help="Times the floor.")] = None,
     select_dtype: Annotated[str, typer.Option(help="In the place of auto, what the hardware is fast at.")] = "auto",
+    auto: Annotated[bool, typer.Option("--auto", help="Time all backends and types beside what auto takes.")] = False,
     profile: Annotated[bool, typer.Option(help="Also print torch's profile of the fastest backend's step.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
     """Measure kernels."""
     device = torch.device("cuda" if gpu else "cpu")
+    if auto:
+        raise typer.Exit(compare_with_auto(size or (GPU_SIZES if gpu else AUTO_SIZES), device, rounds))
     at_most = at_most or (1.6 if gpu else 2.0)
-    backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", select_dtype)]
-    if auto_backend(device) == "native":
-        backends += [("native", "fp32"), ("native", select_dtype)]
-    if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
-        backends = [("triton", "fp32"), ("triton", select_dtype)]
     results = []
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))
         x_ND = activations(tokens, d_in).to(device)
+        select = select_dtype if select_dtype != "auto" else auto_type(text, device)
+        backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", select)]
+        if auto_backend(device) == "native":
+            backends += [("native", "fp32"), ("native", select)]
+        if (
+            gpu
+        ):  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
+            backends = [("triton", "fp32"), ("triton", select)]
         kernels = {f"{name} {dtype}": choose_kernels(name, dtype, device) for name, dtype in backends}
         results.append({"size": text, **measure(x_ND, num_latents, k, kernels, rounds)})
         console.print(table(results[-1]))
@@ -88,6 +99,38 @@ def main(
     if missed:
         console.print(f"[red]More than {at_most} × the floor at {', '.join(missed)}")
         raise typer.Exit(1)
+
+
+def compare_with_auto(sizes: list[str], device: torch.device, rounds: int) -> bool:
+    """Time a whole step of every backend and type, in turn, and print each beside what auto takes.
+
+    Returns:
+        Whether auto is missed by more than it may be at one of the sizes.
+    """
+    missed = False
+    for text in sizes:
+        d_in, num_latents, k, tokens = map(int, text.split(","))
+        x_ND = activations(tokens, d_in).to(device)
+        taken = f"{auto_backend(device)} {auto_type(text, device)}"
+        backends = [each for each in ("cpu", "native", "triton") if each in ("cpu", auto_backend(device))]
+        pairs = [("eager", "fp32")] * (device.type == "cpu")
+        pairs += [(backend, dtype) for backend in backends for dtype in types(device)]
+        steps = {
+            f"{backend} {dtype}": make_unit(x_ND, num_latents, k, choose_kernels(backend, dtype, device), "fp32").step
+            for backend, dtype in pairs
+        }
+        seconds: dict[str, list[float]] = {}
+        for number in range(rounds + 2):
+            for name, step in steps.items():
+                note(seconds, name, step, device, number >= 2)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
+        over = medians[taken] / min(medians.values())
+        missed = missed or over > AUTO_WITHIN
+        shown = ", ".join(
+            f"{name} {each * 1e3:.1f}" for name, each in sorted(medians.items(), key=lambda each: each[1])
+        )
+        console.print(f"D, M, k, N = {text}: auto takes {taken}, {over:.2f} × the fastest; ms of a step: {shown}")
+    return missed
 
 
 def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Kernels], rounds: int) -> dict[str, Any]:

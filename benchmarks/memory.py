@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import HERE, activations, hardware, json_from, peer_python, versions
+from common import HERE, activations, auto_type, hardware, json_from, peer_python, versions
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -90,7 +90,8 @@ def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[st
         folder = Path(work)
         job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": 2, "bf16": gpu}
         job |= {"device": "cuda" if gpu else "cpu", "activations": str(folder / "x.safetensors")}
-        job |= {"kernels": "auto", "select_dtype": "auto", "moments_dtype": "fp32"}
+        select = auto_type(size, torch.device(job["device"]))
+        job |= {"kernels": "auto", "select_dtype": select, "moments_dtype": "fp32"}
         save_file({"x": activations(tokens, d_in)}, job["activations"])
         for _ in range(repeats):
             for name, changes in CONTESTANTS.items():

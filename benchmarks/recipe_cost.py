@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import activations, spread
+from common import activations, auto_type, spread
 from measure import synchronize
 from one_unit import OneUnit
 from recipes import NESTED, REFERENCE
@@ -41,7 +41,8 @@ TINY_RATE = 1e-9
 def make_unit(recipe: dict[str, Any], x_ND: torch.Tensor, num_latents: int, k: int, dead: float) -> OneUnit:
     """What a recipe trains."""
     cfg = TrainConfig(**{**recipe, "lr": TINY_RATE})
-    return OneUnit(cfg, x_ND, num_latents, k, choose_kernels("auto", "auto", x_ND.device), dead)
+    select = auto_type(f"{x_ND.shape[1]},{num_latents},{k},{len(x_ND)}", x_ND.device)
+    return OneUnit(cfg, x_ND, num_latents, k, choose_kernels("auto", select, x_ND.device), dead)
 
 
 def seconds_of(unit: OneUnit, device: torch.device) -> float:

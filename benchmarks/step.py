@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import HERE, activations, hardware, json_from, peer_python, spread, versions
+from common import HERE, activations, auto_type, hardware, json_from, peer_python, spread, versions
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -69,7 +69,8 @@ def main(
     for text in size or (GPU_SIZES if gpu else CPU_SIZES):
         d_in, num_latents, k, tokens = map(int, text.split(","))
         job = {"d_in": d_in, "num_latents": num_latents, "k": k, "steps": steps, "bf16": gpu}
-        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": select_dtype}
+        select = select_dtype if select_dtype != "auto" else auto_type(text, torch.device("cuda" if gpu else "cpu"))
+        job |= {"device": "cuda" if gpu else "cpu", "kernels": "auto", "select_dtype": select}
         job |= {"moments_dtype": "fp32"}
         results.append({"size": text, **measure(job, tokens, python, repeats, names)})
         console.print(table(results[-1]))
