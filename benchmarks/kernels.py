@@ -76,9 +76,7 @@ def main(
         backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", select)]
         if auto_backend(device) == "native":
             backends += [("native", "fp32"), ("native", select)]
-        if (
-            gpu
-        ):  # the eager one makes several tensors [N, K, D], of 8.6 GB each at that size: too many beside the others
+        if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each: too many beside the others
             backends = [("triton", "fp32"), ("triton", select)]
         kernels = {f"{name} {dtype}": choose_kernels(name, dtype, device) for name, dtype in backends}
         results.append({"size": text, **measure(x_ND, num_latents, k, kernels, rounds)})
