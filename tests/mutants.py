@@ -86,6 +86,10 @@ LIKELY = {
     "saekit/analysis/codes.py": "analysis/test_codes",
     "saekit/analysis/features.py": "analysis/test_gather",
     "saekit/data/held_out.py": "data/test_held_out",
+    "saekit/data/token_files.py": "data/test_token_files",
+    "saekit/data/batches.py": "data/test_vocabulary data/test_batches",
+    "saekit/data/load.py": "data/test_files data/test_load",
+    "saekit/data/compressed.py": "data/test_files",
     "saekit/views/page/build.py": "views/test_page",
 }
 """Tests that are likely to notice a fault in a file; a fault can name others, and single ones."""
@@ -437,6 +441,36 @@ LIST: list[tuple[str, ...]] = [
         "saekit/data/held_out.py",
         "~np.isin(finger",
         "np.isin(finger",
+    ),
+    (
+        "a .bin file of a wider type trains all the same",
+        "saekit/data/token_files.py",
+        "if found >= EVIDENT and len(different) >= DIFFERENT:",
+        "if False:",
+    ),
+    (
+        "every second id is zero, so the file is of a wider type",
+        "saekit/data/token_files.py",
+        "len(different) >= DIFFERENT",
+        "len(different) > 0",
+    ),
+    (
+        "foreign ids are looked for in the first part of the data only",
+        "saekit/data/batches.py",
+        "            done += len(batch)\n",
+        "            return None\n",
+    ),
+    (
+        "a folder of texts is read line by line",
+        "saekit/data/load.py",
+        'if found.format == "text":',
+        'if found.format == "text" and not path.is_dir():',
+    ),
+    (
+        "of a .zst file only the first frame is read",
+        "saekit/data/compressed.py",
+        "        found = self._unpacked.read(len(buffer))\n",
+        "        found = self._unpacked.read(len(buffer)) if not hasattr(self, 'had') else b''\n        self.had = 1\n",
     ),
     (
         "a latent that does not fire shows its neighbour's activation",

@@ -11,6 +11,7 @@ from saekit.activations.lm import (
     choose_attention,
     context_length,
     excluded_tokens,
+    find_tokenizer,
     load_model,
     load_tokenizer,
     model_shape,
@@ -18,6 +19,8 @@ from saekit.activations.lm import (
     resolve_ctx_len,
     resolve_dtype,
     shape_of,
+    vocabulary,
+    vocabulary_of,
 )
 from saekit.activations.splice import splice, start_behind
 from saekit.activations.tap import tap
@@ -33,6 +36,7 @@ __all__ = [
     "context_length",
     "excluded_tokens",
     "find_blocks",
+    "find_tokenizer",
     "load_model",
     "load_tokenizer",
     "load_with_head",
@@ -47,4 +51,6 @@ __all__ = [
     "splice",
     "start_behind",
     "tap",
+    "vocabulary",
+    "vocabulary_of",
 ]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from saekit.activations.hookpoints import block_outputs
-from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len
+from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len, vocabulary
 from saekit.activations.source import Activations, Source
 from saekit.activations.tap import tap
 from saekit.config import TrainConfig
-from saekit.data import StepBatches, sequences
+from saekit.data import StepBatches, check_tokens, sequences
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ class LiveModel(Source):
         self._begun: tuple[Tokens, Activations] | None = None
 
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
-        """Find the blocks to read, and cut the data into steps."""
+        """Find the blocks to read, cut the data into steps, and look through the ids that will be read.
+
+        Raises:
+            UserError: If the data does not suit the model or the run.
+        """
         self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
         self.hookpoints = block_outputs(self.model, cfg.layers, cfg.layer_stride)
         data = sequences(self.dataset, cfg.ctx_len)
@@ -80,6 +84,7 @@ class LiveModel(Source):
         self.batches = StepBatches(data, global_batch, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens)
         self.global_batch = global_batch
         self.num_sequences = self.batches.num_sequences
+        check_tokens(data, self.vocabulary, self.batches.order)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -139,7 +144,7 @@ class LiveModel(Source):
         empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
         if empty:  # its activations must have the type that the other ranks' have: the model tells it
             input_ids = torch.zeros(1, self.ctx_len, dtype=torch.int64)
-        check_ids(input_ids, self.vocabulary)
+        check_ids(input_ids, self.vocabulary)  # of sequences that `check_tokens` cannot look through
         counted_N = (self.counted(input_ids) & (not empty)).flatten()
         masked = self.fixed_rows and batch.whole
         # Found on the CPU: a GPU would have to be waited for, once a layer, to know how many there are.
@@ -161,12 +166,6 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of tokens in a language model's vocabulary."""
-    embeddings = model.get_input_embeddings().weight
-    return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
-
-
 def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> None:
     """Check that token ids are in the model's vocabulary.
 
@@ -176,5 +175,5 @@ def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> Non
     if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
         raise UserError(
             f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
-            f"{vocabulary}: it was tokenized for another model, or a .bin file has another --data-args dtype"
+            f"{vocabulary}: it was tokenized for another model"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_CTX_LEN = 2048
+TOKENIZER_FILE = re.compile(r"token|vocab|\.model$|^merges\.txt$|^tekken|^bpe\.codes$")
+"""Parts of the names of files in which tokenizers are saved."""
 PLAIN_ATTENTION_UP_TO = 256
 """Tokens per sequence up to which a CPU computes attention by plain matmuls."""
 
@@ -74,6 +77,20 @@ def context_length(config: PretrainedConfig) -> int | None:
     return limit
 
 
+def vocabulary_of(config: PretrainedConfig) -> int:
+    """Return the number of tokens in the vocabulary of a model with this config, before any weight is loaded."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return vocabulary(AutoModel.from_config(cut_config(config, 1)))
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of tokens in a language model's vocabulary."""
+    embeddings = model.get_input_embeddings().weight
+    return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
+
+
 def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
     """Return tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
 
@@ -94,6 +111,19 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return from_pretrained(AutoTokenizer, cfg)
+
+
+def find_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that belongs to the model; None for a local folder in which none was saved.
+
+    Raises:
+        UserError: If there is one that cannot be loaded, or the model is neither a local folder nor on the hub.
+    """
+    path = Path(cfg.model).expanduser()
+    # By its files: transformers would make an empty tokenizer of some folders without any.
+    if path.is_dir() and not any(TOKENIZER_FILE.search(file.name) for file in path.iterdir()):
+        return None
+    return load_tokenizer(cfg)
 
 
 def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: torch.device) -> PreTrainedModel:

@@ -16,19 +16,20 @@ from saekit._version import __version__
 from saekit.activations import (
     choose_attention,
     excluded_tokens,
-    load_tokenizer,
+    find_tokenizer,
     load_with_head,
     model_shape,
     no_bars,
     resolve_ctx_len,
+    vocabulary_of,
 )
 from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import DataConfig, RunConfig
 from saekit.config.flat import read_yaml
-from saekit.data import Sequences, StepBatches, load_sequences
-from saekit.data.held_out import held_out, other_split, shuffled
+from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
+from saekit.data.held_out import shuffled, unread
 from saekit.errors import UserError
 from saekit.placement import Placement, connect
 from saekit.runs.files import write_at_once
@@ -92,7 +93,8 @@ class Prepared:
     """The run's, with what was asked for instead."""
     origin: str
     """The kind of data: `HELD_OUT`, `OTHER_SPLIT`, `OTHER` or `SEEN`."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
+    """None if the model has none."""
     subject: Subject
 
 
@@ -119,20 +121,22 @@ def prepare(
     status(f"Reading the configuration of {cfg.model.model}")
     shape = model_shape(cfg.model)
     ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = find_tokenizer(cfg.model)
     status(f"Reading and tokenizing {cfg.data.dataset}")
     if placement.rank > 0:  # one rank tokenizes, the others read what it left in the cache
         placement.gather(None)
     data, origin = _data(run, tokenizer, ctx_len, options)
+    data = shuffled(data, options.max_tokens or DEFAULT_TOKENS)
+    check_tokens(data, vocabulary_of(shape.config), what="the data to evaluate on")
     if placement.rank == 0:
         placement.gather(None)
-    data = shuffled(data, options.max_tokens or DEFAULT_TOKENS)
 
     status(f"Loading {cfg.model.model}")
     model, predicts = load_with_head(cfg.model, shape, placement.device)
     choose_attention(model, ctx_len)
     excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
-    objective, name = choose_objective(predicts, tokenizer.mask_token_id, excluded, NO_HEAD)
+    mask_id = None if tokenizer is None else tokenizer.mask_token_id
+    objective, name = choose_objective(predicts, mask_id, excluded, NO_HEAD)
     saes = {name: _load(folder, placement.device) for name, folder in location.saes.items()}
     subject = Subject(
         model=model,
@@ -237,8 +241,11 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
             given = "DATASET" if name == "dataset" else "--model"
             raise UserError(f"{checkpoint} does not say which {name} it was trained with: name it by {given}")
     if "dataset" in asked and asked["dataset"] != values.get("dataset"):
-        # What says how to read the run's own data set means nothing for another.
-        values = {name: value for name, value in values.items() if name not in ("split", "data_args", "max_examples")}
+        # What says how to read the run's own data set means nothing for another, but for what a token id is.
+        own = {"split", "data_args", "max_examples"}
+        if all(str(each).endswith(".bin") for each in (asked["dataset"], values.get("dataset"))):
+            own.remove("data_args")
+        values = {name: value for name, value in values.items() if name not in own}
         return _Run(RunConfig.from_flat({**values, **asked}), None)
     # The run's model may have been moved: only its data is asked for here.
     return _Run(RunConfig.from_flat({**values, **asked}), RunConfig.from_flat({**asked, **values}).data)
@@ -250,9 +257,7 @@ def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tupl
     token = cfg.model.token
     if trained is None or options.include_training_data:
         return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
-    whole = load_sequences(trained, tokenizer, ctx_len, token)
     # The whole run's, not only this checkpoint's: so all checkpoints of a run are evaluated on the same tokens.
-    seen = StepBatches(whole, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
-    if cfg.data.split == trained.split:
-        return held_out(trained, tokenizer, ctx_len, seen, token), HELD_OUT
-    return other_split(cfg.data, trained, tokenizer, ctx_len, seen, token), OTHER_SPLIT
+    seen = numbers_read(cfg.train, load_sequences(trained, tokenizer, ctx_len, token))
+    origin = HELD_OUT if cfg.data.split == trained.split else OTHER_SPLIT
+    return unread(cfg.data, trained, tokenizer, ctx_len, seen, token), origin

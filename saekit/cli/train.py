@@ -25,8 +25,8 @@ def train(
     dataset: Annotated[
         str | None,
         typer.Argument(
-            help="Data set: a hub id, a folder made by save_to_disk, a .jsonl, .parquet, .csv or .txt file or glob; "
-            "pre-tokenized with a column input_ids, or a .bin file of uint16 or uint32 token ids."
+            help="Data set: a hub id, a folder made by save_to_disk, a .jsonl, .parquet, .csv, .txt or .md file (also "
+            ".gz, .zst), a glob or folder; pre-tokenized with a column input_ids, or a .bin file of token ids."
         ),
     ] = None,
     config: Annotated[

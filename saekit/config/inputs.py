@@ -44,7 +44,7 @@ class DataConfig:
     """Which data set, and how it is read."""
 
     dataset: str
-    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet, .csv or .txt file or glob, or token ids (also .bin)."""
+    """A hub id, a `save_to_disk` folder, a .jsonl, .parquet, .csv, .txt or .md file, glob or folder, or a .bin file."""
     split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
     text_column: str = option("text", "Column with the text, if the data set is not tokenized yet.", panel=DATA)
     data_args: Mapping = option(
@@ -71,13 +71,8 @@ class DataConfig:
         panel=EVALUATION,
     )
 
-    @property
-    def evaluates_on_own(self) -> bool:
-        """Tell whether --eval-every uses the data that the run trains on, as far as the run does not read it."""
-        return self.eval_dataset in (None, self.dataset) and self.eval_split in (None, self.split)
-
     def for_evaluation(self) -> DataConfig:
-        """Return the data that --eval-every reads, if that is not the run's own."""
+        """Return the data set that --eval-every reads: another one, or the run's own with --eval-split."""
         if self.eval_dataset in (None, self.dataset):
             return replace(self, split=self.eval_split or self.split)
         assert self.eval_dataset is not None

@@ -3,16 +3,19 @@
 Internal: may change in any release; the API is what `saekit` names.
 """
 
-from saekit.data.batches import Sequences, StepBatches, read_ahead, sequences
+from saekit.data.batches import Sequences, StepBatches, numbers_read, read_ahead, sequences
 from saekit.data.load import Peek, load_sequences, peek
 from saekit.data.pack import chunk_and_tokenize
+from saekit.data.vocabulary import check_tokens
 
 __all__ = [
     "Peek",
     "Sequences",
     "StepBatches",
+    "check_tokens",
     "chunk_and_tokenize",
     "load_sequences",
+    "numbers_read",
     "peek",
     "read_ahead",
     "sequences",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -12,10 +11,13 @@ import torch
 import xxhash
 from torch import Tensor
 
+from saekit.data.token_files import CHUNK, MISSING, Foreign
 from saekit.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from saekit.config import TrainConfig
 
 
 class Sequences(Protocol):
@@ -48,27 +50,45 @@ class DatasetSequences:
         rows = np.asarray(self.data[numbers.tolist()]["input_ids"])
         return torch.from_numpy(rows.astype(np.int64))
 
+    def first_foreign(self, vocabulary: int, numbers: np.ndarray) -> Foreign | None:
+        """Find the first token id, in the data set's order, that a vocabulary of this size does not have.
 
-class MemmapSequences:
-    """A flat file of token ids, cut into sequences; it is never read as a whole."""
+        Args:
+            vocabulary: Number of tokens that the language model knows.
+            numbers: The sequences to look at, ascending.
+        """
+        import pyarrow.compute as pc
 
-    def __init__(self, file: Path, dtype: str, ctx_len: int) -> None:
-        if dtype not in ("uint16", "uint32"):
-            raise UserError(f"--data-args dtype={dtype}: a .bin file holds uint16 or uint32")
-        if file.stat().st_size % np.dtype(dtype).itemsize:
-            raise UserError(f"{file}: {file.stat().st_size} bytes is not a whole number of {dtype} token ids")
-        count = file.stat().st_size // np.dtype(dtype).itemsize // ctx_len
-        if count == 0:
-            raise UserError(f"{file} holds less than one sequence of --ctx-len {ctx_len}: give a smaller one")
-        self.rows = np.memmap(file, dtype=dtype, mode="r", shape=(count, ctx_len))
-        self.ctx_len = ctx_len
+        rows = self.data.with_format("arrow")
+        if len(numbers) < len(rows):
+            rows = rows.select(numbers)
+        done = 0
+        for batch in rows.iter(batch_size=max(1, CHUNK // self.ctx_len)):
+            ids = pc.list_flatten(batch.column("input_ids"))
+            limits = pc.min_max(ids).as_py()
+            if ids.null_count or limits["min"] < 0 or limits["max"] >= vocabulary:
+                flat = pc.fill_null(ids.cast("int64", safe=False), MISSING).to_numpy()
+                place = int(np.flatnonzero((flat < 0) | (flat >= vocabulary))[0])
+                sequence, offset = divmod(place, self.ctx_len)
+                return Foreign(int(flat[place]), int(numbers[done + sequence]), offset)
+            done += len(batch)
+        return None
+
+
+class Chosen:
+    """Some of other sequences, in an order of their own. Implements `Sequences`."""
+
+    def __init__(self, whole: Sequences, numbers: np.ndarray) -> None:
+        self.whole = whole
+        self.numbers = numbers
+        self.ctx_len = whole.ctx_len
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """Return token ids, int64 `[B, ctx_len]`, of the sequences with these numbers."""
-        return torch.from_numpy(self.rows[numbers].astype(np.int64))
+        return self.whole.read(self.numbers[numbers]) if len(numbers) else torch.empty(0, self.ctx_len).long()
 
 
 def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
@@ -180,6 +200,11 @@ class StepBatches:
         for micro in range(micro_batches):
             start = (micro * world_size + rank) * size
             yield self.data.read(numbers[start : start + size])
+
+
+def numbers_read(cfg: TrainConfig, data: Sequences) -> np.ndarray:
+    """Return the numbers of the sequences that a run reads, in its order; none twice."""
+    return StepBatches(data, 1, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens).order
 
 
 def read_ahead(read: Callable[[int], list[Tensor]], start: int, stop: int) -> Generator[tuple[int, list[Tensor]]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from saekit.config import DataConfig
-from saekit.data.batches import Sequences, sequences
-from saekit.data.load import load_rows, load_sequences
+from saekit.data.batches import Chosen, Sequences, sequences
+from saekit.data.load import load_rows, load_sequences, needed
 from saekit.data.pack import pack, tokenize
 from saekit.errors import UserError
 
@@ -23,22 +21,6 @@ OTHER_DATA = "Name another data set or --split to evaluate on, or train with --m
 """Advice for a run that has read everything."""
 
 
-class Chosen:
-    """Some of other sequences, in an order of their own. Implements `Sequences`."""
-
-    def __init__(self, whole: Sequences, numbers: np.ndarray) -> None:
-        self.whole = whole
-        self.numbers = numbers
-        self.ctx_len = whole.ctx_len
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def read(self, numbers: np.ndarray) -> Tensor:
-        """Return token ids, int64 `[B, ctx_len]`, of the sequences with these numbers."""
-        return self.whole.read(self.numbers[numbers]) if len(numbers) else torch.empty(0, self.ctx_len).long()
-
-
 def shuffled(data: Sequences, max_tokens: int, seed: int = 0) -> Sequences:
     """As many sequences as `max_tokens` has room for, at least one, from everywhere in the data."""
     order = np.random.default_rng(seed).permutation(len(data))
@@ -47,7 +29,7 @@ def shuffled(data: Sequences, max_tokens: int, seed: int = 0) -> Sequences:
 
 def held_out(
     cfg: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     ctx_len: int,
     seen: np.ndarray,
     token: str | None = None,
@@ -77,10 +59,38 @@ def held_out(
     return _some(rows, ~_read(rows, ctx_len, seen), ctx_len, cfg, remedy)
 
 
+def unread(
+    cfg: DataConfig,
+    trained: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ctx_len: int,
+    seen: np.ndarray,
+    token: str | None = None,
+    remedy: str = OTHER_DATA,
+) -> Sequences:
+    """Find what a run does not read of its own data set, or of another split of it.
+
+    Args:
+        cfg: The data set as it is to be evaluated on: the run's own, or another split.
+        trained: The data set as the run reads it.
+        tokenizer: The language model's; None if it has none, for data that is tokenized already.
+        ctx_len: Tokens per sequence.
+        seen: Numbers of the sequences that the run trains on, as `load_sequences` counts those of `trained`.
+        token: For a private or gated data set on the hub.
+        remedy: What to do if nothing is left.
+
+    Raises:
+        UserError: If nothing is left, or less than one sequence.
+    """
+    if cfg.split == trained.split:
+        return held_out(trained, tokenizer, ctx_len, seen, token, remedy)
+    return other_split(cfg, trained, tokenizer, ctx_len, seen, token, remedy)
+
+
 def other_split(
     cfg: DataConfig,
     trained: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     ctx_len: int,
     seen: np.ndarray,
     token: str | None = None,
@@ -110,14 +120,14 @@ def other_split(
     return _some(rows, ~np.isin(fingerprints(rows), read), ctx_len, cfg, remedy)
 
 
-def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str | None) -> Dataset:
+def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, token: str | None) -> Dataset:
     """One row of `input_ids` per document, or as the data set has them."""
     rows = load_rows(cfg, token)
     if cfg.max_examples is not None:
         rows = rows.select(range(min(cfg.max_examples, len(rows))))
     if "input_ids" in rows.column_names:
         return rows
-    return tokenize(rows, tokenizer, text_key=cfg.text_column, num_proc=cfg.num_proc)
+    return tokenize(rows, needed(tokenizer), text_key=cfg.text_column, num_proc=cfg.num_proc)
 
 
 def _read(rows: Dataset, ctx_len: int, seen: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saekit.config import DataConfig
-from saekit.data.batches import MemmapSequences, Sequences, sequences
+from saekit.data.batches import Sequences, sequences
+from saekit.data.compressed import readable
+from saekit.data.files import FORMATS, ending, find_files, is_all_text
 from saekit.data.pack import chunk_and_tokenize
+from saekit.data.token_files import MemmapSequences, say_type
 from saekit.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
-"""File name endings and the name that `datasets.load_dataset` has for their format."""
 
 
 def load_sequences(
@@ -47,10 +48,24 @@ def load_sequences(
         data = data.select(range(min(cfg.max_examples, len(data))))
     if "input_ids" in data.column_names:
         return sequences(data, ctx_len)
-    if tokenizer is None:
-        raise UserError("the model does not say where it was loaded from: give its tokenizer, to tokenize the text")
-    packed = chunk_and_tokenize(data, tokenizer, text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc)
+    packed = chunk_and_tokenize(
+        data, needed(tokenizer), text_key=cfg.text_column, max_seq_len=ctx_len, num_proc=cfg.num_proc
+    )
     return sequences(packed, ctx_len)
+
+
+def needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, for a data set that is text.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if tokenizer is None:
+        raise UserError(
+            "the data set is text, and the model has no tokenizer: give its tokenizer (in the model's folder, or "
+            "saekit.train(..., tokenizer=...)), or data that is tokenized already (a column input_ids, or a .bin file)"
+        )
+    return tokenizer
 
 
 def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
@@ -83,11 +98,18 @@ def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: 
         raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
     size = 0 if tokenizer is None else len(tokenizer)
     if "dtype" not in cfg.data_args and size > 2**16:
-        raise UserError(
-            f"data set {cfg.dataset!r}: with {size:,} tokens in the vocabulary, say what the file holds: "
-            "--data-args dtype=uint32 (or uint16)"
-        )
-    return MemmapSequences(_existing(cfg.dataset), str(cfg.data_args.get("dtype", "uint16")), ctx_len)
+        raise UserError(say_type(cfg.dataset, size))
+    options = {"dtype": "uint16", "check_type": True, **cfg.data_args}
+    unknown = set(options) - {"dtype", "check_type"}
+    if unknown:
+        raise UserError(f"--data-args {min(unknown)}=...: a .bin file takes dtype and check_type only")
+    return MemmapSequences(
+        _existing(cfg.dataset),
+        str(options["dtype"]),
+        ctx_len,
+        check_type=bool(options["check_type"]),
+        assumed="dtype" not in cfg.data_args and tokenizer is None,
+    )
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
@@ -95,7 +117,7 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
     from datasets import IterableDataset
 
     rows = open_rows(cfg, token)
-    return _materialize(rows, cfg) if isinstance(rows, IterableDataset) else rows
+    return attempt(_materialize, cfg, rows, cfg) if isinstance(rows, IterableDataset) else rows
 
 
 def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
@@ -109,21 +131,22 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
     if (path / "dataset_dict.json").is_file():
         return _one_split(attempt(load_from_disk, cfg, str(path)), cfg.split)
 
-    # A file whose own name looks like a pattern is meant as it is.
-    pattern = glob.escape(str(path)) if path.is_file() else str(path)
-    files = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
     arguments: dict[str, Any] = {"split": cfg.split, **cfg.data_args}
-    if files:
-        kind = _format_of(files)
-        if kind == "text":
-            # A text file is one document, not one per line.
+    found = find_files(cfg.dataset, cfg.data_args)
+    if found is None:
+        if not path.is_dir() and _looks_like_a_path(cfg.dataset):
+            raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
+        if path.is_dir() and is_all_text(path):
             arguments.setdefault("sample_by", "document")
-        # The library takes each name for a pattern once more.
-        data_files = {"train": [glob.escape(file) for file in files]}
-        return attempt(load_dataset, cfg, kind, **{"data_files": data_files, **arguments})
-    if not path.is_dir() and _looks_like_a_path(cfg.dataset):
-        raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
-    return attempt(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, **{"token": token, **arguments})
+        return attempt(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, **{"token": token, **arguments})
+    if found.format == "text":
+        # A text file is one document, not one per line.
+        arguments.setdefault("sample_by", "document")
+    # The library takes each name for a pattern once more.
+    data_files = {
+        split: [glob.escape(file) for file in files] for split, files in attempt(readable, cfg, found).items()
+    }
+    return attempt(load_dataset, cfg, found.format, **{"data_files": data_files, **arguments})
 
 
 def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
@@ -138,6 +161,10 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
         ) from error
     except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl, where there is no row
         raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data set {cfg.dataset!r} cannot be read ({first_line(error)})") from error
+    except UserError:
+        raise
     except (ValueError, TypeError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(f"data set {cfg.dataset!r} (--split {cfg.split}): {first_line(reason)}") from error
@@ -172,25 +199,14 @@ def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
 def _existing(name: str) -> Path:
     file = Path(name).expanduser()
     if not file.is_file():
-        raise UserError(f"data set {name!r}: there is no such file")
+        several = "; a .bin file is named alone, not by a glob" if glob.has_magic(name) else ""
+        raise UserError(f"data set {name!r}: there is no such file{several}")
     return file
-
-
-def _format_of(files: list[str]) -> str:
-    """Return the format that all files share, as `datasets.load_dataset` calls it."""
-    endings = sorted({Path(file).suffix for file in files})
-    formats = {FILE_FORMATS.get(ending) for ending in endings}
-    if len(formats) != 1 or None in formats:
-        raise UserError(
-            f"data set files end in {', '.join(ending or 'nothing' for ending in endings)}: "
-            f"give files of one format, {', '.join(FILE_FORMATS)}"
-        )
-    return FILE_FORMATS[endings[0]]
 
 
 def _looks_like_a_path(name: str) -> bool:
     """Hub ids are `name` or `owner/name`; anything else can only have been meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_FORMATS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ending(name).format in FORMATS
 
 
 ROWS = 20
@@ -217,14 +233,27 @@ class Peek:
         return "input_ids" in self.columns
 
 
-def peek(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, token: str | None = None) -> Peek:
+def peek(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    token: str | None = None,
+    vocabulary: int | None = None,
+) -> Peek:
     """Look at the first rows; files and data sets on the hub are streamed, so that size does not matter.
+
+    Args:
+        cfg: Which data set.
+        tokenizer: The language model's, if it has one.
+        token: For a private or gated data set on the hub.
+        vocabulary: Number of tokens that the language model knows, if its config says it: shows the type of a `.bin`.
 
     Raises:
         UserError: If the data set is not found, cannot be read, or is empty.
     """
     if cfg.dataset.endswith(".bin"):
         ids = memmap(cfg, tokenizer, 1)
+        if vocabulary is not None:
+            ids.check(vocabulary)
         first = ids.read(np.arange(min(IDS, len(ids))))
         return Peek(("input_ids",), (), ({"input_ids": first.flatten().tolist()},), None)
     try:

@@ -13,8 +13,8 @@ from saekit.activations.live import LiveModel, check_ids
 from saekit.analysis.evaluate import Evaluator
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import RunConfig
-from saekit.data import Sequences, StepBatches, load_sequences, sequences
-from saekit.data.held_out import held_out, other_split, shuffled
+from saekit.data import Sequences, check_tokens, load_sequences, numbers_read, sequences
+from saekit.data.held_out import shuffled, unread
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import EvalStats, Reporter
@@ -37,7 +37,7 @@ def load_eval_data(
     Args:
         cfg: The run.
         data: What it trains on.
-        tokenizer: The language model's.
+        tokenizer: The language model's; None if it has none, for data that is tokenized already.
         ctx_len: Tokens per sequence.
 
     Raises:
@@ -46,13 +46,10 @@ def load_eval_data(
     if cfg.train.eval_every is None:
         return None
     token = cfg.model.token
-    other = None if cfg.data.evaluates_on_own else cfg.data.for_evaluation()
-    if other is not None and other.dataset != cfg.data.dataset:
+    other = cfg.data.for_evaluation()
+    if other.dataset != cfg.data.dataset:
         return load_sequences(other, tokenizer, ctx_len, token)
-    read = StepBatches(data, 1, cfg.train.data_seed if cfg.train.shuffle else None, cfg.train.max_tokens).order
-    if other is not None:
-        return other_split(other, cfg.data, tokenizer, ctx_len, read, token, REMEDY)
-    return held_out(cfg.data, tokenizer, ctx_len, read, token, REMEDY)
+    return unread(other, cfg.data, tokenizer, ctx_len, numbers_read(cfg.train, data), token, REMEDY)
 
 
 def subject_of(
@@ -86,7 +83,9 @@ def subject_of(
     chosen = shuffled(sequences(data, cfg.ctx_len), cfg.eval_tokens)
     resolve_ctx_len(chosen.ctx_len, context_length(model.config))
     input_ids = chosen.read(np.arange(len(chosen)))
-    check_ids(input_ids, source.vocabulary, "the data to evaluate on")
+    what = "the data to evaluate on"
+    check_tokens(chosen, source.vocabulary, what=what)
+    check_ids(input_ids, source.vocabulary, what)
     if not source.counted(input_ids).any():
         raise UserError("of the data to evaluate on every token is excluded (special tokens, --exclude-tokens)")
     no_head = "--shard-lm loads the language model without its head" if cfg.shard_lm else NO_HEAD

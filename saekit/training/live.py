@@ -10,18 +10,20 @@ from saekit.activations import (
     ModelShape,
     check_device,
     choose_attention,
+    find_tokenizer,
     load_model,
-    load_tokenizer,
     load_with_head,
     model_shape,
     resolve_ctx_len,
     resolve_dtype,
     select_layers,
     shape_of,
+    vocabulary,
+    vocabulary_of,
 )
 from saekit.activations.live import LiveModel
 from saekit.config import RunConfig
-from saekit.data import Sequences, load_sequences
+from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.training.evaluating import load_eval_data
@@ -70,11 +72,15 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         raise UserError(str(error)) from None
     ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
     tokenizer = _tokenizer(cfg, have)
+    if tokenizer is None:
+        say(f"{cfg.model.model} has no tokenizer: its config says which tokens are special")
 
     say(f"Reading and tokenizing {cfg.data.dataset}")
     if placement.rank > 0:
         placement.gather(None)
     data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
+    known = vocabulary_of(shape.config) if have.model is None else vocabulary(have.model)
+    check_tokens(data, known, numbers_read(train, data), repr(cfg.data.dataset))
     if placement.rank == 0:
         placement.gather(None)
     say(f"{len(data):,} sequences of {ctx_len:,} tokens")
@@ -91,10 +97,10 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
 
 
 def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None:
-    """Return the language model's tokenizer; None for a loaded model that does not say where it came from."""
+    """Return the language model's tokenizer; None if it has none, or does not say where it was loaded from."""
     if have.tokenizer is not None or (have.model is not None and not have.model.name_or_path):
         return have.tokenizer
-    return load_tokenizer(cfg.model)
+    return find_tokenizer(cfg.model)
 
 
 def _load_data(

@@ -145,6 +145,7 @@ class Draft:
     machine: Machine | None = None
     shape: ModelShape | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    """Also None if the model has none."""
     peek: Peek | None = None
     in_the_way: str = ""
     """The error when the data set was opened under its name, if another answer can fix it."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from saekit.activations import check_device, load_tokenizer, model_shape
+from saekit.activations import check_device, find_tokenizer, model_shape
 from saekit.data import Peek, peek
+from saekit.data.load import needed
 from saekit.errors import UserError
 from saekit.planning import Machine, describe, detect
 from saekit.units import size
@@ -22,7 +23,7 @@ def _take_model(draft: Draft, text: str) -> Draft:
     draft = draft.setting(model=text)
     cfg = draft.config().model
     check_device(cfg, known(draft.machine).device)
-    return replace(draft, shape=model_shape(cfg), tokenizer=load_tokenizer(cfg))
+    return replace(draft, shape=model_shape(cfg), tokenizer=find_tokenizer(cfg))
 
 
 def _tell_model(draft: Draft) -> Sequence[str]:
@@ -117,7 +118,7 @@ def _open(draft: Draft, *fixable: re.Pattern[str]) -> Draft:
     cfg = draft.config()
     token = cfg.model.token
     try:
-        found = peek(cfg.data, known(draft.tokenizer), token)
+        found = peek(cfg.data, draft.tokenizer, token, _vocabulary(draft))
     except UserError as error:
         if any(pattern.search(str(error)) for pattern in fixable):
             return replace(draft, peek=None, in_the_way=str(error))
@@ -134,13 +135,19 @@ def _check(draft: Draft, found: Peek) -> None:
     if not found.tokenized:
         if not found.text_columns:
             raise UserError(f"no column has text or is called input_ids; there are {', '.join(found.columns)}")
+        needed(draft.tokenizer)
         return
-    vocabulary = getattr(known(draft.shape).config.get_text_config(decoder=True), "vocab_size", None)
+    vocabulary = _vocabulary(draft)
     highest = max((_highest(row["input_ids"]) for row in found.first), default=0)
     if vocabulary is not None and highest >= vocabulary:
         raise UserError(
             f"the data set has token id {highest:,}, but the model knows {vocabulary:,} tokens: it was made for another"
         )
+
+
+def _vocabulary(draft: Draft) -> int | None:
+    """Return the number of tokens that the model knows, if its config says it."""
+    return getattr(known(draft.shape).config.get_text_config(decoder=True), "vocab_size", None)
 
 
 def _highest(ids: Any) -> int:
@@ -166,9 +173,9 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
 
 
 def _tokens(draft: Draft, ids: Sequence[int]) -> str:
-    """Return the first ids, and the text that they stand for."""
+    """Return the first ids, and the text that they stand for, if the model has a tokenizer."""
     numbers = " ".join(str(each) for each in ids[:8])
-    return f"{numbers} … = {known(draft.tokenizer).decode(ids[:32])!r}"
+    return f"{numbers} …" if draft.tokenizer is None else f"{numbers} … = {draft.tokenizer.decode(ids[:32])!r}"
 
 
 def _short(text: str) -> str:
@@ -197,7 +204,7 @@ def _take_column(draft: Draft, text: str) -> Draft:
 DATASET = Question(
     "dataset",
     "Data",
-    lambda draft: "Text, or token ids: a hub id, a folder, a file or glob (.jsonl .parquet .csv .txt .bin).",
+    lambda draft: "Text, or token ids: a hub id, a folder, a file or glob (.jsonl .parquet .csv .txt .md .bin).",
     lambda draft: draft.values.get("dataset", "NeelNanda/pile-10k"),
     _take_dataset,
     _tell_dataset,

@@ -9,7 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Gemma3Config, Qwen3NextConfig
 
 from saekit import UserError
-from saekit.activations import choose_attention, find_blocks, load_model, load_tokenizer, model_shape, tap
+from saekit.activations import (
+    choose_attention,
+    find_blocks,
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    tap,
+    vocabulary,
+    vocabulary_of,
+)
 from saekit.config import ModelConfig
 from tests.activations.test_tap import CASES, GROUPED, SMALL, TOWER, build
 
@@ -34,6 +44,7 @@ def test_every_architecture_from_disk(tmp_path, prefix, config, layer):
     whole = build(config)
     whole.save_pretrained(tmp_path)
     cut = load(tmp_path, [layer])
+    assert vocabulary(cut) == vocabulary_of(model_shape(ModelConfig(str(tmp_path))).config)
     blocks = find_blocks(cut)
     assert (blocks.prefix, len(blocks.modules)) == (prefix, layer + 1)
     input_ids = torch.randint(5, 90, (2, 8), generator=torch.Generator().manual_seed(1))
@@ -127,6 +138,18 @@ def test_no_tokenizer(copy):
     with pytest.raises(UserError, match=r"model '.*copy'.*tokenizer") as refused:
         load_tokenizer(ModelConfig(str(copy)))
     assert "\n" not in str(refused.value)
+
+
+def test_a_folder_has_a_tokenizer_or_none(copy):
+    assert len(find_tokenizer(ModelConfig(str(copy)))) == 257
+    (copy / "tokenizer.json").unlink()  # what is left says that there should be one
+    with pytest.raises(UserError, match="tokenizer"):
+        find_tokenizer(ModelConfig(str(copy)))
+    for file in copy.glob("*token*"):
+        file.unlink()
+    assert find_tokenizer(ModelConfig(str(copy))) is None
+    with pytest.raises(UserError, match="no such folder"):
+        find_tokenizer(ModelConfig("./nosuch"))
 
 
 @pytest.mark.parametrize(

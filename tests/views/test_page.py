@@ -71,6 +71,10 @@ def test_tokens_with_their_spaces(model_dir):
     assert token_texts(tokenizer, [tokenizer.eos_token_id]) == [tokenizer.eos_token]
 
 
+def test_tokens_without_a_tokenizer():
+    assert token_texts(None, [5, 17]) == ["[5]", "[17]"]
+
+
 def test_tokens_of_wordpiece():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -213,6 +214,21 @@ def test_token_ids_are_shown_as_text_and_held_against_the_vocabulary(answer, mod
     assert "token id 50,000, but the model knows 257 tokens" in asker.problems[0][2]
     assert asker.told["dataset"][0] == "Columns input_ids: tokenized already"
     assert asker.told["dataset"][1].startswith("│ 60 61 62 63 64 65 66 67 … = '")
+
+
+def test_token_ids_of_another_type_and_a_model_without_a_tokenizer(answer, model_dir, tmp_path, text_file):
+    bare = shutil.copytree(
+        model_dir, tmp_path / "bare", ignore=lambda folder, names: [n for n in names if "token" in n]
+    )
+    ids = np.random.default_rng(0).integers(1, 250, 4000)
+    for dtype in ("uint16", "uint32"):
+        ids.astype(dtype).tofile(tmp_path / f"{dtype}.bin")
+    ways = [str(text_file), str(tmp_path / "uint32.bin"), str(tmp_path / "uint16.bin")]
+    _, asker = answer("1", str(bare), *ways, "all", *SIZES, "all", "1")
+    assert "is text, and the model has no tokenizer" in asker.problems[0][2]
+    assert "looks like uint32 read as uint16" in asker.problems[1][2]
+    shown = " ".join(str(each) for each in ids[:8])
+    assert asker.told["dataset"][1] == f"│ {shown} …"
 
 
 def test_going_back_over_a_choice_that_changes_the_questions(answer, model_dir, text_file, targets):

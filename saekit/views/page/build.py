@@ -100,6 +100,7 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
         "top": TOP,
         "quantiles": QUANTILES,
         "vocabulary": token_texts(prepared.tokenizer, vocabulary.tolist()),
+        "has_texts": prepared.tokenizer is not None,
         "has_lens": features.layers[0].lens is not None,
     }
     environment = jinja2.Environment(

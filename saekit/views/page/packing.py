@@ -58,12 +58,16 @@ NO_LETTER = "\ufffd"
 """The replacement character for bytes that are no complete letter."""
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> list[str]:
     """Return the text of each token as it stands inside a text, with the space before it if it brings one.
+
+    Without a tokenizer it is the token's id, in brackets.
 
     Decoded alone, a token of SentencePiece's loses that space, and a WordPiece looks like a word of its own; so each is
     decoded behind another. Tokens that are a part of a letter only are shown as the vocabulary has them.
     """
+    if tokenizer is None:
+        return [f"[{token}]" for token in ids]
     (before,) = tokenizer.encode("a", add_special_tokens=False)[-1:] or [0]
 
     def decode(some: list[int]) -> str:

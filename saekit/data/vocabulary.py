@@ -1,0 +1,52 @@
+"""Token ids that a language model does not know are found before anything is trained or evaluated on them."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from saekit.data.batches import Chosen, DatasetSequences, Sequences
+from saekit.data.token_files import MISSING, MemmapSequences
+from saekit.errors import UserError
+
+_CHECKED: WeakKeyDictionary[Sequences, tuple[int, np.ndarray]] = WeakKeyDictionary()
+"""For which vocabulary, and which sequences of it, data was found good."""
+
+
+def check_tokens(
+    data: Sequences, vocabulary: int, numbers: np.ndarray | None = None, what: str = "the data set"
+) -> None:
+    """Check that all token ids that will be read are in a model's vocabulary; the second time this costs nothing.
+
+    A file is read through its memory map, a data set as Arrow stores it: that takes a second per billion or two of ids
+    that are in memory. Of another kind of `Sequences`, a caller's own, every batch is checked when it is read.
+
+    Args:
+        data: The sequences.
+        vocabulary: Number of tokens that the language model knows.
+        numbers: Which of the sequences will be read; by default all.
+        what: What to call the data.
+
+    Raises:
+        UserError: If an id is not in the vocabulary, or a file is evidently of another type; it names the first place.
+    """
+    numbers = np.arange(len(data)) if numbers is None else np.sort(numbers)
+    while isinstance(data, Chosen):
+        numbers = np.sort(data.numbers[numbers])
+        data = data.whole
+    if not isinstance(data, (DatasetSequences, MemmapSequences)):
+        return
+    known, looked_at = _CHECKED.get(data, (0, numbers))
+    if known == vocabulary and np.array_equal(looked_at, numbers):
+        return
+    if isinstance(data, MemmapSequences):
+        data.check(vocabulary)
+    found = data.first_foreign(vocabulary, numbers)
+    if found is not None:
+        named = "a token without an id" if found.token_id == MISSING else f"token id {found.token_id:,}"
+        raise UserError(
+            f"{what} has {named} at token {found.offset:,} of sequence {found.sequence:,} (both counted from 0), but "
+            f"the model knows {vocabulary:,} tokens: it was tokenized for another model{found.hint}"
+        )
+    _CHECKED[data] = (vocabulary, numbers)
