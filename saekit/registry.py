@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -127,9 +128,10 @@ def load_plugin(file: Path) -> None:
     Raises:
         UserError: If there is no such file, or it raises an error.
     """
-    path = file.expanduser().resolve()
-    if not path.is_file():
+    path = Path(os.path.expanduser(file))  # unlike Path's own, no error for a user that does not exist
+    if not os.path.isfile(path):
         raise UserError(f"--plugin {file}: there is no such file")
+    path = path.resolve()
     name = f"saekit_plugin_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
     if name in sys.modules:
         return

@@ -24,7 +24,7 @@ EVALUATING = "saekit/training/evaluating.py"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
 BELOW_LEARNS = "acts_NK - (acts_NK * (acts_NK <= threshold)).detach()"
 SELECTION, BATCHTOPK, GROUPMAX = (f"saekit/sae/selection/{kind}.py" for kind in ("base", "batchtopk", "groupmax"))
-REGISTRY = "saekit/registry.py"
+REGISTRY, HUB = "saekit/registry.py", "saekit/hub.py"
 SUMMED = "        together = self.placement.sum(torch.cat(mine))\n"
 
 SPLITS = "training/test_trainer::test_any_split_of_the_global_batch_gives_the_same_saes"
@@ -630,6 +630,41 @@ LIST: list[tuple[str, ...]] = [
         REGISTRY,
         "        if name in self._built_in:\n            module",
         "        if name in self._built_in and name not in self._installed:\n            module",
+    ),
+    (
+        "names that end as files do are looked up on the hub",
+        HUB,
+        " or path.suffix.lower() in _FILE_ENDINGS",
+        "",
+        "test_hub::test_paths",
+    ),
+    (
+        "a silent hub is asked for every file",
+        HUB,
+        "None if (local := is_path(name)) else unreachable()",
+        "None if (local := is_path(name)) else None",
+        "test_hub::test_a_hub_that_does_not_answer",
+    ),
+    (
+        "a list with spaces becomes one number",
+        "saekit/config/options.py",
+        "for part in _parts(re.sub(",
+        'for part in _parts("".join(value.split())) if value else _parts(re.sub(',
+        "config/test_config::test_layers",
+    ),
+    (
+        "--resume lists what follows from an option",
+        SAVING,
+        "differences(given | (resolved.keys() - DERIVED))",
+        "differences(given | resolved.keys())",
+        "cli/test_resume_option",
+    ),
+    (
+        "a truncated model is found after the data are read",
+        "saekit/training/early.py",
+        "        check_model(cfg.model)\n",
+        "        pass\n",
+        "cli/test_early",
     ),
 ]
 FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for each in LIST]

@@ -38,7 +38,10 @@ MODULES = {
     "saekit.cli": set(),
     **{
         f"saekit.cli.{name}": set()
-        for name in ("app", "checkpoints", "config", "first_steps", "launch", "options", "output", "plan", "train")
+        for name in (
+            *("app", "arguments", "checkpoints", "config", "first_steps", "launch", "options", "output", "plan"),
+            "train",
+        )
     },
     "saekit.config": set(),
     "saekit.doctor": set(),

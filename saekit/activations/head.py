@@ -43,10 +43,10 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
     asked = {"config": shape.config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     objective: ObjectiveName | None = objective_of(shape.config)
     with quietly():
-        model, info = from_pretrained(auto_with_head(shape.config), cfg, **asked)
+        model, info = from_pretrained(auto_with_head(shape.config), cfg, weights=True, **asked)
         if info["missing_keys"]:  # tied weights do not count
             objective = None
-            model, info = from_pretrained(AutoModel, cfg, **asked)
+            model, info = from_pretrained(AutoModel, cfg, weights=True, **asked)
     check_loaded(cfg, model, info)
     if not cfg.load_in_8bit:
         model.to(device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
 from saekit.config import ModelConfig, TrainConfig
 from saekit.errors import UserError, first_line
+from saekit.hub import asking_hub, check_model_name, is_path, path_of, why_not_found
+from saekit.model_files import check_model_folder
 from saekit.sae.kernels import has_fast_bf16
 
 if TYPE_CHECKING:
@@ -56,6 +58,15 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     """Read a model's sizes from its config."""
     text = text_config_of(config)
     return ModelShape(config, num_layers(text), width(text), context_length(config))
+
+
+def hookpoint_names(shape: ModelShape, layers: Sequence[int]) -> list[str]:
+    """Return what the outputs of these blocks are called, before any weight is loaded."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        blocks = find_blocks(AutoModel.from_config(cut_config(shape.config, max(layers) + 1)))
+    return [blocks.hookpoint(layer) for layer in layers]
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -119,7 +130,7 @@ def find_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase | None:
     Raises:
         UserError: If there is one that cannot be loaded, or the model is neither a local folder nor on the hub.
     """
-    path = Path(cfg.model).expanduser()
+    path = path_of(cfg.model)
     # By its files: transformers would make an empty tokenizer of some folders without any.
     if path.is_dir() and not any(TOKENIZER_FILE.search(file.name) for file in path.iterdir()):
         return None
@@ -147,7 +158,7 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
     with quietly():
         # Other shapes are let through here to be refused by name below.
         asked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-        model, info = from_pretrained(AutoModel, cfg, **asked)
+        model, info = from_pretrained(AutoModel, cfg, weights=True, **asked)
     check_loaded(cfg, model, info)
     if not cfg.load_in_8bit:
         model.to(device)
@@ -213,21 +224,26 @@ def check_device(cfg: ModelConfig, device: torch.device) -> None:
         )
 
 
-def from_pretrained(auto: Any, cfg: ModelConfig, **kwargs: Any) -> Any:
-    """Call an Auto class and say in one line what went wrong, if something did."""
-    path = Path(cfg.model).expanduser()
-    if cfg.model.startswith((".", "/", "~")) and not path.is_dir():
-        raise UserError(f"model {cfg.model!r}: there is no such folder")
-    token = cfg.token
-    name = str(path) if path.is_dir() else cfg.model
+def from_pretrained(auto: Any, cfg: ModelConfig, *, weights: bool = False, **kwargs: Any) -> Any:
+    """Call an Auto class and say in one line what went wrong, if something did.
+
+    Args:
+        auto: The class.
+        cfg: Which model.
+        weights: Whether weights are read, too.
+        kwargs: Passed to the class.
+    """
+    local = is_path(cfg.model)
+    if local:
+        check_model_name(cfg.model)
+        check_model_folder(cfg.model, path_of(cfg.model), weights=weights)
+    name = str(path_of(cfg.model)) if local else cfg.model
     try:
-        return auto.from_pretrained(name, revision=cfg.revision or "main", token=token, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"model {cfg.model!r} could not be loaded: it is neither a complete local folder nor a model on the hub "
-            f"that can be reached ({reason})"
-        ) from error
+        with asking_hub(cfg.model):
+            return auto.from_pretrained(name, revision=cfg.revision or "main", token=cfg.token, **kwargs)
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        where = "" if local else f"{why_not_found(cfg.model)}: "
+        raise UserError(f"model {cfg.model!r} could not be loaded: {where}{first_line(error)}") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from saekit._version import __version__
+from saekit.cli.arguments import rewritten
 from saekit.cli.checkpoints import evaluate, inspect, report
 from saekit.cli.config import config
 from saekit.cli.first_steps import demo, doctor
@@ -56,5 +57,6 @@ def _callback(
 def main() -> None:
     """Entry point of `saekit` and `python -m saekit`."""
     keep_memory()
-    sys.argv[1:] = with_resume_value(sys.argv[1:])
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    sys.argv[1:] = rewritten(with_resume_value(sys.argv[1:]), commands)
     run(app)

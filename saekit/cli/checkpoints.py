@@ -12,6 +12,7 @@ import typer
 from saekit.cli.options import Plugins
 from saekit.cli.output import messages, progress, results
 from saekit.config.flat import load_plugins
+from saekit.hub import check_names
 
 SaePath = Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")]
 DataSet = Annotated[
@@ -82,6 +83,7 @@ def evaluate(
 ) -> None:
     """Evaluate SAEs on held-out tokens: reconstruction, and what splicing it into the language model costs."""
     load_plugins({"plugin": plugin})
+    check_names(model, dataset)
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
         from saekit.views.evaluation import render_evaluation
@@ -127,6 +129,7 @@ def report(
 ) -> None:
     """Make one page of HTML of a checkpoint: training, evaluation, and every latent to browse. It needs no network."""
     load_plugins({"plugin": plugin})
+    check_names(model, dataset)
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, joined
         from saekit.views.page.build import build_report

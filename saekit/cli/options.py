@@ -102,7 +102,7 @@ def require(values: Mapping[str, Any], names: tuple[str, ...], usage: str) -> No
         UserError: If one has none.
     """
     for name in names:
-        if name not in values:
+        if values.get(name) in (None, ""):
             raise UserError(f"{name.upper()} is missing: {usage}, or a --config that names {THEM[len(names)]}")
 
 

@@ -6,6 +6,7 @@ stopped by Ctrl-C, 1 a fault of ours.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from saekit.config.elsewhere import answer, options_in
 from saekit.errors import SILENCE, Interrupted, UserError
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -48,7 +50,7 @@ def run(app: Callable[..., Any]) -> None:
         if debug:
             raise
         command = error.ctx.command_path if error.ctx else "saekit"
-        fail(f"{error.format_message().rstrip('.')}; see {command} --help", EXIT_USAGE)
+        fail(f"{_usage_problem(error).rstrip('.')}; see {command} --help", EXIT_USAGE)
     except UserError as error:
         if debug:
             raise
@@ -60,12 +62,25 @@ def run(app: Callable[..., Any]) -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whichever option it was
+            fail(f"{error.filename}: no file can have a name as long as that", EXIT_USAGE)
         text = (str(error).strip() or "no message").splitlines()[0]
         fail(
             f"{type(error).__name__}: {text} (this is not expected: run it again with --debug for details)", EXIT_FAULT
         )
     if code:
         leave(code)
+
+
+def _usage_problem(error: Any) -> str:
+    """Say what Typer refused; of an option that another tool has, what to use instead in this command."""
+    name = getattr(error, "option_name", None)
+    if isinstance(name, str) and error.ctx is not None:
+        here = {option for parameter in error.ctx.command.params for option in parameter.opts}
+        instead = answer(name)
+        if name not in here and instead is not None and options_in(instead) <= here:
+            return f"there is no option {name}: {instead}"
+    return str(error.format_message())
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -76,7 +91,9 @@ def fail(message: str, code: int) -> NoReturn:
     if int(os.environ.get("RANK", "0")) > 0 and not _have_met():
         time.sleep(SILENCE)
         leave(code)
-    line = Text("Error: ", style="bold red").append(Text(message, style="default"))
+    # A name may hold a line break, or what moves a terminal's cursor.
+    shown = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
+    line = Text("Error: ", style="bold red").append(Text(shown, style="default"))
     messages().print(line, soft_wrap=True)
     leave(code)
 

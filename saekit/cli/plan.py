@@ -11,6 +11,7 @@ import typer
 
 from saekit.cli.options import check_machine, options_given, require, with_config_options
 from saekit.errors import UserError
+from saekit.hub import check_names
 
 MACHINE = "Machine"
 
@@ -84,6 +85,8 @@ def plan(
     values.setdefault("dataset", "")  # nothing is read of it
     _check_machine(gpus, gpu_memory, num_processes, use_this=use_this, measure=measure)
     cfg = RunConfig.from_flat(values) if "model" in values else None
+    if cfg is not None:
+        check_names(cfg.model.model, revision=cfg.model.revision)
     with messages().status("Loading libraries") as status:
         from saekit.planning import NO_OFFLOAD, advise, describe, detect, make_plan, measure_rates
         from saekit.views.plan import plan_to_json, render_plan, render_rates

@@ -12,6 +12,8 @@ from saekit.cli.options import options_given, require, with_config_options
 from saekit.config import ranks
 from saekit.config.schema import PLACEMENT
 from saekit.errors import UserError
+from saekit.hub import check_names
+from saekit.registry import SOURCES
 from saekit.runs.folder import all_options
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def train(
     values = all_options(typed, config)
     require(values, ("model", "dataset"), "saekit train MODEL DATASET")
     cfg = RunConfig.from_flat(values)
+    _check_names(cfg)
     if dry_run:
         return _show(cfg, launch, num_processes)
     if launch is not None:
@@ -89,6 +92,13 @@ def train(
         from saekit.training.launch import train_from_config
     with resumable():
         train_from_config(cfg)
+
+
+def _check_names(cfg: RunConfig) -> None:
+    """Refuse names that lead nowhere at once: loading the libraries takes seconds."""
+    if SOURCES.origin(cfg.train.source) is not None:  # a plug-in's may understand others
+        return
+    check_names(cfg.model.model, cfg.data.dataset, cfg.data.eval_dataset, revision=cfg.model.revision)
 
 
 def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None:

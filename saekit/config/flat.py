@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from saekit.config.options import problems
+from saekit.config.elsewhere import answer, without_dashes
+from saekit.config.options import options_of, problems
 from saekit.errors import UserError
 from saekit.registry import load_plugin
 
@@ -39,6 +40,10 @@ def make_config(config: type, values: Mapping[str, Any], found: list[str], **nes
         The config, or None if there was a problem.
     """
     own = {name: values[name] for name in option_names(config) if name in values}
+    numbers = {option.name for option in options_of(config) if option.type in (int, float)}
+    if wrong := [name for name in numbers & own.keys() if isinstance(own[name], bool)]:  # which pydantic takes for 1, 0
+        found += [f"--{name.replace('_', '-')} {str(own[name]).lower()}: expected a number" for name in sorted(wrong)]
+        return None
     try:
         return config(**own, **nested)
     except ValidationError as error:
@@ -47,9 +52,12 @@ def make_config(config: type, values: Mapping[str, Any], found: list[str], **nes
 
 
 def unknown_options(given: Iterable[str], known: Collection[str]) -> list[str]:
-    """Return a line for each name that is no option, with the options whose names are similar."""
+    """Return a line for each name that is no option: what it is called here, or the options whose names are similar."""
     lines = []
     for name in sorted(set(given) - set(known)):
+        if (instead := answer(name)) is not None:
+            lines.append(f"there is no option {name!r}: {without_dashes(instead)}")
+            continue
         near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=3)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         lines.append(f"there is no option {name!r}{hint}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -88,14 +90,18 @@ def problems(error: ValidationError) -> list[str]:
     return lines
 
 
+MOST_LAYERS = 10_000
+"""More than any model has: a range of more is a slip of the finger, which would fill the memory."""
+
+
 def _parse_layers(value: Any) -> Any:
     """`"3,7,10-20:2"` → `(3, 7, 10, 12, 14, 16, 18, 20)`; ranges include their end."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if _is_number(value):
         return (value,)
     if not isinstance(value, str):
-        return value
+        return _without_bools(value)
     numbers: list[int] = []
-    for part in value.replace(" ", "").split(","):
+    for part in _parts(re.sub(r"\s*([-:])\s*", r"\1", value)):
         span, _, stride = part.partition(":")
         first, dash, last = span.partition("-")
         try:
@@ -104,20 +110,44 @@ def _parse_layers(value: Any) -> Any:
             raise ValueError("expected numbers and ranges such as 16,24 or 0-31:2") from None
         if step < 1 or stop < start:
             raise ValueError(f"the range {part!r} is empty")
+        if stop >= MOST_LAYERS:
+            raise ValueError(f"no model has {stop + 1:,} layers")
         numbers.extend(range(start, stop + 1, step))
     return tuple(numbers)
 
 
 def _parse_ids(value: Any) -> Any:
     """`"0,50256"` → `(0, 50256)`."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if _is_number(value):
         return (value,)
     if not isinstance(value, str):
-        return value
+        return _without_bools(value)
     try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
+        return tuple(int(part) for part in _parts(value) if part)
     except ValueError:
         raise ValueError("expected token ids such as 0,50256") from None
+
+
+def _check_ids(ids: tuple[int, ...]) -> tuple[int, ...]:
+    if any(each < 0 for each in ids):
+        raise ValueError("a token id is at least 0")
+    return ids
+
+
+def _parts(text: str) -> list[str]:
+    """Split at commas or, as other tools write lists, at spaces."""
+    return re.split(r"\s*,\s*|\s+", text.strip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _without_bools(values: Any) -> Any:
+    """Refuse true and false, which pydantic takes for 1 and 0."""
+    if isinstance(values, (list, tuple)) and any(isinstance(each, bool) for each in values):
+        raise ValueError("expected numbers, found true or false")
+    return values
 
 
 def _parse_shares(value: Any) -> Any:
@@ -125,25 +155,36 @@ def _parse_shares(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return tuple(float(part) for part in value.split(","))
+        return tuple(float(part) for part in _parts(value))
     except ValueError:
         raise ValueError("expected shares such as 0.125,0.25,1") from None
 
 
 def _parse_mapping(value: Any) -> Any:
     """`"name=en,streaming=true"` → `{"name": "en", "streaming": True}`, values read as YAML."""
+    if isinstance(value, dict):
+        return {name: str(each) if isinstance(each, date) else each for name, each in value.items()}
     if not isinstance(value, str):
         return value
-    mapping = {}
+    mapping: dict[str, Any] = {}
     for part in filter(None, value.split(",")):
         name, equals, text = part.partition("=")
         if not equals or not name.strip():
             raise ValueError("expected pairs such as name=en,streaming=true")
-        try:
-            mapping[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"the value {text!r} cannot be read as YAML") from None
+        if name.strip() in mapping:
+            raise ValueError(f"{name.strip()!r} is given twice")
+        mapping[name.strip()] = _plain_value(text.strip())
     return mapping
+
+
+def _plain_value(text: str) -> Any:
+    """Read a value as YAML, but `no` is Norwegian and `2023-11-01` a snapshot: names of configurations, not values."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # a ValueError is that of a day which does not exist
+        raise ValueError(f"the value {text!r} cannot be read as YAML") from None
+    other_word = isinstance(value, bool) and text.lower() not in ("true", "false")
+    return text if other_word or isinstance(value, date) else value
 
 
 def _parse_resume(value: Any) -> Any:
@@ -156,7 +197,7 @@ def _parse_resume(value: Any) -> Any:
 
 
 LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
-TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids)]
+TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids), AfterValidator(_check_ids)]
 
 
 def _parse_files(value: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import zlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +18,11 @@ import numpy as np
 from saekit.config import DataConfig
 from saekit.data.batches import Sequences, sequences
 from saekit.data.compressed import readable
-from saekit.data.files import FORMATS, ending, find_files, is_all_text
+from saekit.data.files import find_files, is_all_text
 from saekit.data.pack import chunk_and_tokenize
 from saekit.data.token_files import MemmapSequences, say_type
 from saekit.errors import UserError, first_line
+from saekit.hub import asking_hub, check_data_name, is_path, nothing_at, path_of, unreachable, why_not_found
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -124,7 +127,8 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
     """Return the same, where a streamed data set is left a stream."""
     from datasets import load_dataset, load_from_disk
 
-    path = Path(cfg.dataset).expanduser()
+    check_data_name(cfg.dataset)
+    path = path_of(cfg.dataset)
     if (path / "state.json").is_file():
         # One split, whose name the folder does not tell: it is the one that was asked for.
         return _one_split({cfg.split.partition("[")[0]: attempt(load_from_disk, cfg, str(path))}, cfg.split)
@@ -134,8 +138,6 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
     arguments: dict[str, Any] = {"split": cfg.split, **cfg.data_args}
     found = find_files(cfg.dataset, cfg.data_args)
     if found is None:
-        if not path.is_dir() and _looks_like_a_path(cfg.dataset):
-            raise UserError(f"data set {cfg.dataset!r}: there is no such file or folder")
         if path.is_dir() and is_all_text(path):
             arguments.setdefault("sample_by", "document")
         return attempt(load_dataset, cfg, str(path) if path.is_dir() else cfg.dataset, **{"token": token, **arguments})
@@ -151,18 +153,23 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
 
 def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
     """Call what loads a data set, or reads of it, and say in one line what went wrong, if something did."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError
 
+    elsewhere = any("://" in str(value) for value in cfg.data_args.values())  # data files on another server
     try:
-        return load(*args, **kwargs)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise UserError(
-            f"data set {cfg.dataset!r} was found neither on this machine nor on the hub ({first_line(error)})"
-        ) from error
+        with nullcontext() if elsewhere else asking_hub(cfg.dataset):
+            return load(*args, **kwargs)
+    except OSError as error:
+        if not is_path(cfg.dataset) and isinstance(error, (ConnectionError, FileNotFoundError)):
+            where = why_not_found(cfg.dataset)
+            raise UserError(f"data set {cfg.dataset!r} was not found: {where} ({first_line(error)})") from error
+        raise UserError(f"data set {cfg.dataset!r} cannot be read: {first_line(error)}") from error
+    except (KeyError, AttributeError) as error:  # from `load_from_disk`, whose files of JSON lack something
+        raise UserError(f"data set {cfg.dataset!r} is damaged ({type(error).__name__}: {error})") from error
     except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl, where there is no row
         raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data set {cfg.dataset!r} cannot be read ({first_line(error)})") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"data set {cfg.dataset!r} cannot be read: {first_line(error)}") from error
     except UserError:
         raise
     except (ValueError, TypeError, DatasetGenerationError) as error:
@@ -197,16 +204,11 @@ def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
 
 
 def _existing(name: str) -> Path:
-    file = Path(name).expanduser()
-    if not file.is_file():
-        several = "; a .bin file is named alone, not by a glob" if glob.has_magic(name) else ""
-        raise UserError(f"data set {name!r}: there is no such file{several}")
+    file = path_of(name)
+    if not os.path.isfile(file):
+        several = "a .bin file is named alone, not by a glob"
+        raise UserError(f"data set {name!r}: {several if glob.has_magic(name) else nothing_at(name, 'file')}")
     return file
-
-
-def _looks_like_a_path(name: str) -> bool:
-    """Hub ids are `name` or `owner/name`; anything else can only have been meant as a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ending(name).format in FORMATS
 
 
 ROWS = 20
@@ -267,7 +269,7 @@ def peek(
     except UserError:
         from datasets.config import HF_HUB_OFFLINE
 
-        if not HF_HUB_OFFLINE:
+        if not HF_HUB_OFFLINE and (is_path(cfg.dataset) or unreachable() is None):
             raise
         return _look(cfg, token)  # what lies in the hub's cache cannot be streamed
 

@@ -6,7 +6,7 @@ Internal: may change in any release; the API is what `saekit` names.
 from saekit.report.base import Reporter, Reporters
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 from saekit.report.terminal import terminal_reporter
-from saekit.report.trackers import TrackerReporter, tracker_reporter
+from saekit.report.trackers import TrackerReporter, check_tracker, tracker_reporter
 
 __all__ = [
     "EvalStats",
@@ -16,6 +16,7 @@ __all__ = [
     "RunInfo",
     "StepStats",
     "TrackerReporter",
+    "check_tracker",
     "terminal_reporter",
     "tracker_reporter",
 ]

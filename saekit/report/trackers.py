@@ -120,6 +120,21 @@ def flat_config(config: Mapping[str, object], prefix: str = "") -> dict[str, boo
     return flat
 
 
+def check_tracker(name: str) -> None:
+    """Check that accelerate has a tracker of that name, and that its package is installed.
+
+    Raises:
+        UserError: If not.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(kind) for kind in LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise UserError(f"--log-with {name!r}: there is no such tracker; accelerate has {', '.join(known)}")
+    if name not in map(str, get_available_trackers()):
+        raise UserError(f"--log-with {name}: its package is not installed here: pip install {name}")
+
+
 def tracker_reporter(name: str, run_dir: Path) -> TrackerReporter:
     """Return a reporter for one of accelerate's trackers.
 
@@ -131,13 +146,8 @@ def tracker_reporter(name: str, run_dir: Path) -> TrackerReporter:
         UserError: If there is no such tracker, or its package is not installed.
     """
     from accelerate import Accelerator
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
-    known = sorted(str(kind) for kind in LOGGER_TYPE_TO_CLASS)
-    if name not in known:
-        raise UserError(f"--log-with {name!r}: there is no such tracker; accelerate has {', '.join(known)}")
-    if LoggerType(name) not in get_available_trackers():
-        raise UserError(f"--log-with {name}: its package is not installed here: pip install {name}")
+    check_tracker(name)
     accelerator = Accelerator(log_with=LoggerType(name), project_dir=run_dir / "trackers")
     return TrackerReporter(accelerator, run_dir.name)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saekit.hub import asking_hub, why_not_found
 from saekit.registry import SELECTIONS
 from saekit.sae.selection.base import Selection
 
@@ -86,7 +87,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
     if not folder.is_dir():
         raise FileNotFoundError(f"no SAE folder at {folder}")
     config = _read_config(folder / CONFIG_FILE)
-    num_latents = config.get("num_latents") or config["d_in"] * config.get("expansion_factor", 32)
+    num_latents = _num_latents(config)
     shapes = {
         "encoder.weight": (num_latents, config["d_in"]),
         "encoder.bias": (num_latents,),
@@ -110,6 +111,22 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "max_norm": config.get("max_norm"),
     }
     return sizes, {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()}
+
+
+def read_sizes(folder: Path) -> tuple[int, int]:
+    """Read M and D of one SAE folder.
+
+    Raises:
+        FileNotFoundError: If it has no `cfg.json`.
+        ValueError: If that describes no SAE that saekit can compute.
+    """
+    config = _read_config(folder / CONFIG_FILE)
+    return _num_latents(config), config["d_in"]
+
+
+def _num_latents(config: Mapping[str, Any]) -> int:
+    number: int = config.get("num_latents") or config["d_in"] * config.get("expansion_factor", 32)
+    return number
 
 
 def read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> dict[str, Tensor]:
@@ -179,7 +196,11 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
     from huggingface_hub import snapshot_download
 
     only: dict[str, Any] = {"allow_patterns": f"{hookpoint}/*"} if hookpoint else {}
-    folder = Path(snapshot_download(repo_id, **only, **kwargs))
+    try:
+        with asking_hub(repo_id):
+            folder = Path(snapshot_download(repo_id, **only, **kwargs))
+    except FileNotFoundError as error:  # it is not in the cache, and the hub was not asked or did not answer
+        raise FileNotFoundError(f"{repo_id}: {why_not_found(repo_id)}") from error
     return folder / hookpoint if hookpoint else folder
 
 

@@ -15,7 +15,8 @@ from saekit.errors import SILENCE, Interrupted, UserError
 from saekit.placement import Placement, Single, connect
 from saekit.registry import SOURCES
 from saekit.report import Reporter, Reporters, terminal_reporter
-from saekit.runs.folder import check_run_folder, run_folder
+from saekit.runs.folder import run_folder
+from saekit.training.early import check_early
 from saekit.training.live import InMemory
 from saekit.training.plan import default_run_name
 from saekit.training.trainer import SaeTrainer
@@ -24,8 +25,8 @@ from saekit.training.trainer import SaeTrainer
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: InMemory | None = None) -> Path:
     """Load what the configuration names, unless the caller has it, and train; returns the last checkpoint's folder.
 
-    Cheap checks come first: the run's folder, then the model's config (layers, context), then the data, and then the
-    weights. `SaeTrainer` checks the rest (trackers, `--finetune`) last.
+    Cheap checks come first: the run's folder, trackers, the optimizer's library and `finetune`; then the model's files
+    and config (layers, context), then the data, and then the weights.
 
     Raises:
         UserError: If something in the configuration cannot be used.
@@ -65,8 +66,7 @@ def _one_error(placement: Placement) -> Iterator[None]:
 def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory) -> Path:
     try:
         train = cfg.train
-        if placement.rank == 0:
-            check_run_folder(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
+        check_early(train, run_folder(train, default_run_name(cfg.model.model, cfg)), placement)
         placement.check(train)
         source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)
         trainer = SaeTrainer(train, source=source, run=cfg, reporter=watcher, placement=placement)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.activations import (
     ModelShape,
-    check_device,
     choose_attention,
     find_tokenizer,
     load_model,
@@ -26,6 +25,7 @@ from saekit.config import RunConfig
 from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
 from saekit.errors import UserError
 from saekit.placement import Placement
+from saekit.training.early import check_inputs, check_units
 from saekit.training.evaluating import load_eval_data
 
 if TYPE_CHECKING:
@@ -60,16 +60,17 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         UserError: If something in the configuration cannot be used.
     """
     train = cfg.train
-    check_device(cfg.model, placement.device)
+    check_inputs(cfg, placement.device, have)
     if train.shard_lm and cfg.model.load_in_8bit:
         raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
     say(f"Reading the configuration of {cfg.model.model}")
     shape = model_shape(cfg.model) if have.model is None else shape_of(have.model.config)
     layers = select_layers(shape.num_layers, train.layers, train.layer_stride)
     try:
-        train.sae.resolve_num_latents(shape.d_in)
+        num_latents = train.sae.resolve_num_latents(shape.d_in)
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_units(cfg, placement, shape, layers, num_latents)
     ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
     tokenizer = _tokenizer(cfg, have)
     if tokenizer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import TrainConfig
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.sae import Sae, normalize_decoder_, project_decoder_gradient_
 from saekit.sae.kernels.eager import unit_rows
 from saekit.sae.kernels.row_sums import RowSums
@@ -92,8 +93,7 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
         return TorchOptimizer(sae, [_adam_8bit(groups, lr, betas)])
     if cfg.optimizer == "signum":
         return TorchOptimizer(sae, [ScheduleFreeSignum(groups, lr=lr)])
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
+    check_optimizer(cfg)
     # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
     # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalized.
     muon = torch.optim.Muon(groups[:2], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -212,11 +212,38 @@ def _plain_number(value: Tensor) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _adam_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def check_optimizer(cfg: TrainConfig) -> None:
+    """Check that the optimizer's library is there.
+
+    Raises:
+        UserError: If it is missing or too old.
+    """
+    if cfg.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 or newer; this is {torch.__version__}")
+    if cfg.optimizer == "adam8bit":
+        import_bitsandbytes("--optimizer adam8bit", "use --optimizer adam")
+
+
+def import_bitsandbytes(option: str, instead: str) -> Any:
+    """Return the library bitsandbytes.
+
+    Args:
+        option: What needs it.
+        instead: What to do without it.
+
+    Raises:
+        UserError: If it cannot be imported.
+    """
     try:
-        import bitsandbytes
-    except ImportError as error:
+        return importlib.import_module("bitsandbytes")
+    except Exception as error:  # importing it looks for CUDA's libraries, and may find others
         raise UserError(
-            f"--optimizer adam8bit needs bitsandbytes, which cannot be imported here ({error}): use --optimizer adam"
+            f"{option} needs bitsandbytes, which cannot be imported here ({first_line(error)}): {instead}"
         ) from error
-    return bitsandbytes.optim.Adam8bit(groups, lr=lr, betas=betas)
+
+
+def _adam_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    adam: torch.optim.Optimizer = import_bitsandbytes("--optimizer adam8bit", "use --optimizer adam").optim.Adam8bit(
+        groups, lr=lr, betas=betas
+    )
+    return adam

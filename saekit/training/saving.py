@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,12 @@ HARMLESS = frozenset(
 """Options that a resumed run may change, because the training does not depend on them.
 
 Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
+
+
+DERIVED = frozenset(
+    {"lr", "lr_warmup_steps", "decoder_lr_ratio", "encoder_bias_lr_ratio", "dead_feature_threshold", "num_latents"}
+)
+"""Options whose defaults follow from other options and the data."""
 
 
 class Saver:
@@ -132,15 +138,21 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     """Check that a resumed run continues the same training.
 
     Raises:
-        UserError: If an option that the training depends on has changed; the message lists all that did.
+        UserError: If an option or data that the training depends on have changed. The message lists all options that
+            did, but no default that follows from them.
     """
-    before = {**index["config"], **index["resolved"]}
-    now = {**plan.config(), **plan.resolved()}
-    changed = [
-        f"{_named(name)} was {before.get(name)} and is {now.get(name)}"
-        for name in sorted({*before, *now} - HARMLESS)
-        if before.get(name) != now.get(name)
-    ]
+    config, resolved = plan.config(), plan.resolved()
+    before, now = {**index["config"], **index["resolved"]}, {**config, **resolved}
+
+    def differences(names: Iterable[str]) -> list[str]:
+        return [
+            f"{_named(name)} was {_shown(before.get(name))} and is {_shown(now.get(name))}"
+            for name in sorted(set(names) - HARMLESS)
+            if before.get(name) != now.get(name)
+        ]
+
+    given = {name for name in (*index["config"], *config) if index["config"].get(name) != config.get(name)}
+    changed = differences(given | (resolved.keys() - DERIVED))
     if index["excluded_tokens"] != plan.source.excluded.tolist():
         changed.append("the excluded tokens differ")
     steps = index["schedule"]["total_steps"]
@@ -148,8 +160,14 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
         changed.append(f"the data made {steps} steps and makes {plan.total_steps}")
     if not changed and index["data"]["checksum_of_last_step"] != plan.source.checksum(index["step"] - 1):
         changed.append(f"the data set has other tokens in step {index['step']} than it had then")
+    changed = changed or differences(DERIVED)
     if changed:
-        raise UserError(f"--resume would go on with another training: {'; '.join(changed)}")
+        same_shape = all(before.get(name) == now.get(name) for name in ("num_latents", "d_in", "model"))
+        start = f" from its SAEs with --finetune {plan.run_dir}" if same_shape else ""
+        raise UserError(
+            f"--resume would go on with another training: {'; '.join(changed)}. To train so, leave out --resume and "
+            f"start a run of another --run-name{start}"
+        )
 
 
 def _words(error: OSError) -> str:
@@ -157,7 +175,18 @@ def _words(error: OSError) -> str:
     return f"{what}: {error.filename}" if error.filename else what
 
 
+NAMES = {
+    "global_batch": "the global batch (--batch-size × --grad-acc-steps × ranks)",
+    "d_in": "the model's width",
+    "model": "MODEL",
+    "dataset": "DATASET",
+}
+"""What is no option of the command line."""
+
+
 def _named(option: str) -> str:
-    if option == "global_batch":
-        return "the global batch (--batch-size × --grad-acc-steps × ranks)"
-    return f"--{option.replace('_', '-')}"
+    return NAMES.get(option, f"--{option.replace('_', '-')}")
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)

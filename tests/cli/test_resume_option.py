@@ -46,6 +46,34 @@ def test_the_maths_cannot_be_changed(saekit, three_checkpoints, tmp_path):
     assert metrics_of(three_checkpoints) == metrics_of(tmp_path / "before")
 
 
+def test_an_option_is_named_and_not_what_follows_from_it(train, three_checkpoints, tmp_path):
+    """With more tokens come another warm-up and another threshold for dead latents, which nobody has set."""
+    result = train("--run-name", "r", "--resume", "--max-tokens", "8192")
+    assert result.code == 2
+    assert (
+        "--resume would go on with another training: --max-tokens was 2048 and is 8192. To train so, leave out "
+        "--resume and start a run of another --run-name from its SAEs with --finetune checkpoints/r"
+    ) in result.err
+    result = train("--run-name", "r", "--resume", "--num-latents", "32")
+    assert "another training: --num-latents was 64 and is 32." in result.err
+    assert "--finetune" not in result.err
+    result = train("--run-name", "r", "--resume", "--lr-warmup-steps", "3")
+    assert "another training: --lr-warmup-steps was 4 and is 3." in result.err
+    assert train("--run-name", "other", "--max-tokens", "4096", "--finetune", "checkpoints/r").code == 0
+
+
+def test_more_data_in_the_same_place_are_named(train, three_checkpoints, text_file, tmp_path):
+    lines = text_file.read_text().splitlines(keepends=True)
+    (tmp_path / "t.jsonl").write_text("".join(lines[:60]))
+    options = ("--run-name", "s", "--max-tokens", "999999")
+    assert train(*options, data=tmp_path / "t.jsonl").code == 0
+    (tmp_path / "t.jsonl").write_text("".join(lines[:90]))
+    result = train(*options, "--resume", data=tmp_path / "t.jsonl")
+    assert result.code == 2
+    assert "another training: the data made " in result.err
+    assert "--lr-warmup-steps" not in result.err
+
+
 def test_other_data_in_the_same_place_is_refused(train, three_checkpoints, text_file):
     content = text_file.read_text()
     try:

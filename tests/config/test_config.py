@@ -11,16 +11,56 @@ BASE = {"model": "m", "dataset": "d"}
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("3", (3,)), ("16,24", (16, 24)), ("0-6:2", (0, 2, 4, 6)), ("1, 3-5", (1, 3, 4, 5)), (7, (7,)), ([1, 2], (1, 2))],
+    [
+        *(
+            ("3", (3,)),
+            ("16,24", (16, 24)),
+            ("0-6:2", (0, 2, 4, 6)),
+            ("1, 3-5", (1, 3, 4, 5)),
+            (7, (7,)),
+            ([1, 2], (1, 2)),
+        ),
+        *(("1 2", (1, 2)), (" 1  3 - 5 ", (1, 3, 4, 5))),
+    ],
 )
 def test_layers(text, layers):
     assert TrainConfig(layers=text).layers == layers
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "0-4:0", [], "1-"])
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "0-4:0", [], "1-", "0-99999999999", True, [True]])
 def test_layers_that_mean_nothing(text):
     with pytest.raises(ValueError, match="layers"):
         TrainConfig(layers=text)
+
+
+@pytest.mark.parametrize("ids", ["-1", "5,-1", [-1], [True], "a"])
+def test_ids_that_are_none(ids):
+    with pytest.raises(ValueError, match="exclude_tokens"):
+        TrainConfig(exclude_tokens=ids)
+
+
+@pytest.mark.parametrize("name", ["k", "batch_size", "lr", "max_norm_multiple"])
+def test_yes_is_no_number(name):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} true: expected a number"):
+        RunConfig.from_flat({**BASE, name: True})
+
+
+def test_a_key_given_twice():
+    with pytest.raises(UserError, match="--data-args 'a=1,a=2': 'a' is given twice"):
+        RunConfig.from_flat({**BASE, "data_args": "a=1,a=2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("no", "no"), ("2023-11-01", "2023-11-01"), ("true", True), ("3", 3), ("20231101.en", "20231101.en"), ("", None)],
+)
+def test_arguments_of_a_data_set(text, value):
+    assert RunConfig.from_flat({**BASE, "data_args": f"name={text}"}).data.data_args == {"name": value}
+
+
+def test_a_day_that_does_not_exist_is_no_fault_of_ours():
+    with pytest.raises(UserError, match="'2023-13-01' cannot be read as YAML"):
+        RunConfig.from_flat({**BASE, "data_args": "name=2023-13-01"})
 
 
 def test_the_field_knows_its_recipe():

@@ -1,0 +1,194 @@
+"""Options that other tools have: what they are called here, or that they are not there.
+
+The option whose name is spelled most alike is a bad answer: `--seed` does not mean `--split`. The names in these tables
+are those of sparsify, SAELens, dictionary_learning and OpenMOSS, and those that training scripts often have.
+"""
+
+from __future__ import annotations
+
+import re
+
+RENAMED = {
+    "--split": "dataset-split hf-split",
+    "--text-column": "text-key text-field column dataset-column column-name",
+    "--data-args": "dataset-args dataset-kwargs load-dataset-kwargs",
+    "--max-examples": "max-samples num-samples n-samples num-examples n-examples limit max-rows",
+    "--max-tokens": "tokens training-tokens num-tokens n-tokens total-tokens total-training-tokens train-tokens",
+    "--num-proc": "data-preprocessing-num-proc preprocessing-num-proc workers num-workers n-workers dataset-num-proc",
+    "--ctx-len": "ctx-length context-size context-length context-len n-ctx ctx cache-ctx-len max-length max-seq-len "
+    "max-seq-length seq-len seq-length sequence-length block-size",
+    "--batch-size": "bs per-device-train-batch-size llm-batch-size lm-batch-size store-batch-size-prompts "
+    "model-batch-size",
+    "--grad-acc-steps": "gradient-accumulation-steps grad-accum-steps accumulation-steps accumulate-grad-batches",
+    "--micro-acc-steps": "micro-batches num-chunks chunks",
+    "--data-seed": "shuffle-seed",
+    "--exclude-tokens": "ignore-tokens ignore-token-ids exclude-token-ids",
+    "--exclude-special-tokens": "remove-bos exclude-bos exclude-bos-pad-eos-position ignore-special-tokens skip-bos",
+    "--num-latents": "d-sae dict-size dictionary-size n-latents num-features n-features num-neurons hidden-size "
+    "n-dirs latents d-hidden",
+    "--expansion-factor": "expansion exp-factor multiplier dict-multiplier",
+    "--k": "topk top-k l0 target-l0 num-active",
+    "--matryoshka": "matryoshka-widths matryoshka-steps group-fractions",
+    "--init": "b-dec-init-method decoder-init-method encoder-init-method decoder-init-norm init-scale",
+    "--finetune": "from-pretrained-path pretrained init-from finetune-from from-pretrained warm-start",
+    "--resume": "resume-from-checkpoint resume-from resume-checkpoint continue from-checkpoint load-checkpoint",
+    "--revision": "model-revision",
+    "--dtype": "model-dtype lm-dtype torch-dtype llm-dtype",
+    "--load-in-8bit": "load-in-8-bit int8 use-8bit quantize",
+    "--hf-token": "token hub-token use-auth-token hf-api-token huggingface-token",
+    "--optimizer": "optim optimizer-name optimizer-type",
+    "--lr": "learning-rate base-lr",
+    "--lr-warmup-steps": "warmup-steps warmup lr-warm-up-steps warm-up-steps num-warmup-steps lr-warmup",
+    "--beta2": "adam-beta2 beta-2",
+    "--max-bad-steps": "skip-nan-steps max-nan-steps",
+    "--auxk-alpha": "auxk-coef auxk-coeff aux-alpha aux-coef aux-coeff aux-loss-coefficient aux-k-coef auxk aux-loss",
+    "--dead-feature-threshold": "dead-feature-window dead-threshold feature-sampling-window dead-toks-threshold "
+    "dead-latent-threshold",
+    "--save-dir": "checkpoint-path checkpoint-dir checkpoints-dir output-dir out-dir output output-path out save-path "
+    "exp-result-path results-dir",
+    "--run-name": "name run experiment-name exp-name wandb-name wandb-run-name",
+    "--save-every": "save-steps save-interval checkpoint-every checkpoint-interval save-freq save-frequency",
+    "--keep-last": "save-total-limit keep keep-checkpoints",
+    "--overwrite": "force overwrite-output-dir overwrite-existing exist-ok",
+    "--log-every": "log-steps logging-steps log-interval log-frequency log-freq wandb-log-frequency",
+    "--log-with": "report-to logger tracker tracking",
+    "--eval-every": "eval-steps eval-interval evaluate-every eval-frequency eval-freq evaluation-interval do-eval",
+    "--eval-tokens": "n-eval-batches eval-batches n-eval-tokens eval-batch-size-prompts",
+    "--placement layer-map": "distribute-modules layer-parallel",
+    "--placement zero3": "distribute-latents zero-stage",
+    "--launch zero3": "deepspeed deepspeed-config",
+    "--launch ddp": "ddp distributed multi-gpu data-parallel",
+    "--num-processes (with --launch)": "nproc-per-node nproc num-gpus n-gpus gpus world-size devices num-devices",
+    "--config": "config-file yaml cfg config-path",
+}
+"""What an option or argument is called here, and its names elsewhere."""
+
+_NO_TRANSCODERS = "saekit trains autoencoders only, no transcoders"
+_BLOCKS = "saekit trains on the outputs of blocks, the residual stream: choose blocks by number with --layers"
+_SPARSITY = "there is no sparsity penalty: --k sets how many latents are active"
+_JUMPRELU = "there is no JumpReLU: --activation chooses how latents are selected, and --k how many"
+_LENGTH = (
+    "a run reads its data once and lasts as long as they do: --max-tokens shortens it; a step has --batch-size × "
+    "--grad-acc-steps × ranks sequences of --ctx-len tokens"
+)
+_DEVICE = (
+    "the GPU is used if there is one, and CUDA_VISIBLE_DEVICES chooses it (empty: the CPU); --launch starts a process "
+    "per GPU"
+)
+_SEED = "--init-seed is for the weights, --data-seed for the order of the data"
+_SCHEDULE = "the learning rate rises for --lr-warmup-steps and then falls linearly to zero"
+_BUFFER = "activations are trained on as they are computed, without a buffer; the data are shuffled before (--shuffle)"
+_CACHED = "activations are computed while training: the only --source that comes with saekit is live"
+_TYPES = "--dtype is the type of the language model's weights; the SAEs are float32"
+_PROJECT = "with --log-with wandb, runs are filed under --run-name; WANDB_ENTITY, WANDB_MODE, ... are wandb's variables"
+
+OTHERWISE = {
+    "MODEL is the first argument, with no option's name before it": "model model-name lm-name model-path model-id "
+    "model-name-or-path pretrained-model lm llm",
+    "DATASET is the second argument, with no option's name before it": "dataset dataset-name dataset-path data-path "
+    "data dataset-repo hf-dataset train-data corpus",
+    _NO_TRANSCODERS: "transcode transcoder skip-connection skip affine-skip hook-name-out hook-point-out d-out "
+    "crosscoder",
+    _BLOCKS: "hookpoints hookpoint hook-points hook-point hook-name hook-names hook hook-layer hook-layers layer "
+    "submodule submodule-name submodules io hook-point-in site act-name module modules sae-positions",
+    "all heads of a layer are read together: " + _BLOCKS: "hook-head-index head-index",
+    _SPARSITY: "l1 l1-coefficient l1-coeff l1-coef l1-penalty l1-alpha l1-lambda l1-weight sparsity-penalty sparsity "
+    "sparsity-coefficient sparsity-weight l0-coefficient l0-penalty l0-lambda lambda lp-norm l1-warm-up-steps "
+    "l1-warmup-steps sparsity-warmup-steps initial-sparsity-penalty scale-sparsity-penalty-by-decoder-norm",
+    _JUMPRELU: "jumprelu jumprelu-init-threshold jumprelu-bandwidth bandwidth jumprelu-lr-factor",
+    "--activation chooses how latents are selected: topk, batchtopk or groupmax": "architecture activation-fn act-fn "
+    "activation-function trainer trainer-class dict-class sae-type sae-class use-batchtopk batchtopk batch-topk "
+    "groupmax activation-fn-str",
+    "saekit has nothing like it": "embed-skip gram-lookup lookup-max-order gram-table-path gram-table-hash noise-scale "
+    "decoder-orthogonal-init apply-b-dec-to-input",
+    "the number of active latents is --k from the first step on": "k-decay-steps k-anneal-steps k-schedule",
+    "BatchTopK's threshold moves by itself (--activation batchtopk)": "threshold-beta threshold-start-step threshold "
+    "topk-threshold-lr",
+    _LENGTH: "epochs num-epochs n-epochs epoch num-train-epochs max-epochs steps max-steps num-steps n-steps "
+    "total-steps total-training-steps train-steps training-steps iterations iters num-iterations finetuning-tokens",
+    _DEVICE: "device gpu cuda cpu device-id gpu-id cuda-device accelerator no-cuda use-cpu use-cuda act-store-device "
+    "device-map",
+    _SEED: "seed random-seed rng-seed init-seeds seeds",
+    "a wandb run is logged with --log-with wandb": "wandb use-wandb log-to-wandb wandb-mode with-wandb",
+    "numbers go to TensorBoard with --log-with tensorboard": "tensorboard use-tensorboard tb",
+    _PROJECT: "wandb-project wandb-entity wandb-group project wandb-id wandb-tags",
+    _SCHEDULE: "lr-scheduler lr-scheduler-name lr-scheduler-type scheduler lr-schedule lr-decay-steps lr-end min-lr "
+    "decay-start lr-decay sched-type cosine",
+    "Adam's first moment decays by 0.9 per step; --beta2 is the second's": "adam-beta1 beta1 beta-1 adam-betas betas",
+    "no optimizer here has weight decay: the decoder's rows are kept at unit norm (--normalize-decoder)": "wd l2 "
+    "weight-decay",
+    "no such number can be set: --optimizer chooses among adam, adam8bit, signum and muon": "momentum adam-epsilon "
+    "adam-eps eps nesterov",
+    "gradients are not clipped; a step with NaN or Inf is skipped (--max-bad-steps)": "grad-clip max-grad-norm "
+    "gradient-clip-val clip-grad clip-grad-norm gradient-clipping",
+    "dead latents are revived while training, not resampled: --revive-alpha, or --auxk-alpha": "resample-steps "
+    "resample-dead use-ghost-grads ghost-grads neuron-resampling dead-feature-resampling resample-mode",
+    "the loss is that of the reconstruction (FVU); saekit eval measures the model's own loss with it": "loss-fn loss "
+    "mse-loss-normalization loss-type reconstruction-loss",
+    "activations are taken as they are, and the learning rates fit them (--scale-biases); --max-norm-multiple excludes "
+    "attention sinks": "normalize-activations normalize norm-activation activation-norm rescale-acts-by-decoder-norm",
+    _BUFFER: "n-batches-in-buffer buffer-size n-ctxs refresh-batch-size buffer buffer-tokens mixing-fraction "
+    "activation-buffer-size buffer-device activations-mixing-fraction",
+    "--batch-size counts sequences of --ctx-len tokens": "train-batch-size-tokens out-batch-size batch-size-tokens "
+    "sae-batch-size tokens-per-batch train-batch-size",
+    _CACHED: "use-cached-activations cached-activations-path activation-dir activations-dir cache-activations "
+    "activation-path activations-path new-cached-activations-path",
+    "it is read from the model's config": "d-in activation-dim d-model d-mlp model-dim input-dim activation-size width",
+    "a data set is streamed with --data-args streaming=true, and --max-examples says how much of it": "streaming "
+    "stream is-streaming",
+    "a column input_ids or a .bin file is recognized": "is-dataset-tokenized tokenized pretokenized is-tokenized",
+    "documents are packed without gaps, an EOS token before each": "prepend-bos add-bos return-overflowed-tokens "
+    "disable-concat-sequences packing concat",
+    _TYPES: "fp16 bf16 fp32 autocast autocast-lm mixed-precision precision amp half use-fp16 use-bf16",
+    "--load-in-8bit is what there is": "load-in-4bit load-in-4-bit 4bit quantization bnb-4bit",
+    "nothing is compiled with torch.compile; --kernels chooses what computes the SAEs": "compile compile-llm "
+    "compile-sae torch-compile compile-model llm-compilation-mode sae-compilation-mode",
+    "--placement zero3 shards SAEs, with --shard-lm the language model, too": "fsdp tp tensor-parallel tp-size sp pp",
+    "saekit uploads nothing; a checkpoint's folder can be uploaded with `hf upload`": "push-to-hub hf-repo-id hub-repo "
+    "hub-model-id upload hf-repo save-to-hub",
+    "code from the hub is not run": "trust-remote-code dataset-trust-remote-code",
+    "HF_HOME says where the hub's cache is": "cache-dir hf-home hf-cache hf-cache-dir",
+    "HF_HUB_OFFLINE=1 keeps saekit from asking the hub": "offline local-files-only",
+    "where stderr is no terminal there are plain lines instead of the live view": "verbose quiet silent progress "
+    "no-progress-bar log-level tqdm",
+}
+"""What to do instead, and the names elsewhere of what saekit does not have or has in another form."""
+
+
+def _table() -> dict[str, str]:
+    answers: dict[str, str] = {}
+    for target, names in RENAMED.items():
+        answers |= dict.fromkeys(names.split(), f"it is called {target} here")
+    for text, names in OTHERWISE.items():
+        answers |= dict.fromkeys(names.split(), text)
+    return answers
+
+
+ANSWERS = _table()
+"""By an option's name elsewhere, with dashes and without those in front."""
+
+
+def answer(name: str) -> str | None:
+    """Say what to use instead of an option that another tool has.
+
+    Args:
+        name: With or without dashes in front; underscores count as dashes, and `sae.lr` as `lr`.
+
+    Returns:
+        A clause that names options as the command line does; None for a name that is not in the table.
+    """
+    plain = name.lstrip("-").replace("_", "-").lower()
+    for known in (plain, plain.removeprefix("no-"), plain.rpartition(".")[2]):
+        if known in ANSWERS:
+            return ANSWERS[known]
+    return None
+
+
+def options_in(text: str) -> set[str]:
+    """Return the options that a text names, as they are typed."""
+    return set(re.findall(r"--[a-z0-9][a-z0-9-]*", text))
+
+
+def without_dashes(text: str) -> str:
+    """Return a text in which options are named as in YAML and in Python."""
+    return re.sub(r"--([a-z0-9][a-z0-9-]*)", lambda found: found[1].replace("-", "_"), text)

@@ -1,0 +1,168 @@
+"""What a run would fail on only after its data are tokenized or its model is loaded, found before that."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from saekit.activations import ModelShape, check_device, hookpoint_names
+from saekit.config import ModelConfig, RunConfig, TrainConfig
+from saekit.errors import UserError
+from saekit.hub import check_data_name, check_model_name, is_path, path_of
+from saekit.model_files import check_model_folder, safetensors_problem
+from saekit.placement import Placement
+from saekit.report import check_tracker
+from saekit.runs.folder import check_run_folder, goes_on, run_folder
+from saekit.sae.kernels import choose_kernels
+from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, read_sizes
+from saekit.training.optimizers import check_optimizer, import_bitsandbytes
+from saekit.training.plan import default_run_name
+
+if TYPE_CHECKING:
+    from saekit.training.live import InMemory
+
+
+def check_early(cfg: TrainConfig, run_dir: Path, placement: Placement) -> None:
+    """Check what needs neither the model nor the data: the run's folder, and the libraries that it names.
+
+    Raises:
+        UserError: If the folder is in use or cannot be written, a tracker or optimizer is not installed, the kernels
+            cannot run on this device, or there is nothing to start from where `finetune` says.
+    """
+    if placement.rank == 0:
+        check_run_folder(cfg, run_dir)
+        check_writable(run_dir)
+        if cfg.log_with is not None:
+            check_tracker(cfg.log_with)
+    check_optimizer(cfg)
+    if cfg.kernels != "auto":
+        try:
+            choose_kernels(cfg.kernels, cfg.select_dtype, placement.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if cfg.finetune is not None and not goes_on(cfg, run_dir):
+        _sae_folders(cfg.finetune)
+
+
+def check_inputs(cfg: RunConfig, device: torch.device, have: InMemory) -> None:
+    """Check what the names of model and data, and a model's files, already show.
+
+    Args:
+        cfg: The run.
+        device: Where the model will be.
+        have: What the caller has loaded already, whose names lead nowhere.
+
+    Raises:
+        UserError: If a path or a file is missing or damaged, or 8 bits are not possible.
+    """
+    check_device(cfg.model, device)
+    if have.model is None:
+        check_model(cfg.model)
+        if cfg.model.load_in_8bit:
+            import_bitsandbytes("--load-in-8bit", "leave it out")
+    if have.rows is None:
+        check_data_name(cfg.data.dataset)
+    if have.eval_rows is None and cfg.train.eval_every is not None and cfg.data.eval_dataset is not None:
+        check_data_name(cfg.data.eval_dataset)
+
+
+def check_model(cfg: ModelConfig) -> None:
+    """Check a model's name and, if it is a folder, its files.
+
+    Raises:
+        UserError: If there is nothing of that name, or something is missing or damaged.
+    """
+    check_model_name(cfg.model, cfg.revision)
+    if is_path(cfg.model):
+        check_model_folder(cfg.model, path_of(cfg.model), weights=True)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Check that the folder of a run can be made, or written into if it is there.
+
+    Raises:
+        UserError: Naming the folder that does not allow it.
+    """
+    there = Path(os.path.abspath(run_dir))
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"the run folder {run_dir} cannot be made: {there} is a file; see --save-dir")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} cannot be written ({error.strerror}: {there}): see --save-dir"
+        ) from error
+
+
+def check_units(
+    cfg: RunConfig, placement: Placement, shape: ModelShape, layers: Sequence[int], num_latents: int
+) -> None:
+    """Check what is said of single layers' SAEs: where they start from, and which rank they are on.
+
+    Args:
+        cfg: The run.
+        placement: The ranks.
+        shape: The language model's sizes.
+        layers: Numbers of the layers to train on.
+        num_latents: M.
+
+    Raises:
+        UserError: If `layer_map` does not fit, or an SAE to start from is missing, damaged or of another size.
+    """
+    train = cfg.train
+    goes = goes_on(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
+    finetune = None if goes else train.finetune
+    if finetune is None and train.layer_map is None:
+        return
+    names = hookpoint_names(shape, layers)
+    placement.holds(placement.rank, names, placement.world_size, train.layer_map)
+    if finetune is not None:
+        check_finetune(finetune, names, num_latents, shape.d_in)
+
+
+def check_finetune(path: Path, hookpoints: Sequence[str], num_latents: int, d_in: int) -> None:
+    """Check that the SAEs to start from are there and have the run's sizes, without reading their weights.
+
+    Args:
+        path: `--finetune`.
+        hookpoints: The run's.
+        num_latents: M.
+        d_in: D.
+
+    Raises:
+        UserError: If one is missing, damaged or of another size.
+    """
+    folders = _sae_folders(path)
+    if (path / WEIGHTS_FILE).is_file() and len(hookpoints) == 1:
+        folders = {hookpoints[0]: path}
+    for name in hookpoints:
+        if name not in folders:
+            raise UserError(f"--finetune {path}: it has no SAE for {name}, only for {', '.join(folders)}")
+        try:
+            found = read_sizes(folders[name])
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"--finetune {path}: {error}") from error
+        if found != (num_latents, d_in):
+            raise UserError(
+                f"--finetune {path}: its SAE for {name} has {found[0]} latents for width {found[1]}, this run "
+                f"{num_latents} for width {d_in}"
+            )
+        if (problem := safetensors_problem(folders[name] / WEIGHTS_FILE)) is not None:
+            raise UserError(f"--finetune {path}: {name}/{problem}")
+
+
+def _sae_folders(path: Path) -> dict[str, Path]:
+    if not path.is_dir():
+        hint = "" if path.exists() else " (SAEs on the hub have to be downloaded first, with `hf download`)"
+        raise UserError(f"--finetune {path}: there is no such folder{hint}")
+    try:
+        return find_sae_folders(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--finetune {path}: {error}") from error
