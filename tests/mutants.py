@@ -247,6 +247,7 @@ LIST: list[tuple[str, ...]] = [
         ZERO3,
         "        self._torch_optimizer.register_step_pre_hook(rows.project)\n",
         "",
+        "placement/test_equivalence::test_ranks_and_placements_agree",
     ),
     (
         "zero3 normalizes each rank's part of a row by itself",
@@ -259,6 +260,7 @@ LIST: list[tuple[str, ...]] = [
         ZERO3,
         "            piece.scatter(whole, piece.flat)\n",
         "",
+        "placement/test_equivalence::test_thresholds_go_on_under_another_placement",
     ),
     (
         "the index is written before the files",
