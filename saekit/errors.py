@@ -17,7 +17,16 @@ class UserError(ValueError):
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; those there were are as they were."""
+    """A checkpoint could not be written; those there were are as they were.
+
+    Args:
+        message: See `UserError`.
+        lasting: Whether it would fail again, whatever becomes of the disk.
+    """
+
+    def __init__(self, message: str, *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class Interrupted(KeyboardInterrupt):

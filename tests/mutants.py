@@ -16,7 +16,8 @@ STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistic
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
 LOCAL = "saekit/placement/local.py"
 CHECKPOINT, SAVING = "saekit/runs/checkpoint.py", "saekit/training/saving.py"
-RECOVERY = "saekit/runs/recovery.py"
+RECOVERY, LOCK, LEASE = (f"saekit/runs/{part}.py" for part in ("recovery", "lock", "lease"))
+RUN_FOLDER = "saekit/training/run_folder.py"
 TAP, LIVE, SOURCE = (f"saekit/activations/{part}.py" for part in ("tap", "live", "source"))
 HOOKPOINTS = "saekit/activations/hookpoints.py"
 EVALUATE = "saekit/analysis/evaluate.py"
@@ -73,6 +74,11 @@ LIKELY = {
     EVALUATING: "training/test_evaluating",
     CHECKPOINT: "training/test_resume training/test_save_faults",
     RECOVERY: "training/test_save_faults training/test_resume",
+    LOCK: "runs/test_lock runs/test_lease",
+    LEASE: "runs/test_lease runs/test_lock",
+    "saekit/runs/folder.py": "runs/test_folder training/test_resume",
+    "saekit/runs/locate.py": "training/test_resume cli/test_eval_command",
+    RUN_FOLDER: "training/test_rivals training/test_resume",
     "saekit/runs/files.py": "training/test_save_faults",
     LOCAL: "placement/test_single training/test_bad_steps",
     DDP: "placement/test_equivalence",
@@ -271,6 +277,32 @@ LIST: list[tuple[str, ...]] = [
     ),
     ("a save that dies before its last rename is forgotten", RECOVERY, "            put_in_place(partial)\n", ""),
     ("the newest is that of the highest step", CHECKPOINT, "key=lambda each: each[1])", "key=lambda each: each[0])"),
+    ("a worker keeps the lock of its process", LOCK, "os.register_at_fork(after_in_child=_drop_all)", ""),
+    ("two that write a lease at once both have it", LOCK, ")) != self.writer:", ")) is None:"),
+    ("a lease is not renewed", LOCK, "            os.utime(self._lease)\n", ""),
+    ("a process that has ended keeps its lease", LEASE, "or _started(self.pid) == self.started", "or True"),
+    ("a lease never expires", LEASE, "age > EXPIRES", "age > 1e9"),
+    ("a job does not wait for the one before it", RUN_FOLDER, 'cfg.grace if cfg.resume == "auto" else 0.0', "0.0"),
+    ("a run that was taken for dead saves", TRAINER, "                    check_lock()\n", "", "training/test_resume"),
+    (
+        "a full disk ends a run that is finished",
+        TRAINER,
+        "saver.save_last() if last else saver.save()",
+        "saver.save()",
+        "training/test_full_disk",
+    ),
+    (
+        "a run that fails to begin deletes the one it was to replace",
+        "saekit/runs/folder.py",
+        "        put_back(path)\n        raise\n",
+        "        raise\n",
+    ),
+    (
+        "an evaluation goes to a later checkpoint",
+        "saekit/runs/locate.py",
+        "return run / target.name if target.parent == run.resolve() else latest",
+        "return latest",
+    ),
     (
         "a half-deleted folder keeps its name",
         "saekit/runs/files.py",

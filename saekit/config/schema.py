@@ -236,7 +236,7 @@ class TrainConfig:
     grace: float = option(
         120,
         "After SIGTERM or SIGUSR1 from a scheduler, finish and save the current step within this time, or end without "
-        "saving.",
+        "saving. --resume auto waits as long for the job before it, if that still trains in the run's folder.",
         panel=SAVING,
         unit="seconds",
         gt=0,

@@ -45,6 +45,10 @@ class LayerRecord:
     """The content of `saekit.json`."""
 
 
+class NotHere(OSError):  # noqa: N818  # it becomes a SaveError
+    """Ranks do not see the same disk."""
+
+
 Fingerprints = dict[str, dict[str, Any]]
 """Size and checksum of files, by their path inside the checkpoint."""
 
@@ -96,12 +100,12 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
     """Write the index, put the checkpoint in place, make `latest` point to it, and return its folder.
 
     Raises:
-        OSError: If that cannot be done, or other ranks have written their layers somewhere else.
+        OSError: If that cannot be done; `NotHere` if other ranks have written their layers somewhere else.
     """
     partial = checkpoint_folders(run_dir, step)[1]
     for name, each in fingerprints.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != each["bytes"]:
-            raise OSError(f"{name} was written by another rank and is not here: all machines must see --save-dir")
+            raise NotHere(f"{name} was written by another rank and is not here: all machines must see --save-dir")
     if (metrics := run_dir / METRICS_FILE).exists():  # what the checkpoint's steps reported lasts as long as it does
         flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from saekit.config import TrainConfig
 from saekit.config.flat import laid_over, load_plugins, read_yaml
 from saekit.errors import UserError
-from saekit.runs.files import flush
+from saekit.runs.files import discard, flush
 from saekit.runs.layout import (
     CONFIG_FILE,
     METRICS_FILE,
+    contents,
+    doomed_folder,
     has_checkpoints,
     has_only_begun,
     looks_like_a_run,
@@ -47,7 +49,7 @@ def check_run_folder(cfg: TrainConfig, path: Path) -> None:
         if not has_checkpoints(path):
             raise UserError(f"--resume: there is no checkpoint to go on from in {path}")
         return
-    if not path.exists() or not any(path.iterdir()):
+    if not contents(path):
         return
     if cfg.resume == "auto" and has_only_begun(path):
         return
@@ -63,11 +65,18 @@ def check_run_folder(cfg: TrainConfig, path: Path) -> None:
         )
 
 
+def way_on(run_dir: Path) -> str:
+    """Say how a run that has ended before its time can go on, in words that can be typed."""
+    if has_checkpoints(run_dir):
+        return f"--resume {run_dir} goes on from the last checkpoint"
+    return f"there is no checkpoint yet: start it again{' with --overwrite' if contents(run_dir) else ''}"
+
+
 @contextmanager
 def new_run_folder(cfg: TrainConfig, path: Path) -> Iterator[None]:
-    """Make the folder of a run; inside the context the run gets ready in it.
+    """Make the folder of a run, whose lock the caller has; inside the context the run gets ready in it.
 
-    If that fails, the folder is taken away again, and a run that was to be overwritten is back in its place.
+    If that fails, what it has written is deleted, and a run that was to be overwritten is back in its place.
 
     Raises:
         UserError: If `check_run_folder` refuses it, or the folder cannot be made.
@@ -75,24 +84,61 @@ def new_run_folder(cfg: TrainConfig, path: Path) -> Iterator[None]:
     check_run_folder(cfg, path)
     keep = goes_on(cfg, path)
     path = path.resolve()  # through a link: the run itself is replaced, not the link
-    replaced = replaced_folder(path)
     try:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if not keep and path.exists():
-            path.rename(replaced)
         path.mkdir(parents=True, exist_ok=True)
+        if not keep:
+            _set_aside(path)
         flush(path.parent)
     except OSError as error:
+        with suppress(OSError):  # the same trouble; then it is put back when the lock is taken next
+            put_back(path)
         raise UserError(f"the run folder {path} cannot be made ({error.strerror}): see --save-dir") from error
     try:
         yield
     except BaseException:
         if not keep:
-            shutil.rmtree(path)
-        if replaced.exists():
-            replaced.rename(path)
+            for each in _config_first(contents(path)):
+                _delete(each)
+        put_back(path)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):  # then it is deleted when the lock is taken next
+        discard(replaced_folder(path))
+
+
+def _set_aside(path: Path) -> None:
+    """Move what is in a run's folder out of the way. The folder itself stays, because the lock is on it."""
+    replaced = replaced_folder(path)
+    replaced.mkdir()
+    for each in _config_first(contents(path)):
+        each.rename(replaced / each.name)
+
+
+def put_back(path: Path) -> None:
+    """Undo what was left half done when a run was replaced: the old run is back, unless the new one has begun."""
+    replaced = replaced_folder(path)
+    shutil.rmtree(doomed_folder(replaced), ignore_errors=True)
+    if not replaced.is_dir():
+        return
+    if not (path / CONFIG_FILE).exists():
+        for each in reversed(_config_first(replaced.iterdir())):
+            _delete(path / each.name)
+            each.rename(path / each.name)
+    discard(replaced)
+
+
+def _config_first(entries: Iterable[Path]) -> list[Path]:
+    """Sort what is in a run's folder; the configuration goes first and comes back last.
+
+    So the folder has one exactly if all of the old run, or something of the new one, is in it.
+    """
+    return sorted(entries, key=lambda each: (each.name != CONFIG_FILE, each.name))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def all_options(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
@@ -117,7 +163,7 @@ def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Read the options of the run that `resume` names."""
     run = run_of(path)
     if not has_checkpoints(run):
-        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume last)"
+        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume latest)"
         raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
     for name in ("save_dir", "run_name"):
         if name in given:

@@ -4,6 +4,8 @@ RUN/config.yaml                      the configuration, with every default; as `
 RUN/metrics.jsonl                    one line per report, and per evaluation
 RUN/trackers/                        what trackers of `--log-with` write that keep files
 RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
+RUN/.lock                            the process that writes in the folder (`lock`), as long as it does
+RUN/.replaced/                       the run that `--overwrite` replaces, until the new one is ready
 RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, and
                                      size and checksum of every file
 RUN/step_00000200/eval.json          what `saekit eval` found
@@ -39,6 +41,8 @@ FORMAT = 3
 LATEST, BEST = "latest", "best"
 """Links to a run's checkpoints."""
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
+LOCK_FILE = ".lock"
+REPLACED = ".replaced"
 PARTIAL, DELETED = ".partial", ".deleted"
 """Endings of folders that are being written or deleted; their names begin with a dot."""
 
@@ -60,13 +64,26 @@ def doomed_folder(folder: Path) -> Path:
 
 
 def replaced_folder(run_dir: Path) -> Path:
-    """Return where a run lies while another is about to replace it."""
-    return run_dir.with_name(f".{run_dir.name}.replaced")
+    """Return where the content of a run's folder lies while another run is about to replace it."""
+    return run_dir / REPLACED
+
+
+def contents(run_dir: Path) -> list[Path]:
+    """List what is in a run's folder; not the lock, nor what is about to be replaced. Empty if there is no folder."""
+    if not run_dir.is_dir():
+        return []
+    return [each for each in sorted(run_dir.iterdir()) if not each.name.startswith((LOCK_FILE, REPLACED))]
+
+
+def unfinished_locks(run_dir: Path) -> Iterator[Path]:
+    """Yield what processes that were killed while they took the lock have left."""
+    yield from run_dir.glob(f"{LOCK_FILE}.*")
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """List a run's checkpoints, whole or damaged, by step."""
-    return [path for path in sorted(run_dir.glob("step_*")) if path.is_dir()]
+    """List a run's checkpoints, whole or damaged, by step; not what a user has put next to them."""
+    found = [(int(name[1]), path) for path in run_dir.glob("step_*") if (name := STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def partial_folders(run_dir: Path) -> list[Path]:
@@ -101,7 +118,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 def has_only_begun(run_dir: Path) -> bool:
     """Tell whether a run was killed before its first checkpoint, and nothing else lies in its folder."""
     own = {f"{name}{unfinished}" for name in (CONFIG_FILE, METRICS_FILE) for unfinished in ("", ".tmp")}
-    return all(file.name in own or file.match(f".step_*{PARTIAL}") for file in run_dir.iterdir())
+    return all(file.name in own or file.match(f".step_*{PARTIAL}") for file in contents(run_dir))
 
 
 def looks_like_a_run(folder: Path) -> bool:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saekit.errors import UserError
-from saekit.runs.layout import CONFIG_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
+from saekit.runs.checkpoint import numbered
+from saekit.runs.layout import CONFIG_FILE, FORMAT, LATEST, METRICS_FILE
 from saekit.runs.layout import INDEX_FILE as MANIFEST
 from saekit.sae.storage import SEARCH_DEPTH, layer_number, natural_key, sae_folders_below
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
@@ -143,11 +144,14 @@ def _lone_sae(path: Path) -> Location:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    """Return the folder that `latest` leads to, else the one of the highest step; None where there is neither."""
-    if (run / LATEST).is_dir():
-        return run / LATEST
-    steps = [(int(m[1]), p) for p in run.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)) and p.is_dir()]
-    return max(steps)[1] if steps else None
+    """Return the checkpoint that `latest` leads to, else the one written last; None where there is neither."""
+    latest = run / LATEST
+    if latest.is_dir():
+        # Not the link itself: it leads elsewhere as soon as a run that still trains saves again.
+        target = latest.resolve()
+        return run / target.name if target.parent == run.resolve() else latest
+    checkpoints = numbered(run)
+    return checkpoints[-1][0] if checkpoints else None
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

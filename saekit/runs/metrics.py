@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from saekit.errors import UserError
 from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 from saekit.runs.files import write_at_once
+from saekit.runs.folder import way_on
 
 EVALUATION = "evaluation"
 """The kind of record that an evaluation is; reports name none."""
@@ -72,7 +73,7 @@ class JsonlReporter:
         except OSError as error:
             trouble = f"{self.path} cannot be written ({error.strerror})"
             if self.on_trouble is None:
-                raise UserError(f"{trouble}; --resume goes on from the last checkpoint") from None
+                raise UserError(f"{trouble}; {way_on(self.path.parent)}") from None
             if not in_trouble:
                 self.on_trouble(f"Warning: {trouble}; its lines are kept until it can")
 

@@ -15,10 +15,11 @@ from saekit.errors import SILENCE, Interrupted, UserError
 from saekit.placement import Placement, Single, connect
 from saekit.registry import SOURCES
 from saekit.report import Reporter, Reporters, terminal_reporter
-from saekit.runs.folder import run_folder
+from saekit.runs.folder import run_folder, way_on
 from saekit.training.early import check_early
 from saekit.training.live import InMemory
 from saekit.training.plan import default_run_name
+from saekit.training.run_folder import one_writer
 from saekit.training.trainer import SaeTrainer
 
 
@@ -37,13 +38,18 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: In
         placement = Single(have.model.device)
     if placement.rank > 0 or not sys.stderr.isatty():
         no_bars()
-    with _one_error(placement):
+    run_dir = run_folder(cfg.train, default_run_name(cfg.model.model, cfg))
+    with _one_error(placement, run_dir):
         watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
-        return _train(cfg, placement, watcher, have)
+        try:
+            with one_writer(cfg.train, run_dir, placement, watcher.status):
+                return _train(cfg, placement, watcher, have, run_dir)
+        finally:
+            watcher.finish()
 
 
 @contextmanager
-def _one_error(placement: Placement) -> Iterator[None]:
+def _one_error(placement: Placement, run_dir: Path) -> Iterator[None]:
     """An error on one rank ends them all; the one that came first is shown, by the rank that had it.
 
     The others find their connections closed: they wait a moment, so that the launcher, which stops all ranks when the
@@ -58,24 +64,21 @@ def _one_error(placement: Placement) -> Iterator[None]:
         if placement.world_size > 1 and isinstance(error, RuntimeError) and "gloo" in str(error).lower():
             raise UserError(
                 "another rank of this run has ended without an error message (killed, out of memory, or its machine is "
-                "gone); --resume continues from the last checkpoint"
+                f"gone); {way_on(run_dir)}"
             ) from error
         raise
 
 
-def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory) -> Path:
+def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory, run_dir: Path) -> Path:
+    train = cfg.train
+    check_early(train, run_dir, placement)
+    placement.check(train)
+    source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)
+    trainer = SaeTrainer(train, source=source, run=cfg, reporter=watcher, placement=placement)
     try:
-        train = cfg.train
-        check_early(train, run_folder(train, default_run_name(cfg.model.model, cfg)), placement)
-        placement.check(train)
-        source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)
-        trainer = SaeTrainer(train, source=source, run=cfg, reporter=watcher, placement=placement)
-        try:
-            last = trainer.fit()
-        except Interrupted:
-            placement.close()
-            raise
+        last = trainer.fit()
+    except Interrupted:
         placement.close()
-        return last
-    finally:
-        watcher.finish()
+        raise
+    placement.close()
+    return last

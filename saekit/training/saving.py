@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ from saekit.training.plan import RunPlan
 from saekit.training.state import RunState, records
 
 Part = TypeVar("Part")
+
+PATIENCE, PAUSE = 3600.0, 30.0
+"""Seconds for which the last save of a run is tried again while the disk refuses it, and seconds between two tries."""
 
 HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
@@ -97,6 +101,29 @@ class Saver:
         run.checkpoint = checkpoint_folders(plan.run_dir, run.step)[0]
         return run.checkpoint
 
+    def save_last(self) -> Path:
+        """As `save`, at the end of a run: try again for an hour while the disk is full, for example. Collective.
+
+        Raises:
+            SaveError: On all ranks, if that was in vain, or cannot succeed.
+            UserError: If weights are not finite.
+        """
+        until, told = time.monotonic() + PATIENCE, False
+        while True:
+            try:
+                return self.save()
+            except SaveError as error:
+                left = self.placement.gather(until - time.monotonic())[0]  # all ranks end at the same try
+                if error.lasting or left <= 0:
+                    raise
+                if not told:
+                    self.warn(
+                        f"Warning: {error}; trying again every {PAUSE:g} seconds for {PATIENCE / 60:g} minutes, as "
+                        "what was trained is only in memory: make room for it (Ctrl-C twice gives up)"
+                    )
+                told = True
+                time.sleep(min(PAUSE, left))
+
     def _finish(self, files: checkpoint.Fingerprints, index: dict[str, Any], improved: bool) -> None:
         plan = self.plan
         folder = checkpoint.finish_checkpoint(plan.run_dir, self.run.step, files, index)
@@ -112,18 +139,20 @@ class Saver:
 
     def _on_all(self, work: Callable[[], Part]) -> list[Part | None]:
         """One part of the save, on every rank; where one cannot write, all give up together."""
-        result, problem = None, None
+        result: Part | None = None
+        problem: tuple[str, bool] | None = None
         try:
             result = work()
         except OSError as error:
-            problem = _words(error)
+            problem = _words(error), isinstance(error, checkpoint.NotHere)
         outcomes = self.placement.gather((result, problem))
         problems = [each for _, each in outcomes if each is not None]
         if problems:
             self._clean_up()
             before = self.run.checkpoint
             last = f"the one before it, {before}, is whole (--resume)" if before else "there is none before it"
-            raise SaveError(f"the checkpoint of step {self.run.step} could not be written ({problems[0]}); {last}")
+            message = f"the checkpoint of step {self.run.step} could not be written ({problems[0][0]}); {last}"
+            raise SaveError(message, lasting=any(lasting for _, lasting in problems))
         return [part for part, _ in outcomes]
 
     def _clean_up(self) -> None:

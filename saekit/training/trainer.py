@@ -25,7 +25,6 @@ from saekit.runs.files import write_at_once
 from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
 from saekit.runs.layout import CONFIG_FILE, LATEST, METRICS_FILE
 from saekit.runs.metrics import JsonlReporter
-from saekit.runs.recovery import Found, find_checkpoint
 from saekit.sae import Sae
 from saekit.training import state
 from saekit.training.bank import Bank
@@ -34,7 +33,8 @@ from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import StepMessage
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, plan_run
-from saekit.training.saving import Saver, refuse_other_run
+from saekit.training.run_folder import checkpoint_to_go_on_from, one_writer
+from saekit.training.saving import Saver
 from saekit.training.start import calibrate, count_tokens, fit_encoder_
 from saekit.units import active
 
@@ -140,8 +140,10 @@ class SaeTrainer:
         self.plan: RunPlan = plan_run(cfg, source, run, self.placement)
         self.subject = subject_of(self.plan, self.placement)
         self.report = Reporters()
+        self._has_checkpoint = False
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
             check_run_folder(cfg, self.plan.run_dir)
+            self._has_checkpoint = goes_on(cfg, self.plan.run_dir)
             watchers = [reporter or terminal_reporter(), self._metrics()]
             if cfg.log_with is not None:
                 watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
@@ -155,14 +157,15 @@ class SaeTrainer:
         """Train to the end of the data and return the folder of the last checkpoint.
 
         Raises:
-            UserError: If `max_bad_steps` in a row hold NaN or Inf, the tokens are not the model's, or a checkpoint to
-                start from cannot be used.
+            UserError: If `max_bad_steps` in a row hold NaN or Inf, the tokens are not the model's, a checkpoint to
+                start from cannot be used, or another process trains in the run's folder.
             SaveError: If a checkpoint cannot be written.
             Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and the checkpoint is in place.
         """
         cfg, plan, source, report = self.cfg, self.plan, self.source, self.report
         with (
             report,
+            one_writer(cfg, plan.run_dir, self.placement, report.status) as check_lock,
             graceful_interrupt(cfg.grace, self._last_words) as interruption,
             source.open(),
             ExitStack() as opened,
@@ -200,6 +203,7 @@ class SaeTrainer:
                     saver.note(stats)
                     bank.clear_window()
                 if stop or save:
+                    check_lock()
                     self._save(saver, last=bool(stop) or run.step == plan.total_steps)
                 if stop:
                     break
@@ -224,7 +228,7 @@ class SaeTrainer:
         """Make and place the units, calibrate or restore them, and only then make the run's folder."""
         cfg, plan, placement = self.cfg, self.plan, self.placement
         run = state.RunState()
-        found = self._find_checkpoint()
+        found = checkpoint_to_go_on_from(plan, placement, self.report.status)
         sample: dict[str, Tensor] = {}
         if found is None:
             self.report.status("Calibrating on the first batch")
@@ -264,19 +268,6 @@ class SaeTrainer:
         placement.gather(None)  # all ranks wait until the folder is there
         return run, bank
 
-    def _find_checkpoint(self) -> Found | None:
-        """Find the checkpoint to continue from, if the run continues. One rank looks, so that all take the same."""
-        cfg, plan = self.cfg, self.plan
-        found = None
-        if self.placement.rank == 0 and goes_on(cfg, plan.run_dir):
-            self.report.status("Looking for a whole checkpoint")
-            found = find_checkpoint(cfg.resume if isinstance(cfg.resume, Path) else plan.run_dir)
-            refuse_other_run(found.index, plan)
-            for damage in found.passed_over:
-                self.report.status(f"Warning: {damage}")
-            self.report.status(f"Going on from {found.folder}")
-        return self.placement.gather(found)[0]
-
     def _open_run_folder(self, step: int) -> None:
         cfg, plan = self.cfg, self.plan
         with new_run_folder(cfg, plan.run_dir):
@@ -286,12 +277,17 @@ class SaeTrainer:
     def _last_words(self, message: str) -> None:
         if self.placement.rank == 0:  # straight to the terminal: a lock on it may be what the run waits for
             cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-            os.write(2, f"{cursor}\nError: {message}; --resume goes on from the last checkpoint\n".encode())
+            way = f"--resume {self.plan.run_dir} goes on from the last checkpoint"
+            way = way if self._has_checkpoint else "it has not saved a checkpoint yet"  # the disk may be the trouble
+            os.write(2, f"{cursor}\nError: {message}; {way}\n".encode())
 
     def _save(self, saver: Saver, last: bool) -> None:
         try:
-            self.report.saved(saver.save(), saver.run.step)
+            folder = saver.save_last() if last else saver.save()
         except SaveError as error:
             if last or not self.cfg.save_best_effort:
                 raise
             self.report.status(f"Warning: {error}; training goes on")
+        else:
+            self._has_checkpoint = True
+            self.report.saved(folder, saver.run.step)

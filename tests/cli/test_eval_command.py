@@ -5,6 +5,8 @@ import json
 import pytest
 
 from saekit import Sae
+from saekit.analysis import eval_checkpoint
+from saekit.runs.files import point
 from saekit.runs.layout import EVAL_FILE
 
 
@@ -47,6 +49,22 @@ def test_no_number_is_cut_off(run, saekit, monkeypatch, columns):
     lines = [line for line in out.splitlines() if line.startswith("layers.1")]
     assert f"{layer['grafted']['ce_zero_ablated']['value']:.3f}" in lines[1]
     assert lines[1].count("±") == (2 if columns == 80 else 5)
+
+
+def test_a_checkpoint_that_is_saved_meanwhile_does_not_get_the_numbers(train, saekit, tmp_path, monkeypatch):
+    assert train("--save-dir", tmp_path, "--run-name", "run", "--save-every", 9, "--keep-last", 2).code == 0
+    earlier, later = tmp_path / "run" / "step_00000009", tmp_path / "run" / "step_00000016"
+    point(tmp_path / "run" / "latest", earlier)
+    real = eval_checkpoint.evaluate
+
+    def evaluate(*arguments):
+        point(tmp_path / "run" / "latest", later)
+        return real(*arguments)
+
+    monkeypatch.setattr(eval_checkpoint, "evaluate", evaluate)
+    assert saekit("eval", tmp_path / "run", "--max-tokens", 500).code == 0
+    assert (earlier / EVAL_FILE).exists()
+    assert not (later / EVAL_FILE).exists()
 
 
 def test_twice_the_same(run, saekit):

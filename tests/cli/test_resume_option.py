@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(saekit, thr
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (["--resume", "nowhere"], ["--resume nowhere", "no checkpoint", "--resume last"]),
+        (["--resume", "nowhere"], ["--resume nowhere", "no checkpoint", "--resume latest"]),
         (["--resume", "auto", "--overwrite"], ["--overwrite and --resume"]),
         (["--resume="], ["--resume .", "no checkpoint"]),
     ],
@@ -160,6 +160,14 @@ def test_what_cannot_be(train, options, messages):
     result = train(*options)
     assert result.code == 2
     assert all(message in result.err for message in messages), result.err
+
+
+def test_the_hint_can_be_typed_as_it_stands(train, three_checkpoints):
+    """Somebody has left out what follows the option, which took the next word for its value."""
+    hint = train("--run-name", "r", "--resume", "nowhere").err.partition("write ")[2].partition(")")[0]
+    result = train("--run-name", "r", *hint.split())
+    assert result.code == 0, result.err
+    assert "Going on from checkpoints/r/step_00000016" in result.err
 
 
 def test_a_path_and_another_name_contradict_each_other(train, three_checkpoints):

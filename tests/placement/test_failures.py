@@ -1,5 +1,6 @@
 """When one rank fails, all end, the error is shown once, and the last checkpoint can be read."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from saekit.runs.lock import hold
 from saekit.runs.recovery import read_index
 from tests.forked import environment
 from tests.placement.conftest import CTX_LEN, DEMO_LM
@@ -47,6 +49,17 @@ def test_an_error_on_all_ranks_is_shown_once(tmp_path):
     _, errors = running.communicate(timeout=90)
     assert running.returncode != 0
     assert errors.count("there is no such folder") == 1, errors
+
+
+def test_a_folder_in_use_is_refused_on_all_ranks_and_said_once(tmp_path, forked, token_dir):
+    command = ["train", DEMO_LM, token_dir, *SMALL, "--placement", "ddp", "--save-dir", tmp_path]
+    with hold(tmp_path / "run"):
+        codes = forked.run(command, 2, tmp_path / "said", tmp_path, timeout=90)
+    said = (tmp_path / "said").read_text("utf-8")
+    assert 2 in codes, said
+    assert 0 not in codes, said
+    assert said.count("Error: ") == said.count(f"is in use: process {os.getpid()} on") == 1, said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("placement", "victim"), [("ddp", 0), ("ddp", 1), ("layer-map", 0), ("zero3", 1)])

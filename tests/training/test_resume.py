@@ -1,15 +1,20 @@
 """A run that stops and goes on ends where the uninterrupted one does, bit for bit."""
 
-import errno
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from saekit import Sae, UserError
-from saekit.errors import Interrupted, SaveError
+from saekit.errors import Interrupted
+from saekit.placement import Single
 from saekit.runs.layout import FORMAT
-from saekit.runs.recovery import read_index
+from saekit.runs.lease import Writer, write_lease
+from saekit.runs.locate import locate
+from saekit.runs.recovery import find_checkpoint
+from saekit.training.launch import _one_error
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
@@ -102,51 +107,6 @@ def test_a_damaged_checkpoint_is_named(make_trainer, file, damage):
         make_trainer(resume=True).fit()
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
-    """A disk that is full while the second checkpoint's second layer is written, and has space again afterwards."""
-    from saekit.runs import checkpoint
-
-    written, write = [], checkpoint.save_file
-
-    def save_file(tensors, file):
-        written.append(file)
-        if len(written) == 5:  # there are three layers
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(tensors, file)
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-
-
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(make_trainer, tmp_path, full_disk):
-    run = tmp_path / "run"
-    with pytest.raises(SaveError) as stopped:
-        make_trainer(save_every=2).fit()
-    for words in ("step 4 could not be written", "No space left on device", f"{run / 'step_00000002'}, is whole"):
-        assert words in str(stopped.value)
-    assert (run / "latest").resolve().name == "step_00000002"
-    read_index(run / "latest")
-    assert not list(run.glob(".*"))
-    resumed = make_trainer(resume=True, save_every=2).fit()
-    assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
-
-
-def test_with_best_effort_a_full_disk_is_a_warning(make_trainer, tmp_path, full_disk):
-    watcher = Recorder()
-    last = make_trainer(save_every=2, save_best_effort=True, save_best=True, reporter=watcher).fit()
-    assert watcher.saves == [2, 6, 7]
-    (warning,) = [said for said in watcher.said if said.startswith("Warning")]
-    assert "step 4 could not be written (No space left on device)" in warning
-    assert "training goes on" in warning
-    assert_same_tensors(tensors_of(last), tensors_of(make_trainer("whole").fit()))
-    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
-
-
-def test_the_last_save_must_succeed(make_trainer, full_disk):
-    with pytest.raises(SaveError, match="step 7 could not be written"):
-        make_trainer(save_every=5, save_best_effort=True).fit()
-
-
 def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path):
     class Spoils(Recorder):
         def step(self, stats):
@@ -170,8 +130,66 @@ def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(make_tra
     assert (run / "latest").resolve().name == "step_00000005"
     assert (run / "latest" / "checkpoint.json").is_file()
     assert sorted(path.name[-1] for path in run.glob("step_*")) == ["5", "6", "7"]
+    # Without its link, it is still the newest, for those who look at it as for those who go on from it.
+    (run / "latest").unlink()
+    assert locate(run).checkpoint == find_checkpoint(run).folder == run / "step_00000005"
     resumed = make_trainer(resume=True).fit()
     assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
+
+
+def test_a_copy_that_a_user_has_put_next_to_the_checkpoints_is_none_of_them(make_trainer, tmp_path):
+    make_trainer(save_every=3, keep_last=1).fit()
+    run = tmp_path / "run"
+    shutil.copytree(run / "step_00000007", run / "step_00000007.good")
+    assert find_checkpoint(run).folder == run / "step_00000007"
+    (run / "latest").unlink()
+    assert locate(run).checkpoint == run / "step_00000007"
+    make_trainer(resume=run / "step_00000007", keep_last=1).fit()
+    assert (run / "step_00000007.good" / "checkpoint.json").is_file()
+
+
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more(make_trainer, tmp_path):
+    class IsTakenForDead(Recorder):
+        def step(self, stats):
+            if stats.step == 4:
+                write_lease(tmp_path / "run" / ".lock", replace(Writer.here(), host="node7"))
+
+    with pytest.raises(UserError, match=r"another process has taken the run folder .*run over"):
+        make_trainer(save_every=2, reporter=IsTakenForDead()).fit()
+    assert [folder.name for folder in (tmp_path / "run").glob("*step*")] == ["step_00000002"]
+
+
+class TwoRanks(Single):
+    """The one that is left of two."""
+
+    world_size = 2
+
+
+@pytest.mark.parametrize(
+    ("found", "way"),
+    [
+        ("nothing", "there is no checkpoint yet: start it again"),
+        ("config.yaml", "there is no checkpoint yet: start it again with --overwrite"),
+        ("step_00000003", "--resume {run} goes on from the last checkpoint"),
+    ],
+)
+def test_only_a_run_with_a_checkpoint_is_said_to_go_on(tmp_path, found, way):
+    run = tmp_path / "run"
+    if found != "nothing":
+        (run / found).mkdir(parents=True)
+    with pytest.raises(UserError) as ended, _one_error(TwoRanks(torch.device("cpu")), run):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert str(ended.value).endswith(f"; {way.format(run=run)}")
+
+
+def test_last_words_promise_what_is_there(make_trainer, tmp_path, capfd):
+    trainer, way = make_trainer(), f"; --resume {tmp_path / 'run'} goes on from the last checkpoint\n"
+    trainer._last_words("SIGTERM came")
+    assert capfd.readouterr().err.endswith("Error: SIGTERM came; it has not saved a checkpoint yet\n")
+    trainer.fit()
+    for each in (trainer, make_trainer(resume=True)):
+        each._last_words("SIGTERM came")
+        assert capfd.readouterr().err.endswith(way)
 
 
 class FailsToStart(Recorder):
@@ -250,20 +268,3 @@ def test_the_files_of_a_checkpoint_are_not_needed_once_it_is_loaded(make_trainer
         make_trainer(reporter=StopAfter(3)).fit()
     resumed = make_trainer(resume=True, reporter=Overwrites()).fit()
     assert_same_tensors(tensors_of(resumed), tensors_of(make_trainer("whole").fit()))
-
-
-def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_path, monkeypatch):
-    """Two machines with a folder of the same name each: the index would promise what is not there."""
-    from saekit.training import saving
-
-    real = saving.checkpoint.write_layers
-
-    def elsewhere(run_dir, step, layers):
-        written = real(run_dir, step, layers)
-        (run_dir / f".step_{step:08d}.partial" / "layers.1" / "sae.safetensors").unlink()
-        return written
-
-    monkeypatch.setattr(saving.checkpoint, "write_layers", elsewhere)
-    with pytest.raises(SaveError, match=r"layers\.1/sae\.safetensors was written by another rank and is not here"):
-        make_trainer().fit()
-    assert not list((tmp_path / "run").glob("*step*"))
