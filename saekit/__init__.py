@@ -67,7 +67,11 @@ if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
         if name not in _HOMES:
             raise AttributeError(f"module 'saekit' has no attribute {name!r}")
         import importlib
+        import sys
+        import warnings
 
+        if "ipykernel" in sys.modules:  # tqdm would miss widgets for its bars in a notebook, and we show none of them
+            warnings.filterwarnings("ignore", message="IProgress not found")
         return getattr(importlib.import_module(_HOMES[name]), name)
 
 

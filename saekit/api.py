@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from saekit.analysis.defaults import DEFAULT_TOKENS
 from saekit.config import RunConfig
 from saekit.config.flat import option_names, unknown_options
 from saekit.config.options import options_of
@@ -92,7 +93,8 @@ def train(
         The folder of the last checkpoint, on every rank. `load_many` and `evaluate` read it.
 
     Raises:
-        UserError: If there is no option of a name, a value cannot be used, or a file, model or data set cannot be read.
+        UserError: If there is no option of a name, a value cannot be used, a file, model or data set cannot be read, or
+            NaN or Inf ends the run (`SaeTrainer.fit`).
         SaveError: If a checkpoint cannot be written.
         Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, when the step is finished and its checkpoint is written.
     """
@@ -129,7 +131,7 @@ def evaluate(
     *,
     split: str | None = None,
     model: str | Path | None = None,
-    max_tokens: int = 200_000,
+    max_tokens: int = DEFAULT_TOKENS,
     batch_size: int = 8,
     include_training_data: bool = False,
 ) -> Evaluation:

@@ -90,11 +90,6 @@ def active(k: int | None, activation: str | None) -> str:
     return count(k) if activation in (None, "topk") else f"{count(k)} ({activation})"
 
 
-def tail(name: str, width: int) -> str:
-    """A hookpoint's name in at most `width` characters; what is cut off is its beginning, as its number is its end."""
-    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
-
-
 def parse_count(option: str, text: str) -> int:
     """`"100M"`, `"1e8"`, `"100,000,000"` or `"100_000_000"` → 100000000.
 

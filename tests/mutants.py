@@ -426,6 +426,21 @@ LIST: list[tuple[str, ...]] = [
         "move_(counts[:, 0], 2 * counts[:, 1],",
         "training/test_thresholds",
     ),
+    ("a last step that was skipped is no failure", TRAINER, "check_last_step(run)", "pass", "training/test_bad_steps"),
+    (
+        "old checkpoints go while steps are skipped",
+        SAVING,
+        "if self.run.bad_in_row:",
+        "if False:",
+        "training/test_bad_steps",
+    ),
+    (
+        "a resumed run forgets how good its SAEs were",
+        STATE,
+        'index.get("lowest_fvu", {})',
+        "{}",
+        "training/test_divergence",
+    ),
     (
         "thresholds are forgotten on resume",
         "saekit/training/state.py",

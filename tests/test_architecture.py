@@ -9,7 +9,7 @@ import saekit
 from saekit.registry import PLACEMENTS
 
 ROOT = Path(saekit.__file__).parent
-ANYWHERE = {"_version", "errors", "hub", "machine", "model_files", "registry", "units"}
+ANYWHERE = {"_version", "errors", "hub", "machine", "model_files", "registry", "text", "units"}
 MAY_IMPORT = {
     "sae": set(),
     "demo": set(),

@@ -23,6 +23,7 @@ from saekit.activations import (
     resolve_ctx_len,
     vocabulary_of,
 )
+from saekit.analysis.defaults import DEFAULT_TOKENS
 from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
@@ -40,7 +41,6 @@ from saekit.sae import Sae
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_TOKENS = 200_000
 HELD_OUT = "documents of the run's data set that it was not trained on"
 OTHER_SPLIT = "another split of the run's data set, without documents that the run was trained on"
 OTHER = "another data set than the run's"

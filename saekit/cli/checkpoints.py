@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from saekit.analysis.defaults import DEFAULT_LATENTS, DEFAULT_TOKENS
 from saekit.cli.options import Plugins
 from saekit.cli.output import messages, progress, results
 from saekit.config.flat import load_plugins
@@ -72,9 +73,9 @@ def evaluate(
     dataset: DataSet = None,
     split: Split = None,
     model: Model = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to evaluate on.")] = (
-        200_000
-    ),
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to evaluate on.")
+    ] = DEFAULT_TOKENS,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -110,7 +111,8 @@ def report(
             "--max-tokens",
             metavar="N",
             min=1,
-            help="Tokens to evaluate on and to take contexts from; by default as many as eval.json is of, or 200,000.",
+            help="Tokens to evaluate on and to take contexts from; by default as many as eval.json is of, or "
+            f"{DEFAULT_TOKENS:,}.",
         ),
     ] = None,
     latents: Annotated[
@@ -121,7 +123,7 @@ def report(
             min=1,
             help="Latents with contexts on the page, over all layers; of larger dictionaries a sample.",
         ),
-    ] = 32_768,
+    ] = DEFAULT_LATENTS,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
     plugin: Plugins = None,

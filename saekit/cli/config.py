@@ -12,6 +12,7 @@ from saekit.cli.options import check_machine, options_given, with_config_options
 from saekit.cli.plan import MACHINE
 from saekit.errors import UserError
 from saekit.runs.layout import RUN_FILE
+from saekit.text import command, for_screen
 
 
 @with_config_options
@@ -54,7 +55,7 @@ def config(
     Options are the defaults of the questions. The command that starts the run is printed at the end.
     """
     from saekit.cli.launch import launch_files
-    from saekit.cli.output import EXIT_INTERRUPTED, messages
+    from saekit.cli.output import EXIT_INTERRUPTED, messages, results
 
     typed, _ = options_given(None, {"model": model, "dataset": dataset, **options})
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -77,8 +78,9 @@ def config(
         raise typer.Exit(EXIT_INTERRUPTED) from None
     files = wizard.files_of(draft)
     wizard.write_files(files)
-    console.print(f"Wrote {' and '.join(map(str, files))}. Start the run with", soft_wrap=True, markup=False)
-    typer.echo(wizard.start_command(draft))
+    wrote = for_screen(f"Wrote {' and '.join(map(str, files))}. Start the run with", console)
+    console.print(wrote, soft_wrap=True, markup=False)
+    typer.echo(command(wizard.start_command(draft), results()))
 
 
 def _processes(num_processes: int | None, gpus: int | None, gpu_memory: str | None) -> str:

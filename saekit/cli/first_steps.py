@@ -12,6 +12,7 @@ from rich.text import Text
 
 from saekit.cli.output import EXIT_FAULT, messages, progress, results, resumable
 from saekit.demo import MODEL_DIR, standard_library
+from saekit.text import command, for_screen
 
 EVALUATED_SHARE = 7
 """Tokens that the demo trains on for each token that it evaluates on."""
@@ -95,15 +96,22 @@ def _run_demo(save_dir: Path, max_tokens: int) -> None:
         options = EvalOptions(max_tokens=max(1, max_tokens // EVALUATED_SHARE))
         build_report(run_dir, options, page, placement, status=bar.status, progress=bar.update)
     render_inspection(inspect_path(run_dir), results())
-    messages().print(
-        Text(
-            f"\nOpen {page} in a browser: what each latent fires on.\n"
-            "\nWhat to try next:\n"
-            f"  saekit inspect {run_dir} --layer 3          one layer in detail\n"
-            f"  saekit eval {run_dir} --max-tokens 200000   the same figures on more text that it did not read\n"
-            f"  saekit train {MODEL_DIR} {text} --k 16      fewer active latents\n"
-            "  saekit train MODEL DATASET                  your own model and text\n"
-            "  saekit train --help                         all options"
-        ),
-        soft_wrap=True,
-    )
+    _say_what_is_next(run_dir, page, text)
+
+
+def _say_what_is_next(run_dir: Path, page: Path, text: Path) -> None:
+    """Print commands to try, each with what it does: behind it if all of them have room there, else below it."""
+    commands = {
+        ("inspect", str(run_dir), "--layer", "3"): "one layer in detail",
+        ("eval", str(run_dir), "--max-tokens", "200000"): "the same figures on more text that it did not read",
+        ("train", str(MODEL_DIR), str(text), "--k", "16"): "fewer active latents",
+        ("train", "MODEL", "DATASET"): "your own model and text",
+        ("train", "--help"): "all options",
+    }
+    console = messages()
+    lines = {command(["saekit", *words], console, "  "): what for words, what in commands.items()}
+    column = max(map(len, lines)) + 3
+    aside = not console.file.isatty() or column + max(map(len, lines.values())) <= console.width
+    shown = [f"{line:{column}}{what}" if aside else f"{line}\n      {what}" for line, what in lines.items()]
+    opening = for_screen(f"Open {page} in a browser: what each latent fires on.", console)
+    console.print(Text("\n".join(["", opening, "", "What to try next:", *shown])), soft_wrap=True)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from saekit.config.elsewhere import answer, options_in
 from saekit.errors import SILENCE, Interrupted, UserError
+from saekit.text import command, for_screen
 
 EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 LAUNCHED = "SAEKIT_LAUNCHED"
@@ -93,8 +94,10 @@ def fail(message: str, code: int) -> NoReturn:
         leave(code)
     # A name may hold a line break, or what moves a terminal's cursor.
     shown = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
-    line = Text("Error: ", style="bold red").append(Text(shown, style="default"))
-    messages().print(line, soft_wrap=True)
+    console = messages()
+    line = Text(for_screen(f"Error: {shown}", console), style="default")
+    line.stylize("bold red", 0, len("Error:"))
+    console.print(line, soft_wrap=True)
     leave(code)
 
 
@@ -120,11 +123,12 @@ def resumable() -> Iterator[None]:
     except Interrupted as interruption:
         # Caught here and not in `run`: Typer would take it for an ordinary Ctrl-C.
         launch = shlex.split(os.environ.get(LAUNCHED, ""))
-        command = shlex.join(["saekit", "train", *launch, "--resume", str(interruption.run_dir)])
+        console = messages()
+        shown = command(["saekit", "train", *launch, "--resume", str(interruption.run_dir)], console, "  ")
         if "RANK" in os.environ and not launch:  # somebody else's launcher has to start the next one as well
-            command = f"your launcher, and {command}"
+            shown = f"  your launcher, and {shown.lstrip()}"
         if os.environ.get("RANK", "0") == "0":
-            messages().print(Text(f"Stopped after step {interruption.step}. Go on with:\n  {command}"), soft_wrap=True)
+            console.print(Text(f"Stopped after step {interruption.step}. Go on with:\n{shown}"), soft_wrap=True)
         leave(EXIT_INTERRUPTED if interruption.by_user else 0)
 
 

@@ -146,7 +146,7 @@ class TrainConfig:
     max_bad_steps: int = option(
         10,
         "A step with NaN or Inf in the loss or gradient of any layer is skipped for all layers. The run stops after N "
-        "such steps in a row.",
+        "such steps in a row, and fails if its last step is one.",
         panel=OPTIMIZER,
         unit="optimizer steps",
         ge=1,

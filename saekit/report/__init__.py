@@ -4,13 +4,14 @@ Internal: may change in any release; the API is what `saekit` names.
 """
 
 from saekit.report.base import Reporter, Reporters
-from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, Lowest, RunInfo, StepStats
 from saekit.report.terminal import terminal_reporter
 from saekit.report.trackers import TrackerReporter, check_tracker, tracker_reporter
 
 __all__ = [
     "EvalStats",
     "LayerStats",
+    "Lowest",
     "Reporter",
     "Reporters",
     "RunInfo",

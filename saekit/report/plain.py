@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
 from typing import TextIO
 
 from rich.console import Console
 
 from saekit import units
+from saekit.report.pace import Pace
 from saekit.report.sparkline import TO_ASCII
-from saekit.report.stats import EvalStats, LayerStats, Pace, RunInfo, StepStats
+from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats, ending
 
 
 class PlainReporter:
@@ -82,8 +82,8 @@ class PlainReporter:
             self._write(row)
         if self._run is not None:
             info, pace = self._run
-            verdict = "done in" if stats.step >= info.total_steps else "stopped after"
-            self._write(f"{verdict} {units.duration(pace.seconds_gone())}")
+            divergence = f", but {stats.divergence}" if stats.diverged else ""
+            self._write(f"{ending(info, stats)} {units.duration(pace.seconds_gone())}{divergence}")
 
     def _write_step(self, stats: StepStats) -> None:
         self._written, self._written_at = stats, self._clock()
@@ -99,18 +99,19 @@ class PlainReporter:
             f"lr {units.scientific(stats.learning_rate)}",
         ]
         if stats.layers:
-            # NaN is worse than any number.
-            worst, layer = max(stats.layers.items(), key=lambda item: (item[1].fvu != item[1].fvu, item[1].fvu))
+            worst = stats.worst
             dead = sum(one.dead for one in stats.layers.values()) / sum(
                 one.num_latents for one in stats.layers.values()
             )
             parts += [
-                f"FVU {units.decimal(fmean(one.fvu for one in stats.layers.values()))}",
-                f"worst {worst} {units.decimal(layer.fvu)}",
+                f"FVU {units.decimal(stats.mean_fvu)}",
+                f"worst {worst} {units.decimal(stats.layers[worst].fvu)}",
                 f"dead {units.percent(dead)}",
             ]
         if stats.skipped_steps:
             parts.append(f"{stats.skipped_steps:,} skipped")
+        if stats.diverged:
+            parts.append(stats.divergence)
         self._write(" | ".join(parts))
 
     def _write(self, text: str) -> None:

@@ -1,16 +1,15 @@
-"""The finished numbers that reporters see: plain floats and ints, never tensors, never the trainer; and their pace."""
+"""The finished numbers that reporters see: plain floats and ints, never tensors, never the trainer."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from saekit.units import active, decimal, size, span
+from saekit.units import active, decimal, plural, size, span
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,17 @@ class LayerStats:
         return self.dead / self.num_latents
 
 
+class Lowest(NamedTuple):
+    """The lowest FVU that the reports of an SAE had."""
+
+    fvu: float
+    step: int
+    """Of that report."""
+
+    def __str__(self) -> str:
+        return f"{decimal(self.fvu)} at step {self.step:,}"
+
+
 @dataclass(frozen=True)
 class StepStats:
     """Everything that is reported about the optimizer steps since the last report."""
@@ -58,11 +68,49 @@ class StepStats:
     """By hookpoint, in model order. Without a step that was not skipped, their numbers are NaN."""
     skipped_steps: int = 0
     """Optimizer steps skipped so far because of NaN or Inf."""
+    bad_in_row: int = 0
+    """Those of them that are in a row, up to this step."""
+    diverged: Mapping[str, Lowest | None] = field(default_factory=dict)
+    """By hookpoint, the layers whose FVU is above 1 or NaN and was better, with their lowest; None in the last report
+    for a layer of which no report came before."""
 
     @property
     def mean_fvu(self) -> float:
         """Mean over the layers."""
-        return sum(layer.fvu for layer in self.layers.values()) / len(self.layers)
+        return fmean(layer.fvu for layer in self.layers.values())
+
+    @property
+    def worst(self) -> str:
+        """The layer with the highest FVU, see `worst`."""
+        return worst({name: layer.fvu for name, layer in self.layers.items()})
+
+    @property
+    def divergence(self) -> str:
+        """In a few words, which layers diverged, with the worst one's FVU now and before; empty without any."""
+        if not self.diverged:
+            return ""
+        name = worst({name: self.layers[name].fvu for name in self.diverged})
+        before = self.diverged[name]
+        was = "" if before is None else f", was {before}"
+        count = f"{len(self.diverged)} of {plural(len(self.layers), 'layer')} diverged"
+        return f"{count}: {name} FVU {decimal(self.layers[name].fvu)}{was}"
+
+
+def worst(fvus: Mapping[str, float]) -> str:
+    """Return the name with the highest FVU; NaN is worse than any number."""
+    return max(fvus, key=lambda name: (math.isnan(fvus[name]), fvus[name]))
+
+
+def ending(info: RunInfo, stats: StepStats | None) -> str:
+    """Say how a run ended, for its duration to follow: `done in`, `stopped after` or `failed after`.
+
+    Args:
+        info: The run.
+        stats: Its last report; None if it made no step.
+    """
+    if (stats.step if stats else info.start_step) < info.total_steps:
+        return "stopped after"
+    return "failed after" if stats and stats.bad_in_row else "done in"
 
 
 @dataclass(frozen=True)
@@ -106,8 +154,8 @@ class EvalStats:
             parts += [f"CE recovered {decimal(fmean(recovered.values()))}", f"KL {decimal(fmean(kl.values()))}"]
             parts.append(f"all at once {decimal(self.together('ce_recovered'))}, KL {decimal(self.together('kl'))}")
         if len(fvu) > 1:
-            worst = max(fvu, key=lambda name: (math.isnan(fvu[name]), fvu[name]))
-            parts.append(f"worst FVU {decimal(fvu[worst])} in {worst}")
+            name = worst(fvu)
+            parts.append(f"worst FVU {decimal(fvu[name])} in {name}")
         return parts
 
     @property
@@ -200,68 +248,3 @@ class RunInfo:
     def total_tokens(self) -> int:
         """Return tokens the run will read, excluded ones included: an upper bound of what trains the SAEs."""
         return self.total_sequences * self.ctx_len
-
-
-class Pace:
-    """Smoothed speed, and the time left by the steps still to do.
-
-    Steps, not tokens, measure progress: excluded tokens are not counted, so tokens done never reach the tokens read.
-    Both averages are exponential. They start as plain means, so that a slow first report (compilation, calibration)
-    does not weigh on the estimate for long. Evaluations count by themselves: the next will take what the last one took.
-
-    Args:
-        info: The run; its `start_step` is where this session began.
-        clock: Seconds that only go forward; tests put their own here.
-    """
-
-    newest_weight = 0.2
-    """Share of the newest report in the averages, once there are five."""
-
-    def __init__(self, info: RunInfo, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._total_steps = info.total_steps
-        self._eval_every = info.eval_every
-        self._seconds_per_evaluation = 0.0
-        self._began = self._last = clock()
-        self._step = info.start_step
-        self._reports = 0
-        self._seconds_per_step = 0.0
-        self.tokens_per_second: float | None = None
-        """Smoothed tokens per second; None before the first report."""
-
-    def update(self, stats: StepStats) -> None:
-        """Take in the newest report."""
-        now = self._clock()
-        self._reports += 1
-        weight = max(self.newest_weight, 1 / self._reports)
-        if stats.step > self._step:
-            newest = (now - self._last) / (stats.step - self._step)
-            self._seconds_per_step += weight * (newest - self._seconds_per_step)
-        rate = stats.tokens_per_second
-        before = rate if self.tokens_per_second is None else self.tokens_per_second
-        self.tokens_per_second = before + weight * (rate - before)
-        self._step, self._last = stats.step, now
-
-    def pause(self, stats: EvalStats) -> None:
-        """Take in an evaluation, for which the steps had to wait."""
-        self._last += stats.seconds
-        self._seconds_per_evaluation = stats.seconds
-
-    def _evaluations_left(self) -> int:
-        """Count the evaluations to come: every `eval_every` steps, and after the last one."""
-        if self._eval_every is None or self._step >= self._total_steps:
-            return 0
-        odd = self._total_steps % self._eval_every > 0
-        return self._total_steps // self._eval_every - self._step // self._eval_every + odd
-
-    def seconds_left(self) -> float | None:
-        """Estimated seconds until the last step, counting down between reports; None before the first report."""
-        if self._reports == 0:
-            return None
-        left = (self._total_steps - self._step) * self._seconds_per_step
-        left += self._evaluations_left() * self._seconds_per_evaluation
-        return max(0.0, left - (self._clock() - self._last))
-
-    def seconds_gone(self) -> float:
-        """Return seconds since this session's training began."""
-        return self._clock() - self._began

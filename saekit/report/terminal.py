@@ -1,4 +1,4 @@
-"""Progress on a terminal: the live view for somebody who watches, and the choice between it and plain lines."""
+"""Progress on a terminal: the live view for somebody who watches, and the choice of a reporter."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from rich.text import Text
 
 from saekit.report.base import Reporter
 from saekit.report.live_view import LiveState, run_view
+from saekit.report.notebook import NotebookReporter
+from saekit.report.pace import Pace
 from saekit.report.plain import PlainReporter
-from saekit.report.stats import EvalStats, Pace, RunInfo, StepStats
+from saekit.report.stats import EvalStats, RunInfo, StepStats
+from saekit.text import wrap
 
 REFRESH_PER_SECOND = 4
 
@@ -54,7 +57,7 @@ class LiveReporter:
         """Print a line: above the view once it is there, before that above the libraries' own progress bars."""
         warning = message.lower().startswith("warning")
         style = "yellow" if warning else "dim" if self._state is None else ""
-        self._console.print(Text(message, style=style), soft_wrap=True)
+        self._console.print(Text(wrap(message, self._console.width), style=style), soft_wrap=True)
 
     def start(self, info: RunInfo) -> None:
         """Show the view."""
@@ -104,7 +107,7 @@ class LiveReporter:
 
 
 def terminal_reporter(console: Console | None = None) -> Reporter:
-    """Return a live view for somebody who watches a terminal, plain lines for everything else.
+    """Return a live view for somebody who watches a terminal or a notebook, plain lines for everything else.
 
     Plain lines it is for a pipe or a file (also where FORCE_COLOR makes rich believe in a terminal), for TERM=dumb, in
     CI, and for a terminal whose encoding has no block characters.
@@ -113,6 +116,8 @@ def terminal_reporter(console: Console | None = None) -> Reporter:
         console: Where to write. The default is stderr, so that stdout carries nothing but results.
     """
     console = Console(stderr=True) if console is None else console
+    if console.is_jupyter:
+        return NotebookReporter()
     watched = console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
     if watched and not _in_ci() and not console.options.ascii_only:
         return LiveReporter(console)

@@ -72,7 +72,7 @@ def metrics(stats: StepStats) -> dict[str, float | int]:
         "memory_bytes": stats.memory_bytes,
     }
     if layers:
-        flat["fvu_mean"] = sum(layer.fvu for layer in layers.values()) / len(layers)
+        flat["fvu_mean"] = stats.mean_fvu
         flat["dead_pct_mean"] = 100 * sum(layer.dead_fraction for layer in layers.values()) / len(layers)
     for hookpoint, layer in layers.items():
         flat[f"fvu/{hookpoint}"] = layer.fvu

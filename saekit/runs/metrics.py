@@ -167,11 +167,20 @@ def finite(value: float | None) -> float | None:
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Read the reports in a metrics file, or its evaluations, in the order in which they were written.
 
-    A last line that was torn off by a crash is left out.
-
     Args:
         path: A file that `JsonlReporter` wrote.
         kind: None for reports, `EVALUATION` for evaluations.
+
+    Raises:
+        UserError: See `read_records`.
+    """
+    return [record for record in read_records(path) if record.get("kind") == kind]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read all records of a metrics file, reports and evaluations, in the order in which they were written.
+
+    A last line that was torn off by a crash is left out.
 
     Returns:
         One dictionary for each, see `as_record` and `as_evaluation`.
@@ -184,7 +193,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is not None:
-            records += [record] if record.get("kind") == kind else []
+            records.append(record)
         elif number < len(lines):
             raise UserError(f"{path}, line {number}: this is not a record of metrics; remove the line or the file")
     return records

@@ -79,6 +79,8 @@ class Saver:
             "tokens": run.tokens,
             "skipped_steps": run.skipped,
             "bad_steps_in_row": run.bad_in_row,
+            "last_fault": run.last_fault,
+            "lowest_fvu": run.lowest,
             "evaluated_step": run.evaluated,
             **plan.place(run.step),
             "best_fvu": best_fvu if best_fvu < float("inf") else None,
@@ -129,6 +131,8 @@ class Saver:
         folder = checkpoint.finish_checkpoint(plan.run_dir, self.run.step, files, index)
         if plan.cfg.save_best and improved:
             point(plan.run_dir / BEST, folder)
+        if self.run.bad_in_row:  # NaN or Inf just now: an older checkpoint may be the last good one
+            return
         try:
             checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
         except OSError as error:  # the new checkpoint is whole, and the next save tries again

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saekit.errors import UserError
+from saekit.report import Lowest
 from saekit.runs.checkpoint import LayerRecord
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
@@ -21,12 +22,13 @@ from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
 
-DIVERGES = "the SAE diverges: try a smaller --lr or more --lr-warmup-steps"
-HINTS = {
-    "activations": "the language model overflows: try --dtype bfloat16 or float32",
-    "loss": DIVERGES,
-    "gradient": DIVERGES,
-}
+
+class Fault(NamedTuple):
+    """Where NaN or Inf was first seen in a step."""
+
+    hookpoint: str
+    part: str
+    """One of `saekit.training.message.FAULTS`."""
 
 
 @dataclass
@@ -41,6 +43,10 @@ class RunState:
     """Optimizer steps skipped because of NaN or Inf."""
     bad_in_row: int = 0
     """The number of skipped steps in a row, up to now."""
+    last_fault: Fault | None = None
+    """Of the step that was skipped last."""
+    lowest: dict[str, Lowest] = field(default_factory=dict)
+    """By hookpoint, the lowest FVU that a report had so far."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
     evaluated: int = 0
     """The step after which the SAEs were evaluated last; 0 before the first time."""
@@ -174,6 +180,8 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
     run.checkpoint = checkpoint
     run.step, run.tokens = index["step"], index["tokens"]
     run.skipped, run.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
+    run.last_fault = Fault(*index["last_fault"]) if index.get("last_fault") else None  # an older index has none
+    run.lowest = {name: Lowest(*each) for name, each in index.get("lowest_fvu", {}).items()}
     run.evaluated = index["evaluated_step"]
     run.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in bank.names:
@@ -184,26 +192,3 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
         bank.placement.load(name, saved.state_dict(), optimizer)
         bank.placement.sae(name).selection.load_(saved.selection)
     bank.count_dead()
-
-
-def skip_step(run: RunState, faults: Mapping[str, str], max_bad_steps: int) -> str:
-    """Count a step that was skipped; returns a warning that says so.
-
-    Args:
-        run: Where the run stands.
-        faults: By hookpoint, see `StepMessage.faults`.
-        max_bad_steps: How many in a row end the run.
-
-    Raises:
-        UserError: If too many in a row were bad.
-    """
-    run.skipped += 1
-    run.bad_in_row += 1
-    name, fault = next(iter(faults.items()))
-    if run.bad_in_row >= max_bad_steps:
-        when = f"at step {run.step}"
-        if max_bad_steps > 1:
-            when = f"in each of the {run.bad_in_row} steps up to {run.step}"
-        raise UserError(f"{name}: NaN or Inf in the {fault} {when} (--max-bad-steps {max_bad_steps}); {HINTS[fault]}")
-    others = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-    return f"Warning: step {run.step} was skipped: NaN or Inf in the {fault} of {name}{others}"

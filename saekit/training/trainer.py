@@ -18,21 +18,22 @@ from saekit.activations.live import LiveModel
 from saekit.activations.source import Batch, Source, Steps
 from saekit.config import RunConfig, TrainConfig
 from saekit.errors import Interrupted, SaveError, UserError
-from saekit.machine import peak_memory_bytes
 from saekit.placement import Placement, Single
-from saekit.report import LayerStats, Reporter, Reporters, StepStats, terminal_reporter, tracker_reporter
+from saekit.report import Reporter, Reporters, terminal_reporter, tracker_reporter
 from saekit.runs.files import write_at_once
 from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
 from saekit.runs.layout import CONFIG_FILE, LATEST, METRICS_FILE
 from saekit.runs.metrics import JsonlReporter
 from saekit.sae import Sae
 from saekit.training import state
+from saekit.training.bad_steps import check_last_step, skip_step
 from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import StepMessage
 from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, plan_run
+from saekit.training.reports import step_stats, warn_of_divergence
 from saekit.training.run_folder import checkpoint_to_go_on_from, one_writer
 from saekit.training.saving import Saver
 from saekit.training.start import calibrate, count_tokens, fit_encoder_
@@ -157,8 +158,8 @@ class SaeTrainer:
         """Train to the end of the data and return the folder of the last checkpoint.
 
         Raises:
-            UserError: If `max_bad_steps` in a row hold NaN or Inf, the tokens are not the model's, a checkpoint to
-                start from cannot be used, or another process trains in the run's folder.
+            UserError: If `max_bad_steps` in a row or the last step hold NaN or Inf, the tokens are not the model's, a
+                checkpoint to start from cannot be used, or another process trains in the run's folder.
             SaveError: If a checkpoint cannot be written.
             Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and the checkpoint is in place.
         """
@@ -186,7 +187,7 @@ class SaeTrainer:
                 meanwhile = steps.begin_next if overlap else None
                 message = train_step(bank, source, batches, plan.lr_scale(step), report=due, meanwhile=meanwhile)
                 if message.faults:
-                    report.status(state.skip_step(run, message.faults, cfg.max_bad_steps))
+                    report.status(skip_step(run, message.faults, cfg.max_bad_steps))
                 else:
                     run.tokens += message.tokens
                     run.bad_in_row = 0
@@ -197,11 +198,13 @@ class SaeTrainer:
                 if due or stop:
                     now = time.perf_counter()  # once: what the report waits for belongs to the next interval
                     rate = (run.tokens - tokens_at_report) / (now - clock)
-                    stats = self._stats(run, message.report or bank.report(), rate)
+                    stats = step_stats(run, plan, self.placement, message.report or bank.report(), rate)
                     clock, tokens_at_report = now, run.tokens
                     report.step(stats)
                     saver.note(stats)
                     bank.clear_window()
+                    if run.step == plan.total_steps and stats.diverged:
+                        report.status(warn_of_divergence(stats))
                 if stop or save:
                     check_lock()
                     self._save(saver, last=bool(stop) or run.step == plan.total_steps)
@@ -209,20 +212,8 @@ class SaeTrainer:
                     break
         if run.step < plan.total_steps:
             raise Interrupted(run.step, plan.run_dir, by_user=stop == BY_USER)
+        check_last_step(run)
         return (plan.run_dir / LATEST).resolve()
-
-    def _stats(self, run: state.RunState, layers: dict[str, LayerStats], tokens_per_second: float) -> StepStats:
-        """Assemble what reporters are told of the steps since the last report."""
-        plan = self.plan
-        return StepStats(
-            step=run.step,
-            tokens=run.tokens,
-            tokens_per_second=tokens_per_second,
-            learning_rate=plan.units[0].lr * plan.lr_scale(run.step - 1),
-            skipped_steps=run.skipped,
-            memory_bytes=max(self.placement.gather(peak_memory_bytes(self.placement.device))),
-            layers=layers,
-        )
 
     def _start(self) -> tuple[state.RunState, Bank]:
         """Make and place the units, calibrate or restore them, and only then make the run's folder."""

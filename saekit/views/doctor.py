@@ -9,6 +9,7 @@ from rich.text import Text
 
 from saekit.doctor.checks import can_train
 from saekit.doctor.findings import AREAS, Finding
+from saekit.text import wrap
 from saekit.units import plural
 
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "red")}
@@ -20,7 +21,7 @@ WIDEST = 110
 
 def render_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print all findings, and in one line what they come to."""
-    lines = [*_lists(findings, console), *summary(findings).wrap(console, min(console.width, WIDEST))]
+    lines = [*_lists(findings, console), *_wrapped(summary(findings), min(console.width, WIDEST))]
     for line in lines:
         line.rstrip()
         if console.options.ascii_only:
@@ -45,14 +46,23 @@ def _lines(finding: Finding, column: int, console: Console) -> Iterator[Text]:
     margin = 4 + column
     width = max(20, min(console.width, WIDEST) - margin)
     start = Text.assemble("  ", (mark, f"bold {color}"), " ", (finding.name.ljust(column), "dim"))
-    for part in Text(finding.found).wrap(console, width):
+    for part in _wrapped(Text(finding.found), width):
         yield start + part
         start = Text(" " * margin)
     start += Text(REMEDY, color)
-    for part in Text(finding.remedy or "", color).wrap(console, width - len(REMEDY)):
+    for part in _wrapped(Text(finding.remedy or "", color), width - len(REMEDY)):
         if part:
             yield start + part
         start = Text(" " * (margin + len(REMEDY)))
+
+
+def _wrapped(text: Text, width: int) -> Iterator[Text]:
+    """Break lines between words; a path or a command that is longer than a line stays whole."""
+    end = 0
+    for line in wrap(text.plain, width).split("\n"):
+        start = text.plain.index(line, end)
+        end = start + len(line)
+        yield text[start:end]
 
 
 def summary(findings: Sequence[Finding]) -> Text:

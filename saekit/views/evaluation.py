@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit import units
+from saekit.text import for_screen
 
 Estimate = Mapping[str, float | None]
 
@@ -21,7 +22,9 @@ def render_evaluation(record: Mapping[str, Any], console: Console) -> None:
         Group(_origin(record), Text(), *evaluation_tables(record), Text(), Text(_legend(record), style="dim"))
     )
     for warning in record["warnings"]:
-        console.print(Text.assemble(("Warning: ", "bold yellow"), warning), soft_wrap=True)
+        line = Text(for_screen(f"Warning: {warning}", console))
+        line.stylize("bold yellow", 0, len("Warning:"))
+        console.print(line, soft_wrap=True)
 
 
 def evaluation_tables(record: Mapping[str, Any]) -> tuple[RenderableType, ...]:

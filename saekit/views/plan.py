@@ -17,6 +17,7 @@ from saekit.planning.job import Job
 from saekit.planning.machine import Machine
 from saekit.planning.plan import Choice, Plan
 from saekit.planning.rates import Rates
+from saekit.text import for_screen
 
 BAR = 24
 """Characters of a full bar."""
@@ -35,22 +36,26 @@ UNKNOWN = "Tokens/s are unknown until --calibrate has measured this machine."
 def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> None:
     """Print a plan, and what to change where it does not fit."""
     job = plan.job
-    console.print(Text(f"{job.cfg.model.model}: {_sizes(job)}", style="bold"), soft_wrap=True)
-    console.print(f"on {_machine(job.machine)}\n", soft_wrap=True)
+    _say(console, f"{job.cfg.model.model}: {_sizes(job)}", "bold")
+    _say(console, f"on {_machine(job.machine)}\n")
     console.print(_table(plan))
     for choice in plan.choices:
         console.print(_bar(choice))
     console.print()
-    console.print(_verdict(plan), soft_wrap=True)
+    console.print(_verdict(plan), soft_wrap=not console.file.isatty())
     if advice:
         console.print(_advice_table(advice))
         if not any(each.choice.fits for each in advice):
             console.print("Nothing of this makes it fit, not even together.")
     if job.machine.note:
-        console.print(Text(job.machine.note, style="yellow"), soft_wrap=True)
+        _say(console, job.machine.note, "yellow")
     elif not any(choice.time for choice in plan.choices):
         console.print(f"[dim]{UNKNOWN}" if job.machine.model else "[dim]Tokens/s are known of this machine only.")
-    console.print(f"[dim]{ESTIMATED}", soft_wrap=True)
+    _say(console, ESTIMATED, "dim")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(for_screen(text, console), style=style), soft_wrap=True)
 
 
 def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
@@ -202,8 +207,8 @@ def render_rates(calibration: MeasuredRates, console: Console) -> None:
         console.print(shown)
     if calibration.busy > BUSY:
         said = f"Others used {calibration.busy:.0%} of the CPU: measure again when it is idle, the rates are too low."
-        console.print(Text(said, style="yellow"), soft_wrap=True)
-    console.print(Text(f"Kept in {calibration.file}\n", style="dim"), soft_wrap=True)
+        _say(console, said, "yellow")
+    _say(console, f"Kept in {calibration.file}\n", "dim")
 
 
 def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,13 +9,16 @@ from rich.console import Console
 from rich.text import Text
 
 from saekit.errors import UserError
+from saekit.text import for_screen, wrap
 from saekit.views.plan import render_plan
 from saekit.wizard.draft import Draft
-from saekit.wizard.walk import Back, Fact, Planned, Question, Refused
+from saekit.wizard.walk import QUOTE, Back, Fact, Planned, Question, Refused
 
 INDENT = 13
 """Columns that the names of the answers take."""
 KEYS = "Enter takes it · → edits it · Esc or < goes back · Ctrl-C quits and writes nothing"
+KEYS_AGAIN = "Enter tries it · Ctrl-U clears it · Esc goes back · Ctrl-C quits and writes nothing"
+"""For an answer that was refused, and stands there to be edited."""
 
 
 class Defaults:
@@ -71,7 +73,7 @@ class Terminal:
                 question.label,
                 self._wrapped(question.explain(draft)),
                 default,
-                hint=self._wrapped(KEYS + more),
+                hint=self._wrapped((KEYS_AGAIN if refused else KEYS) + more),
                 problem=self._wrapped(f"✗ {refused.problem}") if refused else "",
                 rejected=refused.answer if refused else "",
                 choices=choices,
@@ -96,11 +98,12 @@ class Terminal:
 
     def _wrapped(self, text: str) -> str:
         """Broken between words, which the prompt would not do."""
-        return textwrap.fill(text, max(20, self.console.width - 2), break_on_hyphens=False)
+        return wrap(text, self.console.width - 2)
 
 
 def show(console: Console, question: Question, answer: str, told: Sequence[Fact]) -> None:
-    """One line with the answer, and below it what there is to say about it."""
+    """The answer behind the question's name, and below it what there is to say about it."""
+    margin = " " * INDENT
     console.print(Text(f"{question.label:{INDENT}}", style="dim"), Text(answer, style="bold"), sep="", soft_wrap=True)
     for fact in told:
         if isinstance(fact, Planned):
@@ -108,4 +111,5 @@ def show(console: Console, question: Question, answer: str, told: Sequence[Fact]
             render_plan(fact.plan, console, fact.advice)
             console.print()
         else:
-            console.print(Text(" " * INDENT + fact, style="dim"), soft_wrap=True)
+            lines = for_screen(f"{margin}{fact}", console, f"{margin}{QUOTE if fact.startswith(QUOTE) else ''}")
+            console.print(Text(lines, style="dim"), soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from saekit.training.plan import default_run_name
 from saekit.wizard.draft import Draft, known, launch_text, run_text, secrets_in, template_for
 from saekit.wizard.inputs import ARGUMENTS, COLUMN, DATASET, MACHINE, MODEL, SPLIT
 from saekit.wizard.sizes import BATCH, CONTEXT, DICTIONARY, LAYERS, TOKENS, K
-from saekit.wizard.walk import Question
+from saekit.wizard.walk import QUOTE, Question
 
 
 def _explain_placement(draft: Draft) -> str:
@@ -67,7 +66,7 @@ def _take_run(draft: Draft, text: str) -> Draft:
 
 def _tell_run(draft: Draft) -> Sequence[str]:
     targets, count = draft.targets, known(draft.machine).count
-    told = [f"{targets.run} ({_replaces(targets.run)})", *(f"│ {line}" for line in _run_text(draft).splitlines())]
+    told = [f"{targets.run} ({_replaces(targets.run)})", *(f"{QUOTE}{line}" for line in _run_text(draft).splitlines())]
     if count > 1:
         told.append(f"{targets.launch} ({_replaces(targets.launch)}): {draft.placement} on {count} processes")
     for name in secrets_in(draft.values):
@@ -96,11 +95,11 @@ def files_of(draft: Draft) -> Mapping[Path, str]:
     return files
 
 
-def start_command(draft: Draft) -> str:
-    """Return the command that starts the run from these files."""
+def start_command(draft: Draft) -> list[str]:
+    """Return the words of the command that starts the run from these files."""
     targets = draft.targets
     launch = ["--launch", str(targets.launch)] if known(draft.machine).count > 1 else []
-    return shlex.join(["saekit", "train", "--config", str(targets.run), *launch])
+    return ["saekit", "train", "--config", str(targets.run), *launch]
 
 
 def _take_confirmation(draft: Draft, text: str) -> Draft:

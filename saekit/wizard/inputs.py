@@ -14,7 +14,7 @@ from saekit.errors import UserError
 from saekit.planning import Machine, describe, detect
 from saekit.units import size
 from saekit.wizard.draft import Draft, known
-from saekit.wizard.walk import Question
+from saekit.wizard.walk import QUOTE, Question
 
 
 def _take_model(draft: Draft, text: str) -> Draft:
@@ -93,7 +93,7 @@ def _named(machine: Machine) -> str:
 MACHINE = Question("machine", "Processes", _explain_machine, _default_machine, _take_machine, _tell_machine)
 
 
-SHOWN = 72
+SHOWN = 64
 """Characters of a row in the sample."""
 SAMPLE = 2
 """Rows in it."""
@@ -169,7 +169,7 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
         texts = [row[column] or "" for row in found.first[:SAMPLE]]
     else:
         return told
-    return [*told, *(f"│ {_short(text)}" for text in texts)]
+    return [*told, *(f"{QUOTE}{_short(text)}" for text in texts)]
 
 
 def _tokens(draft: Draft, ids: Sequence[int]) -> str:

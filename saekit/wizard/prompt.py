@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prompt_toolkit import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, PathCompleter, get_common_complete_suffix
+from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.key_binding import KeyBindings
@@ -38,7 +39,7 @@ class Prompt:
     problem: str = ""
     """The problem with the previous answer."""
     rejected: str = ""
-    """The previous answer, for the user to correct."""
+    """The previous answer, which stands there for the user to correct."""
     choices: Sequence[str] = field(default=())
     is_path: bool = False
 
@@ -49,7 +50,7 @@ def ask(prompt: Prompt) -> str | None:
     Raises:
         KeyboardInterrupt: For Ctrl-C, and Ctrl-D where nothing was typed.
     """
-    buffer = Buffer(multiline=False)
+    buffer = Buffer(document=Document(prompt.rejected), multiline=False)
     output = create_output(stdout=sys.stderr)
     if hasattr(output, "enable_cpr"):
         output.enable_cpr = False  # nothing is placed by where the cursor is, and not every terminal would tell
@@ -99,7 +100,7 @@ def _keys(prompt: Prompt, buffer: Buffer) -> KeyBindings:
 
     @keys.add("right", filter=Condition(lambda: not buffer.text))
     def _edit(event: KeyPressEvent) -> None:
-        put(prompt.rejected or prompt.default)
+        put(prompt.default)
 
     @keys.add("up", filter=Condition(lambda: bool(choices)))
     @keys.add("down", filter=Condition(lambda: bool(choices)))

@@ -22,6 +22,9 @@ class Planned(NamedTuple):
 Fact = str | Planned
 """A message about an answer: a line, or a whole plan."""
 
+QUOTE = "│ "
+"""Begins a line that shows a piece of a file."""
+
 
 class Back(Exception):  # noqa: N818  # not an error
     """The question before this one is wanted again."""

@@ -234,6 +234,13 @@ def test_long_findings_wrap_beneath_themselves():
     assert lines[remedy].index("do") == lines[remedy + 1].index("do") == column + 2
 
 
+def test_no_word_is_broken():
+    path = "/a/long/path/to/a/cache/that-has-" + "x" * 70
+    finding = Finding("hub", "cache", "problem", f"not writable: {path}", f"chmod u+w {path}")
+    lines = shown(finding, width=60).splitlines()
+    assert sum(line.strip() == path for line in lines) == 2
+
+
 def test_square_brackets_are_no_markup():
     assert "[bold]" in shown(Finding("hub", "cache", "ok", "[bold] and [/bold]"))
 

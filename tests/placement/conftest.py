@@ -100,6 +100,7 @@ def train(tmp_path_factory, token_dir, forked):
         if launch_file is None:
             codes = forked.run(command, ranks if ranks > 1 or "zero3" in options else None, said, root, timeout=300)
             code = int(any(codes))
+            assert bool(code) == all(codes), said.read_text()  # the ranks fail together
         else:
             code = launch(launch_file, command, ranks, said, root)
         assert code == expect, said.read_text()

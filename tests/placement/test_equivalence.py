@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.placement.conftest import DEMO_LM
+from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
 from tests.training.runs import metrics_of, tensors_of, thresholds_of
 
 pytestmark = pytest.mark.slow
@@ -180,13 +180,20 @@ def test_a_bad_step_is_skipped_by_all(train, overflowing, placement):
         assert said.count(f"step {step} was skipped: NaN or Inf in the activations of h.0 and 1 more") == 1
 
 
-def test_too_many_bad_steps_end_all_ranks(train, overflowing):
+@pytest.mark.parametrize(
+    ("options", "when", "saved"),
+    [
+        (["--max-bad-steps", 2], "in each of the 2 steps up to 14", 10),
+        (["--max-tokens", 14 * GLOBAL_BATCH * CTX_LEN], "in each of the last 2 steps", 14),
+    ],
+)
+def test_too_many_bad_steps_or_a_bad_last_one_end_all_ranks(train, overflowing, options, when, saved):
     model, data = overflowing
-    options = ["--no-shuffle", "--placement", "layer-map", "--max-bad-steps", 2, "--save-every", 5]
-    found = train(model, *options, ranks=2, data=data, name="bad", expect=1)
+    options = ["--no-shuffle", "--placement", "layer-map", "--save-every", 5, *options]
+    found = train(model, *options, ranks=2, data=data, name=f"bad{saved}", expect=1)
     said = (found / "stderr.txt").read_text()
-    assert said.count("Error: h.0: NaN or Inf in the activations in each of the 2 steps up to 14") == 1
-    assert json.loads((found / "latest" / "checkpoint.json").read_text())["step"] == 10
+    assert said.count("Error: ") == said.count(f"Error: h.0: NaN or Inf in the activations {when}") == 1
+    assert json.loads((found / "latest" / "checkpoint.json").read_text())["step"] == saved
 
 
 def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import replace
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
-from saekit.report.live_view import LiveState, run_view, spread
-from saekit.report.stats import Pace
+from saekit.report.live_table import spread
+from saekit.report.live_view import LiveState, run_view
+from saekit.report.pace import Pace
+from saekit.report.stats import Lowest
 from saekit.report.terminal import LiveReporter
 
 
@@ -127,6 +130,78 @@ def test_under_zero3_the_size_of_a_shard_is_shown_whole(make_state, width):
     assert sum("zero3 on 2 ranks (3 MiB of each SAE), float32" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize("with_auxk", [False, True])
+@pytest.mark.parametrize("width", [20, 30, 40, 60, 80, 120])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"layers.{i}" for i in range(32)],
+        [f"layers.{i}.mlp:in" for i in range(32)],
+        [f"model.language_model.layers.{i}.self_attn.o_proj" for i in range(32)],
+        [f"layers.{i}{side}" for i in range(16) for side in ("", ".mlp:in")],
+    ],
+    ids=["blocks", "inputs", "deep", "mixed"],
+)
+def test_a_narrow_terminal_costs_columns_and_not_the_digits_of_layers(make_state, names, width, with_auxk):
+    state = replace(make_state(32, names=names, with_auxk=with_auxk), finished=True)
+    lines = picture(state, width, 24)
+    assert max(map(len, lines)) <= width
+    start = next(number for number, line in enumerate(lines) if line.startswith("layer "))
+    rows = [line.split() for line in lines[start + 1 : start + 33]]
+    assert len({row[0] for row in rows}) == 32
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        assert re.findall(r"\d+", name)[0] in re.findall(r"\d+", row[0])
+        assert row[1] == f"{0.5 / 30 + i / 100:.4f}"  # whole, too
+    headings = lines[start].split()
+    assert headings[:2] == ["layer", "FVU"]
+    if width == 40 and names[0] == "layers.0":
+        assert headings == ["layer", "FVU", "dead", "FVU", "trend"]
+        assert rows[1][2] == "1.0%"
+    if width >= 80:
+        assert ["L0", "AuxK"][: 1 + with_auxk] == headings[3 : 4 + with_auxk]
+
+
+@pytest.mark.parametrize("step", [30, 99_999, 100_000])
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_progress_is_whole_on_a_narrow_terminal(make_state, make_stats, width, finished, step):
+    state = make_state(6)
+    state = replace(state, info=replace(state.info, total_steps=100_000), finished=finished)
+    lines = picture(state.after(make_stats(step, 6)), width)
+    (line,) = [line for line in lines if f"{step:,}/100,000" in line]
+    assert len(line) <= width
+    if width >= 40:
+        assert "…" not in line
+        assert re.search(r"ETA|done in|stopped after", line)
+
+
+def test_skipped_steps_are_not_cut_off(make_state, make_stats, tmp_path):
+    state = replace(make_state(6), saved=(tmp_path / "step_00012000", 12_000))
+    state = state.after(replace(make_stats(12_345, 6), skipped_steps=17))
+    for width in (40, 60, 80):
+        (line,) = [line for line in picture(state, width) if "saved step 12,000" in line]
+        assert re.search(r"17 (of 12,345 steps skipped: NaN or Inf|skipped \(NaN\))$", line)
+
+
+def test_a_diverged_layer_is_named_with_its_fvu_then_and_now(make_state, make_stats):
+    state = make_state(6)
+    stats = make_stats(1000, 6)
+    worse = replace(stats.layers["layers.4"], fvu=52_000.0)
+    stats = replace(
+        stats, layers={**stats.layers, "layers.4": worse}, diverged={"layers.4": Lowest(0.3112, 40), "layers.5": None}
+    )
+    lines = picture(replace(state.after(stats), finished=True), 80)
+    assert lines[-1] == "✗ 2 of 6 layers diverged: layers.4 FVU 5.2e+04, was 0.3112 at step 40"
+    assert len(picture(state.after(stats), 80, 12)) < 12
+
+
+def test_a_run_whose_last_step_was_skipped_is_not_done(make_state, make_stats):
+    state = make_state(2)
+    for bad, said in ((0, "done in"), (2, "failed after")):
+        ended = replace(state.after(replace(make_stats(1000), bad_in_row=bad)), finished=True)
+        assert said in "\n".join(picture(ended))
+
+
 def test_long_names_lose_their_beginning(make_state):
     names = [f"model.language_model.transformer.encoder.layers.{i}" for i in range(3)]
     rows = [line for line in picture(make_state(3, names=names)) if "yers.2" in line]
@@ -191,6 +266,14 @@ def test_lines_before_the_start_stay_and_move_no_cursor():
     reporter.status("Warning: short dataset")
     reporter.finish()
     assert console.file.getvalue() == "Loading [the] model\nWarning: short dataset\n"
+
+
+def test_messages_break_between_words():
+    console = terminal(40)
+    path = "/somewhere/deep/in/a/file-system/there/is/a/folder"
+    LiveReporter(console).status(f"Warning: {path} is nearly full, and what is written there may be lost")
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["Warning:", path, "is nearly full, and what is written", "there may be lost"]
 
 
 def test_pace_smooths_and_counts_down(make_info, make_stats, clock):

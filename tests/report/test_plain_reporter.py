@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from saekit.report.plain import PlainReporter
+from saekit.report.stats import Lowest
 from saekit.report.terminal import LiveReporter, terminal_reporter
 
 
@@ -96,6 +97,28 @@ def test_a_report_that_was_written_is_not_repeated(make_info, make_stats):
     reporter.finish()
     assert stream.getvalue().count("step 1,000/1,000") == 1
     assert "done in 0s" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("bad", "diverged", "said"),
+    [
+        (0, {}, "done in 0s"),
+        (
+            0,
+            {"layers.1": Lowest(0.3, 40)},
+            "done in 0s, but 1 of 2 layers diverged: layers.1 FVU 1.5100, was 0.3000 at step 40",
+        ),
+        (3, {}, "failed after 0s"),
+    ],
+)
+def test_how_it_ended(make_info, make_stats, clock, bad, diverged, said):
+    stream = io.StringIO()
+    reporter = PlainReporter(stream, clock=clock)
+    reporter.start(make_info())
+    reporter.step(replace(make_stats(1000, fvu=1.5), bad_in_row=bad, diverged=diverged))
+    reporter.finish()
+    *_, last = stream.getvalue().splitlines()
+    assert last == said
 
 
 def test_no_escape_codes_and_no_exotic_characters(make_info, make_stats):

@@ -146,6 +146,40 @@ def test_the_count_goes_on_after_a_resume(make_trainer, tmp_path):
         trainer.fit()
 
 
+@pytest.mark.parametrize(("bad", "when"), [({7}, "in the last step"), ({5, 6, 7}, "in each of the last 3 steps")])
+def test_a_bad_last_step_is_a_failure(make_trainer, tmp_path, bad, when):
+    """What was trained is there, the last good checkpoint too, and a resumed run does not call it done either."""
+    spoiler = Spoiler(bad)
+    trainer = make_trainer(reporter=spoiler, save_every=2, keep_last=1)
+    explodes(trainer, spoiler, "b_enc")
+    good = min(bad) - 1
+    message = (
+        rf"layers\.1: NaN or Inf in the gradient {when}, its lowest FVU was 0\.\d+ at step \d; "
+        rf".*step_00000007 holds the SAEs as they were after step {good}, .*--lr"
+    )
+    with pytest.raises(UserError, match=message):
+        trainer.fit()
+    assert spoiler.finished == 1
+    assert [stats.bad_in_row for stats in spoiler.steps[good:]] == list(range(1, len(bad) + 1))
+    run_dir = tmp_path / "run"
+    assert (run_dir / "latest").resolve().name == "step_00000007"
+    kept = {int(folder.name.removeprefix("step_")): tensors_of(folder) for folder in run_dir.glob("step_*")}
+    assert sorted(kept) == [step for step in (2, 4, 6, 7) if step >= good]
+    assert all(tensor.isfinite().all() for tensors in kept.values() for tensor in tensors.values())
+    assert_same_tensors(kept[7], kept[good])
+    with pytest.raises(UserError, match=message):
+        make_trainer(resume=True, save_every=2, keep_last=1).fit()
+
+
+def test_a_run_of_bad_steps_only_keeps_the_saes_as_they_began(make_trainer, tmp_path):
+    spoiler = Spoiler(set(range(1, 8)))
+    trainer = make_trainer(reporter=spoiler)
+    explodes(trainer, spoiler, "b_enc")
+    with pytest.raises(UserError, match=r"in each of the last 7 steps; .* as they were at the beginning"):
+        trainer.fit()
+    assert not any(stats.diverged for stats in spoiler.steps)  # there was nothing to compare
+
+
 def test_a_diverging_sae_is_noticed_and_not_saved(make_trainer, tmp_path):
     with pytest.raises(
         UserError, match=r"layers\.0: NaN or Inf in the SAE's weights|layers\.0: NaN or Inf in the loss"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of forkpty:DeprecationWarning"),
 ]
 ESCAPE, CTRL_C, CTRL_D, UP, DOWN, RIGHT = "\x1b", "\x03", "\x04", "\x1b[A", "\x1b[B", "\x1b[C"
+CLEAR, BACKSPACE = "\x15", "\x7f"
 
 ASKS = {
     "machine": "This machine has",
@@ -46,6 +48,11 @@ def environment():
     return {**variables, "TERM": "xterm-256color", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+def plain(shown):
+    """Without colors and movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
 class Wizard(pexpect.spawn):
     """The process; what it has written since the last answer is looked at, and no more than that."""
 
@@ -54,7 +61,7 @@ class Wizard(pexpect.spawn):
         self.expect_exact(ASKS[question])
         shown = self.before + self.after
         self.expect_exact("Ctrl-C quits")
-        assert default in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.before), (question, default, self.before)
+        assert default in plain(self.before), (question, default, self.before)
         return shown
 
     def answer(self, *pairs):
@@ -111,7 +118,7 @@ def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_
     first = wizard()
     first.answer(("machine", "1", "2"), *small)
     shown = first.asks("placement", "layer-map")
-    assert "Take layer-map" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert "Take layer-map" in plain(shown)
     for text in ("ddp ", "layer-map ", "zero3 ", "fits", "256 tokens per optimizer step"):
         assert text in shown
     first.send(f"{DOWN}\r")  # the one behind layer-map
@@ -155,7 +162,9 @@ def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_
 
 def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
     running = wizard()
-    running.answer(("machine", "1", "0"), ("machine", "1", "1"))
+    running.answer(("machine", "1", "0"), ("machine", "0", f"{CLEAR}1"))
+    edits = {"k": f"{BACKSPACE * 2}4", "ctx_len": f"{BACKSPACE * 2}32"}
+    """How an answer that was refused becomes the right one, where it is not typed again."""
     wrong = {
         "model": ("./no-such-model", "there is no such folder"),
         "dataset": ("no-such.jsonl", "there is no such file or folder"),
@@ -169,14 +178,16 @@ def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
     for question, default, right in small:
         answer, problem = wrong[question]
         running.answer((question, default, answer))
-        running.expect_exact(ASKS[question])  # the same question, and below it
+        running.expect_exact(ASKS[question])  # the same question, and below it the answer, for the user to edit
         running.expect_exact(problem)
+        assert f"› {answer}" in plain(running.before)
+        running.expect_exact("Ctrl-U clears it")
         running.expect_exact("Ctrl-C quits")
-        running.send(f"{right}\r")
+        running.send(f"{edits.get(question, f'{CLEAR}{right}')}\r")
     running.answer(("run", "checkpoints/", ""), ("confirm", "yes", "maybe"))
     running.expect_exact("'maybe': yes writes, no leaves everything as it was")
     assert left_in(tmp_path) == []
-    running.send("yes\r")
+    running.send(f"{CLEAR}yes\r")
     assert running.ends(0).splitlines()[-1] == "saekit train --config run.yaml"
     assert left_in(tmp_path) == ["run.yaml"]
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["k"] == 4
@@ -239,13 +250,37 @@ def test_options_are_offered_as_defaults(wizard, tmp_path, model_dir, text_file)
 def test_on_a_narrow_terminal_lines_break_between_words(wizard):
     running = wizard(size=(24, 50))
     running.expect_exact("writes nothing")
-    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", running.before + running.after))
+    lines = re.split(r"[\r\n]+", plain(running.before + running.after))
     assert max(map(len, lines)) <= 50
     for text in ("one is best on a CPU; more share its memory", "Esc or < goes back · Ctrl-C quits and writes nothing"):
         assert text in " ".join(lines)
         assert text not in lines
     running.send(CTRL_C)
     running.ends(130)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (("config", "--yes", "MODEL", "TEXT", "--num-processes", 2, "--num-latents", 64, "--k", 4), 0, "Start the run"),
+        (("config", "--yes", "MODEL", "TEXT", "--layers", "9,10,11", "--plugin", "p" * 90), 2, "Error: "),
+        (("plan", "MODEL", "--num-processes", 2, "--expansion-factor", 4096 * 4096), 0, "what to change"),
+    ],
+    ids=["config", "error", "plan"],
+)
+def test_at_80_columns_no_word_is_broken(tmp_path, model_dir, text_file, command, code, said):
+    """What is written has no line that the terminal would have to break, but for words longer than a line."""
+    places = {"MODEL": str(model_dir), "TEXT": str(text_file)}
+    words = [places.get(word, str(word)) for word in command]
+    shown, status = pexpect.run(
+        shlex.join([sys.executable, "-m", "saekit", *words]),
+        cwd=tmp_path, env=environment(), timeout=120, withexitstatus=True, dimensions=(24, 80),
+    )  # fmt: skip
+    shown = plain(shown.decode())
+    assert status == code, shown
+    assert said in shown
+    lines = [line.rpartition("\r")[2].rstrip() for line in shown.replace("\r\n", "\n").split("\n")]
+    assert not [line for line in lines if len(line) > 80 and " " in line.strip("│ ")]
 
 
 def config(folder, *arguments, **options):

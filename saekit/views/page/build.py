@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from saekit import units
 from saekit._version import __version__
 from saekit.analysis.codes import BEFORE
+from saekit.analysis.defaults import DEFAULT_LATENTS
 from saekit.analysis.eval_checkpoint import EvalOptions, Prepared, evaluate_prepared, prepare
 from saekit.analysis.evaluate import Progress
 from saekit.analysis.features import QUANTILES, TOP, Features, LayerFeatures, gather_features
@@ -24,14 +25,11 @@ from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
-from saekit.runs.metrics import EVALUATION, plain, read_metrics
+from saekit.runs.metrics import EVALUATION, plain, read_records
 from saekit.views.page.charts import density_chart, evaluation_charts, layer_charts, similarity_chart, training_charts
 from saekit.views.page.packing import pack_arrays, token_texts
 
 NOTHING = -1
-
-
-DEFAULT_LATENTS = 32_768
 
 
 def build_report(
@@ -84,7 +82,7 @@ def build_report(
 
 def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Features, prepared: Prepared) -> str:
     """Return the page's text."""
-    records, evaluations = (_records(inspection, kind) for kind in (None, EVALUATION))
+    records, evaluations = _records(inspection)
     names = [layer.hookpoint for layer in features.layers]
     figures = {
         **(training_charts(records, names) if records else {}),
@@ -122,11 +120,13 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
     )
 
 
-def _records(inspection: Inspection, kind: str | None) -> list[dict[str, Any]]:
-    """Return the run's metrics up to the checkpoint; none without the file."""
+def _records(inspection: Inspection) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the run's reports and evaluations up to the checkpoint; none without the file."""
     file = inspection.checkpoint.parent / METRICS_FILE
-    records = read_metrics(file, kind) if file.is_file() else []
-    return [record for record in records if inspection.step is None or record["step"] <= inspection.step]
+    records = read_records(file) if file.is_file() else []
+    records = [record for record in records if inspection.step is None or record["step"] <= inspection.step]
+    reports, evaluations = ([each for each in records if each.get("kind") == kind] for kind in (None, EVALUATION))
+    return reports, evaluations
 
 
 def _name(inspection: Inspection) -> str:

@@ -1,0 +1,110 @@
+"""Text that fits: names, lines and commands for a terminal of few columns."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def tail(name: str, width: int) -> str:
+    """A hookpoint's name in at most `width` characters; what is cut off is its beginning, as its number is its end."""
+    return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
+
+
+def _common(texts: Sequence[str]) -> int:
+    """Count the characters that all texts begin with: those that the first and the last in the alphabet do."""
+    first, last = min(texts), max(texts)
+    return next((place for place, letter in enumerate(first) if letter != last[place]), len(first))
+
+
+def _alike(names: Sequence[str]) -> tuple[int, int]:
+    """Count the characters that all names have alike at their beginning and their end, without parts of numbers."""
+    if len(set(names)) < 2:
+        return 0, 0
+    start = _common(names)
+    while start and names[0][start - 1].isdigit():
+        start -= 1
+    rest = [name[start:] for name in names]
+    end = _common([each[::-1] for each in rest])
+    while end and rest[0][-end].isdigit():
+        end -= 1
+    return start, end
+
+
+def least_width(names: Sequence[str]) -> int:
+    """Return the least width at which `shorten` leaves all that tells the names apart."""
+    start, end = _alike(names)
+    return min(max(map(len, names)), max(len(name) - start - end for name in names) + bool(start) + bool(end))
+
+
+def shorten(names: Sequence[str], width: int) -> list[str]:
+    """Shorten names to `width` characters that stay different: `….mlp:in` says nothing, `…10.mlp…` does.
+
+    The beginning is cut off first, and then the end. Below `least_width`, what is in the middle suffers, too.
+    """
+    start, end = _alike(names)
+    return [_shorten(name, width, start, end) for name in names]
+
+
+def _shorten(name: str, width: int, start: int, end: int) -> str:
+    if len(name) <= width or len(name) - start < width or not end:
+        return tail(name, width)
+    room = max(1, width - bool(start) - 1)
+    middle = name[start : len(name) - end]
+    shown = middle[-room:] if len(middle) > room else name[start : start + room]
+    return f"{'…' if start else ''}{shown}…"
+
+
+def that_fits(texts: Sequence[str], width: int) -> str:
+    """Return the first text of at most `width` characters, or the last one."""
+    return next((text for text in texts if len(text) <= width), texts[-1])
+
+
+def wrap(text: str, width: int, indent: str = "") -> str:
+    """Break lines between words. A word longer than a line stays whole: the terminal breaks it where it must.
+
+    Args:
+        text: Its own line breaks stay.
+        width: Columns of the terminal.
+        indent: What the lines that follow a break begin with.
+    """
+    wrapper = textwrap.TextWrapper(
+        max(20, width),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+    )
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
+
+
+def for_screen(text: str, console: Console, indent: str = "") -> str:
+    """Break lines between words where a person looks at them, and leave them whole in a pipe or a file."""
+    return wrap(text, console.width, indent) if console.file.isatty() else text
+
+
+def command(words: Sequence[str], console: Console, indent: str = "") -> str:
+    """Return a command line that can be pasted into a shell: in several lines where a terminal would break a word.
+
+    Args:
+        words: Not quoted yet.
+        console: Where it is shown.
+        indent: What each line begins with.
+    """
+    quoted = [shlex.quote(word) for word in words]
+    if not console.file.isatty():
+        return indent + " ".join(quoted)
+    lines = [indent + quoted[0]]
+    for word in quoted[1:]:
+        if len(lines[-1]) + len(word) + len("  \\") > console.width:
+            lines[-1] += " \\"
+            lines.append(f"{indent}  {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
