@@ -371,6 +371,7 @@ LIST: list[tuple[str, ...]] = [
         "saekit/placement/local.py",
         "return around(self._optimizers[hookpoint].export(), **",
         "return around(self._saes[hookpoint].state_dict(), **",
+        "training/test_evaluating::test_it_is_what_the_checkpoint_would_give",
     ),
     ("a stopped evaluation counts as done", EVALUATING, "            run.evaluated = run.step\n", "            pass\n"),
     (
