@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import yaml
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from typer.main import get_command
 
 from saekit.cli.app import app, main
 from saekit.cli.output import run as run_app
+from saekit.cli.train import _show
 from saekit.config import RunConfig
 from saekit.config.options import options_of
 from saekit.config.run import PARTS
@@ -244,3 +245,44 @@ def test_values_in_yaml(typed, values):
                 assert float(found) == float(value)
             elif OPTIONS[name].type is str:
                 assert found == value
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """Run the command line, plan included, in an empty folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        patch.setenv("COLUMNS", "200")
+        patch.setattr("saekit.cli.train._show", _show)  # again, after `typed`
+        yield lambda *arguments: run([str(each) for each in arguments])
+
+
+SMALL = st.integers(1, 64).map(str)
+ANY = st.one_of(SMALL, st.integers(1, 10**30).map(str))
+
+
+@settings(max_examples=max(10, settings.default.max_examples // 20))
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(["batch_size", "grad_acc_steps", "ctx_len"], SMALL),  # a plan runs each block of tokens
+            **dict.fromkeys(["num_latents", "k", "micro_acc_steps", "max_tokens"], ANY),
+            "layers": st.sampled_from(["0", "0-2", "2,2", "3"]),
+            "activation": st.sampled_from(["topk", "batchtopk", "groupmax"]),
+            "optimizer": st.sampled_from(["adam", "adam8bit", "signum", "muon"]),
+            "matryoshka": st.sampled_from(["0.5,1", "0.25,0.5,1"]),
+            "auxk_alpha": st.sampled_from(["0", "0.03125"]),
+            "placement": st.sampled_from(["auto", "ddp", "single", "zero3", "layer-map"]),
+        },
+    )
+)
+def test_plans_of_any_size(planned, model_dir, said):
+    arguments = [part for name, value in said.items() for part in (f"--{name}", value)]
+    result = planned("train", model_dir, "owner/data", *arguments, "--dry-run")
+    assert_well(result)
+    if result.code == 0:
+        shown = yaml.safe_load(result.out.partition("\n\n")[0])
+        for name, value in said.items():
+            if value.isdecimal() and name != "layers":
+                assert shown[name] == int(value)
