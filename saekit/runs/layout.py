@@ -4,8 +4,8 @@ RUN/config.yaml                      the configuration, with every default; as `
 RUN/metrics.jsonl                    one line per report, and per evaluation
 RUN/trackers/                        what trackers of `--log-with` write that keep files
 RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
-RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, and
-                                     size and checksum of every file
+RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, size
+                                     and checksum of every file, and a checksum of all that
 RUN/step_00000200/eval.json          what `saekit eval` found
 RUN/step_00000200/layers.0/          one folder per hookpoint:
     cfg.json, sae.safetensors        the SAE, in sparsify's format; `saekit.sae.storage` has these names
@@ -32,8 +32,10 @@ INDEX_FILE = "checkpoint.json"
 STATE_FILE = "state.safetensors"
 ABOUT_FILE = "saekit.json"
 EVAL_FILE = "eval.json"
-EVAL_FORMAT = 1
-"""Of `eval.json`."""
+EVAL_FORMAT = 2
+"""Of `eval.json`. In format 1, intervals were the normal distribution's, and few sequences gave no warning."""
+FOREIGN_FILE = "config.json"
+"""Where sparsify says what it trained on."""
 FORMAT = 3
 """Of `checkpoint.json` and what it speaks of."""
 LATEST, BEST = "latest", "best"

@@ -1,8 +1,10 @@
 """`saekit eval`: what it evaluates on, what it prints and what it leaves."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from saekit import Sae
 from saekit.runs.layout import EVAL_FILE
@@ -47,6 +49,33 @@ def test_no_number_is_cut_off(run, saekit, monkeypatch, columns):
     lines = [line for line in out.splitlines() if line.startswith("layers.1")]
     assert f"{layer['grafted']['ce_zero_ablated']['value']:.3f}" in lines[1]
     assert lines[1].count("±") == (2 if columns == 80 else 5)
+
+
+def test_few_sequences_are_warned_of(run, saekit):
+    result = saekit("eval", run, "--max-tokens", 64)
+    assert "Warning: only 2 sequences evaluated: with fewer than 50 the intervals are rough" in result.out
+    (warning,) = the_file(run)["warnings"]
+    assert warning in " ".join(result.out.split())
+    result = saekit("eval", run, "--max-tokens", 1600)
+    assert "Warning" not in result.out
+    assert the_file(run)["warnings"] == []
+
+
+def test_an_sae_that_was_trained_elsewhere_is_warned_of(run, saekit, tmp_path, model_dir, text_file):
+    # Its files say where it was trained, whatever the folder is called; and the model's weights are not the same.
+    shutil.copytree((run / "latest" / "layers.1").resolve(), tmp_path / "saes" / "layers.2")
+    other = shutil.copytree(model_dir, tmp_path / "other-model")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -each for name, each in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    result = saekit("eval", tmp_path / "saes", text_file, "--model", other, "--max-tokens", 1600)
+    assert result.code == 0, result.err
+    record = json.loads((tmp_path / "saes" / EVAL_FILE).read_text("utf-8"))
+    elsewhere = "the SAE that is evaluated at layers.2 was trained at layers.1"
+    another = f"the SAEs were trained on {model_dir}, and this model is {other}"
+    assert record["warnings"][:2] == [elsewhere, another]
+    shown = " ".join(result.out.split())
+    assert f"Warning: {elsewhere}" in shown
+    assert f"Warning: {another}" in shown
 
 
 def test_twice_the_same(run, saekit):
@@ -147,6 +176,7 @@ def test_inspect_shows_it(run, saekit):
         assert result.code == 0, result.err
         assert f"{recovered:.4f}" in result.out
         assert "Evaluated on" in result.out
+        assert "Warning: only 15 sequences evaluated" in " ".join(result.out.split())
     assert json.loads(saekit("inspect", run, "--json").out)["evaluation"] == record
     (run / "latest" / EVAL_FILE).write_text('{"format": 1}', encoding="utf-8")
     assert "eval.json is damaged: run saekit eval again" in saekit("inspect", run).err
