@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saekit
-from saekit import Sae
 
 
 def main(
@@ -32,7 +31,7 @@ def main(
     name = yaml.safe_load((run / "config.yaml").read_text())["model"]
     model = AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    saes = Sae.load_many(run)
+    saes = saekit.load_many(run)
 
     # %% Text to sequences of one length; what is left at the end is dropped.
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), verbose=False).input_ids)

@@ -16,7 +16,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saekit
-from saekit import Sae
 
 
 def main(
@@ -32,7 +31,7 @@ def main(
     name = yaml.safe_load((run / "config.yaml").read_text())["model"]
     model = AutoModelForCausalLM.from_pretrained(name).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    saes = Sae.load_many(run)
+    saes = saekit.load_many(run)
     hookpoint = next(each for each in saes if each.endswith(f".{layer}"))
     sae = saes[hookpoint]
 

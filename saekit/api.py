@@ -6,10 +6,9 @@ torch and the other heavy libraries are imported by the functions that need them
 from __future__ import annotations
 
 import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +17,7 @@ from saekit.config import RunConfig
 from saekit.config.flat import option_names, unknown_options
 from saekit.config.options import options_of
 from saekit.config.run import PARTS
-from saekit.errors import UserError, first_line
+from saekit.errors import UserError
 from saekit.runs.folder import all_options
 
 if TYPE_CHECKING:
@@ -134,6 +133,7 @@ def evaluate(
     max_tokens: int = DEFAULT_TOKENS,
     batch_size: int = 8,
     include_training_data: bool = False,
+    verify: bool = True,
 ) -> Evaluation:
     """Evaluate SAEs as `saekit eval` does: reconstruction, and what splicing it in costs the language model.
 
@@ -148,19 +148,37 @@ def evaluate(
         max_tokens: How much to evaluate on, in tokens.
         batch_size: Sequences per forward pass of the language model, on each rank.
         include_training_data: Whether to evaluate also on documents that the run was trained on.
+        verify: Whether the SAEs' files must have the checksums that their checkpoint lists.
 
     Returns:
         The results of every layer, each number with its confidence interval; `to_json()` gives plain values.
 
     Raises:
-        UserError: If something is missing or cannot be read, or if no held-out data is left.
+        UserError: If something is missing, damaged or cannot be read, or if no held-out data is left.
+
+    Warns:
+        UserWarning: If results look wrong: for SAEs of another model or another hookpoint, or from few sequences.
     """
+    for name, value, optional in (
+        ("checkpoint", checkpoint, False),
+        ("dataset", dataset, True),
+        ("model", model, True),
+    ):
+        if not isinstance(value, (str, Path)) and not (optional and value is None):
+            raise UserError(f"{name} is a {type(value).__name__}: give a path or a name, as for saekit eval")
+    for name, number in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if number < 1:
+            raise UserError(f"{name} is {number}: expected at least 1")
+
     from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
 
     dataset, model = (None if each is None else str(each) for each in (dataset, model))
-    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
+    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement:
-        return evaluate_checkpoint(Path(checkpoint), options, placement).results
+        results = evaluate_checkpoint(Path(checkpoint), options, placement).results
+    for text in results.warnings() if placement.rank == 0 else ():
+        warnings.warn(text, UserWarning, stacklevel=2)
+    return results
 
 
 def load(
@@ -169,9 +187,12 @@ def load(
     device: torch.device | str = "cpu",
     *,
     format: str | None = None,
+    verify: bool = True,
     **hub_options: Any,
 ) -> Sae:
     """Load one SAE. Its format is recognized by its files: saekit's own, which is sparsify's; SAELens'; a plug-in's.
+
+    If it lies in a checkpoint, its files are compared with the checkpoint's checksums.
 
     Args:
         path: The folder of an SAE, a run (its latest checkpoint) or a checkpoint; or a hub id such as
@@ -179,35 +200,25 @@ def load(
         hookpoint: Which SAE of a folder or repository with several, such as `layers.3`.
         device: Where the parameters go.
         format: The name of the format to look for, where a folder could be read in several.
+        verify: Whether the files must have the checksums that the checkpoint lists.
         hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
 
     Raises:
         UserError: If there is no such SAE, if several are there and `hookpoint` is not given, if several formats
-            recognize a folder, or if a file is damaged or describes what saekit cannot compute.
+            recognize a folder, or if a file is damaged, has changed, or describes what saekit cannot compute.
     """
-    from saekit.sae.formats.base import find_folders, format_of
-    from saekit.sae.storage import download_folder
+    from saekit.runs.named import Opening
 
-    with _user_errors():
-        folder = _local_folder(path, hub_options)
-        if folder is None:
-            folder, hookpoint = download_folder(str(path), hookpoint, **hub_options), None
-        found = format_of(folder, format)
-        if found is not None:
-            if hookpoint not in (None, folder.resolve().name):
-                raise UserError(f"{path} is the folder of one SAE, not of {hookpoint}: leave out the hookpoint")
-            return found.read(folder, device)
-        folders = find_folders(folder, format)
-        if hookpoint is None and len(folders) == 1:
-            (hookpoint,) = folders
-        if hookpoint not in folders:
-            problem = "has several SAEs" if hookpoint is None else f"has no SAE {hookpoint!r}"
-            raise UserError(f"{path} {problem}: choose a hookpoint, one of {', '.join(folders)}")
-        return _read(folders[hookpoint], device, format)
+    return Opening(path, device, format, verify, hub_options).one(hookpoint)
 
 
 def load_many(
-    path: str | Path, device: torch.device | str = "cpu", *, format: str | None = None, **hub_options: Any
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    format: str | None = None,
+    verify: bool = True,
+    **hub_options: Any,
 ) -> dict[str, Sae]:
     """Load all SAEs of a run (its latest checkpoint), of a folder with several, or of a repository on the hub.
 
@@ -215,6 +226,7 @@ def load_many(
         path: A folder or a hub id.
         device: Where the parameters go.
         format: The name of the format to look for, where folders could be read in several.
+        verify: See `load`.
         hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
 
     Returns:
@@ -223,14 +235,9 @@ def load_many(
     Raises:
         UserError: See `load`.
     """
-    from saekit.sae.formats.base import find_folders
-    from saekit.sae.storage import download_folder
+    from saekit.runs.named import Opening
 
-    with _user_errors():
-        folder = _local_folder(path, hub_options)
-        if folder is None:
-            folder = download_folder(str(path), **hub_options)
-        return {name: _read(each, device, format) for name, each in find_folders(folder, format).items()}
+    return Opening(path, device, format, verify, hub_options).all()
 
 
 def save(sae: Sae, folder: str | Path, format: str = "sparsify", metadata: Mapping[str, Any] | None = None) -> None:
@@ -247,20 +254,15 @@ def save(sae: Sae, folder: str | Path, format: str = "sparsify", metadata: Mappi
         UserError: If there is no such format, if it cannot say something about this SAE (nothing is written then), or
             if the files cannot be written.
     """
+    from saekit.runs.named import user_errors
+    from saekit.sae import Sae
     from saekit.sae.formats.base import formats
 
-    with _user_errors():
+    if not isinstance(sae, Sae):
+        raise UserError(f"sae is a {type(sae).__name__}: give an Sae, such as saekit.load returns")
+    with user_errors():
         (chosen,) = formats(format)
         chosen.write(sae, Path(folder).expanduser(), metadata)
-
-
-def _read(folder: Path, device: torch.device | str, format: str | None) -> Sae:
-    """Read a folder that `find_folders` found."""
-    from saekit.sae.formats.base import format_of
-
-    found = format_of(folder, format)
-    assert found is not None
-    return found.read(folder, device)
 
 
 def _loaded_model(model: str | Path | PreTrainedModel | None) -> tuple[PreTrainedModel | None, str | None]:
@@ -277,27 +279,3 @@ def _rows(data: Data | None, name: str) -> tuple[Any, str | None]:
     if data is None or isinstance(data, (str, Path)):
         return None, None if data is None else str(data)
     return data, name
-
-
-def _local_folder(path: str | Path, hub_options: Mapping[str, Any]) -> Path | None:
-    """Return the folder that a path means; None for a repository on the hub."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if hub_options:
-            raise UserError(f"{path} is a folder: {', '.join(hub_options)} are for a repository on the hub")
-        return folder
-    name = str(path)
-    if isinstance(path, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise UserError(f"{path}: there is no such folder")
-    return None
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Raise what files and the hub raise as a `UserError` of one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(first_line(error)) from error

@@ -18,6 +18,7 @@ LOCAL = "saekit/placement/local.py"
 CHECKPOINT, SAVING = "saekit/runs/checkpoint.py", "saekit/training/saving.py"
 RECOVERY, LOCK, LEASE = (f"saekit/runs/{part}.py" for part in ("recovery", "lock", "lease"))
 RUN_FOLDER = "saekit/training/run_folder.py"
+OPENING, INDEX, LOCATE = (f"saekit/runs/{part}.py" for part in ("opening", "index", "locate"))
 TAP, LIVE, SOURCE = (f"saekit/activations/{part}.py" for part in ("tap", "live", "source"))
 HOOKPOINTS = "saekit/activations/hookpoints.py"
 EVALUATE = "saekit/analysis/evaluate.py"
@@ -80,6 +81,9 @@ LIKELY = {
     "saekit/runs/locate.py": "training/test_resume cli/test_eval_command",
     RUN_FOLDER: "training/test_rivals training/test_resume",
     "saekit/runs/files.py": "training/test_save_faults",
+    OPENING: "runs/test_opening",
+    INDEX: "runs/test_opening",
+    LOCATE: "runs/test_locate",
     LOCAL: "placement/test_single training/test_bad_steps",
     DDP: "placement/test_equivalence",
     ZERO3: "placement/test_zero3 placement/test_equivalence",
@@ -674,6 +678,17 @@ LIST: list[tuple[str, ...]] = [
         "masked = self.fixed_rows",
         "activations/test_source",
     ),
+    ("opening an SAE compares no checksum", OPENING, "if name not in without:", "if False:"),
+    ("an index is believed whatever its checksum says", INDEX, "if index[OWN] == _checksum(index)", "if index[OWN]"),
+    ("SAEs below a folder are its own", LOCATE, "[owner for owner in owners if owner != checkpoint]", "list[Path]()"),
+    (
+        "intervals are the normal distribution's",
+        "saekit/analysis/results.py",
+        "half = standard_errors(count - 1) *",
+        "half = 1.959963984540054 *",
+    ),
+    ("an SAE does not say where it was trained", OPENING, "    sae.trained_on = read_trained_on(folder)\n", ""),
+    ("activations of another width are reshaped", MODEL, " or x.shape[-1:] != (self.d_in,):", ":", "test_api_errors"),
     ("a plug-in takes a built-in kind's name", REGISTRY, "if name in self._built_in or self._reg", "if self._reg"),
     (
         "an installed package overrides a built-in kind",

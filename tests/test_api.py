@@ -200,7 +200,9 @@ def test_a_run_in_yaml_and_back(tmp_path):
 
 
 def test_evaluating(checkpoint):
-    results = saekit.evaluate(checkpoint, max_tokens=512, batch_size=4)
+    with pytest.warns(UserWarning, match="only 16 sequences evaluated") as warned:
+        results = saekit.evaluate(checkpoint, max_tokens=512, batch_size=4)
+    assert warned[0].filename == __file__
     assert [layer.hookpoint for layer in results.layers] == ["layers.1"]
     written = json.loads((checkpoint / "eval.json").read_text())
     assert written["layers"][0]["reconstruction"]["fvu"]["value"] == results.layers[0].reconstruction.fvu.value

@@ -46,6 +46,9 @@ class LiveModel(Source):
         data_name: The text's.
         fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
             for the last one where that is shorter.
+
+    Raises:
+        UserError: If the model or the tokenizer is none.
     """
 
     def __init__(
@@ -59,6 +62,13 @@ class LiveModel(Source):
         data_name: str = "tokenized data",
         fixed_rows: bool = False,
     ) -> None:
+        if not hasattr(model, "base_model") or not hasattr(model, "config"):
+            raise UserError(
+                f"the model is a {type(model).__name__}: give a model of transformers that is loaded, or its name to "
+                "saekit.train"
+            )
+        if tokenizer is not None and not hasattr(tokenizer, "all_special_ids"):
+            raise UserError(f"the tokenizer is a {type(tokenizer).__name__}: give one of transformers that is loaded")
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.name_or_path or type(model).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from saekit.activations.hookpoints import find_blocks
-from saekit.activations.tap import residual
+from saekit.activations.tap import module_of, residual
 from saekit.sae import Sae
+from saekit.sae.output import described
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,28 +38,68 @@ def splice(
         replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction replaces counted
             activations (`Sae.reconstruct`), or a function.
         excluded: bool `[B, T]`, True for tokens that keep their true activation; None for none.
+
+    Raises:
+        ValueError: If there is no such module, what is given for it is neither, or an SAE or a function does not suit
+            the module's output.
+
+    Warns:
+        UserWarning: If an SAE was trained on another model or at another module, where its files say so.
     """
+    if not isinstance(replacements, Mapping):
+        given = type(replacements).__name__
+        raise ValueError(f"replacements is a {given}: give what replaces which module by its name")
+    modules = {name: module_of(model, name) for name in replacements}
+    for name, replace in replacements.items():
+        for text in _misplaced(model, name, replace):
+            warnings.warn(text, UserWarning, stacklevel=3)
     handles: list[Any] = []
     try:
-        for name, replace in replacements.items():
-            module = model.base_model.get_submodule(name)
-            handles.append(module.register_forward_hook(_hook(_function(replace), excluded)))
+        for name, module in modules.items():
+            hook = _hook(name, _function(name, replacements[name]), excluded)
+            handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _function(replace: Sae | Replace) -> Replace:
-    if not isinstance(replace, Sae):
-        return replace
-    return replace.reconstruct
+def _misplaced(model: PreTrainedModel, name: str, replace: Sae | Replace) -> Iterator[str]:
+    """Say where an SAE was trained, if its files say so and it was not there."""
+    known = replace.trained_on if isinstance(replace, Sae) else None
+    if known is None:
+        return
+    if not known.is_at(name):
+        yield f"the SAE that is spliced in at {name} was trained at {known.hookpoint}"
+    own = model.name_or_path
+    if not known.is_of(own, type(model).__name__):
+        yield f"the SAE that is spliced in at {name} was trained on {known.model}, and this model is {own}"
 
 
-def _hook(replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
+def _function(name: str, replace: Sae | Replace) -> Replace:
+    if isinstance(replace, Sae):
+        return _reconstruction(name, replace)
+    if not callable(replace):
+        raise ValueError(f"{name}: a {type(replace).__name__} cannot replace activations: give an Sae or a function")
+    return replace
+
+
+def _reconstruction(name: str, sae: Sae) -> Replace:
+    def reconstruct(acts: Tensor) -> Tensor:
+        if acts.shape[-1] != sae.d_in:
+            raise ValueError(f"{name}: the SAE is for a width of {sae.d_in}, and the output is {described(acts)}")
+        return sae.reconstruct(acts)
+
+    return reconstruct
+
+
+def _hook(name: str, replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         acts = residual(output)
-        new = replace(acts).to(acts)
+        new = replace(acts)
+        if not isinstance(new, Tensor) or new.shape != acts.shape:
+            raise ValueError(f"{name}: expected {list(acts.shape)} in its output's place, got {described(new)}")
+        new = new.to(acts)
         if excluded is not None:
             new = torch.where(excluded.to(acts.device)[..., None], acts, new)
         return _with_residual(output, new)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,13 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         A function that runs the base model on `input_ids` `[B, T]` (and keyword arguments), up to the last hookpoint,
         and returns each hookpoint's activations `[B, T, D]`. They are inference tensors: copy before using them in
         autograd (indexing copies).
+
+    Raises:
+        ValueError: If there is no such module, or one does not run.
     """
+    if isinstance(hookpoints, str):
+        raise ValueError(f"hookpoints is the text {hookpoints!r}: give a list, such as [{hookpoints!r}]")
+    modules = {name: module_of(model, name) for name in hookpoints}
     base, no_cache = model.base_model, without_cache(model.base_model)
     captured: dict[str, Tensor] = {}
 
@@ -45,7 +51,7 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
             if not at_work:
                 return
             captured[name] = residual(output)
-            if len(captured) == len(hookpoints):
+            if len(captured) == len(modules):
                 raise _LastTapReached
 
         return hook
@@ -63,12 +69,15 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
                 base(input_ids=input_ids, **{**no_cache, **kwargs})
         finally:
             at_work = False
-        taken = {name: captured[name] for name in hookpoints}
+        idle = [name for name in modules if name not in captured]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} did not run in the forward pass of {type(base).__name__}")
+        taken = {name: captured[name] for name in modules}
         captured.clear()
         return taken
 
     was_training = model.training
-    handles = [base.get_submodule(name).register_forward_hook(hook_for(name)) for name in hookpoints]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     model.eval()
     try:
         yield run
@@ -78,13 +87,47 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         model.train(was_training)
 
 
+def module_of(model: PreTrainedModel, name: str) -> nn.Module:
+    """Return a module of a model's base model by its path.
+
+    Raises:
+        ValueError: If there is none; the message says which there are where the path goes wrong.
+    """
+    base = getattr(model, "base_model", None)
+    if base is None:
+        raise ValueError(f"model is a {type(model).__name__}: give a model of transformers that is loaded")
+    where, module = "", base
+    for part in str(name).split("."):
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        if part not in children:
+            own = _listed(list(children)) or "no modules"
+            raise ValueError(f"{name!r} is no module of {type(base).__name__}: {where or 'it'} has {own}")
+        where, module = f"{where}.{part}".lstrip("."), children[part]
+    return module
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names in a row; those of a list of blocks as a range."""
+    if len(names) > 2 and all(name.isdecimal() for name in names):
+        return f"{names[0]} to {names[-1]}"
+    return ", ".join(names)
+
+
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     """Return arguments that keep a forward pass from caching keys and values, which nothing would read."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def residual(output: Any) -> Tensor:
-    """Return the residual stream in a block's output: the output itself, or the first of several."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+    """Return the residual stream in a block's output: the output itself, or the first of several.
+
+    Raises:
+        ValueError: If there is no tensor.
+    """
+    found = output
+    while not isinstance(found, Tensor):
+        try:
+            found = found[0]
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(f"a module gives a {type(output).__name__} without a tensor of activations") from None
+    return found

@@ -36,11 +36,13 @@ from saekit.placement import Placement, connect
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import CONFIG_FILE, EVAL_FILE
 from saekit.runs.locate import check_files, locate
-from saekit.sae import Sae
+from saekit.runs.opening import open_sae
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IN_CHECKPOINTS = "sparsify"
+"""The format of SAEs in checkpoints, sparsify's and ours."""
 HELD_OUT = "documents of the run's data set that it was not trained on"
 OTHER_SPLIT = "another split of the run's data set, without documents that the run was trained on"
 OTHER = "another data set than the run's"
@@ -59,6 +61,8 @@ class EvalOptions:
     batch_size: int = 8
     """Sequences per forward pass of the language model, on each rank."""
     include_training_data: bool = False
+    verify: bool = True
+    """Whether the checkpoint's files are compared with its checksums."""
 
 
 class Evaluated(NamedTuple):
@@ -114,8 +118,9 @@ def prepare(
     Raises:
         UserError: If something is missing or does not fit, or if no held-out data is left.
     """
-    location = locate(path)
-    check_files(location, location.saes)
+    location = locate(path, verify=options.verify)
+    if options.verify:
+        check_files(location, location.saes)
     run = _config(location.checkpoint, options)
     cfg = run.cfg
     status(f"Reading the configuration of {cfg.model.model}")
@@ -126,7 +131,7 @@ def prepare(
     if placement.rank > 0:  # one rank tokenizes, the others read what it left in the cache
         placement.gather(None)
     data, origin = _data(run, tokenizer, ctx_len, options)
-    data = shuffled(data, options.max_tokens or DEFAULT_TOKENS)
+    data = shuffled(data, DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens)
     check_tokens(data, vocabulary_of(shape.config), what="the data to evaluate on")
     if placement.rank == 0:
         placement.gather(None)
@@ -137,7 +142,10 @@ def prepare(
     excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
     mask_id = None if tokenizer is None else tokenizer.mask_token_id
     objective, name = choose_objective(predicts, mask_id, excluded, NO_HEAD)
-    saes = {name: _load(folder, placement.device) for name, folder in location.saes.items()}
+    saes = {
+        name: open_sae(folder, placement.device, format=IN_CHECKPOINTS, verify=options.verify).eval()
+        for name, folder in location.saes.items()
+    }
     subject = Subject(
         model=model,
         saes=saes,
@@ -214,13 +222,6 @@ def _record(found: Evaluation, cfg: RunConfig, origin: str) -> dict[str, Any]:
         "held_out": {HELD_OUT: True, OTHER_SPLIT: True, SEEN: False}.get(origin),
     }
     return {**about, **found.to_json(), "warnings": found.warnings()}
-
-
-def _load(folder: Path, device: torch.device) -> Sae:
-    try:
-        return Sae.load_from_disk(folder, device).eval()
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 class _Run(NamedTuple):

@@ -185,6 +185,7 @@ class Evaluator:
             ctx_len=subject.data.ctx_len,
             tokens=int(total(counted_S).sum()),
             scored=int(scored_S.sum()),
+            misplaced=misplaced(subject),
         )
 
     def _read(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -224,6 +225,19 @@ class Evaluator:
 
     def _reconstruct(self, name: str) -> Replace:
         return lambda acts: self.subject.sae(name).reconstruct(acts)
+
+
+def misplaced(subject: Subject) -> tuple[str, ...]:
+    """Say which SAEs were trained on another model, or elsewhere in this one, where that is known."""
+    said = []
+    for name, sae in subject.saes.items():
+        known = sae.trained_on
+        if known is not None and not known.is_at(name):
+            said.append(f"the SAE that is evaluated at {name} was trained at {known.hookpoint}")
+    name = subject.model.name_or_path
+    known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
+    others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
+    return (*said, *(f"the SAEs were trained on {other}, and this model is {name}" for other in others))
 
 
 def _where(counted: Tensor, replace: Replace) -> Replace:

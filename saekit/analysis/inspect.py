@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saekit.analysis.measure import (
@@ -25,6 +26,7 @@ from saekit.registry import SELECTIONS
 from saekit.runs.layout import ABOUT_FILE, EVAL_FILE, EVAL_FORMAT, METRICS_FILE, STATE_FILE
 from saekit.runs.locate import Location, check_files, locate, read_json, read_some_tensors, select
 from saekit.runs.metrics import plain, read_metrics
+from saekit.runs.opening import check_contents
 from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
@@ -85,7 +87,11 @@ class Inspection:
 
 
 def inspect_path(
-    path: str | Path, layer: str | int | None = None, status: Callable[[str], None] | None = None
+    path: str | Path,
+    layer: str | int | None = None,
+    status: Callable[[str], None] | None = None,
+    *,
+    verify: bool = True,
 ) -> Inspection:
     """Read and measure the SAEs of a run (its newest checkpoint), of a checkpoint, or of one SAE folder.
 
@@ -93,13 +99,15 @@ def inspect_path(
         path: The folder; a checkpoint that sparsify wrote will do, too.
         layer: Only this one: a hookpoint's name, or a layer number.
         status: Told what is being read, as a line of text: a large SAE takes seconds.
+        verify: Whether the files are compared with the checkpoint's checksums, counters included.
 
     Raises:
         UserError: If there is no SAE or no such layer, or if a file is missing or damaged.
     """
-    location = locate(Path(path))
+    location = locate(Path(path), verify=verify)
     chosen = select(location.saes, layer)
-    check_files(location, chosen)
+    if verify:
+        check_files(location, chosen)
     notes = [_notes(location.saes[name]) for name in chosen]
     facts = {**notes[0], **location.manifest}
     step = _whole(facts, "step")
@@ -108,6 +116,8 @@ def inspect_path(
     for number, (name, note) in enumerate(zip(chosen, notes, strict=True), start=1):
         if status is not None:
             status(f"reading {name} ({number} of {len(chosen)})")
+        if verify:
+            check_contents(location.saes[name], without=())
         hookpoint = _text(note, "hookpoint") or name
         trend = trends.get(hookpoint, ())
         layers.append(_inspect_sae(hookpoint, location.saes[name], {**location.manifest, **note}, trend))
@@ -143,12 +153,10 @@ def _inspect_sae(
     hookpoint: str, folder: Path, note: dict[str, Any], trend: tuple[tuple[int, float | None], ...]
 ) -> LayerInspection:
     config = read_json(folder / SAE_CONFIG)
-    weights = {
-        name: tensor.float()
-        for name, tensor in read_some_tensors(folder / WEIGHTS, ["encoder.weight", "W_dec", "b_dec"]).items()
-    }
-    encoder_MD, decoder_MD = weights["encoder.weight"], weights["W_dec"]
+    encoder_MD, decoder_MD, b_dec_D = _weights(folder / WEIGHTS)
     num_latents, d_in = encoder_MD.shape
+    if (_whole(config, "d_in") or d_in) != d_in:
+        raise UserError(f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: width {d_in}, configured {config['d_in']}")
     expected = (_whole(config, "num_latents") or 0) or (_whole(config, "expansion_factor") or 0) * d_in
     if len(decoder_MD) != num_latents or expected not in (0, num_latents):
         raise UserError(
@@ -157,7 +165,7 @@ def _inspect_sae(
         )
     tokens, threshold = _whole(note, "tokens"), _whole(note, "dead_feature_threshold")
     silent_M, fired_M = _counters(folder, num_latents)
-    fvu = note.get("fvu")
+    fvu = _number(note, "fvu")
     return LayerInspection(
         hookpoint=hookpoint,
         path=folder,
@@ -167,16 +175,27 @@ def _inspect_sae(
         activation=_text(config, "activation"),
         facts=_facts(config),
         max_norm=_number(config, "max_norm"),
-        fvu=float(fvu) if isinstance(fvu, (int, float)) else (trend[-1][1] if trend else None),
+        fvu=fvu if fvu is not None else (trend[-1][1] if trend else None),
         trend=trend,
         tokens=tokens,
         dead_feature_threshold=threshold,
         dead=None if silent_M is None or threshold is None else int((silent_M >= threshold).sum()),
         never_fired=None if fired_M is None else int((fired_M == 0).sum()),
-        density=None if fired_M is None or not tokens else density(fired_M, tokens),
+        density=None if fired_M is None or not tokens or tokens < 0 else density(fired_M, tokens),
         neighbours=neighbours(decoder_MD),
-        norms=norms(encoder_MD, decoder_MD, weights["b_dec"]),
+        norms=norms(encoder_MD, decoder_MD, b_dec_D),
     )
+
+
+def _weights(file: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Read encoder `[M, D]`, decoder and `b_dec` `[D]` in float32; the decoder may have rows too many or too few."""
+    encoder, decoder, b_dec = read_some_tensors(file, ["encoder.weight", "W_dec", "b_dec"]).values()
+    if encoder.ndim != 2 or not encoder.numel() or not decoder.shape[1:] == encoder.shape[1:] == b_dec.shape:
+        shapes = ", ".join(str(list(each.shape)) for each in (encoder, decoder, b_dec))
+        raise UserError(f"{file} is damaged: encoder, decoder and b_dec have the shapes {shapes}")
+    if not all(each.is_floating_point() for each in (encoder, decoder, b_dec)):
+        raise UserError(f"{file} is damaged: encoder, decoder or b_dec holds no floating-point numbers")
+    return encoder.float(), decoder.float(), b_dec.float()
 
 
 def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
@@ -201,6 +220,8 @@ def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | N
     for name, tensor in held.items():
         if tensor.shape != (num_latents,):
             raise UserError(f"{file} does not fit the weights: {name} is {list(tensor.shape)}, not [{num_latents}]")
+        if tensor.dtype != torch.int64:
+            raise UserError(f"{file} is damaged: {name} holds {tensor.dtype}, not counts in int64")
     return held.get(names[0]), held.get(names[1])
 
 
@@ -210,8 +231,9 @@ def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, 
     trends: dict[str, list[tuple[int, float | None]]] = {}
     for record in read_metrics(file) if file.is_file() else ():
         if step is None or record["step"] <= step:
-            for name, layer in record.get("layers", {}).items():
-                trends.setdefault(name, []).append((record["step"], layer.get("fvu")))
+            for name, layer in _mapping(record, "layers").items():
+                if isinstance(layer, dict):
+                    trends.setdefault(name, []).append((record["step"], _number(layer, "fvu")))
     return {name: tuple(points) for name, points in trends.items()}
 
 
@@ -230,13 +252,16 @@ def _evaluation(location: Location, hookpoints: set[str]) -> dict[str, Any] | No
 
 
 def _whole(facts: dict[str, Any], key: str) -> int | None:
+    """Return a whole number, of a size that a tensor can be compared with; None if there is none."""
     value = facts.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
 
 
 def _number(facts: dict[str, Any], key: str) -> float | None:
     value = facts.get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if isinstance(value, float) or abs(value) < 2**63 else None
 
 
 def _mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:

@@ -10,9 +10,30 @@ import torch
 from torch import Tensor
 
 from saekit.analysis.measure import Density, density
+from saekit.analysis.student import standard_errors
 from saekit.analysis.subject import Answer, Total
 from saekit.runs.layout import EVAL_FORMAT
 from saekit.sae import SaeOutput
+from saekit.units import plural
+
+FEW_SEQUENCES = 50
+"""Sequences below which an evaluation warns: with fewer, the spread over sequences is itself hardly known."""
+
+
+def few_sequences(sequences: int, ctx_len: int, option: str = "--max-tokens") -> str | None:
+    """Return a warning if there are too few sequences to tell how they differ; None if there are enough.
+
+    Args:
+        sequences: How many are evaluated.
+        ctx_len: Tokens in each.
+        option: What sets how many they are.
+    """
+    if sequences >= FEW_SEQUENCES:
+        return None
+    return (
+        f"only {plural(sequences, 'sequence')} evaluated: with fewer than {FEW_SEQUENCES} the intervals are rough; "
+        f"evaluate {FEW_SEQUENCES * ctx_len:,} tokens or more ({option}), on more text if there are not as many"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,7 +56,7 @@ def ratio(numerator_S: Tensor, denominator_S: Tensor) -> Estimate:
 
     Tokens of one sequence are alike, so it is sequences that count as drawn independently, and their sums over tokens
     that vary. The variance is that of the classical ratio estimator (Cochran 1977, "Sampling Techniques", section
-    6.4): `Σ (aₛ − R bₛ)² · S / (S − 1) / (Σ bₛ)²`.
+    6.4): `Σ (aₛ − R bₛ)² · S / (S − 1) / (Σ bₛ)²`. The interval is that of Student's t with S − 1 degrees of freedom.
 
     Args:
         numerator_S: `[S]`, a sum over each sequence's tokens.
@@ -52,7 +73,7 @@ def ratio(numerator_S: Tensor, denominator_S: Tensor) -> Estimate:
     if count < 2:
         return Estimate(value, None, None)
     variance = float((a_S - value * b_S).square().sum()) * count / (count - 1) / total**2
-    half = Z * math.sqrt(variance)
+    half = standard_errors(count - 1) * math.sqrt(variance)
     return Estimate(value, value - half, value + half)
 
 
@@ -124,23 +145,25 @@ class Evaluation:
     """That are not excluded."""
     scored: int
     """Predictions that were scored."""
+    misplaced: tuple[str, ...] = ()
+    """A sentence for each SAE that was trained on another model or elsewhere in this one, where its files say so."""
 
     def warnings(self) -> list[str]:
-        """Return warnings about results that look wrong."""
-        return [
+        """Return warnings about results that look wrong, are of the wrong thing, or rest on too little."""
+        few = few_sequences(self.sequences, self.ctx_len)
+        worse = [
             f"{layer.hookpoint}: FVU {layer.reconstruction.fvu.value:.2f}, worse than the mean: this SAE was hardly "
             "trained on this layer of this model"
             for layer in self.layers
             if layer.reconstruction.fvu.value > 1
         ]
+        return [*self.misplaced, *([few] if few else []), *worse]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an estimate is `{"value", "low", "high"}`."""
-        return {"format": EVAL_FORMAT, **asdict(self)}
-
-
-Z = 1.959963984540054
-"""Standard errors on each side of a 95% interval."""
+        """Plain values; an estimate is `{"value", "low", "high"}`. `warnings` has what is not a number."""
+        values = asdict(self)
+        del values["misplaced"]
+        return {"format": EVAL_FORMAT, **values}
 
 
 class ReconstructionSums:

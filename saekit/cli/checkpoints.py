@@ -30,6 +30,14 @@ IncludeTrainingData = Annotated[
     bool,
     typer.Option("--include-training-data", help="Also use what the run was trained on; the result then says so."),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        " /--no-verify",
+        help="Do not compare the SAEs' files with the checkpoint's checksums.",
+        show_default=False,
+    ),
+]
 
 
 def inspect(
@@ -40,6 +48,7 @@ def inspect(
     layer: Annotated[
         str | None, typer.Option("--layer", metavar="L", help="One layer, by its number or its hookpoint's name.")
     ] = None,
+    verify: Verify = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plugin: Plugins = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
@@ -50,13 +59,13 @@ def inspect(
         from saekit.analysis.inspect import inspect_path, inspection_to_json
         from saekit.views.inspection import render_inspection
 
-        inspection = inspect_path(path, layer)
+        inspection = inspect_path(path, layer, verify=verify)
     if other is not None:
         with messages().status(f"Comparing with {other}"):
             from saekit.analysis.compare import compare
             from saekit.views.comparison import comparison_to_json, render_comparison
 
-            comparison = compare(inspection, inspect_path(other, layer))
+            comparison = compare(inspection, inspect_path(other, layer, verify=verify))
         if as_json:
             typer.echo(json.dumps(comparison_to_json(comparison), indent=2))
         else:
@@ -78,6 +87,7 @@ def evaluate(
     ] = DEFAULT_TOKENS,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
+    verify: Verify = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plugin: Plugins = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
@@ -89,7 +99,7 @@ def evaluate(
         from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
         from saekit.views.evaluation import render_evaluation
 
-    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
+    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement:
         with progress(shown=placement.rank == 0) as bar:
             record = evaluate_checkpoint(path, options, placement, bar.status, bar.update).record
@@ -126,6 +136,7 @@ def report(
     ] = DEFAULT_LATENTS,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
+    verify: Verify = True,
     plugin: Plugins = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
@@ -136,7 +147,7 @@ def report(
         from saekit.analysis.eval_checkpoint import EvalOptions, joined
         from saekit.views.page.build import build_report
 
-    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data)
+    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement, progress(shown=placement.rank == 0) as bar:
         size = build_report(path, options, output, placement, latents, bar.status, bar.update)
     typer.echo(f"Wrote {output} ({size / 1e6:.1f} MB): open it in a browser")

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from saekit.config.elsewhere import answer, without_dashes
-from saekit.config.options import options_of, problems
+from saekit.config.options import options_of
 from saekit.errors import UserError
 from saekit.registry import load_plugin
 
 SIZES = frozenset({"num_latents", "expansion_factor"})
 """Options that size the dictionary, of which a run has one."""
+OF_VALUES = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+"""Errors that PyYAML passes on from a value that it cannot make, such as the date 2024-13-45 or `!!bool x`."""
 SECRETS = frozenset({"hf_token"})
 """Options that are never written to disk."""
 
@@ -46,8 +48,8 @@ def make_config(config: type, values: Mapping[str, Any], found: list[str], **nes
         return None
     try:
         return config(**own, **nested)
-    except ValidationError as error:
-        found += problems(error)
+    except UserError as error:
+        found.append(str(error))
         return None
 
 
@@ -94,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"--config {path}: not a text file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *OF_VALUES) as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if values is None:
         return {}

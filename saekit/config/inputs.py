@@ -8,13 +8,14 @@ from typing import Literal
 from pydantic import SecretStr
 from pydantic.dataclasses import dataclass
 
-from saekit.config.options import CONFIG, Mapping, option
+from saekit.config.options import CONFIG, Mapping, in_one_sentence, option
 
 DATA = "Data"
 MODEL = "Language model"
 EVALUATION = "Evaluation"
 
 
+@in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
 class ModelConfig:
     """Which language model, and how it is loaded."""
@@ -39,6 +40,7 @@ class ModelConfig:
         return self.hf_token.get_secret_value() if self.hf_token else None
 
 
+@in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
 class DataConfig:
     """Which data set, and how it is read."""

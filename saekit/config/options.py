@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
+from saekit.errors import UserError
 from saekit.registry import SOURCES
 
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
 """Shared by all configs: an unknown name is an error, not an option that does nothing; numbers are finite."""
+
+
+Config = TypeVar("Config")
+
+
+def in_one_sentence(config: type[Config]) -> type[Config]:
+    """Let a config's constructor raise a `UserError` that the command line could print, and not pydantic's report."""
+    construct = config.__init__
+
+    @functools.wraps(construct)
+    def construct_or_say(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except ValidationError as error:
+            raise UserError("; ".join(problems(error))) from None
+
+    config.__init__ = construct_or_say  # type: ignore[method-assign]
+    return config
 
 
 def option(default: Any, help: str, *, panel: str, unit: str | None = None, **constraints: Any) -> Any:
@@ -83,6 +103,8 @@ def problems(error: ValidationError) -> list[str]:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "unexpected_keyword_argument":
             lines.append(f"there is no option {name!r}")
+        elif item["type"] in ("missing", "missing_argument"):
+            lines.append(f"{name} is missing")
         elif name:
             lines.append(f"--{name.replace('_', '-')} {item['input']!r}: {message[0].lower()}{message[1:]}")
         else:

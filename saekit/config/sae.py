@@ -7,13 +7,14 @@ from typing import Any
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from saekit.config.options import CONFIG, Files, Shares, option
+from saekit.config.options import CONFIG, Files, Shares, in_one_sentence, option
 from saekit.registry import SELECTIONS
 
 DEFAULT_EXPANSION_FACTOR = 32
 SAE = "Sparse autoencoder"
 
 
+@in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
 class SaeConfig:
     """The shape of one SAE (the same for every layer)."""

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from saekit.config.flat import make_config, option_names, read_yaml, unknown_options
 from saekit.config.inputs import DATA, EVALUATION, DataConfig, ModelConfig
-from saekit.config.options import CONFIG, LayerList, Resume, SourceName, TokenIds, option
+from saekit.config.options import CONFIG, LayerList, Resume, SourceName, TokenIds, in_one_sentence, option
 from saekit.config.ranks import AUTO, PlacementName, check_placement
 from saekit.config.sae import SAE, SaeConfig
 from saekit.errors import UserError
@@ -28,6 +28,7 @@ SAVING = "Saving"
 LOGGING = "Logging"
 
 
+@in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
 class TrainConfig:
     """The options of training, for any model and data."""

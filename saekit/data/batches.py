@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from saekit.config import TrainConfig
 
 
+TOKENIZED = "one datasets.Dataset with a column input_ids, such as saekit.chunk_and_tokenize makes"
+
+
 class Sequences(Protocol):
     """Token sequences of one length, by number."""
 
@@ -102,7 +105,11 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
         UserError: If there is no such column, it holds something else, or there is less than one sequence.
     """
     if not hasattr(data, "column_names"):
+        if not hasattr(data, "ctx_len") or not hasattr(data, "read"):
+            raise UserError(f"the data set is a {type(data).__name__}, not {TOKENIZED}")
         return data
+    if not isinstance(data.column_names, list) or not hasattr(data, "__len__"):
+        raise UserError(f"the data set is a {type(data).__name__}, not {TOKENIZED}")
     if "input_ids" not in data.column_names:
         raise UserError(
             f"the data set is not tokenized: it has no column input_ids but {', '.join(data.column_names)}; "

@@ -50,11 +50,25 @@ def chunk_and_tokenize(
         A data set of one column, `input_ids`, each row `max_seq_len` token ids, in torch format.
 
     Raises:
-        UserError: If there is no such column, no token to put between documents, no row, or less text than one chunk.
+        UserError: If there is no such column, no token to put between documents, no row, or less text than one chunk,
+            or if an argument is of another kind.
     """
+    _check_arguments(data, tokenizer, max_seq_len=max_seq_len, num_proc=num_proc)
     ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
     tokens = tokenize(data, tokenizer, text_key=text_key, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
     return pack(tokens, ctx_len, load_from_cache_file=load_from_cache_file)
+
+
+def _check_arguments(data: Any, tokenizer: Any, **numbers: int | None) -> None:
+    if not isinstance(getattr(data, "column_names", None), list) or not hasattr(data, "__len__"):
+        raise UserError(
+            f"the data set is a {type(data).__name__}: give one datasets.Dataset (of several splits, one of them)"
+        )
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise UserError(f"the tokenizer is a {type(tokenizer).__name__}: give one of transformers that is loaded")
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}: expected at least 1")
 
 
 def tokenize(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saekit.runs.files import discard, fingerprint, flush, point, write_at_once
+from saekit.runs.index import sealed
 from saekit.runs.layout import (
     ABOUT_FILE,
     BEST,
@@ -109,7 +110,7 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
     if (metrics := run_dir / METRICS_FILE).exists():  # what the checkpoint's steps reported lasts as long as it does
         flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)
-    content = {"format": FORMAT, "serial": serial, "step": step, **index, "files": fingerprints}
+    content = sealed({"format": FORMAT, "serial": serial, "step": step, **index, "files": fingerprints})
     flush(partial)
     write_at_once(partial / INDEX_FILE, json.dumps(content, indent=2) + "\n")
     return put_in_place(partial)
@@ -141,7 +142,7 @@ def numbered(run_dir: Path) -> list[tuple[Path, int]]:
 def _serial(folder: Path) -> int:
     try:
         return int(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["serial"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,17 @@ def discard(folder: Path) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
             os.replace(folder, doomed)
         shutil.rmtree(doomed)
+
+
+def is_as_listed(file: Path, expected: Any) -> bool:
+    """Tell whether a file has the size and the checksum that an index lists of it.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    # The size first: it costs nothing.
+    known = isinstance(expected, Mapping) and file.stat().st_size == expected.get("bytes")
+    return known and fingerprint(file) == expected
 
 
 def fingerprint(file: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ RUN/trackers/                        what trackers of `--log-with` write that ke
 RUN/latest -> step_00000200          RUN/best -> step_00000150 (with --save-best)
 RUN/.lock                            the process that writes in the folder (`lock`), as long as it does
 RUN/.replaced/                       the run that `--overwrite` replaces, until the new one is ready
-RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, and
-                                     size and checksum of every file
+RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, size
+                                     and checksum of every file, and a checksum of all that
 RUN/step_00000200/eval.json          what `saekit eval` found
 RUN/step_00000200/layers.0/          one folder per hookpoint:
     cfg.json, sae.safetensors        the SAE, in sparsify's format; `saekit.sae.storage` has these names
@@ -34,8 +34,10 @@ INDEX_FILE = "checkpoint.json"
 STATE_FILE = "state.safetensors"
 ABOUT_FILE = "saekit.json"
 EVAL_FILE = "eval.json"
-EVAL_FORMAT = 1
-"""Of `eval.json`."""
+EVAL_FORMAT = 2
+"""Of `eval.json`. In format 1, intervals were the normal distribution's, and few sequences gave no warning."""
+FOREIGN_FILE = "config.json"
+"""Where sparsify says what it trained on."""
 FORMAT = 3
 """Of `checkpoint.json` and what it speaks of."""
 LATEST, BEST = "latest", "best"

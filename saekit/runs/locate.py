@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from torch import Tensor
 
 from saekit.errors import UserError
 from saekit.runs.checkpoint import numbered
-from saekit.runs.layout import CONFIG_FILE, FORMAT, LATEST, METRICS_FILE
+from saekit.runs.index import ALL_THE_SAME, damage_of, is_ours
+from saekit.runs.layout import CONFIG_FILE, FOREIGN_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
 from saekit.runs.layout import INDEX_FILE as MANIFEST
 from saekit.sae.storage import SEARCH_DEPTH, layer_number, natural_key, sae_folders_below
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
-
-FOREIGN = "config.json"
-"""Where sparsify says what it trained on."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +35,38 @@ class Location:
     """Folder by hookpoint, in natural order; a folder the manifest promises is here even if it does not exist."""
 
 
-def locate(path: Path) -> Location:
+def locate(path: Path, *, verify: bool = True) -> Location:
     """Find the SAEs of a run (its newest checkpoint), of a checkpoint, or of one SAE folder.
 
+    Args:
+        path: The folder.
+        verify: Whether a checkpoint's index must have its own checksum.
+
     Raises:
-        UserError: If there is none, or if the path holds several checkpoints.
+        UserError: If there is none, if the path holds other checkpoints, or if the index is damaged.
     """
     # Not `resolve`: RUN/best/layers.0 belongs to the run, wherever the link leads.
     path = Path(os.path.abspath(path))
-    if not path.is_dir():
-        problem = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{path} {problem}: give a run, one of its checkpoints, or an SAE's folder")
-    if (path / WEIGHTS).is_file():
-        return _lone_sae(path)
-    newest = None if (path / MANIFEST).exists() else _newest_checkpoint(path)
+    try:
+        if not path.is_dir():
+            problem = "is not a folder" if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}: give a run, one of its checkpoints, or an SAE's folder")
+        if (path / WEIGHTS).is_file():
+            return _lone_sae(path, verify)
+        newest = None if (path / MANIFEST).exists() else _newest_checkpoint(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     checkpoint = newest or path
-    found = _search(checkpoint)
-    manifest = _manifest(checkpoint)
+    manifest = _manifest(checkpoint, verify)
+    found = _search(checkpoint, manifest)
     names = {*found, *_promised(manifest)}
     if not names:
         unsaved = (path / METRICS_FILE).exists() or (path / CONFIG_FILE).exists()
-        reason = "this run has not saved a checkpoint yet" if unsaved else f"no folder in it has a {WEIGHTS}"
+        reason = (
+            "this run has not saved a checkpoint yet"
+            if unsaved
+            else f"no folder in it has a {WEIGHTS}, down to the {SEARCH_DEPTH}th below it"
+        )
         raise UserError(f"{path} holds no SAE: {reason}")
     saes = {name: found.get(name, checkpoint / name) for name in sorted(names, key=natural_key)}
     return Location("run" if newest else "checkpoint", checkpoint, manifest, saes)
@@ -94,7 +103,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except OSError as problem:
         raise UserError(f"{file} cannot be read: {problem.strerror}") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{file} is damaged: it is not JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object")
@@ -136,11 +145,22 @@ def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
     return chosen
 
 
-def _lone_sae(path: Path) -> Location:
+def _lone_sae(path: Path, verify: bool) -> Location:
     for parent in list(path.parents)[:SEARCH_DEPTH]:
-        if (parent / MANIFEST).is_file():
-            return Location("sae", parent, _manifest(parent), {path.relative_to(parent).as_posix(): path})
-    return Location("sae", path.parent, _manifest(path.parent), {path.name: path})
+        if _is_checkpoint(parent):
+            return Location("sae", parent, _manifest(parent, verify), {path.relative_to(parent).as_posix(): path})
+    return Location("sae", path.parent, _manifest(path.parent, verify), {path.name: path})
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder has an index of ours, be it damaged: other tools may have a file of that name."""
+    try:
+        index = json.loads((folder / MANIFEST).read_bytes())
+    except OSError:
+        return False
+    except (ValueError, RecursionError):
+        return STEP_FOLDER.fullmatch(folder.name) is not None
+    return is_ours(index)
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
@@ -154,16 +174,24 @@ def _newest_checkpoint(run: Path) -> Path | None:
     return checkpoints[-1][0] if checkpoints else None
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any]:
+def _manifest(checkpoint: Path, verify: bool) -> dict[str, Any]:
+    manifest: dict[str, Any] = {}
     if (checkpoint / MANIFEST).exists():
-        manifest = read_json(checkpoint / MANIFEST)
+        try:
+            manifest = read_json(checkpoint / MANIFEST)
+        except UserError:
+            if verify:
+                raise
+    if is_ours(manifest):
         if isinstance(version := manifest.get("format"), int) and version != FORMAT:
             raise UserError(
                 f"{checkpoint / MANIFEST} has format {version}, and this saekit reads format {FORMAT} only: "
                 "use the version that wrote it"
             )
+        if verify and (damage := damage_of(manifest)):
+            raise UserError(f"{checkpoint / MANIFEST} is damaged: {damage}; copy the checkpoint again{ALL_THE_SAME}")
         return manifest
-    foreign = checkpoint / FOREIGN
+    foreign = checkpoint / FOREIGN_FILE
     return {k: v for k, v in read_json(foreign).items() if k in ("model", "dataset")} if foreign.is_file() else {}
 
 
@@ -172,13 +200,45 @@ def _promised(manifest: Mapping[str, Any]) -> list[str]:
     return [name for name in hookpoints if isinstance(name, str)] if isinstance(hookpoints, list) else []
 
 
-def _search(checkpoint: Path) -> dict[str, Path]:
-    """Find the SAE folders below a checkpoint, by their relative path."""
+def _search(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+    """Find the SAE folders of a checkpoint, by their relative path.
+
+    A folder higher up is none: what lies below it may belong to anything.
+    """
     found = sae_folders_below(checkpoint)
-    for folder in found.values():
-        for inner in (folder, *folder.parents):
-            if inner == checkpoint:
-                break
-            if (inner / MANIFEST).is_file():
-                raise UserError(f"{checkpoint} holds several checkpoints: give one of them, such as {inner}")
+    owners = dict.fromkeys(_owner(checkpoint, folder, marked=bool(manifest)) for folder in found.values())
+    inner = [owner for owner in owners if owner != checkpoint]
+    if len(inner) == 1:
+        raise UserError(f"{checkpoint} is no checkpoint, but one lies in it: give {inner[0]}")
+    if inner:
+        # One of ours before a folder that only looks like another tool's.
+        example = next(filter(_is_checkpoint, inner), inner[0])
+        raise UserError(f"{checkpoint} holds several checkpoints: give one of them, such as {example}")
     return found
+
+
+def _owner(checkpoint: Path, folder: Path, marked: bool) -> Path:
+    """Return the checkpoint that an SAE's folder belongs to: the one that was given, or one that lies in it.
+
+    Args:
+        checkpoint: The one that was given.
+        folder: The SAE's, somewhere below it.
+        marked: Whether a file says that it is a checkpoint.
+    """
+    for inner in folder.parents:
+        if inner == checkpoint:
+            break
+        if _is_checkpoint(inner):
+            return inner
+    parts = folder.relative_to(checkpoint).parts
+    if marked:
+        return checkpoint
+    for end in range(len(parts)):  # the highest folder from which its path is a hookpoint's
+        if _names_hookpoint(parts[end:]):
+            return checkpoint.joinpath(*parts[:end])
+    return folder.parent
+
+
+def _names_hookpoint(parts: Sequence[str]) -> bool:
+    """Tell whether a path may be an SAE's in a checkpoint: `layers.3`, or `layers.3/seed1` as sparsify has it."""
+    return len(parts) == 1 or layer_number(parts[0]) is not None or (len(parts) == 2 and parts[1].startswith("seed"))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saekit.errors import UserError
 from saekit.runs.checkpoint import numbered, put_in_place
-from saekit.runs.files import fingerprint
+from saekit.runs.files import is_as_listed
+from saekit.runs.index import damage_of
 from saekit.runs.layout import FORMAT, INDEX_FILE, STATE_FILE, is_checkpoint, partial_folders, run_of
 
 
@@ -82,19 +83,21 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
         files, version = dict(index["files"]), index["format"]
     except OSError as error:
         raise UserError(f"checkpoint {checkpoint} is incomplete: {INDEX_FILE} ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"checkpoint {checkpoint} is damaged: {INDEX_FILE} is no index") from None
     if version != FORMAT:
         raise UserError(
             f"checkpoint {checkpoint} has format {version}, and this saekit goes on from format {FORMAT} only: "
             "use the version that wrote it"
         )
+    if damage := damage_of(index):
+        raise UserError(f"checkpoint {checkpoint} is damaged: {INDEX_FILE}: {damage}")
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
             raise UserError(f"checkpoint {checkpoint} is incomplete: {name} is missing")
-        try:  # the size first: it costs nothing
-            whole = file.stat().st_size == expected["bytes"] and fingerprint(file) == expected
+        try:
+            whole = is_as_listed(file, expected)
         except OSError as error:
             raise UserError(f"checkpoint {checkpoint} is damaged: {name} cannot be read ({error.strerror})") from None
         if not whole:

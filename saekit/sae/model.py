@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from saekit.sae.kernels import Kernels, default_kernels
 from saekit.sae.kernels.eager import unit_rows
-from saekit.sae.output import Encoded, SaeOutput
+from saekit.sae.output import Encoded, SaeOutput, check_code, described
 from saekit.sae.selection.base import Selection, make_selection
 from saekit.sae.storage import download_folder, find_sae_folders, read_folder, write_folder
+from saekit.sae.trained_on import TrainedOn
 
 
 class Sae(nn.Module):
@@ -76,6 +77,8 @@ class Sae(nn.Module):
         self.normalize_decoder = normalize_decoder
         self.multi_topk = multi_topk
         self.max_norm = max_norm
+        self.trained_on: TrainedOn | None = None
+        """Set by `saekit.load`: the language model and the hookpoint, where the files say so."""
         self.chosen_kernels: Kernels | None = None
         self.prefixes: tuple[int, ...] = ()
         """Of a Matryoshka SAE in training: numbers of latents, ascending, the last one M."""
@@ -137,7 +140,11 @@ class Sae(nn.Module):
         return self.chosen_kernels or default_kernels(self.device.type)
 
     def encode(self, x: Tensor) -> Encoded:
-        """Encode `x`, `[..., D]` → two tensors `[..., K]`, the sparse code."""
+        """Encode `x`, `[..., D]` → two tensors `[..., K]`, the sparse code.
+
+        Raises:
+            ValueError: If `x` has another width than D.
+        """
         acts_NK, indices_NK = self.selection.encode(self._flat(x), self.W_enc, self.b_enc, self.b_dec, self.kernels)
         shape = (*x.shape[:-1], self.max_active)
         return Encoded(acts_NK.view(shape), indices_NK.view(shape))
@@ -156,7 +163,12 @@ class Sae(nn.Module):
         return torch.where(self.counted(x)[..., None], self(x).recon.to(x.dtype), x)
 
     def decode(self, acts: Tensor, indices: Tensor) -> Tensor:
-        """Decode a code, two tensors `[..., K]` → the reconstruction `[..., D]`. Any `K` will do."""
+        """Decode a code, two tensors `[..., K]` → the reconstruction `[..., D]`. Any `K` will do.
+
+        Raises:
+            ValueError: If the two do not fit each other, or (on a CPU, where looking is free) a latent is none of M.
+        """
+        check_code(acts, indices, self.num_latents)
         k = acts.shape[-1]
         out_ND = self.kernels.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec) + self.b_dec
         return out_ND.view(*acts.shape[:-1], self.d_in)
@@ -173,6 +185,9 @@ class Sae(nn.Module):
         Returns:
             The reconstruction, the code, and the reconstructions of the auxiliary losses. Multi-TopK, the prefixes of a
             Matryoshka and the selection's own sums and loss are computed only in training mode.
+
+        Raises:
+            ValueError: If `x` has another width than D.
         """
         x_ND, k = self._flat(x), self.max_active
         selection = self.selection.wider() if self.multi_topk and self.training else self.selection
@@ -210,7 +225,9 @@ class Sae(nn.Module):
             self.selection.fit_(F.linear(rows_RD - self.b_dec, self.W_enc, self.b_enc), rms)
 
     def _flat(self, x: Tensor) -> Tensor:
-        """`x` as `[N, D]` in the parameters' type."""
+        """`x` as `[N, D]` in the parameters' type. Its width is compared as a Python number: no device is asked."""
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.d_in,):
+            raise ValueError(f"expected activations [..., {self.d_in}] for this SAE, got {described(x)}")
         return x.reshape(-1, self.d_in).to(self.dtype)
 
     def _predict_with_dead(self, x_ND: Tensor, dead: Tensor) -> Tensor:
@@ -225,7 +242,7 @@ class Sae(nn.Module):
 
     @classmethod
     def load_from_disk(cls, path: str | Path, device: torch.device | str = "cpu") -> Sae:
-        """Read one SAE folder, ours or sparsify's.
+        """Read one SAE folder, ours or sparsify's, as it is: `saekit.load` also compares a checkpoint's checksums.
 
         Raises:
             FileNotFoundError: If the folder or one of its two files is not there.
@@ -237,7 +254,10 @@ class Sae(nn.Module):
 
     @classmethod
     def load_many(cls, path: str | Path, device: torch.device | str = "cpu") -> dict[str, Sae]:
-        """Read every SAE of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted."""
+        """Read every SAE of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted.
+
+        `saekit.load_many` also compares the checkpoint's checksums.
+        """
         return {name: cls.load_from_disk(folder, device) for name, folder in find_sae_folders(path).items()}
 
     @classmethod
@@ -262,7 +282,7 @@ class Sae(nn.Module):
             weights: Whole tensors by parameter name (`W_enc`, ...) where the SAE's own are only a part of them or are
                 not the ones to keep; by default the SAE's own.
         """
-        write_folder(path, self.sizes(), dict(self.named_parameters()) if weights is None else weights)
+        write_folder(path, self.sizes(), weights or dict(self.named_parameters()), self.trained_on)
 
 
 def without_memory(**sizes: Any) -> Sae:

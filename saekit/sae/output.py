@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -65,3 +66,31 @@ class SaeOutput(NamedTuple):
             penalty=None if self.penalty is None else self.penalty * counted.squeeze(-1),
             counted=counted,
         )
+
+
+def described(value: Any) -> str:
+    """Describe what was given in the place of a tensor, for a message."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a tensor of shape {list(value.shape)}"
+
+
+def check_code(acts: Any, indices: Any, num_latents: int) -> None:
+    """Check that two tensors are a code that a dictionary can decode.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for name, each in (("acts", acts), ("indices", indices)):
+        if not isinstance(each, Tensor) or each.ndim == 0:
+            raise ValueError(f"expected {name} [..., K], got {described(each)}")
+    if acts.shape != indices.shape:
+        raise ValueError(
+            f"acts and indices belong together, but their shapes are {list(acts.shape)} and {list(indices.shape)}"
+        )
+    if indices.dtype != torch.int64:
+        raise ValueError(f"indices are numbers of latents in int64, but they are {indices.dtype}")
+    if indices.device.type == "cpu" and indices.numel():
+        least, most = int(indices.min()), int(indices.max())
+        if least < 0 or most >= num_latents:
+            raise ValueError(f"indices go from {least} to {most}, but this SAE has the latents 0 to {num_latents - 1}")

@@ -5,7 +5,8 @@ Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [
 sparsify has TopK and GroupMax, and reads no other `"activation"`: it refuses the name of another kind, where under the
 name of TopK it would give other codes. The kind's own entries are its `to_config`; where it comes from outside this
 package, `"plugin"` says from which file or package, for people to read: what a folder says never runs code.
-`saekit.sae.formats` has the other formats. `"max_norm"`, see `Sae`, is ours; sparsify does not look at it.
+`saekit.sae.formats` has the other formats. `"max_norm"` and `"trained_on"`, see `Sae`, are ours; sparsify does not
+look at them.
 
 What is read and written here are plain sizes and tensors; `Sae` makes a module of them.
 """
@@ -24,9 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saekit.errors import UserError
 from saekit.hub import asking_hub, why_not_found
 from saekit.registry import SELECTIONS
+from saekit.sae.entries import EXPANSION_FACTOR, read_config
 from saekit.sae.selection.base import Selection
+from saekit.sae.trained_on import TRAINED_ON, TrainedOn
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -34,23 +38,31 @@ LATEST = "latest"
 """The link in a run's folder to its latest checkpoint."""
 SEARCH_DEPTH = 4
 """Folders below a checkpoint in which SAEs are looked for."""
+SEARCH_LIMIT = 10_000
+"""Folders that are looked at for that: a home folder has more, a checkpoint a few hundred."""
 FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 """Our parameter names and the file's."""
+WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def write_folder(path: str | Path, sizes: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+def write_folder(
+    path: str | Path, sizes: Mapping[str, Any], weights: Mapping[str, Tensor], trained_on: TrainedOn | None = None
+) -> None:
     """Write `cfg.json` and `sae.safetensors` into a folder, which is made if need be.
 
     Args:
         path: The folder.
         sizes: What `Sae.sizes` gives.
         weights: Whole tensors by parameter name (`W_enc`, ...).
+        trained_on: What an SAE that is saved by itself was trained on, if that is known; in a checkpoint, other files
+            say so.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     renamed = {FILE_NAMES[name]: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(renamed, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(_config(sizes), indent=2) + "\n", encoding="utf-8")
+    config = {**_config(sizes), **({} if trained_on is None else {TRAINED_ON: trained_on._asdict()})}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +98,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no SAE folder at {folder}")
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     num_latents = _num_latents(config)
     shapes = {
         "encoder.weight": (num_latents, config["d_in"]),
@@ -120,12 +132,12 @@ def read_sizes(folder: Path) -> tuple[int, int]:
         FileNotFoundError: If it has no `cfg.json`.
         ValueError: If that describes no SAE that saekit can compute.
     """
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     return _num_latents(config), config["d_in"]
 
 
 def _num_latents(config: Mapping[str, Any]) -> int:
-    number: int = config.get("num_latents") or config["d_in"] * config.get("expansion_factor", 32)
+    number: int = config.get("num_latents") or config["d_in"] * config.get("expansion_factor", EXPANSION_FACTOR)
     return number
 
 
@@ -134,17 +146,27 @@ def read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], device: torc
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or a tensor is missing or has another shape.
+        ValueError: If the file is damaged, a tensor is missing, has another shape or holds no floating-point numbers,
+            or they are of several types.
     """
     tensors = _read_weights(file, device)
     for name, shape in shapes.items():
         if name not in tensors:
-            raise ValueError(f"{file} has no tensor {name!r}; it has {', '.join(sorted(tensors))}")
+            raise ValueError(f"{file} has no tensor {name!r}; it has {', '.join(map(repr, sorted(tensors)))}")
         if tuple(tensors[name].shape) != shape:
             raise ValueError(
                 f"{file}: {name} has shape {list(tensors[name].shape)}, but {CONFIG_FILE} says {list(shape)}"
             )
+        if tensors[name].dtype not in WEIGHT_TYPES:
+            raise ValueError(f"{file}: {name} holds {_type(tensors[name])}, not float32, float64, float16 or bfloat16")
+    if len({tensors[name].dtype for name in shapes}) > 1:
+        types = ", ".join(f"{name} {_type(tensors[name])}" for name in shapes)
+        raise ValueError(f"{file} holds tensors of several types ({types}): an SAE's are all of one")
     return {name: tensors[name] for name in shapes}
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def find_sae_folders(path: str | Path) -> dict[str, Path]:
@@ -169,26 +191,52 @@ def sae_folders_below(
 ) -> dict[str, Path]:
     """Find the SAE folders below a checkpoint, by their relative path, naturally sorted; there may be none.
 
-    `layers.2` comes before `layers.10`. Folders whose names begin with a dot are passed over.
+    `layers.2` comes before `layers.10`. Folders whose names begin with a dot are passed over, and so are links.
 
     Args:
         checkpoint: The folder.
         holds_sae: Tells whether a folder with these files holds an SAE; by default one in our format.
+
+    Raises:
+        UserError: If there are more than `SEARCH_LIMIT` folders: this is no checkpoint.
     """
     found: dict[str, Path] = {}
-    for name, below, files in os.walk(checkpoint):
-        folder = Path(name)
-        relative = folder.relative_to(checkpoint)
-        holds = holds_sae(folder, files)
-        if holds:
-            found[relative.as_posix()] = folder
-        if holds or len(relative.parts) >= SEARCH_DEPTH:
-            below.clear()
-        below[:] = [name for name in below if not name.startswith(".")]
+    seen, level = 0, [checkpoint]
+    for depth in range(SEARCH_DEPTH + 1):
+        below: list[Path] = []
+        for folder in level:
+            seen += 1
+            if seen > SEARCH_LIMIT:
+                raise UserError(
+                    f"{checkpoint} has more than {SEARCH_LIMIT:,} folders below it, too many to look for SAEs in: give "
+                    "a run, one of its checkpoints, or an SAE's folder"
+                )
+            files, folders = _content(folder)
+            if holds_sae(folder, files):
+                found[folder.relative_to(checkpoint).as_posix()] = folder
+            elif depth < SEARCH_DEPTH:
+                below += folders
+        level = below
     # sparsify keeps its best SAEs in a folder inside the checkpoint; they are no further layers.
     if any("/" not in name for name in found):
         found = {name: folder for name, folder in found.items() if not name.startswith("best/")}
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+
+def _content(folder: Path) -> tuple[list[str], list[Path]]:
+    """Return the names of a folder's files, and its folders; neither of one that cannot be read."""
+    files: list[str] = []
+    folders: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    files.append(entry.name)
+                elif not entry.is_symlink() and not entry.name.startswith("."):
+                    folders.append(folder / entry.name)
+    except OSError:
+        return [], []
+    return files, folders
 
 
 def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -> Path:
@@ -211,48 +259,15 @@ def layer_number(hookpoint: str) -> int | None:
     folder's name is no part of the path.
     """
     path = hookpoint.partition("/")[0].partition(":")[0]
-    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit()), None)
+    # No model has 10^9 layers, and Python makes no number of thousands of digits.
+    return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit() and len(part) < 10), None)
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key under which numbers inside names count as numbers."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from None
-    for key in ("d_in", "k"):
-        if not isinstance(config.get(key), int):
-            raise ValueError(f"{file} has no whole number {key!r}")
-    activation = config.get("activation", "topk")
-    if config.get("signed"):
-        raise ValueError(f"{file}: activation {activation!r} with signed values is not what saekit has by that name")
-    if activation not in SELECTIONS:
-        raise ValueError(f"{file}: {unknown_activation(activation, config.get('plugin'))}")
-    if config.get("max_norm") is not None and not is_length(config["max_norm"]):
-        raise ValueError(f"{file} has no number of at least 0 as 'max_norm'")
-    if config.get("transcode") or config.get("skip_connection"):
-        raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
-    return config
-
-
-def unknown_activation(activation: Any, plugin: Any = None) -> str:
-    """Say that latents are selected in a way which is not known here, and what to do."""
-    known = f"activation {activation!r} is none of {', '.join(SELECTIONS.names())}"
-    if plugin is None:
-        return f"{known}: name the file of a plug-in that has it with --plugin"
-    return f"{known}; the plug-in {plugin} made it: name that file with --plugin"
-
-
-def is_length(value: Any) -> bool:
-    """Tell whether a value from a file is a finite number of at least 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    """Return a sort key under which numbers inside names count as numbers: by their length, then by their digits."""
+    parts = re.split(r"([0-9]+)", name)
+    keys = [(part.lstrip("0") if "0" <= part[0] <= "9" else None, part) for part in parts if part]
+    return [(1, 0, part) if digits is None else (0, len(digits), digits) for digits, part in keys]
 
 
 def _read_weights(file: Path, device: torch.device | str) -> dict[str, Tensor]:

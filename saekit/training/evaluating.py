@@ -11,6 +11,7 @@ import numpy as np
 from saekit.activations import context_length, predicts, resolve_ctx_len
 from saekit.activations.live import LiveModel, check_ids
 from saekit.analysis.evaluate import Evaluator
+from saekit.analysis.results import few_sequences
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
 from saekit.config import RunConfig
 from saekit.data import Sequences, check_tokens, load_sequences, numbers_read, sequences
@@ -154,6 +155,8 @@ class Evaluating:
                 f"Evaluating every {plan.cfg.eval_every:,} steps on {len(subject.data):,} sequences of "
                 f"{subject.data.ctx_len:,} tokens; predictions: {subject.objective_name}"
             )
+            if few := few_sequences(len(subject.data), subject.data.ctx_len, "--eval-tokens"):
+                report.status(f"Warning: {few}")
 
     def due(self, run: RunState) -> bool:
         """Tell whether the SAEs should be evaluated after the step that was just done, and have not been yet."""

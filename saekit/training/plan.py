@@ -196,6 +196,18 @@ class RunPlan:
         )
 
 
+def checked(cfg: Any) -> TrainConfig:
+    """Return the configuration of a training.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    if not isinstance(cfg, TrainConfig):
+        hint = ": its part `train` is one" if isinstance(cfg, RunConfig) else ""
+        raise UserError(f"cfg is a {type(cfg).__name__}, and SaeTrainer takes a TrainConfig{hint}")
+    return cfg
+
+
 def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement: Placement) -> RunPlan:
     """Resolve a run; the arguments are `SaeTrainer`'s. Collective.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from saekit.errors import UserError
 from saekit.report import Lowest
 from saekit.runs.checkpoint import LayerRecord
+from saekit.runs.opening import open_sae
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
@@ -89,7 +90,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> S
         folders = {hookpoint: path} if single else find_sae_folders(path)
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
-        source = Sae.load_from_disk(folders[hookpoint])
+        source = open_sae(folders[hookpoint], otherwise="")
         if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
             raise ValueError(
                 f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "

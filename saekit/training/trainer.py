@@ -32,7 +32,7 @@ from saekit.training.evaluating import Evaluating, subject_of
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import StepMessage
 from saekit.training.optimizers import make_optimizer
-from saekit.training.plan import RunPlan, plan_run
+from saekit.training.plan import RunPlan, checked, plan_run
 from saekit.training.reports import step_stats, warn_of_divergence
 from saekit.training.run_folder import checkpoint_to_go_on_from, one_writer
 from saekit.training.saving import Saver
@@ -128,7 +128,7 @@ class SaeTrainer:
         placement: Placement | None = None,
         eval_data: Any = None,
     ) -> None:
-        self.cfg = cfg
+        self.cfg = checked(cfg)
         if source is None:
             if model is None or dataset is None:
                 raise UserError("SaeTrainer needs a data set and a language model, or a source of activations")

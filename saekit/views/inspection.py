@@ -71,7 +71,8 @@ def _evaluation(inspection: Inspection) -> tuple[RenderableType, ...]:
     heading = Text.assemble(
         ("Evaluated", "bold"), f" on {record['dataset']} ({record['data']}), {record['tokens']:,} tokens"
     )
-    return (Text(), heading, Text(), *evaluation_tables(record))
+    warnings = (Text.assemble(("Warning: ", "bold yellow"), text) for text in record.get("warnings", ()))
+    return (Text(), heading, Text(), *evaluation_tables(record), *warnings)
 
 
 def _overview(layers: Sequence[LayerInspection], width: int) -> RenderableType:

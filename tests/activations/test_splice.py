@@ -5,6 +5,7 @@ import torch
 
 from saekit import Sae
 from saekit.activations import find_blocks, splice, tap
+from saekit.sae.trained_on import TrainedOn
 from tests.activations.test_tap import CASES, build
 
 
@@ -103,6 +104,47 @@ def test_gradients_flow_through(llama):
 def test_the_model_is_restored_whatever_happens(llama):
     with pytest.raises(RuntimeError, match="boom"), splice(llama, {"layers.0": torch.zeros_like}):
         raise RuntimeError("boom")
-    with pytest.raises(AttributeError), splice(llama, {"layers.0": torch.zeros_like, "layers.9": torch.zeros_like}):
+    with pytest.raises(ValueError, match="no module"), splice(llama, {"layers.0": torch.zeros_like, "layers.9": abs}):
         pass
     assert hooks(llama) == 0
+
+
+@pytest.mark.parametrize(
+    ("replacements", "says"),
+    [
+        ({"layers.9": torch.zeros_like}, "'layers.9' is no module of LlamaModel: layers has 0 to 2"),
+        ({"layers.1.mpl": torch.zeros_like}, "'layers.1.mpl' is no module of LlamaModel: layers.1 has self_attn, mlp"),
+        ({"model.layers.1": torch.zeros_like}, "'model.layers.1' is no module of LlamaModel: it has embed_tokens, "),
+        ({"layers.1": 3}, "layers.1: a int cannot replace activations: give an Sae or a function"),
+        ({"layers.1": Sae(16, 32, 4)}, r"layers.1: the SAE is for a width of 16, .* of shape \[1, 2, 32\]"),
+        ({"layers.1": lambda acts: acts[..., :3]}, r"layers.1: expected \[1, 2, 32\] .* of shape \[1, 2, 3\]"),
+        ({"layers.1": lambda acts: None}, "layers.1: expected .* got a NoneType"),
+        (["layers.1"], "replacements is a list: give what replaces which module by its name"),
+    ],
+)
+def test_what_cannot_be_spliced_in_is_one_sentence(llama, replacements, says):
+    with pytest.raises(ValueError, match=f"^{says}") as refused, splice(llama, replacements):
+        llama(input_ids=torch.tensor([[5, 6]]))
+    assert "\n" not in str(refused.value)
+    assert hooks(llama) == 0
+
+
+def test_a_warning_where_an_sae_was_trained_elsewhere(llama):
+    llama.name_or_path = "some/llama"
+    residual = Sae(32, 64, 4)
+    residual.trained_on = TrainedOn("some/llama", "layers.2")
+    other = Sae(32, 64, 4)
+    other.trained_on = TrainedOn("some/other", "layers.1")
+    with splice(llama, {"layers.2": residual}):  # as it was trained: warnings are errors here
+        pass
+    with pytest.warns(UserWarning, match="spliced in at layers.2.mlp was trained at layers.2$") as warned:  # noqa: SIM117
+        with splice(llama, {"layers.2.mlp": residual}):
+            pass
+    assert warned[0].filename == __file__
+    llama.name_or_path = ""  # made in memory: it may be any
+    with splice(llama, {"layers.1": other}):
+        pass
+    llama.name_or_path = "some/llama"
+    with pytest.warns(UserWarning, match="at layers.1 was trained on some/other, and this model is some/llama"):  # noqa: SIM117
+        with splice(llama, {"layers.1": other}):
+            pass

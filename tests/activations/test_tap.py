@@ -128,6 +128,38 @@ def test_the_model_is_restored_also_after_an_error(input_ids):
     assert model(input_ids).last_hidden_state.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("hookpoints", "says"),
+    [
+        (["layers.0", "layers.99"], "'layers.99' is no module of LlamaModel: layers has 0 to 2"),
+        (["layers.1.mlp:in"], r"'layers.1.mlp:in' is no module of LlamaModel: layers.1 has self_attn, mlp, "),
+        (["norm.weight.x"], "'norm.weight.x' is no module of LlamaModel: norm has no modules"),
+        ([3], "3 is no module of LlamaModel: it has embed_tokens, layers, norm, rotary_emb"),
+        ("layers.1", r"hookpoints is the text 'layers.1': give a list, such as \['layers.1'\]"),
+        (["layers"], "layers did not run in the forward pass of LlamaModel"),
+    ],
+)
+def test_what_cannot_be_tapped_is_one_sentence(input_ids, hookpoints, says):
+    model = build(LlamaConfig(**SMALL))
+    with pytest.raises(ValueError, match=f"^{says}") as refused, tap(model, hookpoints) as run:
+        run(input_ids)
+    assert "\n" not in str(refused.value)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_is_none_is_refused():
+    for model in ("gpt2", torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="give a model of transformers that is loaded"), tap(model, ["layers.0"]):
+            pass
+
+
+def test_blocks_that_share_their_weights_all_have_names(input_ids):
+    model = build(LlamaConfig(**SMALL))
+    model.layers[2] = model.layers[1]
+    with tap(model, ["layers.2"]) as run:
+        assert run(input_ids)["layers.2"].shape == (2, 8, 32)
+
+
 def test_taps_are_inference_tensors_and_indexing_makes_them_ordinary(input_ids):
     model = build(LlamaConfig(**SMALL))
     with tap(model, ["layers.0"]) as run:

@@ -8,6 +8,7 @@ import torch
 from saekit import Sae, UserError
 from saekit.analysis.compare import compare, shared_rows
 from saekit.analysis.inspect import inspect_path
+from saekit.runs.layout import EVAL_FORMAT
 from saekit.views.comparison import comparison_to_json, render_comparison
 
 
@@ -74,7 +75,7 @@ def shown(comparison, capsys):
 def evaluation(fvu, recovered, kl):
     number = {"value": 0.5, "low": None, "high": None}
     return {
-        "format": 1,
+        "format": EVAL_FORMAT,
         "dataset": "text",
         "data": "held out",
         "tokens": 100,

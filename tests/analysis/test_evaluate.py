@@ -10,7 +10,9 @@ import torch
 
 from saekit import Sae, UserError
 from saekit.analysis.evaluate import Evaluator, evaluate
+from saekit.analysis.results import FEW_SEQUENCES
 from saekit.analysis.subject import IGNORED, ScoredInput
+from saekit.sae.trained_on import TrainedOn
 from tests.analysis.toy import Block, Scaling, subject, surprise
 
 # Of the three predictions of a sequence such as 0 0 1 1, two are as the model expects and one is not.
@@ -181,7 +183,7 @@ def test_intervals_are_over_sequences():
     ce = only(different).grafted.ce
     sums = torch.tensor([3 * surprise(1), 3 * surprise(-1)], dtype=torch.float64)
     assert ce.value == pytest.approx(float(sums.sum()) / 6)
-    assert ce.high - ce.value == pytest.approx(1.95996 * float(sums.std()) / math.sqrt(2) / 3, rel=1e-5)
+    assert ce.high - ce.value == pytest.approx(12.706205 * float(sums.std()) / math.sqrt(2) / 3, rel=1e-5)
     assert only(evaluate(subject(0.5, rows=((0, 0, 1, 1),)))).grafted.ce.low is None
 
 
@@ -224,11 +226,48 @@ def test_progress_comes_to_its_end(with_head):
     assert {of for _, of in told} == {len(told)}
 
 
+MANY = tuple((0, 0, 1, 1) if number % 2 else (1, 1, 0, 0) for number in range(FEW_SEQUENCES))
+"""As many sequences as there must be."""
+
+
 def test_a_warning_where_an_sae_is_worse_than_the_mean():
-    assert evaluate(subject(0.5)).warnings() == []
-    (warning,) = evaluate(subject(-1.0)).warnings()
+    assert evaluate(subject(0.5, MANY)).warnings() == []
+    (warning,) = evaluate(subject(-1.0, MANY)).warnings()
     assert "layers.0" in warning
     assert "FVU" in warning
+
+
+def test_a_warning_where_few_sequences_were_evaluated():
+    (warning,) = evaluate(subject(0.5, MANY[1:])).warnings()
+    assert warning.startswith("only 49 sequences evaluated: with fewer than 50 the intervals are rough; ")
+    assert "evaluate 200 tokens or more (--max-tokens)" in warning
+    assert "only 1 sequence evaluated" in evaluate(subject(0.5, MANY[:1])).warnings()[0]
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "warnings"),
+    [
+        ([None, None], []),
+        ([("toy", "layers.0"), ("some/toy", "layers.1/seed1")], []),
+        ([("toy", "layers.0"), ("Toy", None)], []),
+        ([(None, "layers.1"), (None, "layers.1")], ["the SAE that is evaluated at layers.0 was trained at layers.1"]),
+        ([("gpt2", None), ("gpt2", None)], ["the SAEs were trained on gpt2, and this model is toy"]),
+        (
+            [("gpt2", "layers.0"), ("toy", "layers.1.mlp")],
+            [
+                "the SAE that is evaluated at layers.1 was trained at layers.1.mlp",
+                "the SAEs were trained on gpt2, and this model is toy",
+            ],
+        ),
+    ],
+)
+def test_a_warning_where_saes_were_trained_on_something_else(trained_on, warnings):
+    own = subject(0.5, MANY, depth=2)
+    for sae, known in zip(own.saes.values(), trained_on, strict=True):
+        sae.trained_on = None if known is None else TrainedOn(*known)
+    found = evaluate(own)
+    assert found.warnings() == warnings
+    assert "misplaced" not in found.to_json()
 
 
 @pytest.mark.parametrize(

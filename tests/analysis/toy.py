@@ -25,6 +25,7 @@ class Block(nn.Module):
 
 class Toy(nn.Module):
     device = torch.device("cpu")
+    name_or_path = "toy"
 
     def __init__(self, depth=1):
         super().__init__()
@@ -49,6 +50,7 @@ class Scaling(nn.Module):
     """In an SAE's place: gives back so much of its input, by one latent of two; the other never fires."""
 
     d_in, num_latents = 2, 2
+    trained_on = None
 
     def __init__(self, factor, max_norm=None):
         super().__init__()

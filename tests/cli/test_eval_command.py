@@ -1,8 +1,10 @@
 """`saekit eval`: what it evaluates on, what it prints and what it leaves."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from saekit import Sae
 from saekit.analysis import eval_checkpoint
@@ -65,6 +67,33 @@ def test_a_checkpoint_that_is_saved_meanwhile_does_not_get_the_numbers(train, sa
     assert saekit("eval", tmp_path / "run", "--max-tokens", 500).code == 0
     assert (earlier / EVAL_FILE).exists()
     assert not (later / EVAL_FILE).exists()
+
+
+def test_few_sequences_are_warned_of(run, saekit):
+    result = saekit("eval", run, "--max-tokens", 64)
+    assert "Warning: only 2 sequences evaluated: with fewer than 50 the intervals are rough" in result.out
+    (warning,) = the_file(run)["warnings"]
+    assert warning in " ".join(result.out.split())
+    result = saekit("eval", run, "--max-tokens", 1600)
+    assert "Warning" not in result.out
+    assert the_file(run)["warnings"] == []
+
+
+def test_an_sae_that_was_trained_elsewhere_is_warned_of(run, saekit, tmp_path, model_dir, text_file):
+    # Its files say where it was trained, whatever the folder is called; and the model's weights are not the same.
+    shutil.copytree((run / "latest" / "layers.1").resolve(), tmp_path / "saes" / "layers.2")
+    other = shutil.copytree(model_dir, tmp_path / "other-model")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: -each for name, each in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    result = saekit("eval", tmp_path / "saes", text_file, "--model", other, "--max-tokens", 1600)
+    assert result.code == 0, result.err
+    record = json.loads((tmp_path / "saes" / EVAL_FILE).read_text("utf-8"))
+    elsewhere = "the SAE that is evaluated at layers.2 was trained at layers.1"
+    another = f"the SAEs were trained on {model_dir}, and this model is {other}"
+    assert record["warnings"][:2] == [elsewhere, another]
+    shown = " ".join(result.out.split())
+    assert f"Warning: {elsewhere}" in shown
+    assert f"Warning: {another}" in shown
 
 
 def test_twice_the_same(run, saekit):
@@ -165,6 +194,7 @@ def test_inspect_shows_it(run, saekit):
         assert result.code == 0, result.err
         assert f"{recovered:.4f}" in result.out
         assert "Evaluated on" in result.out
+        assert "Warning: only 15 sequences evaluated" in " ".join(result.out.split())
     assert json.loads(saekit("inspect", run, "--json").out)["evaluation"] == record
     (run / "latest" / EVAL_FILE).write_text('{"format": 1}', encoding="utf-8")
     assert "eval.json is damaged: run saekit eval again" in saekit("inspect", run).err

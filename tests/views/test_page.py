@@ -169,6 +169,12 @@ def test_the_data_on_the_page(made, evaluation, demo_run):
         assert (strongest.max(1) == 255).all()
 
 
+def test_warnings_are_on_the_page(made, evaluation):
+    (warning,) = evaluation["warnings"]
+    assert warning.startswith("only 46 sequences evaluated")
+    assert f'<p class="warning">{warning}</p>' in made[0].read_text("utf-8")
+
+
 def test_no_text_ends_the_script(made):
     page = made[0].read_text("utf-8")
     for name in ("data", "figures"):

@@ -104,6 +104,6 @@ def config_of(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's `cfg.json`; empty if there is no such file, or no JSON object in it."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

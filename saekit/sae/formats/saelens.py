@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saekit.sae.entries import is_count, is_length
 from saekit.sae.formats.base import Format, config_of
 from saekit.sae.model import Sae, around
-from saekit.sae.storage import CONFIG_FILE, is_length, read_tensors
+from saekit.sae.storage import CONFIG_FILE, read_tensors
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 FORMAT_VERSION = "6.0.0"
@@ -64,8 +65,8 @@ class SaeLens(Format):
             if config.get(key) != value:
                 raise ValueError(f"{file} says {key} {config.get(key)!r}; saekit reads {value!r} only")
         for key in ("d_in", "d_sae", "k"):
-            if not isinstance(config.get(key), int):
-                raise ValueError(f"{file} has no whole number {key!r}")
+            if not is_count(config.get(key)):
+                raise ValueError(f"{file} has no whole number {key!r} of at least 1")
         D, M = config["d_in"], config["d_sae"]
         shapes = {"W_enc": (D, M), "b_enc": (M,), "W_dec": (M, D), "b_dec": (D,)}
         tensors = read_tensors(folder / WEIGHTS_FILE, shapes, device)
@@ -88,10 +89,13 @@ class SaeLens(Format):
         """Write an SAE for SAELens' `SAE.load_from_disk`.
 
         Raises:
-            ValueError: If SAELens has nothing like its selection, such as GroupMax.
+            ValueError: If SAELens has nothing like its selection, such as GroupMax, or the metadata is no plain values.
         """
         architecture, more = sae.selection.to_saelens()
-        config = json.dumps(_config(sae, architecture, metadata or {}), indent=2)
+        try:
+            config = json.dumps(_config(sae, architecture, metadata or {}), indent=2)
+        except TypeError as error:
+            raise ValueError(f"metadata goes into a JSON file, which cannot hold it ({error})") from None
         tensors: dict[str, Tensor] = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         tensors |= {name: tensor.to(sae.dtype) for name, tensor in more.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +131,9 @@ def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | 
             (`from_pretrained_no_processing`): by default its weights are changed, and with them the residual stream.
 
     Raises:
-        ValueError: If SAELens has nothing like its selection, such as GroupMax.
+        ValueError: If it is no `Sae`, SAELens has nothing like its selection, such as GroupMax, or the metadata is no
+            plain values.
     """
+    if not isinstance(sae, Sae):
+        raise ValueError(f"sae is a {type(sae).__name__}: give an Sae, such as saekit.load returns")
     SaeLens().write(sae, Path(folder), metadata)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saekit.sae.entries import is_length
 from saekit.sae.selection.base import Selection
 from saekit.sae.selection.topk import TopK
 
@@ -116,7 +117,7 @@ class BatchTopK(TopK):
     def from_config(cls, k: int, num_latents: int, config: Mapping[str, Any]) -> Selection:
         """Read the threshold."""
         threshold = config.get("threshold")
-        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not 0 <= threshold < math.inf:
+        if not is_length(threshold):
             raise ValueError("there is no number of at least 0 as 'threshold', which BatchTopK needs")
         return cls(k, num_latents, threshold)
 
@@ -124,7 +125,7 @@ class BatchTopK(TopK):
     def facts(cls, config: Mapping[str, Any]) -> list[tuple[str, float, str]]:
         """Return the threshold."""
         threshold = config.get("threshold")
-        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
+        if not is_length(threshold):
             return []
         return [("threshold", float(threshold), "of BatchTopK: smaller values are zero")]
 

@@ -62,11 +62,12 @@ def build_report(
         raise UserError("a report is made in one process: start it without a launcher (saekit eval takes several)")
     if not file.parent.is_dir():
         raise UserError(f"--output {file}: there is no folder {file.parent}")
-    inspection = inspect_path(path, status=status)
+    inspection = inspect_path(path, status=status, verify=options.verify)
     known = inspection.evaluation
     if options.max_tokens is None and known is not None:  # as many tokens of the same data are the same tokens
         options = replace(options, max_tokens=known["sequences"] * known["ctx_len"])
-    prepared = prepare(path, options, placement, status)
+    # The files have just been compared with their checksums.
+    prepared = prepare(path, replace(options, verify=False), placement, status)
     if known is None or not _fits(known, prepared):
         known = evaluate_prepared(prepared, status, progress).record
     status(f"Reading the codes of {len(prepared.subject.saes)} SAEs")

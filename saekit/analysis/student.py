@@ -1,0 +1,53 @@
+"""The quantile of Student's t distribution on which 95% intervals rest.
+
+Sources: Abramowitz & Stegun 1964, "Handbook of Mathematical Functions", formulas 26.7.3, 26.7.4 and 26.7.5.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+Z = 1.959963984540054
+"""The same quantile of the normal distribution, which t has with infinitely many degrees of freedom."""
+EXACT_UP_TO = 200
+"""Degrees of freedom from which the expansion is closer than 1e-10."""
+
+
+@cache
+def standard_errors(freedom: int) -> float:
+    """Return how many standard errors lie on each side of a mean in its 95% interval: the quantile 0.975 of t.
+
+    Args:
+        freedom: ν, the degrees of freedom, at least 1: one less than there are values.
+    """
+    if freedom > EXACT_UP_TO:
+        return _expansion(freedom)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _within(theta: float, freedom: int) -> float:
+    """P(|t| < √ν tan θ), by the finite sums 26.7.3 (ν odd) and 26.7.4 (ν even)."""
+    cosine, sine = math.cos(theta), math.sin(theta)
+    odd = freedom % 2
+    term, total = cosine**odd, 0.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * cosine**2
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+def _expansion(freedom: int) -> float:
+    """The first terms of the quantile's series in 1/ν, 26.7.5."""
+    z = Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))

@@ -1,0 +1,71 @@
+"""The entries of a `cfg.json`: what their values can be. A damaged file must not give another SAE."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from saekit.registry import SELECTIONS
+
+EXPANSION_FACTOR = 32
+"""Of a `cfg.json` that names neither it nor the number of latents, as in sparsify."""
+SWITCHES = ("normalize_decoder", "multi_topk", "signed", "transcode", "skip_connection")
+"""Entries of `cfg.json` that are true or false."""
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read the entries of an autoencoder that saekit can compute.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else, or an entry has a value that it cannot have.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    for key in ("d_in", "k"):
+        if not is_count(config.get(key)):
+            raise ValueError(f"{file} has no whole number {key!r} of at least 1")
+    size = "num_latents" if config.get("num_latents") not in (None, 0) else "expansion_factor"
+    if not is_count(config.get(size, EXPANSION_FACTOR)):
+        raise ValueError(f"{file} has no whole number {size!r} of at least 1")
+    for key in SWITCHES:
+        if not isinstance(config.get(key, False), bool):
+            raise ValueError(f"{file}: {key!r} is {config[key]!r}, neither true nor false")
+    activation = config.get("activation", "topk")
+    if not isinstance(activation, str):
+        raise ValueError(f"{file}: 'activation' is {activation!r}, not a name")
+    if config.get("signed"):
+        raise ValueError(f"{file}: activation {activation!r} with signed values is not what saekit has by that name")
+    if activation not in SELECTIONS:
+        raise ValueError(f"{file}: {unknown_activation(activation, config.get('plugin'))}")
+    if config.get("max_norm") is not None and not is_length(config["max_norm"]):
+        raise ValueError(f"{file} has no number of at least 0 as 'max_norm'")
+    if config.get("transcode") or config.get("skip_connection"):
+        raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
+    return config
+
+
+def unknown_activation(activation: Any, plugin: Any = None) -> str:
+    """Say that latents are selected in a way which is not known here, and what to do."""
+    known = f"activation {activation!r} is none of {', '.join(SELECTIONS.names())}"
+    if plugin is None:
+        return f"{known}: name the file of a plug-in that has it with --plugin"
+    return f"{known}; the plug-in {' '.join(str(plugin).split())} made it: name that file with --plugin"
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a value from a file is a whole number of at least 1, of a size that a tensor can have."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+
+
+def is_length(value: Any) -> TypeGuard[float]:
+    """Tell whether a value from a file is a finite number of at least 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
