@@ -19,8 +19,8 @@ def check_tokens(
 ) -> None:
     """Check that all token ids that will be read are in a model's vocabulary; the second time this costs nothing.
 
-    A file is read through its memory map, a data set as Arrow stores it: that takes a second per billion or two of ids
-    that are in memory. Of another kind of `Sequences`, a caller's own, every batch is checked when it is read.
+    A file is read through its memory map, a data set as Arrow stores it. Of another kind of `Sequences`, a caller's
+    own, every batch is checked when it is read.
 
     Args:
         data: The sequences.
