@@ -18,6 +18,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile(
+    "saekit", max_examples=int(os.environ.get("SAEKIT_EXAMPLES", "300")), deadline=None, derandomize=True
+)
+settings.load_profile("saekit")
 
 
 @pytest.fixture(scope="session", autouse=True)
