@@ -31,12 +31,11 @@ def check_early(cfg: TrainConfig, run_dir: Path, placement: Placement) -> None:
     """Check what needs neither the model nor the data: the run's folder, and the libraries that it names.
 
     Raises:
-        UserError: If the folder is in use or cannot be written, a tracker or optimizer is not installed, the kernels
+        UserError: If the folder may not be used, a tracker or optimizer is not installed, the kernels
             cannot run on this device, or there is nothing to start from where `finetune` says.
     """
     if placement.rank == 0:
         check_run_folder(cfg, run_dir)
-        check_writable(run_dir)
         if cfg.log_with is not None:
             check_tracker(cfg.log_with)
     check_optimizer(cfg)

@@ -13,6 +13,7 @@ from saekit.runs.folder import goes_on, put_back
 from saekit.runs.lease import EXPIRES
 from saekit.runs.lock import RunLock, hold
 from saekit.runs.recovery import Found, find_checkpoint
+from saekit.training.early import check_writable
 from saekit.training.plan import RunPlan
 from saekit.training.saving import refuse_other_run
 
@@ -38,6 +39,7 @@ def one_writer(
         problem: str | None = None
         if placement.rank == 0:
             try:
+                check_writable(run_dir)
                 lock = held.enter_context(hold(run_dir, cfg.grace if cfg.resume == "auto" else 0.0, say))
                 put_back(run_dir.resolve())
             except UserError as error:
