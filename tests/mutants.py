@@ -451,6 +451,7 @@ LIST: list[tuple[str, ...]] = [
         "saekit/training/state.py",
         "selection.load_(saved.selection)",
         "selection",
+        "training/test_thresholds",
     ),
     (
         "a threshold is not saved exactly",
