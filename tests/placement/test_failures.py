@@ -18,6 +18,24 @@ from tests.placement.conftest import CTX_LEN, DEMO_LM
 
 pytestmark = pytest.mark.slow
 SMALL = ["--num-latents", 64, "--k", 4, "--ctx-len", CTX_LEN, "--batch-size", 2, "--no-shuffle", "--run-name", "run"]
+BROKEN_SOURCE = """
+from saekit.errors import UserError
+from saekit.registry import SOURCES
+
+
+@SOURCES.register("broken")
+def open_broken(cfg, placement, say, have):
+    source = SOURCES.get("live")(cfg, placement, say, have)
+    read = source.read
+
+    def read_or_not(step):
+        if (placement.rank, step) == (1, 1):
+            raise UserError("rank 1 cannot read step 2")
+        return read(step)
+
+    source.read = read_or_not
+    return source
+"""
 PLACEMENTS = ["ddp", "layer-map", "zero3"]
 
 
@@ -35,12 +53,12 @@ def ids(sequences):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_error_on_one_rank_ends_all_and_is_shown_once(tmp_path, placement):
-    tokens = ids(40)
-    tokens[6] = 60_000  # in the slice of rank 1, at the second step
-    running = start(tmp_path, DEMO_LM, tokens, "--placement", placement)
+    (tmp_path / "broken.py").write_text(BROKEN_SOURCE)
+    broken = ["--plugin", tmp_path / "broken.py", "--source", "broken"]
+    running = start(tmp_path, DEMO_LM, ids(40), "--placement", placement, *broken)
     _, errors = running.communicate(timeout=90)
     assert running.returncode != 0
-    assert errors.count("Error: the data has token ids") == 1, errors
+    assert errors.count("Error: rank 1 cannot read step 2") == 1, errors
     assert errors.count("Error: ") - errors.count("ChildFailedError: ") == 1, errors
 
 
