@@ -35,7 +35,7 @@ def test_layers_that_mean_nothing(text):
 
 @pytest.mark.parametrize("ids", ["-1", "5,-1", [-1], [True], "a"])
 def test_ids_that_are_none(ids):
-    with pytest.raises(ValueError, match="exclude_tokens"):
+    with pytest.raises(ValueError, match="--exclude-tokens"):
         TrainConfig(exclude_tokens=ids)
 
 
