@@ -181,6 +181,7 @@ def test_an_installed_package_brings_kinds_along(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("saekit.sae.selection.base.SELECTIONS", registry := Registry("saekit.selections", "s", {}))
     monkeypatch.setattr("saekit.sae.storage.SELECTIONS", registry)
+    monkeypatch.setattr("saekit.sae.entries.SELECTIONS", registry)
     sae = Sae(D, M, K, selection="theirs")
     assert isinstance(sae.selection, Selection)
     sae.save_to_disk(tmp_path / "sae")
