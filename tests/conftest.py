@@ -21,7 +21,7 @@ import torch
 from hypothesis import settings
 
 settings.register_profile(
-    "saekit", max_examples=int(os.environ.get("SAEKIT_EXAMPLES", "150")), deadline=None, derandomize=True
+    "saekit", max_examples=int(os.environ.get("SAEKIT_EXAMPLES", "100")), deadline=None, derandomize=True
 )
 settings.load_profile("saekit")
 
