@@ -254,7 +254,7 @@ def save(sae: Sae, folder: str | Path, format: str = "sparsify", metadata: Mappi
         UserError: If there is no such format, if it cannot say something about this SAE (nothing is written then), or
             if the files cannot be written.
     """
-    from saekit.runs.named import user_errors
+    from saekit.runs.opening import user_errors
     from saekit.sae import Sae
     from saekit.sae.formats.base import formats
 

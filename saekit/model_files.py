@@ -1,4 +1,4 @@
-"""What is missing or broken in a language model's folder, by its files' names, sizes and headers: in milliseconds."""
+"""Checks a language model's folder for missing or broken files. Only names, sizes and headers are read."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import yaml
 
 from saekit.errors import UserError
+from saekit.hub import path_of
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".csv": "csv"}
 """File name endings and the name that `datasets.load_dataset` has for their format."""
@@ -78,7 +79,7 @@ def find_files(name: str, given: Iterable[str] = ()) -> Files | None:
     Raises:
         UserError: If the files are not of one format, or their names leave open what is in which split.
     """
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.is_dir():
         if LIBRARY & set(given) or _describes_itself(path):
             return None

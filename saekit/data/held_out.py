@@ -41,16 +41,7 @@ def held_out(
     packed again. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
     is the sequences that were not trained on.
 
-    Args:
-        cfg: The run's data set.
-        tokenizer: The language model's.
-        ctx_len: Tokens per sequence.
-        seen: Numbers of the sequences that the run trains on, as `load_sequences` counts them.
-        token: For a private or gated data set on the hub.
-        remedy: What to do if nothing is left.
-
-    Raises:
-        UserError: If nothing is left, or less than one sequence.
+    Arguments and errors are those of `unread`; `cfg` is the run's.
     """
     if cfg.dataset.endswith(".bin"):
         whole = load_sequences(cfg, tokenizer, ctx_len, token)
@@ -101,17 +92,7 @@ def other_split(
     Splits overlap where one is a slice of the other (`train[:50%]` and `train`), and some data sets hold a document
     more than once. Documents are the same whose token ids are (by a hash of 64 bits).
 
-    Args:
-        cfg: The split.
-        trained: The same data set as the run read it.
-        tokenizer: The language model's.
-        ctx_len: Tokens per sequence.
-        seen: Numbers of the sequences that the run trains on, of those of `trained`.
-        token: For a private or gated data set on the hub.
-        remedy: What to do if nothing is left.
-
-    Raises:
-        UserError: If nothing is left, or less than one sequence.
+    Arguments and errors are those of `unread`.
     """
     if cfg.dataset.endswith(".bin"):  # has no splits
         return held_out(trained, tokenizer, ctx_len, seen, token, remedy)

@@ -159,7 +159,7 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
     try:
         with nullcontext() if elsewhere else asking_hub(cfg.dataset):
             return load(*args, **kwargs)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         if not is_path(cfg.dataset) and isinstance(error, (ConnectionError, FileNotFoundError)):
             where = why_not_found(cfg.dataset)
             raise UserError(f"data set {cfg.dataset!r} was not found: {where} ({first_line(error)})") from error
@@ -168,8 +168,6 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"data set {cfg.dataset!r} is damaged ({type(error).__name__}: {error})") from error
     except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl, where there is no row
         raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"data set {cfg.dataset!r} cannot be read: {first_line(error)}") from error
     except UserError:
         raise
     except (ValueError, TypeError, DatasetGenerationError) as error:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from saekit.errors import UserError, first_line
-from saekit.runs.opening import open_sae
+from saekit.hub import is_path, path_of
+from saekit.runs.opening import open_sae, user_errors
 from saekit.sae import Sae
 from saekit.sae.formats.base import find_folders, format_of
 from saekit.sae.storage import download_folder
@@ -69,17 +68,6 @@ class Opening:
         return open_sae(folder, self.device, format=self.format, verify=self.verify)
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Raise what files and the hub raise as a `UserError` of one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(first_line(error)) from error
-
-
 def _checked(device: torch.device | str) -> torch.device:
     try:
         checked = torch.device(device)
@@ -94,12 +82,11 @@ def _local_folder(path: str | Path, hub_options: Mapping[str, Any]) -> Path | No
     """Return the folder that a path means; None for a repository on the hub."""
     if not isinstance(path, (str, Path)):
         raise UserError(f"path is a {type(path).__name__}: give a folder or a hub id")
-    folder = Path(path).expanduser()
+    folder = path_of(str(path))
     if folder.is_dir():
         if hub_options:
             raise UserError(f"{path} is a folder: {', '.join(hub_options)} are for a repository on the hub")
         return folder
-    name = str(path)
-    if isinstance(path, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+    if isinstance(path, Path) or is_path(path):
         raise UserError(f"{path}: there is no such folder")
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,24 @@ def open_sae(
     """
     if verify:
         check_contents(folder, otherwise=otherwise)
-    try:
+    with user_errors():
         kind = formats(format)[0] if format else format_of(folder)
         if kind is None:
             raise UserError(f"no SAE in {folder}: none of its files is one that saekit reads")
         sae = kind.read(folder, device)
+    sae.trained_on = read_trained_on(folder)
+    return sae
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise what files and the hub raise as a `UserError` of one sentence."""
+    try:
+        yield
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(first_line(error)) from error
-    sae.trained_on = read_trained_on(folder)
-    return sae
 
 
 def check_contents(folder: Path, *, without: Collection[str] = NOT_READ, otherwise: str = ALL_THE_SAME) -> None:
@@ -135,7 +143,7 @@ def _indexes(folder: Path) -> Iterator[tuple[Path, str]]:
 def read_trained_on(folder: Path) -> TrainedOn | None:
     """Read on which model, and where in it, the SAE of a folder was trained; None if no file says so.
 
-    What cannot be read says nothing here: it is no part of the SAE.
+    Files that cannot be read are passed over: they are not part of the SAE.
     """
     about = _object(folder / ABOUT_FILE)
     kept = config_of(folder).get(TRAINED_ON)

@@ -41,9 +41,9 @@ def agreed_kernels(cfg: TrainConfig, works: Sequence[Work], placement: Placement
 
 
 def began_with(cfg: TrainConfig, run_dir: Path, placement: Placement) -> Mapping[str, Any]:
-    """Return what was resolved for the run that goes on, by its newest checkpoint; nothing for a new one. Collective.
+    """Return the resolved options in the newest checkpoint of a resumed run; empty for a new run. Collective.
 
-    A checkpoint that cannot be read says nothing here: whoever restores it reports that.
+    Also empty if the checkpoint cannot be read: restoring it raises the error.
     """
     found: dict[str, Any] = {}
     if placement.rank == 0 and goes_on(cfg, run_dir):

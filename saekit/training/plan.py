@@ -58,7 +58,7 @@ class UnitPlan:
         return cls(hookpoint, num_latents, rate, rate_ratios(cfg, hookpoint.width), asleep)
 
     def work(self, cfg: TrainConfig, tokens: int) -> Work:
-        """Return what the unit encodes at a time, if that is so many tokens."""
+        """Return the size of one call of the unit's encoder, for this many tokens."""
         return Work(
             tokens, self.hookpoint.width, self.num_latents, cfg.sae.kind(cfg.sae.k, self.num_latents).max_active
         )

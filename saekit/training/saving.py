@@ -121,7 +121,7 @@ class Saver:
                 if not told:
                     self.warn(
                         f"Warning: {error}; trying again every {PAUSE:g} seconds for {PATIENCE / 60:g} minutes, as "
-                        "what was trained is only in memory: make room for it (Ctrl-C twice gives up)"
+                        "the trained SAEs are only in memory: free some space (Ctrl-C twice gives up)"
                     )
                 told = True
                 time.sleep(min(PAUSE, left))
@@ -214,7 +214,7 @@ NAMES = {
     "model": "MODEL",
     "dataset": "DATASET",
 }
-"""What is no option of the command line."""
+"""How messages name entries that are not options of the command line."""
 
 
 def _named(option: str) -> str:

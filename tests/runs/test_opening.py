@@ -1,4 +1,4 @@
-"""Opening an SAE that lies in a checkpoint: its files are compared with the checksums there, whoever opens it."""
+"""Every way to open an SAE in a checkpoint compares its files with the checkpoint's checksums."""
 
 import json
 import shutil

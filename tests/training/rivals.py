@@ -95,7 +95,7 @@ class Rivals:
 
 
 def listing(run):
-    """What is in a run's folder, with sizes and times."""
+    """List a run's files with their sizes and modification times."""
     return {str(f): (f.lstat().st_size, f.lstat().st_mtime) for f in sorted(run.rglob("*")) if f.name != ".lock"}
 
 

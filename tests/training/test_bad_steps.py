@@ -148,7 +148,7 @@ def test_the_count_goes_on_after_a_resume(make_trainer, tmp_path):
 
 @pytest.mark.parametrize(("bad", "when"), [({7}, "in the last step"), ({5, 6, 7}, "in each of the last 3 steps")])
 def test_a_bad_last_step_is_a_failure(make_trainer, tmp_path, bad, when):
-    """What was trained is there, the last good checkpoint too, and a resumed run does not call it done either."""
+    """The last step is saved, the last good checkpoint is kept, and resuming fails in the same way."""
     spoiler = Spoiler(bad)
     trainer = make_trainer(reporter=spoiler, save_every=2, keep_last=1)
     explodes(trainer, spoiler, "b_enc")

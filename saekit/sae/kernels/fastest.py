@@ -66,7 +66,7 @@ Seconds = dict[str, float]
 
 
 def cache_file() -> Path:
-    """Return where measurements are kept; deleted, it is measured anew."""
+    """Return the file that measurements are cached in. Without it, the next run measures again."""
     return cache_folder() / FILE
 
 
