@@ -11,12 +11,15 @@ import importlib
 import json
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from saekit.cli import main
@@ -44,11 +47,19 @@ class Forked:
     def __exit__(self, *_: object) -> None:
         self._parent.communicate(timeout=60)
 
-    def run(self, command: list[object], ranks: int | None, log: Path, cwd: Path, timeout: float) -> list[int]:
+    def run(
+        self,
+        command: list[object],
+        ranks: int | None,
+        log: Path,
+        cwd: Path,
+        timeout: float,
+        script: Path | None = None,
+    ) -> list[int]:
         """Run `saekit COMMAND...` as this many ranks, or as one process that no launcher started for None.
 
-        What they write to stderr goes to the log. When one ends with an error the others are ended, as a launcher
-        does. Returns the exit code of each.
+        With a script, that is run with these arguments in the place of `saekit`. What the ranks write to stderr goes
+        to the log. When one ends with an error the others are ended, as a launcher does. Returns the exit code of each.
         """
         request = {
             "command": [str(part) for part in command],
@@ -56,6 +67,7 @@ class Forked:
             "log": str(log),
             "cwd": str(cwd),
             "timeout": timeout,
+            "script": None if script is None else str(script),
         }
         self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
@@ -108,8 +120,8 @@ def send(number: int, children: set[int]) -> None:
         os.kill(child, number)
 
 
-def serve() -> bool:
-    """Answer requests until there are none; True in each copy that is to go on as a rank."""
+def serve() -> Callable[[], object] | None:
+    """Answer requests until there are none; in each copy that is to go on as a rank, return what it is to run."""
     while line := sys.stdin.readline():
         request = json.loads(line)
         ranks, port = request["ranks"], free_port()
@@ -119,11 +131,12 @@ def serve() -> bool:
                 os.environ.update(launched_as(rank, ranks, port) if ranks else {})
                 os.chdir(request["cwd"])
                 become(request["command"], request["log"])
-                return True
+                script = request["script"]
+                return main if script is None else partial(runpy.run_path, script, run_name="__main__")
             children.append(child)
         sys.stdout.write(json.dumps(wait_for(children, request["timeout"])) + "\n")
         sys.stdout.flush()
-    return False
+    return None
 
 
 def import_everything() -> None:
@@ -143,5 +156,5 @@ def import_everything() -> None:
 
 if __name__ == "__main__":
     import_everything()
-    if serve():
-        main()
+    if (work := serve()) is not None:
+        work()

@@ -89,11 +89,23 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module")
+def arguments(model_dir, text_file):
+    return ["train", model_dir, text_file, *SMALL, "--run-name", "r", "--grad-acc-steps", "4", "--layers", "0-2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, arguments):
+    """The folder of a run that no signal reaches."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert spawn(arguments, folder, stderr=subprocess.DEVNULL).wait(timeout=200) == 0
+    return folder / "checkpoints/r"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, model_dir, text_file, number, code):
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, arguments, uninterrupted, number, code):
     """A real process, a real signal; the command it prints is then really run, and ends as if nothing had happened."""
-    arguments = ["train", model_dir, text_file, *SMALL, "--run-name", "r", "--grad-acc-steps", "4", "--layers", "0-2"]
     process = spawn(arguments, tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "checkpoints/r/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, process)
@@ -109,10 +121,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, model_dir, text_file, nu
     resumed = spawn(command[1:], tmp_path, stderr=subprocess.PIPE, text=True)
     _, err = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, err
-    other = tmp_path / "uninterrupted"
-    other.mkdir()
-    assert spawn(arguments, other, stderr=subprocess.DEVNULL).wait(timeout=200) == 0
-    whole, parts = other / "checkpoints/r", tmp_path / "checkpoints/r"
+    whole, parts = uninterrupted, tmp_path / "checkpoints/r"
     assert stopped_at < len(metrics_of(whole))
     assert metrics_of(parts) == metrics_of(whole)
     assert_same_tensors(tensors_of(parts / "latest"), tensors_of(whole / "latest"))

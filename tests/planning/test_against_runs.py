@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saekit.config import RunConfig
 from saekit.planning import Machine, Offload, make_plan
+from tests.forked import Forked
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,18 +101,31 @@ def config_of(size, folder, placement):
     }
 
 
-def measured_and_planned(size, folder, placement="single", offload=False):
+@pytest.fixture(scope="module")
+def forked():
+    """Starts ranks without a launcher: of two ranks it is their tensors that count, not the process's memory."""
+    with Forked() as ranks:
+        yield ranks
+
+
+def measured_and_planned(size, folder, placement="single", offload=False, forked=None):
     folder.mkdir(exist_ok=True)
     config = config_of(size, folder, placement)
     ranks = 1 if placement == "single" else 2
     (folder / "job.json").write_text(
         json.dumps({"config": config, "ranks": ranks, "offload": offload}), encoding="utf-8"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, WORKER, folder / "job.json"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if forked is not None:
+        said = folder / "stderr"
+        assert forked.run([folder / "job.json"], ranks, said, folder, 300, script=WORKER) == [0] * ranks, (
+            said.read_text()
+        )
+    else:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, WORKER, folder / "job.json"], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
     measured = [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(ranks)]
     machine = Machine("cpu", ranks, 64 * 2**30, "CPU")
     plan = make_plan(RunConfig.from_flat(config), machine, offload=Offload(offload, offload))
@@ -145,25 +159,26 @@ def test_the_allowance_for_libraries_is_about_what_they_take(libraries):
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
 @pytest.mark.parametrize("name", SMALL)
-def test_tensors_of_two_ranks(name, placement, tmp_path):
-    measured, planned = measured_and_planned(SMALL[name], tmp_path / "run", placement)
+def test_tensors_of_two_ranks(name, placement, tmp_path, forked):
+    measured, planned = measured_and_planned(SMALL[name], tmp_path / "run", placement, forked=forked)
     peak = next(moment for moment in planned.memory.moments if moment.name == "optimizer's step")
     expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
     assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.1)
 
 
-def test_what_is_offloaded(tmp_path):
+def test_what_is_offloaded(tmp_path, forked):
     """On a CPU it lies where it would anyway, so that all of it is seen."""
-    measured, planned = measured_and_planned(SMALL["even"], tmp_path / "run", "zero3", offload=True)
+    measured, planned = measured_and_planned(SMALL["even"], tmp_path / "run", "zero3", offload=True, forked=forked)
     peak = next(moment for moment in planned.memory.moments if moment.name == "optimizer's step")
     expected = (peak.parameters + peak.gradients + peak.optimizer_state).total
     assert max(each["held"] for each in measured) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("width", [256, 512])
-def test_a_sharded_language_model(width, tmp_path):
+def test_a_sharded_language_model(width, tmp_path, forked):
     size = {"width": width, "layers": 4, "latents": 64, "k": 4, "batch": 2, "ctx_len": 32, "vocab": 4096}
-    measured, planned = measured_and_planned({**size, "options": {"shard_lm": True}}, tmp_path / "run", "zero3")
+    size |= {"options": {"shard_lm": True}}
+    measured, planned = measured_and_planned(size, tmp_path / "run", "zero3", forked=forked)
     assert max(each["language_model"] for each in measured) == pytest.approx(
         planned.memory.peak.language_model.total, rel=0.1
     )
