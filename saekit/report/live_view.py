@@ -112,7 +112,8 @@ def _progress(state: LiveState, width: int) -> Table:
     total = state.info.total_steps
     label, seconds = "ETA ", state.pace.seconds_left()
     if state.finished:
-        label, seconds = f"{ending(state.info, state.stats)} ", state.pace.seconds_gone()
+        how = ending(state.info, state.stats, state.saved[1] if state.saved else None)
+        label, seconds = f"{how} ", state.pace.seconds_gone()
     time = Text.assemble((label, "dim"), units.duration(seconds))
     count, share = f"{step:,}/{total:,}", f"{100 * step / max(total, 1):.1f}%"
     # Widths that do not change as the numbers grow keep the bar's length steady.

@@ -36,6 +36,7 @@ class PlainReporter:
         self._newest: StepStats | None = None
         self._written: StepStats | None = None
         self._written_at = 0.0
+        self._saved: int | None = None
 
     def status(self, message: str) -> None:
         """Write the message."""
@@ -69,6 +70,7 @@ class PlainReporter:
 
     def saved(self, path: Path, step: int) -> None:
         """Write where the checkpoint is."""
+        self._saved = step
         self._write(f"saved step {step:,} in {path}")
 
     def finish(self) -> None:
@@ -83,7 +85,7 @@ class PlainReporter:
         if self._run is not None:
             info, pace = self._run
             divergence = f", but {stats.divergence}" if stats.diverged else ""
-            self._write(f"{ending(info, stats)} {units.duration(pace.seconds_gone())}{divergence}")
+            self._write(f"{ending(info, stats, self._saved)} {units.duration(pace.seconds_gone())}{divergence}")
 
     def _write_step(self, stats: StepStats) -> None:
         self._written, self._written_at = stats, self._clock()

@@ -101,16 +101,19 @@ def worst(fvus: Mapping[str, float]) -> str:
     return max(fvus, key=lambda name: (math.isnan(fvus[name]), fvus[name]))
 
 
-def ending(info: RunInfo, stats: StepStats | None) -> str:
+def ending(info: RunInfo, stats: StepStats | None, saved: int | None) -> str:
     """Say how a run ended, for its duration to follow: `done in`, `stopped after` or `failed after`.
 
     Args:
         info: The run.
         stats: Its last report; None if it made no step.
+        saved: The step of its newest checkpoint; None if it saved none. A run is done once its last one is in place.
     """
     if (stats.step if stats else info.start_step) < info.total_steps:
         return "stopped after"
-    return "failed after" if stats and stats.bad_in_row else "done in"
+    if stats is None:
+        return "done in"
+    return "failed after" if stats.bad_in_row or saved != info.total_steps else "done in"
 
 
 @dataclass(frozen=True)

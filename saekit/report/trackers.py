@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,9 @@ def flat_config(config: Mapping[str, object], prefix: str = "") -> dict[str, boo
 
 
 def check_tracker(name: str) -> None:
-    """Check that accelerate has a tracker of that name, and that its package is installed.
+    """Check that accelerate has a tracker of that name, that its package is installed, and that it needs no login yet.
+
+    Only Weights & Biases is asked for its login, without its network: others have none, or do not tell.
 
     Raises:
         UserError: If not.
@@ -133,6 +136,21 @@ def check_tracker(name: str) -> None:
         raise UserError(f"--log-with {name!r}: there is no such tracker; accelerate has {', '.join(known)}")
     if name not in map(str, get_available_trackers()):
         raise UserError(f"--log-with {name}: its package is not installed here: pip install {name}")
+    if name == "wandb" and not _wandb_is_ready():
+        raise UserError(
+            "--log-with wandb: nobody is logged in: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline "
+            "and upload the run later with `wandb sync`"
+        )
+
+
+def _wandb_is_ready() -> bool:
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return True
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return wandb.api.api_key is not None  # versions before `prompt`
 
 
 def tracker_reporter(name: str, run_dir: Path) -> TrackerReporter:

@@ -142,7 +142,7 @@ def numbered(run_dir: Path) -> list[tuple[Path, int]]:
 def _serial(folder: Path) -> int:
     try:
         return int(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["serial"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
 
 

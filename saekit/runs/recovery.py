@@ -87,7 +87,7 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint} is damaged: {INDEX_FILE} is no index") from None
     if version != FORMAT:
         raise UserError(
-            f"checkpoint {checkpoint} has format {version}, and this saekit goes on from format {FORMAT} only: "
+            f"checkpoint {checkpoint} has format {version!r}, and this saekit goes on from format {FORMAT} only: "
             "use the version that wrote it"
         )
     if damage := damage_of(index):

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -172,7 +173,7 @@ def test_progress_is_whole_on_a_narrow_terminal(make_state, make_stats, width, f
     assert len(line) <= width
     if width >= 40:
         assert "…" not in line
-        assert re.search(r"ETA|done in|stopped after", line)
+        assert re.search(r"ETA|failed after|stopped after", line)
 
 
 def test_skipped_steps_are_not_cut_off(make_state, make_stats, tmp_path):
@@ -195,11 +196,11 @@ def test_a_diverged_layer_is_named_with_its_fvu_then_and_now(make_state, make_st
     assert len(picture(state.after(stats), 80, 12)) < 12
 
 
-def test_a_run_whose_last_step_was_skipped_is_not_done(make_state, make_stats):
-    state = make_state(2)
-    for bad, said in ((0, "done in"), (2, "failed after")):
-        ended = replace(state.after(replace(make_stats(1000), bad_in_row=bad)), finished=True)
-        assert said in "\n".join(picture(ended))
+@pytest.mark.parametrize(("bad", "saved", "said"), [(0, 1000, "done"), (2, 1000, "failed"), (0, 900, "failed")])
+def test_a_run_whose_last_step_was_skipped_or_is_not_saved_is_not_done(make_state, make_stats, bad, saved, said):
+    state = replace(make_state(2), saved=(Path(f"step_{saved:08}"), saved))
+    ended = replace(state.after(replace(make_stats(1000), bad_in_row=bad)), finished=True)
+    assert f"{said} {'in' if said == 'done' else 'after'}" in "\n".join(picture(ended))
 
 
 def test_long_names_lose_their_beginning(make_state):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -94,28 +95,36 @@ def test_a_report_that_was_written_is_not_repeated(make_info, make_stats):
     reporter = PlainReporter(stream)
     reporter.start(make_info())
     reporter.step(make_stats(1000))
+    reporter.saved(Path("step_00001000"), 1000)
     reporter.finish()
     assert stream.getvalue().count("step 1,000/1,000") == 1
     assert "done in 0s" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("bad", "diverged", "said"),
+    ("bad", "diverged", "saved", "said"),
     [
-        (0, {}, "done in 0s"),
+        (0, {}, 1000, "done in 0s"),
+        (0, {}, None, "failed after 0s"),
+        (0, {}, 900, "failed after 0s"),
         (
             0,
             {"layers.1": Lowest(0.3, 40)},
+            1000,
             "done in 0s, but 1 of 2 layers diverged: layers.1 FVU 1.5100, was 0.3000 at step 40",
         ),
-        (3, {}, "failed after 0s"),
+        (3, {}, 1000, "failed after 0s"),
     ],
 )
-def test_how_it_ended(make_info, make_stats, clock, bad, diverged, said):
+def test_how_it_ended(make_info, make_stats, clock, bad, diverged, saved, said):
     stream = io.StringIO()
     reporter = PlainReporter(stream, clock=clock)
     reporter.start(make_info())
+    if saved == 900:
+        reporter.saved(Path("step_00000900"), saved)
     reporter.step(replace(make_stats(1000, fvu=1.5), bad_in_row=bad, diverged=diverged))
+    if saved == 1000:
+        reporter.saved(Path("step_00001000"), saved)
     reporter.finish()
     *_, last = stream.getvalue().splitlines()
     assert last == said

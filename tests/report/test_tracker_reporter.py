@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+from types import SimpleNamespace
+
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
-from saekit.report.trackers import TrackerReporter, evaluation_metrics, flat_config, metrics
+from saekit.errors import UserError
+from saekit.report.trackers import TrackerReporter, check_tracker, evaluation_metrics, flat_config, metrics
 
 
 class Recorder(GeneralTracker):
@@ -86,3 +92,35 @@ def test_names_of_evaluations(make_evaluation):
     assert flat["eval/ce_clean"] == 1.5
     bare = evaluation_metrics(make_evaluation(5, head=False))
     assert {name.split("/")[1] for name in bare} == {"fvu", "explained_variance", "cosine", "l0", "dead_pct"}
+
+
+def wandb_of(mode, logged_in, asks):
+    """What saekit uses of the package, with or without the option not to ask for a key."""
+    settings = SimpleNamespace(settings=SimpleNamespace(mode=mode))
+    if asks:
+        return SimpleNamespace(setup=lambda: settings, login=lambda prompt=True, verify=True: not prompt and logged_in)
+    api = SimpleNamespace(api_key="key" if logged_in else None)
+    return SimpleNamespace(setup=lambda: settings, login=lambda key=None: None, api=api)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize(("mode", "logged_in"), [("online", False), ("online", True), ("offline", False)])
+def test_nobody_is_logged_in(monkeypatch, mode, logged_in, asks):
+    """Told before anything is tokenized; without a network the login cannot be tried, nor need it be."""
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setitem(sys.modules, "wandb", wandb_of(mode, logged_in, asks))
+    if mode == "offline" or logged_in:
+        check_tracker("wandb")
+    else:
+        with pytest.raises(UserError, match="--log-with wandb: nobody is logged in: run `wandb login`"):
+            check_tracker("wandb")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_the_real_wandb(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nobody is logged in"):
+        check_tracker("wandb")
