@@ -7,6 +7,7 @@ tests/placement/test_failures.py, `launch_file`).
 As a script it reads requests, one JSON object per line, and answers each with the ranks' exit codes.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -150,8 +151,15 @@ def import_everything() -> None:
         torch.set_num_interop_threads(1)
     # At first use they import the language model's own module, and DeepSpeed, by way of a `torch.compile`, these two.
     models = [f"transformers.models.{model}.modeling_{model}" for model in ("gpt2", "llama")]
-    for module in [*models, "torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]:
-        importlib.import_module(module)
+    with redirect_stdout(sys.stderr):  # DeepSpeed says there what it found; answers go to stdout
+        for module in ["datasets", *models, "torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]:
+            importlib.import_module(module)
+        with suppress(ImportError):
+            importlib.import_module("deepspeed")
+        # A second of regular expressions that loading any model compiles.
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
+    gc.collect()
+    gc.freeze()  # the ranks' own collections need not look at all of this again
 
 
 if __name__ == "__main__":
