@@ -20,6 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.forked import Forked
+
 settings.register_profile(
     "saekit", max_examples=int(os.environ.get("SAEKIT_EXAMPLES", "100")), deadline=None, derandomize=True
 )
@@ -67,6 +69,13 @@ def model_dir(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Starts ranks without a launcher, see `tests.forked`."""
+    with Forked() as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="session")

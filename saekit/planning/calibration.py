@@ -26,6 +26,8 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """In which the language model may run."""
 ROUNDS = 5
 """Of which the fastest counts."""
+LATENTS = 16384
+"""Of the layer that the optimizers update."""
 OPTIMIZERS = (
     TrainConfig(),
     TrainConfig(moments_dtype="bf16"),
@@ -202,12 +204,11 @@ def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> floa
 
 def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
     """Measure seconds per parameter of each optimizer that works here."""
-    M = 16384
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks for 4 bits is of no interest here
     for cfg in OPTIMIZERS:
         kernels = choose_kernels("auto", "fp32", device)
         try:
-            layer = Layer(cfg, MUON_WIDTH, M, kernels, device)
+            layer = Layer(cfg, MUON_WIDTH, LATENTS, kernels, device)
             parameters = list(layer.sae.parameters())
             for parameter in parameters:
                 parameter.grad = torch.full_like(parameter, 1e-3)

@@ -9,7 +9,6 @@ from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.activations.live import LiveModel
 from saekit.report import Reporters
 from tests.cli.conftest import saekit  # noqa: F401  # a fixture
-from tests.forked import Forked
 from tests.training.conftest import make_trainer, tiny_llama, tokens  # noqa: F401  # fixtures
 from tests.training.runs import assert_same_tensors, tensors_of
 
@@ -85,17 +84,16 @@ def test_it_trains_through_the_command_line(plugin, saekit, tmp_path):  # noqa: 
 
 
 @pytest.mark.slow
-def test_units_of_several_widths_under_each_placement(plugin, tmp_path):
+def test_units_of_several_widths_under_each_placement(plugin, tmp_path, forked):
     """The same SAEs in one process and on two ranks, of which each has a unit of another width under layer-map."""
     found = {}
-    with Forked() as ranks:
-        for name, count in (("single", None), ("ddp", 2), ("layer-map", 2), ("zero3", 2)):
-            command = ["train", "directions", "none", "--plugin", plugin, "--source", "directions", "--k", 3]
-            command += ["--batch-size", 8 // (count or 1), "--expansion-factor", 4, "--activation", "batchtopk"]
-            command += ["--save-dir", tmp_path, "--run-name", name, *(["--placement", name] if count else [])]
-            said = tmp_path / f"{name}.txt"
-            assert not any(ranks.run(command, count, said, tmp_path, timeout=120)), said.read_text()
-            found[name] = tensors_of((tmp_path / name / "latest").resolve())
+    for name, count in (("single", None), ("ddp", 2), ("layer-map", 2), ("zero3", 2)):
+        command = ["train", "directions", "none", "--plugin", plugin, "--source", "directions", "--k", 3]
+        command += ["--batch-size", 8 // (count or 1), "--expansion-factor", 4, "--activation", "batchtopk"]
+        command += ["--save-dir", tmp_path, "--run-name", name, *(["--placement", name] if count else [])]
+        said = tmp_path / f"{name}.txt"
+        assert not any(forked.run(command, count, said, tmp_path, timeout=120)), said.read_text()
+        found[name] = tensors_of((tmp_path / name / "latest").resolve())
     for name in ("ddp", "layer-map", "zero3"):
         assert_same_tensors(found[name], found["single"], rtol=1e-4, atol=1e-5)
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saekit.demo import MODEL_DIR
-from tests.forked import ROOT, Forked, environment
+from tests.forked import ROOT, environment
 
 DEMO_LM = MODEL_DIR
 SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
@@ -61,13 +61,6 @@ def overflowing(tmp_path_factory, gpt2_dir, token_dir):
         ids[(step - 1) * GLOBAL_BATCH + place][3] = 2001
     Dataset.from_dict({"input_ids": ids}).save_to_disk(folder / "data")
     return folder / "model", folder / "data"
-
-
-@pytest.fixture(scope="session")
-def forked():
-    """Starts ranks without a launcher."""
-    with Forked() as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="session")

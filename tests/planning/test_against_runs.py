@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saekit.config import RunConfig
 from saekit.planning import Machine, Offload, make_plan
-from tests.forked import Forked
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,13 +98,6 @@ def config_of(size, folder, placement):
         **options,
         **({} if placement == "single" else {"placement": placement}),
     }
-
-
-@pytest.fixture(scope="module")
-def forked():
-    """Starts ranks without a launcher: of two ranks it is their tensors that count, not the process's memory."""
-    with Forked() as ranks:
-        yield ranks
 
 
 def measured_and_planned(size, folder, placement="single", offload=False, forked=None):

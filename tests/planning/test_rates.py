@@ -75,6 +75,9 @@ def test_calibrate_is_kept_reported_and_used(saekit, model_dir, cache, monkeypat
         "shapes",
         lambda _: [(8, 8, 64, 1), (64, 8, 64, 4), (8, 8, 512, 4), (8, 64, 64, 1), (64, 64, 64, 4)],
     )
+    monkeypatch.setattr(calibration, "LATENTS", 256)
+    fastest = calibration.fastest
+    monkeypatch.setattr(calibration, "fastest", lambda work, device, *_: fastest(work, device, 1))
     done = saekit("plan", "--calibrate")
     assert done.code == 0, done.err
     assert "matmul fp32" in done.out
