@@ -26,7 +26,7 @@ from pathlib import Path
 from saekit.errors import UserError
 from saekit.runs import lock
 {disk}
-say = lambda text: print(text, flush=True)
+say = lambda text: os.write(1, (text + chr(10)).encode())  # in one piece, also where two processes speak at once
 {before}
 try:
     with lock.hold(Path(sys.argv[1]), float(sys.argv[2]), say):
