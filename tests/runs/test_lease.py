@@ -43,6 +43,16 @@ def test_a_lease_of_another_machine_keeps_out_until_it_expires(tmp_path, monkeyp
         assert read_lease(run / ".lock").pid == os.getpid()
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_of_two_that_write_a_lease_at_once_the_later_one_has_it(tmp_path, monkeypatch, kind):
+    patch_disk(monkeypatch, kind)
+    run = tmp_path / "run"
+    monkeypatch.setattr(time, "sleep", lambda seconds: leave(run, other_writer()))  # while ours settles
+    with pytest.raises(UserError, match="in use: process 77 on node7"), hold(run):
+        pass
+    assert read_lease(run / ".lock").pid == 77
+
+
 def test_on_a_local_disk_flock_is_enough(tmp_path):
     """The container that had the lock is gone, and its name with it."""
     leave(tmp_path / "run", other_writer())
