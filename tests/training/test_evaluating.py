@@ -85,9 +85,10 @@ def test_training_does_not_notice(train, tmp_path, optimizer):
     assert len(evaluations_of(tmp_path / "with")) == 4
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "signum"])
-def test_it_is_what_the_checkpoint_would_give(train, tiny_llama, unread, tmp_path, optimizer):
-    checkpoint = train(eval_every=3, save_every=3, keep_last=9, optimizer=optimizer)
+@pytest.mark.parametrize("options", [{}, {"optimizer": "signum"}, {"max_norm_multiple": 1.0}], ids=str)
+def test_it_is_what_the_checkpoint_would_give(train, tiny_llama, unread, tmp_path, options):
+    """Also where half of all activations are longer than an SAE is for."""
+    checkpoint = train(eval_every=3, save_every=3, keep_last=9, **options)
     for step, found in evaluations_of(tmp_path / "run"):
         folder = checkpoint.with_name(f"step_{step:08d}")
         expected = evaluate(
