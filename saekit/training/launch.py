@@ -11,6 +11,7 @@ from saekit.config import RunConfig
 from saekit.errors import Interrupted
 from saekit.placement import Placement, Single, connect
 from saekit.placement.failure import one_error
+from saekit.placement.launcher import launcher_warnings
 from saekit.registry import SOURCES
 from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.runs.folder import run_folder, way_on
@@ -48,6 +49,8 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: In
 
 def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory, run_dir: Path) -> Path:
     train = cfg.train
+    for problem in launcher_warnings(train.grace):
+        watcher.status(f"Warning: {problem}")
     check_early(train, run_dir, placement)
     placement.check(train)
     source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)
