@@ -21,9 +21,14 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170
 
 # One launcher per machine. SLURM_PROCID is the machine's number; it is known only inside srun, hence the quotes.
-export per_node config head
-export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / per_node))
-srun bash -c 'exec accelerate launch --config_file "$config" \
+threads=$((SLURM_CPUS_PER_TASK / per_node))
+export per_node config head OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+# Two jobs that share a machine meet on different ports.
+export port=${PORT:-$((10000 + SLURM_JOB_ID % 22000))}
+# Since SLURM 22.05, srun does not take --cpus-per-task over from sbatch: without this, all ranks would share one core.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# If a machine's launcher ends with an error, the others end: none is left waiting for ranks that are gone.
+srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file "$config" \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * per_node))" \
-    --machine_rank "$SLURM_PROCID" --main_process_ip "$head" --main_process_port "${PORT:-29500}" \
+    --machine_rank "$SLURM_PROCID" --main_process_ip "$head" --main_process_port "$port" \
     -m saekit train --resume auto --grace 150 "$@"' saekit "$@"

@@ -14,7 +14,7 @@ TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
 TRAINER, BANK, UNIT, MESSAGE = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit", "message"))
 STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistics", "state", "start"))
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
-LOCAL = "saekit/placement/local.py"
+LOCAL, FAILURE = "saekit/placement/local.py", "saekit/placement/failure.py"
 CHECKPOINT, SAVING = "saekit/runs/checkpoint.py", "saekit/training/saving.py"
 RECOVERY, LOCK, LEASE = (f"saekit/runs/{part}.py" for part in ("recovery", "lock", "lease"))
 RUN_FOLDER = "saekit/training/run_folder.py"
@@ -84,6 +84,7 @@ LIKELY = {
     OPENING: "runs/test_opening",
     INDEX: "runs/test_opening",
     LOCATE: "runs/test_locate",
+    FAILURE: "placement/test_failures",
     LOCAL: "placement/test_single training/test_bad_steps",
     DDP: "placement/test_equivalence",
     ZERO3: "placement/test_zero3 placement/test_equivalence",
@@ -732,6 +733,41 @@ LIST: list[tuple[str, ...]] = [
         "        check_model(cfg.model)\n",
         "        pass\n",
         "cli/test_early",
+    ),
+    (
+        "nobody leaves when another rank has failed",
+        FAILURE,
+        "            time.sleep(SILENCE)\n            leave_at_once(1)\n",
+        "            raise\n",
+        "placement/test_failures::test_an_error_on_one_rank_ends_all_and_is_shown_once",
+    ),
+    (
+        "a rank that waits is not ended by another's failure",
+        FAILURE,
+        "        os._exit(1)\n\n\n@context",
+        "\n\n@context",
+        "placement/test_failures::test_a_rank_that_no_signal_reaches_leaves_when_another_fails",
+    ),
+    (
+        "a failure of an earlier start counts",
+        FAILURE,
+        'f"saekit/{start}/failures"',
+        '"saekit/failures"',
+        "placement/test_failures::test_a_failure_of_an_earlier_start_is_forgotten",
+    ),
+    (
+        "fast writers wait in a collective of the training",
+        ZERO3,
+        "            self.gather(None)\n            wave",
+        "            wave",
+        "placement/test_waits",
+    ),
+    (
+        "groups of the engine keep half an hour",
+        ZERO3,
+        "        self.world.lengthen_timeouts()  # of the engine's own groups\n",
+        "",
+        "placement/test_waits",
     ),
 ]
 FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for each in LIST]

@@ -33,6 +33,7 @@ from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
 from saekit.data.held_out import shuffled, unread
 from saekit.errors import UserError
 from saekit.placement import Placement, connect
+from saekit.placement.failure import one_error
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import CONFIG_FILE, EVAL_FILE
 from saekit.runs.locate import check_files, locate
@@ -75,7 +76,7 @@ class Evaluated(NamedTuple):
 
 @contextmanager
 def joined(quiet: bool) -> Iterator[Placement]:
-    """The ranks of an evaluation, parted from when it went well. Collective.
+    """The ranks of an evaluation, parted from when it went well; an error on one of them ends all. Collective.
 
     Args:
         quiet: Whether the libraries are to show no progress bars; only rank 0 ever does.
@@ -83,8 +84,9 @@ def joined(quiet: bool) -> Iterator[Placement]:
     placement = connect()
     if quiet or placement.rank > 0:
         no_bars()
-    yield placement
-    placement.close()
+    with one_error(placement, lambda: "start the evaluation again"):
+        yield placement
+        placement.close()
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,9 @@ def leave(code: int) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code and _have_met():  # taking connections down can mean to wait for a rank that will not answer
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 

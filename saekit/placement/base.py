@@ -196,6 +196,12 @@ class Placement(Questions, ABC):
     def held_bytes(self) -> int:
         """Return the bytes of parameters, gradients and optimizer state on this rank at this moment."""
 
+    def watch(self) -> None:  # one process has no others to watch
+        """End this process when another rank has failed, from now on until `close`."""
+
+    def closing(self, error: BaseException) -> None:  # nobody waits for one process
+        """Note that training has raised an error, before anything is closed: that may take long, and others wait."""
+
     def first_to_fail(self) -> bool:
         """Tell a rank that ends with an error whether it is the first, whose error is the one to show."""
         return True

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import uuid
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from saekit.placement.base import Placement
+from saekit.placement.failure import FailureWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
+CONNECTS = timedelta(minutes=10)
+"""Time for which ranks wait for one another when they meet: one that is not there by then does not come."""
+AT_WORK = timedelta(hours=1)
+"""Time that a collective of the training may take."""
 PATIENCE = timedelta(days=1)
 """Time for which ranks wait for one another outside the training: one of them may be tokenizing a large data set."""
 
@@ -32,9 +40,20 @@ class World:
     """Chosen by the rank on this machine, not by the one over all machines."""
     control: dist.ProcessGroup
     """For small plain values, over TCP, so that no GPU is involved."""
-    store: dist.Store  # type: ignore[name-defined]
-    """The launcher's store, shared by all ranks; it still answers when a rank is gone."""
+    failures: FailureWatch
+    """Knows of ranks that have failed; it still does when a rank is gone."""
     accelerator: Accelerator
+
+    def lengthen_timeouts(self) -> None:
+        """Let collectives of all groups that there are now take their time: groups start with 10 or 30 minutes.
+
+        The libraries that make them can be told otherwise in part only: accelerate passes nothing on that equals its
+        own default, and DeepSpeed copies the group of all ranks without its timeout.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Set timeout is now only supported", UserWarning)
+            for group in list(c10d._world.pg_map):
+                c10d._set_pg_timeout(PATIENCE if group == self.control else AT_WORK, group)
 
 
 def start_world(zero: DeepSpeedPlugin | None = None) -> World:
@@ -49,16 +68,21 @@ def start_world(zero: DeepSpeedPlugin | None = None) -> World:
     from accelerate.utils import InitProcessGroupKwargs
 
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")
+    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=CONNECTS)
     # Told that it is on a CPU, accelerate would not look at the plugin.
     accelerator = Accelerator(
         cpu=on_cpu and zero is None, mixed_precision="no", deepspeed_plugin=zero, kwargs_handlers=[backend]
     )
-    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=CONNECTS)
     # A connection of our own: the process group's is busy while a collective waits.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    start = [uuid.uuid4().hex]
+    dist.broadcast_object_list(start, src=0, group=control)
+    failures = FailureWatch(store, start[0], accelerator.num_processes)
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device  # not cpu:0
-    return World(accelerator.process_index, accelerator.num_processes, device, control, store, accelerator)
+    world = World(accelerator.process_index, accelerator.num_processes, device, control, failures, accelerator)
+    world.lengthen_timeouts()
+    return world
 
 
 class Ranked(Placement):
@@ -96,17 +120,24 @@ class Ranked(Placement):
         dist.all_gather_object(values, value, group=self.world.control)
         return values
 
+    def watch(self) -> None:
+        """Ask the launcher's store twice a second."""
+        self.world.failures.begin()
+
+    def closing(self, error: BaseException) -> None:
+        """Give what is closed some seconds."""
+        self.world.failures.closing(error)
+
     def first_to_fail(self) -> bool:
         """Ask the launcher's store, which counts."""
-        try:
-            return self.world.store.add("saekit/failures", 1) == 1
-        except RuntimeError:  # the store is gone with the rank or the launcher that had it
-            return True
+        return self.world.failures.claim()
 
     def close(self) -> None:
         """Wait for the others and end the process groups."""
+        self.world.failures.leave()
         # A rank that simply ends tears its connections out of those who are still at work: gloo aborts them.
         self.gather(None)
+        self.world.failures.end()
         dist.destroy_process_group()
         # The last reference to the groups: their threads end here. One that still holds a tensor of the last collective
         # while Python is being taken down would abort the process.

@@ -115,6 +115,7 @@ class Zero3(Ranked):
 
         bank = nn.ModuleList(self._saes.values())
         self._engine, _ = self.world.accelerator.prepare(bank, self._torch_optimizer)
+        self.world.lengthen_timeouts()  # of the engine's own groups
         share_masters(self._engine.optimizer)
         self._pieces = find_pieces(self._engine.optimizer)
         decoders = [self._pieces[sae.W_dec] for sae in self._saes.values() if sae.normalize_decoder]
@@ -211,6 +212,8 @@ class Zero3(Ranked):
         """Take as many layers in a row as there are ranks: each rank leads one."""
         hookpoints = self.layers()
         for start in range(0, len(hookpoints), self.world_size):
+            # A rank may still be writing its layer of the last wave, for longer than a collective may take.
+            self.gather(None)
             wave = hookpoints[start : start + self.world_size]
             mine = [(name, *whole) for name in wave if (whole := self.whole(name)) is not None]
             while mine:  # not kept here while the next wave is gathered
@@ -245,7 +248,9 @@ class Zero3(Ranked):
         """Shard it by DeepSpeed: each of its modules is gathered while it runs."""
         from saekit.placement.deepspeed import load_sharded
 
-        return load_sharded(load, dtype)
+        model = load_sharded(load, dtype)
+        self.world.lengthen_timeouts()  # of DeepSpeed's own groups
+        return model
 
     def held_bytes(self) -> int:
         """Count shards, master weights where they are not the shards, gradients and state."""

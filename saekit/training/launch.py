@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from saekit.activations import no_bars
 from saekit.activations.source import Source
 from saekit.config import RunConfig
-from saekit.errors import SILENCE, Interrupted, UserError
+from saekit.errors import Interrupted
 from saekit.placement import Placement, Single, connect
+from saekit.placement.failure import one_error
+from saekit.placement.launcher import launcher_warnings
 from saekit.registry import SOURCES
 from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.runs.folder import run_folder, way_on
@@ -39,7 +38,7 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: In
     if placement.rank > 0 or not sys.stderr.isatty():
         no_bars()
     run_dir = run_folder(cfg.train, default_run_name(cfg.model.model, cfg))
-    with _one_error(placement, run_dir):
+    with one_error(placement, lambda: way_on(run_dir)):
         watcher: Reporter = (reporter or terminal_reporter()) if placement.rank == 0 else Reporters()
         try:
             with one_writer(cfg.train, run_dir, placement, watcher.status):
@@ -48,29 +47,10 @@ def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: In
             watcher.finish()
 
 
-@contextmanager
-def _one_error(placement: Placement, run_dir: Path) -> Iterator[None]:
-    """An error on one rank ends them all; the one that came first is shown, by the rank that had it.
-
-    The others find their connections closed: they wait a moment, so that the launcher, which stops all ranks when the
-    first has ended, does not stop that one before it has spoken, and leave in silence.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not placement.first_to_fail():
-            time.sleep(SILENCE)
-            raise SystemExit(1) from error
-        if placement.world_size > 1 and isinstance(error, RuntimeError) and "gloo" in str(error).lower():
-            raise UserError(
-                "another rank of this run has ended without an error message (killed, out of memory, or its machine is "
-                f"gone); {way_on(run_dir)}"
-            ) from error
-        raise
-
-
 def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemory, run_dir: Path) -> Path:
     train = cfg.train
+    for problem in launcher_warnings(train.grace):
+        watcher.status(f"Warning: {problem}")
     check_early(train, run_dir, placement)
     placement.check(train)
     source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)

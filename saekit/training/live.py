@@ -123,4 +123,6 @@ def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[
         return load_with_head(cfg.model, shape, placement.device).model
     if not cfg.train.shard_lm:
         return load()
+    # Ranks of another machine, with a cache of its own, may still be tokenizing: for longer than a collective may take.
+    placement.gather(None)
     return placement.load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))

@@ -141,10 +141,9 @@ class SaeTrainer:
         self.plan: RunPlan = plan_run(cfg, source, run, self.placement)
         self.subject = subject_of(self.plan, self.placement)
         self.report = Reporters()
-        self._has_checkpoint = False
+        self._has_checkpoint = goes_on(cfg, self.plan.run_dir)
         if self.placement.rank == 0:  # the others train in silence: the numbers are global
             check_run_folder(cfg, self.plan.run_dir)
-            self._has_checkpoint = goes_on(cfg, self.plan.run_dir)
             watchers = [reporter or terminal_reporter(), self._metrics()]
             if cfg.log_with is not None:
                 watchers.append(tracker_reporter(cfg.log_with, self.plan.run_dir))
@@ -171,11 +170,13 @@ class SaeTrainer:
             source.open(),
             ExitStack() as opened,
         ):
+            opened.push(self._closing)
             evaluate = Evaluating(self.subject, plan, self.placement, report, interruption)
             run, bank = self._start()
             saver = Saver(plan, bank, run, report.status)
             clock, tokens_at_report = time.perf_counter(), run.tokens
             steps = opened.enter_context(Steps(source, run.step, plan.total_steps).open())
+            opened.push(self._closing)  # closing the steps can wait for a disk
 
             stop = evaluate(run).stop if evaluate.due(run) else 0  # makes up for one that a stop has prevented
             for step, batches in steps if not stop else ():
@@ -265,8 +266,13 @@ class SaeTrainer:
             write_at_once(plan.run_dir / CONFIG_FILE, yaml.safe_dump(plan.config(), sort_keys=False))
             self.report.start(plan.info(self.placement, step))
 
+    def _closing(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Exception):
+            self.placement.closing(error)
+
     def _last_words(self, message: str) -> None:
-        if self.placement.rank == 0:  # straight to the terminal: a lock on it may be what the run waits for
+        # Ranks on another machine, where no signal may have come, end as well.
+        if self.placement.first_to_fail():  # straight to the terminal: a lock on it may be what the run waits for
             cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
             way = f"--resume {self.plan.run_dir} goes on from the last checkpoint"
             way = way if self._has_checkpoint else "it has not saved a checkpoint yet"  # the disk may be the trouble

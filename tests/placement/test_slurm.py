@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,21 +12,30 @@ import pytest
 
 import saekit
 from saekit.runs.recovery import read_index
+from tests.forked import free_port
 from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
 
-pytestmark = pytest.mark.slow
 ROOT = Path(saekit.__file__).parent.parent
 SRUN = """#!/bin/bash
+# One task per machine. As since 22.05, its CPUs are one, or those of SRUN_CPUS_PER_TASK. A task that fails ends the
+# others only if that is asked for.
+options=()
+while [[ $1 == --* ]]; do options+=("$1"); shift; done
+export SLURM_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-1}
 SLURM_PROCID=0 "$@" & first=$!
 SLURM_PROCID=1 "$@" & second=$!
-wait $first && wait $second
+if ! { wait -n && wait -n; }; then
+    [[ " ${options[*]} " == *" --kill-on-bad-exit=1 "* ]] && kill $first $second 2> /dev/null
+    wait
+    exit 1
+fi
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+ACCELERATE = """#!/bin/bash
+[[ $FAILS == "$SLURM_PROCID" ]] && exit 7
+[[ -n $FAILS ]] && exec sleep 50
+echo "machine=$SLURM_PROCID cpus=$SLURM_CPUS_PER_TASK threads=$OMP_NUM_THREADS $*" >> "$SAID"
+"""
+"""Says what it was started with; or fails, or waits for the other one, which has."""
 
 
 def many_tokens(tmp_path):
@@ -45,7 +53,7 @@ def sbatch(tmp_path, token_dir):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def start(file, *options, data=token_dir):
+    def start(file, *options, data=token_dir, **variables):
         environment = {
             **os.environ,
             "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -53,11 +61,12 @@ def sbatch(tmp_path, token_dir):
             "SLURM_JOB_NODELIST": "two",
             "SLURM_NNODES": "2",
             "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_JOB_ID": str(22_000 * 1_000 + free_port() - 10_000),
             "GPUS_PER_NODE": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "CI": "true",
-            "PORT": str(free_port()),
             "CONFIG": str(ROOT / "accelerate_configs" / f"{file}.yaml"),
+            **variables,
         }
         sizes = ["--num-latents", "64", "--k", "4", "--ctx-len", str(CTX_LEN), "--batch-size", str(GLOBAL_BATCH // 2)]
         place = ["--save-dir", str(tmp_path), "--run-name", "run"]
@@ -69,6 +78,32 @@ def sbatch(tmp_path, token_dir):
     return start
 
 
+@pytest.mark.parametrize(("per_node", "cpus", "threads"), [(8, 32, 4), (8, 4, 1)])
+def test_each_machine_gets_one_launcher_with_its_cpus_and_the_jobs_port(tmp_path, sbatch, per_node, cpus, threads):
+    (tmp_path / "accelerate").write_text(ACCELERATE)
+    (tmp_path / "accelerate").chmod(0o755)
+    job = {"SLURM_JOB_ID": "4194345", "GPUS_PER_NODE": str(per_node), "SLURM_CPUS_PER_TASK": str(cpus)}
+    running = sbatch("multi_node", SAID=str(tmp_path / "said"), **job)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 0, errors
+    lines = sorted((tmp_path / "said").read_text().splitlines())
+    assert [line.split(" ")[:3] for line in lines] == [
+        [f"machine={rank}", f"cpus={cpus}", f"threads={threads}"] for rank in (0, 1)
+    ]
+    for rank, line in enumerate(lines):
+        assert f" --machine_rank {rank} --main_process_ip 127.0.0.1 --main_process_port 24345 " in line
+        assert f" --num_machines 2 --num_processes {2 * per_node} " in line
+
+
+def test_a_launcher_that_fails_ends_the_one_on_the_other_machine(tmp_path, sbatch):
+    (tmp_path / "accelerate").write_text(ACCELERATE)
+    (tmp_path / "accelerate").chmod(0o755)
+    running = sbatch("multi_node", FAILS="1")
+    running.communicate(timeout=30)
+    assert running.returncode == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "options"), [("multi_node", []), ("multi_node", ["--placement", "layer-map"]), ("zero3", [])]
 )
@@ -81,6 +116,7 @@ def test_two_launchers_make_one_run(tmp_path, sbatch, file, options):
     assert read_index(tmp_path / "run" / "latest")["step"] == 20
 
 
+@pytest.mark.slow
 def test_a_job_that_is_signalled_saves_and_the_next_one_goes_on(tmp_path, sbatch):
     """SLURM's signal reaches the processes that srun started, which are the launchers."""
     job = sbatch("multi_node", "--save-every", "100000", data=many_tokens(tmp_path))

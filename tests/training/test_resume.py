@@ -10,11 +10,12 @@ import torch
 from saekit import Sae, UserError
 from saekit.errors import Interrupted
 from saekit.placement import Single
+from saekit.placement.failure import one_error
+from saekit.runs.folder import way_on
 from saekit.runs.layout import FORMAT
 from saekit.runs.lease import Writer, write_lease
 from saekit.runs.locate import locate
 from saekit.runs.recovery import find_checkpoint
-from saekit.training.launch import _one_error
 from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
@@ -177,7 +178,7 @@ def test_only_a_run_with_a_checkpoint_is_said_to_go_on(tmp_path, found, way):
     run = tmp_path / "run"
     if found != "nothing":
         (run / found).mkdir(parents=True)
-    with pytest.raises(UserError) as ended, _one_error(TwoRanks(torch.device("cpu")), run):
+    with pytest.raises(UserError) as ended, one_error(TwoRanks(torch.device("cpu")), lambda: way_on(run)):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     assert str(ended.value).endswith(f"; {way.format(run=run)}")
 
@@ -190,6 +191,13 @@ def test_last_words_promise_what_is_there(make_trainer, tmp_path, capfd):
     for each in (trainer, make_trainer(resume=True)):
         each._last_words("SIGTERM came")
         assert capfd.readouterr().err.endswith(way)
+
+
+def test_last_words_are_those_of_the_first_rank(make_trainer, monkeypatch, capfd):
+    """Which tells the others, on machines where no signal may have come."""
+    monkeypatch.setattr(Single, "first_to_fail", lambda self: False)
+    make_trainer()._last_words("SIGTERM came")
+    assert capfd.readouterr().err == ""
 
 
 class FailsToStart(Recorder):
