@@ -313,6 +313,13 @@ LIST: list[tuple[str, ...]] = [
         "            os.replace(folder, doomed)\n        shutil.rmtree(doomed)",
         "            doomed = folder\n        shutil.rmtree(doomed)",
     ),
+    (
+        "a folder that cannot be flushed fails every save",
+        "saekit/runs/files.py",
+        "error.errno not in CANNOT_FLUSH_FOLDERS or not path.is_dir()",
+        "True",
+        "training/test_full_disk",
+    ),
     ("skipping forgets to drop the gradient", DDP, "            gradient.zero_()\n", "            pass\n"),
     (
         "a skipped step moves the counters",
