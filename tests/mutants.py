@@ -320,6 +320,13 @@ LIST: list[tuple[str, ...]] = [
         "True",
         "training/test_full_disk",
     ),
+    (
+        "ranks that measure the network fill their pipes",
+        "saekit/placement/network.py",
+        "stdout=subprocess.DEVNULL, stderr=file",
+        "stdout=subprocess.PIPE, stderr=file",
+        "placement/test_network",
+    ),
     ("skipping forgets to drop the gradient", DDP, "            gradient.zero_()\n", "            pass\n"),
     (
         "a skipped step moves the counters",
