@@ -327,6 +327,13 @@ LIST: list[tuple[str, ...]] = [
         "stdout=subprocess.PIPE, stderr=file",
         "placement/test_network",
     ),
+    (
+        "a rank with weights that are not finite leaves the others amid a save",
+        STATE,
+        "            broken.append(name)  # other ranks still need this one's part of the units that they write\n",
+        "            broken.append(name)\n            break\n",
+        "training/test_save_faults",
+    ),
     ("skipping forgets to drop the gradient", DDP, "            gradient.zero_()\n", "            pass\n"),
     (
         "a skipped step moves the counters",

@@ -68,7 +68,7 @@ class Saver:
 
         Raises:
             SaveError: On all ranks, if one of them cannot write; the checkpoints there were are as they were.
-            UserError: If weights are not finite.
+            UserError: On all ranks, if weights are not finite on one of them.
         """
         run, plan = self.run, self.plan
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
@@ -108,7 +108,7 @@ class Saver:
 
         Raises:
             SaveError: On all ranks, if that was in vain, or cannot succeed.
-            UserError: If weights are not finite.
+            UserError: As `save`.
         """
         until, told = time.monotonic() + PATIENCE, False
         while True:
@@ -142,22 +142,29 @@ class Saver:
         self._on_all(work if self.placement.rank == 0 else lambda: None)
 
     def _on_all(self, work: Callable[[], Part]) -> list[Part | None]:
-        """One part of the save, on every rank; where one cannot write, all give up together."""
+        """One part of the save, on every rank; where one cannot write, or must not, all give up together."""
         result: Part | None = None
         problem: tuple[str, bool] | None = None
+        refusal: str | None = None
         try:
             result = work()
         except OSError as error:
             problem = _words(error), isinstance(error, checkpoint.NotHere)
-        outcomes = self.placement.gather((result, problem))
-        problems = [each for _, each in outcomes if each is not None]
-        if problems:
+        except UserError as error:
+            refusal = str(error)
+        outcomes = self.placement.gather((result, problem, refusal))
+        problems = [each for _, each, _ in outcomes if each is not None]
+        refusals = [each for _, _, each in outcomes if each is not None]
+        if problems or refusals:
             self._clean_up()
+        if refusals:
+            raise UserError(refusals[0])
+        if problems:
             before = self.run.checkpoint
             last = f"the one before it, {before}, is whole (--resume)" if before else "there is none before it"
             message = f"the checkpoint of step {self.run.step} could not be written ({problems[0][0]}); {last}"
             raise SaveError(message, lasting=any(lasting for _, lasting in problems))
-        return [part for part, _ in outcomes]
+        return [part for part, _, _ in outcomes]
 
     def _clean_up(self) -> None:
         """Give back the disk space of a save that failed, unless all that failed was what comes after it."""

@@ -122,22 +122,26 @@ def calibration(name: str, moments: Moments, max_norm: float | None = None) -> C
     return Calibration(moments.mean_D().float(), variance, max_norm)
 
 
-def check_finite(name: str, weights: dict[str, Tensor], step: int) -> None:
-    """Refuse to save weights with NaN or Inf, which no run could continue from."""
-    for tensor in weights.values():
-        if not bool(torch.isfinite(tensor.sum())):  # a sum needs no memory, unlike isfinite of each element
-            raise UserError(
-                f"{name}: NaN or Inf in the SAE's weights at step {step}, which is not saved; try a smaller --lr"
-            )
+def are_finite(weights: dict[str, Tensor]) -> bool:
+    """Tell whether weights are without NaN and Inf."""
+    # A sum needs no memory, unlike isfinite of each element.
+    return all(bool(torch.isfinite(tensor.sum())) for tensor in weights.values())
 
 
 def records(
     run: RunState, bank: Bank, plan: RunPlan, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
-    """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective."""
+    """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective.
+
+    Raises:
+        UserError: At the end, if weights have NaN or Inf, which no run could continue from.
+    """
     placement = bank.placement
+    broken: list[str] = []
     for name, weights, optimizer_state in placement.each_whole():
-        check_finite(name, weights, run.step)
+        if broken or not are_finite(weights):
+            broken.append(name)  # other ranks still need this one's part of the units that they write
+            continue
         known = run.calibration[name]
         limit = known.max_norm
         tensors = {
@@ -156,6 +160,10 @@ def records(
             "fvu": fvu.get(name),
         }
         yield name, LayerRecord(placement.sae(name), weights, tensors, unit_about)
+    if broken:
+        raise UserError(
+            f"{broken[0]}: NaN or Inf in the SAE's weights at step {run.step}, which is not saved; try a smaller --lr"
+        )
 
 
 def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, Calibration]:
