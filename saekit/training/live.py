@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.activations import (
     ModelShape,
+    agreed_type,
     choose_attention,
     find_tokenizer,
     load_model,
@@ -116,11 +117,12 @@ def _load_data(
 
 
 def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:
-    def load() -> PreTrainedModel:
-        return load_model(cfg.model, shape, layers, placement.device)
-
+    device, sharded = placement.device, cfg.train.shard_lm
+    model = agreed_type(cfg.model, device, placement.gather)
     if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
-        return load_with_head(cfg.model, shape, placement.device).model
-    if not cfg.train.shard_lm:
-        return load()
-    return placement.load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))
+        return load_with_head(model, shape, device).model
+
+    def load() -> PreTrainedModel:
+        return load_model(model, shape, layers, device, sharded=sharded)
+
+    return placement.load_sharded(load, resolve_dtype(model.dtype, device)) if sharded else load()
