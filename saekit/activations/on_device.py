@@ -40,7 +40,8 @@ def agreed_type(cfg: ModelConfig, device: torch.device, gather: Callable[[str], 
     if cfg.dtype != "auto":
         return cfg
     everywhere = set(gather(str(resolve_dtype("auto", device)).removeprefix("torch.")))
-    return replace(cfg, dtype=everywhere.pop() if len(everywhere) == 1 else "float32")
+    agreed: Any = everywhere.pop() if len(everywhere) == 1 else "float32"
+    return replace(cfg, dtype=agreed)
 
 
 def check_device(cfg: ModelConfig, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from saekit.machine import library_versions
 from saekit.report import StepStats
 from saekit.runs import checkpoint
 from saekit.runs.files import discard, point
+from saekit.runs.folder import way_on
 from saekit.runs.layout import BEST, INDEX_FILE, checkpoint_folders
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
@@ -68,9 +69,10 @@ class Saver:
 
         Raises:
             SaveError: On all ranks, if one of them cannot write; the checkpoints there were are as they were.
-            UserError: On all ranks, if weights are not finite on one of them.
+            UserError: On all ranks, if weights are not finite on one of them, or replicas differ.
         """
         run, plan = self.run, self.plan
+        self._compare_replicas()
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
         improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
         resolved = plan.resolved()
@@ -125,6 +127,15 @@ class Saver:
                     )
                 told = True
                 time.sleep(min(PAUSE, left))
+
+    def _compare_replicas(self) -> None:
+        for hookpoint, ranks in self.placement.strays().items():
+            whose = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+            raise UserError(
+                f"{hookpoint}: the SAE of {whose} is not that of the other ranks at step {self.run.step}, so "
+                "nothing is saved: processors of different kinds round differently, or one is broken; "
+                f"{way_on(self.plan.run_dir)}, on processors of one kind or with --placement layer-map"
+            )
 
     def _finish(self, files: checkpoint.Fingerprints, index: dict[str, Any], improved: bool) -> None:
         plan = self.plan

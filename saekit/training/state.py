@@ -17,6 +17,8 @@ from saekit.runs.opening import open_sae
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
+from saekit.sae.model import without_memory
+from saekit.sae.selection.base import make_selection
 from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
@@ -57,11 +59,21 @@ class RunState:
     """The checkpoint that was written last, or that the run continued from."""
 
 
-def new_sae(plan: RunPlan, name: str) -> Sae:
-    """Make a fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
+def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
+    """Make a fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units.
+
+    Args:
+        plan: The run.
+        name: The hookpoint.
+        blank: Leave the weights open instead of drawing them.
+    """
     unit = plan.unit(name)
-    generator = torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed))
-    fresh = Sae(**plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents), generator=generator)
+    sizes = plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents)
+    if blank:
+        selection = make_selection(sizes["selection"], sizes["k"], sizes["num_latents"])  # on the CPU, not on meta
+        fresh = without_memory(**{**sizes, "selection": selection}).to_empty(device="cpu")
+    else:
+        fresh = Sae(**sizes, generator=torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed)))
     fresh.chosen_kernels = plan.kernels
     fresh.prefixes = plan.cfg.sae.resolve_prefixes(unit.num_latents)
     return fresh
