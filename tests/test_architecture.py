@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": {"config"},
     "activations": {"config", "sae", "data"},
     "placement": {"config", "sae"},
-    "doctor": {"config", "sae"},
+    "doctor": {"config", "sae", "placement"},
     "runs": {"config", "sae", "report"},
     "analysis": {"config", "sae", "data", "activations", "placement", "runs"},
     "training": {"config", "sae", "data", "activations", "placement", "report", "runs", "analysis"},

@@ -7,8 +7,6 @@ from saekit.activations.head import ObjectiveName, WithHead, auto_with_head, loa
 from saekit.activations.hookpoints import Blocks, find_blocks, select_layers
 from saekit.activations.lm import (
     ModelShape,
-    check_device,
-    choose_attention,
     context_length,
     excluded_tokens,
     find_tokenizer,
@@ -18,11 +16,11 @@ from saekit.activations.lm import (
     model_shape,
     no_bars,
     resolve_ctx_len,
-    resolve_dtype,
     shape_of,
     vocabulary,
     vocabulary_of,
 )
+from saekit.activations.on_device import agreed_type, check_device, choose_attention, resolve_dtype
 from saekit.activations.splice import splice, start_behind
 from saekit.activations.tap import tap
 
@@ -31,6 +29,7 @@ __all__ = [
     "ModelShape",
     "ObjectiveName",
     "WithHead",
+    "agreed_type",
     "auto_with_head",
     "check_device",
     "choose_attention",

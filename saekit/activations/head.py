@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from saekit.activations.lm import ModelShape, check_device, check_loaded, from_pretrained, quietly, resolve_dtype
+from saekit.activations.lm import ModelShape, check_loaded, from_pretrained, quietly
+from saekit.activations.on_device import loading_arguments
 from saekit.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,12 +35,7 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
     """
     from transformers import AutoModel
 
-    check_device(cfg, device)
-    kwargs: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
-    if cfg.load_in_8bit:
-        from transformers import BitsAndBytesConfig
-
-        kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    kwargs = loading_arguments(cfg, device)
     asked = {"config": shape.config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     objective: ObjectiveName | None = objective_of(shape.config)
     with quietly():

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from saekit.activations.hookpoints import find_blocks, num_layers, text_config_of, width
+from saekit.activations.on_device import loading_arguments
 from saekit.config import ModelConfig, TrainConfig
 from saekit.errors import UserError, first_line
 from saekit.hub import asking_hub, check_model_name, is_path, path_of, why_not_found
 from saekit.model_files import check_model_folder
-from saekit.sae.kernels import has_fast_bf16
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 DEFAULT_CTX_LEN = 2048
 TOKENIZER_FILE = re.compile(r"token|vocab|\.model$|^merges\.txt$|^tekken|^bpe\.codes$")
 """Parts of the names of files in which tokenizers are saved."""
-PLAIN_ATTENTION_UP_TO = 256
-"""Tokens per sequence up to which a CPU computes attention by plain matmuls."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,19 @@ def find_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(cfg)
 
 
-def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: torch.device) -> PreTrainedModel:
+def load_model(
+    cfg: ModelConfig, shape: ModelShape, layers: list[int], device: torch.device, *, sharded: bool = False
+) -> PreTrainedModel:
     """Load a model up to its last layer in `layers`, frozen, in eval mode, on `device`.
 
     Blocks after the last tapped one are neither loaded nor run: the config is cut before the weights are read.
+
+    Args:
+        cfg: Which model, and in which type.
+        shape: Its sizes.
+        layers: Numbers of the layers that are tapped.
+        device: Where it goes.
+        sharded: Whether DeepSpeed cuts it among the ranks while it is loaded.
 
     Raises:
         UserError: If 8 bits are asked for without a device for them, or weights are missing from the checkpoint,
@@ -148,12 +155,7 @@ def load_model(cfg: ModelConfig, shape: ModelShape, layers: list[int], device: t
     """
     from transformers import AutoModel
 
-    kwargs: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
-    check_device(cfg, device)
-    if cfg.load_in_8bit:
-        from transformers import BitsAndBytesConfig
-
-        kwargs |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    kwargs = loading_arguments(cfg, device, sharded=sharded)
     config = cut_config(shape.config, max(layers) + 1)
     with quietly():
         # Other shapes are let through here to be refused by name below.
@@ -192,36 +194,6 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = depth
     return cut
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type of the language model's weights that `--dtype` means on this device."""
-    if name != "auto":
-        return getattr(torch, name)
-    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
-
-
-def choose_attention(model: PreTrainedModel, ctx_len: int) -> None:
-    """Let a model on a CPU compute attention in the way that is fastest for sequences of this length.
-
-    In bfloat16 torch's fused attention takes longer for short sequences than plain matmuls (measured up to 256 tokens:
-    the whole forward pass 10 to 25% faster). For longer ones the scores of all pairs of tokens would cost more.
-    """
-    short = ctx_len <= PLAIN_ATTENTION_UP_TO
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and short:
-        model.set_attn_implementation("eager")
-
-
-def check_device(cfg: ModelConfig, device: torch.device) -> None:
-    """Check that the device can load the model as configured.
-
-    Raises:
-        UserError: If 8 bits are asked for without a device for them.
-    """
-    if cfg.load_in_8bit and device.type != "cuda":
-        raise UserError(
-            f"--load-in-8bit needs a CUDA GPU, and the device is {device.type}: leave it out, or use --dtype bfloat16"
-        )
 
 
 def from_pretrained(auto: Any, cfg: ModelConfig, *, weights: bool = False, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 from saekit._version import __version__
 from saekit.activations import (
+    agreed_type,
     choose_attention,
     excluded_tokens,
     find_tokenizer,
@@ -139,7 +140,8 @@ def prepare(
         placement.gather(None)
 
     status(f"Loading {cfg.model.model}")
-    model, predicts = load_with_head(cfg.model, shape, placement.device)
+    agreed = agreed_type(cfg.model, placement.device, placement.gather)
+    model, predicts = load_with_head(agreed, shape, placement.device)
     choose_attention(model, ctx_len)
     excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
     mask_id = None if tokenizer is None else tokenizer.mask_token_id

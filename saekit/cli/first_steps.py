@@ -3,30 +3,71 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from saekit.cli.output import EXIT_FAULT, messages, progress, results, resumable
+from saekit.config import TrainConfig
 from saekit.demo import MODEL_DIR, standard_library
+from saekit.errors import UserError
 from saekit.text import command, for_screen
 
+if TYPE_CHECKING:
+    from saekit.doctor import Finding
+
+SAVE_DIR = TrainConfig().save_dir
 EVALUATED_SHARE = 7
 """Tokens that the demo trains on for each token that it evaluates on."""
 
 
 def doctor(
+    context: typer.Context,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, for a bug report; no token is in it.")
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback when a check itself goes wrong, and stop there.")
     ] = False,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            metavar="NAME",
+            help="Start the processes of a launch file and check them together, as saekit train would start them.",
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option("--num-processes", metavar="N", min=1, help="With --launch: how many, instead of the file's."),
+    ] = None,
+    save_dir: Annotated[
+        Path, typer.Option("--save-dir", metavar="PATH", help="Of several processes: the folder that all must see.")
+    ] = SAVE_DIR,
+    limit: Annotated[
+        float,
+        typer.Option("--limit", metavar="SECONDS", min=1, help="Of several processes: for how long they may wait."),
+    ] = 180.0,
 ) -> None:
-    """Check this machine: versions, devices, ranks, 8 bits, hub, resources; say what will not work, how to fix it."""
+    """Check this machine: versions, devices, ranks, 8 bits, hub, resources; say what will not work, how to fix it.
+
+    With --launch, or started by a launcher on each of several machines, check its processes together: devices,
+    collectives and their speed, shared folders, clocks, versions.
+    """
+    if launch is not None:
+        from saekit.cli.launch import relaunch
+
+        relaunch(context, launch, num_processes)
+        return
+    if num_processes is not None:
+        raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
+    if "RANK" in os.environ:
+        _check_together(save_dir, limit, as_json=as_json)
+        return
     with messages().status("Looking at this machine"):
         from saekit.doctor import can_train, diagnose, findings_to_json
         from saekit.views.doctor import render_findings
@@ -37,6 +78,23 @@ def doctor(
     else:
         render_findings(findings, results())
     if not can_train(findings):
+        raise typer.Exit(EXIT_FAULT)
+
+
+def _check_together(save_dir: Path, limit: float, *, as_json: bool) -> None:
+    """Check the ranks that a launcher has started, of which this is one."""
+    from saekit.doctor.launched import Diagnosis
+
+    def tell(findings: list[Finding]) -> None:
+        from saekit.doctor import findings_to_json
+        from saekit.views.doctor import render_findings
+
+        if as_json:
+            typer.echo(json.dumps(findings_to_json(findings), indent=2))
+        else:
+            render_findings(findings, results(), "These processes can train together.")
+
+    if not Diagnosis(save_dir, limit, tell).run():
         raise typer.Exit(EXIT_FAULT)
 
 

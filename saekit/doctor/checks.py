@@ -135,7 +135,7 @@ def _has(name: str) -> bool:
 def _hub() -> Iterator[tuple[str, str, Check]]:
     yield HUB, "cache", lambda: limits.folder(HUB, "cache", _hub_path("HF_HUB_CACHE"), _elsewhere("HF_HUB_CACHE"))
     yield HUB, "cached", lambda: hub.contents(_hub_path("HF_HUB_CACHE"))
-    yield HUB, "data sets", lambda: limits.folder(HUB, "data sets", _datasets(), _elsewhere("HF_DATASETS_CACHE"))
+    yield HUB, "data sets", lambda: limits.folder(HUB, "data sets", datasets_folder(), _elsewhere("HF_DATASETS_CACHE"))
     yield HUB, "token", lambda: hub.token(os.environ, _hub_path("HF_TOKEN_PATH"))
     yield HUB, "access", lambda: hub.offline(os.environ)
 
@@ -145,7 +145,7 @@ def _hub_path(constant: str) -> Path:
     return Path(getattr(importlib.import_module("huggingface_hub.constants"), constant)).expanduser()
 
 
-def _datasets() -> Path:
+def datasets_folder() -> Path:
     """Return the folder in which `datasets` stores what was downloaded and tokenized."""
     said = os.environ.get("HF_DATASETS_CACHE")
     return Path(said).expanduser() if said else _hub_path("HF_HOME") / "datasets"

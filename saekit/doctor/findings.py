@@ -11,7 +11,10 @@ from typing import Literal
 SAEKIT, LIBRARIES, DEVICES, RANKS = "saekit", "libraries", "devices", "ranks"
 EIGHT_BITS, HUB, RESOURCES = "8 bits", "hub", "resources"
 AREAS = (SAEKIT, LIBRARIES, DEVICES, RANKS, EIGHT_BITS, HUB, RESOURCES)
-"""In the order in which they are shown."""
+"""Of a machine, in the order in which they are shown."""
+COLLECTIVES, NODES = "collectives", "nodes"
+TOGETHER = (RANKS, COLLECTIVES, NODES)
+"""Of ranks that a launcher has started."""
 
 GIB = 2**30
 
@@ -21,7 +24,7 @@ class Finding:
     """The result of one check."""
 
     area: str
-    """One of `AREAS`."""
+    """One of `AREAS` or `TOGETHER`."""
     name: str
     state: Literal["ok", "note", "problem"]
     """`note`: good to know, and most of saekit works; `problem`: something does not work until it is fixed."""

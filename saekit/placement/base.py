@@ -56,8 +56,22 @@ class LayerOptimizer(Protocol):
         """Return the weights to save, by parameter name; an averaging optimizer trains others than it delivers."""
 
 
-SaeFactory = Callable[[str], Sae]
-"""From a hookpoint to its SAE with initial weights, on the CPU; the same weights on every rank."""
+class SaeFactory(Protocol):
+    """Makes a unit's SAE with its initial weights, on the CPU.
+
+    They are the same on every rank up to rounding: CPUs differ, and numbers of threads. A placement that has replicas
+    of a unit gives all of them the weights of one rank.
+    """
+
+    def __call__(self, hookpoint: str, /, *, blank: bool = False) -> Sae:
+        """Make it.
+
+        Args:
+            hookpoint: Whose SAE it is.
+            blank: Leave its weights and the selection's state open, which takes no time: the caller fills them.
+        """
+
+
 OptimizerFactory = Callable[[Sae], LayerOptimizer]
 
 
@@ -178,6 +192,13 @@ class Placement(Questions, ABC):
         Callers only read it, and drop it before they ask for the next one, so no rank has more than one that it does
         not hold anyway. Collective.
         """
+
+    def strays(self) -> dict[str, list[int]]:
+        """Return the ranks whose replica of a unit is not that of most ranks, by hookpoint; empty if all are alike.
+
+        Every bit of the weights and of the selection's state counts. Collective.
+        """
+        return {}
 
     @abstractmethod
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

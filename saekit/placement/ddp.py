@@ -11,6 +11,7 @@ from torch import Tensor
 from saekit.placement.base import OptimizerFactory, SaeFactory
 from saekit.placement.costs import FLOAT32, Traffic, Workload
 from saekit.placement.local import LocalBank
+from saekit.placement.replicas import checksum, send, strays, tensors_of
 from saekit.placement.world import Ranked, World, start_world
 from saekit.sae import Sae
 
@@ -47,9 +48,23 @@ class Ddp(Ranked, LocalBank):
         return Traffic(total, total)
 
     def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make all SAEs on every rank, the same ones, and their flat gradients."""
-        super().place(hookpoints, make_sae, make_optimizer)
+        """Make each SAE on one rank, which sends it to the others; make the optimizers and the flat gradients.
+
+        Ranks fit initial weights at the same time, each those of its share of the layers.
+        """
+        made = {}
+        for number, hookpoint in enumerate(hookpoints):
+            made[hookpoint] = make_sae(hookpoint, blank=number % self.world_size != self.rank).to(self.device)
+        for number, sae in enumerate(made.values()):
+            send(tensors_of(sae), number % self.world_size)
+        super().place(hookpoints, lambda hookpoint, *, blank=False: made[hookpoint], make_optimizer)
         self._gradients = {hookpoint: flat_gradient(sae) for hookpoint, sae in self._saes.items()}
+
+    def strays(self) -> dict[str, list[int]]:
+        """Compare checksums of the replicas: they take equal steps from equal weights, and should stay equal."""
+        sums = torch.stack([checksum(tensors_of(sae)) for sae in self._saes.values()])
+        of_ranks = zip(*self.gather(sums.tolist()), strict=True)
+        return strays(dict(zip(self._saes, of_ranks, strict=True)))
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
         """Leave tokens where they are; after a layer's last backward pass its gradient begins to travel."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,27 +42,37 @@ def measure_network(ranks: int) -> tuple[float, float]:
     threads = str(max(1, torch.get_num_threads() // ranks))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", __name__, str(Path(folder) / "meet"), str(ranks)]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for rank in range(ranks)
-        ]
+        meet, rates = Path(folder, "meet"), Path(folder, "rates")
+        # To files: a rank that says much (NCCL_DEBUG=INFO) would fill a pipe, and wait until somebody reads it.
+        said = [Path(folder, f"said{rank}") for rank in range(ranks)]
+        processes = [_start([meet, rates, ranks, rank], environment, log) for rank, log in enumerate(said)]
+        until = time.monotonic() + 2 * LIMIT.total_seconds()
         try:
-            said = [process.communicate(timeout=2 * LIMIT.total_seconds()) for process in processes]
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{ranks} ranks did not find each other: see saekit doctor") from None
+            while None in [process.poll() for process in processes] and not any(each.returncode for each in processes):
+                if time.monotonic() > until:
+                    raise UserError(f"{ranks} ranks did not find each other: see saekit doctor")
+                time.sleep(0.02)
+            failed = [log for process, log in zip(processes, said, strict=True) if process.returncode]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-    if any(process.returncode for process in processes):
-        errors = next(error for process, (_, error) in zip(processes, said, strict=True) if process.returncode)
-        reason = (errors.strip().splitlines() or ["no word why"])[-1]
-        raise UserError(f"{ranks} ranks cannot exchange tensors ({reason}): see saekit doctor")
-    all_reduce, point_to_point = json.loads(said[0][0].splitlines()[-1])
+        if failed:
+            reason = (failed[0].read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word why"])[
+                -1
+            ]
+            raise UserError(f"{ranks} ranks cannot exchange tensors ({reason}): see saekit doctor")
+        all_reduce, point_to_point = json.loads(rates.read_text(encoding="utf-8"))
     return all_reduce, point_to_point
+
+
+def _start(arguments: Sequence[object], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a rank whose output goes to a file: its last line is the error that ended it, if one did."""
+    command = [sys.executable, "-m", __name__, *map(str, arguments)]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file
+        )
 
 
 def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]:
@@ -96,8 +106,8 @@ def _fastest(work: Callable[[], object], on: Tensor) -> float:
     return min(rounds[2:])  # the first ones set up connections
 
 
-def main(meet: str, ranks: int, rank: int) -> None:
-    """One of the ranks; the first prints what was measured."""
+def main(meet: str, result: str, ranks: int, rank: int) -> None:
+    """One of the ranks; the first writes down what was measured."""
     on_gpu = torch.cuda.device_count() >= ranks
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -108,8 +118,8 @@ def main(meet: str, ranks: int, rank: int) -> None:
     rates = rates_of(rank, ranks, device)
     dist.destroy_process_group()
     if rank == 0:
-        sys.stdout.write(json.dumps(rates) + "\n")
+        Path(result).write_text(json.dumps(rates), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

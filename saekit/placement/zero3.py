@@ -13,6 +13,7 @@ from saekit.config import TrainConfig
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
 from saekit.placement.costs import FLOAT32, Traffic, Workload
 from saekit.placement.local import size_of
+from saekit.placement.replicas import send
 from saekit.placement.shards import Piece, UnitRows, find_pieces, same_memory, share_masters
 from saekit.placement.world import Ranked, World
 from saekit.sae import Sae
@@ -108,7 +109,9 @@ class Zero3(Ranked):
             optimizer = make_optimizer(sae)
             self._averages = optimizer.averages
             torch_optimizers += optimizer.optimizers
+            # It sends the weights of rank 0 before it cuts them up; what the selection moves is none of its parameters.
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
+            send(sae.selection.state().values(), 0)
             self._saes[hookpoint] = sae
         self._torch_optimizer: Any = merged(torch_optimizers)  # one of training's that have `prepare`
         self._base_rates = [group["lr"] for group in self._torch_optimizer.param_groups]

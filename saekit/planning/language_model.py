@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from saekit.activations import ModelShape, auto_with_head, find_blocks, tap
-from saekit.activations.lm import PLAIN_ATTENTION_UP_TO, cut_config
+from saekit.activations.lm import cut_config
+from saekit.activations.on_device import PLAIN_ATTENTION_UP_TO
 from saekit.planning.meter import Bytes, Meter, StandIn, all_of, sized
 
 WHOLE_UP_TO = 10_000

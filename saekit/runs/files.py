@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,11 @@ from saekit.runs.layout import doomed_folder
 
 CHECKSUM = "xxh3_128"
 """Finds damage at memory speed, where a cryptographic hash takes longer than the writing; `xxhsum -H2` prints it."""
+
+CANNOT_FLUSH_FOLDERS = frozenset(
+    {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+)
+"""Errors of a file system that has no way to flush a folder, in contrast to a disk that is full or broken."""
 
 
 def write_at_once(file: Path, text: str) -> None:
@@ -36,12 +42,23 @@ def write_at_once(file: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the operating system write a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the operating system write a file, or a folder's list of names, to the disk.
+
+    Some file systems cannot flush a folder (object stores and others mounted through FUSE, network disks): when they
+    store its list of names is up to them then, and a save does not fail for it. A file is always flushed.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH_FOLDERS or not path.is_dir():
+            raise
 
 
 def point(link: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.activations import (
     ModelShape,
+    agreed_type,
     choose_attention,
     find_tokenizer,
     load_model,
@@ -116,13 +117,16 @@ def _load_data(
 
 
 def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:
-    def load() -> PreTrainedModel:
-        return load_model(cfg.model, shape, layers, placement.device)
-
+    device, sharded = placement.device, cfg.train.shard_lm
+    model = agreed_type(cfg.model, device, placement.gather)
     if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
-        return load_with_head(cfg.model, shape, placement.device).model
-    if not cfg.train.shard_lm:
+        return load_with_head(model, shape, device).model
+
+    def load() -> PreTrainedModel:
+        return load_model(model, shape, layers, device, sharded=sharded)
+
+    if not sharded:
         return load()
     # Ranks of another machine, with a cache of its own, may still be tokenizing: for longer than a collective may take.
     placement.gather(None)
-    return placement.load_sharded(load, resolve_dtype(cfg.model.dtype, placement.device))
+    return placement.load_sharded(load, resolve_dtype(model.dtype, device))

@@ -15,6 +15,7 @@ from saekit.machine import library_versions
 from saekit.report import StepStats
 from saekit.runs import checkpoint
 from saekit.runs.files import discard, point
+from saekit.runs.folder import way_on
 from saekit.runs.layout import BEST, INDEX_FILE, checkpoint_folders
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
@@ -68,9 +69,10 @@ class Saver:
 
         Raises:
             SaveError: On all ranks, if one of them cannot write; the checkpoints there were are as they were.
-            UserError: If weights are not finite.
+            UserError: On all ranks, if weights are not finite on one of them, or replicas differ.
         """
         run, plan = self.run, self.plan
+        self._compare_replicas()
         mean_fvu = sum(self.mean_fvus) / len(self.mean_fvus) if self.mean_fvus else float("inf")
         improved, best_fvu = mean_fvu < run.best_fvu, min(run.best_fvu, mean_fvu)
         resolved = plan.resolved()
@@ -108,7 +110,7 @@ class Saver:
 
         Raises:
             SaveError: On all ranks, if that was in vain, or cannot succeed.
-            UserError: If weights are not finite.
+            UserError: As `save`.
         """
         until, told = time.monotonic() + PATIENCE, False
         while True:
@@ -126,6 +128,15 @@ class Saver:
                 told = True
                 time.sleep(min(PAUSE, left))
 
+    def _compare_replicas(self) -> None:
+        for hookpoint, ranks in self.placement.strays().items():
+            whose = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+            raise UserError(
+                f"{hookpoint}: the SAE of {whose} is not that of the other ranks at step {self.run.step}, so "
+                "nothing is saved: processors of different kinds round differently, or one is broken; "
+                f"{way_on(self.plan.run_dir)}, on processors of one kind or with --placement layer-map"
+            )
+
     def _finish(self, files: checkpoint.Fingerprints, index: dict[str, Any], improved: bool) -> None:
         plan = self.plan
         folder = checkpoint.finish_checkpoint(plan.run_dir, self.run.step, files, index)
@@ -142,22 +153,29 @@ class Saver:
         self._on_all(work if self.placement.rank == 0 else lambda: None)
 
     def _on_all(self, work: Callable[[], Part]) -> list[Part | None]:
-        """One part of the save, on every rank; where one cannot write, all give up together."""
+        """One part of the save, on every rank; where one cannot write, or must not, all give up together."""
         result: Part | None = None
         problem: tuple[str, bool] | None = None
+        refusal: str | None = None
         try:
             result = work()
         except OSError as error:
             problem = _words(error), isinstance(error, checkpoint.NotHere)
-        outcomes = self.placement.gather((result, problem))
-        problems = [each for _, each in outcomes if each is not None]
-        if problems:
+        except UserError as error:
+            refusal = str(error)
+        outcomes = self.placement.gather((result, problem, refusal))
+        problems = [each for _, each, _ in outcomes if each is not None]
+        refusals = [each for _, _, each in outcomes if each is not None]
+        if problems or refusals:
             self._clean_up()
+        if refusals:
+            raise UserError(refusals[0])
+        if problems:
             before = self.run.checkpoint
             last = f"the one before it, {before}, is whole (--resume)" if before else "there is none before it"
             message = f"the checkpoint of step {self.run.step} could not be written ({problems[0][0]}); {last}"
             raise SaveError(message, lasting=any(lasting for _, lasting in problems))
-        return [part for part, _ in outcomes]
+        return [part for part, _, _ in outcomes]
 
     def _clean_up(self) -> None:
         """Give back the disk space of a save that failed, unless all that failed was what comes after it."""

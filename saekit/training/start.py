@@ -71,7 +71,10 @@ def calibrate(
             f"(--max-norm-multiple): {percent(shares[worst])} of the tokens of {worst}, and some of "
             f"{sum(share > 0 for share in shares.values())} of {len(shares)} layers"
         )
-    return {name: calibration(name, each, limits.get(name)) for name, each in moments.items()}, rows
+    # Its variance scales losses and rates, in which replicas must not differ, as numbers made on different devices may.
+    measured = {name: calibration(name, each, limits.get(name)) for name, each in moments.items()}
+    numbers = placement.gather({name: (each.variance, each.max_norm) for name, each in measured.items()})[0]
+    return {name: Calibration(each.mean_D, *numbers[name]) for name, each in measured.items()}, rows
 
 
 def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:

@@ -17,6 +17,8 @@ from saekit.runs.opening import open_sae
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
+from saekit.sae.model import without_memory
+from saekit.sae.selection.base import make_selection
 from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
@@ -57,11 +59,21 @@ class RunState:
     """The checkpoint that was written last, or that the run continued from."""
 
 
-def new_sae(plan: RunPlan, name: str) -> Sae:
-    """Make a fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units."""
+def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
+    """Make a fresh SAE on the CPU. Its weights depend on the seed and the hookpoint only, not on the other units.
+
+    Args:
+        plan: The run.
+        name: The hookpoint.
+        blank: Leave the weights open instead of drawing them.
+    """
     unit = plan.unit(name)
-    generator = torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed))
-    fresh = Sae(**plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents), generator=generator)
+    sizes = plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents)
+    if blank:
+        selection = make_selection(sizes["selection"], sizes["k"], sizes["num_latents"])  # on the CPU, not on meta
+        fresh = without_memory(**{**sizes, "selection": selection}).to_empty(device="cpu")
+    else:
+        fresh = Sae(**sizes, generator=torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed)))
     fresh.chosen_kernels = plan.kernels
     fresh.prefixes = plan.cfg.sae.resolve_prefixes(unit.num_latents)
     return fresh
@@ -122,22 +134,26 @@ def calibration(name: str, moments: Moments, max_norm: float | None = None) -> C
     return Calibration(moments.mean_D().float(), variance, max_norm)
 
 
-def check_finite(name: str, weights: dict[str, Tensor], step: int) -> None:
-    """Refuse to save weights with NaN or Inf, which no run could continue from."""
-    for tensor in weights.values():
-        if not bool(torch.isfinite(tensor.sum())):  # a sum needs no memory, unlike isfinite of each element
-            raise UserError(
-                f"{name}: NaN or Inf in the SAE's weights at step {step}, which is not saved; try a smaller --lr"
-            )
+def are_finite(weights: dict[str, Tensor]) -> bool:
+    """Tell whether weights are without NaN and Inf."""
+    # A sum needs no memory, unlike isfinite of each element.
+    return all(bool(torch.isfinite(tensor.sum())) for tensor in weights.values())
 
 
 def records(
     run: RunState, bank: Bank, plan: RunPlan, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
-    """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective."""
+    """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective.
+
+    Raises:
+        UserError: At the end, if weights have NaN or Inf, which no run could continue from.
+    """
     placement = bank.placement
+    broken: list[str] = []
     for name, weights, optimizer_state in placement.each_whole():
-        check_finite(name, weights, run.step)
+        if broken or not are_finite(weights):
+            broken.append(name)  # other ranks still need this one's part of the units that they write
+            continue
         known = run.calibration[name]
         limit = known.max_norm
         tensors = {
@@ -156,6 +172,10 @@ def records(
             "fvu": fvu.get(name),
         }
         yield name, LayerRecord(placement.sae(name), weights, tensors, unit_about)
+    if broken:
+        raise UserError(
+            f"{broken[0]}: NaN or Inf in the SAE's weights at step {run.step}, which is not saved; try a smaller --lr"
+        )
 
 
 def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, Calibration]:

@@ -230,12 +230,15 @@ class SaeTrainer:
         scales: dict[Sae, float] = {}
         earlier: set[str] = set()
 
-        def make_sae(name: str) -> Sae:
-            sae = state.new_sae(plan, name)
+        def make_sae(name: str, *, blank: bool = False) -> Sae:
+            sae = state.new_sae(plan, name, blank=blank)
             sae.max_norm = run.calibration[name].max_norm
+            scales[sae] = run.calibration[name].rms if cfg.scale_biases else 1.0
+            rows_RD = sample.pop(name, None)
+            if blank:
+                return sae
             if found is None:
                 sae.b_dec.data.copy_(run.calibration[name].mean_D)
-            rows_RD = sample.pop(name, None)
             if rows_RD is not None and cfg.init == "fit":
                 fit_encoder_(sae, rows_RD)
             if found is None and cfg.finetune is not None:
@@ -243,12 +246,13 @@ class SaeTrainer:
                 earlier.add(active(before.k, before.activation))
             if rows_RD is not None:
                 sae.fit_selection_(rows_RD, run.calibration[name].rms)
-            scales[sae] = run.calibration[name].rms if cfg.scale_biases else 1.0
             return sae
 
         # What a placement makes later, to put a sharded unit together, takes no step: its rate does not matter.
         placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae, scales.get(sae, 1.0)))
         own = active(cfg.sae.k, cfg.sae.activation)
+        if cfg.finetune is not None:
+            earlier.update(*placement.gather(earlier))
         if earlier - {own}:
             self.report.status(f"Warning: the SAEs of --finetune have k {', '.join(sorted(earlier))}, this run k {own}")
         bank = Bank(cfg, placement, plan.units, run.calibration)

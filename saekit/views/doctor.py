@@ -8,20 +8,21 @@ from rich.console import Console
 from rich.text import Text
 
 from saekit.doctor.checks import can_train
-from saekit.doctor.findings import AREAS, Finding
+from saekit.doctor.findings import AREAS, TOGETHER, Finding
 from saekit.text import wrap
 from saekit.units import plural
 
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "red")}
 REMEDY = "→ "
 TO_ASCII = str.maketrans({"✓": "+", "✗": "x", "→": ">"})
+WELL = "Everything that this machine needs is there."
 WIDEST = 110
 """Lines longer than this are hard to read."""
 
 
-def render_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print all findings, and in one line what they come to."""
-    lines = [*_lists(findings, console), *_wrapped(summary(findings), min(console.width, WIDEST))]
+def render_findings(findings: Sequence[Finding], console: Console, well: str = WELL) -> None:
+    """Print all findings, and in one line what they come to: `well` if there is no problem."""
+    lines = [*_lists(findings, console), *_wrapped(summary(findings, well), min(console.width, WIDEST))]
     for line in lines:
         line.rstrip()
         if console.options.ascii_only:
@@ -31,7 +32,7 @@ def render_findings(findings: Sequence[Finding], console: Console) -> None:
 
 def _lists(findings: Sequence[Finding], console: Console) -> Iterator[Text]:
     column = max((len(finding.name) for finding in findings), default=0) + 2
-    for area in AREAS:
+    for area in dict.fromkeys((*AREAS, *TOGETHER)):
         own = [finding for finding in findings if finding.area == area]
         if own:
             yield Text(area if area == "saekit" else area[0].upper() + area[1:], "bold")
@@ -65,7 +66,7 @@ def _wrapped(text: Text, width: int) -> Iterator[Text]:
         yield text[start:end]
 
 
-def summary(findings: Sequence[Finding]) -> Text:
+def summary(findings: Sequence[Finding], well: str = WELL) -> Text:
     """Make the last line: what has to be fixed, if anything."""
     problems = [finding.name for finding in findings if finding.state == "problem"]
     blocking = [finding.name for finding in findings if finding.blocks]
@@ -74,7 +75,7 @@ def summary(findings: Sequence[Finding]) -> Text:
     if problems:
         line.append(f"{plural(len(problems), 'thing')} to fix: {', '.join(problems)}.", "bold red")
     else:
-        line.append("Everything that this machine needs is there.", "bold green")
+        line.append(well, "bold green")
     if not can_train(findings):
         line.append(f" Until {' and '.join(blocking)} can be imported, saekit train cannot run.", "bold red")
     if notes:

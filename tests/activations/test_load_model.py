@@ -10,11 +10,15 @@ from transformers import AutoModel, Gemma3Config, Qwen3NextConfig
 
 from saekit import UserError
 from saekit.activations import (
+    agreed_type,
     choose_attention,
     find_blocks,
     find_tokenizer,
+    head,
+    lm,
     load_model,
     load_tokenizer,
+    load_with_head,
     model_shape,
     tap,
     vocabulary,
@@ -165,3 +169,48 @@ def test_short_sequences_get_plain_attention_in_bfloat16(model_dir, dtype, ctx_l
         after = run(input_ids)["layers.1"].float()
     assert (model.config._attn_implementation == "eager") == plain
     assert (after - before).norm() < 0.02 * before.norm()
+
+
+class Asked(Exception):  # noqa: N818  # the loader's arguments
+    """In the place of loading."""
+
+
+@pytest.mark.parametrize(
+    ("device", "sharded", "device_map"),
+    [("cuda:1", False, {"": torch.device("cuda", 1)}), ("cuda:1", True, None), ("cpu", False, None)],
+)
+def test_weights_go_straight_to_a_gpu_unless_deepspeed_shards_them(model_dir, monkeypatch, device, sharded, device_map):
+    """Without a device map, every rank would have the whole model in the machine's memory first."""
+
+    def asked(*_, **arguments):
+        raise Asked(arguments)
+
+    cfg = ModelConfig(str(model_dir), dtype="float32")
+    shape = model_shape(cfg)
+    for module in (lm, head):
+        monkeypatch.setattr(module, "from_pretrained", asked)
+    loads = [lambda: load_model(cfg, shape, [1], torch.device(device), sharded=sharded)]
+    if not sharded:
+        loads.append(lambda: load_with_head(cfg, shape, torch.device(device)))
+    for load in loads:
+        with pytest.raises(Asked) as stopped:
+            load()
+        assert stopped.value.args[0].get("device_map") == device_map
+
+
+@pytest.mark.parametrize(
+    ("asked", "others", "expected"),
+    [
+        ("auto", ["bfloat16", "bfloat16"], "bfloat16"),
+        ("auto", ["bfloat16", "float32"], "float32"),  # an A100 next to a V100
+        ("float16", None, "float16"),
+    ],
+)
+def test_all_ranks_load_the_model_in_one_type(monkeypatch, asked, others, expected):
+    monkeypatch.setattr("saekit.activations.on_device.has_fast_bf16", lambda _: True)
+
+    def gather(mine):
+        assert mine == others[0]
+        return others
+
+    assert agreed_type(ModelConfig("model", dtype=asked), CPU, gather).dtype == expected

@@ -20,7 +20,8 @@ from transformers import (
 from saekit import UserError
 from saekit.activations import context_length, find_blocks, load_model, model_shape, resolve_ctx_len, select_layers, tap
 from saekit.activations.hookpoints import text_config_of
-from saekit.activations.lm import check_device, cut_config
+from saekit.activations.lm import cut_config
+from saekit.activations.on_device import check_device
 from saekit.config import ModelConfig
 from saekit.sae.kernels import has_fast_bf16
 

@@ -33,9 +33,9 @@ def main(folder):
     place = placement.place
 
     def watching(hookpoints, make_sae, make_optimizer):
-        def made(hookpoint):
+        def made(hookpoint, **options):
             counts["between"].append(whole(placement))
-            return make_sae(hookpoint)
+            return make_sae(hookpoint, **options)
 
         place(hookpoints, made, make_optimizer)
         for name in placement.layers():

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from saekit import TrainConfig
+from saekit.config import RunConfig
 from saekit.sae.kernels import choose_kernels, fastest
 from saekit.sae.kernels.fastest import Work
-from saekit.training import agreed
+from saekit.training import agreed, live
 
 CPU = torch.device("cpu")
 WORK = Work(tokens=4096, d_in=512, num_latents=16384, k=32)
@@ -108,3 +109,21 @@ def test_a_damaged_checkpoint_is_reported_by_whoever_restores_it(make_trainer):
     index = make_trainer("run").fit() / "checkpoint.json"
     index.write_text("{")
     assert make_trainer("run", resume=True).plan.kernels.name == choose_kernels("auto", "fp32", CPU).name
+
+
+@pytest.mark.parametrize(("loader", "options"), [("load_model", {}), ("load_with_head", {"eval_every": 2})])
+def test_the_language_model_has_one_type_on_all_ranks(monkeypatch, loader, options):
+    """Under layer-map they exchange its activations."""
+
+    class Loaded(Exception):  # noqa: N818
+        """With the configuration."""
+
+    def load(cfg, *_, **__):
+        raise Loaded(cfg.dtype)
+
+    monkeypatch.setattr("saekit.activations.on_device.has_fast_bf16", lambda _: True)
+    monkeypatch.setattr(live, loader, load)
+    cfg = RunConfig.from_flat({"model": "model", "dataset": "data", **options})
+    for other, expected in ("bfloat16", "bfloat16"), ("float32", "float32"):
+        with pytest.raises(Loaded, match=expected):
+            live._load(cfg, Ranks(other), None, [0])

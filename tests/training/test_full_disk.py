@@ -3,10 +3,11 @@
 import errno
 import os
 import signal
+import stat
 
 import pytest
 
-from saekit.errors import Interrupted, SaveError
+from saekit.errors import Interrupted, SaveError, UserError
 from saekit.runs.recovery import read_index
 from saekit.training import saving
 from tests.training.conftest import Recorder
@@ -115,3 +116,37 @@ def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_p
     with pytest.raises(SaveError, match=r"layers\.1/sae\.safetensors was written by another rank and is not here"):
         make_trainer().fit()
     assert not list((tmp_path / "run").glob("*step*"))
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """`refused(kind, code)`: a file system that refuses to flush files, or folders; counts how often."""
+    flush, times = os.fsync, []
+
+    def refuse(kind, code):
+        def fsync(descriptor):
+            if kind(os.fstat(descriptor).st_mode):
+                times.append(descriptor)
+                raise OSError(code, os.strerror(code))
+            flush(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(saving, "PATIENCE", 0.0)
+        return times
+
+    return refuse
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush_folders_keeps_checkpoints(make_trainer, refused, code):
+    """Some FUSE mounts: they write the files all the same."""
+    times = refused(stat.S_ISDIR, code)
+    read_index(make_trainer().fit())
+    assert times
+
+
+@pytest.mark.parametrize(("kind", "code"), [(stat.S_ISDIR, errno.EIO), (stat.S_ISREG, errno.EINVAL)])
+def test_a_flush_that_a_disk_refuses_is_an_error(make_trainer, refused, kind, code):
+    refused(kind, code)
+    with pytest.raises((OSError, UserError), match=os.strerror(code)):
+        make_trainer().fit()

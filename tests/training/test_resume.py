@@ -119,6 +119,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path):
     with pytest.raises(UserError, match=r"layers\.1: NaN or Inf in the SAE's weights at step 4"):
         trainer.fit()
     assert (tmp_path / "run" / "latest").resolve().name == "step_00000002"
+    assert not list((tmp_path / "run").glob(".step*"))
 
 
 def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(make_trainer, tmp_path):

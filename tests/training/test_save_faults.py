@@ -1,5 +1,6 @@
 """Whatever fails during a save, and wherever the process dies in it, the newest whole checkpoint is found and loads."""
 
+import copy
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from saekit.errors import Interrupted, SaveError
+from saekit.errors import Interrupted, SaveError, UserError
 from saekit.runs.checkpoint import fingerprint
 from saekit.runs.layout import INDEX_FILE
 from saekit.runs.recovery import find_checkpoint
@@ -194,3 +196,55 @@ def test_the_newest_whole_checkpoint_is_found(saver, tmp_path, monkeypatch, prep
         assert (run / "latest").resolve() == find_checkpoint(run).folder.resolve()
     assert ends <= ({-signal.SIGKILL} if strike is die else {0, 3})
     assert -signal.SIGKILL in ends or 3 in ends
+
+
+class Meeting:
+    """What two ranks tell each other, where each is a thread; one that does not come breaks it."""
+
+    def __init__(self):
+        self.said = [None, None]
+        self.barrier = threading.Barrier(2, timeout=10)
+
+    def rank_of(self, saver, rank):
+        """The saver of a rank, which leads every second unit."""
+        placement = copy.copy(saver.placement)
+        each_whole = placement.each_whole
+        placement.rank, placement.taken = rank, []
+
+        def gather(value):
+            self.said[rank] = value
+            self.barrier.wait()
+            said = list(self.said)
+            self.barrier.wait()
+            return said
+
+        def my_whole():
+            for number, (name, *rest) in enumerate(each_whole()):
+                placement.taken.append(name)
+                if number % 2 == rank:
+                    yield (name, *rest)
+
+        placement.gather, placement.each_whole = gather, my_whole
+        bank = copy.copy(saver.bank)
+        bank.placement = placement
+        return Saver(saver.plan, bank, copy.copy(saver.run), saver.warn)
+
+
+@pytest.mark.parametrize("broken", ["layers.0", "layers.2"])
+def test_weights_that_are_not_finite_on_one_rank_end_the_save_on_all(saver, broken):
+    """A rank takes part in putting together the units that others write, whatever its own are like."""
+    run = saver.plan.run_dir
+    train_a_little(saver, 5)
+    with torch.no_grad():
+        saver.placement.sae(broken).W_enc[3, 2] = float("nan")
+    meeting = Meeting()
+    savers = [meeting.rank_of(saver, rank) for rank in range(2)]
+    with ThreadPoolExecutor(2) as ranks:
+        ended = [each.exception() for each in [ranks.submit(each.save) for each in savers]]
+    assert [type(each) for each in ended] == [UserError] * 2, ended
+    assert {str(each) for each in ended} == {
+        f"{broken}: NaN or Inf in the SAE's weights at step 5, which is not saved; try a smaller --lr"
+    }
+    assert all(each.placement.taken == list(saver.placement.layers()) for each in savers)
+    assert not list(run.glob(".step_*.partial"))
+    assert find_checkpoint(run).index["step"] == 4
