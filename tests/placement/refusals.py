@@ -91,6 +91,10 @@ def computed_on_host():
     dist.broadcast(first, 0)
 
 
+def parameter_on_host():
+    dist.broadcast(torch.nn.Linear(1, 3, device="cpu").weight.data, 0)
+
+
 def changed_input():
     tensor, output = torch.ones(3), torch.ones(6)
     work = dist.all_gather_into_tensor(output, tensor, async_op=True)
@@ -174,6 +178,7 @@ REFUSALS = {
     made_on_host: "all_reduce SUM of float32 [3]: a tensor is on the host, where NCCL cannot reach it",
     moved_to_host: "all_gather_into_tensor of float32 [3]: a tensor is on the host",
     computed_on_host: "broadcast from rank 0 of float64 [3]: a tensor is on the host",
+    parameter_on_host: "broadcast from rank 0 of float32 [3, 1]: a tensor is on the host",
     changed_input: "an input was changed before wait()",
     written_output: "an output was written to before wait()",
     other_operation: f"rank 0 calls {THREE}; rank 1 calls broadcast from rank 0",

@@ -9,15 +9,16 @@ All calls of torch pass a mode that marks the host's tensors (`on_host`), as tor
 - what is computed from the host's tensors alone is the host's, like their views.
 
 saekit's ranks and DeepSpeed are told that they compute on `cpu:0`. Only tensors that are known to be the host's are
-refused. Where torch's calls cannot be seen nothing is known, and nothing refused: parameters and gradients as autograd
-and `nn.Parameter` make them, what C++ extensions return, and other threads. Mixing both kinds in one operation, which
-fails on a GPU, is not refused.
+refused. Where torch's calls cannot be seen nothing is known, and nothing refused: gradients that autograd makes, what
+C++ extensions (safetensors' too) return, and other threads. An operation on both kinds, which fails on a GPU, is not
+refused.
 """
 
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -120,6 +121,17 @@ def install() -> None:
         tensor.on_host = True
         return tensor
 
+    def safe_open(*args: Any, device: Any = "cpu", **kwargs: Any) -> Any:
+        return opened(*args, device="cpu" if is_device(device) else device, **kwargs)
+
+    def new_parameter(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        parameter = made_parameter(cls, data, *args, **kwargs)
+        parameter.on_host = on_host(data)
+        return parameter
+
     World.__init__ = on_device
-    read, torch.from_numpy = torch.from_numpy, from_numpy  # which no mode sees
+    made_parameter, torch.nn.Parameter.__new__ = torch.nn.Parameter.__new__, staticmethod(new_parameter)
+    # Neither passes a mode, and safetensors knows no `cpu:0`: what comes of it is not known to be the host's.
+    opened, safetensors.torch.safe_open = safetensors.torch.safe_open, safe_open
+    read, torch.from_numpy = torch.from_numpy, from_numpy
     StandIn().__enter__()
