@@ -24,13 +24,15 @@ from functools import partial
 from pathlib import Path
 
 from saekit.cli import main
+from tests import strict
 
 ROOT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, str]:
-    """Of processes that train: one thread of the CPU each, plain lines, and this saekit."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", "PYTHONPATH": str(ROOT)}
+    """Of processes that train: one thread of the CPU each, plain lines, this saekit, and a strict group for ranks."""
+    found = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ranks")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", "PYTHONPATH": found}
 
 
 class Forked:
@@ -59,8 +61,9 @@ class Forked:
     ) -> list[int]:
         """Run `saekit COMMAND...` as this many ranks, or as one process that no launcher started for None.
 
-        With a script, that is run with these arguments in the place of `saekit`. What the ranks write to stderr goes
-        to the log. When one ends with an error the others are ended, as a launcher does. Returns the exit code of each.
+        With a script, that is run with these arguments in the place of `saekit`. Ranks speak through a strict group
+        (`tests.strict`). What they write to stderr goes to the log. When one ends with an error the others are ended,
+        as a launcher does. Returns the exit code of each.
         """
         request = {
             "command": [str(part) for part in command],
@@ -132,6 +135,8 @@ def serve() -> Callable[[], object] | None:
                 os.environ.update(launched_as(rank, ranks, port) if ranks else {})
                 os.chdir(request["cwd"])
                 become(request["command"], request["log"])
+                if ranks:
+                    strict.install()
                 script = request["script"]
                 return main if script is None else partial(runpy.run_path, script, run_name="__main__")
             children.append(child)

@@ -31,7 +31,7 @@ def alive():
 
 def check_counted(placement, names):
     """Rows say who sent them and which they are; the ranks count different ones of them."""
-    rows = torch.arange(TOKENS)
+    rows = torch.arange(TOKENS, device=placement.device)
     masks = [rows % 3 == 0, rows > 70]
     sent = [(rows + 1000 * rank).float()[:, None].expand(TOKENS, WIDTH) for rank in range(2)]
     counted = placement.counted(masks[placement.rank])
@@ -48,7 +48,10 @@ def main():
     placement.place(names, lambda name: Nothing(), lambda sae: optimizer)
     numbers = []
     for _ in range(2):
-        acts = {name: torch.full((TOKENS, WIDTH), float(number)) for number, name in enumerate(names)}
+        acts = {
+            name: torch.full((TOKENS, WIDTH), float(number), device=placement.device)
+            for number, name in enumerate(names)
+        }
         for name, x_ND in placement.route(acts, last=True):
             assert x_ND.shape == (2 * TOKENS, WIDTH)
             assert (x_ND == names.index(name)).all()
