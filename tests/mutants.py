@@ -10,7 +10,7 @@ MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
-TRITON_OPS = "saekit/sae/kernels/triton_ops.py"
+TRITON_OPS, CHOOSE = "saekit/sae/kernels/triton_ops.py", "saekit/sae/kernels/choose.py"
 TRAINER, BANK, UNIT, MESSAGE = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit", "message"))
 STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistics", "state", "start"))
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
@@ -44,6 +44,7 @@ LIKELY = {
     TOPK: "sae/test_native_kernels",
     AMX: "sae/test_native_kernels",
     TRITON_OPS: "sae/test_triton_kernels planning/test_triton_ops",
+    CHOOSE: "placement/test_offloaded",
     SELECTION: "sae/test_selection sae/test_batchtopk training/test_thresholds",
     BATCHTOPK: "sae/test_batchtopk training/test_thresholds",
     GROUPMAX: "sae/test_groupmax",
@@ -240,6 +241,21 @@ LIST: list[tuple[str, ...]] = [
         "zero.micro_step_id = self._backwards[hookpoint]",
         "zero.micro_step_id = 0",
     ),
+    (
+        "zero3 looks for NaN in offloaded gradients of the step before",
+        ZERO3,
+        "            zero.finalize_gradient_accumulation_boundary()\n            zero._off",
+        "            zero._off",
+        "placement/test_offloaded",
+    ),
+    (
+        "zero3 lets DeepSpeed's host wait after every backward pass",
+        "saekit/placement/deepspeed.py",
+        "if (stream := zero_optimizer.reduce_and_partition_stream) is not None",
+        "if (stream := None) is not None",
+        "placement/test_zero3",
+    ),
+    ("Triton steps what lies on the CPU", CHOOSE, 'return default_kernels("cpu")', "return kernels"),
     ("zero3 averages over the ranks", ZERO3, "loss * self.world_size", "loss"),
     (
         "layer-map counts rows as other ranks marked theirs",

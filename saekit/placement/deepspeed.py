@@ -123,6 +123,21 @@ def offload_devices(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: device or "none" for name, device in devices.items()}
 
 
+def without_waits(zero_optimizer: Any) -> None:
+    """Keep DeepSpeed's stage 3 from making the host wait for the device, and from computing norms that nobody uses.
+
+    The host waits at one place in a step, for the step's message, which shows NaN and Inf in the gradients: DeepSpeed
+    need not look for them again.
+    """
+    # It ends every backward pass by waiting for this stream. What is queued behind it waits on the device.
+    if (stream := zero_optimizer.reduce_and_partition_stream) is not None:  # None on a CPU
+        stream.synchronize = lambda: torch.cuda.current_stream(stream.device).wait_stream(stream)
+    # Before it steps, an all-reduce and a wait for each group: the norm for clipping, which is off.
+    zero_optimizer._get_norm_groups = lambda: [torch.zeros(())]
+    # Of each gradient that it offloads, on the device. The sum serves us, and needs no copy in float64.
+    zero_optimizer._constant_buffered_norm2 = torch.sum
+
+
 def silence() -> None:
     """Keep DeepSpeed from speaking of what is known and right."""
     # It calls collectives that torch has renamed, six times per step and rank.

@@ -101,6 +101,8 @@ class Zero3(Ranked):
         """Make one SAE after another and cut it up at once, so that no more than one is ever whole."""
         import deepspeed  # it must be told a few things first: see `start_zero3`
 
+        from saekit.placement.deepspeed import without_waits
+
         self._make_optimizer = make_optimizer
         config = self.world.accelerator.deepspeed_plugin.deepspeed_config
         torch_optimizers: list[torch.optim.Optimizer] = []
@@ -119,6 +121,7 @@ class Zero3(Ranked):
         bank = nn.ModuleList(self._saes.values())
         self._engine, _ = self.world.accelerator.prepare(bank, self._torch_optimizer)
         self.world.lengthen_timeouts()  # of the engine's own groups
+        without_waits(self._engine.optimizer)
         share_masters(self._engine.optimizer)
         self._pieces = find_pieces(self._engine.optimizer)
         decoders = [self._pieces[sae.W_dec] for sae in self._saes.values() if sae.normalize_decoder]
@@ -141,18 +144,34 @@ class Zero3(Ranked):
         zero = self._engine.optimizer
         zero.clear_backward_seen_flag()
         zero.micro_step_id = self._backwards[hookpoint]
+        zero.set_gradient_accumulation_boundary(False)  # a step ends in `collect`, which offloads its gradients
         self._backwards[hookpoint] += 1
         # It averages over the ranks, where the loss is already a part of the global one.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """Sum this rank's pieces: DeepSpeed has brought them together in the backward passes."""
+        """Sum this rank's pieces: DeepSpeed has brought them together in the backward passes.
+
+        Where they are offloaded, they are summed on the device, which starts to copy them to the CPU's optimizer. When
+        the host has read what comes of these sums, the copies are there.
+        """
         zero = self._engine.optimizer
+        if zero.offload_optimizer:
+            zero.finalize_gradient_accumulation_boundary()
+            zero._offload_boundary_param_ids.clear()  # else `engine.step` would copy them once more
         return {
-            hookpoint: sum(zero.get_local_fp32_grad_for_param(parameter).sum() for parameter in sae.parameters())
+            hookpoint: torch.stack([self._piece_sum(parameter) for parameter in sae.parameters()]).sum()
             for hookpoint, sae in self._saes.items()
         }
+
+    def _piece_sum(self, parameter: nn.Parameter) -> Tensor:
+        zero = self._engine.optimizer
+        if not zero.offload_optimizer:
+            return zero.get_local_fp32_grad_for_param(parameter).sum()
+        # See `without_waits`. A rank beyond the last element has nothing but padding.
+        found = zero.norm_for_param_grads.get(zero.get_param_id(parameter))
+        return torch.zeros((), device=self.device) if found is None else found
 
     def skip(self) -> None:
         """Drop the gradients as DeepSpeed itself does when float16 overflows."""

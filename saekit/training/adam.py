@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saekit.sae.kernels import Kernels
+from saekit.sae.kernels import Kernels, update_kernels
 from saekit.sae.kernels.eager import adam_numbers
 from saekit.sae.kernels.row_sums import RowSums, defer_gradient
 from saekit.training.prepared import PreparedOptimizer
@@ -24,7 +24,7 @@ class SaeAdam(PreparedOptimizer):
         params: What to train.
         lr: Learning rate.
         betas: Decay per step of the first and the second moment.
-        kernels: Whose `adam_` does the work.
+        kernels: Whose `adam_` does the work, where they can work on the parameter's device (`update_kernels`).
         unit_rows: Those of the parameters that are matrices with rows of norm 1: their gradients are projected before
             the step, and their rows scaled to norm 1 after it.
         moments_dtype: Type of the moments at rest; they are updated in float32.
@@ -74,7 +74,7 @@ class SaeAdam(PreparedOptimizer):
                 if gradient is None:
                     continue
                 numbers, state = self._numbers(parameter), self.state[parameter]
-                self.kernels.adam_(
+                update_kernels(self.kernels, parameter.device).adam_(
                     parameter,
                     gradient,
                     state["exp_avg"],
@@ -98,7 +98,7 @@ class SaeAdam(PreparedOptimizer):
         if len(deferred) == 1 and parameter.grad is None:
             return deferred[0]
         for sums in deferred:
-            dense = self.kernels.sum_rows(sums)
+            dense = update_kernels(self.kernels, parameter.device).sum_rows(sums)
             parameter.grad = dense if parameter.grad is None else parameter.grad.add_(dense)
         deferred.clear()
         return parameter.grad

@@ -70,8 +70,10 @@ def train(tmp_path_factory, token_dir, forked):
     done: dict[tuple, Path] = {}
     numbers = count()  # not of what is done: a run that failed has left its folder
 
-    def run(model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None, data=token_dir):
-        key = (str(model), str(data), ranks, batch_size, launch_file, name, *options)
+    def run(
+        model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None, data=token_dir, script=None
+    ):
+        key = (str(model), str(data), ranks, batch_size, launch_file, name, script, *options)
         if key in done:
             return done[key]
         name = name or f"run{next(numbers)}"
@@ -91,7 +93,8 @@ def train(tmp_path_factory, token_dir, forked):
         command = ["train", model, data, *sizes, *settings, *place, *options]
         said = root / f"{name}.stderr"
         if launch_file is None:
-            codes = forked.run(command, ranks if ranks > 1 or "zero3" in options else None, said, root, timeout=300)
+            some = ranks if ranks > 1 or "zero3" in options else None
+            codes = forked.run(command, some, said, root, timeout=300, script=script)
             code = int(any(codes))
             assert bool(code) == all(codes), said.read_text()  # the ranks fail together
         else:

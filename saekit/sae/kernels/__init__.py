@@ -17,6 +17,7 @@ from saekit.sae.kernels.choose import (
     has_fast_bf16,
     has_fast_int8,
     likely_type,
+    update_kernels,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "has_fast_bf16",
     "has_fast_int8",
     "likely_type",
+    "update_kernels",
 ]

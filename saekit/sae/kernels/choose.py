@@ -155,6 +155,23 @@ def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a modu
     return triton_ops
 
 
+def update_kernels(kernels: Kernels, device: torch.device) -> Kernels:
+    """Return the kernels that update parameters on a device, which need not be the one that computes the SAE.
+
+    Offloaded parameters lie on the CPU, where Triton can read nothing; the CPU's own kernels update them.
+
+    Args:
+        kernels: The SAE's.
+        device: Where its parameters are while the optimizer steps.
+    """
+    if kernels.name == "triton" and device.type == "cpu":
+        from saekit.sae.kernels import triton_ops
+
+        if not triton_ops.INTERPRETED:
+            return default_kernels("cpu")
+    return kernels
+
+
 @cache
 def default_kernels(device_type: str) -> Kernels:
     """Return the kernels of an SAE for which none were chosen: exact selection, `auto` otherwise."""
