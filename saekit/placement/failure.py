@@ -44,7 +44,7 @@ class FailureWatch:
     """
 
     def __init__(self, store: Store, start: str, ranks: int) -> None:
-        self._store, self._ranks = store, ranks
+        self.store, self._ranks = store, ranks
         self._key, self._heard = f"saekit/{start}/failures", f"saekit/{start}/heard"
         self._seen = False
         self._claimed: bool | None = None
@@ -71,10 +71,10 @@ class FailureWatch:
 
     def _tell(self) -> None:
         with suppress(RuntimeError):  # the store is gone with the rank or the launcher that had it
-            self._claimed = self._store.add(self._key, 1) == 1
+            self._claimed = self.store.add(self._key, 1) == 1
             # The launcher that has the store may end as soon as this rank has.
             until = time.monotonic() + HEARD
-            while self._claimed and self._store.add(self._heard, 0) < self._ranks - 1 and time.monotonic() < until:
+            while self._claimed and self.store.add(self._heard, 0) < self._ranks - 1 and time.monotonic() < until:
                 time.sleep(0.05)
 
     def closing(self, error: BaseException) -> None:
@@ -106,9 +106,9 @@ class FailureWatch:
         failed = lost = False
         while not (failed or lost or self._ended.wait(ASKS)):
             try:
-                failed = self._seen = self._store.check([self._key])
+                failed = self._seen = self.store.check([self._key])
                 if failed and not self._claimed:
-                    self._store.add(self._heard, 1)
+                    self.store.add(self._heard, 1)
             except RuntimeError:
                 lost = not (failed or self._leaving)
         if not (failed or lost) or self._ended.wait(SILENCE):

@@ -65,7 +65,7 @@ def agent_store() -> Any | None:
 
 def store_of(placement: Placement) -> Any | None:
     """Return the store that all ranks share once they have met."""
-    return placement.world.store if isinstance(placement, Ranked) else None
+    return placement.world.failures.store if isinstance(placement, Ranked) else None
 
 
 def introduce(placement: Placement) -> list[About]:

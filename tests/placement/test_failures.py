@@ -140,7 +140,7 @@ def test_a_failure_is_known_to_all_before_it_is_shown(monkeypatch):
     first, second = FailureWatch(store, "this", 2), FailureWatch(store, "this", 2)
     second.begin()
     assert first.claim()
-    second._store = Gone()
+    second.store = Gone()
     assert not second.claim()
     second.end()
 
