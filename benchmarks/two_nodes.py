@@ -2,7 +2,6 @@
 
     python benchmarks/two_nodes.py runs       # under each placement: train, SIGTERM, resume to the end
     python benchmarks/two_nodes.py failures   # 20 times: a rank raises while others wait where no signal reaches them
-    python benchmarks/two_nodes.py slurm      # `runs` by the command of examples/slurm_multi_node.sh
 
 Needs root, `ip` and `unshare`. The ranks speak gloo over a virtual cable, the only way from one namespace to the other.
 What is found is printed, and written to benchmarks/results/two_nodes.json.
@@ -45,12 +44,6 @@ export HF_HOME={work}/cache$node HF_DATASETS_CACHE={work}/cache$node/datasets XD
 export GLOO_SOCKET_IFNAME=eth0
 exec ip netns exec saekit-node$node unshare --uts bash -c 'hostname "$0" && exec "$@"' "node$node" "$@"
 """
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-SLURM_PROCID=0 {work}/enter 0 "$@" & first=$!
-SLURM_PROCID=1 {work}/enter 1 "$@" & second=$!
-wait $first && wait $second
-"""
 
 
 @contextmanager
@@ -69,9 +62,8 @@ def two_nodes(work: Path) -> Iterator[None]:
             ip("-n", node, "addr", "add", f"{address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
                 ip("-n", node, "link", "set", link, "up")
-        for name, text in (("enter", ENTER), ("srun", SRUN), ("scontrol", f"#!/bin/bash\necho {ADDRESSES[0]}\n")):
-            (work / name).write_text(text.format(work=work) if name != "scontrol" else text)
-            (work / name).chmod(0o755)
+        (work / "enter").write_text(ENTER.format(work=work))
+        (work / "enter").chmod(0o755)
         yield
     finally:
         for node in NODES:
@@ -139,31 +131,6 @@ class Job:
         return "\n".join(log.read_text(encoding="utf-8") for log in self.logs)
 
 
-class SlurmJob(Job):
-    """The same by the SLURM example's own command, with stubs for SLURM's."""
-
-    def __init__(self, work: Path, placement: str, options: list[str], variables: dict[str, str]) -> None:
-        from saekit.demo import MODEL_DIR
-
-        self.logs = [work / "job.log"]
-        config = "zero3" if placement == "zero3" else "multi_node"
-        slurm = {"SLURM_JOB_NODELIST": "both", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "2", "GPUS_PER_NODE": "2"}
-        slurm |= {"SLURM_JOB_ID": str(random.randint(1, 10**6)), "PATH": f"{work}:{os.environ['PATH']}"}
-        slurm["CONFIG"] = str(ROOT / "accelerate_configs" / f"{config}.yaml")
-        command = ["bash", str(ROOT / "examples" / "slurm_multi_node.sh"), str(MODEL_DIR), str(work / "text.jsonl")]
-        command += [*SIZES, "--save-dir", str(work), "--run-name", "run", *options]
-        command += ["--placement", "layer-map"] if placement == "layer-map" else []
-        with self.logs[0].open("w") as file:
-            variables = {**environment(), **slurm, **variables}
-            self.launchers = [subprocess.Popen(command, env=variables, stderr=file, cwd=ROOT)]
-
-    def signal(self, number: int) -> None:
-        """As SLURM does, whose signal reaches the processes that srun started: the launchers."""
-        for each in psutil.Process(self.launchers[0].pid).children(recursive=True):
-            if "accelerate" in " ".join(each.cmdline()[:2]) and "launch" in each.cmdline():
-                each.send_signal(number)
-
-
 def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> None:
     """Look ten times a second."""
     until = time.monotonic() + seconds
@@ -173,22 +140,22 @@ def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> N
         time.sleep(0.1)
 
 
-def stop_and_resume(work: Path, placement: str, kind: type[Job], number: int) -> dict[str, Any]:
-    """Train, send a signal, go on to the end; the figures of it."""
+def stop_and_resume(work: Path, placement: str) -> dict[str, Any]:
+    """Train, send SIGTERM, go on to the end; the figures of it."""
     from saekit.runs.recovery import read_index
 
     options = ["--max-tokens", str(150 * 8 * 16), "--resume", "auto"]
-    job = kind(work, placement, options, {})
+    job = Job(work, placement, options, {})
     try:
         wait_until(lambda: re.search(r"^step \d", job.said(), re.M), job)
         sent = time.monotonic()
-        job.signal(number)
+        job.signal(signal.SIGTERM)
         job.wait(LIMIT)
         seconds = time.monotonic() - sent
         assert job.said().count("Stopped after step ") == 1, job.said()
         stopped_at = read_index(work / "run" / "latest")["step"]
         assert 1 <= stopped_at < 150, stopped_at
-        job = kind(work, placement, options, {})
+        job = Job(work, placement, options, {})
         codes = job.wait(240)
         assert not any(codes), job.said()
         assert job.said().count("Going on from ") == 1, job.said()
@@ -238,7 +205,7 @@ def write(key: str, found: Any) -> None:
 def main() -> int:
     """Run one of the drills; the exit code says whether all went well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drill", choices=["runs", "failures", "slurm"])
+    parser.add_argument("drill", choices=["runs", "failures"])
     parser.add_argument("--times", type=int, default=20, help="failures in a row")
     parser.add_argument("--first", type=int, default=0, help="the number of the first, to go on with an earlier drill")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
@@ -258,10 +225,9 @@ def main() -> int:
                 write("failures", [found])
                 good = good and found["good"]
             return 0 if good else 1
-        kind, number = (SlurmJob, signal.SIGUSR1) if asked.drill == "slurm" else (Job, signal.SIGTERM)
         for placement in asked.placements:
             shutil.rmtree(work / "run", ignore_errors=True)
-            write(asked.drill, {placement: stop_and_resume(work, placement, kind, number)})
+            write("runs", {placement: stop_and_resume(work, placement)})
     return 0
 
 
