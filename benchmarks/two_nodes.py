@@ -1,0 +1,235 @@
+"""Two machines, as far as one can play them: two network namespaces, each with its own name and its own caches.
+
+    python benchmarks/two_nodes.py runs       # under each placement: train, SIGTERM, resume to the end
+    python benchmarks/two_nodes.py failures   # 20 times: a rank raises while others wait where no signal reaches them
+
+Needs root, `ip` and `unshare`. The ranks speak gloo over a virtual cable, the only way from one namespace to the other.
+What is found is printed, and written to benchmarks/results/two_nodes.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results" / "two_nodes.json"
+PLACEMENTS = ("ddp", "layer-map", "zero3")
+NODES = ("saekit-node0", "saekit-node1")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+LIMIT = 30.0
+"""Seconds in which all ranks must have ended after one of them has raised."""
+SIZES = ["--num-latents", "64", "--k", "4", "--ctx-len", "16", "--batch-size", "2", "--log-every", "1"]
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree"]
+ENTER = """#!/bin/bash
+# enter NODE COMMAND...: run a command on one of the machines.
+node=$1; shift
+export HF_HOME={work}/cache$node HF_DATASETS_CACHE={work}/cache$node/datasets XDG_CACHE_HOME={work}/cache$node
+export GLOO_SOCKET_IFNAME=eth0
+exec ip netns exec saekit-node$node unshare --uts bash -c 'hostname "$0" && exec "$@"' "node$node" "$@"
+"""
+
+
+@contextmanager
+def two_nodes(work: Path) -> Iterator[None]:
+    """Make the namespaces and the cable between them; they are gone afterwards."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    for node in NODES:
+        ip("netns", "add", node)  # fails if another drill has them, or has left them: `ip netns delete` then
+    try:
+        ip("link", "add", "saekit0", "type", "veth", "peer", "name", "saekit1")
+        for number, (node, address) in enumerate(zip(NODES, ADDRESSES, strict=True)):
+            ip("link", "set", f"saekit{number}", "netns", node, "name", "eth0")
+            ip("-n", node, "addr", "add", f"{address}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                ip("-n", node, "link", "set", link, "up")
+        (work / "enter").write_text(ENTER.format(work=work))
+        (work / "enter").chmod(0o755)
+        yield
+    finally:
+        for node in NODES:
+            subprocess.run(["ip", "netns", "delete", node], check=False, stderr=subprocess.DEVNULL)
+
+
+def environment() -> dict[str, str]:
+    """Of the launchers: one thread per rank, plain lines, this saekit."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PET_", "TORCHELASTIC"))}
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", "PYTHONPATH": str(ROOT)}
+    return {**kept, **more, "HF_HUB_OFFLINE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "140"}
+
+
+class Job:
+    """A run on both machines, two ranks each.
+
+    Args:
+        work: Where logs go, and the run.
+        placement: Of the SAEs.
+        options: More options of `saekit train`.
+        variables: More of the environment.
+    """
+
+    def __init__(self, work: Path, placement: str, options: list[str], variables: dict[str, str]) -> None:
+        from saekit.demo import MODEL_DIR
+
+        self.logs = [work / f"node{number}.log" for number in (0, 1)]
+        train = [str(MODEL_DIR), str(work / "text.jsonl"), *SIZES, "--save-dir", str(work), "--run-name", "run"]
+        train += ["--placement", placement, *options]
+        port = str(random.randint(10_000, 32_000))
+        self.launchers = []
+        for number, log in enumerate(self.logs):
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
+            launcher += ["--node_rank", str(number), "--master_addr", ADDRESSES[0], "--master_port", port]
+            command = [str(work / "enter"), str(number), *launcher, "-m", "saekit", "train", *train]
+            with log.open("w") as file:
+                started = subprocess.Popen(command, env={**environment(), **variables}, stderr=file, cwd=work)
+            self.launchers.append(started)
+
+    def signal(self, number: int) -> None:
+        """As a scheduler does: to the launcher of each machine."""
+        for each in self.launchers:
+            each.send_signal(number)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Return the launchers' exit codes; those that are still there after so many seconds are killed."""
+        until = time.monotonic() + seconds
+        for each in self.launchers:
+            try:
+                each.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return [each.returncode for each in self.launchers]
+
+    def kill(self) -> None:
+        """End all that is left."""
+        for each in self.launchers:
+            if each.poll() is None:
+                for process in [*psutil.Process(each.pid).children(recursive=True), each]:
+                    process.kill()
+                each.wait()
+
+    def said(self) -> str:
+        """What both machines wrote to stderr."""
+        return "\n".join(log.read_text(encoding="utf-8") for log in self.logs)
+
+
+def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> None:
+    """Look ten times a second."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, job.said()
+        assert any(each.poll() is None for each in job.launchers), job.said()
+        time.sleep(0.1)
+
+
+def stop_and_resume(work: Path, placement: str) -> dict[str, Any]:
+    """Train, send SIGTERM, go on to the end; the figures of it."""
+    from saekit.runs.recovery import read_index
+
+    options = ["--max-tokens", str(150 * 8 * 16), "--resume", "auto"]
+    job = Job(work, placement, options, {})
+    try:
+        wait_until(lambda: re.search(r"^step \d", job.said(), re.M), job)
+        sent = time.monotonic()
+        job.signal(signal.SIGTERM)
+        job.wait(LIMIT)
+        seconds = time.monotonic() - sent
+        assert job.said().count("Stopped after step ") == 1, job.said()
+        stopped_at = read_index(work / "run" / "latest")["step"]
+        assert 1 <= stopped_at < 150, stopped_at
+        job = Job(work, placement, options, {})
+        codes = job.wait(240)
+        assert not any(codes), job.said()
+        assert job.said().count("Going on from ") == 1, job.said()
+        assert read_index(work / "run" / "latest")["step"] == 150
+    finally:
+        job.kill()
+    return {"stopped_at": stopped_at, "seconds_to_stop": round(seconds, 1), "codes_at_the_end": codes}
+
+
+def fail_once(work: Path, placement: str, fails: int, stuck: list[int]) -> dict[str, Any]:
+    """One rank raises; the figures of how the run ends."""
+    (work / "raised").unlink(missing_ok=True)
+    options = ["--plugin", str(HERE / "failing_source.py"), "--source", "failing", "--overwrite"]
+    told = {"FAILS": str(fails), "STUCK": " ".join(map(str, stuck)), "NOTES": str(work)}
+    job = Job(work, placement, options, told)
+    try:
+        wait_until((work / "raised").exists, job)
+        pids = [int((work / f"pid{rank}").read_text()) for rank in range(4)]
+        raised = float((work / "raised").read_text() or time.time())
+        wait_until(lambda: not any(map(psutil.pid_exists, pids)), job, seconds=90)
+        ranks_ended = time.time() - raised
+        codes = job.wait(LIMIT)
+        all_ended = time.time() - raised
+    finally:
+        job.kill()
+    messages = [line for line in job.said().splitlines() if line.startswith("Error: ")]
+    good = all_ended < LIMIT and all(codes) and messages == [f"Error: rank {fails} has failed"]
+    found = {"placement": placement, "fails": fails, "stuck": stuck, "ranks_ended": round(ranks_ended, 1)}
+    found |= {"all_ended": round(all_ended, 1), "codes": codes, "messages": messages, "good": good}
+    if not good:
+        sys.stderr.write(job.said())
+    return found
+
+
+def write(key: str, found: Any) -> None:
+    """Print figures, and put them into the results next to those of other kinds."""
+    record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if isinstance(found, list):
+        record[key] = [*record.get(key, []), *found]
+    else:
+        record[key] = {**record.get(key, {}), **found}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{key}: {found}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run one of the drills; the exit code says whether all went well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("drill", choices=["runs", "failures"])
+    parser.add_argument("--times", type=int, default=20, help="failures in a row")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first, to go on with an earlier drill")
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what takes machines and launchers down
+    good = True
+    with tempfile.TemporaryDirectory() as folder, two_nodes(Path(folder)):
+        work = Path(folder)
+        texts = (" ".join(random.choices(WORDS, k=30)) for _ in range(3000))
+        (work / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        if asked.drill == "failures":
+            for number in range(asked.first, asked.times):
+                # Each rank in turn, each placement in turn; none to all of the others are stuck, the rest wait for it.
+                fails, placement = number % 4, asked.placements[number % len(asked.placements)]
+                others = [rank for rank in range(4) if rank != fails]
+                found = fail_once(work, placement, fails, others[: number % 5])
+                write("failures", [found])
+                good = good and found["good"]
+            return 0 if good else 1
+        for placement in asked.placements:
+            shutil.rmtree(work / "run", ignore_errors=True)
+            write("runs", {placement: stop_and_resume(work, placement)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
