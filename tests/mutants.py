@@ -264,20 +264,6 @@ LIST: list[tuple[str, ...]] = [
         "        return together.flip(0).view(-1)\n",
     ),
     (
-        "layer-map trains on a wave before it has arrived",
-        "saekit/placement/layer_map.py",
-        "            work.wait()\n",
-        "",
-        "placement/test_equivalence::test_ranks_and_placements_agree",
-    ),
-    (
-        "ranks sum the sample where it is, on the host",
-        START,
-        "self._placement.sum(rows_RD.to(self._placement.device)).cpu()",
-        "self._placement.sum(rows_RD).cpu()",
-        "placement/test_equivalence::test_ranks_and_placements_agree",
-    ),
-    (
         "a layer's number is the last one in a hookpoint's path",
         "saekit/sae/storage.py",
         'for part in path.split(".")',

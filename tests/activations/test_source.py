@@ -31,7 +31,7 @@ class Directions(Source):
 
     def begin(self, cfg, device, rank, world_size):
         self.hookpoints = (Hookpoint("layers.0", 12), Hookpoint("layers.0.mlp", 20))
-        self.global_batch, self.slice = cfg.batch_size * world_size, (rank, world_size)
+        self.device, self.global_batch, self.slice = device, cfg.batch_size * world_size, (rank, world_size)
 
     def read(self, step):
         return [step]
@@ -50,7 +50,7 @@ class Directions(Source):
             generator.manual_seed(step)
             chosen = torch.rand(self.global_batch * self.ctx_len, 48, generator=generator) < 0.05
             rank, world_size = self.slice
-            of[hookpoint.name] = (chosen.float() @ directions).tensor_split(world_size)[rank]
+            of[hookpoint.name] = (chosen.float() @ directions).tensor_split(world_size)[rank].to(self.device)
         return Activations(of)
 '''
 
