@@ -65,7 +65,7 @@ def doctor(
         return
     if num_processes is not None:
         raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
-    if "RANK" in os.environ:
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         _check_together(save_dir, limit, as_json=as_json)
         return
     with messages().status("Looking at this machine"):

@@ -90,7 +90,8 @@ class Diagnosis:
         errors = [f"rank {rank}: {place.error}" for rank, place in enumerate(places) if place and place.error]
         silent = [] if late else ["a rank has ended without an error message"]
         found = "; ".join([limit, *(errors or [*silent, *waiting(places)])])
-        self._tell([*self._found, Finding(area, stage, "problem", found, self._hint(stage))])
+        remedy = f"if that does not say what to do: {self._hint(stage)}" if errors else self._hint(stage)
+        self._tell([*self._found, Finding(area, stage, "problem", found, remedy)])
 
     def _hint(self, stage: str) -> str:
         """What helps where ranks do not get past a stage, or are slow in it."""
