@@ -163,6 +163,14 @@ def parsed(content):
         return None
 
 
+def test_a_name_of_two_lines_in_a_header_is_said_in_one(alone):
+    """In the words of the library that reads it."""
+    folder, content, weights = alone
+    put(folder, content, weights, content[weights].replace(b'"F32"', b'"F\\n"', 1))
+    try_out(folder)
+    put(folder, content, None, b"")
+
+
 @pytest.mark.parametrize("index", INDICES)
 def test_numbers_of_an_index_that_are_none(tmp_path, index):
     (tmp_path / "step_00000001").mkdir()

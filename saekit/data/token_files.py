@@ -160,12 +160,12 @@ def wider_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | None:
         wide = np.dtype(code)
         if wide.itemsize <= width:
             continue
-        small = (vocabulary - 1) >> (8 * width)
+        small, lower = (vocabulary - 1) >> (8 * width), (1 << (8 * width)) - 1
         found, different = 0, np.empty(0, dtype=wide)
         for ids in _chunks(content, wide):
             if not _within(ids, vocabulary):
                 break
-            larger = ids[ids > small]
+            larger = ids[(ids & wide.type(lower)) > small]
             found += len(larger)
             if len(different) < DIFFERENT:
                 different = np.unique(np.concatenate([different, larger]))

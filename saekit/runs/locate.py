@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.runs.checkpoint import numbered
 from saekit.runs.index import ALL_THE_SAME, damage_of, is_ours
 from saekit.runs.layout import CONFIG_FILE, FOREIGN_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
@@ -126,7 +126,7 @@ def read_some_tensors(file: Path, names: Collection[str], optional: Collection[s
                 raise UserError(f"{file} lacks the tensor {lacking[0]}: is it an SAE's file?")
             return {name: tensors.get_tensor(name) for name in [*names, *optional] if name in held}
     except (SafetensorError, OSError) as problem:
-        raise UserError(f"{file} is truncated or damaged ({problem})") from problem
+        raise UserError(f"{file} is truncated or damaged ({first_line(problem)})") from problem
 
 
 def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.runs.checkpoint import numbered, put_in_place
 from saekit.runs.files import is_as_listed
 from saekit.runs.index import damage_of
@@ -117,4 +117,5 @@ def read_state(folder: Path, names: Collection[str] | None = None, if_there: Col
             found = [name for name in if_there if name in file.keys()]  # noqa: SIM118  # it is no dictionary
             return {name: file.get_tensor(name) for name in (*names, *found)}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / STATE_FILE} cannot be read ({error}): use another checkpoint") from None
+        said = first_line(error)
+        raise UserError(f"{folder / STATE_FILE} cannot be read ({said}): use another checkpoint") from None

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.hub import asking_hub, why_not_found
 from saekit.registry import SELECTIONS
 from saekit.sae.entries import EXPANSION_FACTOR, read_config
@@ -276,4 +276,5 @@ def _read_weights(file: Path, device: torch.device | str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing") from None
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); restore it or use another checkpoint") from None
+        said = first_line(error)
+        raise ValueError(f"{file} is damaged or cut short ({said}); restore it or use another checkpoint") from None

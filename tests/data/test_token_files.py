@@ -51,6 +51,14 @@ def test_the_usual_type_is_not_taken_for_granted(file, really):
         opened(file, 50_257, random_ids(50_257), really)
 
 
+def test_few_different_ids_are_not_the_upper_parts_of_others(file):
+    """Every second one could be one, in so large a vocabulary; but none of the others is too large for one."""
+    ids = random_ids(4)
+    assert (
+        opened(file, 262_144, ids, dtype="uint16").read(np.arange(4)).flatten().tolist() == ids[: 4 * CTX_LEN].tolist()
+    )
+
+
 def padded(ids, length):
     """Documents of different lengths, each filled up with zeros."""
     rows = np.zeros((100, length), dtype=np.int64)
