@@ -7,6 +7,7 @@ tests/placement/test_failures.py, `launch_file`).
 As a script it reads requests, one JSON object per line, and answers each with the ranks' exit codes.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -165,6 +166,7 @@ def import_everything() -> None:
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
     gc.collect()
     gc.freeze()  # the ranks' own collections need not look at all of this again
+    atexit.register(gc.unfreeze)  # else libraries take it for leaked at the end, and say so
 
 
 if __name__ == "__main__":

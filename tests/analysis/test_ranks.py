@@ -21,12 +21,11 @@ def numbers(record):
     return {(key, *path): value for key, inner in pairs for path, value in numbers(inner).items()}
 
 
-def test_two_ranks(demo_run):
-    arguments = ["-m", "saekit", "eval", demo_run, "--max-tokens", 3200, "--batch-size", 4, "--json"]
-    alone = torchrun(*arguments, ranks=1)
-    assert alone.returncode == 0, alone.stderr
-    one = numbers(json.loads(alone.stdout))
-    together = torchrun(*arguments, ranks=2)
+def test_two_ranks(demo_run, forked, tmp_path):
+    arguments = ["eval", demo_run, "--max-tokens", 3200, "--batch-size", 4, "--json"]
+    assert forked.run(arguments, None, tmp_path / "alone", tmp_path, 200) == [0], (tmp_path / "alone").read_text()
+    one = numbers(json.loads((demo_run / "latest" / EVAL_FILE).read_text("utf-8")))
+    together = torchrun("-m", "saekit", *arguments, ranks=2)
     assert together.returncode == 0, together.stderr
     two = numbers(json.loads(together.stdout))
     assert two == numbers(json.loads((demo_run / "latest" / EVAL_FILE).read_text("utf-8")))

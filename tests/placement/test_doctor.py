@@ -37,7 +37,7 @@ def test_ranks_that_can_train_together(doctor, tmp_path):
     assert report["problems"] == 0
     assert "2 ranks on 1 machine, --placement ddp" in found["join"]["found"]
     assert found["devices"]["found"] == "cpu: ranks 0-1"
-    assert found["backends"]["found"] == "gloo for tensors, gloo for small values"
+    assert found["backends"]["found"] == "strict for tensors, gloo for small values"  # see `tests.strict`
     assert "/s that each rank sends" in found["all_reduce speed"]["found"]
     assert str(tmp_path / "checkpoints") in found["save-dir"]["found"]
     assert [path.name for path in tmp_path.iterdir()] == ["said"], "it leaves nothing behind"

@@ -11,7 +11,7 @@ from tests.forked import environment
 from tests.placement.conftest import DEMO_LM
 
 pytestmark = pytest.mark.slow
-COUNTED = Path(__file__).with_name("counted.py")
+COUNTED, SHARDED_LM = (Path(__file__).with_name(name) for name in ("counted.py", "sharded_lm.py"))
 
 
 def torchrun(*command, ranks=2, **variables):
@@ -41,28 +41,35 @@ def test_the_host_waits_nowhere_for_the_device_but_for_the_message(counts):
     assert counts["calls"] == {}
 
 
-def test_a_sharded_language_model_says_what_the_whole_one_does(gpt2_dir):
-    result = torchrun("-m", "tests.placement.sharded_lm", gpt2_dir)
-    assert result.returncode == 0, result.stderr
-    share, furthest = next(line for line in result.stdout.splitlines() if "SHARE" in line).split()[1:]
+def test_a_sharded_language_model_says_what_the_whole_one_does(gpt2_dir, forked, tmp_path):
+    said = tmp_path / "stderr"
+    assert forked.run([gpt2_dir], 2, said, tmp_path, timeout=200, script=SHARDED_LM) == [0, 0], said.read_text()
+    share, furthest = (tmp_path / "found").read_text().split()
     assert float(share) == 0.5
     assert float(furthest) == 0
 
 
+@pytest.fixture
+def refused(forked, tmp_path, token_dir):
+    """Try to train on two ranks; what they say."""
+
+    def run(*options):
+        sizes = ["--num-latents", 64, "--k", 4, "--ctx-len", 16, "--save-dir", tmp_path, "--batch-size", 2]
+        command, said = ["train", DEMO_LM, token_dir, *sizes, *options], tmp_path / "stderr"
+        assert all(forked.run(command, 2, said, tmp_path, timeout=200))
+        return said.read_text()
+
+    return run
+
+
 @pytest.mark.parametrize("placement", ["ddp", "layer-map"])
-def test_nobody_else_shards_the_language_model(tmp_path, token_dir, placement):
-    options = ["--num-latents", 64, "--k", 4, "--ctx-len", 16, "--save-dir", tmp_path, "--batch-size", 2]
-    named = ["--placement", placement] if placement == "layer-map" else []  # ddp is what torchrun alone means
-    result = torchrun("-m", "saekit", "train", DEMO_LM, token_dir, *named, "--shard-lm", *options)
-    assert result.returncode != 0
-    assert result.stderr.count("Error: --shard-lm") == 1, result.stderr
-    assert placement in result.stderr
+def test_nobody_else_shards_the_language_model(refused, placement):
+    named = ["--placement", placement] if placement == "layer-map" else []  # ddp is what a launcher alone means
+    said = refused(*named, "--shard-lm")
+    assert said.count("Error: --shard-lm") == 1, said
+    assert placement in said
 
 
-def test_an_optimizer_that_needs_whole_matrices_is_refused(tmp_path, token_dir):
-    options = ["--num-latents", 64, "--k", 4, "--ctx-len", 16, "--save-dir", tmp_path, "--batch-size", 2]
-    result = torchrun(
-        "-m", "saekit", "train", DEMO_LM, token_dir, "--placement", "zero3", "--optimizer", "muon", *options
-    )
-    assert result.returncode != 0
-    assert result.stderr.count("zero3 cannot train with --optimizer muon") == 1, result.stderr
+def test_an_optimizer_that_needs_whole_matrices_is_refused(refused):
+    said = refused("--placement", "zero3", "--optimizer", "muon")
+    assert said.count("zero3 cannot train with --optimizer muon") == 1, said

@@ -1,6 +1,6 @@
 """Trains as `saekit train` does and writes down what this rank held and its peak: `python measured_run.py JOB.json`.
 
-With `ranks` in the job it starts that many, as torchrun does.
+Run by several ranks, each writes a file of its own.
 """
 
 from __future__ import annotations
@@ -74,11 +74,6 @@ def train(job: dict[str, Any]) -> dict[str, int]:
 def main() -> None:
     file = Path(sys.argv[1])
     job = json.loads(file.read_text(encoding="utf-8"))
-    if job["ranks"] > 1 and "RANK" not in os.environ:
-        from torch.distributed.run import main as torchrun
-
-        torchrun(["--standalone", f"--nproc-per-node={job['ranks']}", __file__, str(file)])
-        return
     out = file.with_name(f"rank{os.environ.get('RANK', '0')}.json")
     out.write_text(json.dumps(train(job)), encoding="utf-8")
 

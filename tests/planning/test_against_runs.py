@@ -104,9 +104,7 @@ def measured_and_planned(size, folder, placement="single", offload=False, forked
     folder.mkdir(exist_ok=True)
     config = config_of(size, folder, placement)
     ranks = 1 if placement == "single" else 2
-    (folder / "job.json").write_text(
-        json.dumps({"config": config, "ranks": ranks, "offload": offload}), encoding="utf-8"
-    )
+    (folder / "job.json").write_text(json.dumps({"config": config, "offload": offload}), encoding="utf-8")
     if forked is not None:
         said = folder / "stderr"
         assert forked.run([folder / "job.json"], ranks, said, folder, 300, script=WORKER) == [0] * ranks, (
