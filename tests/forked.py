@@ -59,12 +59,13 @@ class Forked:
         cwd: Path,
         timeout: float,
         script: Path | None = None,
+        devices: bool = False,
     ) -> list[int]:
         """Run `saekit COMMAND...` as this many ranks, or as one process that no launcher started for None.
 
         With a script, that is run with these arguments in the place of `saekit`. Ranks speak through a strict group
-        (`tests.strict`). What they write to stderr goes to the log. When one ends with an error the others are ended,
-        as a launcher does. Returns the exit code of each.
+        (`tests.strict`), which with `devices` knows the host's tensors as well. What they write to stderr goes to the
+        log. When one ends with an error the others are ended, as a launcher does. Returns the exit code of each.
         """
         request = {
             "command": [str(part) for part in command],
@@ -73,6 +74,7 @@ class Forked:
             "cwd": str(cwd),
             "timeout": timeout,
             "script": None if script is None else str(script),
+            "devices": devices,
         }
         self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
@@ -137,7 +139,7 @@ def serve() -> Callable[[], object] | None:
                 os.chdir(request["cwd"])
                 become(request["command"], request["log"])
                 if ranks:
-                    strict.install()
+                    strict.install(devices=request["devices"])
                 script = request["script"]
                 return main if script is None else partial(runpy.run_path, script, run_name="__main__")
             children.append(child)

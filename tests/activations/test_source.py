@@ -92,7 +92,7 @@ def test_units_of_several_widths_under_each_placement(plugin, tmp_path, forked):
         command += ["--batch-size", 8 // (count or 1), "--expansion-factor", 4, "--activation", "batchtopk"]
         command += ["--save-dir", tmp_path, "--run-name", name, *(["--placement", name] if count else [])]
         said = tmp_path / f"{name}.txt"
-        assert not any(forked.run(command, count, said, tmp_path, timeout=120)), said.read_text()
+        assert not any(forked.run(command, count, said, tmp_path, 120, devices=name == "layer-map")), said.read_text()
         found[name] = tensors_of((tmp_path / name / "latest").resolve())
     for name in ("ddp", "layer-map", "zero3"):
         assert_same_tensors(found[name], found["single"], rtol=1e-4, atol=1e-5)

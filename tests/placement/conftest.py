@@ -71,9 +71,18 @@ def train(tmp_path_factory, token_dir, forked):
     numbers = count()  # not of what is done: a run that failed has left its folder
 
     def run(
-        model, *options, ranks=1, batch_size=None, expect=0, launch_file=None, name=None, data=token_dir, script=None
+        model,
+        *options,
+        ranks=1,
+        batch_size=None,
+        expect=0,
+        launch_file=None,
+        name=None,
+        data=token_dir,
+        script=None,
+        devices=False,
     ):
-        key = (str(model), str(data), ranks, batch_size, launch_file, name, script, *options)
+        key = (str(model), str(data), ranks, batch_size, launch_file, name, script, devices, *options)
         if key in done:
             return done[key]
         name = name or f"run{next(numbers)}"
@@ -94,7 +103,7 @@ def train(tmp_path_factory, token_dir, forked):
         said = root / f"{name}.stderr"
         if launch_file is None:
             some = ranks if ranks > 1 or "zero3" in options else None
-            codes = forked.run(command, some, said, root, timeout=300, script=script)
+            codes = forked.run(command, some, said, root, timeout=300, script=script, devices=devices)
             code = int(any(codes))
             assert bool(code) == all(codes), said.read_text()  # the ranks fail together
         else:

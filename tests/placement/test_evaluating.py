@@ -32,7 +32,7 @@ def assert_same_evaluations(found, expected):
 def test_ranks_evaluate_alike_and_training_does_not_notice(train, gpt2_dir, placement):
     """Cut into six chunks, a batch is one sequence, and the second rank has one batch less than the first."""
     options = ["--placement", placement, "--micro-acc-steps", 6]
-    found = train(gpt2_dir, *options, *EVALUATED, ranks=2)
+    found = train(gpt2_dir, *options, *EVALUATED, ranks=2, devices=True)
     without = train(gpt2_dir, *options, *SHORT, ranks=2)
     assert_same_tensors(tensors_of(found / "latest"), tensors_of(without / "latest"))
     assert metrics_of(found) == metrics_of(without)

@@ -24,7 +24,7 @@ SCRIPT = ROOT / "tests" / "placement" / "refusals.py"
 def found(forked, tmp_path_factory):
     """What each of two ranks has written down."""
     folder = tmp_path_factory.mktemp("strict")
-    codes = forked.run([folder / "rank"], 2, folder / "said", folder, timeout=120, script=SCRIPT)
+    codes = forked.run([folder / "rank"], 2, folder / "said", folder, timeout=120, script=SCRIPT, devices=True)
     assert codes == [0, 0], (folder / "said").read_text("utf-8")
     return [json.loads((folder / f"rank{rank}").read_text("utf-8")) for rank in range(2)]
 
