@@ -36,7 +36,7 @@ __all__ = ["StrictError", "StrictGroup", "install"]
 def install(*, devices: bool) -> None:
     """Make the data group of this process strict, once it is made.
 
-    With `devices` it also tells the host's tensors from the device's, for which every call of torch takes twice as long.
+    With `devices` it also tells the host's tensors from the device's, which about doubles the time that a rank takes.
     """
     if hasattr(dist.Backend, "STRICT"):
         return
