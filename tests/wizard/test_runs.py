@@ -1,4 +1,4 @@
-"""What `saekit config` writes starts: the printed command, as it is, on two real processes, once under each placement."""
+"""What `saekit config` writes starts: the printed command, as it is, on two real processes; each placement once."""
 
 import json
 import os
