@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,7 +67,10 @@ def test_an_error_on_one_rank_ends_all_and_is_shown_once(doctor):
 
 def test_machines_that_are_not_alike(doctor):
     codes, said = doctor("apart")
-    assert codes == [1, 0], said
+    assert codes[0] == 1, said
+    assert codes[1] in (0, -signal.SIGTERM), (
+        "it finds nothing wrong, unless it is ended with the first before it is done"
+    )
     text = " ".join(said.split())
     assert "rank 1 (other) does not see rank 0's" in text, said
     assert "use --save-dir FOLDER, an absolute path on a disk that all machines see" in text
