@@ -33,13 +33,15 @@ from common import HERE, OFFLINE, hardware, versions
 from rich.console import Console
 from rich.table import Table
 
+from saekit.runs.metrics import EVALUATION, read_metrics
+
 STEPS, GLOBAL_BATCH, CTX_LEN = 40, 8, 64
 PATIENCE = 180
 """Seconds that a run may take."""
 SAME = 1e-3
 """Relative difference of FVUs that the order of summation may make over these steps, in float32."""
 GLOO_RANK = (
-    "import functools, accelerate.utils as utils; "
+    "import accelerate.utils as utils; "
     "kwargs = utils.InitProcessGroupKwargs; "
     "utils.InitProcessGroupKwargs = lambda **given: kwargs(**{**given, 'backend': 'gloo'}); "
     "from saekit.cli import main; main()"
@@ -90,18 +92,16 @@ class Bench:
             whole, env=self.environment(**more), stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=self.folder
         )
 
-    def run(self, *processes: subprocess.Popen[str], code: int = 0) -> str:
-        """Wait for the end of all; what the first one said."""
+    def run(self, *processes: subprocess.Popen[str]) -> None:
+        """Wait for the end of all."""
         said = [each.communicate(timeout=PATIENCE)[0] for each in processes]
         codes = [each.returncode for each in processes]
-        if set(codes) != {code}:
+        if any(codes):
             raise DrillError(f"exit codes {codes}: {said[0].strip()[-1500:]}")
-        return said[0]
 
     def fvus(self, name: str) -> list[list[float]]:
         """FVU of each layer in each report of a run."""
-        lines = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
-        steps = [each for each in map(json.loads, lines) if "layers" in each and "tokens_per_second" in each]
+        steps = read_metrics(self.folder / name / "metrics.jsonl")
         if len(steps) != STEPS:
             raise DrillError(f"{name} reported {len(steps)} steps instead of {STEPS}")
         return [[layer["fvu"] for layer in each["layers"].values()] for each in steps]
@@ -147,10 +147,9 @@ def whole(bench: Bench, placement: str) -> str:
     name = f"whole-{placement}"
     options = ["--eval-every", 20, "--eval-dataset", bench.folder / "held_out", "--eval-tokens", 40 * CTX_LEN]
     bench.run(bench.torchrun(name, "--placement", placement, *options))
-    lines = (bench.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
-    evaluations = sum("evaluation" in line or '"reconstruction"' in line for line in lines)
-    if not evaluations:
-        raise DrillError("no evaluation is in metrics.jsonl")
+    evaluations = len(read_metrics(bench.folder / name / "metrics.jsonl", EVALUATION))
+    if evaluations != STEPS // 20:
+        raise DrillError(f"{evaluations} evaluations in metrics.jsonl instead of {STEPS // 20}")
     return bench.compare(name, "alone", SAME)
 
 

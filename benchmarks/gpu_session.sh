@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first thing to run on a machine with a GPU: tests, ranks, kernels, memory, the whole trainer; about 8 minutes.
+# The first thing to run on a machine with a GPU: tests, ranks, kernels, memory, the whole trainer; at most 12 minutes.
 #
 #   benchmarks/gpu_session.sh [FOLDER]
 #

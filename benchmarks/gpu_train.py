@@ -31,6 +31,7 @@ from rich.table import Table
 from train import VOCABULARY, make_model
 
 import saekit
+from saekit.report import Reporters
 
 CTX_LEN, BATCH_SIZE = 256, 32
 WARM_UP, STEPS = 20, 60
@@ -38,19 +39,14 @@ PACKAGE = str(HERE.parent / "saekit")
 console = Console()
 
 
-class Steps:
-    """A reporter that takes the time of every report and, if asked to, counts waits after the warm-up."""
+class Steps(Reporters):
+    """Takes the time of every report and, if asked to, counts waits after the warm-up."""
 
     def __init__(self, count_waits: bool) -> None:
+        super().__init__()
         self.ends: list[tuple[int, float]] = []
         self.waits: Counter[str] = Counter()
         self._count = count_waits and torch.cuda.is_available()
-
-    def status(self, message: str) -> None:
-        """Nothing to say."""
-
-    def start(self, info: object) -> None:
-        """Nothing to prepare."""
 
     def step(self, stats: Any) -> None:
         """Note when; from the end of the warm-up on, waits are told."""
@@ -59,12 +55,6 @@ class Steps:
             warnings.simplefilter("always")
             warnings.showwarning = self._told
             torch.cuda.set_sync_debug_mode("warn")
-
-    def evaluated(self, stats: object) -> None:
-        """There is none."""
-
-    def saved(self, path: object, step: int) -> None:
-        """Not of interest."""
 
     def finish(self) -> None:
         """Let waits be, again."""

@@ -21,6 +21,8 @@ LATE_CLOCK = 1.0
 SLOW = 100e6
 """Bytes per second below which ranks wait for each other most of the time."""
 JOINING = "join"
+MEETING = ("start", JOINING, "introductions")
+FOLDERS = ("save-dir", "data sets")
 INTERFACE = "name the network's interface (see ip addr): export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
 
 Result = TypeVar("Result")
@@ -62,8 +64,7 @@ class Diagnosis:
             self._found += collective(name, self._stage(name, partial(placement.gather, said)))
         for name, speed in self._stage("speed", lambda: trial.speeds(placement)).items():
             self._found += fast(name, speed, self._hint(name))
-        folders = {"save-dir": self._save_dir, "data sets": datasets_folder()}
-        for name, folder in folders.items():
+        for name, folder in zip(FOLDERS, (self._save_dir, datasets_folder()), strict=True):
             seen = self._stage(name, partial(trial.look_at, folder, placement))
             self._found += shared(name, about, seen)
         self._found += clocks(about, self._stage("clocks", lambda: trial.clocks(placement)))
@@ -85,8 +86,7 @@ class Diagnosis:
     def _ended(self, late: bool, places: list[Place | None]) -> None:
         limit = f"no answer within {self._limit_s:g} s" if late else "failed"
         stage = places[self._rank].stage if places[self._rank] else JOINING  # type: ignore[union-attr]
-        area = RANKS if stage in ("start", JOINING, "introductions") else COLLECTIVES
-        area = NODES if stage in ("save-dir", "data sets", "clocks") else area
+        area = RANKS if stage in MEETING else NODES if stage in (*FOLDERS, "clocks") else COLLECTIVES
         errors = [f"rank {rank}: {place.error}" for rank, place in enumerate(places) if place and place.error]
         silent = [] if late else ["a rank has ended without an error message"]
         found = "; ".join([limit, *(errors or [*silent, *waiting(places)])])
@@ -95,10 +95,10 @@ class Diagnosis:
 
     def _hint(self, stage: str) -> str:
         """What helps where ranks do not get past a stage, or are slow in it."""
-        if stage in ("start", JOINING, "introductions"):
+        if stage in MEETING:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
             return f"start all ranks, see that each machine reaches {where} (firewall), and {INTERFACE}"
-        if stage in ("save-dir", "data sets"):
+        if stage in FOLDERS:
             return "see on each machine whether the disk answers: ls the folder"
         if self._on_gpu:
             return (

@@ -47,9 +47,7 @@ class Watch:
             rank has not said anything).
     """
 
-    def __init__(
-        self, rank: int, ranks: int, limit_s: float, report: Callable[[bool, list[Place | None]], None]
-    ) -> None:
+    def __init__(self, rank: int, ranks: int, limit_s: float, report: Report) -> None:
         self._rank, self._ranks, self._report = rank, ranks, report
         self._until = time.monotonic() + limit_s
         self._store: Any = None

@@ -57,10 +57,8 @@ def warnings_of_launcher(
         settings: See `agent_settings`.
 
     Returns:
-        A sentence for each problem; none if the ranks were not started by torchrun's agent.
+        A sentence for each problem.
     """
-    if STARTED not in environment:
-        return []
     version, problems = torch.__version__, []
     handled = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", HANDLED).split(",")
     asked = environment.get("PET_SIGNALS_TO_HANDLE")

@@ -58,9 +58,7 @@ def measure_network(ranks: int) -> tuple[float, float]:
                 process.kill()
                 process.wait()
         if failed:
-            reason = (failed[0].read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word why"])[
-                -1
-            ]
+            *_, reason = ["no word why", *failed[0].read_text(encoding="utf-8", errors="replace").strip().splitlines()]
             raise UserError(f"{ranks} ranks cannot exchange tensors ({reason}): see saekit doctor")
         all_reduce, point_to_point = json.loads(rates.read_text(encoding="utf-8"))
     return all_reduce, point_to_point

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from saekit.machine import library_versions
 from saekit.placement.base import Placement
 from saekit.placement.network import rates_of
-from saekit.placement.world import Ranked
+from saekit.placement.world import Ranked, connect_to_store
 
 SEES_WITHIN = 5.0
 """Seconds in which a file of another machine should be seen: network disks remember for a while what was not there."""
@@ -60,7 +60,7 @@ def agent_store() -> Any | None:
     """Return the launcher's store, which answers before ranks have met; None if rank 0 makes one when they meet."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    return connect_to_store()
 
 
 def store_of(placement: Placement) -> Any | None:

@@ -74,15 +74,18 @@ def start_world(zero: DeepSpeedPlugin | None = None) -> World:
         cpu=on_cpu and zero is None, mixed_precision="no", deepspeed_plugin=zero, kwargs_handlers=[backend]
     )
     control = dist.new_group(backend="gloo", timeout=CONNECTS)
-    # A connection of our own: the process group's is busy while a collective waits.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
     start = [uuid.uuid4().hex]
     dist.broadcast_object_list(start, src=0, group=control)
-    failures = FailureWatch(store, start[0], accelerator.num_processes)
+    failures = FailureWatch(connect_to_store(), start[0], accelerator.num_processes)
     device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device  # not cpu:0
     world = World(accelerator.process_index, accelerator.num_processes, device, control, failures, accelerator)
     world.lengthen_timeouts()
     return world
+
+
+def connect_to_store() -> Any:
+    """Return a connection of our own to the store where ranks meet: the group's is busy while a collective waits."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
 
 
 class Ranked(Placement):

@@ -1,7 +1,6 @@
 """Every number of an evaluation, against what was worked out on paper for a model of two tokens."""
 
 import math
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
@@ -14,6 +13,7 @@ from saekit.analysis.results import FEW_SEQUENCES
 from saekit.analysis.subject import IGNORED, ScoredInput
 from saekit.sae.trained_on import TrainedOn
 from tests.analysis.toy import Block, Scaling, subject, surprise
+from tests.together import Together
 
 # Of the three predictions of a sequence such as 0 0 1 1, two are as the model expects and one is not.
 CLEAN = (2 * surprise(2) + surprise(-2)) / 3
@@ -325,24 +325,6 @@ def test_an_evaluation_that_was_broken_off_leaves_no_trace():
     assert again() == evaluate(own)
 
 
-class Together:
-    """Ranks as threads, each with a model of its own; they wait for one another at every sum."""
-
-    def __init__(self, count):
-        self.barrier = threading.Barrier(count, timeout=20)
-        self.parts = [None] * count
-
-    def total(self, rank):
-        def add(value):
-            self.parts[rank] = value
-            self.barrier.wait()
-            total = sum(self.parts)
-            self.barrier.wait()
-            return total
-
-        return add
-
-
 @pytest.mark.parametrize("objective", ["next token", None])
 @pytest.mark.parametrize(("count", "batch_size"), [(2, 1), (2, 2), (3, 1), (3, 4), (4, 1), (7, 2)])
 def test_ranks_share_out_the_sequences_and_stay_in_step(count, batch_size, objective):
@@ -359,7 +341,13 @@ def test_ranks_share_out_the_sequences_and_stay_in_step(count, batch_size, objec
         def progress(done, of):
             passes[rank] = done
 
-        own = {"rank": rank, "world_size": count, "batch_size": batch_size, "total": ranks.total(rank), "whole": whole}
+        own = {
+            "rank": rank,
+            "world_size": count,
+            "batch_size": batch_size,
+            "total": ranks.gather(rank, sum),
+            "whole": whole,
+        }
         return evaluate(subject(0.5, rows, depth=2, **more, **own), progress)
 
     with ThreadPoolExecutor(count) as pool:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 
 from saekit.cli import main
 from saekit.doctor import watch
@@ -53,11 +54,19 @@ def apart():
         return
     os.mkdir("elsewhere")
     os.chdir("elsewhere")
-    versions, now = trial.library_versions, time.time
-    trial.library_versions = lambda: {**versions(), "torch": "2.0.0"}
-    trial.time.time = lambda: now() + 90
-    trial.socket.gethostname = lambda: "other"
-    trial.SEES_WITHIN = 0.5
+    now, introduce = time.time, trial.introduce
+
+    def of_another_machine(about):
+        return replace(about, host="other", versions={**about.versions, "torch": "2.0.0"})
+
+    def introduced(placement):
+        gather = placement.gather
+        placement.gather = lambda about: gather(of_another_machine(about))
+        found = introduce(placement)
+        placement.gather = gather
+        return found
+
+    trial.introduce, trial.time.time, trial.SEES_WITHIN = introduced, lambda: now() + 90, 0.5
 
 
 if __name__ == "__main__":

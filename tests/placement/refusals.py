@@ -174,7 +174,7 @@ REFUSALS = {
     too_few: "1 tensors for 2 ranks",
     no_multiple: "unequal tensors, float32 [7] and, from each of 2 ranks, float32 [3]",
     no_split: "4 rows are to be split as [1, 2] among 2 ranks",
-    any_source: "NCCL cannot receive from whoever sends first",
+    any_source: "NCCL has no receive from any source",
     made_on_host: "all_reduce SUM of float32 [3]: a tensor is on the host, where NCCL cannot reach it",
     moved_to_host: "all_gather_into_tensor of float32 [3]: a tensor is on the host",
     computed_on_host: "broadcast from rank 0 of float64 [3]: a tensor is on the host",

@@ -54,7 +54,7 @@ def test_a_rank_that_does_not_come_is_named_when_time_runs_out(doctor):
     text = " ".join(said.split())
     assert "ranks 0-1 are at all_gather" in text, said
     assert "→ name the network's interface" in text, said
-    assert "✓ broadcast" in text, "what has been found before is shown"
+    assert "✓ broadcast" in text, "earlier findings are shown"
 
 
 def test_an_error_on_one_rank_ends_all_and_is_shown_once(doctor):

@@ -225,7 +225,7 @@ def test_a_folder_in_use_is_refused_on_all_ranks_and_said_once(tmp_path, forked,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("placement", "victim"), [("ddp", 0), ("layer-map", 0), ("zero3", 1)])
+@pytest.mark.parametrize(("placement", "victim"), [("ddp", 0), ("ddp", 1), ("layer-map", 0), ("zero3", 1)])
 def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint(tmp_path, placement, victim):
     running = start(tmp_path, DEMO_LM, ids(20_000), "--placement", placement, "--save-every", 3)
     latest = tmp_path / "run" / "latest"

@@ -8,20 +8,19 @@ import sys
 import pytest
 import torch
 
-from saekit.placement.launcher import agent_settings, warnings_of_launcher
+from saekit.placement.launcher import agent_settings, launcher_warnings, warnings_of_launcher
 from tests.forked import environment
 
 NEW, BETWEEN, OLD = (
     frozenset({"run_id", *more}) for more in (("signals_to_handle", "shutdown_timeout"), ("signals_to_handle",), ())
 )
-STARTED = {"TORCHELASTIC_RUN_ID": "none"}
 HANDLED = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT"}
 HANDED_ON = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
 """As under `saekit train --launch`, which hands a scheduler's signals on itself."""
 
 
 def found(grace, settings=NEW, command=(), **variables):
-    return warnings_of_launcher(grace, {**STARTED, **HANDLED, **variables}, command, settings)
+    return warnings_of_launcher(grace, {**HANDLED, **variables}, command, settings)
 
 
 def test_thirty_seconds_are_too_few_for_a_longer_grace():
@@ -29,7 +28,16 @@ def test_thirty_seconds_are_too_few_for_a_longer_grace():
     assert "kills the ranks 30 seconds after SIGTERM or Ctrl-C" in said
     assert "--grace is 120 seconds: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=140 " in said
     assert found(30) == []
-    assert warnings_of_launcher(120, HANDLED, [], NEW) == []  # no agent has started this process
+
+
+def test_without_a_launcher_there_is_nothing_to_say(monkeypatch):
+    monkeypatch.setattr("saekit.placement.launcher.agent_settings", lambda: NEW)
+    monkeypatch.setattr("saekit.placement.launcher.launchers_command", list)
+    for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_SHUTDOWN_TIMEOUT", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher_warnings(120) == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert len(launcher_warnings(120)) == 1
 
 
 @pytest.mark.parametrize(
@@ -56,11 +64,11 @@ def test_a_launcher_that_knows_no_wait_has_thirty_seconds():
 
 
 def test_a_launcher_that_knows_no_choice_of_signals_says_so():
-    asked = {**STARTED, "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1"}
+    asked = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1"}
     said = warnings_of_launcher(20, asked, [], OLD)
     assert len(said) == 1
     assert said[0].startswith("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGUSR1, but the launcher of torch ")
-    assert warnings_of_launcher(20, STARTED, [], OLD) == []
+    assert warnings_of_launcher(20, {}, [], OLD) == []
 
 
 ONE_RANK = """

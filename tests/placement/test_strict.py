@@ -70,7 +70,7 @@ def test_ranks_of_launchers_have_a_strict_group(tmp_path):
 
 
 def test_no_operation_goes_past_it():
-    """What it does not define, torch would hand to gloo."""
+    """For an operation that the group does not define, torch would fall back to gloo."""
     operations = {name for name in dir(dist.ProcessGroup) if COLLECTIVES.match(name)} - {"all_gather", "allocate"}
     assert len(operations) > 20
     assert operations <= {name for name, value in vars(StrictGroup).items() if isinstance(value, FunctionType)}

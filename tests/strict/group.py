@@ -185,16 +185,16 @@ class StrictGroup(Ordered):
         return self._point_to_point("receive from", tensors, rank, tag)
 
     def _point_to_point(self, name: str, tensors: list[Tensor], rank: int, tag: int) -> NoReturn:
-        # Nobody uses it: whoever does first should decide how two ranks' calls are compared.
-        raise NotImplementedError(f"{name} rank {rank} on the data group: tests/strict does not have it yet")
+        # Unused by saekit and DeepSpeed's ZeRO. Its two sides differ, so the comparison over ranks has no rule for it.
+        raise StrictError(f"{name} rank {rank}: the strict group has no point-to-point operations")
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> NoReturn:
         """Refuse."""
-        raise StrictError("NCCL cannot receive from whoever sends first")
+        raise StrictError("NCCL has no receive from any source")
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> NoReturn:
-        """Refuse what gloo, and so this group, does not have."""
-        raise NotImplementedError("all_to_all of lists: gloo does not have it, use all_to_all_single")
+        """Refuse: gloo does not support it."""
+        raise StrictError("all_to_all of lists is not supported by gloo: use all_to_all_single")
 
     # Names of older torch.
     _allgather_base = all_gather_single

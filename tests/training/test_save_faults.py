@@ -23,6 +23,7 @@ from saekit.runs.layout import INDEX_FILE
 from saekit.runs.recovery import find_checkpoint
 from saekit.training import trainer as trainer_module
 from saekit.training.saving import Saver
+from tests.together import Together
 from tests.training.conftest import Recorder
 from tests.training.runs import tensors_of
 
@@ -198,36 +199,22 @@ def test_the_newest_whole_checkpoint_is_found(saver, tmp_path, monkeypatch, prep
     assert -signal.SIGKILL in ends or 3 in ends
 
 
-class Meeting:
-    """What two ranks tell each other, where each is a thread; one that does not come breaks it."""
+def saver_of(rank, together, saver):
+    """The saver of one of two ranks, which leads every second unit."""
+    placement = copy.copy(saver.placement)
+    each_whole = placement.each_whole
+    placement.rank, placement.taken = rank, []
 
-    def __init__(self):
-        self.said = [None, None]
-        self.barrier = threading.Barrier(2, timeout=10)
+    def my_whole():
+        for number, (name, *rest) in enumerate(each_whole()):
+            placement.taken.append(name)
+            if number % 2 == rank:
+                yield (name, *rest)
 
-    def rank_of(self, saver, rank):
-        """The saver of a rank, which leads every second unit."""
-        placement = copy.copy(saver.placement)
-        each_whole = placement.each_whole
-        placement.rank, placement.taken = rank, []
-
-        def gather(value):
-            self.said[rank] = value
-            self.barrier.wait()
-            said = list(self.said)
-            self.barrier.wait()
-            return said
-
-        def my_whole():
-            for number, (name, *rest) in enumerate(each_whole()):
-                placement.taken.append(name)
-                if number % 2 == rank:
-                    yield (name, *rest)
-
-        placement.gather, placement.each_whole = gather, my_whole
-        bank = copy.copy(saver.bank)
-        bank.placement = placement
-        return Saver(saver.plan, bank, copy.copy(saver.run), saver.warn)
+    placement.gather, placement.each_whole = together.gather(rank), my_whole
+    bank = copy.copy(saver.bank)
+    bank.placement = placement
+    return Saver(saver.plan, bank, copy.copy(saver.run), saver.warn)
 
 
 @pytest.mark.parametrize("broken", ["layers.0", "layers.2"])
@@ -237,8 +224,8 @@ def test_weights_that_are_not_finite_on_one_rank_end_the_save_on_all(saver, brok
     train_a_little(saver, 5)
     with torch.no_grad():
         saver.placement.sae(broken).W_enc[3, 2] = float("nan")
-    meeting = Meeting()
-    savers = [meeting.rank_of(saver, rank) for rank in range(2)]
+    together = Together(2)
+    savers = [saver_of(rank, together, saver) for rank in range(2)]
     with ThreadPoolExecutor(2) as ranks:
         ended = [each.exception() for each in [ranks.submit(each.save) for each in savers]]
     assert [type(each) for each in ended] == [UserError] * 2, ended

@@ -1,4 +1,4 @@
-"""What `saekit config` writes starts: the printed command, as it is, on two real processes; each placement once."""
+"""What `saekit config` writes starts: the printed command, as it is, on two real processes under each placement."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def steps(folder, name):
     return json.loads((folder / "checkpoints" / name / "latest" / "checkpoint.json").read_text())["step"]
 
 
-def test_yes_and_the_printed_command(tmp_path, data):
-    """Under ddp; what is typed below is for zero3, what accelerate is given for layer-map."""
-    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", "ddp")
+@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
+def test_yes_and_the_printed_command(tmp_path, data, placement):
+    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", placement)
     done = config(tmp_path, "--yes", DEMO_LM, data, *options, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "saekit train --config run.yaml --launch launch.yaml\n"
     said = execute(tmp_path, done.stdout)
-    assert ", ddp on 2 ranks" in said
+    assert f", {placement} on 2 ranks" in said
     assert steps(tmp_path, "mine") == 6
     # Again: what it would write next has a folder that is free.
     assert config(tmp_path, "--yes", stdin=subprocess.DEVNULL).returncode == 0
@@ -63,11 +63,12 @@ def test_typed_answers_and_the_printed_command(tmp_path, data, wizard):  # noqa:
     assert steps(tmp_path, "model-d") == 5  # 320 tokens, 64 in a step
 
 
-def test_the_launch_file_is_one_for_accelerate(tmp_path, data):
-    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", "layer-map")
+@pytest.mark.parametrize("placement", ["layer-map", "zero3"])
+def test_the_launch_file_is_one_for_accelerate(tmp_path, data, placement):
+    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", placement)
     assert config(tmp_path, "--yes", DEMO_LM, data, *options, stdin=subprocess.DEVNULL).returncode == 0
     command = "accelerate launch --config_file launch.yaml --main_process_port 0 -m saekit train --config run.yaml"
-    assert ", layer-map on 2 ranks" in execute(tmp_path, command)
+    assert f", {placement} on 2 ranks" in execute(tmp_path, command)
     assert steps(tmp_path, "mine") == 6
 
 
