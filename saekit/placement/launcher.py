@@ -1,7 +1,7 @@
 """What torchrun's agent, which starts the ranks of torchrun and accelerate launch, does with them after a signal.
 
 It passes the signals that it handles on to the ranks, waits, and then kills them. Both could not always be chosen: the
-signals can since torch 2.9 (`--signals-to-handle`), the wait only since a later release (`--shutdown-timeout`).
+signals can since torch 2.10 (`--signals-to-handle`), the wait since 2.12 (`--shutdown-timeout`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def warnings_of_launcher(
     if asked is not None and "signals_to_handle" not in settings:
         problems.append(
             f"PET_SIGNALS_TO_HANDLE={asked}, but the launcher of torch {version} always handles {HANDLED}; another "
-            "signal, such as SLURM's SIGUSR1, ends it, and the run without saving: install torch 2.9 or newer"
+            "signal, such as SLURM's SIGUSR1, ends it, and the run without saving: install torch 2.10 or newer"
         )
     waits = _waits(environment, command) if "shutdown_timeout" in settings else WAITS
     signals = [name for number, name in (("SIGTERM", "SIGTERM"), ("SIGINT", "Ctrl-C")) if number in handled]
@@ -73,7 +73,7 @@ def warnings_of_launcher(
         enough = math.ceil(grace) + 20
         remedy = f"set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} for it (torchrun: also --shutdown-timeout {enough})"
         if "shutdown_timeout" not in settings:
-            remedy = f"torch {version} cannot be told otherwise, and 2.13 can"
+            remedy = f"torch {version} cannot be told otherwise, and 2.12 and newer can"
         problems.append(
             f"the launcher kills the ranks {waits:g} seconds after {' or '.join(signals)}, whether they have saved or "
             f"not, though --grace is {grace:g} seconds: {remedy}"
