@@ -1,55 +1,108 @@
-"""Real ranks without a launcher: each is a copy of a process that has imported everything and computed nothing.
+"""Processes without the time that imports take: copies of one that has imported everything and computed nothing.
 
 A rank that starts from nothing imports for five seconds of a core, and its launcher for three more, which is most of
-what a run of a few steps takes. What launchers themselves do is tested with launchers (tests/cli/test_launch.py,
-tests/placement/test_failures.py, `launch_file`).
+what a run of a few steps takes. `Forked.run` starts ranks without a launcher; `Forked.python` can be started in the
+place of `python` and be handed on by launchers to their ranks. Some tests start everything from nothing, as users do
+(tests/cli/test_launch.py, tests/placement/test_failures.py, `launch_file`).
 
-As a script it reads requests, one JSON object per line, and answers each with the ranks' exit codes.
+As a script it forks a copy for each request that it gets at a socket (`tests.copies`), until its stdin is closed.
 """
 
 import atexit
+import fcntl
 import gc
 import importlib
 import json
 import os
 import random
 import runpy
+import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
-from saekit.cli import main
 from tests import strict
+from tests.copies import ADDRESS, PYTHON, Copy, wait_for
+
+ARGUMENTS = "SAEKIT_COPIES_ARGUMENTS"
+"""Variable of the environment: those of the process above."""
 
 ROOT = Path(__file__).parent.parent
+RANKS = ROOT / "tests" / "ranks"
+"""In PYTHONPATH, its sitecustomize gives ranks a strict group."""
 
 
 def environment() -> dict[str, str]:
     """Of processes that train: one thread of the CPU each, plain lines, this saekit, and a strict group for ranks."""
-    found = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "ranks")])
+    found = os.pathsep.join([str(ROOT), str(RANKS)])
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", "PYTHONPATH": found}
 
 
 class Forked:
-    """Starts ranks of `saekit`; a context manager."""
+    """Starts copies; a context manager.
+
+    Attributes:
+        python: Path of what can be started in the place of `python`.
+        commands: A folder with `python`, `saekit` and `accelerate`, for a PATH.
+    """
 
     def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="copies")
+        self.commands = Path(self._folder.name)
+        self.python = self.commands / "python"
+        started = {"python": shlex.join([sys.executable, "-IS", str(ROOT / "tests" / "copies.py")])}
+        started["saekit"] = f"{self.python} -m saekit"
+        started["accelerate"] = f"{self.python} -m accelerate.commands.accelerate_cli"
+        for name, command in started.items():
+            (self.commands / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            (self.commands / name).chmod(0o755)
+        address = self.commands / "socket"
+        self._names = {ADDRESS: str(address), PYTHON: str(self.python)}
         pipe = subprocess.PIPE
         self._parent = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"], env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True
+            [sys.executable, "-m", "tests.forked", str(address)], env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe
         )
+        assert self._parent.stdout is not None
+        self._parent.stdout.readline()  # it listens
 
     def __enter__(self) -> "Forked":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._parent.communicate(timeout=60)
+        self._folder.cleanup()
+
+    def environment(self, **variables: object) -> dict[str, str]:
+        """Of processes that `python` starts."""
+        return environment() | self._names | {name: str(value) for name, value in variables.items()}
+
+    def complete(
+        self, *arguments: object, cwd: Path | None = None, timeout: float = 200, **variables: object
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run `python ARGUMENTS...` to its end, which may start others; what it wrote is in the result."""
+        parts, environment = [str(part) for part in (self.python, *arguments)], self.environment(**variables)
+        return subprocess.run(
+            parts, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def start(self, *arguments: object, log: Path, cwd: Path, **variables: object) -> Copy:
+        """Start a copy as `python ARGUMENTS...`, what it writes to stderr is added to the log."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        devices = bool(variables.pop("devices", False))
+        try:
+            return Copy(arguments, self.environment(**variables), cwd, (nothing, nothing, said), devices=devices)
+        finally:
+            os.close(nothing)
+            os.close(said)
 
     def run(
         self,
@@ -67,18 +120,11 @@ class Forked:
         (`tests.strict`), which with `devices` knows the host's tensors as well. What they write to stderr goes to the
         log. When one ends with an error the others are ended, as a launcher does. Returns the exit code of each.
         """
-        request = {
-            "command": [str(part) for part in command],
-            "ranks": ranks,
-            "log": str(log),
-            "cwd": str(cwd),
-            "timeout": timeout,
-            "script": None if script is None else str(script),
-            "devices": devices,
-        }
-        self._parent.stdin.write(json.dumps(request) + "\n")
-        self._parent.stdin.flush()
-        return json.loads(self._parent.stdout.readline())
+        arguments = ["-m", "saekit", *command] if script is None else [script, *command]
+        port = free_port()
+        launched = [launched_as(rank, ranks, port) for rank in range(ranks)] if ranks else [{}]
+        copies = [self.start(*arguments, log=log, cwd=cwd, devices=devices, **variables) for variables in launched]
+        return wait_for(copies, timeout)
 
 
 def free_port() -> int:
@@ -96,82 +142,150 @@ def launched_as(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {**{name: str(value) for name, value in said.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def become(command: list[str], log: str | Path) -> None:
-    """Turn this copy into a process of `saekit COMMAND...`, up to its first line of code; stderr goes to the log."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for target, source in enumerate((nothing, nothing, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))):
-        os.dup2(source, target)
-    sys.argv = ["saekit", *command]
-
-
-def wait_for(children: list[int], timeout: float) -> list[int]:
-    """The exit codes, once all have ended; from the first error on the others have as long as a launcher gives."""
-    codes: dict[int, int] = {}
-    until, failed = time.monotonic() + timeout, False
-    while len(codes) < len(children):
-        for child in set(children) - codes.keys():
+def serve(address: str) -> Callable[[], object]:
+    """Answer requests until stdin is closed; in each copy return what it is to run."""
+    listening, woken, wake = socket.socket(socket.AF_UNIX), *os.pipe()
+    listening.bind(address)
+    listening.listen()
+    for end in (woken, wake):
+        os.set_blocking(end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    sys.stdout.write("listening\n")
+    sys.stdout.flush()
+    running: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([listening, woken, 0], [], [])
+        if 0 in ready:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+            return lambda: None
+        if woken in ready:
+            os.read(woken, 4096)
+        for child in list(running):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if not failed and any(codes.values()):
-            failed, until = True, time.monotonic() + 30
-            send(signal.SIGTERM, set(children) - codes.keys())
-        if time.monotonic() > until:
-            send(signal.SIGKILL, set(children) - codes.keys())
-        time.sleep(0.02)
-    return [codes[child] for child in children]
-
-
-def send(number: int, children: set[int]) -> None:
-    for child in children:
-        os.kill(child, number)
-
-
-def serve() -> Callable[[], object] | None:
-    """Answer requests until there are none; in each copy that is to go on as a rank, return what it is to run."""
-    while line := sys.stdin.readline():
-        request = json.loads(line)
-        ranks, port = request["ranks"], free_port()
-        children = []
-        for rank in range(ranks or 1):
+                _tell(running.pop(pid), os.waitstatus_to_exitcode(status))
+        if listening in ready:
+            asking, _ = listening.accept()
+            request, files = _received(asking)
             if (child := os.fork()) == 0:
-                os.environ.update(launched_as(rank, ranks, port) if ranks else {})
-                os.chdir(request["cwd"])
-                become(request["command"], request["log"])
-                if ranks:
-                    strict.install(devices=request["devices"])
-                script = request["script"]
-                return main if script is None else partial(runpy.run_path, script, run_name="__main__")
-            children.append(child)
-        sys.stdout.write(json.dumps(wait_for(children, request["timeout"])) + "\n")
-        sys.stdout.flush()
-    return None
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for each in (listening, asking, *running.values()):
+                    each.close()
+                return become(request, files)
+            for each in files:
+                os.close(each)
+            running[child] = asking
+            _tell(asking, child)
+
+
+def _tell(asking: socket.socket, number: int) -> None:
+    with suppress(OSError):  # who asked is gone
+        asking.sendall(number.to_bytes(4, "big", signed=True))
+
+
+def _received(asking: socket.socket) -> tuple[dict, list[int]]:
+    length, files, _, _ = socket.recv_fds(asking, 4, 4)
+    return json.loads(asking.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL)), files
+
+
+def become(request: dict, files: list[int]) -> Callable[[], object]:
+    """Turn this copy into the process that was asked for, up to its first line of code; return what that runs."""
+    os.setsid()
+    *standard, alive = files
+    # The system kills this process when the other end of the pipe is closed, as it is when who asked has ended.
+    fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(alive, fcntl.F_SETFL, fcntl.fcntl(alive, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([alive], [], [], 0)[0]:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
+    for target, source in enumerate(standard):
+        os.dup2(source, target)
+        os.close(source)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(line_buffering=output.isatty(), write_through=bool(request.get("unbuffered")))
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.executable = os.environ[PYTHON]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    # saekit asks what its launcher was told, and finds that in the command line of the process above it: ours.
+    if launcher := os.environ.get(ARGUMENTS):
+        importlib.import_module("saekit.placement.launcher").launchers_command = partial(json.loads, launcher)
+    os.environ[ARGUMENTS] = json.dumps(request["arguments"])
+    if "LOCAL_RANK" in os.environ and str(RANKS) in paths:
+        strict.install(devices=bool(request.get("devices")))
+    return program(*request["arguments"])
+
+
+def program(what: str, *arguments: str) -> Callable[[], object]:
+    """What `python WHAT ARGUMENTS...` runs."""
+    if what == "-c":
+        code, *arguments = arguments
+        sys.argv = ["-c", *arguments]
+        return partial(exec, compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    if what == "-m":
+        module, *arguments = arguments
+        sys.argv = ["-m", *arguments]
+        sys.path.insert(0, os.getcwd())
+        if not hasattr(sys.modules.get(module), "__path__"):  # what is imported already is run anew, without a warning
+            sys.modules.pop(module, None)
+        return partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
+    sys.argv = [what, *arguments]
+    sys.path.insert(0, str(Path(what).parent))
+    return partial(runpy.run_path, what, run_name="__main__")
 
 
 def import_everything() -> None:
     """What training will import, so that copies of this process need not; sets torch to one thread."""
     import torch
 
-    import saekit.training.launch  # noqa: F401
-
     torch.set_num_threads(1)
     with suppress(RuntimeError):  # it has been set before
         torch.set_num_interop_threads(1)
     # At first use they import the language model's own module, and DeepSpeed, by way of a `torch.compile`, these two.
     models = [f"transformers.models.{model}.modeling_{model}" for model in ("gpt2", "llama")]
+    ours = ["saekit.cli", "saekit.training.launch", "saekit.placement.launcher"]
+    launchers = ["torch.distributed.run", "accelerate.commands.launch"]
+    compiling = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]
     with redirect_stdout(sys.stderr):  # DeepSpeed says there what it found; answers go to stdout
-        for module in ["datasets", *models, "torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]:
+        for module in [*ours, *launchers, "datasets", *models, *compiling]:
             importlib.import_module(module)
         with suppress(ImportError):
             importlib.import_module("deepspeed")
         # A second of regular expressions that loading any model compiles.
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
     gc.collect()
-    gc.freeze()  # the ranks' own collections need not look at all of this again
-    atexit.register(gc.unfreeze)  # else libraries take it for leaked at the end, and say so
+    gc.freeze()  # the copies' own collections need not look at all of this again
+
+
+def run_to_its_end(work: Callable[[], object]) -> None:
+    """Run it and end this process as Python would, but for taking everything apart, which would copy all memory."""
+    code: object = 0
+    try:
+        work()
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException as error:  # noqa: BLE001  # shown, as Python shows it
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    for output in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            output.flush()
+    os._exit(int(code or 0) & 0xFF)
 
 
 if __name__ == "__main__":
     import_everything()
-    if (work := serve()) is not None:
-        work()
+    run_to_its_end(serve(sys.argv[1]))

@@ -1,8 +1,5 @@
 """The examples that work with a trained run, as a reader would start them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +12,14 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def start(name, *arguments):
-    command = [sys.executable, EXAMPLES / name, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def start(forked):
+    def start(name, *arguments):
+        done = forked.complete(EXAMPLES / name, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return start
 
 
 @pytest.mark.parametrize("name", ["steer.py", "gather_activations.py"])
@@ -28,7 +27,7 @@ def test_they_are_short(name):
     assert len((EXAMPLES / name).read_text("utf-8").splitlines()) < 60
 
 
-def test_steering_changes_what_is_written(demo_run):
+def test_steering_changes_what_is_written(demo_run, start):
     said = start("steer.py", demo_run, "--layer", 3, "--strength", 20, "--new-tokens", 12)
     as_it_is, pushed = said.split("--- as it is\n")[1].split("--- pushed\n")
     assert as_it_is.startswith("import os")
@@ -40,7 +39,7 @@ def test_steering_changes_what_is_written(demo_run):
     assert as_it_is.strip() == pushed.strip()
 
 
-def test_gathered_codes_decode_to_the_reconstruction(demo_run, tmp_path):
+def test_gathered_codes_decode_to_the_reconstruction(demo_run, tmp_path, start):
     out = tmp_path / "acts.safetensors"
     said = start("gather_activations.py", demo_run, EXAMPLES / "steer.py", "--out", out, "--ctx-len", 32)
     assert "layers.3.resid" in said

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saekit.runs.layout import EVAL_FILE
-from tests.placement.test_zero3 import torchrun
+from tests.placement.conftest import torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def test_two_ranks(demo_run, forked, tmp_path):
     arguments = ["eval", demo_run, "--max-tokens", 3200, "--batch-size", 4, "--json"]
     assert forked.run(arguments, None, tmp_path / "alone", tmp_path, 200) == [0], (tmp_path / "alone").read_text()
     one = numbers(json.loads((demo_run / "latest" / EVAL_FILE).read_text("utf-8")))
-    together = torchrun("-m", "saekit", *arguments, ranks=2)
+    together = torchrun(forked, "-m", "saekit", *arguments, ranks=2)
     assert together.returncode == 0, together.stderr
     two = numbers(json.loads(together.stdout))
     assert two == numbers(json.loads((demo_run / "latest" / EVAL_FILE).read_text("utf-8")))

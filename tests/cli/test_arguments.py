@@ -1,16 +1,14 @@
 """Command lines of other tools, as they stand."""
 
-import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 import typer
 import yaml
 
 from saekit.cli.arguments import LISTS, SWITCHES, rewritten
-from tests.cli.test_launch import ROOT, settings
+from tests.cli.test_launch import settings
+from tests.placement.conftest import torchrun
 
 COMMANDS = {"train", "eval", "inspect", "report", "demo", "config", "plan", "doctor"}
 
@@ -105,18 +103,10 @@ def test_no_data_set_is_taken_by_default(saekit):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_under_torchrun_without_a_command(tmp_path, ranks):
+def test_under_torchrun_without_a_command(tmp_path, forked, ranks):
     model, data, *options = map(str, settings(tmp_path))
     options[options.index("--layers") : options.index("--layers") + 2] = ["--layers", "0", "1"]
     reference = shlex.split("--distribute_layers --auxk_alpha 0 --micro_acc_steps 2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*torchrun, "-m", "saekit", model, data, *options, *reference],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = torchrun(forked, "-m", "saekit", model, data, *options, *reference, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run" / "latest").glob("layers.*")} == {"layers.0", "layers.1"}

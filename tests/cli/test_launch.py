@@ -21,13 +21,18 @@ ROOT = Path(saekit.__file__).parent.parent
 DEMO_LM = MODEL_DIR
 
 
-def saekit_train(*arguments, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true"}
-    environment.update(variables, PYTHONPATH=str(ROOT))
-    command = [str(part) for part in (sys.executable, "-m", "saekit", "train", *arguments)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.fixture
+def saekit_train(forked):
+    """Start the command, by default with processes that need not import anything (`tests.forked`)."""
+
+    def start(*arguments, from_nothing=False, **variables):
+        python = sys.executable if from_nothing else forked.python
+        command = [str(part) for part in (python, "-m", "saekit", "train", *arguments)]
+        pipe = subprocess.PIPE
+        environment = forked.environment(**variables, PYTHONPATH=ROOT)
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+    return start
 
 
 def settings(folder, sequences=24):
@@ -96,7 +101,7 @@ def test_every_package_is_shipped():
         (["--launch", "no-such"], {}, ["--launch 'no-such'", "layer_map_cpu"]),
     ],
 )
-def test_what_cannot_be_started_is_refused_in_one_line(tmp_path, options, variables, parts):
+def test_what_cannot_be_started_is_refused_in_one_line(saekit_train, tmp_path, options, variables, parts):
     running = saekit_train(*settings(tmp_path), *options, **variables)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 2
@@ -106,8 +111,8 @@ def test_what_cannot_be_started_is_refused_in_one_line(tmp_path, options, variab
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "ddp-cpu", "zero3-cpu", "layer-map-cpu"])
-def test_a_launch_file_by_name_trains(tmp_path, name):
-    running = saekit_train(*settings(tmp_path), "--launch", name)
+def test_a_launch_file_by_name_trains(saekit_train, tmp_path, name):
+    running = saekit_train(*settings(tmp_path), "--launch", name, from_nothing=name == "zero3-cpu")
     _, errors = running.communicate(timeout=200)
     assert running.returncode == 0, errors
     expected = {"cpu": ", single,", "ddp-cpu": ", ddp on 2 ranks,", "layer-map-cpu": ", layer-map on 2 ranks,"}
@@ -119,7 +124,7 @@ def test_a_launch_file_by_name_trains(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_an_error_of_the_workers_is_shown_once_and_its_code_is_passed_on(tmp_path):
+def test_an_error_of_the_workers_is_shown_once_and_its_code_is_passed_on(saekit_train, tmp_path):
     running = saekit_train(*settings(tmp_path), "--launch", "ddp-cpu", "--placement", "zero3")
     _, errors = running.communicate(timeout=100)
     assert running.returncode == 2
@@ -137,8 +142,9 @@ def test_an_error_of_the_workers_is_shown_once_and_its_code_is_passed_on(tmp_pat
         ("zero3-cpu", signal.SIGUSR1, 0),
     ],
 )
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, name, number, code):
-    running = saekit_train(*settings(tmp_path, sequences=40_000), "--launch", name)
+def test_a_signal_saves_and_says_how_to_go_on(saekit_train, tmp_path, name, number, code):
+    real = (name, number) == ("ddp-cpu", signal.SIGINT)
+    running = saekit_train(*settings(tmp_path, sequences=40_000), "--launch", name, from_nothing=real)
     for line in running.stderr:
         if line.startswith("step "):
             break
@@ -164,7 +170,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, name, number, code):
         (["--distribute-layers"], "--placement layer-map, but this is one process"),
     ],
 )
-def test_distribute_layers_is_the_layer_map(tmp_path, options, message):
+def test_distribute_layers_is_the_layer_map(saekit_train, tmp_path, options, message):
     running = saekit_train(*settings(tmp_path), *options)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 2

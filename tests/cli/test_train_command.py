@@ -75,9 +75,17 @@ def test_inspect_text_and_json(saekit, train, tmp_path):
     assert "layers.0" not in text
 
 
-def spawn(arguments, cwd, **kwargs):
-    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "saekit", *map(str, arguments)], cwd=cwd, env=environment, **kwargs)
+@pytest.fixture(scope="module")
+def spawn(forked):
+    """Start `saekit`, by default as a process that need not import anything (`tests.forked`)."""
+    environment = {name: value for name, value in forked.environment().items() if name != "CI"}
+
+    def start(arguments, cwd, from_nothing=False, **kwargs):
+        python = sys.executable if from_nothing else forked.python
+        command = [str(part) for part in (python, "-m", "saekit", *arguments)]
+        return subprocess.Popen(command, cwd=cwd, env=environment, **kwargs)
+
+    return start
 
 
 def wait_for(condition, process, seconds=120):
@@ -95,7 +103,7 @@ def arguments(model_dir, text_file):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, arguments):
+def uninterrupted(tmp_path_factory, arguments, spawn):
     """The folder of a run that no signal reaches."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert spawn(arguments, folder, stderr=subprocess.DEVNULL).wait(timeout=200) == 0
@@ -104,9 +112,10 @@ def uninterrupted(tmp_path_factory, arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, arguments, uninterrupted, number, code):
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, arguments, uninterrupted, spawn, number, code):
     """A real process, a real signal; the command it prints is then really run, and ends as if nothing had happened."""
-    process = spawn(arguments, tmp_path, stderr=subprocess.PIPE, text=True)
+    real = number == signal.SIGINT
+    process = spawn(arguments, tmp_path, from_nothing=real, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "checkpoints/r/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, process)
     process.send_signal(number)
@@ -128,7 +137,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, arguments, uninterrupted
 
 
 @pytest.mark.slow
-def test_the_live_view_on_a_terminal(tmp_path, model_dir, text_file):
+def test_the_live_view_on_a_terminal(tmp_path, model_dir, text_file, spawn):
     """On a pseudo-terminal the run draws, and gives the cursor back."""
     master, slave = pty.openpty()
     arguments = ["train", model_dir, text_file, *SMALL, "--max-tokens", "8192", "--run-name", "r"]
@@ -151,7 +160,7 @@ def test_the_live_view_on_a_terminal(tmp_path, model_dir, text_file):
 
 
 @pytest.mark.slow
-def test_python_api_of_the_readme(tmp_path, model_dir, text_file):
+def test_python_api_of_the_readme(tmp_path, model_dir, text_file, forked):
     """The lines that users of this recipe know, as they stand, in a fresh process."""
     code = f"""
 from datasets import load_dataset
@@ -171,14 +180,14 @@ assert saes["layers.1"].num_latents == 32 * 16
 acts, indices = saes["layers.1"].encode(gpt.get_input_embeddings().weight[:5])
 assert saes["layers.1"].decode(acts, indices).shape == (5, 16)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.complete("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["-m", "saekit"], ["-m", "accelerate.commands.launch", "--cpu", "-m", "saekit"]])
-def test_launchers(tmp_path, model_dir, text_file, launcher):
-    command = [sys.executable, *launcher, "train", str(model_dir), str(text_file), *SMALL, "--max-tokens", "2048"]
-    done = subprocess.run([*command, "--run-name", "r"], cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_launchers(tmp_path, model_dir, text_file, forked, launcher):
+    command = ["train", model_dir, text_file, *SMALL, "--max-tokens", "2048", "--run-name", "r"]
+    done = forked.complete(*launcher, *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path / "checkpoints/r/latest/layers.2/sae.safetensors").is_file()

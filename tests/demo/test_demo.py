@@ -23,7 +23,7 @@ def test_there_is_text_on_every_machine():
 
 
 @pytest.mark.slow
-def test_the_demo_from_start_to_end(tmp_path):
+def test_the_demo_from_start_to_end(tmp_path, forked):
     command = [sys.executable, "-m", "saekit", "demo", "--max-tokens", "20000"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -38,8 +38,8 @@ def test_the_demo_from_start_to_end(tmp_path):
     # What it says of each layer is what `saekit eval` says, too.
     evaluation = json.loads((run / "latest" / "eval.json").read_text())
     assert evaluation["held_out"] is True
-    command = [sys.executable, "-m", "saekit", "eval", str(run), "--max-tokens", str(20000 // 7), "--json"]
-    again = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    command = ["eval", run, "--max-tokens", 20000 // 7, "--json"]
+    again = json.loads(forked.complete("-m", "saekit", *command, cwd=tmp_path).stdout)
     assert {**again, "date": ""} == {**evaluation, "date": ""}
     for layer in evaluation["layers"]:
         assert f"{layer['reconstruction']['fvu']['value']:.4f}" in done.stdout

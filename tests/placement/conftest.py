@@ -116,6 +116,12 @@ def train(tmp_path_factory, token_dir, forked):
     return run
 
 
+def torchrun(forked, *command, ranks=2):
+    """Run `python COMMAND...` on some ranks, to its end."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    return forked.complete(*launcher, *command)
+
+
 def launch(launch_file, command, ranks, said, cwd):
     """Run `saekit COMMAND...` as users do, with one of our launch files; returns the launcher's exit code."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", 0]

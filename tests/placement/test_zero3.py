@@ -1,25 +1,14 @@
 """What only sharding promises."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.forked import environment
 from tests.placement.conftest import DEMO_LM
 
 pytestmark = pytest.mark.slow
 COUNTED, SHARDED_LM = (Path(__file__).with_name(name) for name in ("counted.py", "sharded_lm.py"))
-
-
-def torchrun(*command, ranks=2, **variables):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-    parts = [str(part) for part in (*launcher, *command)]
-    return subprocess.run(
-        parts, env=environment() | variables, capture_output=True, text=True, timeout=200, check=False
-    )
 
 
 @pytest.fixture(scope="module")

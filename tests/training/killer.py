@@ -1,50 +1,16 @@
-"""Runs one command again and again, and kills it at random moments, so often amid each part; a script of its own.
-
-Each life is a process with a signal of its own, but a copy of this one, which has imported everything and computed
-nothing: starting again takes no time for imports that way.
-
-Usage: python -m tests.training.killer SEED STARTS STEPS SAVES RUN_DIR COMMAND...
-Kills at least STARTS times amid the start, STEPS times amid the training and SAVES times amid a save, then lets the
-command end. Prints as JSON how often it killed amid each, which is less only where the command ended before.
-"""
+"""Runs one command again and again, and kills it at random moments, so often amid each part."""
 
 import contextlib
 import itertools
 import json
-import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from saekit.cli import main
-from tests.forked import become, import_everything
-
-
-def start(command, log):
-    """One life; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        become(command, log)
-        try:
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-    finally:
-        os._exit(code)
-
-
-def ended(child):
-    """How the process ended, if it has."""
-    pid, status = os.waitpid(child, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if pid else None
+from tests.forked import Forked
 
 
 def steps(run, since):
@@ -67,13 +33,21 @@ def saves(run, since):
 
 @dataclass
 class Killer:
-    """Lets one life begin after the other, and ends each."""
+    """Lets one life begin after the other, and ends each.
 
+    A life is a process with a signal of its own, but a copy of one that has imported everything.
+    """
+
+    forked: Forked
     run: Path
-    command: list[str]
+    command: list[object]
     chance: random.Random
     start_takes: float = 1.0
     """Seconds from a life's begin to its first step, as the last one that came so far took."""
+
+    def live(self):
+        """Begin a life."""
+        return self.forked.start("-m", "saekit", *self.command, log=self.run.with_suffix(".log"), cwd=self.run.parent)
 
     def live_and_die(self, aim):
         """Kill amid the start, the training or a save; returns the exit code and which of them it was.
@@ -83,12 +57,12 @@ class Killer:
         is a later one than the life's first, so that the next life goes on from elsewhere.
         """
         since, began = time.time(), time.monotonic()
-        child = start(self.command, self.run.with_suffix(".log"))
+        child = self.live()
         moment = began + self.chance.uniform(0.0, self.start_takes)
         enough = self.chance.randint(*{"start": (1, 1), "step": (1, 25), "save": (4, 10)}[aim])
         done = 0
         while not (aim == "start" and time.monotonic() > moment):
-            if (code := ended(child)) is not None:
+            if (code := child.poll()) is not None:
                 return code, aim
             before, done = done, steps(self.run, since)
             if done and not before:
@@ -97,12 +71,15 @@ class Killer:
                 time.sleep(self.chance.uniform(0.0, 0.01))
                 break
             time.sleep(0.0005)
-        os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, "save" if saves(self.run, since) else "step" if steps(self.run, since) else "start"
+        child.kill()
+        return child.wait(), "save" if saves(self.run, since) else "step" if steps(self.run, since) else "start"
 
     def until_done(self, wanted):
-        """Returns how often it killed amid what."""
+        """Kill at least as often as wanted amid each, then let the command end.
+
+        Returns:
+            How often it killed amid what, which is less only where the command ended before.
+        """
         log = self.run.with_suffix(".log")
         killed = Counter(dict.fromkeys(wanted, 0))
         while missing := [amid for amid, kills in wanted.items() for _ in range(kills - killed[amid])]:
@@ -111,14 +88,5 @@ class Killer:
                 assert code == 0, log.read_text()
                 return killed
             killed[amid] += 1
-        code = os.waitstatus_to_exitcode(os.waitpid(start(self.command, log), 0)[1])
-        assert code == 0, log.read_text()
+        assert self.live().wait(120) == 0, log.read_text()
         return killed
-
-
-if __name__ == "__main__":
-    import_everything()
-    seed, *kills = map(int, sys.argv[1:5])
-    wanted = dict(zip(("start", "step", "save"), kills, strict=True))
-    killer = Killer(run=Path(sys.argv[5]), command=sys.argv[6:], chance=random.Random(seed))
-    sys.stdout.write(json.dumps(killer.until_done(wanted)))

@@ -1,22 +1,13 @@
-"""Processes that fight over one run's folder; a script of its own, for the reason that `killer` is one.
+"""Processes that fight over one run's folder."""
 
-Usage: python -m tests.training.rivals FOLDER PLAN COMMAND...
-
-Runs the command to its end in FOLDER/whole, and up to a checkpoint in FOLDER/begun. Then it does what PLAN says, a JSON
-list, and prints as JSON what came of each part: see `Rivals`.
-"""
-
-import json
-import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.forked import import_everything
-from tests.training.killer import start, steps
+from tests.forked import Forked
+from tests.training.killer import steps
 
 WAYS = {"start": [], "overwrite": ["--overwrite"], "resume": ["--resume"], "auto": ["--resume", "auto"]}
 """Ways to begin in a run's folder."""
@@ -26,12 +17,14 @@ WAYS = {"start": [], "overwrite": ["--overwrite"], "resume": ["--resume"], "auto
 class Rivals:
     """Starts processes that train in one folder."""
 
+    forked: Forked
     root: Path
-    command: list[str]
+    command: list[object]
 
     def begin(self, run, way, log):
-        """One process; its id."""
-        return start([*self.command, "--run-name", run, *WAYS[way]], self.root / log)
+        """One process."""
+        command = [*self.command, "--run-name", run, *WAYS[way]]
+        return self.forked.start("-m", "saekit", *command, log=self.root / log, cwd=self.root)
 
     def until(self, condition, *children):
         """Wait, unless one of the processes ends before."""
@@ -39,16 +32,16 @@ class Rivals:
         while not condition():
             assert time.monotonic() < end
             for child in children:
-                assert os.waitpid(child, os.WNOHANG) == (0, 0), "it has ended"
+                assert child.poll() is None, "it has ended"
             time.sleep(0.001)
 
     def prepare(self):
         """A run that was not interrupted, and one that was stopped and has saved."""
-        assert ends(self.begin("whole", "start", "whole.log")) == 0
+        assert self.begin("whole", "start", "whole.log").wait(60) == 0
         since, child = time.time(), self.begin("begun", "start", "begun.log")
         self.until(lambda: steps(self.root / "begun", since) >= 30, child)
-        os.kill(child, signal.SIGTERM)
-        assert ends(child) == 0
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
 
     def held(self, first, then):
         """One process trains and is paused; four others come, one of each kind. Then it goes on, or is killed.
@@ -63,17 +56,17 @@ class Rivals:
             shutil.copytree(self.root / "begun", run, symlinks=True)
         since, owner = time.time(), self.begin(name, first, f"{name}.log")
         self.until(lambda: steps(run, since) >= 5, owner)
-        os.kill(owner, signal.SIGSTOP)
+        owner.send_signal(signal.SIGSTOP)
         before, saved = listing(run), any(run.glob("step_*"))
         others = {way: self.begin(name, way, f"{name}-{way}.log") for way in WAYS}
-        codes = {way: ends(child) for way, child in others.items() if way != "auto"}
+        codes = {way: child.wait(60) for way, child in others.items() if way != "auto"}
         self.until(lambda: "Waiting for" in self.said(f"{name}-auto.log"), others["auto"])
         same = listing(run) == before
-        os.kill(owner, signal.SIGCONT if then == "goes on" else signal.SIGKILL)
-        code = ends(owner)
-        codes["auto"] = ends(others["auto"])
+        owner.send_signal(signal.SIGCONT if then == "goes on" else signal.SIGKILL)
+        code = owner.wait(60)
+        codes["auto"] = others["auto"].wait(90)
         said = {way: self.said(f"{name}-{way}.log") for way in WAYS}
-        return {"run": name, "pid": owner, "code": code, "saved": saved, "codes": codes, "said": said, "same": same}
+        return {"run": name, "pid": owner.pid, "code": code, "saved": saved, "codes": codes, "said": said, "same": same}
 
     def race(self, *ways):
         """Several processes begin at the same moment.
@@ -86,7 +79,7 @@ class Rivals:
             shutil.copytree(self.root / "begun", self.root / name, symlinks=True)
         logs = [f"{name}-{number}.log" for number in range(len(ways))]
         children = [self.begin(name, way, log) for way, log in zip(ways, logs, strict=True)]
-        codes = [ends(child) for child in children]
+        codes = [child.wait(90) for child in children]
         return {"run": name, "codes": codes, "said": [self.said(log) for log in logs]}
 
     def said(self, log):
@@ -97,14 +90,3 @@ class Rivals:
 def listing(run):
     """List a run's files with their sizes and modification times."""
     return {str(f): (f.lstat().st_size, f.lstat().st_mtime) for f in sorted(run.rglob("*")) if f.name != ".lock"}
-
-
-def ends(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-if __name__ == "__main__":
-    import_everything()
-    rivals = Rivals(Path(sys.argv[1]), sys.argv[3:])
-    rivals.prepare()
-    sys.stdout.write(json.dumps([getattr(rivals, part)(*arguments) for part, *arguments in json.loads(sys.argv[2])]))

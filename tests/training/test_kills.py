@@ -1,50 +1,30 @@
 """Killed at any moment and resumed, a run ends as if nothing had happened, bit for bit."""
 
-import json
-import os
+import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.training.killer import Killer
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
-ROOT = Path(__file__).parent.parent.parent
 KILLS = {"start": 3, "step": 5, "save": 5}
 """How often each of two runs is killed amid what, at least."""
 
 
-def killer(seed, kills, run, *command):
-    """How often the command was killed amid what: see `tests.training.killer`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CI": "true", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.training.killer", *map(str, [seed, *kills.values(), run, *command])],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "seed"), [("adam", 31), ("signum", 32)])
-def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, optimizer, seed):
+def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, forked, optimizer, seed):
     np.random.default_rng(0).integers(2, 250, 1600 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     sizes = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 2, "--grad-acc-steps", 2]
     options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--auxk-alpha", 1 / 32]
     options += ["--save-every", 3, "--keep-last", 2]
     command = ["train", model_dir, tmp_path / "tokens.bin", *sizes, *options, "--save-best", "--save-dir", tmp_path]
 
-    never = dict.fromkeys(KILLS, 0)
-    assert killer(seed, never, tmp_path / "whole", *command, "--run-name", "whole") == never
-    killed = killer(seed, KILLS, tmp_path / "r", *command, "--run-name", "r", "--resume", "auto")
+    assert forked.run([*command, "--run-name", "whole"], None, tmp_path / "whole.log", tmp_path, 120) == [0]
+    again = [*command, "--run-name", "r", "--resume", "auto"]
+    killed = Killer(forked, tmp_path / "r", again, random.Random(seed)).until_done(KILLS)
     assert all(killed[amid] >= kills for amid, kills in KILLS.items()), f"it was done too early: {killed}"
     resumed_at = re.findall(r"Going on from .*step_0*(\d+)", (tmp_path / "r.log").read_text())
     assert len(set(resumed_at)) >= sum(KILLS.values()) / 3, resumed_at

@@ -1,19 +1,14 @@
 """Two processes that want one run's folder: one trains in it, the other says why it does not, or waits."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from saekit.runs.recovery import read_index
+from tests.training.rivals import Rivals
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
-ROOT = Path(__file__).parents[2]
 PLAN = [
     ["held", "start", "goes on"],
     ["held", "overwrite", "is killed"],
@@ -24,25 +19,16 @@ PLAN = [
 
 
 @pytest.fixture(scope="module")
-def came(tmp_path_factory, model_dir):
+def came(tmp_path_factory, model_dir, forked):
     """The folder, and what came of each part of the plan."""
     root = tmp_path_factory.mktemp("rivals")
     np.random.default_rng(0).integers(2, 250, 480 * 16, dtype=np.uint16).tofile(root / "tokens.bin")
     options = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 4, "--layers", 1]
     options += ["--save-every", 25, "--keep-last", 2, "--save-dir", root, "--grace", 90]
     command = ["train", model_dir, root / "tokens.bin", *options]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.rivals", *map(str, [root, json.dumps(PLAN), *command])],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    return root, {tuple(part): each for part, each in zip(PLAN, found, strict=True)}
+    rivals = Rivals(forked, root, command)
+    rivals.prepare()
+    return root, {(part, *arguments): getattr(rivals, part)(*arguments) for part, *arguments in PLAN}
 
 
 def assert_one_run(root, name):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,11 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 
 @pytest.fixture(scope="session")
-def made(demo_run):  # noqa: F811
+def made(demo_run, forked):  # noqa: F811
     """The page, and what the command said."""
     file = demo_run.parent / "report.html"
-    command = [sys.executable, "-m", "saekit", "report", demo_run, "-o", file, "--max-tokens", 3000]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=demo_run.parent)
+    command = ["report", demo_run, "-o", file, "--max-tokens", 3000]
+    done = forked.complete("-m", "saekit", *command, cwd=demo_run.parent)
     assert done.returncode == 0, done.stderr
     return file, done.stdout
 
