@@ -29,6 +29,8 @@ from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from tests import strict
 from tests.copies import ADDRESS, PYTHON, Copy, wait_for
 
@@ -125,6 +127,16 @@ class Forked:
         launched = [launched_as(rank, ranks, port) for rank in range(ranks)] if ranks else [{}]
         copies = [self.start(*arguments, log=log, cwd=cwd, devices=devices, **variables) for variables in launched]
         return wait_for(copies, timeout)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The processes that run, also for others, with this folder in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(folder) in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def free_port() -> int:

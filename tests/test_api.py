@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from saekit import RunConfig, SaeConfig, SaeTrainer, TrainConfig, UserError
 from saekit.api import PARTS
 from saekit.config.options import options_of
 from saekit.report import Reporters
+from tests.placement.conftest import torchrun
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"ctx_len": 32, "max_tokens": 2048, "batch_size": 4, "layers": 1, "num_latents": 64, "k": 4}
@@ -264,7 +264,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence():
 
 
 @pytest.mark.slow
-def test_training_in_a_script_that_a_launcher_started(model_dir, documents, tmp_path, for_loaded):
+def test_training_in_a_script_that_a_launcher_started(model_dir, documents, tmp_path, for_loaded, forked):
     script = tmp_path / "script.py"
     options = {name: value for name, value in for_loaded.items() if name not in ("reporter", "save_dir", "batch_size")}
     script.write_text(
@@ -272,11 +272,7 @@ def test_training_in_a_script_that_a_launcher_started(model_dir, documents, tmp_
         f"model = AutoModelForCausalLM.from_pretrained({str(model_dir)!r}, dtype=torch.float32)\n"
         f"saekit.train(model, {documents!r}, save_dir={str(tmp_path / 'two')!r}, batch_size=2, **{options!r})\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = torchrun(forked, script)
     assert done.returncode == 0, done.stderr
     assert ", ddp on 2 ranks," in done.stderr
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saekit.demo import MODEL_DIR
-from tests.forked import ROOT, environment
+from tests.forked import ROOT
 
 DEMO_LM = MODEL_DIR
 SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
@@ -107,7 +107,7 @@ def train(tmp_path_factory, token_dir, forked):
             code = int(any(codes))
             assert bool(code) == all(codes), said.read_text()  # the ranks fail together
         else:
-            code = launch(launch_file, command, ranks, said, root)
+            code = launch(forked, launch_file, command, ranks, said, root)
         assert code == expect, said.read_text()
         done[key] = root / name
         said.rename(done[key] / "stderr.txt")
@@ -122,13 +122,14 @@ def torchrun(forked, *command, ranks=2):
     return forked.complete(*launcher, *command)
 
 
-def launch(launch_file, command, ranks, said, cwd):
+def launch(forked, launch_file, command, ranks, said, cwd):
     """Run `saekit COMMAND...` as users do, with one of our launch files; returns the launcher's exit code."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", 0]
+    python = sys.executable if launch_file == "ddp_cpu.yaml" else forked.python  # one as users do, from nothing
+    launcher = [python, "-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", 0]
     launcher += ["--config_file", ROOT / "accelerate_configs" / launch_file, "-m", "saekit"]
     parts = [str(part) for part in (*launcher, *command)]
     with said.open("w") as file:
         done = subprocess.run(
-            parts, env=environment(), cwd=cwd, stdout=subprocess.PIPE, stderr=file, timeout=300, check=False
+            parts, env=forked.environment(), cwd=cwd, stdout=subprocess.PIPE, stderr=file, timeout=300, check=False
         )
     return done.returncode

@@ -3,14 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-from tests.forked import environment
 
 pytestmark = pytest.mark.slow
 KINDS = ["all_reduce", "broadcast", "all_gather", "gather", "all_gather_into_tensor", "reduce_scatter_tensor"]
@@ -79,11 +75,8 @@ def test_machines_that_are_not_alike(doctor):
     assert "2 things to fix: save-dir, torch." in text
 
 
-def test_the_ranks_of_a_launch_file(tmp_path):
-    command = [sys.executable, "-m", "saekit", "doctor", "--launch", "zero3-cpu"]
-    done = subprocess.run(
-        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
-    )
+def test_the_ranks_of_a_launch_file(tmp_path, forked):
+    done = forked.complete("-m", "saekit", "doctor", "--launch", "zero3-cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--placement zero3" in done.stdout
     assert "✓ reduce_scatter_tensor" in done.stdout

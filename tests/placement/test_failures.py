@@ -17,7 +17,7 @@ from saekit.placement import Single, failure
 from saekit.placement.failure import FailureWatch, one_error
 from saekit.runs.lock import hold
 from saekit.runs.recovery import read_index
-from tests.forked import environment
+from tests.forked import environment, processes_of
 from tests.placement.conftest import CTX_LEN, DEMO_LM
 
 pytestmark = pytest.mark.slow
@@ -84,12 +84,18 @@ train(model, data, save_dir=folder, plugin=[plugin], source="stuck", **options)
 """
 
 
-def start(folder, model, ids, *options):
-    Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(folder / "data")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "saekit", "train"]
-    command = [sys.executable, *launcher, model, folder / "data", *SMALL, "--save-dir", folder, *options]
-    parts = [str(part) for part in command]
-    return subprocess.Popen(parts, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(forked):
+    """Start two ranks with torchrun."""
+
+    def start(folder, model, ids, *options, from_nothing=False):
+        Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(folder / "data")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "saekit", "train"]
+        python, pipe = sys.executable if from_nothing else forked.python, subprocess.PIPE
+        command = [python, *launcher, model, folder / "data", *SMALL, "--save-dir", folder, *options]
+        return subprocess.Popen(list(map(str, command)), env=forked.environment(), stdout=pipe, stderr=pipe, text=True)
+
+    return start
 
 
 def ids(sequences):
@@ -97,10 +103,10 @@ def ids(sequences):
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
-def test_an_error_on_one_rank_ends_all_and_is_shown_once(tmp_path, placement):
+def test_an_error_on_one_rank_ends_all_and_is_shown_once(start, tmp_path, placement):
     (tmp_path / "broken.py").write_text(BROKEN_SOURCE)
     broken = ["--plugin", tmp_path / "broken.py", "--source", "broken"]
-    running = start(tmp_path, DEMO_LM, ids(40), "--placement", placement, *broken)
+    running = start(tmp_path, DEMO_LM, ids(40), "--placement", placement, *broken, from_nothing=placement == "ddp")
     _, errors = running.communicate(timeout=90)
     assert running.returncode != 0
     assert errors.count("Error: rank 1 cannot read step 2") == 1, errors
@@ -207,7 +213,7 @@ def test_a_connection_that_is_gone_says_that_a_rank_is(error, gone):
     assert raised.value is error or "another rank of this run has ended" in str(raised.value)
 
 
-def test_an_error_on_all_ranks_is_shown_once(tmp_path):
+def test_an_error_on_all_ranks_is_shown_once(start, tmp_path):
     running = start(tmp_path, tmp_path / "no-such-model", ids(40))
     _, errors = running.communicate(timeout=90)
     assert running.returncode != 0
@@ -226,15 +232,19 @@ def test_a_folder_in_use_is_refused_on_all_ranks_and_said_once(tmp_path, forked,
 
 
 @pytest.mark.parametrize(("placement", "victim"), [("ddp", 0), ("ddp", 1), ("layer-map", 0), ("zero3", 1)])
-def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint(tmp_path, placement, victim):
-    running = start(tmp_path, DEMO_LM, ids(20_000), "--placement", placement, "--save-every", 3)
+def test_a_killed_rank_ends_the_others_and_leaves_the_checkpoint(start, tmp_path, placement, victim):
+    real = (placement, victim) == ("zero3", 1)
+    options = ["--placement", placement, "--save-every", 3]
+    running = start(tmp_path, DEMO_LM, ids(20_000), *options, from_nothing=real)
     latest = tmp_path / "run" / "latest"
     deadline = time.monotonic() + 90
     while not latest.exists():
         assert running.poll() is None, running.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    workers = {int(child.environ()["RANK"]): child for child in psutil.Process(running.pid).children()}
+    found = {process: process.environ().get("RANK") for process in processes_of(tmp_path)}
+    workers = {int(rank): process for process, rank in found.items() if rank is not None}
+    assert sorted(workers) == [0, 1]
     workers[victim].send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(list(workers.values()), timeout=30)
     assert not alive

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 import saekit
 from saekit.runs.recovery import read_index
-from tests.forked import free_port
+from tests.forked import free_port, processes_of
 from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
 
 ROOT = Path(saekit.__file__).parent.parent
@@ -46,7 +45,7 @@ def many_tokens(tmp_path):
 
 
 @pytest.fixture
-def sbatch(tmp_path, token_dir):
+def sbatch(tmp_path, token_dir, forked):
     """Start the script as SLURM would; `file` is the launch file."""
     tools = {"scontrol": "#!/bin/bash\necho 127.0.0.1\n", "srun": SRUN}
     for name, text in tools.items():
@@ -55,8 +54,8 @@ def sbatch(tmp_path, token_dir):
 
     def start(file, *options, data=token_dir, **variables):
         environment = {
-            **os.environ,
-            "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **forked.environment(),
+            "PATH": f"{tmp_path}:{forked.commands}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "SLURM_JOB_NODELIST": "two",
             "SLURM_NNODES": "2",
@@ -137,6 +136,6 @@ def test_a_job_that_is_signalled_saves_and_the_next_one_goes_on(tmp_path, sbatch
         if line.startswith("step "):
             assert int(line.split()[1].split("/")[0].replace(",", "")) > stopped_at
             break
-    for process in psutil.Process(job.pid).children(recursive=True):
+    for process in processes_of(tmp_path):
         process.kill()
     job.communicate(timeout=60)

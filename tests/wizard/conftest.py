@@ -1,5 +1,7 @@
 """Answering the questions in this process, from a script."""
 
+import os
+import subprocess
 from contextlib import nullcontext
 
 import pytest
@@ -73,3 +75,33 @@ def answer(targets):
         return walk(QUESTIONS, start(typed, targets, processes), asker), asker
 
     return call
+
+
+@pytest.fixture
+def environment(forked):
+    # Where tests run in several processes, each has a size of terminal in its environment.
+    inherited = {name: value for name, value in forked.environment().items() if name not in ("COLUMNS", "LINES", "CI")}
+    return {**inherited, "TERM": "xterm-256color", "PATH": f"{forked.commands}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def config(forked, environment, tmp_path):
+    """Run `saekit config` where there is no terminal."""
+
+    def run(*arguments):
+        command, nothing = (
+            [str(part) for part in (forked.python, "-m", "saekit", "config", *arguments)],
+            subprocess.DEVNULL,
+        )
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=nothing,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    return run

@@ -3,13 +3,15 @@
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset
 
 from saekit.demo import MODEL_DIR
-from tests.wizard.test_terminal import ESCAPE, config, environment, wizard  # noqa: F401  # the last is a fixture
+from tests.wizard.test_terminal import ESCAPE, wizard  # noqa: F401  # the last is a fixture
 
 DEMO_LM = MODEL_DIR
 SMALL = ("--num-latents", 32, "--k", 2, "--ctx-len", 16, "--batch-size", 2, "--layers", "0,3")
@@ -22,13 +24,20 @@ def data(tmp_path):
     return "d"
 
 
-def execute(folder, command):
-    """In a shell, with `saekit` and `accelerate` on its path."""
-    done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+@pytest.fixture
+def execute(environment, tmp_path):
+    """Run a command in a shell, with `saekit` and `accelerate` on its path."""
+
+    def execute(command, from_nothing=False):
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}" if from_nothing else environment["PATH"]
+        env = {**environment, "PATH": path}
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return execute
 
 
 def steps(folder, name):
@@ -36,20 +45,20 @@ def steps(folder, name):
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
-def test_yes_and_the_printed_command(tmp_path, data, placement):
+def test_yes_and_the_printed_command(config, execute, tmp_path, data, placement):
     options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", placement)
-    done = config(tmp_path, "--yes", DEMO_LM, data, *options, stdin=subprocess.DEVNULL)
+    done = config("--yes", DEMO_LM, data, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "saekit train --config run.yaml --launch launch.yaml\n"
-    said = execute(tmp_path, done.stdout)
+    said = execute(done.stdout, from_nothing=placement == "ddp")
     assert f", {placement} on 2 ranks" in said
     assert steps(tmp_path, "mine") == 6
     # Again: what it would write next has a folder that is free.
-    assert config(tmp_path, "--yes", stdin=subprocess.DEVNULL).returncode == 0
+    assert config("--yes").returncode == 0
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["run_name"] == "mine-2"
 
 
-def test_typed_answers_and_the_printed_command(tmp_path, data, wizard):  # noqa: F811
+def test_typed_answers_and_the_printed_command(execute, tmp_path, data, wizard):  # noqa: F811
     running = wizard()
     running.answer(("machine", "1", "2"), ("model", "", DEMO_LM), ("dataset", "", data), ("layers", "all", "0,3"))
     running.answer(("dictionary", "32x", "32 latents"), ("k", "32", "2"), ("ctx_len", "512", "16"))
@@ -59,22 +68,22 @@ def test_typed_answers_and_the_printed_command(tmp_path, data, wizard):  # noqa:
     running.answer(("batch_size", "2", ""), ("placement", "layer-map", "zero3"), ("run", "checkpoints/", ""))
     running.answer(("confirm", "yes", ""))
     command = running.ends(0).splitlines()[-1]
-    assert ", zero3 on 2 ranks (" in execute(tmp_path, command)
+    assert ", zero3 on 2 ranks (" in execute(command)
     assert steps(tmp_path, "model-d") == 5  # 320 tokens, 64 in a step
 
 
 @pytest.mark.parametrize("placement", ["layer-map", "zero3"])
-def test_the_launch_file_is_one_for_accelerate(tmp_path, data, placement):
+def test_the_launch_file_is_one_for_accelerate(config, execute, tmp_path, data, placement):
     options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", placement)
-    assert config(tmp_path, "--yes", DEMO_LM, data, *options, stdin=subprocess.DEVNULL).returncode == 0
+    assert config("--yes", DEMO_LM, data, *options).returncode == 0
     command = "accelerate launch --config_file launch.yaml --main_process_port 0 -m saekit train --config run.yaml"
-    assert f", {placement} on 2 ranks" in execute(tmp_path, command)
+    assert f", {placement} on 2 ranks" in execute(command)
     assert steps(tmp_path, "mine") == 6
 
 
-def test_one_process(tmp_path, data):
-    done = config(tmp_path, "--yes", DEMO_LM, data, *SMALL, "--run-name", "mine", stdin=subprocess.DEVNULL)
+def test_one_process(config, execute, tmp_path, data):
+    done = config("--yes", DEMO_LM, data, *SMALL, "--run-name", "mine")
     assert done.stdout == "saekit train --config run.yaml\n"
     assert sorted(os.listdir(tmp_path)) == ["d", "run.yaml"]
-    assert ", single," in execute(tmp_path, done.stdout)
+    assert ", single," in execute(done.stdout)
     assert steps(tmp_path, "mine") == 12

@@ -1,10 +1,8 @@
 """`saekit config` as somebody at a terminal has it: a real process on a pseudo-terminal, keys typed."""
 
-import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,13 +39,6 @@ ASKS = {
 """By question, what only it says."""
 
 
-def environment():
-    # Where tests run in several processes, each has a size of terminal in its environment.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    variables = {**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {**variables, "TERM": "xterm-256color", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
 def plain(shown):
     """Without colors and movements of the cursor."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
@@ -79,14 +70,13 @@ class Wizard(pexpect.spawn):
 
 
 @pytest.fixture
-def wizard(tmp_path):
+def wizard(tmp_path, forked, environment):
     running = []
 
-    def begin(*arguments, size=(60, 200)):
+    def begin(*arguments, size=(60, 200), from_nothing=False):
+        python = sys.executable if from_nothing else str(forked.python)
         command = ["-m", "saekit", "config", *map(str, arguments)]
-        child = Wizard(
-            sys.executable, command, cwd=tmp_path, env=environment(), encoding="utf-8", timeout=120, dimensions=size
-        )
+        child = Wizard(python, command, cwd=tmp_path, env=environment, encoding="utf-8", timeout=120, dimensions=size)
         running.append(child)
         return child
 
@@ -115,7 +105,7 @@ def left_in(folder):
 
 
 def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_path, model_dir, text_file):
-    first = wizard()
+    first = wizard(from_nothing=True)
     first.answer(("machine", "1", "2"), *small)
     shown = first.asks("placement", "layer-map")
     assert "Take layer-map" in plain(shown)
@@ -267,13 +257,13 @@ def test_on_a_narrow_terminal_lines_break_between_words(wizard):
     ],
     ids=["config", "error"],
 )
-def test_at_80_columns_no_word_is_broken(tmp_path, model_dir, text_file, command, code, said):
+def test_at_80_columns_no_word_is_broken(tmp_path, forked, environment, model_dir, text_file, command, code, said):
     """What is written has no line that the terminal would have to break, but for words longer than a line."""
     places = {"MODEL": str(model_dir), "TEXT": str(text_file)}
     words = [places.get(word, str(word)) for word in command]
     shown, status = pexpect.run(
-        shlex.join([sys.executable, "-m", "saekit", *words]),
-        cwd=tmp_path, env=environment(), timeout=120, withexitstatus=True, dimensions=(24, 80),
+        shlex.join([str(forked.python), "-m", "saekit", *words]),
+        cwd=tmp_path, env=environment, timeout=120, withexitstatus=True, dimensions=(24, 80),
     )  # fmt: skip
     shown = plain(shown.decode())
     assert status == code, shown
@@ -282,16 +272,9 @@ def test_at_80_columns_no_word_is_broken(tmp_path, model_dir, text_file, command
     assert not [line for line in lines if len(line) > 80 and " " in line.strip("│ ")]
 
 
-def config(folder, *arguments, **options):
-    command = [sys.executable, "-m", "saekit", "config", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False, timeout=120, **options
-    )
-
-
-def test_without_a_terminal_it_says_what_to_do(tmp_path, model_dir, text_file):
+def test_without_a_terminal_it_says_what_to_do(config, tmp_path, model_dir, text_file):
     for arguments in ((), (model_dir, text_file)):
-        done = config(tmp_path, *arguments, stdin=subprocess.DEVNULL)
+        done = config(*arguments)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "this is no terminal: add --yes" in done.stderr
@@ -299,9 +282,9 @@ def test_without_a_terminal_it_says_what_to_do(tmp_path, model_dir, text_file):
     assert left_in(tmp_path) == []
 
 
-def test_yes_asks_nothing_and_prints_the_command_alone(tmp_path, model_dir, text_file):
+def test_yes_asks_nothing_and_prints_the_command_alone(config, tmp_path, model_dir, text_file):
     small = ("--num-latents", 64, "--k", 4, "--ctx-len", 32, "--lr", "1e-3")
-    done = config(tmp_path, "--yes", model_dir, text_file, *small, "--output", "a b.yaml", stdin=subprocess.DEVNULL)
+    done = config("--yes", model_dir, text_file, *small, "--output", "a b.yaml")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "saekit train --config 'a b.yaml'\n"
     assert left_in(tmp_path) == ["a b.yaml"]
