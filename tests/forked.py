@@ -9,7 +9,6 @@ As a script it forks a copy for each request that it gets at a socket (`tests.co
 """
 
 import atexit
-import fcntl
 import gc
 import importlib
 import json
@@ -205,6 +204,8 @@ def _received(asking: socket.socket) -> tuple[dict, list[int]]:
 
 def become(request: dict, files: list[int]) -> Callable[[], object]:
     """Turn this copy into the process that was asked for, up to its first line of code; return what that runs."""
+    import fcntl  # there is none on Windows, where nothing forks
+
     os.setsid()
     *standard, alive = files
     # The system kills this process when the other end of the pipe is closed, as it is when who asked has ended.
