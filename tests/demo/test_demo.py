@@ -1,8 +1,6 @@
 """The demo: what ships, and that it runs."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -24,8 +22,7 @@ def test_there_is_text_on_every_machine():
 
 @pytest.mark.slow
 def test_the_demo_from_start_to_end(tmp_path, forked):
-    command = [sys.executable, "-m", "saekit", "demo", "--max-tokens", "20000"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.complete("-m", "saekit", "demo", "--max-tokens", 20000, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "What to try next" in done.stderr
     assert "layers.5" in done.stdout
