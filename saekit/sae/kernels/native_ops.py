@@ -47,9 +47,8 @@ def topk(
         scores_of, also = scores.in_bfloat16(x_ND, W_MD, b_M, rows), lambda _: ()
     else:
         scores_of, also = scores.products(x_ND, W_MD, rows), lambda _: (b_M,)
-    for start in range(0, N, rows):
-        some = slice(start, min(start + rows, N))
-        numbers = (some.stop - start, M, k, parts, in_order, torch.get_num_threads())
+    for some in scores.pieces(N, rows, x_ND.device):
+        numbers = (some.stop - some.start, M, k, parts, in_order, torch.get_num_threads())
         _call(TOPK[dtype], scores_of(some), *also(some), *numbers, values_NK[some], indices_NK[some])
     return values_NK, indices_NK
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,17 @@ def chunk_rows(N: int, M: int, k: int, dtype: torch.dtype, bytes_per_score: int)
     if dtype == torch.bfloat16:
         rows = -(-rows // ROWS) * ROWS
     return max(1, min(rows, MOST_CHUNK_BYTES // (bytes_per_score * M), N))
+
+
+def pieces(total: int, size: int, device: torch.device) -> Iterator[slice]:
+    """Cut `total` rows into slices of `size`, the last of which may be shorter.
+
+    On torch's meta device, where memory is planned, only the first two are given. None is larger, and two show what one
+    turn of a loop leaves in memory for the next; a plan would else take as long as the loop has turns.
+    """
+    stop = min(total, 2 * size) if device.type == "meta" else total
+    for start in range(0, stop, size):
+        yield slice(start, min(start + size, total))
 
 
 def exact(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Callable[[slice], Tensor]:
@@ -87,9 +98,8 @@ def in_8_bits(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int) -> Callable[[s
     def scores_of(some: slice) -> Tensor:
         x_int_nD, one_over_x_n1 = rounded.x_ND[some], rounded.one_over_x_N[some, None]
         n = len(x_int_nD)
-        for start in range(0, M, width):
-            part = slice(start, min(start + width, M))
-            sums_nm = sums[: n * (part.stop - start)].view(n, -1)
+        for part in pieces(M, width, x_ND.device):
+            sums_nm = sums[: n * (part.stop - part.start)].view(n, -1)
             torch._int_mm(x_int_nD, rounded.W_DM[:, part], out=sums_nm)
             # All divided by the token's scale, which changes no order within it: so only the bias needs a division.
             buffer[:n, part].copy_(sums_nm).mul_(rounded.W_scale_M[part]).addcmul_(one_over_x_n1, b_M[part])
@@ -142,8 +152,7 @@ def _mean_square(rows_RD: Tensor) -> Tensor:
 def _round_to_8_bits(rows_RD: Tensor, factor_D: Tensor, out_RD: Tensor, scale_R: Tensor) -> None:
     """`rows · factor` in 8 bits into `out_RD`, and what each row is to be multiplied by again into `scale_R`."""
     count = max(1, CHUNK_BYTES // 2 // (4 * max(1, rows_RD.shape[1])))  # of rows, that stay in the cache
-    for start in range(0, len(rows_RD), count):
-        some = slice(start, start + count)
+    for some in pieces(len(rows_RD), count, rows_RD.device):
         scaled_rD = rows_RD[some] * factor_D
         scale_R[some] = scaled_rD.abs().amax(1).div_(INT8).clamp_min_(LEAST_SCALE)
         out_RD[some] = scaled_rD.mul_(1 / scale_R[some, None]).round_()

@@ -48,8 +48,7 @@ def topk(
     by_bits = dtype == torch.bfloat16 and x_ND.device.type == "cpu"
     values_NK = x_ND.new_empty(N, k, dtype=torch.float32 if dtype == torch.int8 else dtype)
     indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
-    for start in range(0, N, rows):
-        some = slice(start, min(start + rows, N))
+    for some in scores.pieces(N, rows, x_ND.device):
         scores_nM = scores_of(some)
         # What is not a number is the largest to numbers, and may be the least to integers. In weights it meets every
         # token, so that one tells; in a token it is in all scores, and so in those that were chosen.

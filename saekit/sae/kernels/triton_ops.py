@@ -18,6 +18,7 @@ from torch import Tensor
 from saekit.sae.kernels import triton_adam
 from saekit.sae.kernels.eager import topk_in_parts
 from saekit.sae.kernels.row_sums import RowSums
+from saekit.sae.kernels.scores import pieces
 from saekit.sae.kernels.torch_ops import best_of, sort_pairs
 from saekit.sae.kernels.triton_adam import OPTIONS, adam_rows, on_its_device
 
@@ -136,15 +137,15 @@ def topk(
     scores = x_ND.new_empty(rows, padded)
     values_NK = x_ND.new_empty(N, k)
     indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
-    for start in range(0, N, rows):
-        x_nD = x_ND[start : start + rows]
+    for some in pieces(N, rows, x_ND.device):
+        x_nD = x_ND[some]
         scores_nM = scores[: len(x_nD)]
         torch.mm(x_nD, W_MD.t(), out=scores_nM[:, :M])
         if parts > 1:
             found = topk_in_parts(scores_nM[:, :M].add_(b_M), k, parts)
         else:
             found = _topk_of_groups(scores_nM, b_M, k, in_order)
-        values_NK[start : start + rows], indices_NK[start : start + rows] = found
+        values_NK[some], indices_NK[some] = found
     return values_NK, indices_NK
 
 
@@ -181,12 +182,11 @@ def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
     rows = min(N, max(1, PARTIAL_BYTES // (4 * slices * K)))
     out_NK = x_ND.new_empty(N, K)
     products_SnK = x_ND.new_empty(slices, rows, K)
-    for start in range(0, N, rows):
-        some = slice(start, min(start + rows, N))
-        _gather_dot[(some.stop - start, slices)](
+    for some in pieces(N, rows, x_ND.device):
+        _gather_dot[(some.stop - some.start, slices)](
             x_ND[some], W_MD, indices_NK[some], products_SnK, K, rows * K, D, BK=ROWS, BD=block, num_warps=1, **OPTIONS
         )
-        torch.sum(products_SnK[:, : some.stop - start], 0, out=out_NK[some])
+        torch.sum(products_SnK[:, : some.stop - some.start], 0, out=out_NK[some])
     return out_NK
 
 
