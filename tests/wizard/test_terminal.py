@@ -254,8 +254,9 @@ def test_on_a_narrow_terminal_lines_break_between_words(wizard):
     [
         (("config", "--yes", "MODEL", "TEXT", "--num-processes", 2, "--num-latents", 64, "--k", 4), 0, "Start the run"),
         (("config", "--yes", "MODEL", "TEXT", "--layers", "9,10,11", "--plugin", "p" * 90), 2, "Error: "),
+        (("plan", "MODEL", "--num-latents", 2**28, "--k", 32), 0, "does not fit"),
     ],
-    ids=["config", "error"],
+    ids=["config", "error", "plan"],
 )
 def test_at_80_columns_no_word_is_broken(tmp_path, forked, environment, model_dir, text_file, command, code, said):
     """What is written has no line that the terminal would have to break, but for words longer than a line."""
