@@ -169,6 +169,13 @@ class Placement(Questions, ABC):
         """Return a small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
         return [value]
 
+    def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return whole numbers of every rank, in rank order; all ranks give equally many. Collective.
+
+        As `gather` without its second round of messages: for what ranks tell each other in every step.
+        """
+        return [list(numbers)]
+
     @abstractmethod
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Return the unit's whole tensors to save, by name: weights and optimizer state. None on ranks that don't lead.
