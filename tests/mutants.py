@@ -255,6 +255,27 @@ LIST: list[tuple[str, ...]] = [
         "if (stream := None) is not None",
         "placement/test_zero3",
     ),
+    (
+        "zero3 leaves what it saves on the leader's GPU",
+        "saekit/placement/whole.py",
+        "whole = torch.empty(ranks, piece.size, dtype=like_flat.dtype)",
+        "whole = torch.empty(ranks, piece.size, dtype=like_flat.dtype, device=device)",
+        "placement/test_save_memory",
+    ),
+    (
+        "slices of what zero3 saves overlap",
+        "saekit/placement/whole.py",
+        "whole[:, number * length :]",
+        "whole[:, number * (length - 1) :]",
+        "placement/test_zero3",
+    ),
+    (
+        "each rank reads all of what it resumes from",
+        "saekit/placement/whole.py",
+        'load_state({key: pieces[key.partition(".")[0]].part(value) for',
+        'load_state({key: pieces[key.partition(".")[0]].part(value.clone()) for',
+        "placement/test_save_memory",
+    ),
     ("Triton steps what lies on the CPU", CHOOSE, 'return default_kernels("cpu")', "return kernels"),
     ("zero3 averages over the ranks", ZERO3, "loss * self.world_size", "loss"),
     (
@@ -285,7 +306,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "zero3 restores moments but not weights",
         ZERO3,
-        "            piece.scatter(whole, piece.flat)\n",
+        "            piece.put(part, piece.flat)\n",
         "",
         "placement/test_equivalence::test_thresholds_go_on_under_another_placement",
     ),
