@@ -276,6 +276,20 @@ LIST: list[tuple[str, ...]] = [
         'load_state({key: pieces[key.partition(".")[0]].part(value.clone()) for',
         "placement/test_save_memory",
     ),
+    (
+        "the next forward pass waits for the gradients that travel",
+        TRAINER,
+        "if meanwhile is not None and placement.travelling():",
+        "if meanwhile is None:",
+        "training/test_waiting",
+    ),
+    (
+        "ranks exchange pickled objects in every step",
+        EVALUATING,
+        "max(request for (request,) in self.placement.exchange([self.interruption.request]))",
+        "max(self.placement.gather(self.interruption.request))",
+        "placement/test_zero3",
+    ),
     ("Triton steps what lies on the CPU", CHOOSE, 'return default_kernels("cpu")', "return kernels"),
     ("zero3 averages over the ranks", ZERO3, "loss * self.world_size", "loss"),
     (

@@ -140,6 +140,10 @@ class Placement(Questions, ABC):
     def backward(self, hookpoint: str, loss: Tensor) -> None:
         """Add the gradient of one chunk's loss to the unit's. Collective if units are sharded."""
 
+    def travelling(self) -> bool:
+        """Tell whether gradients are on their way, so that the device has time for other work before `collect`."""
+        return False
+
     @abstractmethod
     def collect(self) -> dict[str, Tensor]:
         """End the step's backward passes: bring gradients together. Collective.
