@@ -280,7 +280,7 @@ LIST: list[tuple[str, ...]] = [
         "the next forward pass waits for the gradients that travel",
         TRAINER,
         "if meanwhile is not None and placement.travelling():",
-        "if meanwhile is None:",
+        "if meanwhile is not None and placement is None:",
         "training/test_waiting",
     ),
     (
