@@ -290,6 +290,13 @@ LIST: list[tuple[str, ...]] = [
         "max(self.placement.gather(self.interruption.request))",
         "placement/test_zero3",
     ),
+    (
+        "each rank restores all layers",
+        STATE,
+        "    for name in bank.names:\n",
+        '    for name in index["hookpoints"]:\n',
+        "placement/test_save_memory",
+    ),
     ("Triton steps what lies on the CPU", CHOOSE, 'return default_kernels("cpu")', "return kernels"),
     ("zero3 averages over the ranks", ZERO3, "loss * self.world_size", "loss"),
     (

@@ -18,13 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saekit import Sae, TrainConfig
+from saekit.placement.layer_map import LayerMap
 from saekit.placement.shards import Piece
 from saekit.placement.whole import SLICE
 from saekit.placement.world import World
 from saekit.placement.zero3 import Zero3
 from saekit.runs import checkpoint
+from saekit.runs.layout import STATE_FILE
 from saekit.sae.model import without_memory
 from saekit.training.optimizers import make_optimizer
+from saekit.training.state import RunState, restore
 
 RANKS = 8
 GPU = torch.device("cuda", 0)
@@ -172,3 +175,24 @@ def test_a_rank_reads_its_part_of_a_checkpoint(tmp_path, optimizer):
                 assert loaded == value
         mine = whole.get_parameter(name).flatten()[(RANKS - 1) * piece.size :]
         assert piece.shard[: len(mine)].equal(mine)
+
+
+def test_a_rank_of_a_layer_map_reads_the_layers_that_it_owns(tmp_path):
+    """The other layer's files are not even there."""
+    saved = Sae(4, 8, 2)
+    saved.save_to_disk(tmp_path / "h.1")
+    save_file({"W_enc.step": torch.ones(())}, tmp_path / "h.1" / STATE_FILE)
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        placement = LayerMap(World(1, 2, torch.device("cpu"), None, None, None))
+        placement.place(["h.0", "h.1"], lambda _: Sae(4, 8, 2), lambda sae: make_optimizer(TrainConfig(), sae))
+        bank = SimpleNamespace(
+            names=placement.layers(), placement=placement, load_state=lambda *_: None, count_dead=lambda: None
+        )
+        numbers = dict.fromkeys(
+            ["step", "tokens", "skipped_steps", "bad_steps_in_row", "evaluated_step", "best_fvu"], 1
+        )
+        restore(tmp_path, {**numbers, "hookpoints": ["h.0", "h.1"]}, RunState(), bank)
+    finally:
+        dist.destroy_process_group()
+    assert placement.sae("h.1").W_enc.equal(saved.W_enc)
