@@ -140,6 +140,10 @@ class Placement(Questions, ABC):
     def backward(self, hookpoint: str, loss: Tensor) -> None:
         """Add the gradient of one chunk's loss to the unit's. Collective if units are sharded."""
 
+    def travelling(self) -> bool:
+        """Tell whether gradients are on their way, so that the device has time for other work before `collect`."""
+        return False
+
     @abstractmethod
     def collect(self) -> dict[str, Tensor]:
         """End the step's backward passes: bring gradients together. Collective.
@@ -168,6 +172,13 @@ class Placement(Questions, ABC):
     def gather(self, value: Any) -> list[Any]:
         """Return a small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
         return [value]
+
+    def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return whole numbers of every rank, in rank order; all ranks give equally many. Collective.
+
+        As `gather` without its second round of messages: for what ranks tell each other in every step.
+        """
+        return [list(numbers)]
 
     @abstractmethod
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:

@@ -73,6 +73,10 @@ class Ddp(Ranked, LocalBank):
             if last:
                 self._travelling[hookpoint] = dist.all_reduce(self._gradients[hookpoint], async_op=True)
 
+    def travelling(self) -> bool:
+        """Tell whether `route` has sent any: over several machines that can take longer than the backward passes."""
+        return bool(self._travelling)
+
     def collect(self) -> dict[str, Tensor]:
         """Wait for the gradients that travel."""
         for hookpoint in self._gradients:

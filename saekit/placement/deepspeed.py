@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ def load_sharded(load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> Pre
 
 def settings(offload: Mapping[str, str]) -> dict[str, Any]:
     """DeepSpeed's configuration. What is not its default has a reason."""
+    pins = torch.cuda.is_available()
     zero = {
         "stage": 3,
         # Small tensors too: those that persist would go stale, because the decoder is changed behind its back.
@@ -81,7 +82,8 @@ def settings(offload: Mapping[str, str]) -> dict[str, Any]:
         "overlap_comm": False,
         # Else `torch.nn.functional.linear` is replaced for the whole process, the language model included.
         "memory_efficient_linear": False,
-        **{name: {"device": device} for name, device in offload.items() if device != "none"},
+        # Pinned, else the host waits for each copy between its memory and a GPU's.
+        **{name: {"device": device, "pin_memory": pins} for name, device in offload.items() if device != "none"},
     }
     return {
         "zero_optimization": zero,
@@ -121,6 +123,15 @@ def offload_devices(environment: Mapping[str, str]) -> dict[str, str]:
                 f"the launch file says {name}_device: {device}, but saekit knows {' and '.join(DEVICES)} only"
             )
     return {name: device or "none" for name, device in devices.items()}
+
+
+def merged(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """One optimizer for several layers' parameters, a group for each; the first of them."""
+    first, *others = optimizers
+    for other in others:
+        for group in other.param_groups:
+            first.add_param_group(group)
+    return first
 
 
 def without_waits(zero_optimizer: Any) -> None:

@@ -104,7 +104,7 @@ class LayerMap(Ranked, LocalBank):
         """Send each wave to its owners while they train on the one before it."""
         # Ranks drop different numbers of excluded tokens, so each says how many rows it sends.
         tokens = next(iter(acts.values())).shape[0]
-        rows = self.gather(tokens)
+        rows = [count for (count,) in self.exchange([tokens])]
 
         coming = [self._send(acts, self._waves[0], tokens, rows)]
         for number, wave in enumerate(self._waves):

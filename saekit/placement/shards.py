@@ -32,44 +32,56 @@ class Piece:
         """The piece of a tensor that is laid out like the flat one: the flat one itself, a gradient, a moment."""
         return like_flat.narrow(0, self.start, self.size)
 
-    def gathered(self, like_flat: Tensor, device: torch.device, leader: int | None = None) -> Tensor:
-        """Return the whole tensor from the ranks' pieces of it, on a device. Collective.
+    def gathered(self, like_flat: Tensor, device: torch.device) -> Tensor:
+        """Return the whole tensor from the ranks' pieces of it, on every rank. Collective.
 
         Args:
             like_flat: Laid out like the flat tensor.
-            device: Where ranks exchange tensors.
-            leader: The rank that gets it; on the others the result is empty. All ranks get it by default.
+            device: Where ranks exchange tensors, and where the result is.
         """
         mine = self.of(like_flat).to(device).contiguous()
-        here = leader in (None, dist.get_rank())
-        whole = mine.new_empty(dist.get_world_size() if here else 0, mine.numel())
-        if leader is None:
-            dist.all_gather(list(whole), mine)
-        else:
-            dist.gather(mine, list(whole) if here else None, dst=leader)
-        # Behind the last element there is padding.
-        return whole.view(-1)[: self.shape.numel()].view(self.shape) if here else whole.view(-1)
+        whole = mine.new_empty(dist.get_world_size(), mine.numel())
+        _all_gather(whole.view(-1), mine)
+        return self.unpadded(whole)
 
-    def scatter(self, whole: Tensor, like_flat: Tensor) -> None:
-        """Copy this rank's part of a whole tensor into its place; the padding behind the last element stays."""
+    def unpadded(self, whole: Tensor) -> Tensor:
+        """Return all ranks' pieces, `[ranks, size]`, in the parameter's shape: behind the last element is padding."""
+        return whole.view(-1).narrow(0, 0, self.shape.numel()).view(self.shape)
+
+    def part(self, value: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, flat, without padding: a view. Others return as they are."""
         start = dist.get_rank() * self.size
-        mine = whole.reshape(-1)[start : start + self.size]
-        self.of(like_flat)[: mine.numel()].copy_(mine)
+        return value.reshape(-1)[start : start + self.size] if value.shape == self.shape else value
+
+    def put(self, part: Tensor, like_flat: Tensor) -> None:
+        """Copy this rank's part of a tensor into its place; the padding behind the last element stays."""
+        self.of(like_flat)[: part.numel()].copy_(part)
 
     def is_laid_out(self, value: Any) -> bool:
         """Tell whether a value of the optimizer's state has a number for each element of the flat tensor."""
         return isinstance(value, Tensor) and value.numel() == self.flat.numel()
 
 
-def share_masters(zero_optimizer: Any) -> None:
-    """Let the optimizer step the shards themselves where nothing is offloaded.
+def _all_gather(whole: Tensor, mine: Tensor) -> None:
+    """Into one tensor: for a list of tensors NCCL's process group gathers into another one and copies from there."""
+    # Before torch 2.13 it has another name, of which that one warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, mine)
 
-    DeepSpeed keeps float32 master weights for shards of another type; for float32 shards they are only a copy.
+
+def share_masters(zero_optimizer: Any) -> None:
+    """Let the optimizer step the shards themselves where nothing is offloaded; pin what is.
+
+    DeepSpeed keeps float32 master weights for shards of another type; for float32 shards they are only a copy. Where a
+    GPU's shards have masters on the CPU, DeepSpeed pins the gradients on their way there, but not the masters, which
+    travel back after each step.
     """
     pairs = zip(zero_optimizer.fp16_partitioned_groups_flat, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
     for shards, masters in pairs:
         if shards.device == masters.device and shards.dtype == masters.dtype:
             masters.data = shards.data
+        elif shards.device.type == "cuda" and masters.device.type == "cpu":
+            masters.data = masters.data.pin_memory()
 
 
 def find_pieces(zero_optimizer: Any) -> dict[nn.Parameter, Piece]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import TrainConfig
-from saekit.placement.base import LayerOptimizer, OptimizerFactory, SaeFactory
+from saekit.placement.base import OptimizerFactory, SaeFactory
 from saekit.placement.costs import FLOAT32, Traffic, Workload
 from saekit.placement.local import size_of
 from saekit.placement.replicas import send
 from saekit.placement.shards import Piece, UnitRows, find_pieces, same_memory, share_masters
+from saekit.placement.whole import bring_all, bring_to_leaders, optimizer_of_parts, whole_optimizer
 from saekit.placement.world import Ranked, World
 from saekit.sae import Sae
 from saekit.sae.model import around
@@ -101,7 +102,7 @@ class Zero3(Ranked):
         """Make one SAE after another and cut it up at once, so that no more than one is ever whole."""
         import deepspeed  # it must be told a few things first: see `start_zero3`
 
-        from saekit.placement.deepspeed import without_waits
+        from saekit.placement.deepspeed import merged, without_waits
 
         self._make_optimizer = make_optimizer
         config = self.world.accelerator.deepspeed_plugin.deepspeed_config
@@ -193,42 +194,47 @@ class Zero3(Ranked):
     def _sum_rows(self, partial: Tensor) -> Tensor:
         return self.sum(partial.to(self.device)).to(partial.device)
 
-    @torch.no_grad()
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Put the layer together on the rank that leads it, as it would be on one rank."""
-        optimizer = self._put_together(self._saes[hookpoint], self.leader(hookpoint))
-        return None if optimizer is None else (optimizer.export(), optimizer.state())
+        return self._led([hookpoint])
+
+    @torch.no_grad()
+    def _led(self, hookpoints: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Put layers together that have different leaders; returns the one that this rank leads. Collective.
+
+        All of it goes straight to the CPU: on a GPU it would take three times the layer's weights.
+        """
+        saes = {self.leader(hookpoint): self._saes[hookpoint] for hookpoint in hookpoints}
+
+        def bring(name: str, part: Callable[[Piece], Tensor]) -> Any:
+            pieces = {leader: self._pieces[sae.get_parameter(name)] for leader, sae in saes.items()}
+            return bring_to_leaders({leader: (each, part(each)) for leader, each in pieces.items()}, self.device)
+
+        # All layers have taken the same steps, so their states are alike: a rank that leads none goes by any of them.
+        sae = saes.get(self.rank, next(iter(saes.values())))
+        tensors, states = bring_all(self._pieces_of(sae), self._torch_optimizer.state, bring)
+        if self.rank not in saes:
+            return None
+        optimizer = whole_optimizer(sae, tensors, states, self._make_optimizer)
+        return optimizer.export(), optimizer.state()
 
     @torch.no_grad()
     def whole_sae(self, hookpoint: str) -> Sae:
         """Gather its weights on every rank; with an averaging optimizer its state as well."""
         sae = self._saes[hookpoint]
+        pieces = self._pieces_of(sae)
+
+        def gather(name: str, part: Callable[[Piece], Tensor]) -> Tensor:
+            return pieces[name].gathered(part(pieces[name]), self.device)
+
+        state = self._torch_optimizer.state if self._averages else {}
+        tensors, states = bring_all(pieces, state, gather)
         if self._averages:
-            optimizer = self._put_together(sae)
-            assert optimizer is not None, "put together on every rank"
-            return around(optimizer.export(), **sae.sizes()).eval()
-        pieces = {name: self._pieces[parameter] for name, parameter in sae.named_parameters()}
-        tensors = {name: piece.gathered(piece.flat, self.device) for name, piece in pieces.items()}
+            tensors = whole_optimizer(sae, tensors, states, self._make_optimizer).export()
         return around(tensors, **sae.sizes()).eval()
 
-    def _put_together(self, sae: Sae, leader: int | None = None) -> LayerOptimizer | None:
-        """A layer's optimizer with whole weights and state, on its leader or on all ranks; else None. Collective."""
-        tensors: dict[str, Tensor] = {}
-        states: dict[str, dict[str, Any]] = {}
-        for name, parameter in sae.named_parameters():
-            piece = self._pieces[parameter]
-            tensors[name] = piece.gathered(piece.flat, self.device, leader)
-            states[name] = {
-                key: piece.gathered(value, self.device, leader) if piece.is_laid_out(value) else value
-                for key, value in self._torch_optimizer.state[piece.flat].items()
-            }
-        if leader not in (None, self.rank):
-            return None
-        copy, optimizer = self._on_one_rank(sae, tensors)
-        for each in optimizer.optimizers:
-            for name, parameter in copy.named_parameters():
-                each.state[parameter] = states[name]
-        return optimizer
+    def _pieces_of(self, sae: Sae) -> dict[str, Piece]:
+        return {name: self._pieces[parameter] for name, parameter in sae.named_parameters()}
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
         """Take as many layers in a row as there are ranks: each rank leads one."""
@@ -237,32 +243,26 @@ class Zero3(Ranked):
             # A rank may still be writing its layer of the last wave, for longer than a collective may take.
             self.gather(None)
             wave = hookpoints[start : start + self.world_size]
-            mine = [(name, *whole) for name in wave if (whole := self.whole(name)) is not None]
-            while mine:  # not kept here while the next wave is gathered
-                yield mine.pop()
-
-    def _on_one_rank(self, sae: Sae, tensors: Mapping[str, Tensor]) -> tuple[Sae, LayerOptimizer]:
-        """Return the same layer with whole tensors, and its optimizer."""
-        copy = around(tensors, **sae.sizes())
-        return copy, self._make_optimizer(copy)
+            if (whole := self._led(wave)) is not None:
+                yield (wave[self.rank], *whole)
+            del whole  # not kept here while the next wave is gathered
 
     @torch.no_grad()
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Copy this rank's piece of each tensor, and of the state that an optimizer of whole tensors reads."""
-        sae = self._saes[hookpoint]
-        copy, optimizer = self._on_one_rank(sae, weights)
-        optimizer.load_state(state)
-        for name, whole in copy.named_parameters():
-            piece = self._pieces[sae.get_parameter(name)]
-            piece.scatter(whole, piece.flat)
+        """Copy this rank's part of each tensor, and of the state that an optimizer of whole tensors reads."""
+        pieces = self._pieces_of(self._saes[hookpoint])
+        parts, optimizer = optimizer_of_parts(self._saes[hookpoint], pieces, weights, state, self._make_optimizer)
+        for name, part in parts.named_parameters():
+            piece = pieces[name]
+            piece.put(part, piece.flat)
             piece.shard.copy_(piece.of(piece.flat))
             flat_state = self._torch_optimizer.state[piece.flat]
             for each in optimizer.optimizers:
-                for key, value in each.state.get(whole, {}).items():
-                    if isinstance(value, Tensor) and value.shape == whole.shape:
+                for key, value in each.state.get(part, {}).items():
+                    if isinstance(value, Tensor) and value.shape == part.shape:
                         if key not in flat_state:
                             flat_state[key] = torch.zeros_like(piece.flat, dtype=value.dtype)
-                        piece.scatter(value, flat_state[key])
+                        piece.put(value, flat_state[key])
                     else:
                         flat_state[key] = value
 
@@ -295,12 +295,3 @@ class Zero3(Ranked):
         """Count the first layer's shards."""
         first = next(iter(self._saes.values()))
         return size_of(self._pieces[parameter].shard for parameter in first.parameters())
-
-
-def merged(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """One optimizer for several layers' parameters, a group for each; the first of them."""
-    first, *others = optimizers
-    for other in others:
-        for group in other.param_groups:
-            first.add_param_group(group)
-    return first

@@ -83,6 +83,7 @@ def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerReco
                     fingerprints.update({file.relative_to(partial).as_posix(): fingerprint(file) for file in files})
             except (OSError, SafetensorError) as error:
                 problem = error
+            del record  # before the next layer is made
         for done in flushes:
             problem = done.exception() or problem  # type: ignore[assignment]  # what it can raise is an OSError
     if problem is not None:

@@ -184,4 +184,4 @@ class Evaluating:
             raise _StopAsked
 
     def _asked(self) -> int:
-        return max(self.placement.gather(self.interruption.request))
+        return max(request for (request,) in self.placement.exchange([self.interruption.request]))

@@ -80,7 +80,7 @@ def calibrate(
 def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:
     """Count an optimizer step's tokens over all ranks. Collective."""
     # Ranks tell each other plain numbers: a tensor's sum would wait for everything that a GPU still has to do.
-    return sum(placement.gather(sum(source.count(batch) for batch in batches)))
+    return sum(count for (count,) in placement.exchange([sum(source.count(batch) for batch in batches)]))
 
 
 def _counted(source: Source, batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -172,6 +172,7 @@ def records(
             "fvu": fvu.get(name),
         }
         yield name, LayerRecord(placement.sae(name), weights, tensors, unit_about)
+        del weights, optimizer_state, tensors  # before the next unit is made
     if broken:
         raise UserError(
             f"{broken[0]}: NaN or Inf in the SAE's weights at step {run.step}, which is not saved; try a smaller --lr"

@@ -60,7 +60,7 @@ def train_step(
         batches: This rank's micro-batches.
         lr_scale: Factor on the learning rates.
         report: Whether the message is to have a report.
-        meanwhile: Work to put behind the step's own before the host waits for its message.
+        meanwhile: Work to put behind the step's passes before the host waits for its message.
 
     Returns:
         What the host learns of the step. If it shows a fault, nothing has changed but the number of steps.
@@ -75,7 +75,12 @@ def train_step(
                 bank.units[name].run_(chunk_ND, counted_N1)
             del x_ND, chunk_ND  # else the last unit's would stay through the rest of the step
     # All that the host must know of the step is in one message, requested before the language model's next batch is
-    # queued: the GPU has work while the host reads the message and queues the rest.
+    # queued: the GPU has work while the host reads the message and queues the rest. But where gradients travel, the GPU
+    # would wait for them with nothing to do. So it gets that batch first, which needs no more memory here than below;
+    # the message comes later then, and the GPU waits for the host to queue the optimizers' first kernels.
+    if meanwhile is not None and placement.travelling():
+        meanwhile()
+        meanwhile = None
     read = bank.finish(placement.collect(), report=report)
     if meanwhile is not None:
         meanwhile()

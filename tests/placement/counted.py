@@ -2,7 +2,8 @@
 
 Rank 0 writes `counts.json`: how many layers are whole at a time, in forward passes, in backward passes and in between;
 how often the host waits for the device inside backward passes, where gradients are collected and in the optimizer's
-step; what it asks the other ranks there.
+step; what it asks the other ranks there; what Python objects ranks exchange from step to step; and whether what a save
+brings together is what a gather of whole tensors gives, to the bit.
 """
 
 import json
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3
@@ -20,11 +22,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from saekit import SaeConfig, SaeTrainer, TrainConfig
 from saekit.placement import connect
+from saekit.placement import whole as pieces_to_whole
 
 LAYERS, STEPS = 6, 3
 whole_ones = {"forward": [], "backward": [], "between": []}
 inside = ["elsewhere"]
 calls = Counter()
+objects, objects_before = [], []
+"""Pickled objects that the ranks have exchanged, and how many when each step's gradients were collected."""
 
 
 def counted(what, function):
@@ -63,6 +68,8 @@ def behave_like_a_gpu():
 
     stage3.DeepSpeedZeroOptimizer_Stage3.__init__ = make
     stage3.dist.all_reduce = counted("all-reduces", stage3.dist.all_reduce)
+    gather = dist.all_gather_object
+    dist.all_gather_object = lambda *args, **kwargs: objects.append(1) or gather(*args, **kwargs)
 
 
 def whole(placement):
@@ -73,6 +80,8 @@ def whole(placement):
 def watch(placement):
     def part(name, function, *args):
         inside.append(name)
+        if name == "collect":
+            objects_before.append(len(objects))
         result = function(*args)
         inside.pop()
         if name == "backward":
@@ -98,6 +107,23 @@ def watch(placement):
     placement.place = watching
 
 
+def saves_what_is_there(placement):
+    """Compare what this rank saves, in slices of which the last is short, with whole tensors gathered on every rank."""
+    pieces_to_whole.SLICE = 3 * 50
+    saved = {name: (weights, state) for name, weights, state in placement.each_whole()}
+    assert len(saved) == LAYERS // placement.world_size
+    same, moments = [], placement._torch_optimizer.state
+    for hookpoint in placement.layers():
+        for name, parameter in placement.sae(hookpoint).named_parameters():
+            piece, (weights, state) = placement._pieces[parameter], saved.get(hookpoint, ({}, {}))
+            for key in ("exp_avg", "exp_avg_sq"):
+                whole = piece.gathered(moments[piece.flat][key], placement.device)
+                same.append(hookpoint not in saved or whole.equal(state[f"{name}.{key}"]))
+            whole = piece.gathered(piece.flat, placement.device)
+            same.append(hookpoint not in saved or whole.equal(weights[name]))
+    return all(placement.gather(all(same)))
+
+
 def main(folder):
     behave_like_a_gpu()
     placement = connect("zero3")
@@ -107,14 +133,15 @@ def main(folder):
         vocab_size=64, n_positions=16, n_embd=16, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=1
     )
     data = Dataset.from_dict({"input_ids": torch.randint(2, 64, (8 * STEPS, 8)).tolist()})
-    cfg = TrainConfig(sae=SaeConfig(num_latents=32, k=2), batch_size=4, save_dir=folder, run_name="run")
+    cfg = TrainConfig(sae=SaeConfig(num_latents=33, k=2), batch_size=4, save_dir=folder, run_name="run", log_every=99)
     SaeTrainer(cfg, data, GPT2LMHeadModel(config), placement=placement).fit()
     of_training = dict(calls)
-    rank = placement.rank
+    rank, saved = placement.rank, saves_what_is_there(placement)
     placement.close()
     if rank == 0:
         most = {name: max(each) for name, each in whole_ones.items()}
-        found = {"whole": most, "forwards": len(whole_ones["forward"]), "calls": of_training}
+        found = {"whole": most, "forwards": len(whole_ones["forward"]), "calls": of_training, "saved": saved}
+        found["objects per step"] = objects_before[-1] - objects_before[-2]
         (Path(folder) / "counts.json").write_text(json.dumps(found), encoding="utf-8")
 
 

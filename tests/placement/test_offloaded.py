@@ -1,11 +1,14 @@
 """Masters, moments and gradients on the CPU while SAEs compute on a GPU: zero3 with an offloaded optimizer."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saekit import Sae, TrainConfig
+from saekit.placement.deepspeed import settings
+from saekit.placement.shards import share_masters
 from saekit.sae.kernels.sparse import Sparse
 from saekit.training.optimizers import make_optimizer
 from tests.placement.test_equivalence import assert_same_run
@@ -35,6 +38,23 @@ def test_kernels_for_a_gpu_leave_offloaded_parameters_to_the_cpu(monkeypatch):
             optimizer.step()
     for parameter, other in zip(sae.parameters(), twin.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_is_offloaded_from_a_gpu_is_pinned(monkeypatch, gpu):
+    """Gradients on their way out and weights that stay there, by DeepSpeed; master weights on their way back, by us."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    zero = settings({"offload_optimizer": "cpu", "offload_param": "none"})["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": gpu}
+    assert "offload_param" not in zero
+
+    pinned = SimpleNamespace()
+    memory = SimpleNamespace(pin_memory=lambda: pinned)
+    masters = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, data=memory)
+    here = torch.device("cuda" if gpu else "cpu")
+    shards = SimpleNamespace(device=here, dtype=torch.float32, data=SimpleNamespace())
+    share_masters(SimpleNamespace(fp16_partitioned_groups_flat=[shards], fp32_partitioned_groups_flat=[masters]))
+    assert masters.data is (pinned if gpu else shards.data)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ COUNTED, SHARDED_LM = (Path(__file__).with_name(name) for name in ("counted.py",
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory, forked):
-    """What two ranks count in three steps of six layers."""
+    """What two ranks count in three steps of six layers, whose middle rows and biases they cut apart."""
     folder = tmp_path_factory.mktemp("counted")
     said = folder / "stderr"
     assert forked.run([folder], 2, said, folder, timeout=200, script=COUNTED) == [0, 0], said.read_text()
@@ -28,6 +28,16 @@ def test_no_more_than_one_layer_is_whole_at_a_time(counts):
 def test_the_host_waits_nowhere_for_the_device_but_for_the_message(counts):
     """On a GPU each wait leaves it without work; what DeepSpeed would all-reduce to clip gradients, nobody reads."""
     assert counts["calls"] == {}
+
+
+def test_ranks_tell_each_other_numbers_in_a_step_and_no_objects(counts):
+    """An object takes two rounds of messages, the first of which says how large it is."""
+    assert counts["objects per step"] == 0
+
+
+def test_a_checkpoint_holds_what_the_ranks_have(counts):
+    """To the bit, padding left out."""
+    assert counts["saved"]
 
 
 def test_a_sharded_language_model_says_what_the_whole_one_does(gpt2_dir, forked, tmp_path):

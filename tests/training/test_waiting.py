@@ -4,11 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saekit import Sae, TrainConfig
 from saekit.activations.live import LiveModel, Tokens, to_device
 from saekit.activations.source import Steps
+from saekit.placement.ddp import Ddp
+from saekit.placement.world import World
 from saekit.training.message import read_later
+from saekit.training.optimizers import make_optimizer
+from saekit.training.trainer import train_step
 from tests.training.conftest import Recorder
 from tests.training.runs import assert_same_tensors, tensors_of
 
@@ -80,6 +87,42 @@ def test_to_begin_the_next_forward_early_changes_nothing(make_trainer, monkeypat
     assert_same_tensors(tensors_of(make_trainer("early", reporter=recorder, **options).fit()), expected)
     steps = len(recorder.steps)
     assert len(begun) == sum(step % 3 != 0 for step in range(1, steps))  # not before what is saved, nor after the end
+
+
+@pytest.mark.parametrize("travelling", [False, True])
+def test_the_next_forward_is_begun_before_gradients_that_travel_are_waited_for(travelling):
+    order = []
+    placement = SimpleNamespace(
+        exchange=lambda numbers: [numbers],
+        travelling=lambda: travelling,
+        collect=lambda: order.append("collect"),
+        apply=lambda lr_scale: order.append("apply"),
+    )
+    message = SimpleNamespace(faults={})
+    bank = SimpleNamespace(
+        placement=placement,
+        begin_=lambda tokens: None,
+        finish=lambda gradients, report: lambda: order.append("read") or message,
+        advance_=lambda message: None,
+    )
+    train_step(bank, None, [], 1.0, meanwhile=lambda: order.append("begin next"))
+    first = ["begin next", "collect"] if travelling else ["collect", "begin next"]
+    assert order == [*first, "read", "apply"]
+
+
+def test_gradients_travel_under_ddp_until_they_are_collected():
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        placement = Ddp(World(0, 2, torch.device("cpu"), None, None, None))
+        placement.place(["h.0"], lambda _, *, blank: Sae(4, 8, 2), lambda sae: make_optimizer(TrainConfig(), sae))
+        for last in (False, True):
+            assert not placement.travelling()
+            assert [name for name, _ in placement.route({"h.0": torch.zeros(1, 4)}, last)] == ["h.0"]
+        assert placement.travelling()
+        placement.collect()
+        assert not placement.travelling()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_step_that_was_begun_comes_once():
