@@ -39,6 +39,8 @@ def start_zero3() -> World:
     if not torch.cuda.is_available():
         # A shared-memory operation that would be compiled for a minute, with a compiler that need not be there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # How many CPUs there are to train on; without it `numactl` is started and asked, in every backward pass.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # accelerate refuses settings from two sides; what the launch file says is in ours by now.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     world = start_world(DeepSpeedPlugin(hf_ds_config=settings(offload)))

@@ -2,11 +2,12 @@
 
 Rank 0 writes `counts.json`: how many layers are whole at a time, in forward passes, in backward passes and in between;
 how often the host waits for the device inside backward passes, where gradients are collected and in the optimizer's
-step; what it asks the other ranks there; what Python objects ranks exchange from step to step; and whether what a save
-brings together is what a gather of whole tensors gives, to the bit.
+step; what it asks the other ranks there; how often it starts another process; what Python objects ranks exchange from
+step to step; and whether what a save brings together is what a gather of whole tensors gives, to the bit.
 """
 
 import json
+import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -68,6 +69,14 @@ def behave_like_a_gpu():
 
     stage3.DeepSpeedZeroOptimizer_Stage3.__init__ = make
     stage3.dist.all_reduce = counted("all-reduces", stage3.dist.all_reduce)
+    start = subprocess.Popen.__init__
+
+    def start_one(self, *args, **kwargs):
+        if inside[-1] != "elsewhere":
+            calls[f"other processes: {inside[-1]}"] += 1
+        start(self, *args, **kwargs)
+
+    subprocess.Popen.__init__ = start_one
     gather = dist.all_gather_object
     dist.all_gather_object = lambda *args, **kwargs: objects.append(1) or gather(*args, **kwargs)
 
