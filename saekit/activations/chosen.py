@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from saekit.activations.hookpoints import Hookpoint, block_outputs, select_layers
+from saekit.activations.hookpoints import Hookpoint, block_outputs, find_blocks, select_layers, text_config_of, width
 from saekit.activations.lm import ModelShape, hookpoint_names
 from saekit.activations.patterns import alternatives, fold, matches
-from saekit.activations.structure import Structure, measure
+from saekit.activations.structure import Reading, Structure, measure
 from saekit.config import TrainConfig
-from saekit.errors import UserError
+from saekit.errors import UserError, first_line
 from saekit.sae.storage import IN
 
 if TYPE_CHECKING:
@@ -65,9 +65,62 @@ def structure_of(model: PreTrainedModel) -> Structure:
     """Measure a model that is loaded, by its class and its config: its weights are not touched.
 
     Raises:
-        UserError: See `find_blocks`.
+        UserError: If its class cannot be called with its config alone; see also `find_blocks`.
     """
-    return measure(type(model.base_model), model.base_model.config)
+    kind = type(model.base_model)
+    try:
+        return measure(kind, model.base_model.config)
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{kind.__name__} cannot be made of its config alone ({first_line(error)}), which hookpoints other than "
+            "blocks' outputs need"
+        ) from error
+
+
+def check_widths(model: PreTrainedModel, widths: Mapping[str, int]) -> None:
+    """Check that SAEs have their hookpoints in a model that is loaded, of their widths.
+
+    Args:
+        model: Any HuggingFace model.
+        widths: D of each SAE, by hookpoint.
+
+    Raises:
+        UserError: If there is no such hookpoint, it cannot be read, or it has another width.
+    """
+    blocks = find_blocks(model)
+    outputs = [blocks.hookpoint(layer) for layer in range(len(blocks.modules))]
+    readings = {name: Reading(name, width(text_config_of(model.config)), None, 0) for name in outputs}
+    if not all(Hookpoint(name, 0).is_block for name in widths):
+        readings |= structure_of(model).readings
+    for name, own in widths.items():
+        found = readings.get(name)
+        if found is None:
+            raise UserError(
+                f"the SAE of {name} does not belong to this model, whose layers are {outputs[0]} to {outputs[-1]}"
+            )
+        if found.reason is not None:
+            raise UserError(f"the SAE of {name} cannot be used in this model: {name.removesuffix(IN)} {found.reason}")
+        if own != found.width:
+            raise UserError(f"the SAE of {name} is for a width of {own}, and this model's is {found.width}")
+
+
+def off_stream(model: PreTrainedModel, hookpoint: str) -> str | None:
+    """Say why activations at a hookpoint are no part of the residual stream; None if they are.
+
+    They are if they are a block's output or input, or are added to the stream as they are, or times a number.
+    """
+    blocks = find_blocks(model)
+    if hookpoint.removesuffix(IN) in {blocks.hookpoint(layer) for layer in range(len(blocks.modules))}:
+        return None
+    structure = structure_of(model)
+    if hookpoint in structure.writers:
+        return None
+    wide = structure.readings[hookpoint].width
+    if wide != structure.width:
+        return f"it is {wide} wide, and the residual stream {structure.width}"
+    return "it is not added to the residual stream as it is"
 
 
 def choose(

@@ -25,6 +25,10 @@ BATCH, TOKENS = 3, 7
 """Of the measured run: a tensor of these sizes has one row for every token."""
 
 
+NO_TENSOR_OF_TOKENS = ", not [batch, tokens, width]"
+"""The end of a reason, behind a shape."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """One side of a module in a forward pass."""
@@ -207,7 +211,7 @@ class _Run:
         if given.ndim != 3 or given.shape[:2] != (BATCH, TOKENS):
             known = {BATCH: "batch", TOKENS: "tokens", BATCH * TOKENS: "batch·tokens"}
             sizes = [known.get(size, str(size)) if place < 2 else str(size) for place, size in enumerate(given.shape)]
-            return Reading(name, None, f"{side} [{', '.join(sizes)}], not [batch, tokens, width]", order)
+            return Reading(name, None, f"{side} [{', '.join(sizes)}]{NO_TENSOR_OF_TOKENS}", order)
         return Reading(name, given.shape[2], None, order)
 
     def _branches(self, readings: Mapping[str, Reading], width: int) -> tuple[list[Branch], list[str]]:
