@@ -216,7 +216,27 @@ LIST: list[tuple[str, ...]] = [
         "report.step(stats)\n",
         "report.step(stats)\n                    bank.fire_count_F += bank._fired_F\n",
     ),
-    ("a block's input is taken for its output", TAP, "residual(output)", "residual(_args)"),
+    ("a block's input is taken for its output", TAP, "take(name, output)", "take(name, _args)"),
+    (
+        "what is changed in place later is read changed",
+        TAP,
+        "acts.clone() if changed is not None and name in changed else acts",
+        "acts",
+    ),
+    (
+        "a wide SAE counts as much as a narrow one in the layer map",
+        "saekit/placement/layer_map.py",
+        "    if len(set(hookpoints.values())) < 2:",
+        "    if world_size > 0:",
+        "placement/test_planner",
+    ),
+    (
+        "--layers narrows no pattern",
+        "saekit/activations/chosen.py",
+        "if not narrowed or structure.block_of(name) in blocks)",
+        "if blocks)",
+        "activations/test_chosen",
+    ),
     (
         "the last layer is read after the final norm",
         TAP,
@@ -498,7 +518,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "the tap stops every pass",
         TAP,
-        "            if not at_work:\n                return\n",
+        "        if not at_work:\n            return\n",
         "",
         "training/test_evaluating",
     ),

@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "training": {"config", "sae", "data", "activations", "placement", "report", "runs", "analysis"},
     "api": {"config", "sae", "report", "runs", "analysis", "training"},
     "planning": {"config", "sae", "activations", "placement", "runs", "training"},
-    "views": {"placement", "doctor", "report", "runs", "analysis", "planning"},
+    "views": {"sae", "activations", "placement", "doctor", "report", "runs", "analysis", "planning"},
     "wizard": {"config", "data", "activations", "placement", "runs", "training", "planning", "views"},
     "cli": {
         "api",
         "config",
+        "activations",
         "doctor",
         "placement",
         "runs",

@@ -39,7 +39,18 @@ MODULES = {
     **{
         f"saekit.cli.{name}": set()
         for name in (
-            *("app", "arguments", "checkpoints", "config", "first_steps", "launch", "options", "output", "plan"),
+            *(
+                "app",
+                "arguments",
+                "checkpoints",
+                "config",
+                "first_steps",
+                "hookpoints",
+                "launch",
+                "options",
+                "output",
+                "plan",
+            ),
             "train",
         )
     },
@@ -50,12 +61,13 @@ MODULES = {
     "saekit.analysis": TORCH,
 }
 """What importing a module may bring along. The last two import all rooms below them, from `sae` to `training`."""
-HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "doctor")
+HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor")
 SMALL = ("--ctx-len", "32", "--max-tokens", "512", "--layers", "1", "--num-latents", "64", "--k", "4")
 COMMANDS = {
     "train MODEL TEXT --save-dir RUNS --run-name fresh": DATA,
     "train MODEL TEXT --dry-run": MODEL,
     "plan MODEL": MODEL,
+    "hookpoints MODEL": MODEL,
     "config MODEL TEXT --yes --output OUT/run.yaml --launch-file OUT/launch.yaml": DATA | {"prompt_toolkit"},
     "inspect RUN": TORCH,
     "eval RUN TEXT --max-tokens 256": DATA,

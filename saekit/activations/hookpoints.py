@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from saekit.errors import UserError
-from saekit.sae.storage import layer_number
+from saekit.sae.storage import IN, layer_number
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,12 +31,12 @@ class Hookpoint:
     @property
     def module(self) -> str:
         """Return the module's path relative to the base model."""
-        return self.name.removesuffix(":in")
+        return self.name.removesuffix(IN)
 
     @property
     def side(self) -> Literal["in", "out"]:
         """Tell whether it is the module's input or its output."""
-        return "in" if self.name.endswith(":in") else "out"
+        return "in" if self.name.endswith(IN) else "out"
 
     @property
     def layer(self) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations.hookpoints import block_outputs
+from saekit.activations.chosen import chosen_in
 from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len, vocabulary
 from saekit.activations.source import Activations, Source
 from saekit.activations.tap import tap
@@ -79,13 +79,13 @@ class LiveModel(Source):
         self._begun: tuple[Tokens, Activations] | None = None
 
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
-        """Find the blocks to read, cut the data into steps, and look through the ids that will be read.
+        """Find the modules to read, cut the data into steps, and look through the ids that will be read.
 
         Raises:
-            UserError: If the data does not suit the model or the run.
+            UserError: If there is no such hookpoint, or the data does not suit the model or the run.
         """
         self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
-        self.hookpoints = block_outputs(self.model, cfg.layers, cfg.layer_stride)
+        self.hookpoints = chosen_in(cfg, self.model)
         data = sequences(self.dataset, cfg.ctx_len)
         self.ctx_len = data.ctx_len
         resolve_ctx_len(self.ctx_len, context_length(self.model.config))
@@ -103,7 +103,7 @@ class LiveModel(Source):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hook the blocks."""
+        """Hook the modules."""
         with tap(self.model, [each.name for each in self.hookpoints]) as self._read_taps:
             try:
                 yield

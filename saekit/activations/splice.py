@@ -1,4 +1,4 @@
-"""Replaces the residual stream while a model runs, and runs a model from there on."""
+"""Replaces outputs and inputs of modules while a model runs, and runs a model from a block on."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.activations.hookpoints import find_blocks
-from saekit.activations.tap import module_of, residual
+from saekit.activations.tap import first_name, module_of, residual
 from saekit.sae import Sae
 from saekit.sae.output import described
+from saekit.sae.storage import IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Replace = Callable[[Tensor], Tensor]
-"""From a block's output `[B, T, D]` to what the next block reads instead, of the same shape, in any float type."""
+"""From activations `[B, T, D]` to what takes their place, of the same shape, in any float type."""
 
 
 @contextmanager
 def splice(
     model: PreTrainedModel, replacements: Mapping[str, Sae | Replace], excluded: Tensor | None = None
 ) -> Iterator[None]:
-    """Replace the outputs of blocks; the hooks are gone afterwards, whatever happens.
+    """Replace outputs and inputs of modules; the hooks are gone afterwards, whatever happens.
 
         with saekit.splice(model, {"layers.3": sae}):
             logits = model(input_ids).logits
 
-    Where several blocks are replaced, the later ones see what the earlier ones left. Gradients flow through.
+    Where several are replaced, the later ones see what the earlier ones left. Gradients flow through.
 
     Args:
         model: Any HuggingFace model, with or without a head.
-        replacements: By module of its base model (`layers.3`): an SAE, whose reconstruction replaces counted
-            activations (`Sae.reconstruct`), or a function.
+        replacements: By module of its base model (`layers.3`, or `layers.3.mlp:in` for a module's input): an SAE, whose
+            reconstruction replaces counted activations (`Sae.reconstruct`), or a function.
         excluded: bool `[B, T]`, True for tokens that keep their true activation; None for none.
 
     Raises:
         ValueError: If there is no such module, what is given for it is neither, or an SAE or a function does not suit
-            the module's output.
+            the activations.
 
     Warns:
         UserWarning: If an SAE was trained on another model or at another module, where its files say so.
@@ -49,15 +50,18 @@ def splice(
     if not isinstance(replacements, Mapping):
         given = type(replacements).__name__
         raise ValueError(f"replacements is a {given}: give what replaces which module by its name")
-    modules = {name: module_of(model, name) for name in replacements}
+    modules = {name: module_of(model, str(name).removesuffix(IN)) for name in replacements}
     for name, replace in replacements.items():
         for text in _misplaced(model, name, replace):
             warnings.warn(text, UserWarning, stacklevel=3)
     handles: list[Any] = []
     try:
         for name, module in modules.items():
-            hook = _hook(name, _function(name, replacements[name]), excluded)
-            handles.append(module.register_forward_hook(hook))
+            new = _replacing(name, _function(name, replacements[name]), excluded)
+            if name.endswith(IN):
+                handles.append(module.register_forward_pre_hook(_before(name, new), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(lambda _module, _args, output, new=new: new(output)))
         yield
     finally:
         for handle in handles:
@@ -87,24 +91,40 @@ def _function(name: str, replace: Sae | Replace) -> Replace:
 def _reconstruction(name: str, sae: Sae) -> Replace:
     def reconstruct(acts: Tensor) -> Tensor:
         if acts.shape[-1] != sae.d_in:
-            raise ValueError(f"{name}: the SAE is for a width of {sae.d_in}, and the output is {described(acts)}")
+            raise ValueError(f"{name}: the SAE is for a width of {sae.d_in}, and the activations are {described(acts)}")
         return sae.reconstruct(acts)
 
     return reconstruct
 
 
-def _hook(name: str, replace: Replace, excluded: Tensor | None) -> Callable[..., Any]:
-    def hook(_module: Any, _args: Any, output: Any) -> Any:
+def _before(name: str, new: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Replace a module's first argument."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (new(args[0]), *args[1:]), kwargs
+        first = first_name(module)
+        if first not in kwargs:
+            raise ValueError(f"{name}: the module is given nothing that could be replaced")
+        return args, {**kwargs, first: new(kwargs[first])}
+
+    return hook
+
+
+def _replacing(name: str, replace: Replace, excluded: Tensor | None) -> Callable[[Any], Any]:
+    """From what a module gives or reads to the same with other activations."""
+
+    def replaced(output: Any) -> Any:
         acts = residual(output)
         new = replace(acts)
         if not isinstance(new, Tensor) or new.shape != acts.shape:
-            raise ValueError(f"{name}: expected {list(acts.shape)} in its output's place, got {described(new)}")
+            raise ValueError(f"{name}: expected {list(acts.shape)} in its place, got {described(new)}")
         new = new.to(acts)
         if excluded is not None:
             new = torch.where(excluded.to(acts.device)[..., None], acts, new)
         return _with_residual(output, new)
 
-    return hook
+    return replaced
 
 
 def _with_residual(output: Any, new: Tensor) -> Any:

@@ -1,14 +1,17 @@
-"""Read the residual stream after chosen blocks while a model runs, and stop the model after the last of them."""
+"""Read outputs and inputs of chosen modules while a model runs, and stop the model after the last of them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from saekit.sae.output import described
+from saekit.sae.storage import IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,50 +23,66 @@ class _LastTapReached(BaseException):
 
 @contextmanager
 def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[..., dict[str, Tensor]]]:
-    """Hook the outputs of blocks; the hooks are gone afterwards, whatever happens.
+    """Hook outputs and inputs of modules; the hooks are gone afterwards, whatever happens.
 
     Between two calls of the function the model can be run in any other way: the hooks are at rest then.
 
-    The block's own output is read, not the model's `hidden_states`, whose last entry has gone through the final norm.
+    A block's own output is read, not the model's `hidden_states`, whose last entry has gone through the final norm. A
+    module's input is its first argument. What the model changes in place after it was read, as the first call finds
+    out, is copied when it is read.
 
     Args:
         model: Any HuggingFace model; it is put in eval mode for the duration and restored.
-        hookpoints: Modules of its base model, in the order in which they run: `layers.0`, `layers.3`, ...
+        hookpoints: Modules of its base model, such as `layers.0` and `layers.3.mlp`, for their outputs, and with `:in`
+            behind the path for their inputs.
 
     Yields:
         A function that runs the base model on `input_ids` `[B, T]` (and keyword arguments), up to the last hookpoint,
-        and returns each hookpoint's activations `[B, T, D]`. They are inference tensors: copy before using them in
-        autograd (indexing copies).
+        and returns each hookpoint's activations `[B, T, D]`. From the second call on they are inference tensors: copy
+        before using them in autograd (indexing copies).
 
     Raises:
-        ValueError: If there is no such module, or one does not run.
+        ValueError: If there is no such module, one does not run, or what it gives or reads is no tensor `[B, T, D]`.
     """
     if isinstance(hookpoints, str):
         raise ValueError(f"hookpoints is the text {hookpoints!r}: give a list, such as [{hookpoints!r}]")
-    modules = {name: module_of(model, name) for name in hookpoints}
+    modules = {name: module_of(model, _path(name)) for name in hookpoints}
     base, no_cache = model.base_model, without_cache(model.base_model)
     captured: dict[str, Tensor] = {}
+    changed: set[str] | None = None
+    versions: dict[str, int] = {}
+    shape = torch.Size()
 
     at_work = False
 
-    def hook_for(name: str) -> Callable[..., None]:
+    def take(name: str, given: Any) -> None:
+        if not at_work:
+            return
+        acts = residual(given)
+        if acts.shape[:-1] != shape:
+            raise ValueError(f"{name} is {described(acts)}, not [batch, tokens, width]: it cannot be read")
+        captured[name] = acts.clone() if changed is not None and name in changed else acts
+        if changed is None:
+            versions[name] = acts._version
+        if len(captured) == len(modules):
+            raise _LastTapReached
+
+    def output_hook(name: str) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            if not at_work:
-                return
-            captured[name] = residual(output)
-            if len(captured) == len(modules):
-                raise _LastTapReached
+            take(name, output)
 
         return hook
 
-    # A sharded model's parameters get new data whenever they are gathered, which inference tensors cannot become.
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    def input_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            take(name, first_argument(module, args, kwargs))
 
-    @(torch.no_grad() if sharded else torch.inference_mode())
-    def run(input_ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        nonlocal at_work
+        return hook
+
+    def forward(input_ids: Tensor, kwargs: Mapping[str, Any]) -> None:
+        nonlocal at_work, shape
         captured.clear()
-        at_work = True
+        at_work, shape = True, input_ids.shape
         try:
             with suppress(_LastTapReached):
                 base(input_ids=input_ids, **{**no_cache, **kwargs})
@@ -72,12 +91,32 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         idle = [name for name in modules if name not in captured]
         if idle:
             raise ValueError(f"{', '.join(idle)} did not run in the forward pass of {type(base).__name__}")
+
+    # A sharded model's parameters get new data whenever they are gathered, which inference tensors cannot become.
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+    @(torch.no_grad() if sharded else torch.inference_mode())
+    def run(input_ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        nonlocal changed
+        if changed is None:
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors do not count their changes
+                forward(input_ids.clone() if input_ids.is_inference() else input_ids, kwargs)
+            changed = {name for name, acts in captured.items() if acts._version != versions[name]}
+            if changed:
+                forward(input_ids, kwargs)
+        else:
+            forward(input_ids, kwargs)
         taken = {name: captured[name] for name in modules}
         captured.clear()
         return taken
 
     was_training = model.training
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
+    handles: list[Any] = []
+    for name, module in modules.items():
+        if name.endswith(IN):
+            handles.append(module.register_forward_pre_hook(input_hook(name), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(output_hook(name)))
     model.eval()
     try:
         yield run
@@ -85,6 +124,10 @@ def tap(model: PreTrainedModel, hookpoints: Sequence[str]) -> Iterator[Callable[
         for handle in handles:
             handle.remove()
         model.train(was_training)
+
+
+def _path(name: str) -> str:
+    return name.removesuffix(IN) if isinstance(name, str) else name
 
 
 def module_of(model: PreTrainedModel, name: str) -> nn.Module:
@@ -113,13 +156,23 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
+def first_argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module reads: the first argument of its `forward`, wherever the call has it; None without one."""
+    return args[0] if args else kwargs.get(first_name(module))
+
+
+def first_name(module: nn.Module) -> str:
+    """Return the name of the first argument of a module's `forward`; empty if it takes none."""
+    return next(iter(inspect.signature(module.forward).parameters), "")
+
+
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     """Return arguments that keep a forward pass from caching keys and values, which nothing would read."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def residual(output: Any) -> Tensor:
-    """Return the residual stream in a block's output: the output itself, or the first of several.
+    """Return the activations in a module's output: the output itself, or the first of several.
 
     Raises:
         ValueError: If there is no tensor.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from saekit.activations import find_blocks, splice, start_behind, tap
-from saekit.activations.hookpoints import text_config_of, width
+from saekit.activations import splice, start_behind, tap
+from saekit.activations.chosen import check_widths
+from saekit.activations.hookpoints import Hookpoint
 from saekit.activations.splice import Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.results import (
@@ -63,10 +64,11 @@ class Evaluator:
     """
 
     def __init__(self, subject: Subject, start_anywhere: bool = True) -> None:
-        _check(subject)
+        check_widths(subject.model, {name: sae.d_in for name, sae in subject.saes.items()})
         self.subject = subject
         self.start_anywhere = start_anywhere
         self.names = list(subject.saes)
+        self._blocks = {name for name in self.names if Hookpoint(name, 0).is_block}
         self._no_cache = without_cache(subject.model)
         self._means: dict[str, Tensor] | None = None
         self._grafts: dict[str, GraftSums] | None = None
@@ -197,7 +199,12 @@ class Evaluator:
         seen: dict[str, Tensor] = {}
 
         def watch(name: str) -> Replace:
-            return lambda acts: seen.setdefault(name, acts)
+            def look(acts: Tensor) -> Tensor:
+                # A copy, where the model may go on to change the tensor in place.
+                seen[name] = acts if name in self._blocks else acts.clone()
+                return acts
+
+            return look
 
         return self._logits(inputs, {name: watch(name) for name in self.names}), seen
 
@@ -249,18 +256,3 @@ def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:
     """By what is put in the layer's place; the names are `CHANGES`."""
     ways: tuple[Replace, ...] = (lambda acts: recon, lambda acts: mean_D.expand(acts.shape), torch.zeros_like)
     return dict(zip(CHANGES, ways, strict=True))
-
-
-def _check(subject: Subject) -> None:
-    """Check that every SAE has its layer in the model, of its width."""
-    blocks = find_blocks(subject.model)
-    d_in = width(text_config_of(subject.model.config))
-    there = {blocks.hookpoint(layer) for layer in range(len(blocks.modules))}
-    for name, sae in subject.saes.items():
-        if name not in there:
-            raise UserError(
-                f"the SAE of {name} does not belong to this model, whose layers are {blocks.hookpoint(0)} to "
-                f"{blocks.hookpoint(len(blocks.modules) - 1)}"
-            )
-        if sae.d_in != d_in:
-            raise UserError(f"the SAE of {name} is for a width of {sae.d_in}, and this model's is {d_in}")

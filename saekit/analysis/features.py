@@ -12,6 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from saekit.activations import find_blocks, splice, tap
+from saekit.activations.chosen import off_stream
 from saekit.activations.hookpoints import text_config_of
 from saekit.analysis.codes import Codes, Contexts, find_contexts
 from saekit.analysis.evaluate import Progress
@@ -51,7 +52,9 @@ class LayerFeatures:
     """float32: the share of its firings on each."""
     neighbours: Neighbours
     lens: Lens | None
-    """None where the model has no head."""
+    """None where the model has no head, or where the SAE does not write to the residual stream."""
+    no_lens: str | None = None
+    """Why there is none, if the model has a head."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,8 @@ def _features(
     numbers = torch.from_numpy(latents_L)
     decoder_MD = sae.W_dec.detach()
     favorites, shares = codes.favorites(latents_L, ids_ST.reshape(-1), FAVORITES)
-    lens = None
-    if subject.objective is not None:
+    lens, no_lens = None, None if subject.objective is None else off_stream(subject.model, name)
+    if subject.objective is not None and no_lens is None:
         rows_LD = decoder_MD[numbers.to(decoder_MD.device)]
         lens = logit_lens(subject.model, _last_block(subject), mean_D, rows_LD, LENS_TOKENS, ctx_len)
     near = nearest_rows(decoder_MD, numbers.to(decoder_MD.device), NEIGHBOURS)
@@ -182,6 +185,7 @@ def _features(
         shares_L=shares,
         neighbours=Neighbours(*(each.cpu() for each in near)),
         lens=lens,
+        no_lens=no_lens,
     )
 
 

@@ -12,6 +12,7 @@ from saekit.cli.arguments import rewritten
 from saekit.cli.checkpoints import evaluate, inspect, report
 from saekit.cli.config import config
 from saekit.cli.first_steps import demo, doctor
+from saekit.cli.hookpoints import hookpoints
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
 from saekit.cli.plan import plan
@@ -20,7 +21,7 @@ from saekit.machine import keep_memory
 
 app = typer.Typer(
     name="saekit",
-    help="Train k-sparse autoencoders on every layer of a language model's residual stream, all layers at once.",
+    help="Train k-sparse autoencoders on a language model's residual stream or any of its modules, all at once.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     # `--grad_acc_steps` is as good as `--grad-acc-steps`.
@@ -36,6 +37,7 @@ app.command()(report)
 app.command()(demo)
 app.command()(config)
 app.command()(plan)
+app.command()(hookpoints)
 app.command()(doctor)
 
 

@@ -21,13 +21,17 @@ SWITCHES = frozenset(name for name, kind in _OPTIONS.items() if kind is bool)
 """Options without a value."""
 OF_TRAIN = _OPTIONS.keys() | {"--config", "--launch", "--num-processes", "--distribute-layers", "--dry-run"}
 NUMBERS = re.compile(r"\d[\d.,:-]*")
+MODULES = re.compile(r"[^/\\]*(?<![^.])(\d+|\*+|\{[^/]*\}|\[[^/]*\])(?![^.:,])[^/\\]*")
+"""Paths of modules with a number or a pattern as one of their parts, as no file or data set is called."""
+JOINED = {**dict.fromkeys(LISTS, NUMBERS), "--hookpoints": MODULES}
+"""What the values of an option look like that may be a list with spaces."""
 
 
 def rewritten(arguments: list[str], commands: Collection[str]) -> list[str]:
     """Return a command line without what only other tools' parsers know.
 
-    `--layers 16 24` becomes `--layers 16,24`, `--save-best True` becomes `--save-best`, and `MODEL DATASET` without a
-    command becomes `train MODEL DATASET`.
+    `--layers 16 24` becomes `--layers 16,24`, `--hookpoints h.0 h.1` becomes `--hookpoints h.0,h.1`, `--save-best True`
+    becomes `--save-best`, and `MODEL DATASET` without a command becomes `train MODEL DATASET`.
 
     Args:
         arguments: What was typed after the program's name.
@@ -47,9 +51,9 @@ def _with_plain_values(arguments: list[str]) -> Iterator[str]:
             return
         option, equals, value = argument.partition("=")
         name = option.replace("_", "-")
-        if name in LISTS and (equals or left):
-            values = [value if equals else left.pop(0)]
-            while left and NUMBERS.fullmatch(left[0]) and NUMBERS.fullmatch(values[0]):
+        if name in JOINED and (equals or left):
+            values, like = [value if equals else left.pop(0)], JOINED[name]
+            while left and like.fullmatch(left[0]) and like.fullmatch(values[0]):
                 values.append(left.pop(0))
             yield from (f"{option}={','.join(values)}",) if equals else (option, ",".join(values))
         elif name in SWITCHES and (said := (value if equals else left[0] if left else "").lower()) in ("true", "false"):

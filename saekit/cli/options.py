@@ -77,6 +77,8 @@ def _metavar(option: Option) -> str | None:
         return f"[{'|'.join(placement_names())}]"
     if option.type == tuple[Path, ...]:
         return "FILE.py"
+    if option.type == tuple[str, ...]:
+        return "PATTERN,..."
     if isinstance(option.type, types.GenericAlias):
         return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
     return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")

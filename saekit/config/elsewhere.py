@@ -64,7 +64,10 @@ RENAMED = {
 """What an option or argument is called here, and its names elsewhere."""
 
 _NO_TRANSCODERS = "saekit trains autoencoders only, no transcoders"
-_BLOCKS = "saekit trains on the outputs of blocks, the residual stream: choose blocks by number with --layers"
+_HOOKPOINTS = (
+    "choose modules by their paths with --hookpoints (layers.3.mlp, or layers.3.mlp:in for its input), layers by "
+    "number with --layers"
+)
 _SPARSITY = "there is no sparsity penalty: --k sets how many latents are active"
 _JUMPRELU = "there is no JumpReLU: --activation chooses how latents are selected, and --k how many"
 _LENGTH = (
@@ -89,9 +92,10 @@ OTHERWISE = {
     "data dataset-repo hf-dataset train-data corpus",
     _NO_TRANSCODERS: "transcode transcoder skip-connection skip affine-skip hook-name-out hook-point-out d-out "
     "crosscoder",
-    _BLOCKS: "hookpoints hookpoint hook-points hook-point hook-name hook-names hook hook-layer hook-layers layer "
+    _HOOKPOINTS: "hookpoint hook-points hook-point hook-name hook-names hook hook-layer hook-layers layer "
     "submodule submodule-name submodules io hook-point-in site act-name module modules sae-positions",
-    "all heads of a layer are read together: " + _BLOCKS: "hook-head-index head-index",
+    "all heads of a layer are read together: --hookpoints layers.*.self_attn.o_proj:in, for example": "hook-head-index "
+    "head-index",
     _SPARSITY: "l1 l1-coefficient l1-coeff l1-coef l1-penalty l1-alpha l1-lambda l1-weight sparsity-penalty sparsity "
     "sparsity-coefficient sparsity-weight l0-coefficient l0-penalty l0-lambda lambda lp-norm l1-warm-up-steps "
     "l1-warmup-steps sparsity-warmup-steps initial-sparsity-penalty scale-sparsity-penalty-by-decoder-norm",

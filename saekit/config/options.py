@@ -124,18 +124,35 @@ def _parse_layers(value: Any) -> Any:
         return _without_bools(value)
     numbers: list[int] = []
     for part in _parts(re.sub(r"\s*([-:])\s*", r"\1", value)):
-        span, _, stride = part.partition(":")
-        first, dash, last = span.partition("-")
-        try:
-            start, stop, step = int(first), int(last if dash else first), int(stride or 1)
-        except ValueError:
-            raise ValueError("expected numbers and ranges such as 16,24 or 0-31:2") from None
-        if step < 1 or stop < start:
-            raise ValueError(f"the range {part!r} is empty")
-        if stop >= MOST_LAYERS:
-            raise ValueError(f"no model has {stop + 1:,} layers")
-        numbers.extend(range(start, stop + 1, step))
+        numbers.extend(numbers_in(part))
     return tuple(numbers)
+
+
+def numbers_in(part: str) -> range:
+    """`"10-20:2"` → 10, 12, ..., 20; `"3"` → 3. A range includes its end.
+
+    Raises:
+        ValueError: If it is neither, is empty, or goes further than any model has layers.
+    """
+    span, _, stride = part.partition(":")
+    first, dash, last = span.partition("-")
+    try:
+        start, stop, step = int(first), int(last if dash else first), int(stride or 1)
+    except ValueError:
+        raise ValueError("expected numbers and ranges such as 16,24 or 0-31:2") from None
+    if step < 1 or stop < start:
+        raise ValueError(f"the range {part!r} is empty")
+    if stop >= MOST_LAYERS:
+        raise ValueError(f"no model has {stop + 1:,} layers")
+    return range(start, stop + 1, step)
+
+
+def _parse_patterns(value: Any) -> Any:
+    """`"layers.{0,3}.mlp,resid"` → `("layers.{0,3}.mlp", "resid")`: commas in braces belong to their pattern."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(each, str) for each in texts):
+        return value
+    return tuple(part.strip() for text in texts for part in re.split(r",(?![^{}]*\})", text) if part.strip())
 
 
 def _parse_ids(value: Any) -> Any:
@@ -219,6 +236,7 @@ def _parse_resume(value: Any) -> Any:
 
 
 LayerList = Annotated[tuple[int, ...], BeforeValidator(_parse_layers)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_parse_patterns)]
 TokenIds = Annotated[tuple[int, ...], BeforeValidator(_parse_ids), AfterValidator(_check_ids)]
 
 

@@ -20,7 +20,7 @@ class SaeConfig:
     """The shape of one SAE (the same for every layer)."""
 
     d_in: int | None = None
-    """D, the width of the residual stream; None takes it from the model."""
+    """D, the width of the activations; None takes it from the model."""
     expansion_factor: int | None = option(
         None,
         f"Latents per dimension of the residual stream; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
@@ -126,7 +126,7 @@ class SaeConfig:
                 sizes, or two nested dictionaries would be the same.
         """
         if self.d_in is not None and self.d_in != d_in:
-            raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the model's residual stream is {d_in} wide")
+            raise ValueError(f"SaeConfig says d_in = {self.d_in}, but the activations are {d_in} wide")
         num_latents = self.num_latents or d_in * (self.expansion_factor or DEFAULT_EXPANSION_FACTOR)
         if self.k > num_latents:
             raise ValueError(

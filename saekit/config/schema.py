@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from saekit.config.flat import make_config, option_names, read_yaml, unknown_options
 from saekit.config.inputs import DATA, EVALUATION, DataConfig, ModelConfig
-from saekit.config.options import CONFIG, LayerList, Resume, SourceName, TokenIds, in_one_sentence, option
+from saekit.config.options import CONFIG, LayerList, Patterns, Resume, SourceName, TokenIds, in_one_sentence, option
 from saekit.config.ranks import AUTO, PlacementName, check_placement
 from saekit.config.sae import SAE, SaeConfig
 from saekit.errors import UserError
@@ -34,6 +34,13 @@ class TrainConfig:
     """The options of training, for any model and data."""
 
     sae: SaeConfig = SaeConfig()
+    hookpoints: Patterns | None = option(
+        None,
+        "What to train on: paths of modules relative to the base model, with * (one part), ** and {0-11:2} or {q,k}, "
+        "such as layers.*.mlp; :in behind a path for a module's input. Or resid (outputs of blocks), resid_pre (their "
+        "inputs), mlp, attn. By default resid.",
+        panel=SAE,
+    )
     layers: LayerList | None = option(
         None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
     )
@@ -308,6 +315,13 @@ class TrainConfig:
         if layers is not None and not layers:
             raise ValueError("no layer is named: give at least one, or leave it out for all")
         return layers
+
+    @field_validator("hookpoints")
+    @classmethod
+    def _check_hookpoints(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if patterns is not None and not patterns:
+            raise ValueError("no hookpoint is named: give at least one, or leave it out for all outputs of blocks")
+        return patterns
 
     @field_validator("run_name")
     @classmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from saekit.placement.costs import Costs
 from saekit.placement.questions import Questions
 from saekit.sae import Sae
 from saekit.sae.kernels.row_sums import RowSums
@@ -100,8 +101,14 @@ class Placement(Questions, ABC):
         """
 
     @abstractmethod
-    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make the SAEs trainable where they belong; no rank makes more of them at a time than it must. Collective."""
+    def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+        """Make the SAEs trainable where they belong; no rank makes more of them at a time than it must. Collective.
+
+        Args:
+            hookpoints: The units in model order, with what a step of each costs relative to the others.
+            make_sae: Makes a unit's SAE.
+            make_optimizer: Makes its optimizer.
+        """
 
     @abstractmethod
     def layers(self) -> tuple[str, ...]:

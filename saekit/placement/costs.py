@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Backend = Literal["gloo", "nccl"]
+
+Costs = Mapping[str, float]
+"""What a step of each unit costs, relative to the others, by hookpoint in model order: the same number if all are of
+one size."""
 
 FLOAT32 = 4
 """Bytes of a parameter, a gradient, and a latent's fired count (int32)."""

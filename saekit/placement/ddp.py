@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from saekit.placement.base import OptimizerFactory, SaeFactory
-from saekit.placement.costs import FLOAT32, Traffic, Workload
+from saekit.placement.costs import FLOAT32, Costs, Traffic, Workload
 from saekit.placement.local import LocalBank
 from saekit.placement.replicas import checksum, send, strays, tensors_of
 from saekit.placement.world import Ranked, World, start_world
@@ -47,7 +47,7 @@ class Ddp(Ranked, LocalBank):
         total = round(load.layers * each_layer)
         return Traffic(total, total)
 
-    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+    def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """Make each SAE on one rank, which sends it to the others; make the optimizers and the flat gradients.
 
         Ranks fit initial weights at the same time, each those of its share of the layers.

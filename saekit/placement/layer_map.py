@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saekit.errors import UserError
 from saekit.placement.base import OptimizerFactory, SaeFactory
-from saekit.placement.costs import Traffic, Workload
+from saekit.placement.costs import Costs, Traffic, Workload
 from saekit.placement.local import LocalBank
 from saekit.placement.world import Ranked, World, start_world
 from saekit.sae import Sae
@@ -52,9 +52,7 @@ class LayerMap(Ranked, LocalBank):
         return cls(start_world(), layer_map)
 
     @classmethod
-    def holds(
-        cls, rank: int, hookpoints: Sequence[str], world_size: int, layer_map: str | None = None
-    ) -> tuple[str, ...]:
+    def holds(cls, rank: int, hookpoints: Costs, world_size: int, layer_map: str | None = None) -> tuple[str, ...]:
         """Hookpoints that the rank owns, by the map or balanced."""
         owners = resolve_map(layer_map, hookpoints, world_size)
         return tuple(name for name in hookpoints if owners[name] == rank)
@@ -82,7 +80,7 @@ class LayerMap(Ranked, LocalBank):
         own = load.layers if owned is None else owned
         return Traffic((load.layers - own) * activations, (load.world_size - 1) * own * activations)
 
-    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+    def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """Make the SAEs that this rank owns."""
         self._owners = resolve_map(self.layer_map, hookpoints, self.world_size)
         held = [[name for name in hookpoints if self._owners[name] == rank] for rank in range(self.world_size)]
@@ -90,7 +88,7 @@ class LayerMap(Ranked, LocalBank):
             {rank: hookpoint for rank, hookpoint in enumerate(row) if hookpoint is not None}
             for row in zip_longest(*held)
         ]
-        super().place(held[self.rank], make_sae, make_optimizer)
+        super().place({name: hookpoints[name] for name in held[self.rank]}, make_sae, make_optimizer)
 
     def leader(self, hookpoint: str) -> int:
         """Return the owner."""
@@ -156,29 +154,30 @@ class LayerMap(Ranked, LocalBank):
         return counts
 
 
-def balanced_map(hookpoints: Sequence[str], world_size: int, cost: Mapping[str, float] | None = None) -> dict[str, int]:
+def balanced_map(hookpoints: Costs, world_size: int) -> dict[str, int]:
     """Owner rank of every hookpoint, such that the busiest rank has little to do.
 
     Equal costs give contiguous blocks whose sizes differ by at most one, the larger first. Otherwise the most
     expensive layer goes first to the rank with the least so far (Graham 1969: at most 4/3 of the optimum).
 
     Args:
-        hookpoints: In the order of the layers.
-        world_size: Ranks; those beyond the number of layers get none.
-        cost: Relative cost of each hookpoint; equal where not given.
+        hookpoints: In model order, with what each costs.
+        world_size: Ranks; those beyond the number of hookpoints get none.
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}: there is at least one rank")
-    if cost is None or len({cost[name] for name in hookpoints}) < 2:
+    if len(set(hookpoints.values())) < 2:
         size, longer = divmod(len(hookpoints), world_size)
         owners = [rank for rank in range(world_size) for _ in range(size + (rank < longer))]
         return dict(zip(hookpoints, owners, strict=True))
     load = [0.0] * world_size
     owner = {}
-    for name in sorted(hookpoints, key=lambda each: -cost[each]):  # stable: equal ones stay in the order of layers
+    for name in sorted(
+        hookpoints, key=lambda each: -hookpoints[each]
+    ):  # stable: equal ones stay in the order of layers
         rank = load.index(min(load))
         owner[name] = rank
-        load[rank] += cost[name]
+        load[rank] += hookpoints[name]
     return {name: owner[name] for name in hookpoints}
 
 
@@ -203,14 +202,14 @@ def parse_map(text: str) -> dict[int, int]:
     return owner
 
 
-def resolve_map(text: str | None, hookpoints: Sequence[str], world_size: int) -> dict[str, int]:
+def resolve_map(text: str | None, hookpoints: Costs, world_size: int) -> dict[str, int]:
     """Owner rank of every hookpoint: as `--layer-map` says, or balanced where it says nothing.
 
     Hookpoints of one layer have the same owner under `--layer-map`.
 
     Args:
         text: What `--layer-map` was given.
-        hookpoints: What is trained, in model order.
+        hookpoints: What is trained, in model order, with what each costs.
         world_size: Number of ranks.
 
     Raises:

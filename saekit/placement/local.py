@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from saekit.placement.base import LayerOptimizer, OptimizerFactory, Placement, SaeFactory
+from saekit.placement.costs import Costs
 from saekit.sae import Sae
 from saekit.sae.model import around
 
@@ -20,7 +21,7 @@ class LocalBank(Placement):
         self._saes: dict[str, Sae] = {}
         self._optimizers: dict[str, LayerOptimizer] = {}
 
-    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+    def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """Make each SAE on this rank's device, with its optimizer; gradients of one rank alone may be deferred."""
         for hookpoint in hookpoints:
             sae = make_sae(hookpoint).train()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from saekit.config import TrainConfig
 from saekit.errors import UserError
-from saekit.placement.costs import ADAM, FLOAT32, NO_TRAFFIC, Traffic, Workload
+from saekit.placement.costs import ADAM, FLOAT32, NO_TRAFFIC, Costs, Traffic, Workload
 
 Travels = Literal["nothing", "activations", "gradients", "weights"]
 """The largest of what moves between ranks; gradients move with the weights."""
@@ -60,10 +59,14 @@ class Questions:
             raise UserError(reason)
 
     @classmethod
-    def holds(
-        cls, rank: int, hookpoints: Sequence[str], world_size: int, layer_map: str | None = None
-    ) -> tuple[str, ...]:
+    def holds(cls, rank: int, hookpoints: Costs, world_size: int, layer_map: str | None = None) -> tuple[str, ...]:
         """Return the hookpoints whose coders a rank holds, whole or in part, in the order of `hookpoints`.
+
+        Args:
+            rank: The rank.
+            hookpoints: All of the run's, in model order, with what a step of each costs relative to the others.
+            world_size: Ranks.
+            layer_map: `--layer-map`.
 
         Raises:
             UserError: If `layer_map` does not fit.

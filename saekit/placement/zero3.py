@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saekit.config import TrainConfig
 from saekit.placement.base import OptimizerFactory, SaeFactory
-from saekit.placement.costs import FLOAT32, Traffic, Workload
+from saekit.placement.costs import FLOAT32, Costs, Traffic, Workload
 from saekit.placement.local import size_of
 from saekit.placement.replicas import send
 from saekit.placement.shards import Piece, UnitRows, find_pieces, same_memory, share_masters
@@ -98,7 +98,7 @@ class Zero3(Ranked):
         total = round(load.layers * each_layer)
         return Traffic(total, total)
 
-    def place(self, hookpoints: Sequence[str], make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
+    def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
         """Make one SAE after another and cut it up at once, so that no more than one is ever whole."""
         import deepspeed  # it must be told a few things first: see `start_zero3`
 

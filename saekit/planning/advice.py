@@ -24,7 +24,7 @@ class Advice:
     """To be added to the command, or put in the place of those of the same name."""
     choice: Choice
     layers: int
-    """That are trained then."""
+    """SAEs that are trained then."""
 
 
 class Attempt(NamedTuple):
@@ -56,7 +56,7 @@ def advise(plan: Plan) -> list[Advice]:
         return []
     start = Attempt(plan.job.cfg, plan.offload, plan.asked)
     single = [advice for change in CHANGES if (advice := _best(change, start, plan))]
-    if any(advice.choice.fits and advice.layers == len(plan.job.layers) for _, advice in single):
+    if any(advice.choice.fits and advice.layers == len(plan.job.units) for _, advice in single):
         return [advice for _, advice in single]
     attempt, together = start, None
     for change in CHANGES:
@@ -84,7 +84,7 @@ def _best(change: Change, start: Attempt, plan: Plan, before: Advice | None = No
         again = make_plan(attempt.cfg, plan.job.machine, offload=attempt.offload, asked=attempt.asked)
         choice = _least(again)
         if choice.fits or choice.total < WORTH * least:
-            best, least = (attempt, Advice(attempt.options, choice, len(again.job.layers))), choice.total
+            best, least = (attempt, Advice(attempt.options, choice, len(again.job.units))), choice.total
         if choice.fits:
             break
     return best
@@ -132,7 +132,8 @@ def _offloading(start: Attempt, plan: Plan) -> Iterator[Attempt]:
 def _fewer_layers(start: Attempt, plan: Plan) -> Iterator[Attempt]:
     """Yield every second one of the layers, every third, ...; the others can be trained by further runs."""
     train, layers = start.cfg.train, plan.job.layers
-    if train.layer_map is not None:  # it names the layers, too
+    outside = any(each.hookpoint.layer is None for each in plan.job.units)
+    if train.layer_map is not None or outside:  # it names the layers, too
         return
     for stride in range(2, len(layers) + 1):
         if train.layers is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,14 +13,29 @@ from saekit.activations import (
     model_shape,
     resolve_ctx_len,
     resolve_dtype,
-    select_layers,
 )
+from saekit.activations.chosen import chosen
+from saekit.activations.hookpoints import Hookpoint
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.planning.language_model import LmCost, language_model_cost
 from saekit.planning.machine import Machine
 from saekit.sae.kernels import auto_backend, check_select_dtype, likely_type
 from saekit.sae.kernels.fastest import Work, fastest, remembered
+from saekit.training.plan import costs_of
+
+
+class UnitSize(NamedTuple):
+    """One SAE of a run."""
+
+    hookpoint: Hookpoint
+    num_latents: int
+    """M."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return M and D."""
+        return self.num_latents, self.hookpoint.width
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,8 @@ class Job:
 
     cfg: RunConfig
     shape: ModelShape
-    layers: tuple[int, ...]
-    num_latents: int
+    units: tuple[UnitSize, ...]
+    """In model order."""
     ctx_len: int
     dtype: torch.dtype
     """Of the language model."""
@@ -38,6 +54,16 @@ class Job:
     select_dtype: str
     machine: Machine
     lm: LmCost
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Return the numbers of the blocks that units belong to, ascending."""
+        return tuple(sorted({each.hookpoint.layer for each in self.units if each.hookpoint.layer is not None}))
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """What a step of each unit costs relative to the others, by hookpoint."""
+        return costs_of({each.hookpoint.name: each.size for each in self.units})
 
     @property
     def tokens(self) -> int:
@@ -59,11 +85,11 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     train = cfg.train
     check_device(cfg.model, machine.device)
     shape = model_shape(cfg.model)
-    layers = tuple(select_layers(shape.num_layers, train.layers, train.layer_stride))
+    hookpoints, depth = chosen(train, shape)
     auto = "triton" if machine.on_gpu else auto_backend(machine.device)
     backend = auto if train.kernels == "auto" else train.kernels
     try:
-        num_latents = train.sae.resolve_num_latents(shape.d_in)
+        units = tuple(UnitSize(each, train.sae.resolve_num_latents(each.width)) for each in hookpoints)
         check_select_dtype(backend, train.select_dtype, machine.device)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -73,8 +99,9 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         fast = "bf16"
     else:
         dtype = resolve_dtype(cfg.model.dtype, machine.device)
+        num_latents, width = max(each.size for each in units)
         active = train.sae.kind(train.sae.k, num_latents).max_active
-        work = Work(train.batch_size * ctx_len // train.micro_acc_steps, shape.d_in, num_latents, active)
+        work = Work(train.batch_size * ctx_len // train.micro_acc_steps, width, num_latents, active)
         seconds = remembered(backend, work)
         fast = fastest(seconds) if seconds else likely_type(machine.device)
     select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
@@ -82,7 +109,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         select_dtype = "fp32"
     lm = language_model_cost(
         shape,
-        list(layers),
+        [each.name for each in hookpoints],
+        depth,
         batch_size=train.batch_size,
         ctx_len=ctx_len,
         dtype=dtype,
@@ -90,4 +118,4 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         on_gpu=machine.on_gpu,
         whole=train.loads_whole_model,
     )
-    return Job(cfg, shape, layers, num_latents, ctx_len, dtype, backend, select_dtype, machine, lm)
+    return Job(cfg, shape, units, ctx_len, dtype, backend, select_dtype, machine, lm)

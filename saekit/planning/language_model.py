@@ -22,7 +22,7 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class LmCost:
-    """The language model, cut off after the last layer that is tapped, or whole, as it is loaded."""
+    """The language model, cut off after the last block that is needed, or whole, as it is loaded."""
 
     weights: Bytes
     forward: Bytes
@@ -44,7 +44,8 @@ KNOWN: dict[tuple[object, ...], LmCost] = {}
 
 def language_model_cost(
     shape: ModelShape,
-    layers: list[int],
+    hookpoints: list[str],
+    depth: int,
     *,
     batch_size: int,
     ctx_len: int,
@@ -57,7 +58,8 @@ def language_model_cost(
 
     Args:
         shape: From the model's config.
-        layers: Those that are tapped.
+        hookpoints: Names of what is read.
+        depth: The number of blocks that have to be there for that.
         batch_size: Sequences per micro-batch.
         ctx_len: Tokens per sequence.
         dtype: Of its weights and activations.
@@ -68,8 +70,8 @@ def language_model_cost(
     from transformers import AutoModel
     from transformers.pytorch_utils import Conv1D
 
-    config = cut_config(shape.config, max(layers) + 1)
-    asked = (config.to_json_string(), *layers, batch_size, ctx_len, dtype, in_8_bits, on_gpu, whole)
+    config = cut_config(shape.config, depth)
+    asked = (config.to_json_string(), *hookpoints, batch_size, ctx_len, dtype, in_8_bits, on_gpu, whole)
     if asked in KNOWN:
         return KNOWN[asked]
     with torch.device("meta"):
@@ -91,7 +93,6 @@ def language_model_cost(
         )
         return all_of(sized(size, on_gpu) for size in sizes)
 
-    hookpoints = [blocks.hookpoint(layer) for layer in layers]
     input_ids = torch.zeros(batch_size, ctx_len, dtype=torch.int64, device="meta")
     with tap(model, hookpoints) as read_residual, StandIn(linear_in_8_bits=in_8_bits), Meter(on_gpu) as meter:
         taken = read_residual(input_ids)

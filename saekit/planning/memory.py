@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -30,15 +30,14 @@ NO_OFFLOAD = Offload()
 class Demand:
     """The quantities that a run's memory depends on, besides the placement."""
 
-    layers: int
-    """SAEs that are trained (L)."""
-    activations: int
-    """Bytes of one layer's activations of a rank's micro-batch: tokens · D · bytes of the language model's type."""
+    activations: tuple[int, ...]
+    """By unit, in model order: bytes of its activations of a rank's micro-batch, tokens · D · bytes of the language
+    model's type."""
     grad_acc_steps: int
     micro_acc_steps: int
     lm: LmCost
-    bank: LayerCost
-    """Of one layer, for chunks of the tokens that it trains on under this placement."""
+    banks: tuple[LayerCost, ...]
+    """By unit, for chunks of the tokens that it trains on under this placement."""
     on_gpu: bool
     shard_lm: bool = False
     offload: Offload = NO_OFFLOAD
@@ -99,26 +98,27 @@ class RankMemory:
         return self.peak.total.returned + self.heap
 
 
-def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: int) -> RankMemory:
+def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: Sequence[int]) -> RankMemory:
     """Return the memory of one rank.
 
     Args:
         kind: Where SAEs live.
-        demand: The run; its `bank` is for chunks of as many tokens as `kind.rows` says.
+        demand: The run; its `banks` are for chunks of as many tokens as `kind.rows` says.
         world_size: Ranks (W).
-        owned: Layers whose SAEs the rank holds, whole or in part.
+        owned: Numbers of the units whose SAEs the rank holds, whole or in part, in model order.
     """
-    bank, share = demand.bank, owned / kind.parts(world_size)
+    banks, share = [demand.banks[number] for number in owned], 1 / kind.parts(world_size)
     held = Moment(
         "between steps",
         language_model=demand.lm.weights,
-        parameters=bank.parameters.times(share),
-        optimizer_state=bank.state.times(share),
-        working=bank.counters.times(owned),
+        parameters=all_of(bank.parameters for bank in banks).times(share),
+        optimizer_state=all_of(bank.state for bank in banks).times(share),
+        working=all_of(bank.counters for bank in banks),
     )
     if demand.shard_lm:
         held = replace(held, language_model=_sharded(demand, world_size))
-    gradients, update, host = bank.gradients.times(share), bank.update, 0
+    gradients, host = all_of(bank.gradients for bank in banks).times(share), 0
+    update = _most(bank.update for bank in banks)
     if demand.offload.optimizer:
         gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimizer reads
     if demand.on_gpu:  # on a CPU what is offloaded stays where it was
@@ -155,33 +155,54 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
 
     On a GPU the next step's forward pass is begun before the optimizer steps, when the gradients are still there.
     """
-    one = sized(demand.activations, demand.on_gpu)
-    captured = one.times(demand.layers)
+    sizes = [sized(each, demand.on_gpu) for each in demand.activations]
+    captured, one = all_of(sizes), _most(sizes)
     working = demand.lm.forward.most(captured + one) - captured
     if demand.on_gpu or demand.grad_acc_steps > 1:
         held = replace(held, gradients=gradients)
     return _with(held, "the language model's forward pass", activations=captured, working=working)
 
 
-def _passes(kind: type[Placement], demand: Demand, held: Moment, trained: int, world_size: int) -> Iterator[Moment]:
-    """Yield the first and the last layer of a micro-batch: activations go as gradients come."""
-    bank = demand.bank
-    made_anew = not kind.keeps_gradients
-    for number in sorted({0, max(0, trained - 1)} if trained else ()):
-        there = held
+def _passes(
+    kind: type[Placement], demand: Demand, held: Moment, owned: Sequence[int], world_size: int
+) -> Iterator[Moment]:
+    """Yield the first, the largest and the last unit of a micro-batch: activations go as gradients come."""
+    banks = [demand.banks[number] for number in owned]
+    made_anew, trained = not kind.keeps_gradients, len(owned)
+    largest = max(range(trained), key=lambda number: banks[number].later_chunk.total, default=0)
+    for number in sorted({0, largest, trained - 1} if trained else ()):
+        there, bank = held, banks[number]
         if demand.grad_acc_steps > 1 and made_anew:  # of another micro-batch
-            there = replace(held, gradients=bank.gradients.times(trained))
+            there = replace(held, gradients=all_of(each.gradients for each in banks))
         later = not made_anew or demand.grad_acc_steps > 1 or demand.micro_acc_steps > 1
         working = bank.later_chunk if later else bank.first_chunk
         if made_anew and demand.grad_acc_steps == 1:
-            there = replace(held, gradients=bank.gradients.times(number + 1))
+            there = replace(held, gradients=all_of(each.gradients for each in banks[: number + 1]))
         if kind.gathers:  # the layer at work is whole
             working = working + bank.parameters + bank.gradients
         if kind.buffer_bytes:
             working = working + sized(kind.buffer_bytes, demand.on_gpu)
-        tensors = kind.in_flight(number, trained, demand.layers, world_size)
-        activations = all_of(sized(times * demand.activations, demand.on_gpu) for times in tensors)
+        activations = _in_flight(kind.in_flight(number, trained, len(demand.banks), world_size), demand)
         yield _with(there, f"layer {number + 1} of {trained}", activations=activations, working=working)
+
+
+def _in_flight(tensors: Sequence[int], demand: Demand) -> Bytes:
+    """Return the bytes of tensors that hold so many times a unit's activations.
+
+    Those that hold one are of the units that are still to come; which unit the others are of varies: the widest.
+    """
+    waiting = [times for times in tensors if times == 1]
+    several = [times * max(demand.activations) for times in tensors if times > 1]
+    to_come = demand.activations[len(demand.activations) - len(waiting) :]
+    return all_of(sized(size, demand.on_gpu) for size in (*several, *to_come))
+
+
+def _most(sizes: Iterable[Bytes]) -> Bytes:
+    """Return the largest of each kind."""
+    most = NOTHING
+    for size in sizes:
+        most = most.most(size)
+    return most
 
 
 def _with(held: Moment, name: str, activations: Bytes = NOTHING, working: Bytes = NOTHING) -> Moment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saekit.config import RunConfig, SaeConfig
@@ -123,26 +124,32 @@ def make_plan(cfg: RunConfig, machine: Machine, *, offload: Offload = NO_OFFLOAD
 def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
     train, machine = job.cfg.train, job.machine
     ranks = machine.count
-    names = [str(layer) for layer in job.layers]
-    owned = max(len(kind.holds(rank, names, ranks, train.layer_map)) for rank in range(ranks))
-    tokens = kind.rows(job.tokens, ranks)
-    bank = layer_cost(
-        train,
-        job.shape.d_in,
-        job.num_latents,
-        -(-tokens // train.micro_acc_steps),
-        job.dtype,
-        on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
-        on_gpu=machine.on_gpu,
-        owns_gradient=kind.owns_gradient,
+    costs = job.costs
+    busiest = max(
+        (kind.holds(rank, costs, ranks, train.layer_map) for rank in range(ranks)),
+        key=lambda held: sum(costs[name] for name in held),
     )
+    owned = [number for number, name in enumerate(costs) if name in busiest]
+    tokens = kind.rows(job.tokens, ranks)
+    banks = {
+        size: layer_cost(
+            train,
+            size[1],
+            size[0],
+            -(-tokens // train.micro_acc_steps),
+            job.dtype,
+            on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
+            on_gpu=machine.on_gpu,
+            owns_gradient=kind.owns_gradient,
+        )
+        for size in {each.size for each in job.units}
+    }
     demand = Demand(
-        layers=len(job.layers),
-        activations=job.tokens * job.shape.d_in * job.dtype.itemsize,
+        activations=tuple(job.tokens * each.hookpoint.width * job.dtype.itemsize for each in job.units),
         grad_acc_steps=train.grad_acc_steps,
         micro_acc_steps=train.micro_acc_steps,
         lm=job.lm,
-        bank=bank,
+        banks=tuple(banks[each.size] for each in job.units),
         on_gpu=machine.on_gpu,
         shard_lm=train.shard_lm,
         offload=offload if kind.offloads else NO_OFFLOAD,
@@ -155,29 +162,46 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         capacity=machine.capacity,
         libraries=machine.libraries,
         sent=sent,
-        layers_of_busiest=owned,
+        layers_of_busiest=len(owned),
         tokens_per_step=job.tokens_per_step,
         time=_time(job, kind, owned, sent),
     )
 
 
-def _time(job: Job, kind: type[Placement], owned: int, sent: int) -> StepTime | None:
+def _time(job: Job, kind: type[Placement], owned: Sequence[int], sent: int) -> StepTime | None:
     """Compute the time of a step, if this machine's rates are known; offloading is not included."""
+    sizes = [job.units[number].size for number in owned]
+    parts = [_time_of(job, kind, size, sizes.count(size), sent) for size in dict.fromkeys(sizes)]
+    if not parts or None in parts:
+        return None
+    known = [part for part in parts if part is not None]
+    return StepTime(
+        known[0].language_model,
+        sum(part.passes for part in known),
+        sum(part.update for part in known),
+        known[0].network,
+    )
+
+
+def _time_of(job: Job, kind: type[Placement], size: tuple[int, int], count: int, sent: int) -> StepTime | None:
+    """Compute it for the language model and as many units of one size."""
     train, ranks = job.cfg.train, job.machine.count
     if job.machine.rates is None:
         return None
-    params = 2 * job.num_latents * job.shape.d_in + job.num_latents + job.shape.d_in
+    num_latents, d_in = size
+    params = 2 * num_latents * d_in + num_latents + d_in
     work = StepWork(
         tokens=job.tokens,
         micro_batches=train.grad_acc_steps,
         chunks=train.micro_acc_steps,
         trained=kind.rows(job.tokens, ranks),
-        layers=owned,
-        d_in=job.shape.d_in,
-        num_latents=job.num_latents,
-        k=_width_of_codes(train.sae, job.num_latents),
+        layers=count,
+        d_in=d_in,
+        num_latents=num_latents,
+        k=_width_of_codes(train.sae, num_latents),
         lm_operations=job.lm.flops_per_token,
         lm_blocks=job.lm.blocks,
+        lm_width=job.shape.d_in,
         lm_type="fp32" if job.dtype.itemsize == 4 else "bf16",
         kernels=job.backend,
         select_type=job.select_dtype,
@@ -197,17 +221,21 @@ def _width_of_codes(sae: SaeConfig, num_latents: int) -> int:
     return selection.max_active + (selection.wider().max_active if sae.multi_topk else 0)
 
 
-def _sent(job: Job, kind: type[Placement], owned: int) -> int:
-    load = Workload(
-        layers=len(job.layers),
-        d_in=job.shape.d_in,
-        num_latents=job.num_latents,
-        world_size=job.machine.count,
-        tokens=job.tokens * job.cfg.train.grad_acc_steps,
-        micro_batches=job.cfg.train.grad_acc_steps,
-        chunks=job.cfg.train.micro_acc_steps,
-        act_bytes=job.dtype.itemsize,
-        backend="nccl" if job.machine.on_gpu else "gloo",
-    )
-    moved = kind.traffic(load, owned)
-    return max(moved.sent, moved.received)
+def _sent(job: Job, kind: type[Placement], owned: Sequence[int]) -> int:
+    sizes = [each.size for each in job.units]
+    held = [sizes[number] for number in owned]
+    moved = []
+    for num_latents, d_in in dict.fromkeys(sizes):
+        load = Workload(
+            layers=sizes.count((num_latents, d_in)),
+            d_in=d_in,
+            num_latents=num_latents,
+            world_size=job.machine.count,
+            tokens=job.tokens * job.cfg.train.grad_acc_steps,
+            micro_batches=job.cfg.train.grad_acc_steps,
+            chunks=job.cfg.train.micro_acc_steps,
+            act_bytes=job.dtype.itemsize,
+            backend="nccl" if job.machine.on_gpu else "gloo",
+        )
+        moved.append(kind.traffic(load, held.count((num_latents, d_in))))
+    return max(sum(each.sent for each in moved), sum(each.received for each in moved))

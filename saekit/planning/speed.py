@@ -25,7 +25,7 @@ class StepWork:
     trained: int
     """Tokens per micro-batch that each of its layers trains on: its own, or all ranks'."""
     layers: int
-    """That it trains."""
+    """SAEs of one size that it trains."""
     d_in: int
     num_latents: int
     k: int
@@ -33,6 +33,8 @@ class StepWork:
     lm_operations: float
     """Of the language model, per token."""
     lm_blocks: int
+    lm_width: int
+    """Of the residual stream."""
     lm_type: str
     """As in `Rates.matmul`."""
     kernels: str
@@ -85,7 +87,7 @@ def step_time(work: StepWork, rates: Rates) -> StepTime | None:
     alone = work.sharing  # seconds of the work are multiplied by it
     read = work.micro_batches * work.tokens
     language_model = read * (
-        work.lm_operations / rates.matmul[work.lm_type] + work.lm_blocks * work.d_in * rates.block[work.lm_type]
+        work.lm_operations / rates.matmul[work.lm_type] + work.lm_blocks * work.lm_width * rates.block[work.lm_type]
     )
     passes = work.layers * work.micro_batches * pass_seconds(work, rates)
     # Muon multiplies matrices, whose operations per parameter grow with their width.

@@ -30,6 +30,7 @@ from saekit.runs.layout import (
     step_folders,
 )
 from saekit.sae import Sae
+from saekit.sae.storage import folder_name
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerReco
         for hookpoint, record in layers:
             try:
                 if problem is None:
-                    files = _write_layer(partial / hookpoint, record)
-                    flushes += [disk.submit(flush, path) for path in (*files, partial / hookpoint)]
+                    folder = partial / folder_name(hookpoint)
+                    files = _write_layer(folder, record)
+                    flushes += [disk.submit(flush, path) for path in (*files, folder)]
                     fingerprints.update({file.relative_to(partial).as_posix(): fingerprint(file) for file in files})
             except (OSError, SafetensorError) as error:
                 problem = error

@@ -9,7 +9,7 @@ RUN/.replaced/                       the run that `--overwrite` replaces, until 
 RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, size
                                      and checksum of every file, and a checksum of all that
 RUN/step_00000200/eval.json          what `saekit eval` found
-RUN/step_00000200/layers.0/          one folder per hookpoint:
+RUN/step_00000200/layers.0/          one folder per hookpoint (`layers.0.mlp@in` for `layers.0.mlp:in`):
     cfg.json, sae.safetensors        the SAE, in sparsify's format; `saekit.sae.storage` has these names
     saekit.json                      what it was trained on
     state.safetensors                counters, calibration, optimizer state

@@ -17,7 +17,14 @@ from saekit.runs.checkpoint import numbered
 from saekit.runs.index import ALL_THE_SAME, damage_of, is_ours
 from saekit.runs.layout import CONFIG_FILE, FOREIGN_FILE, FORMAT, LATEST, METRICS_FILE, STEP_FOLDER
 from saekit.runs.layout import INDEX_FILE as MANIFEST
-from saekit.sae.storage import SEARCH_DEPTH, layer_number, natural_key, sae_folders_below
+from saekit.sae.storage import (
+    SEARCH_DEPTH,
+    folder_name,
+    hookpoint_name,
+    layer_number,
+    natural_key,
+    sae_folders_below,
+)
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 
@@ -68,7 +75,7 @@ def locate(path: Path, *, verify: bool = True) -> Location:
             else f"no folder in it has a {WEIGHTS}, down to the {SEARCH_DEPTH}th below it"
         )
         raise UserError(f"{path} holds no SAE: {reason}")
-    saes = {name: found.get(name, checkpoint / name) for name in sorted(names, key=natural_key)}
+    saes = {name: found.get(name, checkpoint / folder_name(name)) for name in sorted(names, key=natural_key)}
     return Location("run" if newest else "checkpoint", checkpoint, manifest, saes)
 
 
@@ -78,7 +85,7 @@ def check_files(location: Location, hookpoints: Collection[str]) -> None:
     Raises:
         UserError: For the first file that is missing or has another size.
     """
-    others = tuple(f"{name}/" for name in {*location.saes, *_promised(location.manifest)} - {*hookpoints})
+    others = tuple(f"{folder_name(name)}/" for name in {*location.saes, *_promised(location.manifest)} - {*hookpoints})
     files = location.manifest.get("files")
     for name, facts in files.items() if isinstance(files, Mapping) else ():
         if name.startswith(others):
@@ -148,8 +155,9 @@ def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
 def _lone_sae(path: Path, verify: bool) -> Location:
     for parent in list(path.parents)[:SEARCH_DEPTH]:
         if _is_checkpoint(parent):
-            return Location("sae", parent, _manifest(parent, verify), {path.relative_to(parent).as_posix(): path})
-    return Location("sae", path.parent, _manifest(path.parent, verify), {path.name: path})
+            name = hookpoint_name(path.relative_to(parent).as_posix())
+            return Location("sae", parent, _manifest(parent, verify), {name: path})
+    return Location("sae", path.parent, _manifest(path.parent, verify), {hookpoint_name(path.name): path})
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from saekit.hub import is_path, path_of
 from saekit.runs.opening import open_sae, user_errors
 from saekit.sae import Sae
 from saekit.sae.formats.base import find_folders, format_of
-from saekit.sae.storage import download_folder
+from saekit.sae.storage import download_folder, hookpoint_name
 
 
 class Opening:
@@ -45,7 +45,7 @@ class Opening:
             if folder is None:
                 folder, hookpoint = download_folder(str(self.path), hookpoint, **self.hub_options), None
             if format_of(folder, self.format) is not None:
-                if hookpoint not in (None, folder.resolve().name):
+                if hookpoint not in (None, hookpoint_name(folder.resolve().name)):
                     raise UserError(
                         f"{self.path} is the folder of one SAE, not of {hookpoint}: leave out the hookpoint"
                     )

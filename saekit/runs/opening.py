@@ -20,7 +20,7 @@ from saekit.runs.index import ALL_THE_SAME, damage_of, is_ours
 from saekit.runs.layout import ABOUT_FILE, FOREIGN_FILE, INDEX_FILE, STATE_FILE
 from saekit.sae import Sae
 from saekit.sae.formats.base import config_of, format_of, formats
-from saekit.sae.storage import CONFIG_FILE, SEARCH_DEPTH, WEIGHTS_FILE
+from saekit.sae.storage import CONFIG_FILE, SEARCH_DEPTH, WEIGHTS_FILE, hookpoint_name
 from saekit.sae.trained_on import TRAINED_ON, TrainedOn
 
 NOT_READ = (STATE_FILE,)
@@ -106,7 +106,7 @@ def _listed(file: Path, index: Any, relative: str, otherwise: str) -> dict[str, 
     files, names, inside = index.get("files"), index.get("hookpoints"), f"{relative}/"
     entries = files.items() if isinstance(files, dict) else ()
     own = {name.removeprefix(inside): facts for name, facts in entries if name.startswith(inside)}
-    promised = isinstance(names, list) and relative in names
+    promised = isinstance(names, list) and hookpoint_name(relative) in names
     damage = damage_of(index)
     if damage is None and (promised or own) and not {CONFIG_FILE, WEIGHTS_FILE} <= own.keys():
         damage = f"it does not list the files of {relative}"
@@ -151,8 +151,9 @@ def read_trained_on(folder: Path) -> TrainedOn | None:
     for file, relative in _indexes(folder):
         index = _object(file)
         names = index.get("hookpoints")
-        promised = isinstance(names, list) and relative in names
-        sources.append({"model": index.get("model"), "hookpoint": relative} if promised else {})
+        hookpoint = hookpoint_name(relative)
+        promised = isinstance(names, list) and hookpoint in names
+        sources.append({"model": index.get("model"), "hookpoint": hookpoint} if promised else {})
         break
     sources.append({"model": _object(folder.parent / FOREIGN_FILE).get("model")})  # sparsify's
 

@@ -42,6 +42,8 @@ SEARCH_LIMIT = 10_000
 """Folders that are looked at for that: a home folder has more, a checkpoint a few hundred."""
 FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 """Our parameter names and the file's."""
+IN, IN_FOLDER = ":in", "@in"
+"""The end of the name of a module's input, and of its SAE's folder: Windows allows no colon in a file's name."""
 WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -189,7 +191,7 @@ def _has_weights(folder: Path, files: Collection[str]) -> bool:
 def sae_folders_below(
     checkpoint: Path, holds_sae: Callable[[Path, Collection[str]], bool] = _has_weights
 ) -> dict[str, Path]:
-    """Find the SAE folders below a checkpoint, by their relative path, naturally sorted; there may be none.
+    """Find the SAE folders below a checkpoint, by hookpoint, naturally sorted; there may be none.
 
     `layers.2` comes before `layers.10`. Folders whose names begin with a dot are passed over, and so are links.
 
@@ -213,7 +215,7 @@ def sae_folders_below(
                 )
             files, folders = _content(folder)
             if holds_sae(folder, files):
-                found[folder.relative_to(checkpoint).as_posix()] = folder
+                found[hookpoint_name(folder.relative_to(checkpoint).as_posix())] = folder
             elif depth < SEARCH_DEPTH:
                 below += folders
         level = below
@@ -221,6 +223,17 @@ def sae_folders_below(
     if any("/" not in name for name in found):
         found = {name: folder for name, folder in found.items() if not name.startswith("best/")}
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+
+def folder_name(hookpoint: str) -> str:
+    """Return the name of the folder that a hookpoint's SAE is in: `layers.3.mlp@in` for `layers.3.mlp:in`."""
+    return f"{hookpoint.removesuffix(IN)}{IN_FOLDER}" if hookpoint.endswith(IN) else hookpoint
+
+
+def hookpoint_name(folder: str) -> str:
+    """Return the hookpoint whose SAE is in a folder, the inverse of `folder_name`; sparsify's `/seed1` stays."""
+    own, slash, seed = folder.partition("/")
+    return f"{own.removesuffix(IN_FOLDER)}{IN}{slash}{seed}" if own.endswith(IN_FOLDER) else folder
 
 
 def _content(folder: Path) -> tuple[list[str], list[Path]]:
@@ -243,13 +256,14 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
     """Download one SAE folder from the hub; the arguments are `Sae.load_from_hub`'s."""
     from huggingface_hub import snapshot_download
 
-    only: dict[str, Any] = {"allow_patterns": f"{hookpoint}/*"} if hookpoint else {}
+    own = folder_name(hookpoint or "")
+    only: dict[str, Any] = {"allow_patterns": f"{own}/*"} if hookpoint else {}
     try:
         with asking_hub(repo_id):
             folder = Path(snapshot_download(repo_id, **only, **kwargs))
     except FileNotFoundError as error:  # it is not in the cache, and the hub was not asked or did not answer
         raise FileNotFoundError(f"{repo_id}: {why_not_found(repo_id)}") from error
-    return folder / hookpoint if hookpoint else folder
+    return folder / own if hookpoint else folder
 
 
 def layer_number(hookpoint: str) -> int | None:

@@ -244,7 +244,7 @@ def bank_of_one(
     placement.owns_gradient = owns_gradient  # type: ignore[misc]  # of this instance only
     scale = calibration.rms if cfg.scale_biases else 1.0
     placement.place(
-        [ONLY_UNIT], lambda _, *, blank=False: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale))
+        {ONLY_UNIT: 1.0}, lambda _, *, blank=False: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale))
     )
     hookpoint = Hookpoint(ONLY_UNIT, sae.d_in)
     rates = base_lr(cfg, sae.num_latents, sae.d_in), rate_ratios(cfg, sae.d_in)

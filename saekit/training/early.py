@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from saekit.activations import ModelShape, check_device, hookpoint_names
+from saekit.activations import check_device
+from saekit.activations.hookpoints import Hookpoint
 from saekit.config import ModelConfig, RunConfig, TrainConfig
 from saekit.errors import UserError
 from saekit.hub import check_data_name, check_model_name, is_path, path_of
@@ -19,9 +20,9 @@ from saekit.placement import Placement
 from saekit.report import check_tracker
 from saekit.runs.folder import check_run_folder, goes_on, run_folder
 from saekit.sae.kernels import choose_kernels
-from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, read_sizes
+from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, folder_name, read_sizes
 from saekit.training.optimizers import check_optimizer, import_bitsandbytes
-from saekit.training.plan import default_run_name
+from saekit.training.plan import costs_of, default_run_name
 
 if TYPE_CHECKING:
     from saekit.training.live import InMemory
@@ -100,61 +101,57 @@ def check_writable(run_dir: Path) -> None:
         ) from error
 
 
-def check_units(
-    cfg: RunConfig, placement: Placement, shape: ModelShape, layers: Sequence[int], num_latents: int
-) -> None:
-    """Check what is said of single layers' SAEs: where they start from, and which rank they are on.
+def check_units(cfg: RunConfig, placement: Placement, hookpoints: Sequence[Hookpoint]) -> None:
+    """Check what is said of single SAEs: their sizes, where they start from, and which rank they are on.
 
     Args:
         cfg: The run.
         placement: The ranks.
-        shape: The language model's sizes.
-        layers: Numbers of the layers to train on.
-        num_latents: M.
+        hookpoints: What is trained on.
 
     Raises:
-        UserError: If `layer_map` does not fit, or an SAE to start from is missing, damaged or of another size.
+        UserError: If a width contradicts the sizes that were asked for, `layer_map` does not fit, or an SAE to start
+            from is missing, damaged or of another size.
     """
     train = cfg.train
+    try:
+        sizes = {each.name: (train.sae.resolve_num_latents(each.width), each.width) for each in hookpoints}
+    except ValueError as error:
+        raise UserError(str(error)) from None
     goes = goes_on(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
     finetune = None if goes else train.finetune
-    if finetune is None and train.layer_map is None:
-        return
-    names = hookpoint_names(shape, layers)
-    placement.holds(placement.rank, names, placement.world_size, train.layer_map)
+    placement.holds(placement.rank, costs_of(sizes), placement.world_size, train.layer_map)
     if finetune is not None:
-        check_finetune(finetune, names, num_latents, shape.d_in)
+        check_finetune(finetune, sizes)
 
 
-def check_finetune(path: Path, hookpoints: Sequence[str], num_latents: int, d_in: int) -> None:
+def check_finetune(path: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Check that the SAEs to start from are there and have the run's sizes, without reading their weights.
 
     Args:
         path: `--finetune`.
-        hookpoints: The run's.
-        num_latents: M.
-        d_in: D.
+        sizes: M and D of the run's SAEs by hookpoint.
 
     Raises:
         UserError: If one is missing, damaged or of another size.
     """
     folders = _sae_folders(path)
-    if (path / WEIGHTS_FILE).is_file() and len(hookpoints) == 1:
-        folders = {hookpoints[0]: path}
-    for name in hookpoints:
+    if (path / WEIGHTS_FILE).is_file() and len(sizes) == 1:
+        folders = dict.fromkeys(sizes, path)
+    for name, expected in sizes.items():
         if name not in folders:
             raise UserError(f"--finetune {path}: it has no SAE for {name}, only for {', '.join(folders)}")
         try:
             found = read_sizes(folders[name])
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--finetune {path}: {error}") from error
-        if found != (num_latents, d_in):
+        if found != expected:
             raise UserError(
                 f"--finetune {path}: its SAE for {name} has {found[0]} latents for width {found[1]}, this run "
-                f"{num_latents} for width {d_in}"
+                f"{expected[0]} for width {expected[1]}"
             )
         if (problem := safetensors_problem(folders[name] / WEIGHTS_FILE)) is not None:
-            raise UserError(f"--finetune {path}: {name}/{problem}")
+            raise UserError(f"--finetune {path}: {folder_name(name)}/{problem}")
 
 
 def _sae_folders(path: Path) -> dict[str, Path]:

@@ -16,11 +16,11 @@ from saekit.activations import (
     model_shape,
     resolve_ctx_len,
     resolve_dtype,
-    select_layers,
     shape_of,
     vocabulary,
     vocabulary_of,
 )
+from saekit.activations.chosen import chosen, chosen_in
 from saekit.activations.live import LiveModel
 from saekit.config import RunConfig
 from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
@@ -66,12 +66,8 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
     say(f"Reading the configuration of {cfg.model.model}")
     shape = model_shape(cfg.model) if have.model is None else shape_of(have.model.config)
-    layers = select_layers(shape.num_layers, train.layers, train.layer_stride)
-    try:
-        num_latents = train.sae.resolve_num_latents(shape.d_in)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    check_units(cfg, placement, shape, layers, num_latents)
+    hookpoints, depth = chosen(train, shape) if have.model is None else (chosen_in(train, have.model), 0)
+    check_units(cfg, placement, hookpoints)
     ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
     tokenizer = _tokenizer(cfg, have)
     if tokenizer is None:
@@ -87,9 +83,9 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         placement.gather(None)
     say(f"{len(data):,} sequences of {ctx_len:,} tokens")
     if have.model is None:
-        part = "whole" if train.loads_whole_model else f"up to layer {layers[-1]} of {shape.num_layers}"
+        part = "whole" if train.loads_whole_model else f"up to layer {depth - 1} of {shape.num_layers}"
         say(f"Loading {cfg.model.model} {part}")
-        model = _load(cfg, placement, shape, layers)
+        model = _load(cfg, placement, shape, depth)
         choose_attention(model, ctx_len)
     else:
         model = have.model if have.model.device == placement.device else have.model.to(placement.device)
@@ -116,14 +112,14 @@ def _load_data(
     return data, load_eval_data(cfg, data, tokenizer, ctx_len)
 
 
-def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, layers: list[int]) -> PreTrainedModel:
+def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, depth: int) -> PreTrainedModel:
     device, sharded = placement.device, cfg.train.shard_lm
     model = agreed_type(cfg.model, device, placement.gather)
     if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
         return load_with_head(model, shape, device).model
 
     def load() -> PreTrainedModel:
-        return load_model(model, shape, layers, device, sharded=sharded)
+        return load_model(model, shape, [depth - 1], device, sharded=sharded)
 
     if not sharded:
         return load()

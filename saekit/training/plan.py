@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,11 @@ class RunPlan:
     def widths(self) -> dict[str, int]:
         """D of each unit."""
         return {each.hookpoint.name: each.hookpoint.width for each in self.units}
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """What a step of each unit costs, see `costs_of`."""
+        return costs_of({each.hookpoint.name: (each.num_latents, each.hookpoint.width) for each in self.units})
 
     def unit(self, name: str) -> UnitPlan:
         """Return the plan of one unit."""
@@ -194,6 +199,15 @@ class RunPlan:
             activation=self.cfg.sae.activation,
             with_auxk=self.cfg.auxk_alpha > 0,
         )
+
+
+def costs_of(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Return what a step of each unit costs, relative to the others, by hookpoint: the elements of a matrix, M·D.
+
+    Args:
+        sizes: M and D by hookpoint, in model order.
+    """
+    return {name: float(num_latents * width) for name, (num_latents, width) in sizes.items()}
 
 
 def checked(cfg: Any) -> TrainConfig:

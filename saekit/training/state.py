@@ -19,7 +19,7 @@ from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
 from saekit.sae.model import without_memory
 from saekit.sae.selection.base import make_selection
-from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders
+from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, folder_name
 from saekit.training.bank import Bank
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
@@ -187,7 +187,7 @@ def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, C
     """
     found = {}
     for name in hookpoints:
-        tensors = read_state(checkpoint / name, ("mean", "variance"), ("max_norm",))
+        tensors = read_state(checkpoint / folder_name(name), ("mean", "variance"), ("max_norm",))
         max_norm = float(tensors["max_norm"]) if "max_norm" in tensors else None
         found[name] = Calibration(tensors["mean"].clone(), float(tensors["variance"]), max_norm)
     return found
@@ -207,10 +207,11 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
     run.evaluated = index["evaluated_step"]
     run.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
     for name in bank.names:
-        tensors = read_state(checkpoint / name)
+        folder = checkpoint / folder_name(name)
+        tensors = read_state(folder)
         bank.load_state(name, tensors)
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
-        saved = Sae.load_from_disk(checkpoint / name)
+        saved = Sae.load_from_disk(folder)
         bank.placement.load(name, saved.state_dict(), optimizer)
         bank.placement.sae(name).selection.load_(saved.selection)
     bank.count_dead()

@@ -254,7 +254,7 @@ class SaeTrainer:
             return sae
 
         # What a placement makes later, to put a sharded unit together, takes no step: its rate does not matter.
-        placement.place(plan.hookpoints, make_sae, lambda sae: make_optimizer(cfg, sae, scales.get(sae, 1.0)))
+        placement.place(plan.costs, make_sae, lambda sae: make_optimizer(cfg, sae, scales.get(sae, 1.0)))
         own = active(cfg.sae.k, cfg.sae.activation)
         if cfg.finetune is not None:
             earlier.update(*placement.gather(earlier))

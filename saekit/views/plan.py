@@ -64,8 +64,9 @@ def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
     return {
         "model": job.cfg.model.model,
         "layers": list(job.layers),
-        "d_in": job.shape.d_in,
-        "num_latents": job.num_latents,
+        "hookpoints": [each.hookpoint.name for each in job.units],
+        "d_in": _of_units([each.hookpoint.width for each in job.units]),
+        "num_latents": _of_units([each.num_latents for each in job.units]),
         "ctx_len": job.ctx_len,
         "dtype": str(job.dtype).removeprefix("torch."),
         "kernels": job.backend,
@@ -102,6 +103,11 @@ def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
             for each in advice
         ],
     }
+
+
+def _of_units(values: list[int]) -> int | list[int]:
+    """Return the number of all SAEs, or one each if they differ."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _table(plan: Plan) -> Table:
@@ -170,10 +176,12 @@ def _bar(choice: Choice) -> Text:
 
 
 def _sizes(job: Job) -> str:
-    return (
-        f"{len(job.layers)} SAEs of {job.num_latents:,} latents on width {job.shape.d_in:,}, "
-        f"{job.tokens_per_step:,} tokens per step"
-    )
+    sizes = [each.size for each in job.units]
+    kinds = [
+        f"{sizes.count(size):,}{'' if number else ' SAEs'} of {size[0]:,} latents on width {size[1]:,}"
+        for number, size in enumerate(dict.fromkeys(sizes))
+    ]
+    return f"{', '.join(kinds)}, {job.tokens_per_step:,} tokens per step"
 
 
 def _machine(machine: Machine) -> str:

@@ -39,7 +39,9 @@ def _selected(draft: Draft) -> list[int]:
 def _tell_layers(draft: Draft) -> Sequence[str]:
     chosen, depth = _selected(draft), known(draft.shape).num_layers
     loaded = "" if chosen[-1] == depth - 1 else f"; what is above layer {chosen[-1]} is neither loaded nor run"
-    return (f"{len(chosen)} of {depth}, one SAE for each{loaded}",)
+    patterns = draft.config().train.hookpoints
+    what = "one SAE for each" if patterns is None else f"SAEs at --hookpoints {','.join(patterns)}"
+    return (f"{len(chosen)} of {depth}, {what}{loaded}",)
 
 
 def _dictionary(draft: Draft) -> str:

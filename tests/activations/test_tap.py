@@ -118,6 +118,43 @@ def test_nothing_runs_after_the_last_tap(input_ids):
     assert ran == [0, 1]
 
 
+def test_inputs_and_outputs_of_any_module_are_read(input_ids):
+    model = build(LlamaConfig(**SMALL))
+    names = ["layers.1:in", "layers.1.mlp.down_proj:in", "layers.1.mlp", "layers.1.self_attn:in"]
+    with tap(model, ["layers.0", "layers.1.input_layernorm", *names]) as run:
+        for _ in range(2):  # the first call runs in another way
+            found = run(input_ids)
+            assert torch.equal(found["layers.1:in"], found["layers.0"])
+            assert torch.equal(found["layers.1.self_attn:in"], found["layers.1.input_layernorm"])  # given by keyword
+            assert found["layers.1.mlp.down_proj:in"].shape == (2, 8, 64)
+            with torch.inference_mode():
+                mlp = model.layers[1].mlp.down_proj(found["layers.1.mlp.down_proj:in"])
+            assert torch.equal(found["layers.1.mlp"], mlp)
+
+
+def test_nothing_runs_after_an_input_that_is_the_last_one(input_ids):
+    model = build(LlamaConfig(**SMALL))
+    ran = []
+    model.layers[1].input_layernorm.register_forward_pre_hook(lambda m, a: ran.append(m))
+    with tap(model, ["layers.1:in"]) as run:
+        run(input_ids)
+    assert not ran
+
+
+def test_what_is_changed_in_place_later_is_read_as_it_was(input_ids):
+    """As Falcon adds the attention to the MLP's output."""
+    model = build(LlamaConfig(**SMALL))
+    expected = []
+    model.layers[1].mlp.register_forward_hook(lambda m, a, out: expected.append(out.clone()))
+    model.layers[1].mlp.down_proj.register_forward_hook(lambda m, a, out: None)
+    model.layers[1].register_forward_hook(lambda m, a, out: given[-1].mul_(3))
+    given = []
+    model.layers[1].mlp.register_forward_hook(lambda m, a, out: given.append(out) or None)
+    with tap(model, ["layers.1.mlp", "layers.2"]) as run:
+        for _ in range(3):
+            assert torch.equal(run(input_ids)["layers.1.mlp"], expected[-1])
+
+
 def test_the_model_is_restored_also_after_an_error(input_ids):
     model = build(LlamaConfig(**SMALL)).train()
     handle = model.layers[0].register_forward_pre_hook(lambda m, a: 1 / 0)
@@ -133,7 +170,9 @@ def test_the_model_is_restored_also_after_an_error(input_ids):
     ("hookpoints", "says"),
     [
         (["layers.0", "layers.99"], "'layers.99' is no module of LlamaModel: layers has 0 to 2"),
-        (["layers.1.mlp:in"], r"'layers.1.mlp:in' is no module of LlamaModel: layers.1 has self_attn, mlp, "),
+        (["layers.1.mlq:in"], r"'layers.1.mlq' is no module of LlamaModel: layers.1 has self_attn, mlp, "),
+        (["rotary_emb"], r"rotary_emb is .*\[1, 8, 8\].*, not \[batch, tokens, width\]"),
+        (["embed_tokens:in"], r"embed_tokens:in is .*, not \[batch, tokens, width\]"),
         (["norm.weight.x"], "'norm.weight.x' is no module of LlamaModel: norm has no modules"),
         ([3], "3 is no module of LlamaModel: it has embed_tokens, layers, norm, rotary_emb"),
         ("layers.1", r"hookpoints is the text 'layers.1': give a list, such as \['layers.1'\]"),
@@ -164,6 +203,7 @@ def test_blocks_that_share_their_weights_all_have_names(input_ids):
 def test_taps_are_inference_tensors_and_indexing_makes_them_ordinary(input_ids):
     model = build(LlamaConfig(**SMALL))
     with tap(model, ["layers.0"]) as run:
+        run(input_ids)
         x = run(input_ids)["layers.0"]
     assert x.is_inference()
     assert not x[torch.ones(2, 8, dtype=torch.bool)].is_inference()

@@ -33,6 +33,24 @@ def test_layers_that_mean_nothing(text):
         TrainConfig(layers=text)
 
 
+@pytest.mark.parametrize(
+    ("given", "patterns"),
+    [
+        ("layers.{0,3-5}.mlp, resid", ("layers.{0,3-5}.mlp", "resid")),
+        (["mlp", "layers.{0,1}:in,attn"], ("mlp", "layers.{0,1}:in", "attn")),
+        ("h.*.{a,b}_proj:in", ("h.*.{a,b}_proj:in",)),
+    ],
+)
+def test_hookpoints_are_separated_by_commas_outside_braces(given, patterns):
+    assert TrainConfig(hookpoints=given).hookpoints == patterns
+
+
+@pytest.mark.parametrize("given", ["", ",", [], [3], 3, True])
+def test_hookpoints_that_mean_nothing(given):
+    with pytest.raises(UserError, match="--hookpoints"):
+        TrainConfig(hookpoints=given)
+
+
 @pytest.mark.parametrize("ids", ["-1", "5,-1", [-1], [True], "a"])
 def test_ids_that_are_none(ids):
     with pytest.raises(ValueError, match="--exclude-tokens"):

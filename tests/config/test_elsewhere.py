@@ -65,7 +65,7 @@ def test_the_options_of_other_tools(names):
     ("name", "says"),
     [
         ("--transcode", "no transcoders"),
-        ("--hookpoints", "--layers"),
+        ("--submodule", "--hookpoints"),
         ("--wandb", "--log-with wandb"),
         ("--log_to_wandb", "--log-with wandb"),
         ("--l1", "--k"),

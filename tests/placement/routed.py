@@ -57,7 +57,7 @@ def main():
     placement = connect("layer-map")
     names = [f"layers.{number}" for number in range(LAYERS)]
     optimizer = SimpleNamespace(defer_gradients=lambda: None)
-    placement.place(names, lambda name: Nothing(), lambda sae: optimizer)
+    placement.place(dict.fromkeys(names, 1), lambda name: Nothing(), lambda sae: optimizer)
     numbers = []
     for _ in range(2):
         acts = {

@@ -11,6 +11,8 @@ from tests.training.runs import metrics_of, tensors_of, thresholds_of
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 """Relative, in fp32: what is left is the order of summation."""
+MIXED = ["--hookpoints", "resid,h.0:in,mlp:in,h.1.mlp.c_proj:in"]
+"""The residual stream, inputs of modules, and one that is four times as wide."""
 
 
 def assert_same_run(found, expected, steps=20):
@@ -50,16 +52,16 @@ def compare(one, other, where):
         ("demo", 1, ["--placement", "zero3"]),
         ("demo", 2, ["--placement", "zero3"]),
         ("demo", 3, ["--placement", "zero3"]),  # 3 does not divide the number of latents: rows are cut apart
-        ("gpt2", 2, ["--placement", "ddp"]),
-        ("gpt2", 3, ["--placement", "layer-map"]),
-        ("gpt2", 2, ["--placement", "zero3"]),
+        ("mixed", 2, ["--placement", "ddp"]),
+        ("mixed", 3, ["--placement", "layer-map"]),
+        ("mixed", 2, ["--placement", "zero3"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
-    """With the small model also with every tensor of the host told from the device's."""
-    model = DEMO_LM if lm == "demo" else gpt2_dir
-    assert_same_run(train(model, *options, ranks=ranks, devices=lm == "gpt2"), train(model))
+    """With the small model at hookpoints of several widths, and every tensor of the host told from the device's."""
+    model, mixed = (DEMO_LM, []) if lm == "demo" else (gpt2_dir, MIXED)
+    assert_same_run(train(model, *options, *mixed, ranks=ranks, devices=lm != "demo"), train(model, *mixed))
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
@@ -104,13 +106,13 @@ def test_thresholds_are_the_same_everywhere(train, gpt2_dir, placement):
 
 @pytest.mark.parametrize(("before", "after"), [("zero3", "layer-map"), ("ddp", "zero3")])
 def test_thresholds_go_on_under_another_placement(train, gpt2_dir, before, after):
-    options = [*BATCH_TOPK, "--placement", before, "--save-every", 10, "--keep-last", 2]
+    options = [*BATCH_TOPK, *MIXED, "--placement", before, "--save-every", 10, "--keep-last", 2]
     run = train(gpt2_dir, *options, ranks=2, name=f"batchtopk-{before}-{after}")
     shutil.rmtree(run / "step_00000020")
-    again = [*BATCH_TOPK, "--placement", after, "--resume", "auto"]
+    again = [*BATCH_TOPK, *MIXED, "--placement", after, "--resume", "auto"]
     found = train(gpt2_dir, *again, ranks=2, name=run.name)
-    assert_same_run(found, train(gpt2_dir, *BATCH_TOPK))
-    expected = thresholds_of(train(gpt2_dir, *BATCH_TOPK) / "latest")
+    assert_same_run(found, train(gpt2_dir, *BATCH_TOPK, *MIXED))
+    expected = thresholds_of(train(gpt2_dir, *BATCH_TOPK, *MIXED) / "latest")
     assert thresholds_of(found / "latest") == pytest.approx(expected, rel=TOLERANCE)
 
 

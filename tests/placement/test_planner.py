@@ -26,10 +26,9 @@ def names(count):
         (0, 2, []),
     ],
 )
-@pytest.mark.parametrize("cost", [None, 3.5])
+@pytest.mark.parametrize("cost", [1, 3.5])
 def test_equal_costs_give_contiguous_blocks(layers, ranks, owners, cost):
-    costs = None if cost is None else dict.fromkeys(names(layers), cost)
-    found = balanced_map(names(layers), ranks, costs)
+    found = balanced_map(dict.fromkeys(names(layers), cost), ranks)
     assert list(found) == names(layers)
     assert list(found.values()) == owners
 
@@ -37,14 +36,14 @@ def test_equal_costs_give_contiguous_blocks(layers, ranks, owners, cost):
 def test_the_most_expensive_layers_go_first():
     costs = dict(zip(names(5), [1.0, 1.0, 5.0, 4.0, 2.0], strict=True))
     # 5 → rank 0, 4 → rank 1, 2 → rank 1 (4 < 5), 1 → rank 0 (5 < 6), 1 → rank 0 (a tie at 6: the lower rank).
-    assert balanced_map(names(5), 2, costs) == dict(zip(names(5), [0, 0, 0, 1, 1], strict=True))
-    assert list(balanced_map(names(5), 2, costs)) == names(5)
+    assert balanced_map(costs, 2) == dict(zip(names(5), [0, 0, 0, 1, 1], strict=True))
+    assert list(balanced_map(costs, 2)) == names(5)
 
 
 def test_many_costs_stay_within_grahams_bound():
     for costs in product((1.0, 2.0, 3.0, 7.0), repeat=5):
         by_name = dict(zip(names(5), costs, strict=True))
-        owner = balanced_map(names(5), 2, by_name)
+        owner = balanced_map(by_name, 2)
         busiest = max(sum(by_name[name] for name in owner if owner[name] == rank) for rank in range(2))
         best = min(
             max(sum(c for c, r in zip(costs, at, strict=True) if r == rank) for rank in range(2))
@@ -53,11 +52,9 @@ def test_many_costs_stay_within_grahams_bound():
         assert busiest <= 4 / 3 * best
 
 
-def test_a_missing_cost_and_no_ranks_are_errors():
-    with pytest.raises(KeyError):
-        balanced_map(names(2), 2, {"layers.0": 1.0})
+def test_no_ranks_are_an_error():
     with pytest.raises(ValueError, match="world_size is 0"):
-        balanced_map(names(2), 0)
+        balanced_map({"layers.0": 1.0}, 0)
 
 
 def test_maps_are_read():
@@ -90,20 +87,20 @@ def test_maps_that_cannot_be_read(text, complaint):
 
 
 def test_a_map_is_resolved_by_layer_number():
-    hookpoints = ("h.4", "h.8", "h.9")
+    hookpoints = dict.fromkeys(("h.4", "h.8", "h.9"), 1)
     assert resolve_map("8-9:0,4:2", hookpoints, 3) == {"h.4": 2, "h.8": 0, "h.9": 0}
     assert resolve_map(None, hookpoints, 2) == {"h.4": 0, "h.8": 0, "h.9": 1}
 
 
 def test_hookpoints_of_one_layer_share_its_rank_and_those_of_none_are_refused():
-    assert resolve_map("0:1,1:0", ("layers.0", "layers.0.mlp", "layers.1"), 2) == {
+    assert resolve_map("0:1,1:0", {"layers.0": 4, "layers.0.mlp": 9, "layers.1": 4}, 2) == {
         "layers.0": 1,
         "layers.0.mlp": 1,
         "layers.1": 0,
     }
     with pytest.raises(UserError, match="goes by layers' numbers, and embed_tokens has none"):
-        resolve_map("0:0", ("embed_tokens", "layers.0"), 2)
-    assert resolve_map(None, ("embed_tokens", "layers.0"), 2) == {"embed_tokens": 0, "layers.0": 1}
+        resolve_map("0:0", {"embed_tokens": 1, "layers.0": 1}, 2)
+    assert resolve_map(None, {"embed_tokens": 1, "layers.0": 1}, 2) == {"embed_tokens": 0, "layers.0": 1}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +115,7 @@ def test_hookpoints_of_one_layer_share_its_rank_and_those_of_none_are_refused():
 )
 def test_a_map_has_to_fit(text, complaint):
     with pytest.raises(UserError, match=complaint):
-        resolve_map(text, names(3), 2)
+        resolve_map(text, dict.fromkeys(names(3), 1), 2)
 
 
 LOAD = Workload(layers=3, d_in=8, num_latents=30, world_size=2, tokens=50, act_bytes=2, backend="nccl")
@@ -200,7 +197,7 @@ def test_memory_of_another_optimizer():
 
 
 def test_what_each_placement_holds():
-    hookpoints = names(5)
+    hookpoints = dict.fromkeys(names(5), 1)
     for name, parts in (("single", 1), ("ddp", 1), ("zero3", 4)):
         kind = kind_of(name)
         assert [kind.holds(rank, hookpoints, 4) for rank in range(4)] == [tuple(hookpoints)] * 4
@@ -208,9 +205,15 @@ def test_what_each_placement_holds():
     layer_map = kind_of("layer-map")
     assert [layer_map.holds(rank, hookpoints, 2, "0-3:1,4:0") for rank in range(2)] == [
         ("layers.4",),
-        tuple(hookpoints[:4]),
+        tuple(hookpoints)[:4],
     ]
     assert [len(layer_map.holds(rank, hookpoints, 2)) for rank in range(2)] == [3, 2]
+    # By cost where sizes differ: an SAE on the MLP's hidden layer costs as much as four on the residual stream.
+    mixed = {"layers.0": 1, "layers.0.mlp": 1, "layers.0.mlp.down_proj:in": 4, "layers.1": 1, "layers.1.mlp": 1}
+    assert [layer_map.holds(rank, mixed, 2) for rank in range(2)] == [
+        ("layers.0.mlp.down_proj:in",),
+        ("layers.0", "layers.0.mlp", "layers.1", "layers.1.mlp"),
+    ]
     assert (layer_map.parts(4), layer_map.rows(50, 4)) == (1, 200)
 
 

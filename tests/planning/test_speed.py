@@ -30,6 +30,7 @@ WORK = StepWork(
     k=4,
     lm_operations=5000,
     lm_blocks=6,
+    lm_width=10,
     lm_type="fp32",
     kernels="cpu",
     select_type="int8",

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from saekit import Sae
 from saekit.sae.selection.batchtopk import BatchTopK
-from saekit.sae.storage import layer_number
+from saekit.sae.storage import find_sae_folders, folder_name, hookpoint_name, layer_number
 
 
 @pytest.fixture
@@ -166,3 +166,13 @@ def test_a_folder_without_saes(tmp_path):
 )
 def test_a_layers_number_is_the_first_in_its_path(hookpoint, number):
     assert layer_number(hookpoint) == number
+
+
+@pytest.mark.parametrize("name", ["layers.3", "h.3.mlp:in", "embed_tokens", "layers.3.in", "h.1:in"])
+def test_folders_have_names_that_every_system_allows_and_that_are_read_back(name, sae, tmp_path):
+    folder = folder_name(name)
+    assert not set(folder) & set('<>:"/\\|?*')
+    assert hookpoint_name(folder) == name
+    assert hookpoint_name(f"{folder}/seed1") == f"{name}/seed1"
+    sae.save_to_disk(tmp_path / folder)
+    assert find_sae_folders(tmp_path) == {name: tmp_path / folder}

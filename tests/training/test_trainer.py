@@ -289,5 +289,5 @@ def test_bad_calibration_leaves_no_folder(make_trainer, tiny_llama, tmp_path):
 
 
 def test_width_that_contradicts_the_model(make_trainer):
-    with pytest.raises(UserError, match=f"d_in = 20, but the model's residual stream is {WIDTH} wide"):
+    with pytest.raises(UserError, match=f"d_in = 20, but the activations are {WIDTH} wide"):
         make_trainer(sae=SaeConfig(20))

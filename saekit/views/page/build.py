@@ -100,7 +100,7 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
         "quantiles": QUANTILES,
         "vocabulary": token_texts(prepared.tokenizer, vocabulary.tolist()),
         "has_texts": prepared.tokenizer is not None,
-        "has_lens": features.layers[0].lens is not None,
+        "has_lens": any(layer.lens is not None for layer in features.layers),
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("saekit.views.page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -153,7 +153,12 @@ def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
 
 def _facts(layer: LayerFeatures, evaluation: dict[str, Any]) -> dict[str, Any]:
     (found,) = (each["reconstruction"] for each in evaluation["layers"] if each["hookpoint"] == layer.hookpoint)
-    return {"hookpoint": layer.hookpoint, "num_latents": len(layer.counts_M), "tokens": found["tokens"]}
+    return {
+        "hookpoint": layer.hookpoint,
+        "num_latents": len(layer.counts_M),
+        "tokens": found["tokens"],
+        "no_lens": layer.no_lens,
+    }
 
 
 def _nearest(layer: LayerFeatures) -> np.ndarray:

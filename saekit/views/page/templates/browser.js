@@ -81,7 +81,9 @@ async function showFeature(arrays, layer, latent) {
     article.replaceChildren(title, make("p", { className: "note", textContent: reason }));
   } else {
     const text = (await part("text")).ids;
-    article.replaceChildren(title, facts(arrays, place), columns(arrays, place), ...contexts(arrays, place, text));
+    const reason = page.layers[layer].no_lens;
+    const note = reason ? [make("p", { className: "note", textContent: `What a latent promotes is not known at this hookpoint: ${reason}.` })] : [];
+    article.replaceChildren(title, facts(arrays, place), columns(arrays, place), ...note, ...contexts(arrays, place, text));
   }
   article.setAttribute("aria-busy", "false");
 }

@@ -1,0 +1,119 @@
+"""Patterns of hookpoints' names: `layers.{0-11:2}.mlp:in`.
+
+A pattern is a module's path relative to the base model. `*` stands for one part of the path or for letters in one,
+`**` for any number of parts, `?` and `[abc]` for one letter, as in file names. Braces hold alternatives: words, numbers
+and ranges, such as `{q,k}_proj`, `{0-11:2}`, `{0,4-7}`. `:in` at the end means the module's input instead of its
+output. A pattern for `fnmatch` such as `layers.*.mlp` means the same here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from saekit.config.options import numbers_in
+from saekit.errors import UserError
+from saekit.sae.storage import IN
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def alternatives(pattern: str) -> list[str]:
+    """Write a pattern's braces out: `layers.{0-2:2}.mlp` is `layers.0.mlp` and `layers.2.mlp`.
+
+    Raises:
+        UserError: If the pattern cannot be read.
+    """
+    found = BRACES.search(pattern)
+    if found is None:
+        _check(pattern)
+        return [pattern]
+    start, end = pattern[: found.start()], pattern[found.end() :]
+    return [each for part in _parts(pattern, found[1]) for each in alternatives(f"{start}{part}{end}")]
+
+
+def matches(alternative: str, name: str) -> bool:
+    """Tell whether a hookpoint's name is what a pattern without braces means: module and side."""
+    path, side = _sides(alternative)
+    module, own = _sides(name)
+    return side == own and _match(path.split("."), module.split("."))
+
+
+def fold(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group names that differ in numbers only; each group's key is the pattern that matches just it.
+
+    `layers.0.mlp` and `layers.1.mlp` are `layers.{0,1}.mlp`. The order is that of the first of each group.
+    """
+    groups = {name: [name] for name in names}
+    for place in range(max((name.count(".") + 1 for name in names), default=0)):
+        together: dict[tuple[str, str], dict[int, list[str]]] = {}
+        for pattern, own in groups.items():
+            path, side = _sides(pattern)
+            parts = path.split(".")
+            number = parts[place] if place < len(parts) and parts[place].isdigit() else ""
+            start, end = ".".join(parts[:place]), ".".join(parts[place + 1 :]) + (IN if side else "")
+            key = (start, end) if number else (pattern, "\n")
+            together.setdefault(key, {})[int(number or 0)] = own
+        groups = {}
+        for key, by_number in together.items():
+            ascending = sorted(by_number)
+            start, end = key
+            joined = [start, ranges(ascending), end.removesuffix(IN)]
+            named = start if end == "\n" else ".".join(filter(None, joined)) + (IN if end.endswith(IN) else "")
+            groups[named] = [name for number in ascending for name in by_number[number]]
+    return groups
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as `3`, `{0-5}`, `{0-10:2}` or `{0,1,5-7}`."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    step = numbers[1] - numbers[0]
+    if len(numbers) > 2 and all(b - a == step for a, b in pairwise(numbers)):
+        return f"{{{numbers[0]}-{numbers[-1]}{f':{step}' if step > 1 else ''}}}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = (str(run[0]) if len(run) == 1 else f"{run[0]}{'-' if len(run) > 2 else ','}{run[-1]}" for run in runs)
+    return f"{{{','.join(shown)}}}"
+
+
+def _parts(pattern: str, inside: str) -> Iterator[str]:
+    for part in inside.split(","):
+        if re.fullmatch(r"\s*[0-9]+\s*-[0-9\s:]*", part):
+            try:
+                yield from map(str, numbers_in(part.strip()))
+            except ValueError as error:
+                raise UserError(f"--hookpoints {pattern}: {error}") from None
+        else:
+            yield part.strip()
+
+
+def _check(pattern: str) -> None:
+    path, _ = _sides(pattern)
+    problem = None
+    if "{" in path or "}" in path:
+        problem = "a brace has no partner, or braces are inside others: write alternatives as {a,b} and ranges as {0-5}"
+    elif ":" in path:
+        problem = f"{path[path.index(':') :]!r} is no side of a module: write :in for its input, nothing for its output"
+    elif not all(path.split(".")):
+        problem = "a part of the path is empty: write a module's path such as layers.3.mlp"
+    if problem is not None:
+        raise UserError(f"--hookpoints {pattern}: {problem}")
+
+
+def _sides(name: str) -> tuple[str, bool]:
+    return name.removesuffix(IN), name.endswith(IN)
+
+
+def _match(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_match(pattern[1:], path[start:]) for start in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _match(pattern[1:], path[1:])

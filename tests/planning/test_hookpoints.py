@@ -1,0 +1,28 @@
+"""Plans of runs at hookpoints of several widths."""
+
+import pytest
+
+from saekit.config import RunConfig
+from saekit.planning import Machine, make_plan
+
+
+def test_a_plan_of_several_widths_is_the_sum_of_its_units(model_dir):
+    """Parameters, and the bytes that travel, of SAEs on the residual stream and on the twice as wide MLP."""
+
+    def planned(hookpoints, ranks=1):
+        values = {"model": str(model_dir), "dataset": "", "hookpoints": hookpoints, "expansion_factor": 2, "k": 4}
+        plan = make_plan(RunConfig.from_flat(values), Machine("cpu", ranks, 2**36, "", ""))
+        return {choice.placement: choice for choice in plan.choices}
+
+    names = ["layers.0", "layers.1.mlp.down_proj:in", "layers.2.mlp"]
+    for ranks, placement in ((1, "single"), (2, "ddp"), (2, "zero3")):
+        parts = [planned(name, ranks)[placement] for name in names]
+        together = planned(",".join(names), ranks)[placement]
+        parameters = [each.memory.peak.parameters.total for each in parts]
+        assert together.memory.peak.parameters.total == pytest.approx(sum(parameters), abs=4)
+        assert together.sent == pytest.approx(sum(each.sent for each in parts), abs=4)
+        assert parameters[1] > 3.5 * parameters[0]
+    # The wide SAE costs four times as much as each of the others: it has a rank of its own.
+    layer_map = planned(",".join(names), 2)["layer-map"]
+    assert layer_map.layers_of_busiest == 1
+    assert layer_map.memory.peak.parameters.total == parameters[1] * 2
