@@ -908,7 +908,7 @@ LIST: list[tuple[str, ...]] = [
         ZERO3,
         "        self.world.lengthen_timeouts()  # of the engine's own groups\n",
         "",
-        "placement/test_waits",
+        "placement/test_zero3::test_collectives_of_the_engine_may_take_an_hour",
     ),
 ]
 FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for each in LIST]

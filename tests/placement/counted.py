@@ -3,7 +3,8 @@
 Rank 0 writes `counts.json`: how many layers are whole at a time, in forward passes, in backward passes and in between;
 how often the host waits for the device inside backward passes, where gradients are collected and in the optimizer's
 step; what it asks the other ranks there; how often it starts another process; what Python objects ranks exchange from
-step to step; and whether what a save brings together is what a gather of whole tensors gives, to the bit.
+step to step; how long groups wait, in seconds; and whether what a save brings together is what a gather of whole
+tensors gives, to the bit.
 """
 
 import json
@@ -146,10 +147,13 @@ def main(folder):
     SaeTrainer(cfg, data, GPT2LMHeadModel(config), placement=placement).fit()
     of_training = dict(calls)
     rank, saved = placement.rank, saves_what_is_there(placement)
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    timeouts = sorted({each.options._timeout.total_seconds() for each in backends})
     placement.close()
     if rank == 0:
         most = {name: max(each) for name, each in whole_ones.items()}
         found = {"whole": most, "forwards": len(whole_ones["forward"]), "calls": of_training, "saved": saved}
+        found["timeouts"] = timeouts
         found["objects per step"] = objects_before[-1] - objects_before[-2]
         (Path(folder) / "counts.json").write_text(json.dumps(found), encoding="utf-8")
 

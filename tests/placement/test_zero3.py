@@ -35,6 +35,11 @@ def test_ranks_tell_each_other_numbers_in_a_step_and_no_objects(counts):
     assert counts["objects per step"] == 0
 
 
+def test_collectives_of_the_engine_may_take_an_hour(counts):
+    """DeepSpeed's own groups, too, when no language model is sharded; ranks wait a day for each other elsewhere."""
+    assert counts["timeouts"] == [3600, 24 * 3600]
+
+
 def test_a_checkpoint_holds_what_the_ranks_have(counts):
     """To the bit, padding left out."""
     assert counts["saved"]
