@@ -103,9 +103,8 @@ def _check_names(cfg: RunConfig) -> None:
 
 def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None:
     """The configuration as YAML, with every default, and the plan of the run's placement on this machine."""
-    import yaml
-
     from saekit.cli.output import messages, results
+    from saekit.config.flat import as_yaml
 
     if launch is None and num_processes is not None:
         raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
@@ -121,5 +120,5 @@ def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None
             asked = placement_of(launch, cfg.train.placement)
         plan = make_plan(cfg, detect(ranks), offload=offload, asked=asked)
         advice = advise(plan)
-    typer.echo(yaml.safe_dump(cfg.to_flat(), sort_keys=False, allow_unicode=True))
+    typer.echo(as_yaml(cfg.to_flat()))
     render_plan(plan, results(), advice)

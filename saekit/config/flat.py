@@ -84,6 +84,21 @@ def to_flat(config: Any) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if value is not None}
 
 
+def as_yaml(values: Mapping[str, Any], width: int | None = None) -> str:
+    """Return plain values as YAML that `read_yaml` reads back.
+
+    Letters stay as they are, unless PyYAML would read them as something else: it takes U+0085, a line break of
+    Unicode's, for a space.
+
+    Args:
+        values: By option.
+        width: Columns after which lines are broken; by default PyYAML's.
+    """
+    options: dict[str, Any] = {"sort_keys": False} | ({} if width is None else {"width": width})
+    text: str = yaml.safe_dump(values, allow_unicode=True, **options)
+    return text if yaml.safe_load(text) == values else yaml.safe_dump(values, **options)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the options in a YAML file; dashes in names count as underscores.
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from saekit.config.flat import make_config, option_names, read_yaml, to_flat, unknown_options
+from saekit.config.flat import as_yaml, make_config, option_names, read_yaml, to_flat, unknown_options
 from saekit.config.inputs import DataConfig, ModelConfig
 from saekit.config.sae import SaeConfig
 from saekit.config.schema import TrainConfig
@@ -71,6 +69,6 @@ class RunConfig:
             UserError: If the file cannot be written.
         """
         try:
-            Path(path).write_text(yaml.safe_dump(self.to_flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+            Path(path).write_text(as_yaml(self.to_flat()), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror})") from None

@@ -13,7 +13,7 @@ import yaml
 
 from saekit.activations import ModelShape
 from saekit.config import RunConfig
-from saekit.config.flat import SECRETS, load_plugins, read_yaml
+from saekit.config.flat import SECRETS, as_yaml, load_plugins, read_yaml
 from saekit.data import Peek
 from saekit.errors import UserError
 from saekit.placement.choose import launched_as
@@ -66,7 +66,7 @@ def run_text(values: Mapping[str, Any], cfg: RunConfig) -> str:
     plain = {name: plain[name] for name in (*FIRST, *plain) if name in values and name in plain}
     if isinstance(values.get("layers"), str):
         plain["layers"] = values["layers"]  # 0-31:2 reads better than sixteen numbers
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+    return as_yaml(plain, width=1000)
 
 
 def secrets_in(values: Mapping[str, Any]) -> list[str]:

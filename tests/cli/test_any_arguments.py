@@ -19,6 +19,7 @@ from saekit.cli.app import app, main
 from saekit.cli.output import run as run_app
 from saekit.cli.train import _show
 from saekit.config import RunConfig
+from saekit.config.flat import as_yaml
 from saekit.config.options import options_of
 from saekit.config.run import PARTS
 
@@ -174,6 +175,7 @@ def value_in(cfg, name):
 
 @given(command_lines())
 @example(({"layers": "1 2"}, ["--layers", "1 2"]))
+@example(({"layer_map": "\x85"}, ["--layer-map", "\x85"]))  # a line break of Unicode's
 def test_options_of_train(typed, line):
     said, arguments = line
     result = typed("train", "owner/model", "owner/data", *arguments, "--dry-run")
@@ -183,7 +185,7 @@ def test_options_of_train(typed, line):
         for name, value in said.items():
             assert_means(name, value, value_in(cfg, name))
         secret = {} if cfg.model.hf_token is None else {"hf_token": cfg.model.hf_token.get_secret_value()}
-        again = yaml.safe_load(yaml.safe_dump(cfg.to_flat(), allow_unicode=True))
+        again = yaml.safe_load(as_yaml(cfg.to_flat()))
         assert RunConfig.from_flat({**again, **secret}) == cfg
 
 

@@ -185,7 +185,8 @@ def test_a_rank_of_a_layer_map_reads_the_layers_that_it_owns(tmp_path):
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
         placement = LayerMap(World(1, 2, torch.device("cpu"), None, None, None))
-        placement.place({"h.0": 1.0, "h.1": 1.0}, lambda _: Sae(4, 8, 2), lambda sae: make_optimizer(TrainConfig(), sae))
+        costs = {"h.0": 1.0, "h.1": 1.0}
+        placement.place(costs, lambda _: Sae(4, 8, 2), lambda sae: make_optimizer(TrainConfig(), sae))
         bank = SimpleNamespace(
             names=placement.layers(), placement=placement, load_state=lambda *_: None, count_dead=lambda: None
         )
