@@ -28,7 +28,7 @@ def render_comparison(comparison: Comparison, console: Console) -> None:
     )
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     heads = ["FVU", "dead"] + (["FVU, held out", "CE recovered", "KL"] if with_evaluation else []) + ["shared"]
-    table.add_column("\nlayer", no_wrap=True)
+    table.add_column("\nlayer", overflow="fold", min_width=len("layers.0"))
     for head in heads:
         table.add_column(f"{head}\nA", justify="right", no_wrap=True)
         table.add_column("\nB", justify="right", no_wrap=True)

@@ -91,7 +91,10 @@ def _table(*columns: str) -> Table:
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for number, column in enumerate(columns):
         name = column if "\n" in column or not any("\n" in each for each in columns) else f"\n{column}"
-        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+        if number:
+            shown.add_column(name, justify="right", no_wrap=True)
+        else:  # hookpoints, whose names can be long: numbers are never cut off
+            shown.add_column(name, overflow="fold", min_width=len("layers.0"))
     return shown
 
 

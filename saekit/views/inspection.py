@@ -81,7 +81,7 @@ def _overview(layers: Sequence[LayerInspection], width: int) -> RenderableType:
     # Beside the name and the trend, the columns and the gaps between them take 63 characters, or 71.
     with_never = width >= name_width + 71 + 12
     trend_width = max(6, min(24, width - name_width - (71 if with_never else 63)))
-    table.add_column("\nlayer", no_wrap=True, overflow="ellipsis", min_width=len("layers.0"))
+    table.add_column("\nlayer", overflow="fold", min_width=len("layers.0"))  # numbers are never cut off
     table.add_column("\nFVU", justify="right", no_wrap=True)
     table.add_column("FVU\ntrend", style="cyan", no_wrap=True)
     table.add_column("\ndead", justify="right", no_wrap=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,8 +259,11 @@ def test_nan_weights_are_shown_and_null_in_json(sparsify):
 
 @pytest.mark.parametrize("layer", [None, 2])
 @pytest.mark.parametrize("width", [80, 100, 140])
-def test_view_fits(run, layer, width):
-    text = shown(inspect_path(run, layer), width)
+@pytest.mark.parametrize("behind", ["", ".mlp.experts.down_proj:in"], ids=["short names", "long names"])
+def test_view_fits(run, layer, width, behind):
+    inspection = inspect_path(run, layer)
+    layers = [replace(one, hookpoint=one.hookpoint + behind) for one in inspection.layers]
+    text = shown(replace(inspection, layers=layers), width)
     assert max(map(len, text.splitlines())) <= width
     assert "\x1b" not in text
     assert "step 200 of 400 · 1.00M tokens" in text
