@@ -1,4 +1,4 @@
-"""Train k-sparse autoencoders on every layer of a language model's residual stream, all layers at once.
+"""Train k-sparse autoencoders on every layer of a language model, all layers at once.
 
 What this module names is the API; docs/api.md describes it. All else is internal and may change in any release.
 """
