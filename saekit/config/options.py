@@ -148,11 +148,14 @@ def numbers_in(part: str) -> range:
 
 
 def _parse_patterns(value: Any) -> Any:
-    """`"layers.{0,3}.mlp,resid"` → `("layers.{0,3}.mlp", "resid")`: commas in braces belong to their pattern."""
+    """`"layers.{0,3}.mlp,resid"` → `("layers.{0,3}.mlp", "resid")`: commas in braces belong to their pattern.
+
+    Spaces are as good as commas.
+    """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(each, str) for each in texts):
         return value
-    return tuple(part.strip() for text in texts for part in re.split(r",(?![^{}]*\})", text) if part.strip())
+    return tuple(part.strip() for text in texts for part in re.split(r"[,\s](?![^{}]*\})", text) if part.strip())
 
 
 def _parse_ids(value: Any) -> Any:

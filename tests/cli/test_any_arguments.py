@@ -148,7 +148,8 @@ def assert_means(name: str, said: str, found: Any) -> None:
         pairs = [pair.split("=", 1) for pair in said.split(",") if pair]
         assert {key.strip(): value if "-" in value else yaml.safe_load(value) for key, value in pairs} == found
     elif get_origin(option.type) is tuple:
-        assert list(found) == numbers_in(said)
+        words = get_args(option.type)[0] is str
+        assert list(found) == (said.replace(",", " ").split() if words else numbers_in(said))
     elif name == "hf_token":
         assert found.get_secret_value() == said
     else:

@@ -39,9 +39,10 @@ def test_layers_that_mean_nothing(text):
         ("layers.{0,3-5}.mlp, resid", ("layers.{0,3-5}.mlp", "resid")),
         (["mlp", "layers.{0,1}:in,attn"], ("mlp", "layers.{0,1}:in", "attn")),
         ("h.*.{a,b}_proj:in", ("h.*.{a,b}_proj:in",)),
+        ("mlp layers.{0, 1}:in", ("mlp", "layers.{0, 1}:in")),
     ],
 )
-def test_hookpoints_are_separated_by_commas_outside_braces(given, patterns):
+def test_hookpoints_are_separated_by_commas_and_spaces_outside_braces(given, patterns):
     assert TrainConfig(hookpoints=given).hookpoints == patterns
 
 
