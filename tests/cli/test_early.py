@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saekit import RunConfig, UserError
-from saekit.activations import model_shape
+from saekit.activations.hookpoints import Hookpoint
 from saekit.placement.layer_map import LayerMap
 from saekit.training.early import check_inputs, check_units
 from saekit.training.live import InMemory
@@ -79,7 +79,7 @@ def test_a_layer_map_that_does_not_fit(model_dir, text_file, placed):
     options = {"model": str(model_dir), "dataset": str(text_file), "layers": "0,1", "layer_map": "0:0"}
     cfg = RunConfig.from_flat(options)
     with pytest.raises(UserError, match="--layer-map '0:0' gives no rank for layer 1"):
-        check_units(cfg, placed, model_shape(cfg.model), [0, 1], 64)
+        check_units(cfg, placed, [Hookpoint(f"layers.{number}", 16) for number in range(2)])
 
 
 @pytest.mark.parametrize(
