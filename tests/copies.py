@@ -1,8 +1,8 @@
 """Ask for processes that are copies of one which has imported everything, see `tests.forked`.
 
-As a script it stands in for `python`: what it is told to run is run in a copy, with this process's environment, folder,
-files and, later, signals, and it ends as the copy does. Starting `python -m saekit` takes ten times as long, most of it
-for imports. Whoever kills this process kills the copy.
+As a script it stands in for `python`. A copy runs the program with this process's environment, folder and files. It
+gets this process's signals, this process ends with its exit code, and killing this process kills the copy. Starting
+`python -m saekit` takes ten times as long, because it imports everything.
 """
 
 import json

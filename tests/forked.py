@@ -86,19 +86,27 @@ class Forked:
         return environment() | self._names | {name: str(value) for name, value in variables.items()}
 
     def complete(
-        self, *arguments: object, cwd: Path | None = None, timeout: float = 200, **variables: object
+        self, *arguments: object, cwd: Path | None = None, environment: dict[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """Run `python ARGUMENTS...` to its end, which may start others; what it wrote is in the result."""
-        parts, environment = [str(part) for part in (self.python, *arguments)], self.environment(**variables)
+        """Run `python ARGUMENTS...`, which may start others, to its end; the result holds what it wrote.
+
+        It has no input, and 200 seconds.
+        """
         return subprocess.run(
-            parts, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            [str(part) for part in (self.python, *arguments)],
+            cwd=cwd,
+            env=environment or self.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
         )
 
-    def start(self, *arguments: object, log: Path, cwd: Path, **variables: object) -> Copy:
-        """Start a copy as `python ARGUMENTS...`, what it writes to stderr is added to the log."""
+    def start(self, *arguments: object, log: Path, cwd: Path, devices: bool = False, **variables: object) -> Copy:
+        """Start a copy as `python ARGUMENTS...`; what it writes to stderr is added to the log."""
         nothing = os.open(os.devnull, os.O_RDWR)
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        devices = bool(variables.pop("devices", False))
         try:
             return Copy(arguments, self.environment(**variables), cwd, (nothing, nothing, said), devices=devices)
         finally:
@@ -244,8 +252,8 @@ def program(what: str, *arguments: str) -> Callable[[], object]:
         module, *arguments = arguments
         sys.argv = ["-m", *arguments]
         sys.path.insert(0, os.getcwd())
-        if not hasattr(sys.modules.get(module), "__path__"):  # what is imported already is run anew, without a warning
-            sys.modules.pop(module, None)
+        if not hasattr(sys.modules.get(module), "__path__"):
+            sys.modules.pop(module, None)  # else runpy warns that it has been imported before
         return partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
     sys.argv = [what, *arguments]
     sys.path.insert(0, str(Path(what).parent))

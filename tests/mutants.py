@@ -218,7 +218,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     ("a block's input is taken for its output", TAP, "take(name, output)", "take(name, _args)"),
     (
-        "what is changed in place later is read changed",
+        "a tensor that the model changes in place is read after the change",
         TAP,
         "acts.clone() if changed is not None and name in changed else acts",
         "acts",

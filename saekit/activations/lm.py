@@ -136,16 +136,16 @@ def find_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase | None:
 
 
 def load_model(
-    cfg: ModelConfig, shape: ModelShape, layers: list[int], device: torch.device, *, sharded: bool = False
+    cfg: ModelConfig, shape: ModelShape, depth: int, device: torch.device, *, sharded: bool = False
 ) -> PreTrainedModel:
-    """Load a model up to its last layer in `layers`, frozen, in eval mode, on `device`.
+    """Load a model's first blocks, frozen, in eval mode, on `device`.
 
-    Blocks after the last tapped one are neither loaded nor run: the config is cut before the weights are read.
+    Other blocks are neither loaded nor run: the config is cut before the weights are read.
 
     Args:
         cfg: Which model, and in which type.
         shape: Its sizes.
-        layers: Numbers of the layers that are tapped.
+        depth: How many blocks.
         device: Where it goes.
         sharded: Whether DeepSpeed cuts it among the ranks while it is loaded.
 
@@ -156,7 +156,7 @@ def load_model(
     from transformers import AutoModel
 
     kwargs = loading_arguments(cfg, device, sharded=sharded)
-    config = cut_config(shape.config, max(layers) + 1)
+    config = cut_config(shape.config, depth)
     with quietly():
         # Other shapes are let through here to be refused by name below.
         asked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}

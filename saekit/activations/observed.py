@@ -70,8 +70,25 @@ class Sums(TorchDispatchMode):
         return out
 
 
+def run_without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation of a `TorchFunctionMode`, or on the meta device what stands in for one that asks for numbers.
+
+    Attention takes the memory of its result, as fused kernels do: torch would choose plain matmuls there, which make
+    the scores of all pairs of tokens.
+    """
+    if func is torch.nn.functional.scaled_dot_product_attention:
+        query = args[0] if args else kwargs["query"]
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+    if func in (Tensor.nonzero, torch.nonzero) and args[0].is_meta:
+        return args[0].new_empty(0, args[0].ndim, dtype=torch.int64)  # no token is routed to a single expert
+    if func is Tensor.__bool__ and args[0].is_meta:
+        return True  # models ask whether no token is masked, and whether a row is one sequence: so it is
+    return func(*args, **kwargs)
+
+
 class Attention(TorchFunctionMode):
-    """Notices which modules attend, and runs what asks for numbers as if there were some.
+    """Notices which modules attend, see also `run_without_numbers`.
 
     Args:
         attends: Names of those modules; they are added to it.
@@ -83,17 +100,8 @@ class Attention(TorchFunctionMode):
         self._attends, self._inside = attends, inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Stand in for an operation, or run it."""
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        """Run an operation, or what stands in for it."""
+        in_softmax = func in (torch.nn.functional.softmax, torch.softmax, Tensor.softmax) and args and args[0].ndim == 4
+        if in_softmax or func is torch.nn.functional.scaled_dot_product_attention:
             self._attends.update(self._inside)
-            query = args[0] if args else kwargs["query"]
-            value = args[2] if len(args) > 2 else kwargs["value"]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        if func in (torch.nn.functional.softmax, torch.softmax, Tensor.softmax) and args and args[0].ndim == 4:
-            self._attends.update(self._inside)
-        if func in (Tensor.nonzero, torch.nonzero) and args[0].is_meta:
-            return args[0].new_empty(0, args[0].ndim, dtype=torch.int64)  # no token is routed to a single expert
-        if func is Tensor.__bool__ and args[0].is_meta:
-            return True  # models ask whether no token is masked, and whether a row is one sequence: so it is
-        return func(*args, **kwargs)
+        return run_without_numbers(func, args, kwargs or {})

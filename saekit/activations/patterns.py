@@ -18,6 +18,8 @@ from saekit.errors import UserError
 from saekit.sae.storage import IN
 
 BRACES = re.compile(r"\{([^{}]*)\}")
+HOLE = "\0"
+"""Where numbers differ."""
 
 
 def alternatives(pattern: str) -> list[str]:
@@ -48,21 +50,19 @@ def fold(names: Sequence[str]) -> dict[str, list[str]]:
     """
     groups = {name: [name] for name in names}
     for place in range(max((name.count(".") + 1 for name in names), default=0)):
-        together: dict[tuple[str, str], dict[int, list[str]]] = {}
+        together: dict[str, dict[int, list[str]]] = {}
         for pattern, own in groups.items():
-            path, side = _sides(pattern)
-            parts = path.split(".")
-            number = parts[place] if place < len(parts) and parts[place].isdigit() else ""
-            start, end = ".".join(parts[:place]), ".".join(parts[place + 1 :]) + (IN if side else "")
-            key = (start, end) if number else (pattern, "\n")
-            together.setdefault(key, {})[int(number or 0)] = own
-        groups = {}
-        for key, by_number in together.items():
-            ascending = sorted(by_number)
-            start, end = key
-            joined = [start, ranges(ascending), end.removesuffix(IN)]
-            named = start if end == "\n" else ".".join(filter(None, joined)) + (IN if end.endswith(IN) else "")
-            groups[named] = [name for number in ascending for name in by_number[number]]
+            parts = pattern.split(".")
+            found = re.fullmatch(rf"(\d+)({IN})?", parts[place]) if place < len(parts) else None
+            if found is not None:
+                parts[place] = HOLE + (found[2] or "")
+            together.setdefault(".".join(parts), {})[int(found[1]) if found else 0] = own
+        groups = {
+            pattern.replace(HOLE, ranges(sorted(by_number))): [
+                name for _, own in sorted(by_number.items()) for name in own
+            ]
+            for pattern, by_number in together.items()
+        }
     return groups
 
 

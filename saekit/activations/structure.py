@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from saekit.activations.hookpoints import Blocks, find_blocks
 from saekit.activations.observed import RESIDUAL, Attention, Sums
-from saekit.activations.tap import first_argument, without_cache
+from saekit.activations.tap import first_argument, residual, without_cache
 from saekit.errors import first_line
 from saekit.sae.storage import IN
 
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
 BATCH, TOKENS = 3, 7
 """Of the measured run: a tensor of these sizes has one row for every token."""
-
-
 NO_TENSOR_OF_TOKENS = ", not [batch, tokens, width]"
 """The end of a reason, behind a shape."""
+IS_LIST = "is a list of modules"
+"""The reason of what holds others and is not run itself."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,6 @@ def _measure(key: _Key) -> Structure:
     return _Run(base, find_blocks(base)).structure()
 
 
-def first_tensor(output: Any) -> Any:
-    """Return a module's output, or the first of several; of what has no order, itself."""
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        with contextlib.suppress(TypeError, KeyError, IndexError):
-            output = output[0]
-    return output
-
-
 class _Run:
     """One forward pass under observation."""
 
@@ -179,7 +168,10 @@ class _Run:
     def _behind(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self.names[module][0]
         self.stack.pop()
-        given = first_tensor(output)
+        try:
+            given: Any = residual(output)
+        except ValueError:  # there is no tensor in it
+            given = None
         self._note(name, given)
         if not isinstance(given, Tensor):
             return
@@ -199,7 +191,7 @@ class _Run:
         if not seen:
             ran = "is not run for text" if not self.failed else f"could not be run without weights ({self.failed})"
             is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-            return Reading(name, None, "is a list of modules" if is_list else ran, -1)
+            return Reading(name, None, IS_LIST if is_list else ran, -1)
         given, order = seen[0]
         if len(seen) > 1:
             return Reading(name, None, f"runs {len(seen)} times in a forward pass", order)

@@ -155,7 +155,7 @@ def _parse_patterns(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(each, str) for each in texts):
         return value
-    return tuple(part.strip() for text in texts for part in re.split(r"[,\s](?![^{}]*\})", text) if part.strip())
+    return tuple(part for text in texts for part in re.split(r"[,\s](?![^{}]*\})", text) if part)
 
 
 def _parse_ids(value: Any) -> Any:

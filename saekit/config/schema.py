@@ -7,7 +7,7 @@ This file has the options of training. `saekit.config.inputs` has those of the l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -309,19 +309,12 @@ class TrainConfig:
         """
         return self.eval_every is not None and not self.shard_lm
 
-    @field_validator("layers")
+    @field_validator("layers", "hookpoints")
     @classmethod
-    def _check_layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and not layers:
-            raise ValueError("no layer is named: give at least one, or leave it out for all")
-        return layers
-
-    @field_validator("hookpoints")
-    @classmethod
-    def _check_hookpoints(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if patterns is not None and not patterns:
-            raise ValueError("no hookpoint is named: give at least one, or leave it out for all outputs of blocks")
-        return patterns
+    def _check_some(cls, named: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if named is not None and not named:
+            raise ValueError("none is named: give at least one, or leave it out for the outputs of all blocks")
+        return named
 
     @field_validator("run_name")
     @classmethod

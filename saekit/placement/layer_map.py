@@ -172,9 +172,7 @@ def balanced_map(hookpoints: Costs, world_size: int) -> dict[str, int]:
         return dict(zip(hookpoints, owners, strict=True))
     load = [0.0] * world_size
     owner = {}
-    for name in sorted(
-        hookpoints, key=lambda each: -hookpoints[each]
-    ):  # stable: equal ones stay in the order of layers
+    for name in sorted(hookpoints, key=lambda each: -hookpoints[each]):  # stable: equal ones stay in model order
         rank = load.index(min(load))
         owner[name] = rank
         load[rank] += hookpoints[name]

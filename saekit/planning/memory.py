@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import NamedTuple
 
 from saekit.placement import Placement
@@ -187,9 +188,14 @@ def _passes(
 
 
 def _in_flight(tensors: Sequence[int], demand: Demand) -> Bytes:
-    """Return the bytes of tensors that hold so many times a unit's activations.
+    """Return the bytes of activations that a rank holds while it trains a unit.
 
-    Those that hold one are of the units that are still to come; which unit the others are of varies: the widest.
+    Tensors of one unit's size belong to the units that come next. Larger ones can belong to any unit: they are counted
+    at the widest unit's size.
+
+    Args:
+        tensors: What `Questions.in_flight` says.
+        demand: The run.
     """
     waiting = [times for times in tensors if times == 1]
     several = [times * max(demand.activations) for times in tensors if times > 1]
@@ -199,10 +205,7 @@ def _in_flight(tensors: Sequence[int], demand: Demand) -> Bytes:
 
 def _most(sizes: Iterable[Bytes]) -> Bytes:
     """Return the largest of each kind."""
-    most = NOTHING
-    for size in sizes:
-        most = most.most(size)
-    return most
+    return reduce(Bytes.most, sizes, NOTHING)
 
 
 def _with(held: Moment, name: str, activations: Bytes = NOTHING, working: Bytes = NOTHING) -> Moment:

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saekit.activations.observed import run_without_numbers
+
 HEAP_BELOW = 32 * 2**20
 """Bytes of a tensor below which glibc takes it from its heap (the most that it allows, see `saekit.machine`)."""
 
@@ -100,8 +102,7 @@ class Meter(TorchDispatchMode):
 class StandIn(TorchFunctionMode):
     """On the meta device, operations that take the memory that they take where they really run.
 
-    Attention takes that of its result, as fused kernels do: torch would choose plain matmuls there, which make the
-    scores of all pairs of tokens.
+    See also `run_without_numbers`.
 
     Args:
         linear_in_8_bits: Whether linear layers round their input to int8 and sum in int32, as bitsandbytes does.
@@ -114,12 +115,6 @@ class StandIn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Stand in for an operation, or run it."""
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query = args[0] if args else kwargs["query"]
-            value = args[2] if len(args) > 2 else kwargs["value"]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        if func is Tensor.__bool__ and args[0].is_meta:
-            return True  # models ask whether no token is masked, and whether a row is one sequence: so it is
         if func is torch.nn.functional.linear and self.linear_in_8_bits:
             x, weight = args[0], args[1]
             rounded = x.new_empty(x.shape, dtype=torch.int8)
@@ -127,7 +122,7 @@ class StandIn(TorchFunctionMode):
             out = x.new_empty(sums.shape)
             del rounded, sums
             return out
-        return func(*args, **kwargs)
+        return run_without_numbers(func, args, kwargs)
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:

@@ -119,7 +119,7 @@ def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, depth: int) -
         return load_with_head(model, shape, device).model
 
     def load() -> PreTrainedModel:
-        return load_model(model, shape, [depth - 1], device, sharded=sharded)
+        return load_model(model, shape, depth, device, sharded=sharded)
 
     if not sharded:
         return load()

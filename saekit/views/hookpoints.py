@@ -12,12 +12,10 @@ from rich.text import Text
 
 from saekit.activations.chosen import SHORT, matched
 from saekit.activations.patterns import fold
-from saekit.activations.structure import NO_TENSOR_OF_TOKENS, Reading, Structure
+from saekit.activations.structure import IS_LIST, NO_TENSOR_OF_TOKENS, Reading, Structure
 from saekit.errors import UserError
 from saekit.sae.storage import IN
 from saekit.text import for_screen
-
-IS_LIST = "is a list of modules"
 
 
 class Line(NamedTuple):

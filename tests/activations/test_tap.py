@@ -219,7 +219,7 @@ def test_only_what_is_needed_is_loaded(model_dir, input_ids):
     cfg = ModelConfig(str(model_dir), dtype="float32")
     shape = model_shape(cfg)
     assert (shape.num_layers, shape.d_in, shape.max_ctx_len) == (3, 16, 64)
-    cut = load_model(cfg, shape, [0, 1], torch.device("cpu"))
+    cut = load_model(cfg, shape, 2, torch.device("cpu"))
     assert len(find_blocks(cut).modules) == 2
     assert not cut.training
     assert not any(parameter.requires_grad for parameter in cut.parameters())
@@ -230,14 +230,14 @@ def test_only_what_is_needed_is_loaded(model_dir, input_ids):
 
 def test_dtype(model_dir):
     cfg = ModelConfig(str(model_dir), dtype="bfloat16")
-    assert load_model(cfg, model_shape(cfg), [0], torch.device("cpu")).dtype == torch.bfloat16
-    auto = load_model(ModelConfig(str(model_dir)), model_shape(cfg), [0], torch.device("cpu")).dtype
+    assert load_model(cfg, model_shape(cfg), 1, torch.device("cpu")).dtype == torch.bfloat16
+    auto = load_model(ModelConfig(str(model_dir)), model_shape(cfg), 1, torch.device("cpu")).dtype
     assert auto == (torch.bfloat16 if has_fast_bf16(torch.device("cpu")) else torch.float32)
 
 
 def test_loading_says_nothing(model_dir, capfd):
     cfg = ModelConfig(str(model_dir))
-    load_model(cfg, model_shape(cfg), [0], torch.device("cpu"))
+    load_model(cfg, model_shape(cfg), 1, torch.device("cpu"))
     captured = capfd.readouterr()
     assert "UNEXPECTED" not in captured.out + captured.err
     assert "not sharded" not in captured.out + captured.err
@@ -284,6 +284,6 @@ def test_the_cut_leaves_token_ids_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_eight_bits_on_a_gpu(model_dir, input_ids):
     cfg = ModelConfig(str(model_dir), load_in_8bit=True)
-    model = load_model(cfg, model_shape(cfg), [1], torch.device("cuda", 0))
+    model = load_model(cfg, model_shape(cfg), 2, torch.device("cuda", 0))
     with tap(model, ["layers.1"]) as run:
         assert torch.isfinite(run(input_ids.cuda())["layers.1"]).all()

@@ -17,10 +17,10 @@ from saekit.placement.deepspeed import load_sharded
 
 def main(folder):
     placement = connect("zero3")
-    cfg, layers, names = ModelConfig(model=folder, dtype="float32"), [0, 1], ["h.0", "h.1"]
+    cfg, names = ModelConfig(model=folder, dtype="float32"), ["h.0", "h.1"]
     shape = model_shape(cfg)
-    whole = load_model(cfg, shape, layers, placement.device)
-    sharded = load_sharded(lambda: load_model(cfg, shape, layers, placement.device, sharded=True), torch.float32)
+    whole = load_model(cfg, shape, len(names), placement.device)
+    sharded = load_sharded(lambda: load_model(cfg, shape, len(names), placement.device, sharded=True), torch.float32)
     ids = torch.randint(2, 2000, (3, 8), generator=torch.Generator().manual_seed(placement.rank))
     with tap(whole, names) as read_whole, tap(sharded, names) as read_sharded:
         expected = read_whole(ids)

@@ -1,8 +1,8 @@
 """Answering the questions in this process, from a script."""
 
 import os
-import subprocess
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
@@ -87,21 +87,4 @@ def environment(forked):
 @pytest.fixture
 def config(forked, environment, tmp_path):
     """Run `saekit config` where there is no terminal."""
-
-    def run(*arguments):
-        command, nothing = (
-            [str(part) for part in (forked.python, "-m", "saekit", "config", *arguments)],
-            subprocess.DEVNULL,
-        )
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdin=nothing,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-
-    return run
+    return partial(forked.complete, "-m", "saekit", "config", cwd=tmp_path, environment=environment)
