@@ -27,6 +27,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from saekit import SaeConfig, TrainConfig
+from saekit.placement.costs import Size
 from saekit.planning.bank import layer_cost, on_meta
 from saekit.planning.memory import Moment, RankMemory
 from saekit.sae.kernels import choose_kernels
@@ -123,8 +124,7 @@ def planned_bytes(job: dict[str, Any], tokens: int) -> int:
     kernels = choose_kernels(job["kernels"], job["select_dtype"], device)
     cost = layer_cost(
         TrainConfig(sae=SaeConfig(num_latents=job["num_latents"], k=job["k"]), moments_dtype=job["moments_dtype"]),
-        job["d_in"],
-        job["num_latents"],
+        Size(job["num_latents"], job["d_in"], job["d_in"]),
         tokens,
         torch.bfloat16 if job["bf16"] else torch.float32,
         on_meta(kernels.name, kernels.select_dtype),

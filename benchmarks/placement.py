@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saekit.placement.choose import kind_of
-from saekit.placement.costs import Workload
+from saekit.placement.costs import Size, Workload
 
 PLACEMENTS = ("ddp", "zero3", "layer-map")
 TOLERANCE = 0.1
@@ -73,7 +73,7 @@ def main(
         raise typer.BadParameter(f"--placement: there is no {', '.join(sorted(unknown))}")
     if batch_size % 2:
         raise typer.BadParameter(f"--batch-size {batch_size}: has to be even, to be cut into two micro-batches")
-    base = Workload(layers, width, latents, ranks, batch_size * CTX_LEN, backend="gloo")
+    base = Workload(layers, Size(latents, width, width), ranks, batch_size * CTX_LEN, backend="gloo")
     runs = []
     with tempfile.TemporaryDirectory(prefix="saekit-placement-") as work:
         for setting in SETTINGS:
@@ -102,8 +102,8 @@ def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Pa
         "placement": placement,
         "world_size": load.world_size,
         "layers": load.layers,
-        "d_in": load.d_in,
-        "num_latents": load.num_latents,
+        "d_in": load.size.d_in,
+        "num_latents": load.size.num_latents,
         "k": k,
         "ctx_len": CTX_LEN,
         "batch_size": load.tokens // CTX_LEN // setting.micro_batches,

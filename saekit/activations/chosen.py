@@ -1,64 +1,118 @@
-"""The hookpoints of a run: what `--hookpoints`, `--layers` and `--layer-stride` mean in a language model."""
+"""The sites of a run: what `--hookpoints`, `--transcode`, `--layers` and so on mean in a language model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from saekit.activations.hookpoints import Hookpoint, block_outputs, find_blocks, select_layers, text_config_of, width
 from saekit.activations.lm import ModelShape, hookpoint_names
-from saekit.activations.patterns import alternatives, fold, matches
+from saekit.activations.matching import Matched, choose
+from saekit.activations.patterns import fold
+from saekit.activations.sites import Site, autoencoder, crosscoder, hookpoints_of, transcoder
 from saekit.activations.structure import Reading, Structure, measure
-from saekit.config import TrainConfig
+from saekit.config.coders import CodersConfig
 from saekit.errors import UserError, first_line
 from saekit.sae.storage import IN
+from saekit.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHORT = {
-    "resid": "outputs of blocks",
-    "resid_pre": "inputs of blocks",
-    "mlp": "outputs of the blocks' MLPs",
-    "attn": "outputs of the blocks' attention",
-}
-"""Names that mean the same in every architecture. `mlp:in` and `attn:in` are the inputs."""
-MOST_CANDIDATES = 8
-
 
 class Chosen(NamedTuple):
-    """The hookpoints of a run."""
+    """The coders of a run."""
 
-    hookpoints: tuple[Hookpoint, ...]
-    """In the order in which a forward pass comes to them."""
+    sites: tuple[Site, ...]
+    """In the order in which a forward pass comes to what they write."""
     depth: int
     """The number of blocks that have to be there for that."""
 
+    @property
+    def hookpoints(self) -> tuple[Hookpoint, ...]:
+        """Return what is read in the model for them."""
+        return hookpoints_of(self.sites)
 
-def chosen(cfg: TrainConfig, shape: ModelShape) -> Chosen:
-    """Choose a run's hookpoints from the model's config alone.
+
+def chosen(cfg: CodersConfig, shape: ModelShape) -> Chosen:
+    """Choose a run's sites from the model's config alone.
 
     Raises:
         UserError: If a pattern cannot be read, means nothing in this model, or means what cannot be read; if a layer is
-            out of range.
+            out of range, or what is to be read and to be written do not make pairs in the right order.
     """
-    if cfg.hookpoints is not None:
-        structure = measure(None, shape.config)
-        return choose(structure, cfg.hookpoints, cfg.layers, cfg.layer_stride)
-    layers = select_layers(shape.num_layers, cfg.layers, cfg.layer_stride)
-    names = hookpoint_names(shape, layers)
-    return Chosen(tuple(Hookpoint(name, shape.d_in) for name in names), layers[-1] + 1)
+    if names_none(cfg):
+        layers = select_layers(shape.num_layers, cfg.layers, cfg.layer_stride)
+        names = hookpoint_names(shape, layers)
+        return Chosen(tuple(autoencoder(Hookpoint(name, shape.d_in)) for name in names), layers[-1] + 1)
+    return choose_sites(measure(None, shape.config), cfg)
 
 
-def chosen_in(cfg: TrainConfig, model: PreTrainedModel) -> tuple[Hookpoint, ...]:
-    """Choose a run's hookpoints in a model that is loaded, at least as far as the last of them.
+def chosen_in(cfg: CodersConfig, model: PreTrainedModel) -> tuple[Site, ...]:
+    """Choose a run's sites in a model that is loaded, at least as far as the last of them.
 
     Raises:
         UserError: As `chosen`.
     """
-    if cfg.hookpoints is None:
-        return block_outputs(model, cfg.layers, cfg.layer_stride)
-    return choose(structure_of(model), cfg.hookpoints, cfg.layers, cfg.layer_stride).hookpoints
+    if names_none(cfg):
+        return tuple(map(autoencoder, block_outputs(model, cfg.layers, cfg.layer_stride)))
+    return choose_sites(structure_of(model), cfg).sites
+
+
+def names_none(cfg: CodersConfig) -> bool:
+    """Tell whether SAEs of blocks' outputs are meant, for which no structure has to be measured."""
+    return cfg.hookpoints is None and cfg.crosscode is None and not cfg.transcodes
+
+
+def choose_sites(structure: Structure, cfg: CodersConfig) -> Chosen:
+    """Choose the sites of a run.
+
+    Raises:
+        UserError: As `chosen`.
+    """
+
+    def named(patterns: Sequence[str], option: str) -> Matched:
+        try:
+            return choose(structure, patterns, cfg.layers, cfg.layer_stride)
+        except UserError as error:
+            raise UserError(str(error).replace("--hookpoints", option, 1)) from None
+
+    if cfg.crosscode is not None:
+        found = named(cfg.crosscode, "--crosscode")
+        return Chosen((crosscoder(found.hookpoints),), found.depth)
+    if cfg.reads is not None and cfg.writes is not None:
+        read, written = named(cfg.reads, "--reads"), named(cfg.writes, "--writes")
+        return Chosen(_pairs(structure, read.hookpoints, written.hookpoints), max(read.depth, written.depth))
+    if not cfg.transcode:
+        found = named(cfg.hookpoints or ("resid",), "--hookpoints")
+        return Chosen(tuple(map(autoencoder, found.hookpoints)), found.depth)
+    patterns = cfg.hookpoints or ("mlp",)
+    if inputs := [pattern for pattern in patterns if pattern.endswith(IN) or pattern == "resid_pre"]:
+        raise UserError(
+            f"--transcode --hookpoints {inputs[0]}: a transcoder reads a module's input and predicts its output: name "
+            "the modules, or use --reads and --writes"
+        )
+    found = named(patterns, "--hookpoints")
+    read = named([f"{pattern}{IN}" for pattern in patterns], "--hookpoints")
+    inputs_of = {each.module: each for each in read.hookpoints}
+    return Chosen(tuple(transcoder(inputs_of[each.module], each) for each in found.hookpoints), found.depth)
+
+
+def _pairs(structure: Structure, read: Sequence[Hookpoint], written: Sequence[Hookpoint]) -> tuple[Site, ...]:
+    if len(read) != len(written):
+        raise UserError(
+            f"--reads names {plural(len(read), 'hookpoint')} ({', '.join(fold([each.name for each in read]))}) and "
+            f"--writes {len(written)} ({', '.join(fold([each.name for each in written]))}): they make pairs"
+        )
+    for one, other in zip(read, written, strict=True):
+        if structure.readings[one.name].order >= structure.readings[other.name].order:
+            raise UserError(
+                f"--reads {one.name} --writes {other.name}: what is read has to come before what is written, and the "
+                f"model comes to {other.name} first"
+                if one != other
+                else f"--reads and --writes both name {one.name}: leave them out and use --hookpoints for SAEs"
+            )
+    return tuple(transcoder(one, other) for one, other in zip(read, written, strict=True))
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -121,131 +175,3 @@ def off_stream(model: PreTrainedModel, hookpoint: str) -> str | None:
     if wide != structure.width:
         return f"it is {wide} wide, and the residual stream {structure.width}"
     return "it is not added to the residual stream as it is"
-
-
-def choose(
-    structure: Structure, patterns: Sequence[str], layers: Sequence[int] | None = None, stride: int = 1
-) -> Chosen:
-    """Choose hookpoints by patterns and short names.
-
-    Args:
-        structure: The model's.
-        patterns: As in `--hookpoints`.
-        layers: Numbers of blocks to choose from; None for all of them, and what is outside the blocks.
-        stride: Choose from every Nth block.
-
-    Raises:
-        UserError: As `chosen`.
-    """
-    blocks = select_layers(structure.depth, layers, stride)
-    narrowed = layers is not None or stride > 1
-    names: dict[str, None] = {}
-    for pattern in patterns:
-        own = matched(structure, pattern, blocks)
-        _refuse(structure, pattern, own)
-        names |= dict.fromkeys(name for name in own if not narrowed or structure.block_of(name) in blocks)
-    if not names:
-        where = f" in the blocks {_listed(blocks)}" if narrowed else ""
-        raise UserError(f"--hookpoints {','.join(patterns)} names no hookpoint{where}")
-    order = sorted(names, key=lambda name: structure.readings[name].order)
-    found = tuple(Hookpoint(name, structure.readings[name].width or 0) for name in order)
-    return Chosen(found, max(1, *(_blocks_for(structure, name) for name in order)))
-
-
-def matched(structure: Structure, pattern: str, blocks: Sequence[int] | None = None) -> list[str]:
-    """Return the names of the hookpoints that a pattern or a short name means, whether they can be read or not.
-
-    Args:
-        structure: The model's.
-        pattern: One part of `--hookpoints`.
-        blocks: Where short names are looked for; None for all blocks.
-
-    Raises:
-        UserError: If it cannot be read, or there is nothing of that name.
-    """
-    path, side = pattern.removesuffix(IN), IN if pattern.endswith(IN) else ""
-    if path in SHORT:
-        return _short(structure, path, side, range(structure.depth) if blocks is None else blocks)
-    names: list[str] = []
-    for alternative in alternatives(pattern):
-        own = [name for name in structure.readings if matches(alternative, name)]
-        if not own:
-            text = pattern if pattern == alternative else f"{pattern} ({alternative})"
-            raise UserError(
-                f"--hookpoints {text}: there is no such module; there are {_near(structure, alternative)}; `saekit "
-                f"hookpoints MODEL` shows all, and the short names are {', '.join(SHORT)}"
-            )
-        names += own
-    return names
-
-
-def _short(structure: Structure, name: str, side: str, blocks: Sequence[int]) -> list[str]:
-    if name == "resid_pre" and side:
-        raise UserError("--hookpoints resid_pre:in: resid_pre is the blocks' input already: leave out :in")
-    if name in ("resid", "resid_pre"):
-        return [f"{structure.prefix}.{block}{IN if name == 'resid_pre' else side}" for block in blocks]
-    names = []
-    for block in blocks:
-        branches = [each for each in structure.branches if each.block == block]
-        own = [each.module for each in branches if (each.is_mlp if name == "mlp" else each.attends)]
-        if len(own) != 1:
-            part = "MLP" if name == "mlp" else "attention"
-            found = f"no one module that is its {part}" if not own else f"several modules that may be its {part}"
-            raise UserError(
-                f"--hookpoints {name}: {structure.prefix}.{block} has {found}; name modules by their paths: "
-                f"{_candidates(structure)}"
-            )
-        names.append(own[0] + side)
-    return names
-
-
-def _candidates(structure: Structure) -> str:
-    """Name what writes to the residual stream; where nothing does directly, what is as wide as it inside a block."""
-    found = [branch.module for branch in structure.branches]
-    if not found:
-        start = structure.prefix.count(".") + 2
-        found = [
-            name
-            for name, reading in structure.readings.items()
-            if reading.width == structure.width
-            and structure.block_of(name) is not None
-            and not name.endswith(IN)
-            and name.count(".") == start
-        ]
-    return ", ".join(list(fold(found))[:MOST_CANDIDATES])
-
-
-def _near(structure: Structure, alternative: str) -> str:
-    """Name what there is where the path goes wrong."""
-    parts = alternative.removesuffix(IN).split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        start = ".".join(parts[:end])
-        inside = [name for name in structure.readings if matches(f"{start}.*".lstrip("."), name)]
-        if inside:
-            some = list(fold(inside))
-            return ", ".join(some[:MOST_CANDIDATES]) + (", ..." if len(some) > MOST_CANDIDATES else "")
-    return "none"
-
-
-def _refuse(structure: Structure, pattern: str, names: Iterable[str]) -> None:
-    refused = {name: reason for name in names if (reason := structure.readings[name].reason) is not None}
-    if refused:
-        name, reason = next(iter(refused.items()))
-        same = [each for each, other in refused.items() if other == reason]
-        raise UserError(
-            f"--hookpoints {pattern}: {', '.join(fold(same))} cannot be read: {name} {reason}"
-            + (f"; nor can {len(refused) - len(same)} others" if len(refused) > len(same) else "")
-        )
-
-
-def _blocks_for(structure: Structure, name: str) -> int:
-    """Return the number of blocks that run before a hookpoint, its own included."""
-    block = structure.block_of(name)
-    if block is not None:
-        return block + 1
-    first = structure.readings[f"{structure.prefix}.0{IN}"].order
-    return 0 if structure.readings[name].order < first else structure.depth
-
-
-def _listed(blocks: Sequence[int]) -> str:
-    return ", ".join(map(str, blocks))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saekit.activations.chosen import chosen_in
 from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len, vocabulary
+from saekit.activations.sites import hookpoints_of
 from saekit.activations.source import Activations, Source
 from saekit.activations.tap import tap
 from saekit.config import TrainConfig
@@ -85,7 +86,8 @@ class LiveModel(Source):
             UserError: If there is no such hookpoint, or the data does not suit the model or the run.
         """
         self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
-        self.hookpoints = chosen_in(cfg, self.model)
+        self.sites = chosen_in(cfg, self.model)
+        self.hookpoints = hookpoints_of(self.sites)
         data = sequences(self.dataset, cfg.ctx_len)
         self.ctx_len = data.ctx_len
         resolve_ctx_len(self.ctx_len, context_length(self.model.config))

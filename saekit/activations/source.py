@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import Site
 from saekit.config import TrainConfig
 from saekit.data import read_ahead
 
@@ -48,6 +49,8 @@ class Source(ABC):
 
     hookpoints: tuple[Hookpoint, ...]
     """The hookpoints of every step. `begin` sets this attribute and those that follow."""
+    sites: tuple[Site, ...] | None = None
+    """What coders read and write of these, in model order; None for an SAE of each."""
     ctx_len: int
     """Tokens per sequence."""
     global_batch: int

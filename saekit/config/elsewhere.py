@@ -28,6 +28,9 @@ RENAMED = {
     "n-dirs latents d-hidden",
     "--expansion-factor": "expansion exp-factor multiplier dict-multiplier",
     "--k": "topk top-k l0 target-l0 num-active",
+    "--transcode": "transcoder transcoders train-transcoder",
+    "--skip-connection": "skip affine-skip use-skip use-skip-connection",
+    "--crosscode": "crosscoder cross-coder crosscoders",
     "--matryoshka": "matryoshka-widths matryoshka-steps group-fractions",
     "--init": "b-dec-init-method decoder-init-method encoder-init-method decoder-init-norm init-scale",
     "--finetune": "from-pretrained-path pretrained init-from finetune-from from-pretrained warm-start",
@@ -63,7 +66,7 @@ RENAMED = {
 }
 """What an option or argument is called here, and its names elsewhere."""
 
-_NO_TRANSCODERS = "saekit trains autoencoders only, no transcoders"
+_READS = "name what is read with --reads and what is written with --writes; --transcode: a module's input and output"
 _HOOKPOINTS = (
     "choose modules by their paths with --hookpoints (layers.3.mlp, or layers.3.mlp:in for its input), layers by "
     "number with --layers"
@@ -90,8 +93,7 @@ OTHERWISE = {
     "model-name-or-path pretrained-model lm llm",
     "DATASET is the second argument, with no option's name before it": "dataset dataset-name dataset-path data-path "
     "data dataset-repo hf-dataset train-data corpus",
-    _NO_TRANSCODERS: "transcode transcoder skip-connection skip affine-skip hook-name-out hook-point-out d-out "
-    "crosscoder",
+    _READS: "hook-name-out hook-point-out hookpoint-out d-out",
     _HOOKPOINTS: "hookpoint hook-points hook-point hook-name hook-names hook hook-layer hook-layers layer "
     "submodule submodule-name submodules io hook-point-in site act-name module modules sae-positions",
     "all heads of a layer are read together: --hookpoints layers.*.self_attn.o_proj:in, for example": "hook-head-index "

@@ -50,7 +50,11 @@ class SaeConfig:
     multi_topk: bool = option(
         False, "Add the loss at 4k latents with weight 1/8, so that the code also works at other k.", panel=SAE
     )
-
+    skip_connection: bool = option(
+        False,
+        "Add a linear map from what a transcoder reads to what it writes, at first zero (skip transcoders).",
+        panel=SAE,
+    )
     matryoshka: Shares | None = option(
         None,
         "Nested dictionaries, as shares of the latents that end in 1, such as 0.125,0.25,1: what the first latents "
@@ -92,9 +96,11 @@ class SaeConfig:
         """
         return SELECTIONS.get(self.activation)
 
-    def sizes(self, d_in: int, num_latents: int) -> dict[str, Any]:
-        """Return the arguments of a fresh `Sae` of D dimensions and M latents."""
+    def sizes(self, d_in: int, num_latents: int, d_out: int | None = None) -> dict[str, Any]:
+        """Return the arguments of a fresh `Sae` of D dimensions and M latents; with `d_out` of a transcoder's."""
+        transcoder = {"transcode": True, "d_out": d_out, "skip_connection": self.skip_connection}
         return {
+            **({} if d_out is None else transcoder),
             "d_in": d_in,
             "num_latents": num_latents,
             "k": self.k,

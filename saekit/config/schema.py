@@ -1,20 +1,21 @@
 """The options of a run: validated and serializable, without side effects; each is documented once.
 
 This file has the options of training. `saekit.config.inputs` has those of the language model and the data set,
-`saekit.config.sae` those of an SAE's shape.
+`saekit.config.sae` those of an SAE's shape, `saekit.config.coders` those of its place in the language model.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from saekit.config.coders import CodersConfig
 from saekit.config.flat import make_config, option_names, read_yaml, unknown_options
 from saekit.config.inputs import DATA, EVALUATION, DataConfig, ModelConfig
-from saekit.config.options import CONFIG, LayerList, Patterns, Resume, SourceName, TokenIds, in_one_sentence, option
+from saekit.config.options import CONFIG, Resume, SourceName, TokenIds, in_one_sentence, option
 from saekit.config.ranks import AUTO, PlacementName, check_placement
 from saekit.config.sae import SAE, SaeConfig
 from saekit.errors import UserError
@@ -30,21 +31,9 @@ LOGGING = "Logging"
 
 @in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
-class TrainConfig:
+class TrainConfig(CodersConfig):
     """The options of training, for any model and data."""
 
-    sae: SaeConfig = SaeConfig()
-    hookpoints: Patterns | None = option(
-        None,
-        "What to train on: paths of modules relative to the base model, with * (one part), ** and {0-11:2} or {q,k}, "
-        "such as layers.*.mlp; :in behind a path for a module's input. Or resid (outputs of blocks), resid_pre (their "
-        "inputs), mlp, attn. By default resid.",
-        panel=SAE,
-    )
-    layers: LayerList | None = option(
-        None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
-    )
-    layer_stride: int = option(1, "Train on every Nth layer.", panel=SAE, unit="layers", ge=1)
     init: Literal["uniform", "fit"] = option(
         "fit",
         "Initial length of the encoder's rows: uniform, as drawn from ±1/√D; fit, the length that reconstructs "
@@ -309,13 +298,6 @@ class TrainConfig:
         """
         return self.eval_every is not None and not self.shard_lm
 
-    @field_validator("layers", "hookpoints")
-    @classmethod
-    def _check_some(cls, named: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        if named is not None and not named:
-            raise ValueError("none is named: give at least one, or leave it out for the outputs of all blocks")
-        return named
-
     @field_validator("run_name")
     @classmethod
     def _check_run_name(cls, name: str | None) -> str | None:
@@ -325,11 +307,6 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.layers is not None and self.layer_stride != 1:
-            raise ValueError(
-                f"--layers and --layer-stride {self.layer_stride} both choose layers: give one of them "
-                "(a range such as 0-31:2 has a stride of its own)"
-            )
         if 0 < self.max_norm_multiple < 1:
             raise ValueError(
                 f"--max-norm-multiple {self.max_norm_multiple:g} would exclude ordinary tokens: give at least 1, or "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Backend = Literal["gloo", "nccl"]
 
@@ -21,16 +21,42 @@ ADAM = 8
 """Bytes of optimizer state per parameter: two float32 moments."""
 
 
+class Size(NamedTuple):
+    """The size of a coder, and of what travels to it."""
+
+    num_latents: int
+    """M."""
+    d_in: int
+    """D, numbers per token that it reads."""
+    d_out: int
+    """D_out, numbers per token that it writes; for an SAE the same."""
+    transcodes: bool = False
+    """Whether what it writes is something else than what it reads, and so travels as well."""
+
+    @property
+    def width(self) -> int:
+        """Return the numbers per token that travel to it."""
+        return self.d_in + self.d_out if self.transcodes else self.d_in
+
+    def text(self) -> str:
+        """Return it in words, for messages."""
+        to = f", to be transcoded to width {self.d_out}" if self.transcodes else ""
+        return f"{self.num_latents} latents for width {self.d_in}{to}"
+
+    def params(self, skip: bool = False) -> int:
+        """Return the parameters: two matrices, their biases, and a transcoder's skip connection if it has one."""
+        both = self.num_latents * (self.d_in + self.d_out) + self.num_latents + self.d_out
+        return both + (self.d_in * self.d_out if skip and self.transcodes else 0)
+
+
 @dataclass(frozen=True)
 class Workload:
     """The quantities that traffic and memory of one optimizer step depend on."""
 
     layers: int
-    """SAEs that are trained (L)."""
-    d_in: int
-    """Model width (D)."""
-    num_latents: int
-    """Latents per SAE (M)."""
+    """Coders that are trained (L)."""
+    size: Size
+    """Of each of them."""
     world_size: int
     """Ranks (W)."""
     tokens: int
@@ -42,11 +68,13 @@ class Workload:
     act_bytes: int = 2
     """Bytes per activation element, in the language model's type (s)."""
     backend: Backend = "nccl"
+    skip: bool = False
+    """Whether transcoders have a skip connection."""
 
     @property
     def params(self) -> int:
-        """Parameters of one SAE: encoder and decoder, and their biases."""
-        return 2 * self.num_latents * self.d_in + self.num_latents + self.d_in
+        """Parameters of one coder."""
+        return self.size.params(self.skip)
 
     def all_gather(self, size: float) -> float:
         """Bytes each rank sends, and as many receives, when all get a whole of `size` bytes: all parts but one."""

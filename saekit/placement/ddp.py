@@ -43,7 +43,7 @@ class Ddp(Ranked, LocalBank):
     @classmethod
     def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
         """Gradients, 4·P·L bytes, are all-reduced once, and so are the fired counts, int32 `[L, M]`."""
-        each_layer = load.all_reduce(FLOAT32 * load.num_latents) + load.all_reduce(FLOAT32 * load.params)
+        each_layer = load.all_reduce(FLOAT32 * load.size.num_latents) + load.all_reduce(FLOAT32 * load.params)
         total = round(load.layers * each_layer)
         return Traffic(total, total)
 

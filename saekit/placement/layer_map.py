@@ -76,7 +76,7 @@ class LayerMap(Ranked, LocalBank):
 
         An owner sees every token, so nothing needs to be counted together.
         """
-        activations = load.tokens * load.d_in * load.act_bytes
+        activations = load.tokens * load.size.width * load.act_bytes
         own = load.layers if owned is None else owned
         return Traffic((load.layers - own) * activations, (load.world_size - 1) * own * activations)
 

@@ -89,11 +89,11 @@ class Zero3(Ranked):
         within a shard if W divides M; if not, the dot products with the gradient, and the norms before and after the
         step are all-reduced, float32 `[3, M]` per layer.
         """
-        vector, weights = FLOAT32 * load.num_latents, FLOAT32 * load.params
+        vector, weights = FLOAT32 * load.size.num_latents, FLOAT32 * load.params
         passes = load.micro_batches * load.chunks
         each_layer = load.all_reduce(vector)
         each_layer += passes * (2 * load.all_gather(weights) + load.reduce_scatter(weights))
-        if load.num_latents % load.world_size:
+        if load.size.num_latents % load.world_size:
             each_layer += 3 * load.all_reduce(vector)
         total = round(load.layers * each_layer)
         return Traffic(total, total)

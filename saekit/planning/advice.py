@@ -132,7 +132,7 @@ def _offloading(start: Attempt, plan: Plan) -> Iterator[Attempt]:
 def _fewer_layers(start: Attempt, plan: Plan) -> Iterator[Attempt]:
     """Yield every second one of the layers, every third, ...; the others can be trained by further runs."""
     train, layers = start.cfg.train, plan.job.layers
-    outside = any(each.hookpoint.layer is None for each in plan.job.units)
+    outside = any(each.site.layer is None for each in plan.job.units)
     if train.layer_map is not None or outside:  # it names the layers, too
         return
     for stride in range(2, len(layers) + 1):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
+from saekit.placement.costs import Size
 from saekit.planning.layer import Layer
 from saekit.planning.meter import Bytes, Meter, all_of, sized
 from saekit.sae import project_decoder_gradient_
@@ -48,8 +49,7 @@ KNOWN: dict[tuple[object, ...], LayerCost] = {}
 
 def layer_cost(
     cfg: TrainConfig,
-    d_in: int,
-    num_latents: int,
+    size: Size,
     tokens: int,
     act_dtype: torch.dtype,
     kernels: Kernels,
@@ -62,8 +62,7 @@ def layer_cost(
 
     Args:
         cfg: The run's.
-        d_in: D.
-        num_latents: M.
+        size: Of the coder.
         tokens: Tokens per chunk, those of a micro-batch over `micro_acc_steps`.
         act_dtype: Of the language model's activations.
         kernels: From `on_meta`.
@@ -72,14 +71,14 @@ def layer_cost(
         owns_gradient: Whether the placement has a layer's gradient on one rank, where it may be left to the step.
     """
     settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha, cfg.max_norm_multiple > 0)
-    shape = (d_in, num_latents, tokens, cfg.grad_acc_steps, cfg.micro_acc_steps, dead)
+    shape = (size, tokens, cfg.grad_acc_steps, cfg.micro_acc_steps, dead)
     asked = (settings, shape, act_dtype, kernels.name, kernels.select_dtype, on_gpu, owns_gradient)
     if asked in KNOWN:
         return KNOWN[asked]
     eight_bit = cfg.optimizer == "adam8bit"
-    layer = Layer(cfg, d_in, num_latents, kernels, META, owns_gradient)
+    layer = Layer(cfg, size, kernels, META, owns_gradient)
     parameters = all_of(sized(4 * parameter.numel(), on_gpu) for parameter in layer.sae.parameters())
-    chunk = torch.empty(tokens, d_in, dtype=act_dtype, device=META)
+    chunk = torch.empty(tokens, size.width, dtype=act_dtype, device=META)
     dead_latents = torch.empty(dead, dtype=torch.int64, device=META) if dead and cfg.revives else None
     with Meter(on_gpu) as meter:
         layer.passes(chunk, dead_latents)
@@ -101,7 +100,7 @@ def layer_cost(
             project_decoder_gradient_(layer.sae)
             update = meter.peak - meter.live
     KNOWN[asked] = LayerCost(
-        parameters, gradients, state, sized(8 * num_latents, on_gpu).times(3), first, later, update
+        parameters, gradients, state, sized(8 * size.num_latents, on_gpu).times(3), first, later, update
     )
     return KNOWN[asked]
 

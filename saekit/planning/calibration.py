@@ -15,6 +15,7 @@ import torch
 
 from saekit.config import SaeConfig, TrainConfig
 from saekit.errors import UserError
+from saekit.placement.costs import Size
 from saekit.placement.network import measure_network
 from saekit.planning.layer import Layer
 from saekit.planning.machine import Machine
@@ -192,7 +193,7 @@ def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> floa
     """Return seconds of a layer's forward and backward pass over a chunk of tokens."""
     N, D, M, k = shape
     cfg = TrainConfig(sae=SaeConfig(num_latents=M, k=k))
-    layer = Layer(cfg, D, M, choose_kernels(backend, select, device), device)
+    layer = Layer(cfg, Size(M, D, D), choose_kernels(backend, select, device), device)
     chunk_ND = torch.randn(N, D, device=device)
 
     def work() -> None:
@@ -208,7 +209,7 @@ def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
     for cfg in OPTIMIZERS:
         kernels = choose_kernels("auto", "fp32", device)
         try:
-            layer = Layer(cfg, MUON_WIDTH, LATENTS, kernels, device)
+            layer = Layer(cfg, Size(LATENTS, MUON_WIDTH, MUON_WIDTH), kernels, device)
             parameters = list(layer.sae.parameters())
             for parameter in parameters:
                 parameter.grad = torch.full_like(parameter, 1e-3)

@@ -15,27 +15,28 @@ from saekit.activations import (
     resolve_dtype,
 )
 from saekit.activations.chosen import chosen
-from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import Site
 from saekit.config import RunConfig
 from saekit.errors import UserError
+from saekit.placement.costs import Size
 from saekit.planning.language_model import LmCost, language_model_cost
 from saekit.planning.machine import Machine
 from saekit.sae.kernels import auto_backend, check_select_dtype, likely_type
 from saekit.sae.kernels.fastest import Work, fastest, remembered
-from saekit.training.plan import costs_of
+from saekit.training.plan import costs_of, size_at
 
 
 class UnitSize(NamedTuple):
-    """One SAE of a run."""
+    """One coder of a run."""
 
-    hookpoint: Hookpoint
+    site: Site
     num_latents: int
     """M."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Return M and D."""
-        return self.num_latents, self.hookpoint.width
+    def size(self) -> Size:
+        """Return its size."""
+        return size_at(self.site, self.num_latents)
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Job:
     @property
     def layers(self) -> tuple[int, ...]:
         """Return the numbers of the blocks that units belong to, ascending."""
-        return tuple(sorted({each.hookpoint.layer for each in self.units if each.hookpoint.layer is not None}))
+        return tuple(sorted({part.layer for each in self.units for part in each.site.writes if part.layer is not None}))
 
     @property
     def costs(self) -> dict[str, float]:
         """What a step of each unit costs relative to the others, by hookpoint."""
-        return costs_of({each.hookpoint.name: each.size for each in self.units})
+        return costs_of({each.site.name: each.size for each in self.units})
 
     @property
     def tokens(self) -> int:
@@ -85,11 +86,11 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     train = cfg.train
     check_device(cfg.model, machine.device)
     shape = model_shape(cfg.model)
-    hookpoints, depth = chosen(train, shape)
+    found = chosen(train, shape)
     auto = "triton" if machine.on_gpu else auto_backend(machine.device)
     backend = auto if train.kernels == "auto" else train.kernels
     try:
-        units = tuple(UnitSize(each, train.sae.resolve_num_latents(each.width)) for each in hookpoints)
+        units = tuple(UnitSize(each, train.sae.resolve_num_latents(each.d_in)) for each in found.sites)
         check_select_dtype(backend, train.select_dtype, machine.device)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -99,9 +100,9 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         fast = "bf16"
     else:
         dtype = resolve_dtype(cfg.model.dtype, machine.device)
-        num_latents, width = max(each.size for each in units)
-        active = train.sae.kind(train.sae.k, num_latents).max_active
-        work = Work(train.batch_size * ctx_len // train.micro_acc_steps, width, num_latents, active)
+        size = max(each.size for each in units)
+        active = train.sae.kind(train.sae.k, size.num_latents).max_active
+        work = Work(train.batch_size * ctx_len // train.micro_acc_steps, size.d_in, size.num_latents, active)
         seconds = remembered(backend, work)
         fast = fastest(seconds) if seconds else likely_type(machine.device)
     select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
@@ -109,8 +110,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         select_dtype = "fp32"
     lm = language_model_cost(
         shape,
-        [each.name for each in hookpoints],
-        depth,
+        [each.name for each in found.hookpoints],
+        found.depth,
         batch_size=train.batch_size,
         ctx_len=ctx_len,
         dtype=dtype,

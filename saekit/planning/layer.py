@@ -9,9 +9,11 @@ from torch import Tensor
 
 from saekit.config import TrainConfig
 from saekit.placement import LayerOptimizer
+from saekit.placement.costs import Size
 from saekit.sae import Sae
 from saekit.sae.kernels import Kernels
 from saekit.training.bank import ONLY_UNIT, bank_of_one
+from saekit.training.frame import transcoders
 from saekit.training.optimizers import make_optimizer
 from saekit.training.unit import Calibration
 
@@ -23,8 +25,7 @@ class Layer:
 
     Args:
         cfg: The run's.
-        d_in: D.
-        num_latents: M.
+        size: Of the coder.
         kernels: What it is computed with.
         device: Where.
         owns_gradient: Whether gradients may be left to the step, see `Placement.owns_gradient`.
@@ -33,8 +34,7 @@ class Layer:
     def __init__(
         self,
         cfg: TrainConfig,
-        d_in: int,
-        num_latents: int,
+        size: Size,
         kernels: Kernels,
         device: torch.device,
         owns_gradient: bool = False,
@@ -44,10 +44,13 @@ class Layer:
         self.cfg = replace(cfg, optimizer="adam") if stand_in else cfg
         with device:
             limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to exclude
-            sae = Sae(**cfg.sae.sizes(d_in, num_latents), max_norm=limit)
-            known = Calibration(torch.zeros(d_in), float(d_in), limit)
+            d_out = size.d_out if size.transcodes else None
+            sae = Sae(**cfg.sae.sizes(size.d_in, size.num_latents, d_out), max_norm=limit)
+            frame = transcoders(size.d_in, torch.zeros(size.d_in), 1.0, 1.0) if size.transcodes else None
+            known = Calibration(torch.zeros(size.d_out), float(size.d_out), limit, frame=frame)
+            sae.max_norm_out = limit if size.transcodes else None
         sae.chosen_kernels = kernels
-        sae.prefixes = cfg.sae.resolve_prefixes(num_latents)
+        sae.prefixes = cfg.sae.resolve_prefixes(size.num_latents)
         self.bank = bank_of_one(
             cfg, sae, known, owns_gradient=owns_gradient and not stand_in, optimizer=self._optimizer
         )
@@ -61,15 +64,15 @@ class Layer:
                 group |= {"fused": False} if group.get("fused") else {}  # no such kernel there
         return self.optimizer
 
-    def passes(self, chunk_ND: Tensor, dead: Tensor | None = None) -> None:
+    def passes(self, chunk_NW: Tensor, dead: Tensor | None = None) -> None:
         """Forward and backward pass over a chunk of tokens.
 
         Args:
-            chunk_ND: `[N, D]`.
+            chunk_NW: `[N, W]`, what travels to it.
             dead: int64, numbers of the dead latents, for AuxK.
         """
         self.unit.aux_latents = dead if self.cfg.auxk_alpha > 0 else None
-        self.unit.run_(chunk_ND)
+        self.unit.run_(chunk_NW)
 
     def update(self) -> None:
         """The optimizer's step; the gradients stay."""

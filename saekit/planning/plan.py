@@ -10,7 +10,7 @@ from saekit.config.ranks import AUTO
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.placement.choose import kind_of, kinds
-from saekit.placement.costs import Workload
+from saekit.placement.costs import Size, Workload
 from saekit.planning.bank import layer_cost, on_meta
 from saekit.planning.job import Job, make_job
 from saekit.planning.machine import Machine
@@ -134,8 +134,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
     banks = {
         size: layer_cost(
             train,
-            size[1],
-            size[0],
+            size,
             -(-tokens // train.micro_acc_steps),
             job.dtype,
             on_meta(job.backend, SELECT_DTYPES[job.select_dtype]),
@@ -145,7 +144,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         for size in {each.size for each in job.units}
     }
     demand = Demand(
-        activations=tuple(job.tokens * each.hookpoint.width * job.dtype.itemsize for each in job.units),
+        activations=tuple(job.tokens * each.size.width * job.dtype.itemsize for each in job.units),
         grad_acc_steps=train.grad_acc_steps,
         micro_acc_steps=train.micro_acc_steps,
         lm=job.lm,
@@ -183,22 +182,21 @@ def _time(job: Job, kind: type[Placement], owned: Sequence[int], sent: int) -> S
     )
 
 
-def _time_of(job: Job, kind: type[Placement], size: tuple[int, int], count: int, sent: int) -> StepTime | None:
+def _time_of(job: Job, kind: type[Placement], size: Size, count: int, sent: int) -> StepTime | None:
     """Compute it for the language model and as many units of one size."""
     train, ranks = job.cfg.train, job.machine.count
     if job.machine.rates is None:
         return None
-    num_latents, d_in = size
-    params = 2 * num_latents * d_in + num_latents + d_in
+    params = size.params(train.sae.skip_connection)
     work = StepWork(
         tokens=job.tokens,
         micro_batches=train.grad_acc_steps,
         chunks=train.micro_acc_steps,
         trained=kind.rows(job.tokens, ranks),
         layers=count,
-        d_in=d_in,
-        num_latents=num_latents,
-        k=_width_of_codes(train.sae, num_latents),
+        d_in=size.d_in,
+        num_latents=size.num_latents,
+        k=_width_of_codes(train.sae, size.num_latents),
         lm_operations=job.lm.flops_per_token,
         lm_blocks=job.lm.blocks,
         lm_width=job.shape.d_in,
@@ -225,17 +223,17 @@ def _sent(job: Job, kind: type[Placement], owned: Sequence[int]) -> int:
     sizes = [each.size for each in job.units]
     held = [sizes[number] for number in owned]
     moved = []
-    for num_latents, d_in in dict.fromkeys(sizes):
+    for size in dict.fromkeys(sizes):
         load = Workload(
-            layers=sizes.count((num_latents, d_in)),
-            d_in=d_in,
-            num_latents=num_latents,
+            layers=sizes.count(size),
+            size=size,
             world_size=job.machine.count,
             tokens=job.tokens * job.cfg.train.grad_acc_steps,
             micro_batches=job.cfg.train.grad_acc_steps,
             chunks=job.cfg.train.micro_acc_steps,
             act_bytes=job.dtype.itemsize,
             backend="nccl" if job.machine.on_gpu else "gloo",
+            skip=job.cfg.train.sae.skip_connection,
         )
-        moved.append(kind.traffic(load, held.count((num_latents, d_in))))
+        moved.append(kind.traffic(load, held.count(size)))
     return max(sum(each.sent for each in moved), sum(each.received for each in moved))

@@ -46,11 +46,27 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: activation {activation!r} with signed values is not what saekit has by that name")
     if activation not in SELECTIONS:
         raise ValueError(f"{file}: {unknown_activation(activation, config.get('plugin'))}")
-    if config.get("max_norm") is not None and not is_length(config["max_norm"]):
-        raise ValueError(f"{file} has no number of at least 0 as 'max_norm'")
-    if config.get("transcode") or config.get("skip_connection"):
-        raise ValueError(f"{file} describes a transcoder; saekit reads autoencoders only")
+    for key in ("max_norm", "max_norm_out"):
+        if config.get(key) is not None and not is_length(config[key]):
+            raise ValueError(f"{file} has no number of at least 0 as {key!r}")
+    if config.get("d_out") is not None and not is_count(config["d_out"]):
+        raise ValueError(f"{file} has no whole number 'd_out' of at least 1")
+    d_out = config.get("d_out") or config["d_in"]
+    if not config.get("transcode") and (d_out != config["d_in"] or config.get("skip_connection")):
+        raise ValueError(
+            f"{file} describes an autoencoder with {'d_out' if d_out != config['d_in'] else 'a skip connection'}"
+        )
+    for key, width in (("reads", config["d_in"]), ("writes", d_out)):
+        _check_widths(file, key, config.get(key, {}), width)
     return config
+
+
+def _check_widths(file: Path, key: str, widths: Any, total: int) -> None:
+    """Check the hookpoints that a coder reads or writes, with their widths; empty if its folder's name says it."""
+    if not isinstance(widths, dict) or not all(name and is_count(width) for name, width in widths.items()):
+        raise ValueError(f"{file}: {key!r} has to name hookpoints with their widths")
+    if widths and sum(widths.values()) != total:
+        raise ValueError(f"{file}: the widths of {key!r} make {sum(widths.values())}, not {total}")
 
 
 def unknown_activation(activation: Any, plugin: Any = None) -> str:

@@ -1,12 +1,13 @@
 """One SAE in a folder: `cfg.json` and `sae.safetensors`, in the format that sparsify and its readers use.
 
-Names there (M latents, D model width): `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec [M, D]`, `b_dec [D]`.
+Names there (M latents, widths D and D_out): `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec [M, D_out]`, `b_dec
+[D_out]`; of a skip transcoder `W_skip [D_out, D]`. For an autoencoder D_out is D.
 
 sparsify has TopK and GroupMax, and reads no other `"activation"`: it refuses the name of another kind, where under the
 name of TopK it would give other codes. The kind's own entries are its `to_config`; where it comes from outside this
 package, `"plugin"` says from which file or package, for people to read: what a folder says never runs code.
-`saekit.sae.formats` has the other formats. `"max_norm"` and `"trained_on"`, see `Sae`, are ours; sparsify does not
-look at them.
+`saekit.sae.formats` has the other formats. `"max_norm"`, `"max_norm_out"`, `"d_out"`, `"reads"`, `"writes"` and
+`"trained_on"`, see `Sae`, are ours; sparsify does not look at them.
 
 What is read and written here are plain sizes and tensors; `Sae` makes a module of them.
 """
@@ -40,8 +41,16 @@ SEARCH_DEPTH = 4
 """Folders below a checkpoint in which SAEs are looked for."""
 SEARCH_LIMIT = 10_000
 """Folders that are looked at for that: a home folder has more, a checkpoint a few hundred."""
-FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+FILE_NAMES = {
+    "W_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "W_dec": "W_dec",
+    "b_dec": "b_dec",
+    "W_skip": "W_skip",
+}
 """Our parameter names and the file's."""
+OF_TRANSCODERS = ("transcode", "d_out", "skip_connection", "max_norm_out", "reads", "writes")
+"""Entries of `cfg.json` that are arguments of `Sae` as they are, where they are there."""
 IN, IN_FOLDER = ":in", "@in"
 """The end of the name of a module's input, and of its SAE's folder: Windows allows no colon in a file's name."""
 WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -78,11 +87,14 @@ def _config(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "num_latents": sizes["num_latents"],
         "k": sizes["k"],
         "multi_topk": sizes["multi_topk"],
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sizes.get("skip_connection", False),
+        "transcode": sizes.get("transcode", False),
         "d_in": sizes["d_in"],
+        **({} if sizes.get("d_out", sizes["d_in"]) == sizes["d_in"] else {"d_out": sizes["d_out"]}),
+        **{key: sizes[key] for key in ("reads", "writes") if sizes.get(key)},
         **selection.to_config(),
         **({} if max_norm is None else {"max_norm": max_norm}),
+        **({} if sizes.get("max_norm_out") is None else {"max_norm_out": sizes["max_norm_out"]}),
         **({} if origin is None else {"plugin": Path(origin).name}),
     }
 
@@ -102,11 +114,13 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         raise FileNotFoundError(f"no SAE folder at {folder}")
     config = read_config(folder / CONFIG_FILE)
     num_latents = _num_latents(config)
+    d_in, d_out = config["d_in"], config.get("d_out") or config["d_in"]
     shapes = {
-        "encoder.weight": (num_latents, config["d_in"]),
+        "encoder.weight": (num_latents, d_in),
         "encoder.bias": (num_latents,),
-        "W_dec": (num_latents, config["d_in"]),
-        "b_dec": (config["d_in"],),
+        "W_dec": (num_latents, d_out),
+        "b_dec": (d_out,),
+        **({"W_skip": (d_out, d_in)} if config.get("skip_connection") else {}),
     }
     tensors = read_tensors(folder / WEIGHTS_FILE, shapes, device)
     kind: type[Selection] = SELECTIONS.get(config.get("activation", "topk"))
@@ -115,7 +129,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
     sizes = {
-        "d_in": config["d_in"],
+        "d_in": d_in,
         "num_latents": num_latents,
         "k": config["k"],
         "normalize_decoder": config.get("normalize_decoder", True),
@@ -123,19 +137,21 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "multi_topk": config.get("multi_topk", False) and kind.multi_topk,
         "selection": selection,
         "max_norm": config.get("max_norm"),
+        **{key: config[key] for key in OF_TRANSCODERS if config.get(key)},
     }
-    return sizes, {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items()}
+    return sizes, {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items() if theirs in shapes}
 
 
-def read_sizes(folder: Path) -> tuple[int, int]:
-    """Read M and D of one SAE folder.
+def read_sizes(folder: Path) -> tuple[int, int, int | None]:
+    """Read M and D of one SAE folder, and D_out if it has a transcoder's.
 
     Raises:
         FileNotFoundError: If it has no `cfg.json`.
         ValueError: If that describes no SAE that saekit can compute.
     """
     config = read_config(folder / CONFIG_FILE)
-    return _num_latents(config), config["d_in"]
+    d_in = config["d_in"]
+    return _num_latents(config), d_in, config.get("d_out") or d_in if config.get("transcode") else None
 
 
 def _num_latents(config: Mapping[str, Any]) -> int:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import autoencoder, transcoder
 from saekit.config import TrainConfig
 from saekit.placement import LayerOptimizer, Placement, Single
 from saekit.report.stats import LayerStats
 from saekit.sae import Sae
 from saekit.sae.selection.base import Selection
+from saekit.sae.storage import IN
 from saekit.training.message import COUNTS, ERROR, MessageReader, Since, StepMessage, read_later
 from saekit.training.optimizers import base_lr, make_optimizer, rate_ratios
 from saekit.training.plan import UnitPlan
@@ -47,9 +49,11 @@ class Bank:
         calibration: Mapping[str, Calibration],
     ) -> None:
         self.cfg, self.placement, device = cfg, placement, placement.device
+        self.sites = [each.site for each in units]
+        """Of all units of the run."""
         self.names = placement.layers()
         self._reader = MessageReader(units, self.names, cfg.sae.multi_topk)
-        plans, everywhere = {each.hookpoint.name: each for each in units}, [each.hookpoint.name for each in units]
+        plans, everywhere = {each.name: each for each in units}, [each.name for each in units]
         saes = [placement.sae(name) for name in self.names]
         own = [calibration[name] for name in self.names]
 
@@ -74,7 +78,7 @@ class Bank:
         """Of each unit, when the step began."""
         self.error_U = self._variance_U.clone()
         """Mean squared error per token in the last step that counted, over all ranks: the variance before the first."""
-        widths = [plans[name].hookpoint.width for name in self.names]
+        widths = [plans[name].site.d_out for name in self.names]
         self._tally, self._window = Tally(widths, device), Tally(widths, device)
         self._places = self._tally.places(at, self._reader.widths).to(device)
         self._since = Since()
@@ -101,6 +105,7 @@ class Bank:
                 selection_sums=self._selection_US[number],
                 fired_M=fired[number],
                 may_ask=device.type == "cpu",
+                frame=None if (frame := own[number].frame) is None else frame.to(device),
                 dead_M=dead[number] if cfg.revive_alpha > 0 else None,
             )
             for number, (name, sae) in enumerate(zip(self.names, saes, strict=True))
@@ -246,11 +251,10 @@ def bank_of_one(
     placement.place(
         {ONLY_UNIT: 1.0}, lambda _, *, blank=False: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale))
     )
-    hookpoint = Hookpoint(ONLY_UNIT, sae.d_in)
+    read, written = Hookpoint(f"{ONLY_UNIT}{IN}", sae.d_in), Hookpoint(ONLY_UNIT, sae.d_out)
+    site = transcoder(read, written) if sae.transcode else autoencoder(written)
     rates = base_lr(cfg, sae.num_latents, sae.d_in), rate_ratios(cfg, sae.d_in)
-    return Bank(
-        cfg, placement, [UnitPlan(hookpoint, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration}
-    )
+    return Bank(cfg, placement, [UnitPlan(site, sae.num_latents, *rates, dead_threshold)], {ONLY_UNIT: calibration})
 
 
 def stacked(selections: Sequence[Selection], device: torch.device) -> list[tuple[Selection, Tensor]]:

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from saekit.activations import check_device
-from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import Site
 from saekit.config import ModelConfig, RunConfig, TrainConfig
 from saekit.errors import UserError
 from saekit.hub import check_data_name, check_model_name, is_path, path_of
 from saekit.model_files import check_model_folder, safetensors_problem
 from saekit.placement import Placement
+from saekit.placement.costs import Size
 from saekit.report import check_tracker
 from saekit.runs.folder import check_run_folder, goes_on, run_folder
 from saekit.sae.kernels import choose_kernels
 from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, folder_name, read_sizes
 from saekit.training.optimizers import check_optimizer, import_bitsandbytes
-from saekit.training.plan import costs_of, default_run_name
+from saekit.training.plan import costs_of, default_run_name, size_at
 
 if TYPE_CHECKING:
     from saekit.training.live import InMemory
@@ -101,13 +102,13 @@ def check_writable(run_dir: Path) -> None:
         ) from error
 
 
-def check_units(cfg: RunConfig, placement: Placement, hookpoints: Sequence[Hookpoint]) -> None:
+def check_units(cfg: RunConfig, placement: Placement, sites: Sequence[Site]) -> None:
     """Check what is said of single SAEs: their sizes, where they start from, and which rank they are on.
 
     Args:
         cfg: The run.
         placement: The ranks.
-        hookpoints: What is trained on.
+        sites: What coders read and write.
 
     Raises:
         UserError: If a width contradicts the sizes that were asked for, `layer_map` does not fit, or an SAE to start
@@ -115,7 +116,7 @@ def check_units(cfg: RunConfig, placement: Placement, hookpoints: Sequence[Hookp
     """
     train = cfg.train
     try:
-        sizes = {each.name: (train.sae.resolve_num_latents(each.width), each.width) for each in hookpoints}
+        sizes = {each.name: size_at(each, train.sae.resolve_num_latents(each.d_in)) for each in sites}
     except ValueError as error:
         raise UserError(str(error)) from None
     goes = goes_on(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
@@ -125,12 +126,12 @@ def check_units(cfg: RunConfig, placement: Placement, hookpoints: Sequence[Hookp
         check_finetune(finetune, sizes)
 
 
-def check_finetune(path: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
+def check_finetune(path: Path, sizes: Mapping[str, Size]) -> None:
     """Check that the SAEs to start from are there and have the run's sizes, without reading their weights.
 
     Args:
         path: `--finetune`.
-        sizes: M and D of the run's SAEs by hookpoint.
+        sizes: Of the run's SAEs by hookpoint.
 
     Raises:
         UserError: If one is missing, damaged or of another size.
@@ -145,11 +146,10 @@ def check_finetune(path: Path, sizes: Mapping[str, tuple[int, int]]) -> None:
             found = read_sizes(folders[name])
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--finetune {path}: {error}") from error
-        if found != expected:
-            raise UserError(
-                f"--finetune {path}: its SAE for {name} has {found[0]} latents for width {found[1]}, this run "
-                f"{expected[0]} for width {expected[1]}"
-            )
+        num_latents, d_in, d_out = found
+        own = Size(num_latents, d_in, d_out or d_in, d_out is not None)
+        if own != expected:
+            raise UserError(f"--finetune {path}: its coder for {name} has {own.text()}, this run's {expected.text()}")
         if (problem := safetensors_problem(folders[name] / WEIGHTS_FILE)) is not None:
             raise UserError(f"--finetune {path}: {folder_name(name)}/{problem}")
 

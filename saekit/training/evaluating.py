@@ -94,10 +94,7 @@ def subject_of(
     objective, name = choose_objective(predicts(model), mask_id, source.excluded, no_head)
     return Subject(
         model=model,
-        saes={
-            each.hookpoint.name: without_memory(**cfg.sae.sizes(each.hookpoint.width, each.num_latents))
-            for each in plan.units
-        },
+        saes={each.name: without_memory(**each.sizes(cfg)) for each in plan.units},
         data=chosen,
         excluded=source.excluded,
         objective=objective,

@@ -66,8 +66,8 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
     say(f"Reading the configuration of {cfg.model.model}")
     shape = model_shape(cfg.model) if have.model is None else shape_of(have.model.config)
-    hookpoints, depth = chosen(train, shape) if have.model is None else (chosen_in(train, have.model), 0)
-    check_units(cfg, placement, hookpoints)
+    sites, depth = chosen(train, shape) if have.model is None else (chosen_in(train, have.model), 0)
+    check_units(cfg, placement, sites)
     ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
     tokenizer = _tokenizer(cfg, have)
     if tokenizer is None:

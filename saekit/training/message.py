@@ -56,8 +56,8 @@ class MessageReader:
 
     @property
     def widths(self) -> list[int]:
-        """Return D of all units."""
-        return [each.hookpoint.width for each in self.units]
+        """Return D_out of all units."""
+        return [each.site.d_out for each in self.units]
 
     @property
     def tally_size(self) -> int:
@@ -82,7 +82,7 @@ class MessageReader:
         L, mine = len(self.units), len(self.names)
         checks_LC = numbers[mine : mine + L * columns].view(L, columns)
         faults = {
-            unit.hookpoint.name: next(fault for fault, ranks in zip(FAULTS, row, strict=True) if ranks)
+            unit.name: next(fault for fault, ranks in zip(FAULTS, row, strict=True) if ranks)
             for unit, row in zip(self.units, checks_LC[:, : len(FAULTS)].tolist(), strict=True)
             if any(row)
         }
@@ -100,7 +100,7 @@ class MessageReader:
     def report(self, tally: Tensor, dead_L: Tensor, since: Since) -> dict[str, LayerStats]:
         """Make a report from the tally of all units, `Tally.flat`."""
         return {
-            unit.hookpoint.name: read_tally(
+            unit.name: read_tally(
                 tally,
                 number,
                 self.widths,

@@ -77,9 +77,12 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     to_decoder, to_biases = rate_ratios(cfg, sae.d_in)
     betas = (BETA1, cfg.beta2)
     eps = EPS / input_scale  # the biases' gradients have the inverse of their unit
+    to_decoder *= (sae.d_in / sae.d_out) ** 0.5  # its rows are as long as what is predicted is wide
+    skip = [{"params": [sae.W_skip]}] if sae.W_skip is not None else []
     groups: list[dict[str, Any]] = [
         {"params": [sae.W_enc]},
         {"params": [sae.W_dec], "lr": lr * to_decoder},
+        *skip,
         {"params": [sae.b_enc], "lr": lr * to_biases * input_scale, "eps": eps},
         {"params": [sae.b_dec], "lr": lr * input_scale, "eps": eps},
     ]
@@ -96,8 +99,8 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     check_optimizer(cfg)
     # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
     # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalized.
-    muon = torch.optim.Muon(groups[:2], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return TorchOptimizer(sae, [muon, torch.optim.Adam(groups[2:], lr=lr, betas=betas, fused=True)])
+    muon = torch.optim.Muon(groups[:-2], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return TorchOptimizer(sae, [muon, torch.optim.Adam(groups[-2:], lr=lr, betas=betas, fused=True)])
 
 
 class TorchOptimizer:

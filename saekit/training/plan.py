@@ -8,17 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import Site, autoencoder, widths_of
 from saekit.activations.source import Source
 from saekit.config import RunConfig, TrainConfig
 from saekit.config.run import to_flat
 from saekit.errors import UserError
 from saekit.placement import Placement
+from saekit.placement.costs import Size
 from saekit.report import RunInfo
 from saekit.runs.folder import run_folder
 from saekit.sae.kernels import SELECT_DTYPES, Kernels
 from saekit.sae.kernels.fastest import Work
 from saekit.training.agreed import agreed_kernels
+from saekit.training.frame import needs_frame
 from saekit.training.optimizers import base_lr, decays, rate_ratios
 from saekit.training.schedule import dead_threshold, lr_scale, warmup_steps
 
@@ -29,7 +31,7 @@ Value = TypeVar("Value")
 class UnitPlan:
     """One unit, resolved."""
 
-    hookpoint: Hookpoint
+    site: Site
     num_latents: int
     """M."""
     lr: float
@@ -40,13 +42,13 @@ class UnitPlan:
     """Tokens without firing after which a latent is dead."""
 
     @classmethod
-    def of(cls, cfg: TrainConfig, hookpoint: Hookpoint, source: Source) -> UnitPlan:
+    def of(cls, cfg: TrainConfig, site: Site, source: Source) -> UnitPlan:
         """Return the plan of a unit in a run.
 
         Raises:
             ValueError: If the configuration does not fit the hookpoint's width.
         """
-        num_latents = cfg.sae.resolve_num_latents(hookpoint.width)
+        num_latents = cfg.sae.resolve_num_latents(site.d_in)
         asleep = dead_threshold(
             cfg.dead_feature_threshold,
             total_tokens=source.num_sequences * source.ctx_len,
@@ -54,14 +56,26 @@ class UnitPlan:
             num_latents=num_latents,
             k=cfg.sae.k,
         )
-        rate = base_lr(cfg, num_latents, hookpoint.width)
-        return cls(hookpoint, num_latents, rate, rate_ratios(cfg, hookpoint.width), asleep)
+        rate = base_lr(cfg, num_latents, site.d_in)
+        return cls(site, num_latents, rate, rate_ratios(cfg, site.d_in), asleep)
+
+    @property
+    def name(self) -> str:
+        """Return the site's."""
+        return self.site.name
+
+    @property
+    def size(self) -> Size:
+        """Return its size."""
+        return size_at(self.site, self.num_latents)
+
+    def sizes(self, cfg: TrainConfig) -> dict[str, Any]:
+        """Return the arguments of a fresh `Sae`."""
+        return sizes_at(cfg, self.site, self.num_latents)
 
     def work(self, cfg: TrainConfig, tokens: int) -> Work:
         """Return the size of one call of the unit's encoder, for this many tokens."""
-        return Work(
-            tokens, self.hookpoint.width, self.num_latents, cfg.sae.kind(cfg.sae.k, self.num_latents).max_active
-        )
+        return Work(tokens, self.site.d_in, self.num_latents, cfg.sae.kind(cfg.sae.k, self.num_latents).max_active)
 
 
 @dataclass(frozen=True)
@@ -81,17 +95,17 @@ class RunPlan:
     @property
     def hookpoints(self) -> tuple[str, ...]:
         """Names of the units, in model order."""
-        return tuple(each.hookpoint.name for each in self.units)
+        return tuple(each.name for each in self.units)
 
     @property
-    def widths(self) -> dict[str, int]:
-        """D of each unit."""
-        return {each.hookpoint.name: each.hookpoint.width for each in self.units}
+    def sites(self) -> tuple[Site, ...]:
+        """Return what each unit reads and writes."""
+        return tuple(each.site for each in self.units)
 
     @property
     def costs(self) -> dict[str, float]:
         """What a step of each unit costs, see `costs_of`."""
-        return costs_of({each.hookpoint.name: (each.num_latents, each.hookpoint.width) for each in self.units})
+        return costs_of({each.name: each.size for each in self.units})
 
     def unit(self, name: str) -> UnitPlan:
         """Return the plan of one unit."""
@@ -132,14 +146,15 @@ class RunPlan:
             "encoder_bias_lr_ratio": self._of_units(lambda unit: unit.rate_ratios[1]),
             "dead_feature_threshold": self._of_units(lambda unit: unit.dead_threshold),
             "num_latents": self._of_units(lambda unit: unit.num_latents),
-            "d_in": self._of_units(lambda unit: unit.hookpoint.width),
+            "d_in": self._of_units(lambda unit: unit.site.d_in),
+            "d_out": self._of_units(lambda unit: unit.site.d_out),
             "global_batch": self.source.global_batch,
             "kernels": self.kernels.name,
             "select_dtype": self.select_dtype,
         }
 
     def _of_units(self, read: Callable[[UnitPlan], Value]) -> Value | dict[str, Value]:
-        values = {unit.hookpoint.name: read(unit) for unit in self.units}
+        values = {unit.name: read(unit) for unit in self.units}
         return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
     @property
@@ -178,7 +193,7 @@ class RunPlan:
             model=source.name,
             dataset=source.data_name,
             hookpoints=self.hookpoints,
-            widths=tuple(each.hookpoint.width for each in self.units),
+            widths=tuple(each.site.d_in for each in self.units),
             latents=tuple(each.num_latents for each in self.units),
             k=self.cfg.sae.k,
             total_steps=self.total_steps,
@@ -201,13 +216,13 @@ class RunPlan:
         )
 
 
-def costs_of(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """Return what a step of each unit costs, relative to the others, by hookpoint: the elements of a matrix, M·D.
+def costs_of(sizes: Mapping[str, Size]) -> dict[str, float]:
+    """Return what a step of each unit costs, relative to the others: the mean elements of its two matrices.
 
     Args:
-        sizes: M and D by hookpoint, in model order.
+        sizes: By name, in model order.
     """
-    return {name: float(num_latents * width) for name, (num_latents, width) in sizes.items()}
+    return {name: each.num_latents * (each.d_in + each.d_out) / 2 for name, each in sizes.items()}
 
 
 def checked(cfg: Any) -> TrainConfig:
@@ -230,13 +245,40 @@ def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement:
     """
     source.begin(cfg, placement.device, placement.rank, placement.world_size)
     try:
-        units = tuple(UnitPlan.of(cfg, hookpoint, source) for hookpoint in source.hookpoints)
+        units = tuple(UnitPlan.of(cfg, site, source) for site in sites_of(cfg, source))
         run_dir = run_folder(cfg, default_run_name(source.name, run))
         tokens = placement.rows(cfg.batch_size * source.ctx_len, placement.world_size) // cfg.micro_acc_steps
         kernels = agreed_kernels(cfg, [unit.work(cfg, tokens) for unit in units], placement, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from None
     return RunPlan(cfg=cfg, units=units, source=source, kernels=kernels, run_dir=run_dir, run=run)
+
+
+def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
+    """Return what coders read and write of a source's hookpoints: what it says, or an SAE of each.
+
+    Raises:
+        UserError: If the configuration asks for something else, and the source does not say.
+    """
+    if source.sites is not None:
+        return source.sites
+    if cfg.transcodes or cfg.crosscode is not None:
+        asked = "--crosscode" if cfg.crosscode is not None else "--transcode" if cfg.transcode else "--reads"
+        raise UserError(f"{asked}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
+    return tuple(map(autoencoder, source.hookpoints))
+
+
+def size_at(site: Site, num_latents: int) -> Size:
+    """Return the size of a coder at a site."""
+    return Size(num_latents, site.d_in, site.d_out, site.transcodes)
+
+
+def sizes_at(cfg: TrainConfig, site: Site, num_latents: int) -> dict[str, Any]:
+    """Return the arguments of a fresh `Sae` at a site."""
+    sizes = cfg.sae.sizes(site.d_in, num_latents, site.d_out if site.transcodes else None)
+    if needs_frame(site):
+        sizes |= {"reads": widths_of(site.reads), "writes": widths_of(site.writes)}
+    return sizes
 
 
 def default_run_name(model_name: str, run: RunConfig | None) -> str:

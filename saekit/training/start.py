@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from saekit.activations.sites import Site, join
 from saekit.activations.source import Batch, Source
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.sae import Sae
 from saekit.sae.kernels.choose import Eager
+from saekit.sae.kernels.eager import unit_rows
 from saekit.sae.kernels.torch_ops import gather_sum
 from saekit.training.plan import RunPlan
 from saekit.training.state import calibration
@@ -29,7 +32,7 @@ def calibrate(
     placement: Placement,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Calibration], dict[str, Tensor]]:
-    """Measure each hookpoint's mean and variance over the first global batch, and take a sample of it. Collective.
+    """Measure each site's means and variances over the first global batch, and take a sample of it. Collective.
 
     If the norm of some tokens exceeds `max_norm_multiple` times the median, a second pass measures mean and variance
     without them. Attention sinks, a few nearly equal tokens with a hundred times the norm of the others, would
@@ -42,8 +45,8 @@ def calibrate(
         say: Told whether tokens are excluded.
 
     Returns:
-        Both by hookpoint. The sample `[R, D]`, without excluded tokens, is empty unless initial weights, thresholds or
-        the norm limit need it.
+        Both by site. The sample `[R, W]`, without excluded tokens, is empty unless initial weights, thresholds or the
+        norm limit need it.
 
     Raises:
         UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
@@ -55,26 +58,29 @@ def calibrate(
     if cfg.init == "fit" or cfg.sae.kind.fits or cfg.max_norm_multiple > 0:
         sample = Sample([plan.source.count(batch) for batch in batches], cfg.init_seed, placement)
     moments, longest = _moments(batches, plan, placement, sample=sample)
-    limits: dict[str, float] = {}
+    limits: dict[str, list[float]] = {}
     if sample is not None:
         rows = sample.complete()
     if cfg.max_norm_multiple > 0:
-        limits = {name: cfg.max_norm_multiple * float(rows_RD.norm(dim=1).median()) for name, rows_RD in rows.items()}
-        rows = {name: rows_RD[~(rows_RD.norm(dim=1) > limits[name])] for name, rows_RD in rows.items()}
-    finite = all(bool(torch.isfinite(each.sum_squares)) for each in moments.values())  # else it is an error below
-    if finite and any(longest[name] > limit for name, limit in limits.items()):
+        for site in plan.sites:
+            norms_2R = _norms(site, rows[site.name])
+            limits[site.name] = [cfg.max_norm_multiple * float(norms_R.median()) for norms_R in norms_2R]
+            rows[site.name] = rows[site.name][_within(norms_2R, limits[site.name])]
+    finite = all(bool(torch.isfinite(each.sum_squares)) for parts in moments.values() for each in parts)
+    pairs = [pair for name, most in limits.items() for pair in zip(longest[name], most, strict=True)]
+    if finite and any(norm > most for norm, most in pairs):
         before, (moments, _) = moments, _moments(batches, plan, placement, limits)
-        shares = {name: 1 - float(moments[name].count / before[name].count) for name in moments}
+        shares = {name: 1 - float(moments[name][0].count / before[name][0].count) for name in moments}
         worst = max(shares, key=lambda name: shares[name])
         say(
             f"Tokens whose activation norm exceeds {cfg.max_norm_multiple:g} times the median are excluded "
             f"(--max-norm-multiple): {percent(shares[worst])} of the tokens of {worst}, and some of "
             f"{sum(share > 0 for share in shares.values())} of {len(shares)} layers"
         )
-    # Its variance scales losses and rates, in which replicas must not differ, as numbers made on different devices may.
-    measured = {name: calibration(name, each, limits.get(name)) for name, each in moments.items()}
-    numbers = placement.gather({name: (each.variance, each.max_norm) for name, each in measured.items()})[0]
-    return {name: Calibration(each.mean_D, *numbers[name]) for name, each in measured.items()}, rows
+    # They scale losses and rates, in which replicas must not differ, as numbers made on different devices may.
+    measured = {site.name: calibration(site, moments[site.name], limits.get(site.name, [])) for site in plan.sites}
+    numbers = placement.gather({name: each.numbers() for name, each in measured.items()})[0]
+    return {name: replace(each, **numbers[name]) for name, each in measured.items()}, rows
 
 
 def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:
@@ -83,34 +89,54 @@ def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement)
     return sum(count for (count,) in placement.exchange([sum(source.count(batch) for batch in batches)]))
 
 
-def _counted(source: Source, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Give each hookpoint's activations `[N, D]` of counted tokens."""
-    acts = source(batch)
-    for name, x_ND in acts.of.items():
-        yield name, x_ND if acts.counted_N is None else x_ND[acts.counted_N]
+def _counted(plan: RunPlan, batch: Batch) -> Iterator[tuple[Site, Tensor]]:
+    """Give what travels to each site, `[N, W]`, of counted tokens."""
+    acts = plan.source(batch)
+    joined = join(acts.of, plan.sites)
+    for site in plan.sites:
+        x_NW = joined.pop(site.name)
+        yield site, x_NW if acts.counted_N is None else x_NW[acts.counted_N]
+
+
+def _norms(site: Site, x_NW: Tensor) -> Tensor:
+    """Return the norms of what is read, `[1, N]`, and of what a transcoder is to predict: `[2, N]`."""
+    read_and_written = [site.d_in, site.d_out] if site.transcodes else [site.d_in]
+    return torch.stack([part.float().norm(dim=1) for part in x_NW.split(read_and_written, 1)])
+
+
+def _within(norms_2N: Tensor, limits: Sequence[float]) -> Tensor:
+    """Tell which tokens have no norm above its limit: bool `[N]`. NaN has none."""
+    return ~(norms_2N > norms_2N.new_tensor(limits)[:, None]).any(0)
 
 
 def _moments(
     batches: Sequence[Batch],
     plan: RunPlan,
     placement: Placement,
-    limits: Mapping[str, float] | None = None,
+    limits: Mapping[str, Sequence[float]] | None = None,
     sample: Sample | None = None,
-) -> tuple[dict[str, Moments], dict[str, float]]:
-    """Sum each hookpoint's moments up to its norm limit over a global batch; find the largest norm. Collective."""
-    moments = {name: Moments.zero(width, placement.device) for name, width in plan.widths.items()}
-    longest = {name: torch.zeros((), device=placement.device) for name in plan.hookpoints}
+) -> tuple[dict[str, list[Moments]], dict[str, list[float]]]:
+    """Sum each part's moments up to the norm limits over a global batch; find the largest norms. Collective."""
+    device = placement.device
+    moments = {site.name: [Moments.zero(part.width, device) for part in site.parts] for site in plan.sites}
+    longest = {site.name: torch.zeros(2 if site.transcodes else 1, device=device) for site in plan.sites}
     for micro, batch in enumerate(batches):
-        for name, x_ND in _counted(plan.source, batch):
-            norms_N = x_ND.float().norm(dim=1)
-            moments[name].add(x_ND if limits is None else x_ND[~(norms_N > limits[name])])
+        for site, x_NW in _counted(plan, batch):
+            norms_2N = _norms(site, x_NW)
+            counted_NW = x_NW if limits is None else x_NW[_within(norms_2N, limits[site.name])]
+            widths = [part.width for part in site.parts]
+            for each, x_ND in zip(moments[site.name], counted_NW.split(widths, 1), strict=True):
+                each.add(x_ND)
             if sample is not None:
-                sample.add(micro, name, x_ND)
-            if len(norms_N):
-                longest[name] = torch.maximum(longest[name], norms_N.max())
-    everywhere = placement.gather([float(longest[name]) for name in plan.hookpoints])
-    largest = dict(zip(plan.hookpoints, map(max, zip(*everywhere, strict=True)), strict=True))
-    return {name: each.reduced(placement.sum) for name, each in moments.items()}, largest
+                sample.add(micro, site.name, x_NW)
+            if len(x_NW):
+                longest[site.name] = torch.maximum(longest[site.name], norms_2N.amax(1))
+    everywhere = placement.gather([longest[name].tolist() for name in plan.hookpoints])
+    largest = {
+        name: [max(parts) for parts in zip(*ranks, strict=True)]
+        for name, ranks in zip(plan.hookpoints, zip(*everywhere, strict=True), strict=True)
+    }
+    return {name: [each.reduced(placement.sum) for each in parts] for name, parts in moments.items()}, largest
 
 
 class Sample:
@@ -135,7 +161,7 @@ class Sample:
         generator = torch.Generator().manual_seed(seed)
         self._numbers = torch.randperm(total, generator=generator)[:ROWS]
         self.rows: dict[str, Tensor] = {}
-        """By hookpoint `[R, D]`, float32, on the CPU."""
+        """By site `[R, W]`, float32, on the CPU."""
 
     def add(self, micro: int, name: str, x_ND: Tensor) -> None:
         """Take the sampled tokens from a unit's activations of one of this rank's micro-batches."""
@@ -152,21 +178,40 @@ class Sample:
 
 
 @torch.no_grad()
-def fit_encoder_(sae: Sae, rows_RD: Tensor) -> None:
-    """Scale a fresh SAE's encoder, in place, so that the first reconstructions fit best.
+def fit_(sae: Sae, rows_RD: Tensor, targets_RD: Tensor | None = None) -> None:
+    """Fit a fresh coder's weights, in place, so that the first reconstructions fit best.
 
-        W_enc = s · W_dec        s = Σ_t (x_t − b_dec) · y_t / Σ_t ‖y_t‖²
+        W_enc = s · W        s = Σ_t (y_t − b_dec) · p_t / Σ_t ‖p_t‖²
 
-    where y is the reconstruction of x with s = 1, without `b_dec`. The k active latents all point roughly in the
-    direction of x, so together they overshoot several times. An SAE that starts like that unlearns it by pushing
-    latents away from the data, where some of them die.
+    where p is the prediction of y with s = 1, without `b_dec`. For an autoencoder y is x and W is `W_dec`: the k active
+    latents all point roughly in the direction of x, so together they overshoot several times. One that starts like that
+    unlearns it by pushing latents away from the data, where some of them die. Of a transcoder W is `W_enc` with rows of
+    norm 1, and the rows of `W_dec` point to where a linear map of the sample leads them (`linear_map`).
 
     Args:
-        sae: A fresh SAE on the CPU whose `b_dec` is the activations' mean.
-        rows_RD: `[R, D]`, float32: activations of R tokens.
+        sae: A fresh coder on the CPU whose `b_dec` is the mean of what it is to predict.
+        rows_RD: `[R, D]`, float32: what is read of R tokens; of a transcoder centred.
+        targets_RD: `[R, D_out]`, what a transcoder is to predict.
     """
-    x_RD = rows_RD - sae.b_dec
-    acts_RK, indices_RK = sae.selection.before_fit().encode(x_RD, sae.W_dec, sae.b_enc, None, Eager())
-    y_RD = gather_sum(acts_RK, indices_RK, sae.W_dec)  # without an [R, K, D] tensor
-    fit = float((x_RD * y_RD).sum() / y_RD.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
-    sae.W_enc.copy_(sae.W_dec * (fit or 1.0))
+    W_MD: Tensor = sae.W_dec
+    if targets_RD is None:
+        x_RD = y_RD = rows_RD - sae.b_dec
+    else:
+        W_MD, x_RD, y_RD = unit_rows(sae.W_enc), rows_RD, targets_RD - sae.b_dec
+        sae.W_dec.copy_(unit_rows(W_MD @ linear_map(x_RD, y_RD)))
+    acts_RK, indices_RK = sae.selection.before_fit().encode(x_RD, W_MD, sae.b_enc, None, Eager())
+    predicted_RD = gather_sum(acts_RK, indices_RK, sae.W_dec)  # without an [R, K, D] tensor
+    tiny = torch.finfo(torch.float32).tiny
+    scale = float((y_RD * predicted_RD).sum() / predicted_RD.square().sum().clamp_min(tiny))
+    sae.W_enc.copy_(W_MD * (scale or 1.0))
+
+
+def linear_map(x_RD: Tensor, y_RD: Tensor) -> Tensor:
+    """Return A `[D, D_out]` with `y ≈ x A` on a sample: ridge regression, as strong as a tenth of the mean variance.
+
+    A sample may have fewer tokens than dimensions.
+    """
+    x_RD, y_RD = x_RD.double(), y_RD.double()
+    gram_DD = x_RD.T @ x_RD
+    gram_DD.diagonal().add_(0.1 * gram_DD.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.linalg.solve(gram_DD, x_RD.T @ y_RD).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saekit.activations.sites import Site
 from saekit.errors import UserError
+from saekit.placement.costs import Size
 from saekit.report import Lowest
 from saekit.runs.checkpoint import LayerRecord
 from saekit.runs.opening import open_sae
@@ -21,9 +23,13 @@ from saekit.sae.model import without_memory
 from saekit.sae.selection.base import make_selection
 from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, folder_name
 from saekit.training.bank import Bank
+from saekit.training.frame import Frame, crosscoders, frame_of, needs_frame, transcoders
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
+
+FRAME = "frame."
+"""Begins the names of what a checkpoint keeps of a unit's frame, and of its weights in that."""
 
 
 class Fault(NamedTuple):
@@ -68,18 +74,18 @@ def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
         blank: Leave the weights open instead of drawing them.
     """
     unit = plan.unit(name)
-    sizes = plan.cfg.sae.sizes(unit.hookpoint.width, unit.num_latents)
+    sizes = unit.sizes(plan.cfg)
     if blank:
         selection = make_selection(sizes["selection"], sizes["k"], sizes["num_latents"])  # on the CPU, not on meta
         fresh = without_memory(**{**sizes, "selection": selection}).to_empty(device="cpu")
     else:
-        fresh = Sae(**sizes, generator=torch.Generator().manual_seed(unit.hookpoint.seed(plan.cfg.init_seed)))
+        fresh = Sae(**sizes, generator=torch.Generator().manual_seed(unit.site.seed(plan.cfg.init_seed)))
     fresh.chosen_kernels = plan.kernels
     fresh.prefixes = plan.cfg.sae.resolve_prefixes(unit.num_latents)
     return fresh
 
 
-def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> Sae:
+def load_finetune(path: Path, hookpoint: str, sae: Sae, frame: Frame | None, *, only_unit: bool) -> Sae:
     """Replace the weights of a fresh SAE by those of an earlier one, in place.
 
     Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
@@ -89,6 +95,7 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> S
         path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
         hookpoint: Whose SAE it is.
         sae: The fresh one.
+        frame: In which it is trained.
         only_unit: Whether the bank has no other unit.
 
     Returns:
@@ -103,12 +110,13 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> S
         if hookpoint not in folders:
             raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
         source = open_sae(folders[hookpoint], otherwise="")
-        if (source.num_latents, source.d_in) != (sae.num_latents, sae.d_in):
-            raise ValueError(
-                f"its SAE for {hookpoint} has {source.num_latents} latents for width {source.d_in}, "
-                f"this run {sae.num_latents} for width {sae.d_in}"
-            )
-        sae.load_state_dict(source.state_dict())
+        before, wanted = size_of(source), size_of(sae)
+        if before != wanted:
+            raise ValueError(f"its coder for {hookpoint} has {before.text()}, this run's {wanted.text()}")
+        weights = source.state_dict()
+        if sae.W_skip is not None:  # one that had none goes on as it was
+            weights.setdefault("W_skip", torch.zeros_like(sae.W_skip))
+        sae.load_state_dict(weights if frame is None else frame.unfold(weights))
         if sae.normalize_decoder:
             give_encoder_the_norms_(sae)
         return source
@@ -116,12 +124,34 @@ def load_finetune(path: Path, hookpoint: str, sae: Sae, *, only_unit: bool) -> S
         raise UserError(f"--finetune {path}: {error}") from error
 
 
-def calibration(name: str, moments: Moments, max_norm: float | None = None) -> Calibration:
-    """Compute a hookpoint's mean and variance from sums over the first global batch's counted activations.
+def calibration(site: Site, moments: Sequence[Moments], limits: Sequence[float] = ()) -> Calibration:
+    """Compute a site's mean, variance and frame from sums over the first global batch's counted activations.
+
+    Args:
+        site: What is read and written.
+        moments: Of each of its parts.
+        limits: The largest norms of counted activations: of what is read, and of what a transcoder is to predict.
 
     Raises:
         UserError: If the activations hold NaN or Inf, or do not vary.
     """
+    variances = [_variance(part.name, each) for part, each in zip(site.parts, moments, strict=True)]
+    means = [each.mean_D().float() for each in moments]
+    limit, limit_out = (*limits, None, None)[:2]
+    if site.transcodes:
+        read = len(site.reads)
+        mean_D, variance = torch.cat(means[read:]), sum(variances[read:])
+        frame = transcoders(
+            site.d_in, torch.cat(means[:read]).cpu(), sum(variances[:read]), (variance / site.d_out) ** 0.5
+        )
+        return Calibration(mean_D, variance, limit, limit_out, frame)
+    if not needs_frame(site):
+        return Calibration(means[0], variances[0], limit)
+    frame = crosscoders([each.width for each in site.parts], variances)
+    return Calibration(torch.cat(means) * frame.scale_D.to(means[0].device), float(site.d_in), limit, None, frame)
+
+
+def _variance(name: str, moments: Moments) -> float:
     if not bool(torch.isfinite(moments.sum_squares)):
         raise UserError(
             f"{name}: NaN or Inf in the activations of the first batch: the language model overflows; "
@@ -131,7 +161,12 @@ def calibration(name: str, moments: Moments, max_norm: float | None = None) -> C
     # Rounding leaves a little of a variance that is zero.
     if not variance > 1e-12 * float(moments.sum_squares / moments.count):
         raise UserError(f"{name}: its activations on the first batch do not vary, so there is nothing to learn")
-    return Calibration(moments.mean_D().float(), variance, max_norm)
+    return variance
+
+
+def size_of(sae: Sae) -> Size:
+    """Return a coder's size."""
+    return Size(sae.num_latents, sae.d_in, sae.d_out, sae.transcode)
 
 
 def are_finite(weights: dict[str, Tensor]) -> bool:
@@ -155,12 +190,10 @@ def records(
             broken.append(name)  # other ranks still need this one's part of the units that they write
             continue
         known = run.calibration[name]
-        limit = known.max_norm
         tensors = {
             **bank.state_of(name),
-            "mean": known.mean_D,
-            "variance": torch.tensor(known.variance, dtype=torch.float64),
-            **({} if limit is None else {"max_norm": torch.tensor(limit, dtype=torch.float64)}),
+            **calibration_tensors(known),
+            **{f"{FRAME}{key}": value for key, value in (known.frame.lost(weights) if known.frame else {}).items()},
             **{f"optim.{key}": value for key, value in optimizer_state.items()},
         }
         unit_about = {
@@ -171,25 +204,37 @@ def records(
             "dead_feature_threshold": plan.unit(name).dead_threshold,
             "fvu": fvu.get(name),
         }
-        yield name, LayerRecord(placement.sae(name), weights, tensors, unit_about)
-        del weights, optimizer_state, tensors  # before the next unit is made
+        delivered = weights if known.frame is None else known.frame.fold(weights)
+        yield name, LayerRecord(placement.sae(name), delivered, tensors, unit_about)
+        del delivered, weights, optimizer_state, tensors  # before the next unit is made
     if broken:
         raise UserError(
             f"{broken[0]}: NaN or Inf in the SAE's weights at step {run.step}, which is not saved; try a smaller --lr"
         )
 
 
-def read_calibration(checkpoint: Path, hookpoints: Iterable[str]) -> dict[str, Calibration]:
+def calibration_tensors(known: Calibration) -> dict[str, Tensor]:
+    """Return what a checkpoint keeps of a calibration."""
+    numbers = {"variance": known.variance, "max_norm": known.max_norm, "max_norm_out": known.max_norm_out}
+    kept = {name: torch.tensor(each, dtype=torch.float64) for name, each in numbers.items() if each is not None}
+    frame = {} if known.frame is None else known.frame.tensors()
+    return {"mean": known.mean_D, **kept, **{f"{FRAME}{name}": each for name, each in frame.items()}}
+
+
+def read_calibration(checkpoint: Path, sites: Iterable[Site]) -> dict[str, Calibration]:
     """Read the calibration from a checkpoint, on the CPU.
 
     Raises:
         UserError: If a file is missing or damaged.
     """
     found = {}
-    for name in hookpoints:
-        tensors = read_state(checkpoint / folder_name(name), ("mean", "variance"), ("max_norm",))
-        max_norm = float(tensors["max_norm"]) if "max_norm" in tensors else None
-        found[name] = Calibration(tensors["mean"].clone(), float(tensors["variance"]), max_norm)
+    for site in sites:
+        of_frame = ("scale", "rms", *(("shift",) if site.transcodes else ())) if needs_frame(site) else ()
+        needed = ("mean", "variance", *(f"{FRAME}{key}" for key in of_frame))
+        tensors = read_state(checkpoint / folder_name(site.name), needed, ("max_norm", "max_norm_out"))
+        limit, limit_out = (float(tensors[key]) if key in tensors else None for key in ("max_norm", "max_norm_out"))
+        frame = frame_of(site, {key: tensors[f"{FRAME}{key}"].clone() for key in of_frame})
+        found[site.name] = Calibration(tensors["mean"].clone(), float(tensors["variance"]), limit, limit_out, frame)
     return found
 
 
@@ -212,6 +257,10 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
         bank.load_state(name, tensors)
         optimizer = {key.removeprefix("optim."): value for key, value in tensors.items() if key.startswith("optim.")}
         saved = Sae.load_from_disk(folder)
-        bank.placement.load(name, saved.state_dict(), optimizer)
+        weights = saved.state_dict()
+        if (frame := run.calibration[name].frame) is not None:
+            weights = frame.unfold(weights)
+            weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.lost(weights)}
+        bank.placement.load(name, weights, optimizer)
         bank.placement.sae(name).selection.load_(saved.selection)
     bank.count_dead()

@@ -68,23 +68,29 @@ class Moments:
 
 
 def without_excluded(
-    sae: Sae, x_ND: Tensor, counted_N1: Tensor | None = None, *, may_ask: bool = False
+    sae: Sae,
+    x_ND: Tensor,
+    counted_N1: Tensor | None = None,
+    *,
+    y_ND: Tensor | None = None,
+    may_ask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Put zeros in place of excluded tokens' activations; the number of rows stays the same.
 
     The host then need not wait for a GPU to count them, and NaN stays NaN, so that it is noticed.
 
     Args:
-        sae: Its `max_norm` excludes activations whose norm is larger.
+        sae: Its `max_norm` and `max_norm_out` exclude tokens with activations whose norm is larger.
         x_ND: `[N, D]`.
+        y_ND: `[N, D_out]`, what a transcoder is to predict.
         counted_N1: bool `[N, 1]`, False for tokens that are excluded already, by their id; None if there is none.
         may_ask: Whether the host may read whether any norm is too large; almost always none is.
 
     Returns:
         The activations, and bool `[N, 1]` for `SaeOutput.masked`: which tokens are counted. None if none is excluded.
     """
-    if sae.max_norm is not None:
-        short_N1 = sae.counted(x_ND).unsqueeze(1)
+    if sae.max_norm is not None or sae.max_norm_out is not None:
+        short_N1 = sae.counted(x_ND, y_ND).unsqueeze(1)
         if not (may_ask and bool(short_N1.all())):
             counted_N1 = short_N1 if counted_N1 is None else short_N1 & counted_N1
     return (x_ND, None) if counted_N1 is None else (x_ND * counted_N1, counted_N1)
@@ -170,7 +176,7 @@ def observe_(
     Args:
         sums_7: The unit's row of `Tally.sums_U7`.
         mean_D: Its part of `Tally.means`.
-        x_ND: What is predicted.
+        x_ND: `[N, D_out]`, what is predicted.
         out: The prediction.
         losses: Of the chunk.
         scale: By which the squared errors were multiplied, a scalar.

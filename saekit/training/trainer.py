@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from saekit.activations.live import LiveModel
+from saekit.activations.sites import join
 from saekit.activations.source import Batch, Source, Steps
 from saekit.config import RunConfig, TrainConfig
 from saekit.errors import Interrupted, SaveError, UserError
@@ -29,6 +30,7 @@ from saekit.training import state
 from saekit.training.bad_steps import check_last_step, skip_step
 from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
+from saekit.training.frame import framed
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import StepMessage
 from saekit.training.optimizers import make_optimizer
@@ -36,7 +38,7 @@ from saekit.training.plan import RunPlan, checked, plan_run
 from saekit.training.reports import step_stats, warn_of_divergence
 from saekit.training.run_folder import checkpoint_to_go_on_from, one_writer
 from saekit.training.saving import Saver
-from saekit.training.start import calibrate, count_tokens, fit_encoder_
+from saekit.training.start import calibrate, count_tokens, fit_
 from saekit.units import active
 
 if TYPE_CHECKING:
@@ -69,11 +71,12 @@ def train_step(
     bank.begin_(count_tokens(source, batches, placement))
     for micro, batch in enumerate(batches, 1):
         acts = source(batch)
+        travelling = join(acts.of, bank.sites)
         counted_N = None if acts.counted_N is None else placement.counted(acts.counted_N)
-        for name, x_ND in placement.route(acts.of, last=micro == len(batches)):
-            for chunk_ND, counted_N1 in chunks(x_ND, counted_N, bank.cfg.micro_acc_steps):
-                bank.units[name].run_(chunk_ND, counted_N1)
-            del x_ND, chunk_ND  # else the last unit's would stay through the rest of the step
+        for name, x_NW in placement.route(travelling, last=micro == len(batches)):
+            for chunk_NW, counted_N1 in chunks(x_NW, counted_N, bank.cfg.micro_acc_steps):
+                bank.units[name].run_(chunk_NW, counted_N1)
+            del x_NW, chunk_NW  # else the last unit's would stay through the rest of the step
     # All that the host must know of the step is in one message, requested before the language model's next batch is
     # queued: the GPU has work while the host reads the message and queues the rest. But where gradients travel, the GPU
     # would wait for them with nothing to do. So it gets that batch first, which needs no more memory here than below;
@@ -93,12 +96,12 @@ def train_step(
     return message
 
 
-def chunks(x_ND: Tensor, counted_N: Tensor | None, count: int) -> list[tuple[Tensor, Tensor | None]]:
+def chunks(x_NW: Tensor, counted_N: Tensor | None, count: int) -> list[tuple[Tensor, Tensor | None]]:
     """Split a micro-batch into `count` chunks of tokens, each with its counted tokens, `[n, 1]`; None for all."""
     counted: Sequence[Tensor | None] = [None] * count
     if counted_N is not None:
         counted = counted_N[:, None].tensor_split(count)
-    return list(zip(x_ND.tensor_split(count), counted, strict=True))
+    return list(zip(x_NW.tensor_split(count), counted, strict=True))
 
 
 class SaeTrainer:
@@ -231,26 +234,28 @@ class SaeTrainer:
             self.report.status("Calibrating on the first batch")
             run.calibration, sample = calibrate(self.source.read(0), plan, placement, self.report.status)
         else:
-            run.calibration = state.read_calibration(found.folder, plan.hookpoints)
+            run.calibration = state.read_calibration(found.folder, plan.sites)
         scales: dict[Sae, float] = {}
         earlier: set[str] = set()
 
         def make_sae(name: str, *, blank: bool = False) -> Sae:
             sae = state.new_sae(plan, name, blank=blank)
-            sae.max_norm = run.calibration[name].max_norm
-            scales[sae] = run.calibration[name].rms if cfg.scale_biases else 1.0
-            rows_RD = sample.pop(name, None)
+            known = run.calibration[name]
+            sae.max_norm, sae.max_norm_out = known.max_norm, known.max_norm_out
+            scales[sae] = known.rms if cfg.scale_biases else 1.0
+            rows_RW = sample.pop(name, None)
             if blank:
                 return sae
             if found is None:
-                sae.b_dec.data.copy_(run.calibration[name].mean_D)
+                sae.b_dec.data.copy_(known.mean_D)
+            rows_RD, targets_RD = (rows_RW, None) if rows_RW is None else framed(rows_RW, known.frame)
             if rows_RD is not None and cfg.init == "fit":
-                fit_encoder_(sae, rows_RD)
+                fit_(sae, rows_RD, targets_RD)
             if found is None and cfg.finetune is not None:
-                before = state.load_finetune(cfg.finetune, name, sae, only_unit=len(plan.units) == 1)
+                before = state.load_finetune(cfg.finetune, name, sae, known.frame, only_unit=len(plan.units) == 1)
                 earlier.add(active(before.k, before.activation))
             if rows_RD is not None:
-                sae.fit_selection_(rows_RD, run.calibration[name].rms)
+                sae.fit_selection_(rows_RD, known.rms)
             return sae
 
         # What a placement makes later, to put a sharded unit together, takes no step: its rate does not matter.

@@ -4,31 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
 from saekit.sae import Sae, sae_losses
+from saekit.training.frame import Frame
 from saekit.training.statistics import observe_, without_excluded
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measurements of a hookpoint on the first global batch; fixed for the run."""
+    """Measurements of a site on the first global batch; fixed for the run."""
 
     mean_D: Tensor
-    """`[D]`, float32: the initial `b_dec`."""
+    """`[D_out]`, float32: the initial `b_dec`; of what is predicted, in the unit's frame."""
     variance: float
-    """σ², the total variance (trace of the covariance), by which the loss is divided."""
+    """σ², the total variance (trace of the covariance) of the same, by which the loss is divided."""
     max_norm: float | None = None
     """The largest norm of counted activations; None for any. Mean and variance are of counted ones."""
+    max_norm_out: float | None = None
+    """The largest norm of what a transcoder is to predict."""
+    frame: Frame | None = None
+    """Of a transcoder or a crosscoder; an SAE sees activations as they are."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the arguments of it that all ranks must have alike to the last bit."""
+        return {
+            "variance": self.variance,
+            "max_norm": self.max_norm,
+            "max_norm_out": self.max_norm_out,
+            "frame": self.frame,
+        }
 
     @property
     def rms(self) -> float:
-        """Root mean square of the centred activations, `σ / √D`: the unit of the biases."""
-        return float((self.variance / len(self.mean_D)) ** 0.5)
+        """Root mean square of the centred activations that are read, for an SAE `σ / √D`: the unit of the biases."""
+        return float((self.variance / len(self.mean_D)) ** 0.5) if self.frame is None else self.frame.rms
 
 
 class Scales(NamedTuple):
@@ -59,16 +73,18 @@ class Unit:
     backward: Callable[[Tensor], None]
     """Adds the gradient of a loss to the unit's."""
     centre_D: Tensor
-    """`[D]`: the mean of the first batch."""
+    """`[D_out]`: the mean of the first batch."""
     scales: Scales
     sums_7: Tensor
     """The unit's row of the step's `Tally`, float64."""
     mean_D: Tensor
-    """Its part of that tally's means, float64 `[D]`."""
+    """Its part of that tally's means, float64 `[D_out]`."""
     selection_sums: Tensor
     """int64 `[S]`: what its selection is moved by (`SaeOutput.sums`), over the step."""
     fired_M: Tensor
     """int64 `[M]`: tokens of the step on which each latent fired."""
+    frame: Frame | None = None
+    """Of a transcoder or a crosscoder."""
     dead_M: Tensor | None = None
     """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
     may_ask: bool = False
@@ -76,18 +92,26 @@ class Unit:
     aux_latents: Tensor | None = None
     """int64 `[dead]`: their numbers, for AuxK; None without."""
 
-    def run_(self, chunk_ND: Tensor, counted_N1: Tensor | None = None) -> None:
+    def run_(self, chunk_NW: Tensor, counted_N1: Tensor | None = None) -> None:
         """Forward and backward pass over a chunk of tokens; gradients, sums and counters are added to.
 
         Args:
-            chunk_ND: `[N, D]` activations, in any float type. What the passes make of them is gone at the end.
+            chunk_NW: `[N, W]`, what is read and behind it what a transcoder is to predict, in any float type. What the
+                passes make of them is gone at the end.
             counted_N1: bool `[N, 1]`: False for excluded tokens; None if there is none.
         """
         tokens = None if counted_N1 is None else counted_N1.sum()
-        x_ND, counted_N1 = without_excluded(self.sae, chunk_ND.float(), counted_N1, may_ask=self.may_ask)
+        x_ND, y_ND = (chunk_NW.float(), None) if self.frame is None else self.frame.split(chunk_NW.float())
+        x_ND, counted_N1 = without_excluded(self.sae, x_ND, counted_N1, y_ND=y_ND, may_ask=self.may_ask)
+        if self.frame is not None:
+            x_ND = self.frame(x_ND)
+        if y_ND is None:
+            y_ND = x_ND
+        elif counted_N1 is not None:
+            y_ND = y_ND * counted_N1
         out = self.sae(x_ND, self.dead_M, aux=self.aux_latents).masked(counted_N1)
         losses = sae_losses(
-            x_ND,
+            y_ND,
             out,
             scale=self.scales.main,
             auxk_alpha=self.cfg.auxk_alpha,
@@ -101,7 +125,7 @@ class Unit:
         self.fired_M.scatter_add_(0, out.indices.flatten(), out.fired.flatten().long())
         if out.sums is not None:
             self.selection_sums += out.sums.flatten(0, -2).sum(0)
-        observe_(self.sums_7, self.mean_D, x_ND, out, losses, self.scales.main.to(x_ND.dtype), self.centre_D)
+        observe_(self.sums_7, self.mean_D, y_ND, out, losses, self.scales.main.to(y_ND.dtype), self.centre_D)
 
 
 def dead_numbers(dead_M: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saekit.activations.chosen import SHORT, matched
+from saekit.activations.matching import SHORT, matched
 from saekit.activations.patterns import fold
 from saekit.activations.structure import IS_LIST, NO_TENSOR_OF_TOKENS, Reading, Structure
 from saekit.errors import UserError

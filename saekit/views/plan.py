@@ -64,8 +64,8 @@ def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
     return {
         "model": job.cfg.model.model,
         "layers": list(job.layers),
-        "hookpoints": [each.hookpoint.name for each in job.units],
-        "d_in": _of_units([each.hookpoint.width for each in job.units]),
+        "hookpoints": [each.site.name for each in job.units],
+        "d_in": _of_units([each.site.d_in for each in job.units]),
         "num_latents": _of_units([each.num_latents for each in job.units]),
         "ctx_len": job.ctx_len,
         "dtype": str(job.dtype).removeprefix("torch."),

@@ -8,8 +8,9 @@ from transformers import AutoModel
 
 from saekit import TrainConfig, UserError
 from saekit.activations import tap
-from saekit.activations.chosen import choose, chosen, chosen_in, matched
+from saekit.activations.chosen import chosen, chosen_in
 from saekit.activations.lm import shape_of
+from saekit.activations.matching import choose, matched
 from saekit.activations.patterns import alternatives, fold, matches
 from saekit.activations.structure import measure
 from tests.activations.odd_models import CONFIGS

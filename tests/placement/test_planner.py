@@ -7,7 +7,7 @@ import pytest
 
 from saekit.errors import UserError
 from saekit.placement.choose import kind_of
-from saekit.placement.costs import Traffic, Workload
+from saekit.placement.costs import Size, Traffic, Workload
 from saekit.placement.layer_map import balanced_map, parse_map, resolve_map
 
 
@@ -118,7 +118,7 @@ def test_a_map_has_to_fit(text, complaint):
         resolve_map(text, dict.fromkeys(names(3), 1), 2)
 
 
-LOAD = Workload(layers=3, d_in=8, num_latents=30, world_size=2, tokens=50, act_bytes=2, backend="nccl")
+LOAD = Workload(layers=3, size=Size(30, 8, 8), world_size=2, tokens=50, act_bytes=2, backend="nccl")
 PARAMS = 30 * 8 + 30 + 30 * 8 + 8
 """W_enc, b_enc, W_dec, b_dec."""
 
@@ -150,7 +150,7 @@ def test_zero3_gathers_twice_and_scatters_once_per_pass(backend, rounds):
 
 
 def test_zero3_needs_row_norms_only_where_rows_are_cut():
-    whole, cut = (replace(LOAD, world_size=ranks, num_latents=30) for ranks in (3, 4))
+    whole, cut = (replace(LOAD, world_size=ranks, size=Size(30, 8, 8)) for ranks in (3, 4))
     assert kind_of("zero3").traffic(whole).sent == round(3 * 2 / 3 * (4 * 3 * PARAMS + 4 * 2 * 30))
     # Beside the fired counts three more all-reduces of a vector.
     assert kind_of("zero3").traffic(cut).sent == round(3 * 3 / 4 * (4 * 3 * PARAMS + 4 * 2 * 30 + 3 * 4 * 2 * 30))
@@ -171,7 +171,7 @@ def test_layer_map_moves_every_activation_to_its_owner_once(owners):
 
 def test_layer_map_does_not_depend_on_the_dictionary_or_the_cuts():
     assert kind_of("layer-map").traffic(LOAD, 1) == kind_of("layer-map").traffic(
-        replace(LOAD, num_latents=4096, chunks=7), 1
+        replace(LOAD, size=Size(4096, 8, 8), chunks=7), 1
     )
     assert (
         kind_of("layer-map").traffic(replace(LOAD, act_bytes=4), 1).sent

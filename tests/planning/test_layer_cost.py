@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit.config import SaeConfig, TrainConfig
+from saekit.placement.costs import Size
 from saekit.planning import bank
 from saekit.sae.kernels import scores
 
@@ -27,7 +28,13 @@ def cost(backend, dtype, latents):
     cfg = TrainConfig(SaeConfig(num_latents=latents, k=8))
     with Counted() as counted:
         found = bank.layer_cost(
-            cfg, D, latents, TOKENS, torch.float32, bank.on_meta(backend, dtype), on_gpu=False, owns_gradient=True
+            cfg,
+            Size(latents, D, D),
+            TOKENS,
+            torch.float32,
+            bank.on_meta(backend, dtype),
+            on_gpu=False,
+            owns_gradient=True,
         )
     return found, counted.count
 

@@ -5,6 +5,7 @@ import torch
 
 from saekit import Sae, SaeConfig, TrainConfig
 from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import autoencoder
 from saekit.placement import Single
 from saekit.sae.selection.topk import TopK
 from saekit.training.bank import Bank, stacked
@@ -26,7 +27,10 @@ def bank_of(widths, num_latents=8, dead_threshold=11, **options):
         lambda sae: make_optimizer(cfg, sae),
     )
     known = {name: Calibration(torch.zeros(width), 2.0) for name, width in widths.items()}
-    plans = [UnitPlan(Hookpoint(name, d), num_latents, 0.0, (1.0, 1.0), dead_threshold) for name, d in widths.items()]
+    plans = [
+        UnitPlan(autoencoder(Hookpoint(name, d)), num_latents, 0.0, (1.0, 1.0), dead_threshold)
+        for name, d in widths.items()
+    ]
     return Bank(cfg, placement, plans, known)
 
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from saekit import Sae, SaeConfig, TrainConfig
 from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import autoencoder
 from saekit.placement import Single
 from saekit.planning.bank import on_meta
 from saekit.sae.kernels import choose_kernels
@@ -49,7 +50,7 @@ def make_bank(units=1, kernels=None, sae=None, **options):
     placement = Single(CPU)
     placement.place(list(widths), make_sae, lambda made: make_optimizer(cfg, made))
     known = {name: Calibration(torch.zeros(D), 1.0, limit) for name in widths}
-    plans = [UnitPlan(Hookpoint(name, D), M, 0.0, (1.0, 1.0), dead_threshold=40) for name in widths]
+    plans = [UnitPlan(autoencoder(Hookpoint(name, D)), M, 0.0, (1.0, 1.0), dead_threshold=40) for name in widths]
     bank = Bank(cfg, placement, plans, known)
     for unit in bank.units.values():
         unit.may_ask = False

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from saekit import Sae, SaeConfig, SaeTrainer, TrainConfig, UserError
+from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import autoencoder
 from saekit.activations.tap import residual
 from saekit.analysis.evaluate import evaluate
 from saekit.errors import Interrupted
@@ -110,7 +112,7 @@ def test_calibration_is_of_the_others(with_sinks, sink_llama):
     with torch.no_grad():
         hidden = sink_llama.model(input_ids, output_hidden_states=True).hidden_states
     for layer in (0, 1):  # of the last block, what is behind the final norm is in the list
-        known = read_calibration(folder, [f"layers.{layer}"])[f"layers.{layer}"]
+        known = read_calibration(folder, [autoencoder(Hookpoint(f"layers.{layer}", 0))])[f"layers.{layer}"]
         x_ND = hidden[layer + 1][kept]
         norms = x_ND.norm(dim=1)
         assert known.max_norm == pytest.approx(10 * float(norms.median()), rel=1e-5)

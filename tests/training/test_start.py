@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saekit import Sae
-from saekit.training.start import ROWS, Sample, fit_encoder_
+from saekit.training.start import ROWS, Sample, fit_
 from tests.training.runs import assert_same_tensors, tensors_of
 
 
@@ -61,7 +61,7 @@ def test_the_first_reconstructions_fit_best():
     rows_RD = torch.randn(60, 16)
     sae = Sae(16, 64, 8)
     W_dec = sae.W_dec.detach().clone()
-    fit_encoder_(sae, rows_RD)
+    fit_(sae, rows_RD)
     assert torch.equal(sae.W_dec, W_dec)
     assert torch.allclose(sae.W_enc.norm(dim=1), sae.W_enc.norm(dim=1)[0])
     whole = sae(rows_RD).recon.detach()

@@ -92,7 +92,7 @@ class Selection:
         W_enc_MD: Tensor,
         b_enc_M: Tensor,
         W_dec_MD: Tensor,
-        centre_D: Tensor,
+        centre_D: Tensor | None,
         kernels: Kernels,
         prefixes: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:

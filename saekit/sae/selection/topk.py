@@ -46,7 +46,7 @@ class TopK(Selection):
         W_enc_MD: Tensor,
         b_enc_M: Tensor,
         W_dec_MD: Tensor,
-        centre_D: Tensor,
+        centre_D: Tensor | None,
         kernels: Kernels,
         prefixes: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:

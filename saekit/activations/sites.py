@@ -1,0 +1,113 @@
+"""Sites: where a coder stands in the language model, what it reads and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saekit.activations.hookpoints import Hookpoint
+
+CROSSCODER = "crosscoder"
+"""The name of the only crosscoder of a run, and of its folder."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What one coder reads and writes.
+
+    An autoencoder reads and writes the same hookpoint, a crosscoder the same several; a transcoder reads one and writes
+    another. What travels to a coder is one tensor with a row per token: what it reads, and behind that what it writes,
+    if that is something else.
+    """
+
+    name: str
+    """Of the coder and its folder: the hookpoint that it writes, or `CROSSCODER`."""
+    reads: tuple[Hookpoint, ...]
+    writes: tuple[Hookpoint, ...]
+
+    @property
+    def transcodes(self) -> bool:
+        """Tell whether it writes something else than it reads."""
+        return self.reads != self.writes
+
+    @property
+    def parts(self) -> tuple[Hookpoint, ...]:
+        """Return the hookpoints whose activations travel to it, in the order of their columns."""
+        return (*self.reads, *self.writes) if self.transcodes else self.reads
+
+    @property
+    def d_in(self) -> int:
+        """D_in, numbers per token that it reads."""
+        return sum(each.width for each in self.reads)
+
+    @property
+    def d_out(self) -> int:
+        """D_out, numbers per token that it writes."""
+        return sum(each.width for each in self.writes)
+
+    @property
+    def width(self) -> int:
+        """Return the numbers per token that travel to it."""
+        return sum(each.width for each in self.parts)
+
+    @property
+    def layer(self) -> int | None:
+        """Return the number of the block that it writes to; None outside the blocks, and of several."""
+        numbers = {each.layer for each in self.writes}
+        return numbers.pop() if len(numbers) == 1 else None
+
+    def seed(self, init_seed: int) -> int:
+        """Return the seed of a coder's initial weights, which does not depend on the other units."""
+        return (self.writes[0] if len(self.writes) == 1 else Hookpoint(self.name, 0)).seed(init_seed)
+
+
+def autoencoder(hookpoint: Hookpoint) -> Site:
+    """Return the site of an SAE."""
+    return Site(hookpoint.name, (hookpoint,), (hookpoint,))
+
+
+def transcoder(read: Hookpoint, written: Hookpoint) -> Site:
+    """Return the site of a transcoder."""
+    return Site(written.name, (read,), (written,))
+
+
+def crosscoder(hookpoints: Sequence[Hookpoint]) -> Site:
+    """Return the site of a crosscoder; of a single hookpoint it is an SAE."""
+    return Site(CROSSCODER, tuple(hookpoints), tuple(hookpoints))
+
+
+def hookpoints_of(sites: Iterable[Site]) -> tuple[Hookpoint, ...]:
+    """Return the hookpoints that sites need, each once."""
+    return tuple(dict.fromkeys(part for site in sites for part in site.parts))
+
+
+def join(of: dict[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return what travels to each site, `[N, width]` by its name.
+
+    Args:
+        of: `[N, D]` by hookpoint; emptied, so that memory is free as soon as it can be.
+        sites: In model order.
+    """
+    needed = [part.name for site in sites for part in site.parts]
+    joined: dict[str, Tensor] = {}
+    for site in sites:
+        tensors = []
+        for part in site.parts:
+            needed.remove(part.name)
+            tensors.append(of[part.name] if part.name in needed else of.pop(part.name))
+        joined[site.name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+        del tensors
+    return joined
+
+
+def widths_of(hookpoints: Iterable[Hookpoint]) -> dict[str, int]:
+    """Return D by hookpoint's name."""
+    return {each.name: each.width for each in hookpoints}
+
+
+def named(widths: Mapping[str, int]) -> tuple[Hookpoint, ...]:
+    """Return the hookpoints of these names and widths; the inverse of `widths_of`."""
+    return tuple(Hookpoint(name, width) for name, width in widths.items())

@@ -1,0 +1,84 @@
+"""The options of a run's coders: their shape, and what they read and write in the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from saekit.config.options import CONFIG, LayerList, Patterns, in_one_sentence, option
+from saekit.config.sae import SAE, SaeConfig
+
+
+@in_one_sentence
+@dataclass(frozen=True, config=CONFIG)
+class CodersConfig:
+    """Which coders are trained. By default SAEs of the blocks' outputs."""
+
+    sae: SaeConfig = SaeConfig()
+    hookpoints: Patterns | None = option(
+        None,
+        "What to train on: paths of modules relative to the base model, with * (one part), ** and {0-11:2} or {q,k}, "
+        "such as layers.*.mlp; :in behind a path for a module's input. Or resid (outputs of blocks), resid_pre (their "
+        "inputs), mlp, attn. By default resid, and mlp with --transcode.",
+        panel=SAE,
+    )
+    layers: LayerList | None = option(
+        None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
+    )
+    layer_stride: int = option(1, "Train on every Nth layer.", panel=SAE, unit="layers", ge=1)
+    transcode: bool = option(
+        False,
+        "Train transcoders: each reads the input of one of the modules of --hookpoints and predicts its output.",
+        panel=SAE,
+    )
+    reads: Patterns | None = option(
+        None,
+        "With --writes: train transcoders between any two hookpoints. The first that is named here is read for the "
+        "first of --writes, in model order, and so on.",
+        panel=SAE,
+    )
+    writes: Patterns | None = option(None, "What the transcoders of --reads predict.", panel=SAE)
+    crosscode: Patterns | None = option(
+        None,
+        "Train one crosscoder on all of these hookpoints together: it reads and reconstructs them all, each scaled to "
+        "the same variance.",
+        panel=SAE,
+    )
+
+    @property
+    def transcodes(self) -> bool:
+        """Tell whether what is written is something else than what is read."""
+        return self.transcode or self.reads is not None
+
+    @field_validator("layers", "hookpoints", "reads", "writes", "crosscode")
+    @classmethod
+    def _check_some(cls, named: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if named is not None and not named:
+            raise ValueError("none is named: give at least one, or leave it out for the outputs of all blocks")
+        return named
+
+    @model_validator(mode="after")
+    def _check_coders(self) -> CodersConfig:
+        if self.layers is not None and self.layer_stride != 1:
+            raise ValueError(
+                f"--layers and --layer-stride {self.layer_stride} both choose layers: give one of them "
+                "(a range such as 0-31:2 has a stride of its own)"
+            )
+        if self.sae.skip_connection and not self.transcodes:
+            raise ValueError("--skip-connection is for transcoders: give --transcode, or --reads and --writes")
+        if (self.reads is None) != (self.writes is None):
+            given, missing = ("--reads", "--writes") if self.writes is None else ("--writes", "--reads")
+            raise ValueError(f"{given} is given without {missing}: a transcoder needs both")
+        several = {
+            "--hookpoints": self.hookpoints,
+            "--reads and --writes": self.reads,
+            "--crosscode": self.crosscode,
+        }
+        named = [name for name, patterns in several.items() if patterns is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} each say what to train on: give one of them")
+        if self.transcode and named and named != ["--hookpoints"]:
+            raise ValueError(f"--transcode goes with --hookpoints, not with {named[0]}")
+        return self
