@@ -11,8 +11,13 @@ from tests.training.runs import metrics_of, tensors_of, thresholds_of
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 """Relative, in fp32: what is left is the order of summation."""
-MIXED = ["--hookpoints", "resid,h.0:in,mlp:in,h.1.mlp.c_proj:in"]
+MIXED = ["--hookpoints", "h.0:in,h.0,h.1.mlp:in,h.1.mlp.c_proj:in"]
 """The residual stream, inputs of modules, and one that is four times as wide."""
+SKIP = ["--reads", "h.0:in,h.0.mlp.c_proj:in", "--writes", "h.0.mlp,h.1.mlp", "--skip-connection"]
+"""Transcoders: one in a layer, and one of another width that reads in one layer and writes in the next."""
+CROSS = ["--crosscode", "resid,h.0.mlp.c_proj:in"]
+"""One unit, so some ranks of a layer map have none."""
+KINDS = {"mixed": MIXED, "skip": SKIP, "cross": CROSS}
 
 
 def assert_same_run(found, expected, steps=20):
@@ -55,13 +60,19 @@ def compare(one, other, where):
         ("mixed", 2, ["--placement", "ddp"]),
         ("mixed", 3, ["--placement", "layer-map"]),
         ("mixed", 2, ["--placement", "zero3"]),
+        ("skip", 2, ["--placement", "ddp"]),
+        ("skip", 2, ["--placement", "layer-map", "--micro-acc-steps", 3]),
+        ("skip", 3, ["--placement", "zero3"]),  # W_skip is cut apart, too
+        ("cross", 3, ["--placement", "ddp", "--micro-acc-steps", 2]),
+        ("cross", 2, ["--placement", "layer-map"]),
+        ("cross", 2, ["--placement", "zero3"]),
     ],
-    ids=lambda value: value[-1] if isinstance(value, list) else None,
+    ids=lambda value: value[1] if isinstance(value, list) else None,
 )
 def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
-    """With the small model at hookpoints of several widths, and every tensor of the host told from the device's."""
-    model, mixed = (DEMO_LM, []) if lm == "demo" else (gpt2_dir, MIXED)
-    assert_same_run(train(model, *options, *mixed, ranks=ranks, devices=lm != "demo"), train(model, *mixed))
+    """With the small model for each kind of coder, and every tensor of the host told from the device's."""
+    model, kind = (DEMO_LM, []) if lm == "demo" else (gpt2_dir, KINDS[lm])
+    assert_same_run(train(model, *options, *kind, ranks=ranks, devices=lm != "demo"), train(model, *kind))
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
@@ -93,7 +104,7 @@ def test_long_activations_are_left_out_everywhere(train, gpt2_dir, placement):
     assert sum(l0) / len(l0) == pytest.approx(4, rel=0.15), "over the tokens that are not left out"
 
 
-BATCH_TOPK = ["--activation", "batchtopk"]
+BATCH_TOPK, SIGNUM = ["--activation", "batchtopk"], ["--optimizer", "signum"]
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
@@ -104,16 +115,24 @@ def test_thresholds_are_the_same_everywhere(train, gpt2_dir, placement):
     assert thresholds_of(found / "latest") == pytest.approx(thresholds_of(alone / "latest"), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero3", "layer-map"), ("ddp", "zero3")])
-def test_thresholds_go_on_under_another_placement(train, gpt2_dir, before, after):
-    options = [*BATCH_TOPK, *MIXED, "--placement", before, "--save-every", 10, "--keep-last", 2]
-    run = train(gpt2_dir, *options, ranks=2, name=f"batchtopk-{before}-{after}")
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [
+        ("zero3", "layer-map", [*BATCH_TOPK, *SKIP]),
+        ("ddp", "zero3", [*BATCH_TOPK, *MIXED]),
+        ("layer-map", "zero3", [*SIGNUM, *CROSS]),
+    ],
+    ids=["skip", "mixed", "cross"],
+)
+def test_other_kinds_go_on_under_another_placement(train, gpt2_dir, before, after, options):
+    twice = ["--placement", before, "--save-every", 10, "--keep-last", 2]
+    run = train(gpt2_dir, *options, *twice, ranks=2, name=f"kind-{before}-{after}")
     shutil.rmtree(run / "step_00000020")
-    again = [*BATCH_TOPK, *MIXED, "--placement", after, "--resume", "auto"]
-    found = train(gpt2_dir, *again, ranks=2, name=run.name)
-    assert_same_run(found, train(gpt2_dir, *BATCH_TOPK, *MIXED))
-    expected = thresholds_of(train(gpt2_dir, *BATCH_TOPK, *MIXED) / "latest")
-    assert thresholds_of(found / "latest") == pytest.approx(expected, rel=TOLERANCE)
+    found = train(gpt2_dir, *options, "--placement", after, "--resume", "auto", ranks=2, name=run.name)
+    alone = train(gpt2_dir, *options)
+    assert_same_run(found, alone)
+    if "batchtopk" in options:
+        assert thresholds_of(found / "latest") == pytest.approx(thresholds_of(alone / "latest"), rel=TOLERANCE)
 
 
 RECIPE = [
