@@ -80,6 +80,15 @@ class StopAfter(Recorder):
 SETTINGS = {"batch_size": 8, "lr": 1e-2, "lr_warmup_steps": 2, "dead_feature_threshold": 150, "auxk_alpha": 1 / 32}
 """Of the tiny model's runs: short, with dead latents, and with both losses that revive them."""
 
+ACROSS = {"reads": "layers.0.mlp.down_proj:in,layers.0", "writes": "layers.0.mlp,layers.1.mlp"}
+"""Two transcoders: from the wide hidden layer of an MLP to its output, and from one layer to the next one's MLP."""
+KINDS = {
+    "sae": ({}, {}),
+    "transcoder": (ACROSS, {"skip_connection": True}),
+    "crosscoder": ({"crosscode": "resid,layers.1.mlp.down_proj:in"}, {}),
+}
+"""By kind of coder the options of the training, and of its coders."""
+
 
 @pytest.fixture
 def make_trainer(tiny_llama, tokens, tmp_path):

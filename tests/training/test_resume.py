@@ -3,11 +3,12 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-from saekit import Sae, UserError
+from saekit import Sae, SaeConfig, UserError
 from saekit.errors import Interrupted
 from saekit.placement import Single
 from saekit.placement.failure import one_error
@@ -16,7 +17,7 @@ from saekit.runs.layout import FORMAT
 from saekit.runs.lease import Writer, write_lease
 from saekit.runs.locate import locate
 from saekit.runs.recovery import find_checkpoint
-from tests.training.conftest import Recorder, StopAfter
+from tests.training.conftest import KINDS, Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 REFERENCE_RECIPE = {
@@ -32,11 +33,29 @@ REFERENCE_RECIPE = {
 """Without what is set in `SaeConfig`."""
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
-@pytest.mark.parametrize("stop_at", [2, 5])
-@pytest.mark.parametrize("recipe", [{"auxk_relative_to": "residual"}, REFERENCE_RECIPE], ids=["defaults", "reference"])
-def test_interrupted_and_resumed_equals_uninterrupted(make_trainer, tmp_path, optimizer, stop_at, recipe):
-    options = {"optimizer": optimizer, "grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **recipe}
+RECIPES = {"defaults": {"auxk_relative_to": "residual"}, "reference": REFERENCE_RECIPE}
+SAES = product(["sae"], ["adam", "signum", "muon"], [2, 5], RECIPES, ["topk"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "stop_at", "recipe", "activation"),
+    [
+        *SAES,
+        ("transcoder", "adam", 2, "defaults", "topk"),
+        ("transcoder", "signum", 5, "defaults", "batchtopk"),
+        ("transcoder", "muon", 5, "reference", "topk"),
+        ("crosscoder", "adam", 5, "defaults", "batchtopk"),
+        ("crosscoder", "signum", 2, "reference", "topk"),
+        ("crosscoder", "muon", 2, "defaults", "topk"),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    make_trainer, tmp_path, kind, optimizer, stop_at, recipe, activation
+):
+    options, of_sae = KINDS[kind]
+    options = {"grad_acc_steps": 2, "batch_size": 4, "dead_feature_threshold": 100, **RECIPES[recipe], **options}
+    sae = SaeConfig(num_latents=64, k=4, activation=activation, **of_sae)
+    options |= {"optimizer": optimizer, "sae": sae}
     whole = make_trainer("whole", **options).fit()
     with pytest.raises(Interrupted) as stopped:
         make_trainer("parts", reporter=StopAfter(stop_at), **options).fit()
