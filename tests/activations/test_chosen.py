@@ -163,3 +163,16 @@ def test_folded_names_are_patterns_that_mean_them(names, patterns):
     assert list(folded) == patterns
     for pattern, own in folded.items():
         assert {name for name in names if any(matches(each, name) for each in alternatives(pattern))} == set(own)
+
+
+@pytest.mark.parametrize(
+    ("options", "depth"),
+    [
+        ({"transcode": True, "layers": "0"}, 1),
+        ({"reads": "h.0.mlp.c_proj:in", "writes": "h.1.attn"}, 2),
+        ({"reads": "resid_pre", "writes": "resid", "layers": "0-1"}, 2),
+        ({"crosscode": "h.{0-1}"}, 2),
+    ],
+)
+def test_blocks_behind_what_is_written_are_not_loaded(options, depth):
+    assert chosen(TrainConfig(**options), shape_of(CONFIGS["gpt2"])).depth == depth

@@ -25,40 +25,76 @@ MIXED = {
     "falcon": "mlp,attn",
 }
 
+SKIP = SaeConfig(expansion_factor=2, k=2, skip_connection=True)
+TRANSCODED = {
+    "gpt2": {"transcode": True},
+    "gpt-neox": {"transcode": True, "hookpoints": "attn", "sae": SKIP},
+    "llama": {"reads": "layers.*.mlp.down_proj:in", "writes": "resid", "sae": SKIP},
+    "gemma-3": {"transcode": True, "layers": "0-1"},
+    "qwen3": {"crosscode": "resid,layers.1.self_attn.o_proj:in"},
+    "qwen3-moe": {"transcode": True, "sae": SKIP},
+    "mamba-2": {"reads": "resid_pre", "writes": "resid", "sae": SKIP},
+    "bert": {"transcode": True, "hookpoints": "encoder.layer.*.intermediate", "sae": SKIP},
+    "modernbert": {"transcode": True},
+}
+"""Transcoders, mostly of MLPs, and a crosscoder; of other widths in and out where there is such a module."""
+
 
 def trainer(name, tmp_path, **options):
     torch.manual_seed(0)
     model = AutoModel.from_config(CONFIGS[name])
     ids = torch.randint(5, 99, (8, 12), generator=torch.Generator().manual_seed(0))
-    cfg = TrainConfig(
-        SaeConfig(expansion_factor=2, k=2), save_dir=tmp_path, run_name=name, batch_size=4, shuffle=False, **options
-    )
+    sae = options.pop("sae", SaeConfig(expansion_factor=2, k=2))
+    cfg = TrainConfig(sae, save_dir=tmp_path, run_name=name, batch_size=4, shuffle=False, **options)
     return SaeTrainer(
         cfg, source=LiveModel(model, Dataset.from_dict({"input_ids": ids.tolist()})), reporter=Reporters()
     )
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_two_steps(name, tmp_path):
-    run = trainer(name, tmp_path, hookpoints=MIXED[name])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {"hookpoints": each}) for name, each in MIXED.items()), *TRANSCODED.items()]
+)
+def test_two_steps(name, options, tmp_path):
+    run = trainer(name, tmp_path, **options)
     folder = run.fit()
-    widths = {each.name: each.width for each in run.plan.source.hookpoints}
     saes = Sae.load_many(folder)
-    assert {each: (sae.d_in, sae.num_latents) for each, sae in saes.items()} == {
-        each: (width, 2 * width) for each, width in widths.items()
+    assert {each: (sae.d_in, sae.num_latents, sae.d_out) for each, sae in saes.items()} == {
+        each.name: (each.d_in, 2 * each.d_in, each.d_out) for each in run.plan.sites
     }
+    assert {part.name for site in run.plan.sites for part in site.parts} == {
+        each.name for each in run.plan.source.hookpoints
+    }
+    assert all(sae.W_skip is None or sae.W_skip.any() for sae in saes.values())
     assert all(torch.isfinite(sae.W_dec).all() and not torch.equal(sae.W_enc, sae.W_dec) for sae in saes.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({"transcode": True, "layers": "0"}, "h.0.mlp"),
+        ({"reads": "h.0.mlp.c_proj:in", "writes": "h.1.attn"}, "h.1.attn"),
+        ({"crosscode": "resid", "layers": "0-1"}, "h.1"),
+    ],
+)
+def test_nothing_behind_the_last_hookpoint_is_computed(options, last, tmp_path):
+    run = trainer("gpt2", tmp_path, **options)
+    ran = []
+    for name, module in run.source.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    run.fit()
+    leaves = dict.fromkeys(name for name in ran if not any(run.source.model.get_submodule(name).children()))
+    assert next(reversed(leaves)).startswith(last)
 
 
 def test_defaults_are_those_of_each_units_width(tmp_path):
     run = trainer("gpt2", tmp_path, hookpoints=MIXED["gpt2"])
     run.fit()
     for unit in run.plan.units:
-        width = unit.hookpoint.width
+        width = unit.site.d_in
         assert unit.num_latents == 2 * width
         assert unit.lr == base_lr(run.plan.cfg, 2 * width, width)
         assert unit.dead_threshold == dead_threshold(None, total_tokens=96, step_tokens=48, num_latents=2 * width, k=2)
-    rates = {unit.hookpoint.width: unit.lr for unit in run.plan.units}
+    rates = {unit.site.d_in: unit.lr for unit in run.plan.units}
     assert len(rates) == 2
     assert rates[32] > rates[128]
     assert list(run.plan.costs.values())[:3] == [2 * 32**2, 2 * 32**2, 2 * 128**2]
