@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 ROUTED = Path(__file__).with_name("routed.py")
 
 
-def test_what_was_sent_is_gone_when_the_next_layers_are_on_their_way_and_rows_are_counted_as_marked(forked, tmp_path):
+def test_what_was_sent_is_gone_when_the_next_layers_are_on_their_way_and_nothing_else_travels(forked, tmp_path):
     said = tmp_path / "stderr"
     assert forked.run([], 2, said, tmp_path, timeout=200, script=ROUTED) == [0, 0], said.read_text()
     # Of seven layers, rank 0 trains four, of two ranks' tokens each: beside the one at work there are the layers that
