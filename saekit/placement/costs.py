@@ -32,6 +32,8 @@ class Size(NamedTuple):
     """D_out, numbers per token that it writes; for an SAE the same."""
     transcodes: bool = False
     """Whether what it writes is something else than what it reads, and so travels as well."""
+    joins: bool = False
+    """Whether it is an autoencoder of several hookpoints, a crosscoder."""
 
     @property
     def width(self) -> int:
@@ -40,7 +42,8 @@ class Size(NamedTuple):
 
     def text(self) -> str:
         """Return it in words, for messages."""
-        to = f", to be transcoded to width {self.d_out}" if self.transcodes else ""
+        to = " of several hookpoints" if self.joins else ""
+        to = f", to be transcoded to width {self.d_out}" if self.transcodes else to
         return f"{self.num_latents} latents for width {self.d_in}{to}"
 
     def params(self, skip: bool = False) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,14 @@ from saekit.activations.sites import Site
 from saekit.config import ModelConfig, RunConfig, TrainConfig
 from saekit.errors import UserError
 from saekit.hub import check_data_name, check_model_name, is_path, path_of
-from saekit.model_files import check_model_folder, safetensors_problem
+from saekit.model_files import check_model_folder
 from saekit.placement import Placement
-from saekit.placement.costs import Size
 from saekit.report import check_tracker
 from saekit.runs.folder import check_run_folder, goes_on, run_folder
 from saekit.sae.kernels import choose_kernels
-from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, folder_name, read_sizes
+from saekit.training.finetune import Shape, check_finetune, sae_folders
 from saekit.training.optimizers import check_optimizer, import_bitsandbytes
-from saekit.training.plan import costs_of, default_run_name, size_at
+from saekit.training.plan import costs_of, default_run_name
 
 if TYPE_CHECKING:
     from saekit.training.live import InMemory
@@ -47,7 +46,7 @@ def check_early(cfg: TrainConfig, run_dir: Path, placement: Placement) -> None:
         except ValueError as error:
             raise UserError(str(error)) from None
     if cfg.finetune is not None and not goes_on(cfg, run_dir):
-        _sae_folders(cfg.finetune)
+        sae_folders(cfg.finetune)
 
 
 def check_inputs(cfg: RunConfig, device: torch.device, have: InMemory) -> None:
@@ -112,53 +111,20 @@ def check_units(cfg: RunConfig, placement: Placement, sites: Sequence[Site]) -> 
 
     Raises:
         UserError: If a width contradicts the sizes that were asked for, `layer_map` does not fit, or an SAE to start
-            from is missing, damaged or of another size.
+            from is missing, damaged, or of another size or kind.
     """
     train = cfg.train
     try:
-        sizes = {each.name: size_at(each, train.sae.resolve_num_latents(each.d_in)) for each in sites}
+        latents = [train.sae.resolve_num_latents(each.d_in) for each in sites]
+        shapes = {
+            each.name: Shape.at(each, number, train.sae.skip_connection)
+            for each, number in zip(sites, latents, strict=True)
+        }
     except ValueError as error:
         raise UserError(str(error)) from None
     goes = goes_on(train, run_folder(train, default_run_name(cfg.model.model, cfg)))
     finetune = None if goes else train.finetune
-    placement.holds(placement.rank, costs_of(sizes), placement.world_size, train.layer_map)
+    costs = costs_of({name: each.size for name, each in shapes.items()})
+    placement.holds(placement.rank, costs, placement.world_size, train.layer_map)
     if finetune is not None:
-        check_finetune(finetune, sizes)
-
-
-def check_finetune(path: Path, sizes: Mapping[str, Size]) -> None:
-    """Check that the SAEs to start from are there and have the run's sizes, without reading their weights.
-
-    Args:
-        path: `--finetune`.
-        sizes: Of the run's SAEs by hookpoint.
-
-    Raises:
-        UserError: If one is missing, damaged or of another size.
-    """
-    folders = _sae_folders(path)
-    if (path / WEIGHTS_FILE).is_file() and len(sizes) == 1:
-        folders = dict.fromkeys(sizes, path)
-    for name, expected in sizes.items():
-        if name not in folders:
-            raise UserError(f"--finetune {path}: it has no SAE for {name}, only for {', '.join(folders)}")
-        try:
-            found = read_sizes(folders[name])
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--finetune {path}: {error}") from error
-        num_latents, d_in, d_out = found
-        own = Size(num_latents, d_in, d_out or d_in, d_out is not None)
-        if own != expected:
-            raise UserError(f"--finetune {path}: its coder for {name} has {own.text()}, this run's {expected.text()}")
-        if (problem := safetensors_problem(folders[name] / WEIGHTS_FILE)) is not None:
-            raise UserError(f"--finetune {path}: {folder_name(name)}/{problem}")
-
-
-def _sae_folders(path: Path) -> dict[str, Path]:
-    if not path.is_dir():
-        hint = "" if path.exists() else " (SAEs on the hub have to be downloaded first, with `hf download`)"
-        raise UserError(f"--finetune {path}: there is no such folder{hint}")
-    try:
-        return find_sae_folders(path)
-    except FileNotFoundError as error:
-        raise UserError(f"--finetune {path}: {error}") from error
+        check_finetune(finetune, shapes)

@@ -270,7 +270,7 @@ def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
 
 def size_at(site: Site, num_latents: int) -> Size:
     """Return the size of a coder at a site."""
-    return Size(num_latents, site.d_in, site.d_out, site.transcodes)
+    return Size(num_latents, site.d_in, site.d_out, site.transcodes, not site.transcodes and needs_frame(site))
 
 
 def sizes_at(cfg: TrainConfig, site: Site, num_latents: int) -> dict[str, Any]:

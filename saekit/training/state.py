@@ -12,18 +12,15 @@ from torch import Tensor
 
 from saekit.activations.sites import Site
 from saekit.errors import UserError
-from saekit.placement.costs import Size
 from saekit.report import Lowest
 from saekit.runs.checkpoint import LayerRecord
-from saekit.runs.opening import open_sae
 from saekit.runs.recovery import read_state
 from saekit.sae import Sae
-from saekit.sae.decoder import give_encoder_the_norms_
 from saekit.sae.model import without_memory
 from saekit.sae.selection.base import make_selection
-from saekit.sae.storage import WEIGHTS_FILE, find_sae_folders, folder_name
+from saekit.sae.storage import folder_name
 from saekit.training.bank import Bank
-from saekit.training.frame import Frame, crosscoders, frame_of, needs_frame, transcoders
+from saekit.training.frame import crosscoders, frame_of, needs_frame, transcoders
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
@@ -85,45 +82,6 @@ def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
     return fresh
 
 
-def load_finetune(path: Path, hookpoint: str, sae: Sae, frame: Frame | None, *, only_unit: bool) -> Sae:
-    """Replace the weights of a fresh SAE by those of an earlier one, in place.
-
-    Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
-    latent adds to the reconstruction then stays the same until the first optimizer step.
-
-    Args:
-        path: A run or a checkpoint with the same hookpoints, or, for a bank of one layer, one SAE's folder.
-        hookpoint: Whose SAE it is.
-        sae: The fresh one.
-        frame: In which it is trained.
-        only_unit: Whether the bank has no other unit.
-
-    Returns:
-        The earlier one, as it is in its file.
-
-    Raises:
-        UserError: If the SAE is missing there, is damaged or has another size.
-    """
-    try:
-        single = (path / WEIGHTS_FILE).is_file() and only_unit
-        folders = {hookpoint: path} if single else find_sae_folders(path)
-        if hookpoint not in folders:
-            raise ValueError(f"it has no SAE for {hookpoint}, only for {', '.join(folders)}")
-        source = open_sae(folders[hookpoint], otherwise="")
-        before, wanted = size_of(source), size_of(sae)
-        if before != wanted:
-            raise ValueError(f"its coder for {hookpoint} has {before.text()}, this run's {wanted.text()}")
-        weights = source.state_dict()
-        if sae.W_skip is not None:  # one that had none goes on as it was
-            weights.setdefault("W_skip", torch.zeros_like(sae.W_skip))
-        sae.load_state_dict(weights if frame is None else frame.unfold(weights))
-        if sae.normalize_decoder:
-            give_encoder_the_norms_(sae)
-        return source
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"--finetune {path}: {error}") from error
-
-
 def calibration(site: Site, moments: Sequence[Moments], limits: Sequence[float] = ()) -> Calibration:
     """Compute a site's mean, variance and frame from sums over the first global batch's counted activations.
 
@@ -162,11 +120,6 @@ def _variance(name: str, moments: Moments) -> float:
     if not variance > 1e-12 * float(moments.sum_squares / moments.count):
         raise UserError(f"{name}: its activations on the first batch do not vary, so there is nothing to learn")
     return variance
-
-
-def size_of(sae: Sae) -> Size:
-    """Return a coder's size."""
-    return Size(sae.num_latents, sae.d_in, sae.d_out, sae.transcode)
 
 
 def are_finite(weights: dict[str, Tensor]) -> bool:

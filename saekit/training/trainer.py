@@ -30,6 +30,7 @@ from saekit.training import state
 from saekit.training.bad_steps import check_last_step, skip_step
 from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
+from saekit.training.finetune import load_finetune
 from saekit.training.frame import framed
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import StepMessage
@@ -252,7 +253,7 @@ class SaeTrainer:
             if rows_RD is not None and cfg.init == "fit":
                 fit_(sae, rows_RD, targets_RD)
             if found is None and cfg.finetune is not None:
-                before = state.load_finetune(cfg.finetune, name, sae, known.frame, only_unit=len(plan.units) == 1)
+                before = load_finetune(cfg.finetune, name, sae, known.frame, only_unit=len(plan.units) == 1)
                 earlier.add(active(before.k, before.activation))
             if rows_RD is not None:
                 sae.fit_selection_(rows_RD, known.rms)

@@ -85,7 +85,7 @@ def test_a_layer_map_that_does_not_fit(model_dir, text_file, placed):
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (None, ["--layers", "0,1"], "it has no SAE for layers.0, only for layers.1"),
+        (None, ["--layers", "0,1"], "it has no coder for layers.0, only for layers.1"),
         (None, ["--num-latents", "32"], "its SAE for layers.1 has 64 latents for width 16, this run 32"),
         (-10, [], "layers.1/sae.safetensors is truncated"),
     ],
