@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from saekit import SaeConfig
 from saekit.errors import Interrupted, SaveError, UserError
 from saekit.runs.checkpoint import fingerprint
 from saekit.runs.layout import INDEX_FILE
@@ -24,7 +25,7 @@ from saekit.runs.recovery import find_checkpoint
 from saekit.training import trainer as trainer_module
 from saekit.training.saving import Saver
 from tests.together import Together
-from tests.training.conftest import Recorder
+from tests.training.conftest import KINDS, Recorder
 from tests.training.runs import tensors_of
 
 CALLS = {
@@ -88,12 +89,15 @@ class StopsAtFour(Recorder):
 
 
 @pytest.fixture
-def saver(make_trainer, monkeypatch):
-    """Of a run that stopped after step 4 and has that checkpoint."""
+def saver(request, make_trainer, monkeypatch):
+    """Of a run that stopped after step 4 and has that checkpoint; of SAEs unless a kind of coders is asked for."""
+    kind = getattr(request, "param", "sae")
+    options, of_sae = KINDS[kind]
+    options = {**options, "sae": SaeConfig(num_latents=64, k=4, **of_sae)}
     made = []
     monkeypatch.setattr(trainer_module, "Saver", lambda *args: made.append(Saver(*args)) or made[0])
     with pytest.raises(Interrupted):
-        make_trainer(reporter=StopsAtFour(), layers=(0, 2)).fit()
+        make_trainer(reporter=StopsAtFour(), layers=(0, 2) if kind == "sae" else None, **options).fit()
     return made[0]
 
 
@@ -147,7 +151,9 @@ def in_a_child(work):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prepare", [next_step, the_same_step_again])
+@pytest.mark.parametrize(
+    ("saver", "prepare"), [("sae", next_step), ("transcoder", the_same_step_again)], indirect=["saver"]
+)
 @pytest.mark.parametrize(
     ("when", "strike"), [("before", die), ("torn", die), ("after", die), ("before", disk_full), ("torn", disk_full)]
 )
