@@ -62,9 +62,14 @@ class Job:
         return tuple(sorted({part.layer for each in self.units for part in each.site.writes if part.layer is not None}))
 
     @property
+    def sizes(self) -> dict[str, Size]:
+        """Return each unit's, by name in model order."""
+        return {each.site.name: each.size for each in self.units}
+
+    @property
     def costs(self) -> dict[str, float]:
         """What a step of each unit costs relative to the others, by hookpoint."""
-        return costs_of({each.site.name: each.size for each in self.units})
+        return costs_of(self.sizes)
 
     @property
     def tokens(self) -> int:

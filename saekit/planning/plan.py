@@ -33,7 +33,7 @@ class Choice:
     libraries: int
     """Bytes that it needs besides its tensors."""
     sent: int
-    """Bytes that it sends per optimizer step, about what it receives."""
+    """Bytes that a rank sends or receives per optimizer step: the more of the two, on the rank where it is most."""
     layers_of_busiest: int
     """SAEs that the rank trains."""
     tokens_per_step: int
@@ -125,10 +125,8 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
     train, machine = job.cfg.train, job.machine
     ranks = machine.count
     costs = job.costs
-    busiest = max(
-        (kind.holds(rank, costs, ranks, train.layer_map) for rank in range(ranks)),
-        key=lambda held: sum(costs[name] for name in held),
-    )
+    everywhere = dict.fromkeys(kind.holds(rank, costs, ranks, train.layer_map) for rank in range(ranks))
+    busiest = max(everywhere, key=lambda held: sum(costs[name] for name in held))
     owned = [number for number, name in enumerate(costs) if name in busiest]
     tokens = kind.rows(job.tokens, ranks)
     banks = {
@@ -153,7 +151,8 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         shard_lm=train.shard_lm,
         offload=offload if kind.offloads else NO_OFFLOAD,
     )
-    sent = _sent(job, kind, owned)
+    # Where widths differ, the rank with the most to compute need not be the one with the most to send or to receive.
+    sent = max(_sent(job, kind, [job.sizes[name] for name in held]) for held in everywhere)
     return Choice(
         placement=kind.name,
         ranks=ranks,
@@ -195,6 +194,7 @@ def _time_of(job: Job, kind: type[Placement], size: Size, count: int, sent: int)
         trained=kind.rows(job.tokens, ranks),
         layers=count,
         d_in=size.d_in,
+        d_out=size.d_out,
         num_latents=size.num_latents,
         k=_width_of_codes(train.sae, size.num_latents),
         lm_operations=job.lm.flops_per_token,
@@ -219,9 +219,8 @@ def _width_of_codes(sae: SaeConfig, num_latents: int) -> int:
     return selection.max_active + (selection.wider().max_active if sae.multi_topk else 0)
 
 
-def _sent(job: Job, kind: type[Placement], owned: Sequence[int]) -> int:
-    sizes = [each.size for each in job.units]
-    held = [sizes[number] for number in owned]
+def _sent(job: Job, kind: type[Placement], held: Sequence[Size]) -> int:
+    sizes = list(job.sizes.values())
     moved = []
     for size in dict.fromkeys(sizes):
         load = Workload(

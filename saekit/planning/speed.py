@@ -50,6 +50,13 @@ class StepWork:
     """Ranks among which a device's rate is shared out: all of them on a CPU, whose cores they share."""
     whole_layers_travel: bool
     """Whether each layer's activations go to one rank; else ranks sum and gather what all of them need."""
+    d_out: int | None = None
+    """Of transcoders; None where it is `d_in`."""
+
+    @property
+    def mean_width(self) -> float:
+        """Return the mean width of encoder and decoder, for work that is done in both."""
+        return (self.d_in + (self.d_in if self.d_out is None else self.d_out)) / 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def step_time(work: StepWork, rates: Rates) -> StepTime | None:
 def pass_seconds(work: StepWork, rates: Rates) -> float:
     """Return the seconds of one layer's forward and backward passes over a micro-batch."""
     cost = rates.passes[f"{work.kernels} {work.select_type}"]
-    scores, weights = work.trained * work.num_latents, work.num_latents * work.d_in
+    scores, weights = work.trained * work.num_latents, work.num_latents * work.mean_width
     dense = 2 * scores * work.d_in * DENSE_PASSES.get(work.kernels, 1)
     # The first chunk makes the gradients of both matrices; each further one, in a step, makes its own and adds them:
     # two read, one written.
@@ -113,7 +120,7 @@ def pass_seconds(work: StepWork, rates: Rates) -> float:
     return (
         dense / rates.matmul[work.select_type]
         + scores * cost.score
-        + work.trained * work.k * work.d_in * cost.term
+        + work.trained * work.k * work.mean_width * cost.term
         + chunks * (weights * cost.weight + cost.call)
         + further
     )

@@ -135,5 +135,5 @@ def crosscoders(widths: Sequence[int], variances: Sequence[float]) -> Frame:
     """
     d_in, each = sum(widths), sum(widths) / len(widths)
     scales = [(each / variance) ** 0.5 for variance in variances]
-    scale_D = torch.tensor(scales).repeat_interleave(torch.tensor(widths))
+    scale_D = torch.cat([torch.full((width,), scale) for width, scale in zip(widths, scales, strict=True)])
     return Frame(d_in, False, scale_D, 1.0)

@@ -50,7 +50,15 @@ LARGE = {
 TINY = {"width": 32, "layers": 2, "latents": 64, "k": 4, "batch": 2, "ctx_len": 32}
 SMALL = {
     "even": {"width": 64, "layers": 4, "latents": 1024, "k": 8, "batch": 4, "ctx_len": 32},
-    "wide": {"width": 192, "layers": 2, "latents": 512, "k": 16, "batch": 2, "ctx_len": 64},
+    "wide": {
+        "width": 192,
+        "layers": 2,
+        "latents": 512,
+        "k": 16,
+        "batch": 2,
+        "ctx_len": 64,
+        "options": {"reads": "layers.*.mlp.down_proj:in", "writes": "mlp", "skip_connection": True},
+    },
     "one layer left over": {"width": 32, "layers": 3, "latents": 2048, "k": 4, "batch": 2, "ctx_len": 32},
     "rows cut apart": {
         "width": 64,
@@ -59,7 +67,7 @@ SMALL = {
         "k": 8,
         "batch": 2,
         "ctx_len": 32,
-        "options": {"grad_acc_steps": 2},
+        "options": {"grad_acc_steps": 2, "crosscode": "resid"},
     },
 }
 

@@ -26,3 +26,25 @@ def test_a_plan_of_several_widths_is_the_sum_of_its_units(model_dir):
     layer_map = planned(",".join(names), 2)["layer-map"]
     assert layer_map.layers_of_busiest == 1
     assert layer_map.memory.peak.parameters.total == parameters[1] * 2
+    # But the three narrow ones on another rank read more numbers per token, and the step waits for them to travel.
+    plan = planned("layers.*,layers.{0-1}.mlp,layers.1.mlp.down_proj:in", 3)["layer-map"]
+    assert plan.layers_of_busiest == 1
+    assert plan.sent == 2 * 3 * planned("layers.0", 2)["layer-map"].sent
+
+
+def test_a_transcoder_is_sent_what_it_reads_and_writes_and_a_crosscoder_holds_all_it_joins(model_dir):
+    def planned(**coders):
+        values = {"model": str(model_dir), "dataset": "", "num_latents": 64, "k": 4, **coders}
+        plan = make_plan(RunConfig.from_flat(values), Machine("cpu", 2, 2**36, "", ""))
+        return {choice.placement: choice for choice in plan.choices}
+
+    sae = planned(hookpoints="layers.0")
+    read_and_written = {"reads": "layers.1.mlp.down_proj:in", "writes": "layers.1.mlp"}
+    transcoder, skip = planned(**read_and_written), planned(**read_and_written, skip_connection=True)
+    crosscoder = planned(crosscode="layers.0,layers.1.mlp.down_proj:in")
+    for each in (transcoder, skip, crosscoder):
+        assert each["layer-map"].sent == 3 * sae["layer-map"].sent
+    numbers = 64 * (32 + 16) + 64 + 16
+    held = [each["ddp"].memory.peak.parameters.total for each in (transcoder, skip, crosscoder)]
+    assert held == pytest.approx([4 * numbers, 4 * (numbers + 16 * 32), 4 * (2 * 64 * 48 + 64 + 48)], rel=0.02)
+    assert skip["zero3"].sent > transcoder["zero3"].sent

@@ -54,6 +54,11 @@ def test_one_rank():
     assert time.total == pytest.approx(0.00056 + 0.005286 + 0.00012606)
 
 
+def test_a_transcoders_decoder_is_as_wide_as_what_it_writes():
+    time = step_time(replace(WORK, d_out=30), RATES)
+    assert time.passes == pytest.approx(3 * (DENSE + SCORES + 2 * (TERMS + WEIGHTS) + 0.001))
+
+
 def test_chunks_and_micro_batches_add_gradients_to_gradients():
     time = step_time(replace(WORK, micro_batches=2, chunks=4), RATES)
     added = 2 * 10_000 * 3 * 4 / 1e9  # two matrices, read twice and written once
