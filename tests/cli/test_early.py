@@ -8,6 +8,7 @@ import torch
 
 from saekit import RunConfig, UserError
 from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import autoencoder
 from saekit.placement.layer_map import LayerMap
 from saekit.training.early import check_inputs, check_units
 from saekit.training.live import InMemory
@@ -79,14 +80,14 @@ def test_a_layer_map_that_does_not_fit(model_dir, text_file, placed):
     options = {"model": str(model_dir), "dataset": str(text_file), "layers": "0,1", "layer_map": "0:0"}
     cfg = RunConfig.from_flat(options)
     with pytest.raises(UserError, match="--layer-map '0:0' gives no rank for layer 1"):
-        check_units(cfg, placed, [Hookpoint(f"layers.{number}", 16) for number in range(2)])
+        check_units(cfg, placed, [autoencoder(Hookpoint(f"layers.{number}", 16)) for number in range(2)])
 
 
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
         (None, ["--layers", "0,1"], "it has no coder for layers.0, only for layers.1"),
-        (None, ["--num-latents", "32"], "its SAE for layers.1 has 64 latents for width 16, this run 32"),
+        (None, ["--num-latents", "32"], "its coder for layers.1 has 64 latents for width 16, this run's 32"),
         (-10, [], "layers.1/sae.safetensors is truncated"),
     ],
     ids=["another layer", "another size", "truncated"],
