@@ -11,6 +11,7 @@ TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
 TRITON_OPS, CHOOSE = "saekit/sae/kernels/triton_ops.py", "saekit/sae/kernels/choose.py"
+FRAME, FINETUNE = "saekit/training/frame.py", "saekit/training/finetune.py"
 TRAINER, BANK, UNIT, MESSAGE = (f"saekit/training/{part}.py" for part in ("trainer", "bank", "unit", "message"))
 STATISTICS, STATE, START = (f"saekit/training/{part}.py" for part in ("statistics", "state", "start"))
 ZERO3, DDP = "saekit/placement/zero3.py", "saekit/placement/ddp.py"
@@ -65,6 +66,8 @@ LIKELY = {
     TRAINER: "training/test_trainer",
     STATISTICS: "training/test_bank training/test_statistics training/test_norms",
     STATE: "training/test_resume",
+    FRAME: "training/test_resume training/test_finetune",
+    FINETUNE: "training/test_finetune",
     START: "training/test_start training/test_norms",
     "saekit/training/agreed.py": "sae/test_native_build training/test_agreed",
     "saekit/training/plan.py": "training/test_trainer",
@@ -349,7 +352,7 @@ LIST: list[tuple[str, ...]] = [
         ZERO3,
         "            piece.put(part, piece.flat)\n",
         "",
-        "placement/test_equivalence::test_thresholds_go_on_under_another_placement",
+        "placement/test_equivalence::test_other_kinds_go_on_under_another_placement",
     ),
     (
         "the index is written before the files",
@@ -909,6 +912,45 @@ LIST: list[tuple[str, ...]] = [
         "        self.world.lengthen_timeouts()  # of the engine's own groups\n",
         "",
         "placement/test_zero3::test_collectives_of_the_engine_may_take_an_hour",
+    ),
+    (
+        "a resumed transcoder begins with a rounded bias",
+        FRAME,
+        'names = ["b_enc", "b_dec"] if "W_skip" in weights else ["b_enc"]',
+        'names = ["b_enc"]',
+    ),
+    ("a resumed crosscoder begins with rounded weights", FRAME, 'names = ["W_enc", "W_dec", "b_dec"]', "names = []"),
+    (
+        "a skip connection is saved in the units that it is trained in",
+        FRAME,
+        '            folded["W_skip"] = weights["W_skip"] * scale_D\n',
+        '            folded["W_skip"] = weights["W_skip"]\n',
+    ),
+    (
+        "--finetune takes a file's weights for those that are trained",
+        FINETUNE,
+        "weights if frame is None else frame.unfold(weights)",
+        "weights",
+    ),
+    (
+        "--finetune goes on from a coder of other hookpoints",
+        FINETUNE,
+        "if own and other and (",
+        "if not by_name and own and other and (",
+    ),
+    (
+        "the plan's traffic is that of the rank with the most to compute",
+        "saekit/planning/plan.py",
+        "for held in everywhere)",
+        "for held in [busiest])",
+        "planning/test_several_widths",
+    ),
+    (
+        "what is predicted does not travel to a transcoder",
+        "saekit/activations/sites.py",
+        "return (*self.reads, *self.writes) if self.transcodes else self.reads",
+        "return self.reads",
+        "training/test_hookpoints training/test_resume",
     ),
 ]
 FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for each in LIST]
