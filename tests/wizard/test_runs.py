@@ -60,7 +60,8 @@ def test_yes_and_the_printed_command(config, execute, tmp_path, data, placement)
 
 def test_typed_answers_and_the_printed_command(execute, tmp_path, data, wizard):  # noqa: F811
     running = wizard()
-    running.answer(("machine", "1", "2"), ("model", "", DEMO_LM), ("dataset", "", data), ("layers", "all", "0,3"))
+    running.answer(("machine", "1", "2"), ("model", "", DEMO_LM), ("dataset", "", data), ("hookpoints", "resid", ""))
+    running.answer(("layers", "all", "0,3"))
     running.answer(("dictionary", "32x", "32 latents"), ("k", "32", "2"), ("ctx_len", "512", "16"))
     running.answer(("max_tokens", "all", "320"), ("batch_size", "8", "2"))
     running.asks("placement", "layer-map")
