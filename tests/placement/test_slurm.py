@@ -12,7 +12,7 @@ import pytest
 import saekit
 from saekit.runs.recovery import read_index
 from tests.forked import free_port, processes_of
-from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
+from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH, STEPS
 
 ROOT = Path(saekit.__file__).parent.parent
 SRUN = """#!/bin/bash
@@ -112,7 +112,7 @@ def test_two_launchers_make_one_run(tmp_path, sbatch, file, options):
     assert job.returncode == 0, errors
     placement = "zero3" if file == "zero3" else options[-1] if options else "ddp"
     assert errors.count(f", {placement} on 2 ranks") == 1, errors
-    assert read_index(tmp_path / "run" / "latest")["step"] == 20
+    assert read_index(tmp_path / "run" / "latest")["step"] == STEPS
 
 
 @pytest.mark.slow
