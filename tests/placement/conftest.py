@@ -18,6 +18,12 @@ SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
 """20 optimizer steps, the last of which has too few sequences for all ranks."""
 
 
+@pytest.fixture
+def lost_unnoticed(monkeypatch):
+    """A rank whose peer is gone waits on in the data group, where no signal's handler runs: as under NCCL."""
+    monkeypatch.setenv("STRICT_LOST", "hang")
+
+
 @pytest.fixture(scope="session")
 def gpt2_dir(tmp_path_factory, model_dir):
     """A GPT-2 of two layers with random weights, and a tokenizer for its folder."""
