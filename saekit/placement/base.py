@@ -55,6 +55,9 @@ class LayerOptimizer(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
 
+    def average(self) -> dict[str, Tensor]:
+        """Return what `export` makes of each element alone, by parameter name: decoder rows have any norm yet."""
+
     def export(self) -> dict[str, Tensor]:
         """Return the weights to save, by parameter name; an averaging optimizer trains others than it delivers."""
 
