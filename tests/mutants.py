@@ -904,6 +904,27 @@ LIST: list[tuple[str, ...]] = [
         "placement/test_waits",
     ),
     (
+        "all ranks of another machine tokenize",
+        "saekit/placement/base.py",
+        "hosts.index(hosts[self.rank]) == self.rank else 2",
+        "hosts.index(hosts[self.rank]) == self.rank else 1",
+        "placement/test_waits::test_each_cache_is_filled_once",
+    ),
+    (
+        "a save on a signal holds what was begun",
+        TRAINER,
+        "        self.source.forget()  # a signal may have come when the next step had been begun\n",
+        "",
+        "training/test_waiting",
+    ),
+    (
+        "under zero3 the average that is evaluated has decoder rows of any norm",
+        ZERO3,
+        "        if optimizer.averages and sae.normalize_decoder:\n            normalize_decoder_(whole)\n",
+        "",
+        "placement/test_evaluating::test_the_average_is_evaluated_and_left_as_it_was",
+    ),
+    (
         "groups of the engine keep half an hour",
         ZERO3,
         "        self.world.lengthen_timeouts()  # of the engine's own groups\n",

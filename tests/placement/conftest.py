@@ -19,6 +19,12 @@ SEQUENCES = STEPS * GLOBAL_BATCH - 5
 """The last step has too few sequences for all ranks."""
 
 
+@pytest.fixture
+def lost_unnoticed(monkeypatch):
+    """A rank whose peer is gone waits on in the data group, where no signal's handler runs: as under NCCL."""
+    monkeypatch.setenv("STRICT_LOST", "hang")
+
+
 @pytest.fixture(scope="session")
 def gpt2_dir(tmp_path_factory, model_dir):
     """A GPT-2 of two layers with random weights, and a tokenizer for its folder."""

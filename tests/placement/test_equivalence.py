@@ -184,6 +184,7 @@ def test_a_bad_step_is_skipped_by_all(train, overflowing, placement):
         (["--max-tokens", 9 * GLOBAL_BATCH * CTX_LEN], "in each of the last 2 steps", 9),
     ],
 )
+@pytest.mark.usefixtures("lost_unnoticed")
 def test_too_many_bad_steps_or_a_bad_last_one_end_all_ranks(train, overflowing, options, when, saved):
     model, data = overflowing
     options = ["--no-shuffle", "--placement", "layer-map", "--save-every", 3, *options]
