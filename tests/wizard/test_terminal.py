@@ -234,7 +234,8 @@ def test_leaving_writes_nothing_and_says_so(wizard, small, tmp_path, way):
 def test_options_are_offered_as_defaults(wizard, tmp_path, model_dir, text_file):
     running = wizard(model_dir, text_file, "--num-latents", 64, "--k", 3, "--ctx-len", 16, "--num-processes", 2)
     running.answer(("machine", "2", ""), ("model", str(model_dir), ""), ("dataset", str(text_file), ""))
-    running.answer(("hookpoints", "resid", ""), ("layers", "all", ""), ("dictionary", "64 latents", ""), ("k", "3", ""), ("ctx_len", "16", ""))
+    running.answer(("hookpoints", "resid", ""), ("layers", "all", ""))
+    running.answer(("dictionary", "64 latents", ""), ("k", "3", ""), ("ctx_len", "16", ""))
     running.asks("max_tokens", "all")
     running.send(CTRL_C)
     running.ends(130)
