@@ -6,7 +6,7 @@ time. Not part of the test suite: it runs a part of the suite once per fault, in
 
 from tests.put_back import Fault, main
 
-MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
+MODEL, SPARSE, LOSSES = "saekit/sae/coder.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
@@ -107,13 +107,13 @@ LIKELY = {
 """Tests that are likely to notice a fault in a file; a fault can name others, and single ones."""
 
 LIST: list[tuple[str, ...]] = [
-    ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
+    ("AuxK adds b_dec again", MODEL, "self.centre, k_aux)[0]", "self.centre, k_aux)[0] + self.b_dec"),
     ("AuxK's gradient does not reach the encoder", MODEL, DEAD_CODE, DEAD_CODE.replace("[dead]", "[dead].detach()")),
     (
         "Multi-TopK's gradient is lost",
         MODEL,
-        "self.W_dec) + self.b_dec, recon_ND\n",
-        "self.W_dec) + self.b_dec, recon_ND.detach()\n",
+        "self.W_dec) + apart, recon_ND\n",
+        "self.W_dec) + apart, recon_ND.detach()\n",
     ),
     (
         "Triton: maxima without the bias",
@@ -232,7 +232,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     (
         "--layers narrows no pattern",
-        "saekit/activations/chosen.py",
+        "saekit/activations/matching.py",
         "if not narrowed or structure.block_of(name) in blocks)",
         "if blocks)",
         "activations/test_chosen",
@@ -615,13 +615,13 @@ LIST: list[tuple[str, ...]] = [
     (
         "calibration is of all activations, however long",
         "saekit/training/start.py",
-        "x_ND if limits is None else x_ND[~(norms_N > limits[name])]",
-        "x_ND",
+        "x_NW if limits is None else x_NW[_within(norms_2N, limits[site.name])]",
+        "x_NW",
     ),
     (
         "an SAE forgets which activations it is for",
         MODEL,
-        '"max_norm": self.max_norm,',
+        '            "max_norm": self.max_norm,\n',
         "",
         "sae/test_storage sae/test_formats",
     ),
@@ -769,8 +769,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "masked tokens are calibrated on",
         START,
-        "x_ND if acts.counted_N is None else x_ND[acts.counted_N]",
-        "x_ND",
+        "x_NW if acts.counted_N is None else x_NW[acts.counted_N]",
+        "x_NW",
         "activations/test_source",
     ),
     ("the sums of units of several sizes begin a latent late", STATISTICS, ".cumsum(0).sub(1)", ".cumsum(0).sub(2)"),
@@ -796,7 +796,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "initial weights depend on the place among the units",
         STATE,
-        "unit.hookpoint.seed(plan.cfg.init_seed)",
+        "unit.site.seed(plan.cfg.init_seed)",
         "plan.cfg.init_seed * 100_003 + plan.hookpoints.index(name)",
         "training/test_trainer::test_layers_do_not_influence_each_other",
     ),
@@ -832,6 +832,22 @@ LIST: list[tuple[str, ...]] = [
         "half = 1.959963984540054 *",
     ),
     ("an SAE does not say where it was trained", OPENING, "    sae.trained_on = read_trained_on(folder)\n", ""),
+    ("a transcoder subtracts its decoder's bias", MODEL, "None if self.transcode else self.b_dec", "self.b_dec"),
+    (
+        "a transcoder's mean is not folded into its biases",
+        FRAME,
+        'weights["b_enc"] - folded["W_enc"] @ shift_D',
+        'weights["b_enc"]',
+        "training/test_transcoders",
+    ),
+    (
+        "a resumed transcoder goes on from rounded biases",
+        STATE,
+        'weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.lost(weights)}',
+        "pass",
+        "training/test_resume",
+    ),
+    ("a hookpoint that two coders read is gone for the second", SITES, "if part.name in needed else", "if False else"),
     ("activations of another width are reshaped", MODEL, " or x.shape[-1:] != (self.d_in,):", ":", "test_api_errors"),
     ("a plug-in takes a built-in kind's name", REGISTRY, "if name in self._built_in or self._reg", "if self._reg"),
     (
