@@ -57,6 +57,8 @@ LIKELY = {
     REGISTRY: "test_registry",
     "saekit/config/flat.py": "cli/test_plugin",
     HOOKPOINTS: "activations/test_hookpoints",
+    SITES: "training/test_transcoders",
+    FRAME: "training/test_transcoders",
     TAP: "activations/test_tap",
     LIVE: "training/test_waiting activations/test_source",
     SOURCE: "training/test_waiting",
