@@ -49,6 +49,8 @@ class Job:
     """Of the initial weights."""
     settings: dict[str, Any]
     """Options by the toolkit's own names; what is not here stays at the toolkit's default."""
+    reads: list[str] | None = None
+    """Of transcoders: what is read for each hookpoint, which is predicted; None for SAEs."""
 
 
 def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:

@@ -3,6 +3,7 @@
     python benchmarks/quality.py                            both models, 1M tokens, all recipes, one seed
     python benchmarks/quality.py --tokens 1M --tokens 10M --seed 0 --seed 1
     python benchmarks/quality.py --only saekit --again      what was changed, against what is known of the peers
+    python benchmarks/quality.py --kind transcoder          of all MLPs, beside sparsify's
     python benchmarks/quality.py --quick                    few tokens, to see that it works
 
 The results are written after every run, and a run that is in the file already is not made again: whoever stops the
@@ -39,6 +40,9 @@ console = Console()
 def main(
     model: Annotated[Literal["demo", "bert", "both"], typer.Option(help="Language model.")] = "both",
     tokens: Annotated[list[str] | None, typer.Option(help="To train on, such as 1M; repeatable.")] = None,
+    kind: Annotated[
+        Literal["sae", "transcoder"], typer.Option(help="SAEs of blocks' outputs, or transcoders of MLPs.")
+    ] = "sae",
     layers: Annotated[str | None, typer.Option(help="Layers such as 0,2,5; all by default.")] = None,
     expansion: Annotated[int | None, typer.Option(help="Latents per dimension; 32 (demo), 8 (bert).")] = None,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
@@ -50,19 +54,21 @@ def main(
     dictionary_learning_python: Annotated[
         Path | None, typer.Option(help="A Python that has dictionary-learning.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "quality.json",
+    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
     """Compare the held-out quality of the SAEs of saekit and its peers."""
     datasets.disable_progress_bars()
     given = {SPARSIFY: sparsify_python, DICTIONARY_LEARNING: dictionary_learning_python}
     pythons = {name: python for name, python in given.items() if python is not None}
     budgets = [QUICK_TOKENS] if quick else [count(each) for each in tokens or ["1M"]]
+    out = out or HERE / "results" / ("quality.json" if kind == "sae" else "quality_transcoders.json")
     runs = read(out)
     for subject in subjects(model):
         wanted = replace(
             subject,
             expansion=2 if quick else expansion or subject.expansion,
             k=k,
+            transcode=kind == "transcoder",
             layers=tuple(map(int, layers.split(","))) if layers else None,
         )
         for budget in budgets:

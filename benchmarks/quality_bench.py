@@ -11,7 +11,7 @@ from typing import Any
 
 from common import Job, fingerprint, prepare_tokens, train
 from evaluate import Reading, load_saes, measure
-from recipes import DICTIONARY_LEARNING, SAEKIT, SPARSIFY, Recipe, recipes
+from recipes import DICTIONARY_LEARNING, SAEKIT, SPARSIFY, Recipe, recipes, transcoder_recipes
 
 TOKENS_PER_STEP = 2048
 HELD_OUT_TOKENS = 100_000
@@ -33,6 +33,8 @@ class Subject:
     k: int = 32
     layers: tuple[int, ...] | None = None
     """None for all."""
+    transcode: bool = False
+    """Transcoders of the MLPs instead of SAEs of the blocks' outputs."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class Bench:
     reading: Reading
     steps: int
     num_latents: int
+    reads: list[str] | None = None
+    """Of transcoders: what is read for each hookpoint."""
 
     def recipes(self) -> list[Recipe]:
         """What is to be compared."""
-        return list(recipes(self.steps))
+        return list(recipes(self.steps) if self.reads is None else transcoder_recipes(self.steps))
 
     def about(self) -> dict[str, Any]:
         """What makes numbers comparable: runs with the same values here belong into one table."""
@@ -55,6 +59,7 @@ class Bench:
             "model": self.subject.name,
             "model_sha256": fingerprint(self.subject.folder),
             "hookpoints": self.reading.hookpoints,
+            **({} if self.reads is None else {"reads": self.reads}),
             "num_latents": self.num_latents,
             "k": self.subject.k,
             "tokens": self.steps * TOKENS_PER_STEP,
@@ -76,6 +81,7 @@ class Bench:
                 exclude_tokens=self.reading.exclude_tokens,
                 seed=seed,
                 settings=recipe.settings,
+                reads=self.reads,
             )
             seconds = train(python, SCRIPTS[recipe.toolkit], job)
             return {"seconds": seconds, "layers": measure(self.reading, load_saes(Path(job.out), job))}
@@ -112,15 +118,25 @@ def prepare(subject: Subject, tokens: int, work: Path) -> Bench:
     model, predicts = load_with_head(source, model_shape(source), torch.device("cpu"))
     blocks = find_blocks(model)
     chosen = subject.layers or range(len(blocks.modules))
+    hookpoints, reads = [blocks.hookpoint(layer) for layer in chosen], None
+    if subject.transcode:
+        hookpoints, reads = mlps(hookpoints, model.base_model)
     reading = Reading(
         model=model,
         predicts=predicts,
         mask_token=tokenizer.mask_token_id,
-        hookpoints=[blocks.hookpoint(layer) for layer in chosen],
+        hookpoints=hookpoints,
         data=load_from_disk(work / "heldout"),
         exclude_tokens=sorted(set(tokenizer.all_special_ids)),
     )
-    return Bench(subject, work, reading, steps, model.config.hidden_size * subject.expansion)
+    return Bench(subject, work, reading, steps, model.config.hidden_size * subject.expansion, reads)
+
+
+def mlps(blocks: list[str], model: Any) -> tuple[list[str], list[str]]:
+    """What the MLP of each block writes, and what it reads. BERT has no module that is one."""
+    if hasattr(model.get_submodule(blocks[0]), "mlp"):
+        return [f"{block}.mlp" for block in blocks], [f"{block}.mlp:in" for block in blocks]
+    return [f"{block}.output.dense" for block in blocks], [f"{block}.intermediate:in" for block in blocks]
 
 
 def subjects(wanted: str) -> list[Subject]:

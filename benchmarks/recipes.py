@@ -40,6 +40,20 @@ class Recipe:
         return f"{self.toolkit} {self.name}"
 
 
+def transcoder_recipes(steps: int) -> Iterator[Recipe]:
+    """Those for transcoders: defaults, and sweeps of sparsify's two optimizers, without and with skip connections."""
+    warmup = max(1, steps // 10)
+    for name, sae in (("", {}), ("skip ", {"skip_connection": True})):
+        extra = {"sae": sae} if sae else {}
+        yield Recipe(SAEKIT, f"{name}defaults", extra)
+        for rate in ADAM_RATES:
+            yield Recipe(
+                SPARSIFY, f"{name}adam {rate:g}", {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup, **extra}
+            )
+        for rate in SIGNUM_RATES:
+            yield Recipe(SPARSIFY, f"{name}signum {rate:g}", {"optimizer": "signum", "lr": rate, **extra})
+
+
 def recipes(steps: int) -> Iterator[Recipe]:
     """All of them, the most telling first.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from datasets import load_from_disk
 from transformers import AutoModel
@@ -12,6 +13,13 @@ from transformers import AutoModel
 from saekit import SaeConfig, SaeTrainer, TrainConfig
 
 NEVER = 10**9
+
+
+def where(job: dict[str, Any]) -> dict[str, Any]:
+    """The options that say what coders read and write."""
+    if job["reads"] is not None:
+        return {"reads": tuple(job["reads"]), "writes": tuple(job["hookpoints"])}
+    return {"layers": tuple(int(name.rsplit(".", 1)[1]) for name in job["hookpoints"])}
 
 
 def main() -> None:
@@ -22,7 +30,7 @@ def main() -> None:
     settings = dict(job["settings"])
     cfg = TrainConfig(
         sae=SaeConfig(num_latents=job["num_latents"], k=job["k"], **settings.pop("sae", {})),
-        layers=tuple(int(name.rsplit(".", 1)[1]) for name in job["hookpoints"]),
+        **where(job),
         init_seed=job["seed"],
         batch_size=job["batch_size"],
         shuffle=False,

@@ -1,6 +1,7 @@
 """Two machines, as far as one can play them: two network namespaces, each with its own name and its own caches.
 
     python benchmarks/two_nodes.py runs       # under each placement: train, SIGTERM, resume to the end
+    python benchmarks/two_nodes.py slurm      # the same with examples/slurm_multi_node.sh, as sbatch would run it
     python benchmarks/two_nodes.py failures   # 20 times: a rank raises while others wait where no signal reaches them
 
 Needs root, `ip` and `unshare`. The ranks speak gloo over a virtual cable, the only way from one namespace to the other.
@@ -42,7 +43,28 @@ ENTER = """#!/bin/bash
 node=$1; shift
 export HF_HOME={work}/cache$node HF_DATASETS_CACHE={work}/cache$node/datasets XDG_CACHE_HOME={work}/cache$node
 export GLOO_SOCKET_IFNAME=eth0
-exec ip netns exec saekit-node$node unshare --uts bash -c 'hostname "$0" && exec "$@"' "node$node" "$@"
+exec ip netns exec saekit-node$node unshare --uts bash -c \
+    'hostname "$0" && mount --bind {work}/hosts /etc/hosts && exec "$@"' "node$node" "$@"
+"""
+HOSTS = f"127.0.0.1 localhost\n{ADDRESSES[0]} node0\n{ADDRESSES[1]} node1\n"
+SRUN = """#!/bin/bash
+# One task on each machine. As since SLURM 22.05, its CPUs are one, or those of SRUN_CPUS_PER_TASK. A task that fails
+# ends the others only if that is asked for.
+options=" "
+while [[ $1 == --* ]]; do options+="$1 "; shift; done
+export SLURM_CPUS_PER_TASK=${{SRUN_CPUS_PER_TASK:-1}} SLURM_NTASKS=2 SLURM_LOCALID=0
+for node in 0 1; do
+    SLURM_PROCID=$node SLURM_NODEID=$node {work}/enter $node "$@" & echo $! > {work}/task$node
+done
+tasks=$(jobs -p)
+if ! {{ wait -n && wait -n; }}; then
+    [[ $options == *" --kill-on-bad-exit=1 "* ]] && kill $tasks 2> /dev/null
+    wait
+    exit 1
+fi
+"""
+SCONTROL = """#!/bin/bash
+[[ "$*" == "show hostnames node[0-1]" ]] && printf 'node0\\nnode1\\n'
 """
 
 
@@ -62,8 +84,10 @@ def two_nodes(work: Path) -> Iterator[None]:
             ip("-n", node, "addr", "add", f"{address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
                 ip("-n", node, "link", "set", link, "up")
-        (work / "enter").write_text(ENTER.format(work=work))
-        (work / "enter").chmod(0o755)
+        (work / "hosts").write_text(HOSTS)
+        for name, text in (("enter", ENTER), ("srun", SRUN), ("scontrol", SCONTROL)):
+            (work / name).write_text(text.format(work=work))
+            (work / name).chmod(0o755)
         yield
     finally:
         for node in NODES:
@@ -78,7 +102,7 @@ def environment() -> dict[str, str]:
 
 
 class Job:
-    """A run on both machines, two ranks each.
+    """A run on both machines, two ranks each, which torchrun starts.
 
     Args:
         work: Where logs go, and the run.
@@ -90,18 +114,25 @@ class Job:
     def __init__(self, work: Path, placement: str, options: list[str], variables: dict[str, str]) -> None:
         from saekit.demo import MODEL_DIR
 
-        self.logs = [work / f"node{number}.log" for number in (0, 1)]
+        self.work, self.logs = work, list[Path]()
+        self.launchers: list[subprocess.Popen[bytes]] = []
         train = [str(MODEL_DIR), str(work / "text.jsonl"), *SIZES, "--save-dir", str(work), "--run-name", "run"]
-        train += ["--placement", placement, *options]
+        self.start([*train, "--placement", placement, *options], variables)
+
+    def start(self, train: list[str], variables: dict[str, str]) -> None:
+        """Start a launcher on each machine."""
         port = str(random.randint(10_000, 32_000))
-        self.launchers = []
-        for number, log in enumerate(self.logs):
+        for number in (0, 1):
             launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
             launcher += ["--node_rank", str(number), "--master_addr", ADDRESSES[0], "--master_port", port]
-            command = [str(work / "enter"), str(number), *launcher, "-m", "saekit", "train", *train]
-            with log.open("w") as file:
-                started = subprocess.Popen(command, env={**environment(), **variables}, stderr=file, cwd=work)
-            self.launchers.append(started)
+            command = [str(self.work / "enter"), str(number), *launcher, "-m", "saekit", "train", *train]
+            self.launch(command, self.work / f"node{number}.log", {**environment(), **variables}, self.work)
+
+    def launch(self, command: list[str], log: Path, variables: dict[str, str], folder: Path) -> None:
+        """Start a process, with these variables, in a folder; what it says goes to the log."""
+        with log.open("w") as file:
+            self.launchers.append(subprocess.Popen(command, env=variables, stderr=file, cwd=folder))
+        self.logs.append(log)
 
     def signal(self, number: int) -> None:
         """As a scheduler does: to the launcher of each machine."""
@@ -131,6 +162,26 @@ class Job:
         return "\n".join(log.read_text(encoding="utf-8") for log in self.logs)
 
 
+class SlurmJob(Job):
+    """One that SLURM's example starts, with `srun` and `scontrol` of our own."""
+
+    def start(self, train: list[str], variables: dict[str, str]) -> None:
+        """Run the script on the first machine, as sbatch does."""
+        # Its launch files are for GPUs; the ranks find none, and speak gloo.
+        config = "zero3" if train[train.index("--placement") + 1] == "zero3" else "multi_node"
+        told = {"SLURM_JOB_ID": str(random.randrange(10**6)), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2"}
+        told |= {"SLURM_CPUS_PER_TASK": "2", "GPUS_PER_NODE": "2", "CONFIG": f"accelerate_configs/{config}.yaml"}
+        told |= {"PATH": f"{self.work}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        kept = {name: value for name, value in environment().items() if name != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+        command = [str(self.work / "enter"), "0", "bash", str(ROOT / "examples" / "slurm_multi_node.sh"), *train]
+        self.launch(command, self.work / "job.log", kept | told | variables, ROOT)
+
+    def signal(self, number: int) -> None:
+        """As SLURM does: to the tasks that srun started."""
+        for task in (0, 1):
+            os.kill(int((self.work / f"task{task}").read_text()), number)
+
+
 def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> None:
     """Look ten times a second."""
     until = time.monotonic() + seconds
@@ -140,12 +191,12 @@ def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> N
         time.sleep(0.1)
 
 
-def stop_and_resume(work: Path, placement: str) -> dict[str, Any]:
+def stop_and_resume(work: Path, placement: str, kind: type[Job]) -> dict[str, Any]:
     """Train, send SIGTERM, go on to the end; the figures of it."""
     from saekit.runs.recovery import read_index
 
     options = ["--max-tokens", str(150 * 8 * 16), "--resume", "auto"]
-    job = Job(work, placement, options, {})
+    job = kind(work, placement, options, {})
     try:
         wait_until(lambda: re.search(r"^step \d", job.said(), re.M), job)
         sent = time.monotonic()
@@ -155,9 +206,9 @@ def stop_and_resume(work: Path, placement: str) -> dict[str, Any]:
         assert job.said().count("Stopped after step ") == 1, job.said()
         stopped_at = read_index(work / "run" / "latest")["step"]
         assert 1 <= stopped_at < 150, stopped_at
-        job = Job(work, placement, options, {})
+        job = kind(work, placement, options, {})
         codes = job.wait(240)
-        assert not any(codes), job.said()
+        assert not any(codes), f"{codes}: {job.said()}"
         assert job.said().count("Going on from ") == 1, job.said()
         assert read_index(work / "run" / "latest")["step"] == 150
     finally:
@@ -205,7 +256,7 @@ def write(key: str, found: Any) -> None:
 def main() -> int:
     """Run one of the drills; the exit code says whether all went well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drill", choices=["runs", "failures"])
+    parser.add_argument("drill", choices=["runs", "slurm", "failures"])
     parser.add_argument("--times", type=int, default=20, help="failures in a row")
     parser.add_argument("--first", type=int, default=0, help="the number of the first, to go on with an earlier drill")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
@@ -227,7 +278,8 @@ def main() -> int:
             return 0 if good else 1
         for placement in asked.placements:
             shutil.rmtree(work / "run", ignore_errors=True)
-            write("runs", {placement: stop_and_resume(work, placement)})
+            kind = SlurmJob if asked.drill == "slurm" else Job
+            write(asked.drill, {placement: stop_and_resume(work, placement, kind)})
     return 0
 
 

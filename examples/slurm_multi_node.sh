@@ -15,7 +15,9 @@
 set -euo pipefail
 per_node=${GPUS_PER_NODE:-8}
 config=${CONFIG:-accelerate_configs/multi_node.yaml}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not through a pipe to `head`, whose early end can end scontrol, and with it the job, without a message.
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
 
 # The launchers hand USR1 on to their processes, and leave them the time to save.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170

@@ -9,7 +9,6 @@ As a script it forks a copy for each request that it gets at a socket (`tests.co
 """
 
 import atexit
-import gc
 import importlib
 import json
 import os
@@ -24,7 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,7 @@ import psutil
 
 from tests import strict
 from tests.copies import ADDRESS, PYTHON, Copy, wait_for
+from tests.everything import import_everything
 
 ARGUMENTS = "SAEKIT_COPIES_ARGUMENTS"
 """Variable of the environment: those of the process above."""
@@ -258,29 +258,6 @@ def program(what: str, *arguments: str) -> Callable[[], object]:
     sys.argv = [what, *arguments]
     sys.path.insert(0, str(Path(what).parent))
     return partial(runpy.run_path, what, run_name="__main__")
-
-
-def import_everything() -> None:
-    """What training will import, so that copies of this process need not; sets torch to one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    with suppress(RuntimeError):  # it has been set before
-        torch.set_num_interop_threads(1)
-    # At first use they import the language model's own module, and DeepSpeed, by way of a `torch.compile`, these two.
-    models = [f"transformers.models.{model}.modeling_{model}" for model in ("gpt2", "llama")]
-    ours = ["saekit.cli", "saekit.training.launch", "saekit.placement.launcher"]
-    launchers = ["torch.distributed.run", "accelerate.commands.launch"]
-    compiling = ["torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"]
-    with redirect_stdout(sys.stderr):  # DeepSpeed says there what it found; answers go to stdout
-        for module in [*ours, *launchers, "datasets", *models, *compiling]:
-            importlib.import_module(module)
-        with suppress(ImportError):
-            importlib.import_module("deepspeed")
-        # A second of regular expressions that loading any model compiles.
-        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
-    gc.collect()
-    gc.freeze()  # the copies' own collections need not look at all of this again
 
 
 def run_to_its_end(work: Callable[[], object]) -> None:

@@ -6,7 +6,7 @@ time. Not part of the test suite: it runs a part of the suite once per fault, in
 
 from tests.put_back import Fault, main
 
-MODEL, SPARSE, LOSSES = "saekit/sae/model.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
+MODEL, SPARSE, LOSSES = "saekit/sae/coder.py", "saekit/sae/kernels/sparse.py", "saekit/sae/losses.py"
 TORCH_OPS, EAGER = "saekit/sae/kernels/torch_ops.py", "saekit/sae/kernels/eager.py"
 SCORES, ADAM = "saekit/sae/kernels/scores.py", "saekit/training/adam.py"
 NATIVE, ROWS, TOPK, AMX = (f"saekit/sae/kernels/native{part}" for part in (".cpp", "_rows.h", "_topk.h", "_amx.h"))
@@ -21,7 +21,7 @@ RECOVERY, LOCK, LEASE = (f"saekit/runs/{part}.py" for part in ("recovery", "lock
 RUN_FOLDER = "saekit/training/run_folder.py"
 OPENING, INDEX, LOCATE = (f"saekit/runs/{part}.py" for part in ("opening", "index", "locate"))
 TAP, LIVE, SOURCE = (f"saekit/activations/{part}.py" for part in ("tap", "live", "source"))
-HOOKPOINTS = "saekit/activations/hookpoints.py"
+HOOKPOINTS, SITES = "saekit/activations/hookpoints.py", "saekit/activations/sites.py"
 EVALUATE = "saekit/analysis/evaluate.py"
 EVALUATING = "saekit/training/evaluating.py"
 DEAD_CODE = "self.W_enc[dead], self.b_enc[dead],"
@@ -57,6 +57,7 @@ LIKELY = {
     REGISTRY: "test_registry",
     "saekit/config/flat.py": "cli/test_plugin",
     HOOKPOINTS: "activations/test_hookpoints",
+    SITES: "training/test_transcoders",
     TAP: "activations/test_tap",
     LIVE: "training/test_waiting activations/test_source",
     SOURCE: "training/test_waiting",
@@ -66,7 +67,7 @@ LIKELY = {
     TRAINER: "training/test_trainer",
     STATISTICS: "training/test_bank training/test_statistics training/test_norms",
     STATE: "training/test_resume",
-    FRAME: "training/test_resume training/test_finetune",
+    FRAME: "training/test_transcoders training/test_resume training/test_finetune",
     FINETUNE: "training/test_finetune",
     START: "training/test_start training/test_norms",
     "saekit/training/agreed.py": "sae/test_native_build training/test_agreed",
@@ -110,13 +111,13 @@ LIKELY = {
 """Tests that are likely to notice a fault in a file; a fault can name others, and single ones."""
 
 LIST: list[tuple[str, ...]] = [
-    ("AuxK adds b_dec again", MODEL, "self.b_dec, k_aux)[0]", "self.b_dec, k_aux)[0] + self.b_dec"),
+    ("AuxK adds b_dec again", MODEL, "self.centre, k_aux)[0]", "self.centre, k_aux)[0] + self.b_dec"),
     ("AuxK's gradient does not reach the encoder", MODEL, DEAD_CODE, DEAD_CODE.replace("[dead]", "[dead].detach()")),
     (
         "Multi-TopK's gradient is lost",
         MODEL,
-        "self.W_dec) + self.b_dec, recon_ND\n",
-        "self.W_dec) + self.b_dec, recon_ND.detach()\n",
+        "self.W_dec) + apart, recon_ND\n",
+        "self.W_dec) + apart, recon_ND.detach()\n",
     ),
     (
         "Triton: maxima without the bias",
@@ -235,7 +236,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     (
         "--layers narrows no pattern",
-        "saekit/activations/chosen.py",
+        "saekit/activations/matching.py",
         "if not narrowed or structure.block_of(name) in blocks)",
         "if blocks)",
         "activations/test_chosen",
@@ -618,13 +619,13 @@ LIST: list[tuple[str, ...]] = [
     (
         "calibration is of all activations, however long",
         "saekit/training/start.py",
-        "x_ND if limits is None else x_ND[~(norms_N > limits[name])]",
-        "x_ND",
+        "x_NW if limits is None else x_NW[_within(norms_2N, limits[site.name])]",
+        "x_NW",
     ),
     (
         "an SAE forgets which activations it is for",
         MODEL,
-        '"max_norm": self.max_norm,',
+        '            "max_norm": self.max_norm,\n',
         "",
         "sae/test_storage sae/test_formats",
     ),
@@ -772,8 +773,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "masked tokens are calibrated on",
         START,
-        "x_ND if acts.counted_N is None else x_ND[acts.counted_N]",
-        "x_ND",
+        "x_NW if acts.counted_N is None else x_NW[acts.counted_N]",
+        "x_NW",
         "activations/test_source",
     ),
     ("the sums of units of several sizes begin a latent late", STATISTICS, ".cumsum(0).sub(1)", ".cumsum(0).sub(2)"),
@@ -799,7 +800,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "initial weights depend on the place among the units",
         STATE,
-        "unit.hookpoint.seed(plan.cfg.init_seed)",
+        "unit.site.seed(plan.cfg.init_seed)",
         "plan.cfg.init_seed * 100_003 + plan.hookpoints.index(name)",
         "training/test_trainer::test_layers_do_not_influence_each_other",
     ),
@@ -835,6 +836,22 @@ LIST: list[tuple[str, ...]] = [
         "half = 1.959963984540054 *",
     ),
     ("an SAE does not say where it was trained", OPENING, "    sae.trained_on = read_trained_on(folder)\n", ""),
+    ("a transcoder subtracts its decoder's bias", MODEL, "None if self.transcode else self.b_dec", "self.b_dec"),
+    (
+        "a transcoder's mean is not folded into its biases",
+        FRAME,
+        'weights["b_enc"] - folded["W_enc"] @ shift_D',
+        'weights["b_enc"]',
+        "training/test_transcoders",
+    ),
+    (
+        "a resumed transcoder goes on from rounded biases",
+        STATE,
+        'weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.lost(weights)}',
+        "pass",
+        "training/test_resume",
+    ),
+    ("a hookpoint that two coders read is gone for the second", SITES, "if part.name in needed else", "if False else"),
     ("activations of another width are reshaped", MODEL, " or x.shape[-1:] != (self.d_in,):", ":", "test_api_errors"),
     ("a plug-in takes a built-in kind's name", REGISTRY, "if name in self._built_in or self._reg", "if self._reg"),
     (
@@ -905,6 +922,27 @@ LIST: list[tuple[str, ...]] = [
         "            self.gather(None)\n            wave",
         "            wave",
         "placement/test_waits",
+    ),
+    (
+        "all ranks of another machine tokenize",
+        "saekit/placement/base.py",
+        "hosts.index(hosts[self.rank]) == self.rank else 2",
+        "hosts.index(hosts[self.rank]) == self.rank else 1",
+        "placement/test_waits::test_each_cache_is_filled_once",
+    ),
+    (
+        "a save on a signal holds what was begun",
+        TRAINER,
+        "        self.source.forget()  # a signal may have come when the next step had been begun\n",
+        "",
+        "training/test_waiting",
+    ),
+    (
+        "under zero3 the average that is evaluated has decoder rows of any norm",
+        ZERO3,
+        "        if optimizer.averages and sae.normalize_decoder:\n            normalize_decoder_(whole)\n",
+        "",
+        "placement/test_evaluating::test_the_average_is_evaluated_and_left_as_it_was",
     ),
     (
         "groups of the engine keep half an hour",

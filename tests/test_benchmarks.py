@@ -32,12 +32,8 @@ def run(code):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_every_benchmark_can_be_imported():
+def test_a_recipe_is_trained_by_the_loops_own_step_and_every_benchmark_can_be_imported():
     """Without the peers, whose scripts lie apart."""
     names = sorted(file.stem for file in FOLDER.glob("*.py"))
     names.sort(key="same_numbers".__eq__)  # last, for it takes the others off the search path
-    run("\n".join(f"import {name}" for name in names))
-
-
-def test_a_recipe_is_trained_by_the_loops_own_step():
-    run(TINY)
+    run("\n".join([TINY, *(f"import {name}" for name in names)]))

@@ -110,7 +110,7 @@ class LiveModel(Source):
             try:
                 yield
             finally:
-                self._begun = None
+                self.forget()
                 del self._read_taps
 
     def read(self, step: int) -> list[Tokens]:
@@ -139,6 +139,10 @@ class LiveModel(Source):
     def prefetch(self, batch: Tokens) -> None:
         """Put the forward pass into the device's queue."""
         self._begun = (batch, self._run(batch))
+
+    def forget(self) -> None:
+        """Drop the activations."""
+        self._begun = None
 
     def __call__(self, batch: Tokens) -> Activations:
         """Run the model up to the last hookpoint.

@@ -102,6 +102,9 @@ class Source(ABC):
     def prefetch(self, batch: Batch) -> None:  # noqa: B027  # nothing to begin, unless it runs behind
         """Begin the work for a micro-batch, where the source `runs_behind`; calling with it later gives the result."""
 
+    def forget(self) -> None:  # noqa: B027  # nothing is held, unless it runs behind
+        """Drop what was begun and not asked for: its memory is needed. Calling with it later computes it again."""
+
 
 class Steps:
     """The steps of a run with their micro-batches, read ahead: an iterator of `(step, batches)`.

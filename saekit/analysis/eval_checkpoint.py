@@ -131,13 +131,10 @@ def prepare(
     ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
     tokenizer = find_tokenizer(cfg.model)
     status(f"Reading and tokenizing {cfg.data.dataset}")
-    if placement.rank > 0:  # one rank tokenizes, the others read what it left in the cache
-        placement.gather(None)
-    data, origin = _data(run, tokenizer, ctx_len, options)
-    data = shuffled(data, DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens)
-    check_tokens(data, vocabulary_of(shape.config), what="the data to evaluate on")
-    if placement.rank == 0:
-        placement.gather(None)
+    with placement.in_turn():  # the first tokenizes, the others read what it left in the cache
+        data, origin = _data(run, tokenizer, ctx_len, options)
+        data = shuffled(data, DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens)
+        check_tokens(data, vocabulary_of(shape.config), what="the data to evaluate on")
 
     status(f"Loading {cfg.model.model}")
     agreed = agreed_type(cfg.model, placement.device, placement.gather)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -52,6 +54,9 @@ class LayerOptimizer(Protocol):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
+
+    def average(self) -> dict[str, Tensor]:
+        """Return what `export` makes of each element alone, by parameter name: decoder rows have any norm yet."""
 
     def export(self) -> dict[str, Tensor]:
         """Return the weights to save, by parameter name; an averaging optimizer trains others than it delivers."""
@@ -179,6 +184,20 @@ class Placement(Questions, ABC):
     def gather(self, value: Any) -> list[Any]:
         """Return a small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
         return [value]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Run a block on rank 0 first, then on the first rank of each other machine, then on all others. Collective.
+
+        For what is left in a cache, and found there by the next: machines may share one, or each may have its own.
+        """
+        hosts = self.gather(socket.gethostname())
+        turn = 0 if self.rank == 0 else 1 if hosts.index(hosts[self.rank]) == self.rank else 2
+        for _ in range(turn):
+            self.gather(None)
+        yield
+        for _ in range(2 - turn):
+            self.gather(None)
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Return whole numbers of every rank, in rank order; all ranks give equally many. Collective.

@@ -32,14 +32,14 @@ class Piece:
         """The piece of a tensor that is laid out like the flat one: the flat one itself, a gradient, a moment."""
         return like_flat.narrow(0, self.start, self.size)
 
-    def gathered(self, like_flat: Tensor, device: torch.device) -> Tensor:
+    def gathered(self, mine: Tensor, device: torch.device) -> Tensor:
         """Return the whole tensor from the ranks' pieces of it, on every rank. Collective.
 
         Args:
-            like_flat: Laid out like the flat tensor.
+            mine: This rank's piece, `[size]`.
             device: Where ranks exchange tensors, and where the result is.
         """
-        mine = self.of(like_flat).to(device).contiguous()
+        mine = mine.to(device).contiguous()
         whole = mine.new_empty(dist.get_world_size(), mine.numel())
         _all_gather(whole.view(-1), mine)
         return self.unpadded(whole)

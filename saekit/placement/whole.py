@@ -88,6 +88,30 @@ def whole_optimizer(
     return optimizer
 
 
+def optimizer_of_pieces(
+    sae: Sae, pieces: Mapping[str, Piece], state: Mapping[Tensor, Mapping[str, Any]], make_optimizer: OptimizerFactory
+) -> LayerOptimizer:
+    """Return an optimizer of this rank's pieces of a unit; weights and state are those that are trained, not copies.
+
+    Args:
+        sae: The unit.
+        pieces: By parameter name.
+        state: The optimizer's, by flat tensor; without an entry there is none.
+        make_optimizer: Makes one that treats every element alike, so that it takes pieces as well.
+    """
+    parts = without_memory(**sae.sizes())
+    states: dict[Tensor, dict[str, Any]] = {}
+    for name, piece in pieces.items():
+        part = nn.Parameter(piece.of(piece.flat.detach()))
+        setattr(parts, name, part)
+        own = state.get(piece.flat, {})
+        states[part] = {key: piece.of(value) if piece.is_laid_out(value) else value for key, value in own.items()}
+    optimizer = make_optimizer(parts)
+    for each in optimizer.optimizers:
+        each.state.update(states)
+    return optimizer
+
+
 def optimizer_of_parts(
     sae: Sae,
     pieces: Mapping[str, Piece],

@@ -15,9 +15,15 @@ from saekit.placement.costs import FLOAT32, Costs, Traffic, Workload
 from saekit.placement.local import size_of
 from saekit.placement.replicas import send
 from saekit.placement.shards import Piece, UnitRows, find_pieces, same_memory, share_masters
-from saekit.placement.whole import bring_all, bring_to_leaders, optimizer_of_parts, whole_optimizer
+from saekit.placement.whole import (
+    bring_all,
+    bring_to_leaders,
+    optimizer_of_parts,
+    optimizer_of_pieces,
+    whole_optimizer,
+)
 from saekit.placement.world import Ranked, World
-from saekit.sae import Sae
+from saekit.sae import Sae, normalize_decoder_
 from saekit.sae.model import around
 
 if TYPE_CHECKING:
@@ -57,7 +63,6 @@ class Zero3(Ranked):
         self._pieces: dict[nn.Parameter, Piece] = {}
         self._backwards: Counter[str] = Counter()
         self._engine: Any = None
-        self._averages = False
 
     @classmethod
     def join(cls, layer_map: str | None = None) -> Zero3:
@@ -110,7 +115,6 @@ class Zero3(Ranked):
         for hookpoint in hookpoints:
             sae = make_sae(hookpoint).to(self.device).train()
             optimizer = make_optimizer(sae)
-            self._averages = optimizer.averages
             torch_optimizers += optimizer.optimizers
             # It sends the weights of rank 0 before it cuts them up; what the selection moves is none of its parameters.
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
@@ -220,18 +224,15 @@ class Zero3(Ranked):
 
     @torch.no_grad()
     def whole_sae(self, hookpoint: str) -> Sae:
-        """Gather its weights on every rank; with an averaging optimizer its state as well."""
+        """Gather the weights to save on every rank; where they are averages, each rank makes its part of them."""
         sae = self._saes[hookpoint]
         pieces = self._pieces_of(sae)
-
-        def gather(name: str, part: Callable[[Piece], Tensor]) -> Tensor:
-            return pieces[name].gathered(part(pieces[name]), self.device)
-
-        state = self._torch_optimizer.state if self._averages else {}
-        tensors, states = bring_all(pieces, state, gather)
-        if self._averages:
-            tensors = whole_optimizer(sae, tensors, states, self._make_optimizer).export()
-        return around(tensors, **sae.sizes()).eval()
+        optimizer = optimizer_of_pieces(sae, pieces, self._torch_optimizer.state, self._make_optimizer)
+        tensors = {name: pieces[name].gathered(part, self.device) for name, part in optimizer.average().items()}
+        whole = around(tensors, **sae.sizes()).eval()
+        if optimizer.averages and sae.normalize_decoder:
+            normalize_decoder_(whole)
+        return whole
 
     def _pieces_of(self, sae: Sae) -> dict[str, Piece]:
         return {name: self._pieces[parameter] for name, parameter in sae.named_parameters()}

@@ -53,7 +53,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
 
     Args:
         cfg: The run.
-        placement: The ranks; one of them tokenizes, the others read what it left in the cache.
+        placement: The ranks; one of each machine tokenizes, the others read what it left in the cache.
         say: Told what is done.
         have: What is loaded already.
 
@@ -74,13 +74,10 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         say(f"{cfg.model.model} has no tokenizer: its config says which tokens are special")
 
     say(f"Reading and tokenizing {cfg.data.dataset}")
-    if placement.rank > 0:
-        placement.gather(None)
-    data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
-    known = vocabulary_of(shape.config) if have.model is None else vocabulary(have.model)
-    check_tokens(data, known, numbers_read(train, data), repr(cfg.data.dataset))
-    if placement.rank == 0:
-        placement.gather(None)
+    with placement.in_turn():
+        data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
+        known = vocabulary_of(shape.config) if have.model is None else vocabulary(have.model)
+        check_tokens(data, known, numbers_read(train, data), repr(cfg.data.dataset))
     say(f"{len(data):,} sequences of {ctx_len:,} tokens")
     if have.model is None:
         part = "whole" if train.loads_whole_model else f"up to layer {depth - 1} of {shape.num_layers}"

@@ -190,15 +190,18 @@ class TorchOptimizer:
         for optimizer, values in loaded.items():
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
+    def average(self) -> dict[str, Tensor]:
+        """The parameters by name, under Signum their averages: also of parts of an SAE's tensors."""
+        return {
+            name: optimizer.average(parameter) if isinstance(optimizer, ScheduleFreeSignum) else parameter.detach()
+            for name, optimizer, parameter, _ in self._parameters()
+        }
+
     def export(self) -> dict[str, Tensor]:
         """The weights to keep, by parameter name: under Signum the average, its decoder rows scaled to norm 1."""
-        weights: dict[str, Tensor] = {}
-        for name, optimizer, parameter, _ in self._parameters():
-            weights[name] = parameter.detach()
-            if isinstance(optimizer, ScheduleFreeSignum):
-                weights[name] = optimizer.average(parameter)
-                if name == "W_dec" and self.sae.normalize_decoder:
-                    weights[name] = unit_rows(weights[name])  # the mean of unit rows is shorter than one
+        weights = self.average()
+        if self.averages and self.sae.normalize_decoder:
+            weights["W_dec"] = unit_rows(weights["W_dec"])  # the mean of unit rows is shorter than one
         return weights
 
     def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter, int]]:

@@ -294,6 +294,7 @@ class SaeTrainer:
             os.write(2, f"{cursor}\nError: {message}; {way}\n".encode())
 
     def _save(self, saver: Saver, last: bool) -> None:
+        self.source.forget()  # a signal may have come when the next step had been begun
         try:
             folder = saver.save_last() if last else saver.save()
         except SaveError as error:

@@ -28,6 +28,8 @@ FIRST = (
     "split",
     "data_args",
     "text_column",
+    "hookpoints",
+    "transcode",
     "layers",
     "expansion_factor",
     "num_latents",

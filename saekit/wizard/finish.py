@@ -12,7 +12,8 @@ from saekit.runs.folder import check_run_folder
 from saekit.training.plan import default_run_name
 from saekit.wizard.draft import Draft, known, launch_text, run_text, secrets_in, template_for
 from saekit.wizard.inputs import ARGUMENTS, COLUMN, DATASET, MACHINE, MODEL, SPLIT
-from saekit.wizard.sizes import BATCH, CONTEXT, DICTIONARY, LAYERS, TOKENS, K
+from saekit.wizard.places import KIND, LAYERS
+from saekit.wizard.sizes import BATCH, CONTEXT, DICTIONARY, TOKENS, K
 from saekit.wizard.walk import QUOTE, Question
 
 
@@ -146,6 +147,7 @@ QUESTIONS = (
     ARGUMENTS,
     SPLIT,
     COLUMN,
+    KIND,
     LAYERS,
     DICTIONARY,
     K,

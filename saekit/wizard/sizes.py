@@ -1,4 +1,4 @@
-"""Questions: which layers, how large their SAEs are, how many tokens, and in what portions."""
+"""Questions: how large the coders are, how many tokens, and in what portions."""
 
 from __future__ import annotations
 
@@ -6,42 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from saekit.activations import resolve_ctx_len, select_layers
+from saekit.activations import resolve_ctx_len
 from saekit.config import SaeConfig
 from saekit.config.sae import DEFAULT_EXPANSION_FACTOR
 from saekit.errors import UserError
 from saekit.planning import advise, make_plan
-from saekit.units import parse_count, show_count
+from saekit.units import parse_count, show_count, span
 from saekit.wizard.draft import Draft, known
+from saekit.wizard.places import widths
 from saekit.wizard.walk import Fact, Planned, Question
-
-
-def _layers(draft: Draft) -> str:
-    layers, stride = draft.values.get("layers"), draft.config().train.layer_stride
-    if layers is not None:
-        return layers if isinstance(layers, str) else ",".join(map(str, draft.config().train.layers or ()))
-    return "all" if stride == 1 else f"0-{known(draft.shape).num_layers - 1}:{stride}"
-
-
-def _take_layers(draft: Draft, text: str) -> Draft:
-    last = known(draft.shape).num_layers - 1
-    text = {"even": f"0-{last}:2", "all": ""}.get(text.lower(), text)
-    draft = draft.setting(layers=text or None, layer_stride=None)
-    _selected(draft)
-    return draft
-
-
-def _selected(draft: Draft) -> list[int]:
-    train = draft.config().train
-    return select_layers(known(draft.shape).num_layers, train.layers, train.layer_stride)
-
-
-def _tell_layers(draft: Draft) -> Sequence[str]:
-    chosen, depth = _selected(draft), known(draft.shape).num_layers
-    loaded = "" if chosen[-1] == depth - 1 else f"; what is above layer {chosen[-1]} is neither loaded nor run"
-    patterns = draft.config().train.hookpoints
-    what = "one SAE for each" if patterns is None else f"SAEs at --hookpoints {','.join(patterns)}"
-    return (f"{len(chosen)} of {depth}, {what}{loaded}",)
 
 
 def _dictionary(draft: Draft) -> str:
@@ -50,7 +23,7 @@ def _dictionary(draft: Draft) -> str:
 
 
 def _take_dictionary(draft: Draft, text: str) -> Draft:
-    width = known(draft.shape).d_in
+    width = max(widths(draft))
     found = re.fullmatch(r"(.*?)\s*(x|×|latents?|)", text.lower())
     number, unit = parse_count("dictionary size", found[1] if found else text), found[2] if found else ""
     if not unit and number < width:
@@ -67,21 +40,23 @@ def _take_dictionary(draft: Draft, text: str) -> Draft:
     return draft
 
 
-def _latents(draft: Draft) -> int:
-    width = known(draft.shape).d_in
-    return int(draft.values.get("num_latents") or width * draft.values["expansion_factor"])
+def _latents(draft: Draft) -> list[int]:
+    """Return M of each coder."""
+    fixed, factor = draft.values.get("num_latents"), draft.values.get("expansion_factor")
+    return [width * int(factor) if factor else int(fixed or 0) for width in widths(draft)]
 
 
 def _k(draft: Draft) -> str:
     if "k" in draft.typed:
         return str(draft.values["k"])
-    return str(min(int(draft.values.get("k", SaeConfig().k)), _latents(draft)))
+    return str(min(int(draft.values.get("k", SaeConfig().k)), min(_latents(draft))))
 
 
 def _take_k(draft: Draft, text: str) -> Draft:
     draft = draft.setting(k=text)
     try:
-        draft.config().train.sae.resolve_num_latents(known(draft.shape).d_in)
+        for width in set(widths(draft)):
+            draft.config().train.sae.resolve_num_latents(width)
     except UserError:
         raise
     except ValueError as error:  # the configuration's own, which does not know of the command line
@@ -89,24 +64,15 @@ def _take_k(draft: Draft, text: str) -> Draft:
     return draft.setting(k=draft.config().train.sae.k)
 
 
-LAYERS = Question(
-    "layers",
-    "Layers",
-    lambda draft: "Whose residual stream gets an SAE: all, even, numbers from 0 such as 3,7, or ranges such as 0-11:2.",
-    _layers,
-    _take_layers,
-    _tell_layers,
-    choices=lambda draft: ("all", "even"),
-)
 DICTIONARY = Question(
     "dictionary",
     "Dictionary",
     lambda draft: (
-        "Latents of each SAE, per dimension of the model (32x) or in total (16384); more find finer features."
+        "Latents of each coder, per dimension of what it reads (32x) or in total (16384); more find finer features."
     ),
     _dictionary,
     _take_dictionary,
-    lambda draft: (f"{_latents(draft):,} latents in each SAE",),
+    lambda draft: (f"{span(_latents(draft))} latents in each",),
 )
 K = Question(
     "k",

@@ -1,6 +1,7 @@
 """Calling the command line in this process, as the console script would."""
 
 import sys
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -12,11 +13,29 @@ class Result(NamedTuple):
     err: str
 
 
+@cache
+def built():
+    """The command line as Typer builds it from our functions, at each start: a quarter of a second."""
+    from typer.main import get_command
+
+    from saekit.cli.app import app
+
+    return get_command(app)
+
+
+def build_once(patch):
+    """Let `main` use one that is built already."""
+    from saekit.cli.output import run
+
+    patch.setattr("saekit.cli.app.run", lambda _: run(built()))
+
+
 @pytest.fixture
 def saekit(monkeypatch, capsys, tmp_path):
     """`saekit("train", ...)` runs the app in an empty folder; returns exit code, stdout and stderr."""
     from saekit.cli import main
 
+    build_once(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 

@@ -13,15 +13,14 @@ import pytest
 import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from typer.main import get_command
 
-from saekit.cli.app import app, main
-from saekit.cli.output import run as run_app
+from saekit.cli.app import main
 from saekit.cli.train import _show
 from saekit.config import RunConfig
 from saekit.config.flat import as_yaml
 from saekit.config.options import options_of
 from saekit.config.run import PARTS
+from tests.cli.conftest import build_once
 
 OPTIONS = {option.name: option for part in PARTS for option in options_of(part)}
 READS_FILES = ("plugin", "resume")
@@ -46,8 +45,7 @@ def typed(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("COLUMNS", "200")
         patch.setattr("saekit.cli.train._show", lambda cfg, *_: configs.append(cfg))
-        built = get_command(app)  # which takes longer than all else that a case does
-        patch.setattr("saekit.cli.app.run", lambda _: run_app(built))
+        build_once(patch)
         yield lambda *arguments: run(arguments, configs)
 
 
@@ -256,6 +254,7 @@ def planned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("empty"))
         patch.setenv("COLUMNS", "200")
+        build_once(patch)
         patch.setattr("saekit.cli.train._show", _show)  # again, after `typed`
         yield lambda *arguments: run([str(each) for each in arguments])
 

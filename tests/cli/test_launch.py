@@ -29,7 +29,7 @@ def saekit_train(forked):
         python = sys.executable if from_nothing else forked.python
         command = [str(part) for part in (python, "-m", "saekit", "train", *arguments)]
         pipe = subprocess.PIPE
-        environment = forked.environment(**variables, PYTHONPATH=ROOT)
+        environment = forked.environment(**variables)
         return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
     return start

@@ -7,6 +7,7 @@ from saekit import UserError
 from saekit.config.elsewhere import ANSWERS, OTHERWISE, RENAMED, answer, options_in
 from saekit.config.flat import option_names
 from saekit.config.run import PARTS
+from tests.cli.conftest import build_once
 
 SPARSIFY = """
     transcode skip_connection embed_skip gram_lookup loss_fn k_decay_steps hookpoints init_seeds distribute_modules
@@ -117,6 +118,8 @@ def saekit_main(monkeypatch, capsys):
     import sys
 
     from saekit.cli import main
+
+    build_once(monkeypatch)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["saekit", *arguments])

@@ -14,8 +14,15 @@ from saekit.demo import MODEL_DIR
 from tests.forked import ROOT
 
 DEMO_LM = MODEL_DIR
-SEQUENCES, CTX_LEN, GLOBAL_BATCH = 20 * 12 - 5, 16, 12
-"""20 optimizer steps, the last of which has too few sequences for all ranks."""
+STEPS, CTX_LEN, GLOBAL_BATCH = 12, 16, 12
+SEQUENCES = STEPS * GLOBAL_BATCH - 5
+"""The last step has too few sequences for all ranks."""
+
+
+@pytest.fixture
+def lost_unnoticed(monkeypatch):
+    """A rank whose peer is gone waits on in the data group, where no signal's handler runs: as under NCCL."""
+    monkeypatch.setenv("STRICT_LOST", "hang")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +51,7 @@ def token_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def overflowing(tmp_path_factory, gpt2_dir, token_dir):
-    """A GPT-2 whose activations are NaN where it reads one token, and data that have it in steps 6, 13 and 14.
+    """A GPT-2 whose activations are NaN where it reads one token, and data that have it in steps 4, 8 and 9.
 
     On two ranks, one of them sees it first, then the other.
     """
@@ -57,7 +64,7 @@ def overflowing(tmp_path_factory, gpt2_dir, token_dir):
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(gpt2_dir).save_pretrained(folder / "model")
     ids = Dataset.load_from_disk(token_dir)["input_ids"][:]
-    for step, place in ((6, 2), (13, 7), (14, 11)):
+    for step, place in ((4, 2), (8, 7), (9, 11)):
         ids[(step - 1) * GLOBAL_BATCH + place][3] = 2001
     Dataset.from_dict({"input_ids": ids}).save_to_disk(folder / "data")
     return folder / "model", folder / "data"

@@ -127,9 +127,9 @@ def saves_what_is_there(placement):
         for name, parameter in placement.sae(hookpoint).named_parameters():
             piece, (weights, state) = placement._pieces[parameter], saved.get(hookpoint, ({}, {}))
             for key in ("exp_avg", "exp_avg_sq"):
-                whole = piece.gathered(moments[piece.flat][key], placement.device)
+                whole = piece.gathered(piece.of(moments[piece.flat][key]), placement.device)
                 same.append(hookpoint not in saved or whole.equal(state[f"{name}.{key}"]))
-            whole = piece.gathered(piece.flat, placement.device)
+            whole = piece.gathered(piece.of(piece.flat), placement.device)
             same.append(hookpoint not in saved or whole.equal(weights[name]))
     return all(placement.gather(all(same)))
 

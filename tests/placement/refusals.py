@@ -74,6 +74,18 @@ def no_split():
     dist.all_to_all_single(torch.ones(4), torch.ones(4), [2, 2], [1, 2])
 
 
+def lists_to_all():
+    dist.all_to_all(list(torch.ones(2, 1)), list(torch.ones(2, 1)))
+
+
+def sent():
+    dist.send(torch.ones(3), 1 - rank())
+
+
+def received():
+    dist.recv(torch.ones(3), 1 - rank())
+
+
 def any_source():
     dist.recv(torch.ones(3))
 
@@ -174,6 +186,9 @@ REFUSALS = {
     too_few: "1 tensors for 2 ranks",
     no_multiple: "unequal tensors, float32 [7] and, from each of 2 ranks, float32 [3]",
     no_split: "4 rows are to be split as [1, 2] among 2 ranks",
+    lists_to_all: "all_to_all of lists is not supported by gloo",
+    sent: "the strict group has no point-to-point operations",
+    received: "the strict group has no point-to-point operations",
     any_source: "NCCL has no receive from any source",
     made_on_host: "all_reduce SUM of float32 [3]: a tensor is on the host, where NCCL cannot reach it",
     moved_to_host: "all_gather_into_tensor of float32 [3]: a tensor is on the host",

@@ -53,6 +53,7 @@ def test_a_rank_that_does_not_come_is_named_when_time_runs_out(doctor):
     assert "✓ broadcast" in text, "earlier findings are shown"
 
 
+@pytest.mark.usefixtures("lost_unnoticed")
 def test_an_error_on_one_rank_ends_all_and_is_shown_once(doctor):
     codes, said = doctor("raising")
     assert codes[0] == 1, said

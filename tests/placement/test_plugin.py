@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.placement.conftest import CTX_LEN
+from tests.placement.conftest import CTX_LEN, STEPS
 from tests.placement.test_equivalence import assert_same_run
 from tests.plugins import ABS_TOPK
 
@@ -26,10 +26,10 @@ def other_tokens(tmp_path_factory):
 @pytest.mark.parametrize("placement", ["ddp", "layer-map"])
 def test_a_plug_in_under_each_placement(train, gpt2_dir, other_tokens, forked, tmp_path, placement):
     """Trained, evaluated between steps, resumed, and evaluated again afterwards, on two ranks."""
-    options = [*PLUGIN, "--eval-every", 20, "--eval-tokens", 256, "--eval-dataset", other_tokens]
-    saved = ["--placement", placement, "--save-every", 10, "--keep-last", 2]
+    options = [*PLUGIN, "--eval-every", STEPS, "--eval-tokens", 256, "--eval-dataset", other_tokens]
+    saved = ["--placement", placement, "--save-every", STEPS // 2, "--keep-last", 2]
     run = train(gpt2_dir, *options, *saved, ranks=2, name=f"plugin-{placement}")
-    shutil.rmtree(run / "step_00000020")
+    shutil.rmtree(run / f"step_{STEPS:08}")
     found = train(gpt2_dir, *options, "--placement", placement, "--resume", "auto", ranks=2, name=run.name)
     assert_same_run(found, train(gpt2_dir, *options))
     asked = ["eval", found, other_tokens, "--max-tokens", 256, "--json", "--plugin", ABS_TOPK]

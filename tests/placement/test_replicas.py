@@ -63,6 +63,7 @@ def test_a_replica_that_differs_in_one_bit_is_found(placed):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lost_unnoticed")
 def test_replicas_that_differ_are_not_saved(tmp_path, forked, token_dir):
     (tmp_path / "drifts.py").write_text(DRIFTS)
     sizes = ["--num-latents", 64, "--k", 4, "--ctx-len", CTX_LEN, "--batch-size", 2, "--max-tokens", 40 * CTX_LEN]

@@ -74,7 +74,6 @@ def placed(optimizer, layers, gpu=GPU, width=WIDTH, latents=LATENTS):
     placement = Zero3(World(dist.get_rank(), RANKS, gpu, None, None, None))
     placement.gather = lambda value: [value] * RANKS  # pickles it, which fake tensors cannot bear
     placement._make_optimizer = lambda sae: make_optimizer(TrainConfig(optimizer=optimizer), sae)
-    placement._averages = optimizer == "signum"
     moments = ("z",) if optimizer == "signum" else ("exp_avg", "exp_avg_sq")
     placement._torch_optimizer = SimpleNamespace(state={})
     for layer in range(layers):
@@ -126,13 +125,15 @@ def test_a_layer_is_gone_before_the_next_one_is_made(tmp_path, monkeypatch):
     assert len(made) == 3
 
 
-def test_an_evaluation_takes_one_layers_weights(fake_ranks, monkeypatch):
-    """On every rank. NCCL would double what is gathered into a list of tensors."""
+@pytest.mark.parametrize("optimizer", ["adam", "signum"])
+def test_an_evaluation_takes_one_layers_weights(fake_ranks, monkeypatch, optimizer):
+    """On every rank, and its own part of an average. NCCL would double what is gathered into a list of tensors."""
     monkeypatch.setattr(dist, "all_gather", None)
-    placement = placed("adam", layers=1)
+    placement = placed(optimizer, layers=1)
     with Peaks() as peaks:
         assert placement.whole_sae("h.0").device.type == "cuda"
-    assert peaks.most["cuda"] <= 2 * MATRIX + 16 * MIB
+    of_average = 2 * MATRIX // RANKS if optimizer == "signum" else 0
+    assert peaks.most["cuda"] <= 2 * MATRIX + of_average + 16 * MIB
 
 
 def resident():

@@ -12,7 +12,7 @@ import pytest
 import saekit
 from saekit.runs.recovery import read_index
 from tests.forked import free_port, processes_of
-from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH
+from tests.placement.conftest import CTX_LEN, DEMO_LM, GLOBAL_BATCH, STEPS
 
 ROOT = Path(saekit.__file__).parent.parent
 SRUN = """#!/bin/bash
@@ -29,6 +29,10 @@ if ! { wait -n && wait -n; }; then
     exit 1
 fi
 """
+SCONTROL = """#!/bin/bash
+echo 127.0.0.1; sleep 0.2; echo 127.0.0.2
+"""
+"""Says the names of many machines in several parts: who stops to listen after the first would end it by SIGPIPE."""
 ACCELERATE = """#!/bin/bash
 [[ $FAILS == "$SLURM_PROCID" ]] && exit 7
 [[ -n $FAILS ]] && exec sleep 50
@@ -47,7 +51,7 @@ def many_tokens(tmp_path):
 @pytest.fixture
 def sbatch(tmp_path, token_dir, forked):
     """Start the script as SLURM would; `file` is the launch file."""
-    tools = {"scontrol": "#!/bin/bash\necho 127.0.0.1\n", "srun": SRUN}
+    tools = {"scontrol": SCONTROL, "srun": SRUN}
     for name, text in tools.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -112,7 +116,7 @@ def test_two_launchers_make_one_run(tmp_path, sbatch, file, options):
     assert job.returncode == 0, errors
     placement = "zero3" if file == "zero3" else options[-1] if options else "ddp"
     assert errors.count(f", {placement} on 2 ranks") == 1, errors
-    assert read_index(tmp_path / "run" / "latest")["step"] == 20
+    assert read_index(tmp_path / "run" / "latest")["step"] == STEPS
 
 
 @pytest.mark.slow

@@ -29,12 +29,21 @@ def eight_layers(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def answers():
+    """By options, so that no plan is made twice."""
+    return {}
+
+
 @pytest.fixture
-def planned(saekit, eight_layers):  # noqa: F811
+def planned(saekit, eight_layers, answers):  # noqa: F811
     def call(*options):
-        done = saekit("plan", eight_layers, "--json", *SHAPE, *options)
-        assert done.code == 0, done.err
-        return json.loads(done.out)
+        key = tuple(map(str, options))
+        if key not in answers:
+            done = saekit("plan", eight_layers, "--json", *SHAPE, *options)
+            assert done.code == 0, done.err
+            answers[key] = done.out
+        return json.loads(answers[key])
 
     return call
 

@@ -27,7 +27,7 @@ EXACT = {"dtype": "float32", "select_dtype": "fp32", "kernels": "cpu"}
 # Large enough that tensors, and not libraries, make up most of it; each dominated by something else.
 LARGE = {
     "dictionaries": {"width": 512, "layers": 3, "latents": 16640, "k": 32, "batch": 4, "ctx_len": 128},
-    "tokens": {"width": 512, "layers": 2, "latents": 16640, "k": 16, "batch": 68, "ctx_len": 256},
+    "tokens": {"width": 512, "layers": 2, "latents": 8320, "k": 16, "batch": 86, "ctx_len": 256},
     "language model": {
         "width": 768,
         "layers": 4,
@@ -42,7 +42,7 @@ LARGE = {
         "layers": 2,
         "latents": 24576,
         "k": 32,
-        "batch": 16,
+        "batch": 4,
         "ctx_len": 256,
         "options": {"micro_acc_steps": 4, "grad_acc_steps": 2, "optimizer": "signum"},
     },

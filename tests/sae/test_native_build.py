@@ -1,8 +1,6 @@
 """Where native kernels are compiled, where they cannot be had, and who takes them."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,47 +11,52 @@ from saekit.training.agreed import one_backend
 from tests.sae.native import needs_native
 
 
-def in_a_new_process(tmp_path, say, **environment):
+@pytest.fixture
+def in_a_new_process(tmp_path, forked):
     """What Python prints in a process with a cache of its own."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, "-c", say], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+
+    def call(say, **environment):
+        done = forked.complete("-c", say, environment=forked.environment(XDG_CACHE_HOME=tmp_path, **environment))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return call
 
 
 WHY_NOT = "from saekit.sae.kernels.native_build import why_not; print(why_not())"
 
 
 class TestBuilding:
-    def test_without_a_compiler(self, tmp_path):
-        assert in_a_new_process(tmp_path, WHY_NOT, CXX="no-such-compiler") == "no C++ compiler (no-such-compiler)"
+    def test_without_a_compiler(self, in_a_new_process):
         say = "import torch; from saekit.sae.kernels import choose_kernels as choose; cpu = torch.device('cpu')\n"
-        auto = "print(choose('auto', 'fp32', cpu).name)"
-        assert in_a_new_process(tmp_path, say + auto, CXX="no-such-compiler") == "cpu"
-        asked = "try: choose('native', 'fp32', cpu)\nexcept ValueError as error: print(error)"
-        assert "no C++ compiler" in in_a_new_process(tmp_path, say + asked, CXX="no-such-compiler")
+        auto = "print(choose('auto', 'fp32', cpu).name)\n"
+        asked = "try: choose('native', 'fp32', cpu)\nexcept ValueError as error: print(error)\n"
+        said = in_a_new_process(say + auto + asked + WHY_NOT, CXX="no-such-compiler")
+        chosen, refused, why = said.splitlines()
+        assert chosen == "cpu"
+        assert "no C++ compiler" in refused
+        assert why == "no C++ compiler (no-such-compiler)"
 
-    def test_a_compiler_that_fails(self, tmp_path):
+    def test_a_compiler_that_fails(self, tmp_path, in_a_new_process):
         broken = tmp_path / "c++"
         broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "out of order" >&2; exit 3; }\n')
         broken.chmod(0o755)
-        assert in_a_new_process(tmp_path, WHY_NOT, CXX=str(broken)).endswith("failed: out of order")
+        assert in_a_new_process(WHY_NOT, CXX=broken).endswith("failed: out of order")
 
     @needs_native
-    def test_is_compiled_once_and_whole(self, tmp_path):
-        run = [sys.executable, "-c", WHY_NOT]
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    def test_is_compiled_once_and_whole(self, tmp_path, forked, in_a_new_process):
+        run, environment = [forked.python, "-c", WHY_NOT], forked.environment(XDG_CACHE_HOME=tmp_path)
         both = [subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert [each.communicate()[0].strip() for each in both] == ["None", "None"]
         (kept,) = (tmp_path / "saekit").iterdir()
         before = kept.stat()
-        assert in_a_new_process(tmp_path, WHY_NOT) == "None"
+        assert in_a_new_process(WHY_NOT) == "None"
         assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
     @needs_native
-    def test_where_nothing_can_be_kept(self, tmp_path):
+    def test_where_nothing_can_be_kept(self, tmp_path, in_a_new_process):
         (tmp_path / "saekit").write_text("a file where the folder should be")
-        assert in_a_new_process(tmp_path, WHY_NOT) == "None"
+        assert in_a_new_process(WHY_NOT) == "None"
 
     @needs_native
     def test_is_torchs_own_threads(self):

@@ -70,7 +70,7 @@ class Killer:
             if done >= enough and (aim != "save" or saves(self.run, since)):
                 time.sleep(self.chance.uniform(0.0, 0.01))
                 break
-            time.sleep(0.0005)
+            time.sleep(0.003)  # a save takes longer
         child.kill()
         return child.wait(), "save" if saves(self.run, since) else "step" if steps(self.run, since) else "start"
 

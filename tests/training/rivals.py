@@ -33,7 +33,7 @@ class Rivals:
             assert time.monotonic() < end
             for child in children:
                 assert child.poll() is None, "it has ended"
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     def prepare(self):
         """A run that was not interrupted, and one that was stopped and has saved."""

@@ -1,9 +1,6 @@
 """Signals, sent to real processes."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -15,17 +12,19 @@ say = lambda text: os.write(1, (text + chr(10)).encode())
 """
 
 
-def run(body):
+@pytest.fixture
+def run(forked):
     """Run some lines in a process of its own; its exit code and what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", HEAD + body], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    return result.returncode, result.stdout + result.stderr
+
+    def run(body):
+        result = forked.complete("-c", HEAD + body)
+        return result.returncode, result.stdout + result.stderr
+
+    return run
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_scheduler_asks_and_what_is_done_in_time_ends_as_it_likes(name):
+def test_a_scheduler_asks_and_what_is_done_in_time_ends_as_it_likes(run, name):
     code, said = run(f"""
 before = signal.getsignal(signal.{name})
 with graceful_interrupt(0.5, say) as interruption:
@@ -44,7 +43,7 @@ STUCK = "mutex = ctypes.create_string_buffer(64); lock = ctypes.CDLL(None).pthre
 
 
 @pytest.mark.parametrize("waiting", ["time.sleep(50)", STUCK], ids=["in Python", "inside a library"])
-def test_what_takes_longer_than_the_grace_ends(waiting):
+def test_what_takes_longer_than_the_grace_ends(run, waiting):
     code, said = run(f"""
 import threading
 with graceful_interrupt(0.5, say):
@@ -56,7 +55,7 @@ with graceful_interrupt(0.5, say):
     assert said == "SIGTERM came, and the step was not done and saved within --grace 0.5 seconds\n"
 
 
-def test_ctrl_c_twice():
+def test_ctrl_c_twice(run):
     code, said = run("""
 with graceful_interrupt(0.5, say) as interruption:
     os.kill(me, signal.SIGTERM)

@@ -11,12 +11,14 @@ from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 KILLS = {"start": 3, "step": 5, "save": 5}
 """How often each of two runs is killed amid what, at least."""
+STEPS = 250
+"""More than twice as many as it gets to through so many kills."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "seed"), [("adam", 31), ("signum", 32)])
 def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, forked, optimizer, seed):
-    np.random.default_rng(0).integers(2, 250, 1600 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    np.random.default_rng(0).integers(2, 250, STEPS * 4 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     sizes = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 2, "--grad-acc-steps", 2]
     options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--auxk-alpha", 1 / 32]
     options += ["--save-every", 3, "--keep-last", 2]
@@ -33,6 +35,6 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, forked, optimi
         assert found.resolve().name == expected.resolve().name
         assert_same_tensors(tensors_of(found), tensors_of(expected))
     metrics = metrics_of(tmp_path / "whole")
-    assert [record["step"] for record in metrics] == list(range(1, 401))
+    assert [record["step"] for record in metrics] == list(range(1, STEPS + 1))
     assert metrics_of(tmp_path / "r") == metrics
     assert any(layer["auxk_loss"] > 0 for record in metrics for layer in record["layers"].values())

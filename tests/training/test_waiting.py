@@ -11,12 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saekit import Sae, TrainConfig
 from saekit.activations.live import LiveModel, Tokens, to_device
 from saekit.activations.source import Steps
+from saekit.errors import Interrupted
 from saekit.placement.ddp import Ddp
 from saekit.placement.world import World
 from saekit.training.message import read_later
 from saekit.training.optimizers import make_optimizer
+from saekit.training.saving import Saver
 from saekit.training.trainer import train_step
-from tests.training.conftest import Recorder
+from tests.training.conftest import Recorder, StopAfter
 from tests.training.runs import assert_same_tensors, tensors_of
 
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
@@ -87,6 +89,19 @@ def test_to_begin_the_next_forward_early_changes_nothing(make_trainer, monkeypat
     assert_same_tensors(tensors_of(make_trainer("early", reporter=recorder, **options).fit()), expected)
     steps = len(recorder.steps)
     assert len(begun) == sum(step % 3 != 0 for step in range(1, steps))  # not before what is saved, nor after the end
+
+
+def test_a_save_on_a_signal_has_the_memory_of_what_was_begun(make_trainer, monkeypatch):
+    begun, held, save = [], [], Saver.save_last
+    monkeypatch.setattr(LiveModel, "runs_behind", True)
+    trainer = make_trainer(reporter=StopAfter(3), save_every=99)
+    prefetch = trainer.source.prefetch
+    monkeypatch.setattr(trainer.source, "prefetch", lambda batch: begun.append(1) or prefetch(batch))
+    monkeypatch.setattr(Saver, "save_last", lambda self: held.append(trainer.source._begun) or save(self))
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert len(begun) == 3, "the step after the last one, too"
+    assert held == [None]
 
 
 @pytest.mark.parametrize("travelling", [False, True])

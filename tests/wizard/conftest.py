@@ -1,12 +1,14 @@
 """Answering the questions in this process, from a script."""
 
 import os
+import shutil
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 
 from saekit.cli.launch import launch_files
+from saekit.machine import cache_folder
 from saekit.wizard import QUESTIONS, Back, Targets, start, walk
 
 BACK, QUIT, ENTER = object(), object(), object()
@@ -15,8 +17,12 @@ BACK, QUIT, ENTER = object(), object(), object()
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """One for all: native kernels are compiled into it once."""
-    return tmp_path_factory.mktemp("cache")
+    """One for all, that has nothing but the native kernels, if some have been compiled already."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "saekit").mkdir()
+    for file in cache_folder().glob("native-*.so"):
+        shutil.copy(file, folder / "saekit")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from saekit.wizard.ask import show
 from saekit.wizard.sizes import BATCH
 from tests.wizard.conftest import BACK, ENTER
 
+ALL = ("resid", "all")
+"""Hookpoints and layers."""
 SIZES = ("64 latents", "4", "32")
 """Dictionary, k, context."""
 
@@ -32,17 +34,18 @@ def several_columns(tmp_path):
 
 
 def test_a_run_in_one_process(answer, model_dir, text_file, targets):
-    draft, asker = answer("1", str(model_dir), str(text_file), "even", *SIZES, "2k", "4")
+    draft, asker = answer("1", str(model_dir), str(text_file), "resid", "even", *SIZES, "2k", "4")
     assert [key for key, _ in asker.asked] == [
-        "machine", "model", "dataset", "layers", "dictionary", "k", "ctx_len", "max_tokens", "batch_size", "run",
-        "confirm",
+        "machine", "model", "dataset", "hookpoints", "layers", "dictionary", "k", "ctx_len", "max_tokens", "batch_size",
+        "run", "confirm",
     ]  # fmt: skip
     assert asker.told["model"] == ["Llama: 3 layers of width 16, reads up to 64 tokens"]
     rows = asker.told["dataset"]
     assert rows[0] == "Columns text, id; the text is in text"
     assert len(rows) == 3
     assert rows[1].startswith("│ a")
-    assert asker.told["layers"] == ["2 of 3, one SAE for each"]
+    assert asker.told["layers"] == ["2 of 3, one coder for each"]
+    assert asker.told["hookpoints"] == ["3 SAEs of width 16: layers.{0-2}"]
     files = files_of(draft)
     assert list(files) == [targets.run]
     name = f"{model_dir.name}-text.jsonl"
@@ -59,6 +62,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
         *("none", "0x80GiB", "8x", "1"),
         *("", "./no-such-model", str(model_dir)),
         *("", "no-such.jsonl", str(text_file)),
+        *("mlpx", "layers.{0", "transcoders"),
         *("0-9", "x", "1"),
         *("many", "7", "0x", "64 latents"),
         *("65", "k", "0", "4"),
@@ -76,6 +80,8 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
             ("model", "model './no-such-model': there is no such folder"),
             ("dataset", "DATASET is missing"),
             ("dataset", "data set 'no-such.jsonl': there is no such file or folder"),
+            ("hookpoints", "--hookpoints mlpx: there is no such module"),
+            ("hookpoints", "--hookpoints layers.{0: a brace has no partner"),
             ("layers", "--layers 3,4,5,6,7,8,9: out of range; the model has 3 layers, 0 to 2"),
             ("layers", "--layers 'x': expected numbers and ranges"),
             ("dictionary", "dictionary size 'many': expected a whole number"),
@@ -100,7 +106,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
 
 def test_several_processes_get_a_launch_file_and_a_placement(answer, model_dir, text_file, targets):
     for placement, kind in (("ddp", "MULTI_GPU"), ("layer-map", "MULTI_GPU"), ("zero3", "DEEPSPEED")):
-        draft, asker = answer("3", str(model_dir), str(text_file), "all", *SIZES, "all", "2", "ddp2", placement)
+        draft, asker = answer("3", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2", "ddp2", placement)
         assert asker.problems == [
             ("placement", "ddp2", "--placement ddp2: with 3 ranks there is ddp, layer-map, zero3")
         ]
@@ -114,7 +120,7 @@ def test_several_processes_get_a_launch_file_and_a_placement(answer, model_dir, 
 
 
 def test_the_recommended_placement_is_the_default_and_gpus_can_be_elsewhere(answer, model_dir, text_file, targets):
-    draft, asker = answer("8x80GiB", str(model_dir), str(text_file), "all", *SIZES, "all", "2")
+    draft, asker = answer("8x80GiB", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     assert draft.machine == Machine("cuda", 8, 80 * 2**30, "GPU of 80GiB")
     assert dict(asker.asked)["placement"] == draft.plan.recommended.placement == draft.placement
     said = yaml.safe_load(files_of(draft)[targets.launch])
@@ -125,7 +131,7 @@ def test_the_recommended_placement_is_the_default_and_gpus_can_be_elsewhere(answ
 
 def test_what_does_not_fit_is_marked_and_not_offered_first(answer, model_dir, text_file):
     sizes = ("250000x", "4", "32", "all", "1")
-    draft, asker = answer("2x6.5GiB", str(model_dir), str(text_file), "all", *sizes, "ddp")
+    draft, asker = answer("2x6.5GiB", str(model_dir), str(text_file), *ALL, *sizes, "ddp")
     fits = {each.placement: each.fits for each in draft.plan.choices}
     assert fits["ddp"] is False
     assert dict(asker.asked)["placement"] != "ddp"
@@ -135,7 +141,8 @@ def test_what_does_not_fit_is_marked_and_not_offered_first(answer, model_dir, te
 
 
 def test_an_earlier_run_yaml_gives_the_defaults_and_keeps_what_is_not_asked(answer, model_dir, text_file, targets):
-    answers = ("2", str(model_dir), str(text_file), "0,2", "8x", "3", "16", "4096", "2", "zero3", "runs/mine")
+    sizes = ("8x", "3", "16", "4096", "2")
+    answers = ("2", str(model_dir), str(text_file), "transcoders", "0,2", *sizes, "zero3", "runs/mine")
     first, _ = answer(*answers)
     write_files(files_of(first))
     with targets.run.open("a") as file:
@@ -168,7 +175,7 @@ def test_what_was_typed_goes_over_the_file_and_is_written(answer, model_dir, tex
 
 def test_another_data_set_drops_what_belonged_to_the_one_before(answer, model_dir, text_file, targets):
     targets.run.write_text(f"model: {model_dir}\ndataset: other\nsplit: test\ntext_column: body\nmax_examples: 9\n")
-    draft, _ = answer("1", str(model_dir), str(text_file), "all", *SIZES)
+    draft, _ = answer("1", str(model_dir), str(text_file), *ALL, *SIZES)
     written = yaml.safe_load(files_of(draft)[targets.run])
     assert {"split", "text_column"}.isdisjoint(written)
     assert written["max_examples"] == 9
@@ -176,26 +183,26 @@ def test_another_data_set_drops_what_belonged_to_the_one_before(answer, model_di
 
 def test_the_column_is_asked_for_only_where_there_is_a_choice(answer, model_dir, several_columns, tmp_path):
     start_of_it = ("1", str(model_dir))
-    draft, asker = answer(*start_of_it, str(several_columns), "year", "title", "all", *SIZES, "all", "1")
+    draft, asker = answer(*start_of_it, str(several_columns), "year", "title", *ALL, *SIZES, "all", "1")
     assert dict(asker.asked)["text_column"] == "body"  # the longer one
     assert asker.problems == [("text_column", "year", "--text-column 'year': the columns with text are title, body")]
     assert draft.values["text_column"] == "title"
     assert asker.told["text_column"][1] == "│ short"
     one = tmp_path / "one.jsonl"
     one.write_text('{"content": "some text", "n": 1}\n')
-    draft, asker = answer(*start_of_it, str(one), "all", *SIZES, "all", "1")
+    draft, asker = answer(*start_of_it, str(one), *ALL, *SIZES, "all", "1")
     assert "text_column" not in dict(asker.asked)
     assert draft.values["text_column"] == "content"
     none = tmp_path / "none.jsonl"
     none.write_text('{"n": 1}\n')
-    _, asker = answer(*start_of_it, str(none), str(one), "all", *SIZES, "all", "1")
+    _, asker = answer(*start_of_it, str(none), str(one), *ALL, *SIZES, "all", "1")
     assert asker.problems[0][2] == "no column has text or is called input_ids; there are n"
 
 
 def test_the_split_is_asked_for_only_where_there_is_no_train(answer, model_dir, tmp_path):
     rows = Dataset.from_dict({"text": ["some text that is long enough"] * 20})
     DatasetDict(dev=rows, test=rows).save_to_disk(tmp_path / "d")
-    draft, asker = answer("1", str(model_dir), str(tmp_path / "d"), "train", "dev[:50%]", "all", *SIZES, "all", "1")
+    draft, asker = answer("1", str(model_dir), str(tmp_path / "d"), "train", "dev[:50%]", *ALL, *SIZES, "all", "1")
     assert ("split", "train") in asker.asked
     assert "no such split; it has dev, test" in asker.problems[0][2]
     assert draft.values["split"] == "dev[:50%]"
@@ -209,7 +216,7 @@ def test_token_ids_are_shown_as_text_and_held_against_the_vocabulary(answer, mod
     np.arange(60, 90, dtype=np.uint16).tofile(tmp_path / "ids.bin")
     _, asker = answer(
         *("1", str(model_dir), str(tmp_path / "foreign"), str(tmp_path / "ids"), BACK, str(tmp_path / "ids.bin")),
-        *("all", *SIZES, "all", "1"),
+        *(*ALL, *SIZES, "all", "1"),
     )
     assert "token id 50,000, but the model knows 257 tokens" in asker.problems[0][2]
     assert asker.told["dataset"][0] == "Columns input_ids: tokenized already"
@@ -224,7 +231,7 @@ def test_token_ids_of_another_type_and_a_model_without_a_tokenizer(answer, model
     for dtype in ("uint16", "uint32"):
         ids.astype(dtype).tofile(tmp_path / f"{dtype}.bin")
     ways = [str(text_file), str(tmp_path / "uint32.bin"), str(tmp_path / "uint16.bin")]
-    _, asker = answer("1", str(bare), *ways, "all", *SIZES, "all", "1")
+    _, asker = answer("1", str(bare), *ways, *ALL, *SIZES, "all", "1")
     assert "is text, and the model has no tokenizer" in asker.problems[0][2]
     assert "looks like uint32 read as uint16" in asker.problems[1][2]
     shown = " ".join(str(each) for each in ids[:8])
@@ -232,7 +239,7 @@ def test_token_ids_of_another_type_and_a_model_without_a_tokenizer(answer, model
 
 
 def test_going_back_over_a_choice_that_changes_the_questions(answer, model_dir, text_file, targets):
-    ways = ["2", BACK, "1", str(model_dir), str(text_file), "all", *SIZES, BACK, BACK, BACK, "32x", "513", ENTER, ENTER]
+    ways = ["2", BACK, "1", str(model_dir), str(text_file), *ALL, *SIZES, BACK, BACK, BACK, "32x", "513", ENTER, ENTER]
     draft, asker = answer(*ways, "all", "2")
     assert [key for key, _, problem in asker.problems if "--k 513 is larger than the dictionary of 512" in problem]
     assert "placement" not in dict(asker.asked)
@@ -245,7 +252,7 @@ def test_a_folder_that_is_taken_is_refused_and_another_offered(answer, model_dir
     taken = tmp_path / "checkpoints" / f"{model_dir.name}-text.jsonl"
     taken.mkdir(parents=True)
     (taken / "metrics.jsonl").touch()
-    beginning = ("1", str(model_dir), str(text_file), "all", *SIZES, "all", "2")
+    beginning = ("1", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     draft, asker = answer(*beginning, f"checkpoints/{taken.name}", ENTER)
     assert "exists already: --resume goes on with it" in asker.problems[0][2]
     assert draft.values["run_name"] == f"{taken.name}-2"
@@ -253,11 +260,11 @@ def test_a_folder_that_is_taken_is_refused_and_another_offered(answer, model_dir
 
 def test_kept_options_that_fit_no_placement_are_named(answer, model_dir, text_file, targets):
     targets.run.write_text("layer_map: 0-2:0\n")
-    _, asker = answer("1", "2", str(model_dir), str(text_file), "all", *SIZES, "all", "2")
+    _, asker = answer("1", "2", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     assert "--layer-map has no meaning with one process" in asker.problems[0][2]
     targets.run.write_text("optimizer: muon\nshard_lm: true\n")
     with pytest.raises(AssertionError, match="no placement on 2 ranks goes with the other options"):
-        answer("2", str(model_dir), str(text_file), "all", *SIZES, "all", "2")
+        answer("2", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
 
 
 @pytest.mark.parametrize(
@@ -279,12 +286,12 @@ def test_a_run_yaml_that_cannot_be_used_is_left_alone(targets, content, part):
 def test_a_launch_file_of_somebody_elses_gives_no_defaults(answer, model_dir, text_file, targets):
     for content in ("[1, 2]\n", "\x00", "num_processes: many\ndistributed_type: X\n", "num_processes: 4\n"):
         targets.launch.write_text(content)
-        _, asker = answer("1", str(model_dir), str(text_file), "all", *SIZES)
+        _, asker = answer("1", str(model_dir), str(text_file), *ALL, *SIZES)
         assert asker.asked[0] == ("machine", "1")
 
 
 def test_secrets_are_not_written(answer, model_dir, text_file, targets):
-    draft, asker = answer("1", str(model_dir), str(text_file), "all", *SIZES, hf_token="hf_secret")
+    draft, asker = answer("1", str(model_dir), str(text_file), *ALL, *SIZES, hf_token="hf_secret")
     assert "hf_secret" not in files_of(draft)[targets.run]
     assert "hf_token is not written: give --hf-token again, or set HF_TOKEN" in asker.told["run"]
 
@@ -311,7 +318,7 @@ def test_counts():
 
 
 def test_where_nothing_fits_there_is_advice_and_the_smallest_is_offered(answer, model_dir, text_file):
-    draft, asker = answer("2x1.5GiB", str(model_dir), str(text_file), "all", "250000x", "4", "32", "all", "1")
+    draft, asker = answer("2x1.5GiB", str(model_dir), str(text_file), *ALL, "250000x", "4", "32", "all", "1")
     assert draft.plan.recommended is None
     smallest = min(draft.plan.choices, key=lambda choice: choice.total)
     assert dict(asker.asked)["placement"] == smallest.placement
@@ -331,7 +338,7 @@ def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text
         return Machine("cuda", processes or 2, 80 * 2**30, "GPU of a kind")
 
     monkeypatch.setattr("saekit.wizard.inputs.detect", two_gpus)
-    beginning = (str(model_dir), str(text_file), "all", *SIZES, "all", "2")
+    beginning = (str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     draft, asker = answer("3", ENTER, *beginning, "ddp")
     assert asker.asked[0] == ("machine", "2")
     assert "has 2 × GPU of a kind, 80.0 GiB each: one per GPU" in asker.explained["machine"]

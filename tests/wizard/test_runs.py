@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -28,11 +26,9 @@ def data(tmp_path):
 def execute(environment, tmp_path):
     """Run a command in a shell, with `saekit` and `accelerate` on its path."""
 
-    def execute(command, from_nothing=False):
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}" if from_nothing else environment["PATH"]
-        env = {**environment, "PATH": path}
+    def execute(command):
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240
+            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240
         )
         assert done.returncode == 0, done.stderr
         return done.stderr
@@ -50,7 +46,7 @@ def test_yes_and_the_printed_command(config, execute, tmp_path, data, placement)
     done = config("--yes", DEMO_LM, data, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "saekit train --config run.yaml --launch launch.yaml\n"
-    said = execute(done.stdout, from_nothing=placement == "ddp")
+    said = execute(done.stdout)
     assert f", {placement} on 2 ranks" in said
     assert steps(tmp_path, "mine") == 6
     # Again: what it would write next has a folder that is free.
@@ -60,7 +56,8 @@ def test_yes_and_the_printed_command(config, execute, tmp_path, data, placement)
 
 def test_typed_answers_and_the_printed_command(execute, tmp_path, data, wizard):  # noqa: F811
     running = wizard()
-    running.answer(("machine", "1", "2"), ("model", "", DEMO_LM), ("dataset", "", data), ("layers", "all", "0,3"))
+    running.answer(("machine", "1", "2"), ("model", "", DEMO_LM), ("dataset", "", data), ("hookpoints", "resid", ""))
+    running.answer(("layers", "all", "0,3"))
     running.answer(("dictionary", "32x", "32 latents"), ("k", "32", "2"), ("ctx_len", "512", "16"))
     running.answer(("max_tokens", "all", "320"), ("batch_size", "8", "2"))
     running.asks("placement", "layer-map")

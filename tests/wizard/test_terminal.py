@@ -26,8 +26,9 @@ ASKS = {
     "machine": "This machine has",
     "model": "The language model to look into",
     "dataset": "Text, or token ids",
-    "layers": "Whose residual stream gets an SAE",
-    "dictionary": "Latents of each SAE",
+    "hookpoints": "What to train on",
+    "layers": "In which layers",
+    "dictionary": "Latents of each coder",
     "k": "Latents that are active for each token",
     "ctx_len": "Tokens per sequence",
     "max_tokens": "How many to train on",
@@ -91,6 +92,7 @@ def small(model_dir, text_file):
     return [
         ("model", "EleutherAI/pythia-160m", model_dir),
         ("dataset", "NeelNanda/pile-10k", text_file),
+        ("hookpoints", "resid", ""),
         ("layers", "all", "even"),
         ("dictionary", "32x", "64 latents"),
         ("k", "32", "4"),
@@ -133,6 +135,7 @@ def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_
         ("machine", "2", ""),
         ("model", str(model_dir), ""),
         ("dataset", str(text_file), ""),
+        ("hookpoints", "resid", ""),
         ("layers", "0-2:2", ""),
         ("dictionary", "64 latents", ""),
         ("k", "4", f"{RIGHT}0\x7f\x7f5"),  # what is offered, edited: 4, 40, 5
@@ -158,6 +161,7 @@ def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
     wrong = {
         "model": ("./no-such-model", "there is no such folder"),
         "dataset": ("no-such.jsonl", "there is no such file or folder"),
+        "hookpoints": ("mlpx", "--hookpoints mlpx: there is no such module"),
         "layers": ("7", "--layers 7: out of range; the model has 3 layers, 0 to 2"),
         "dictionary": ("5", "5 is less than the width 16: write 5x"),
         "k": ("65", "--k 65 is larger than the dictionary of 64 latents"),
@@ -173,7 +177,7 @@ def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
         assert f"› {answer}" in plain(running.before)
         running.expect_exact("Ctrl-U clears it")
         running.expect_exact("Ctrl-C quits")
-        running.send(f"{edits.get(question, f'{CLEAR}{right}')}\r")
+        running.send(f"{edits.get(question, f'{CLEAR}{right or default}')}\r")
     running.answer(("run", "checkpoints/", ""), ("confirm", "yes", "maybe"))
     running.expect_exact("'maybe': yes writes, no leaves everything as it was")
     assert left_in(tmp_path) == []
@@ -187,7 +191,7 @@ def test_back_over_several_questions_by_key_and_by_sign(wizard, small, tmp_path)
     running = wizard()
     running.asks("machine", "1")
     running.send(ESCAPE)  # there is nothing before the first
-    running.answer(("machine", "1", "1"), *small[:5])
+    running.answer(("machine", "1", "1"), *small[:6])
     for question, default in (("ctx_len", "64"), ("k", "4"), ("dictionary", "64 latents")):
         running.asks(question, default)
         running.send(ESCAPE)
@@ -230,7 +234,8 @@ def test_leaving_writes_nothing_and_says_so(wizard, small, tmp_path, way):
 def test_options_are_offered_as_defaults(wizard, tmp_path, model_dir, text_file):
     running = wizard(model_dir, text_file, "--num-latents", 64, "--k", 3, "--ctx-len", 16, "--num-processes", 2)
     running.answer(("machine", "2", ""), ("model", str(model_dir), ""), ("dataset", str(text_file), ""))
-    running.answer(("layers", "all", ""), ("dictionary", "64 latents", ""), ("k", "3", ""), ("ctx_len", "16", ""))
+    running.answer(("hookpoints", "resid", ""), ("layers", "all", ""))
+    running.answer(("dictionary", "64 latents", ""), ("k", "3", ""), ("ctx_len", "16", ""))
     running.asks("max_tokens", "all")
     running.send(CTRL_C)
     running.ends(130)
