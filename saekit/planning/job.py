@@ -15,7 +15,7 @@ from saekit.activations import (
     resolve_dtype,
 )
 from saekit.activations.chosen import chosen
-from saekit.activations.sites import Site
+from saekit.activations.sites import Site, kind_of
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement.costs import Size
@@ -60,6 +60,11 @@ class Job:
     def layers(self) -> tuple[int, ...]:
         """Return the numbers of the blocks that units belong to, ascending."""
         return tuple(sorted({part.layer for each in self.units for part in each.site.writes if part.layer is not None}))
+
+    @property
+    def coder(self) -> str:
+        """Return what its coders are called: SAE, transcoder or crosscoder."""
+        return kind_of(each.site for each in self.units)
 
     @property
     def costs(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from saekit.activations import resolve_ctx_len, select_layers
+from saekit.activations.chosen import chosen
 from saekit.config import SaeConfig
 from saekit.config.sae import DEFAULT_EXPANSION_FACTOR
 from saekit.errors import UserError
@@ -37,11 +38,30 @@ def _selected(draft: Draft) -> list[int]:
 
 
 def _tell_layers(draft: Draft) -> Sequence[str]:
-    chosen, depth = _selected(draft), known(draft.shape).num_layers
-    loaded = "" if chosen[-1] == depth - 1 else f"; what is above layer {chosen[-1]} is neither loaded nor run"
-    patterns = draft.config().train.hookpoints
-    what = "one SAE for each" if patterns is None else f"SAEs at --hookpoints {','.join(patterns)}"
-    return (f"{len(chosen)} of {depth}, {what}{loaded}",)
+    layers, depth = _selected(draft), known(draft.shape).num_layers
+    loaded = "" if layers[-1] == depth - 1 else f"; what is above layer {layers[-1]} is neither loaded nor run"
+    return (f"{len(layers)} of {depth}, {_coders(draft)}{loaded}",)
+
+
+def _coders(draft: Draft) -> str:
+    """Say what is trained in the chosen layers."""
+    train = draft.config().train
+    if train.coder == "SAE" and train.hookpoints is None:
+        return "one SAE for each"
+    asked = {name: getattr(train, name) for name in ("hookpoints", "reads", "writes", "crosscode")}
+    where = " ".join(f"--{name} {','.join(patterns)}" for name, patterns in asked.items() if patterns is not None)
+    what = "one crosscoder" if train.coder == "crosscoder" else f"{train.coder}s"
+    return f"{what} at {where}" if where else f"{what} of their MLPs"
+
+
+def _where(draft: Draft) -> str:
+    coders = _coders(draft)
+    return "Whose residual stream gets an SAE" if coders == "one SAE for each" else f"In which layers {coders}"
+
+
+def _width(draft: Draft) -> int:
+    """Return what the first coder reads."""
+    return chosen(draft.config().train, known(draft.shape)).sites[0].d_in
 
 
 def _dictionary(draft: Draft) -> str:
@@ -50,7 +70,7 @@ def _dictionary(draft: Draft) -> str:
 
 
 def _take_dictionary(draft: Draft, text: str) -> Draft:
-    width = known(draft.shape).d_in
+    width = _width(draft)
     found = re.fullmatch(r"(.*?)\s*(x|×|latents?|)", text.lower())
     number, unit = parse_count("dictionary size", found[1] if found else text), found[2] if found else ""
     if not unit and number < width:
@@ -68,7 +88,7 @@ def _take_dictionary(draft: Draft, text: str) -> Draft:
 
 
 def _latents(draft: Draft) -> int:
-    width = known(draft.shape).d_in
+    width = _width(draft)
     return int(draft.values.get("num_latents") or width * draft.values["expansion_factor"])
 
 
@@ -81,7 +101,7 @@ def _k(draft: Draft) -> str:
 def _take_k(draft: Draft, text: str) -> Draft:
     draft = draft.setting(k=text)
     try:
-        draft.config().train.sae.resolve_num_latents(known(draft.shape).d_in)
+        draft.config().train.sae.resolve_num_latents(_width(draft))
     except UserError:
         raise
     except ValueError as error:  # the configuration's own, which does not know of the command line
@@ -92,7 +112,7 @@ def _take_k(draft: Draft, text: str) -> Draft:
 LAYERS = Question(
     "layers",
     "Layers",
-    lambda draft: "Whose residual stream gets an SAE: all, even, numbers from 0 such as 3,7, or ranges such as 0-11:2.",
+    lambda draft: f"{_where(draft)}: all, even, numbers from 0 such as 3,7, or ranges such as 0-11:2.",
     _layers,
     _take_layers,
     _tell_layers,
@@ -102,11 +122,12 @@ DICTIONARY = Question(
     "dictionary",
     "Dictionary",
     lambda draft: (
-        "Latents of each SAE, per dimension of the model (32x) or in total (16384); more find finer features."
+        f"Latents of each {draft.config().train.coder}, per dimension of the model (32x) or in total (16384); more "
+        "find finer features."
     ),
     _dictionary,
     _take_dictionary,
-    lambda draft: (f"{_latents(draft):,} latents in each SAE",),
+    lambda draft: (f"{_latents(draft):,} latents in each {draft.config().train.coder}",),
 )
 K = Question(
     "k",
