@@ -990,6 +990,28 @@ LIST: list[tuple[str, ...]] = [
         "return self.reads",
         "training/test_hookpoints training/test_resume",
     ),
+    (
+        "a skip connection that cfg.json does not name is left out",
+        "saekit/sae/storage.py",
+        ", FILE_NAMES.values() - shapes.keys())",
+        ")",
+        "test_damaged_files::test_a_kind_of_coder_is_not_taken_for_another",
+    ),
+    (
+        "an autoencoder may write other hookpoints than it reads",
+        "saekit/sae/entries.py",
+        "if read and (read == written) == transcodes:",
+        "if False:",
+        "test_damaged_files::test_a_kind_of_coder_is_not_taken_for_another",
+    ),
+    (
+        "a norm limit of zero is none",
+        "saekit/sae/storage.py",
+        "in OF_TRANSCODERS if config.get(key) is not None}",
+        "in OF_TRANSCODERS if config.get(key)}",
+        "test_damaged_files::test_a_limit_of_zero_is_a_limit",
+    ),
+    ("SAELens is given transcoders", "saekit/sae/formats/saelens.py", "        _check_kind(sae)\n", ""),
 ]
 FAULTS = [Fault(*each) if len(each) == 5 else Fault(*each, LIKELY[each[1]]) for each in LIST]
 

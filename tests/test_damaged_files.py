@@ -27,6 +27,18 @@ from tests.damage import damaged, damaged_bytes, no_hang
 
 DAMAGE = st.integers(0, 2**64).map(Random)
 D, M, K = 8, 24, 3
+TRANSCODER = {"transcode": True, "skip_connection": True, "d_out": 5, "max_norm_out": 4.5}
+TRANSCODER |= {"reads": {"layers.1.mlp:in": 8}, "writes": {"layers.1.mlp": 5}}
+CROSSCODER = {"reads": {"layers.0": 2, "layers.1": 6}, "writes": {"layers.0": 2, "layers.1": 6}}
+SAME = {"reads": {"layers.1.mlp": 8}, "writes": {"layers.1.mlp": 8}}
+KINDS = {
+    "topk": {},
+    "batchtopk": {"selection": BatchTopK(K, M, 0.25)},
+    "saelens": {},
+    "transcoder": TRANSCODER,
+    "sparsify": {"transcode": True, "skip_connection": True, "selection": "groupmax"},
+    "crosscoder": CROSSCODER,
+}
 X = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
 
 
@@ -43,23 +55,21 @@ def outcome(read):
 
 
 def make_sae(kind):
-    sae = Sae(D, M, K, selection=BatchTopK(K, M, 0.25) if kind == "batchtopk" else kind, max_norm=9.5)
+    sae = Sae(D, M, K, max_norm=9.5, **KINDS[kind])
     with torch.no_grad():
         sae.b_enc.normal_()
+        if sae.W_skip is not None:
+            sae.W_skip.normal_()
     return sae
 
 
-@pytest.fixture(scope="module", params=["topk", "batchtopk", "saelens"])
+@pytest.fixture(scope="module", params=[kind for kind in KINDS if kind != "sparsify"])
 def alone(request, tmp_path_factory):
-    """An SAE's folder outside of a checkpoint, its files' content, and the name of its weights."""
+    """A coder's folder outside of a checkpoint, its files' content, and the name of its weights."""
     folder = tmp_path_factory.mktemp(request.param) / "layers.1"
-    saekit.save(make_sae("topk" if request.param == "saelens" else request.param), folder, _format(request.param))
+    saekit.save(make_sae(request.param), folder, "saelens" if request.param == "saelens" else "sparsify")
     content = {file.name: file.read_bytes() for file in folder.iterdir()}
     return folder, content, next(name for name in content if name.endswith(".safetensors"))
-
-
-def _format(kind):
-    return "saelens" if kind == "saelens" else "sparsify"
 
 
 def put(folder, content, name, new):
@@ -75,9 +85,15 @@ def try_out(folder, config_file="cfg.json"):
         assert (sae.d_in, sae.k) == (config["d_in"], config["k"])
         assert sae.num_latents == (config.get("num_latents") or config.get("d_sae") or D * config["expansion_factor"])
         assert sae.activation == ("topk" if "architecture" in config else config.get("activation", "topk"))
-        code = sae.encode(X.to(sae.dtype))
+        assert (sae.reads, sae.writes) == (config.get("reads", {}), config.get("writes", {}))
+        assert sae.transcode is config.get("transcode", False)
+        assert (sae.W_skip is not None) is config.get("skip_connection", False)
+        assert sae.d_out == (config.get("d_out") or config["d_in"])
+        assert sae.max_norm_out == config.get("max_norm_out")
+        x = X.to(sae.dtype)
+        code = sae.encode(x)
         assert code.indices.shape == (5, sae.max_active)
-        assert sae.decode(*code).shape == X.shape
+        assert sae.decode(*code, x).shape == (5, sae.d_out)
     if (folder / "sae.safetensors").exists():
         inspection = outcome(lambda: inspect_path(folder))
         if inspection is not None:
@@ -161,6 +177,39 @@ def parsed(content):
         return json.loads(content)
     except (ValueError, RecursionError):
         return None
+
+
+def without(*keys):
+    return lambda config: {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("sparsify", without("skip_connection"), "has a tensor 'W_skip', which the coder that cfg.json describes"),
+        ("sparsify", without("transcode"), "describes an autoencoder with a skip connection"),
+        ("sparsify", lambda config: {**config, "d_out": 5}, r"W_dec has shape \[24, 8\], but cfg.json says \[24, 5\]"),
+        ("transcoder", without("transcode", "skip_connection"), "an autoencoder with d_out"),
+        ("transcoder", without("transcode", "skip_connection", "d_out"), "an autoencoder with max_norm_out"),
+        ("transcoder", lambda config: {**config, "d_out": 8, **SAME},
+         "describes a transcoder that reads and writes the same hookpoints"),
+        ("crosscoder", without("writes"), "only one of 'reads' and 'writes'"),
+        ("crosscoder", lambda config: {**config, "writes": {"layers.1": 6, "layers.0": 2}}, "writes other hookpoints"),
+        ("crosscoder", lambda config: {**config, "reads": {"layers.0": 8.0}}, "to name hookpoints with their widths"),
+        ("crosscoder", lambda config: {**config, "reads": {"layers.0": 7}}, "the widths of 'reads' make 7, not 8"),
+    ],
+)  # fmt: skip
+def test_a_kind_of_coder_is_not_taken_for_another(tmp_path, kind, change, says):
+    saekit.save(make_sae(kind), tmp_path)
+    file = tmp_path / "cfg.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=says):
+        saekit.load(tmp_path)
+
+
+def test_a_limit_of_zero_is_a_limit(tmp_path):
+    saekit.save(Sae(D, M, K, transcode=True, max_norm=0, max_norm_out=0), tmp_path)
+    assert (saekit.load(tmp_path).max_norm, saekit.load(tmp_path).max_norm_out) == (0, 0)
 
 
 def test_a_name_of_two_lines_in_a_header_is_said_in_one(alone):

@@ -34,6 +34,11 @@ class Site:
         return self.reads != self.writes
 
     @property
+    def kind(self) -> str:
+        """Return what its coder is called: SAE, transcoder or crosscoder."""
+        return "transcoder" if self.transcodes else "crosscoder" if len(self.reads) > 1 else "SAE"
+
+    @property
     def parts(self) -> tuple[Hookpoint, ...]:
         """Return the hookpoints whose activations travel to it, in the order of their columns."""
         return (*self.reads, *self.writes) if self.transcodes else self.reads
@@ -77,6 +82,12 @@ def transcoder(read: Hookpoint, written: Hookpoint) -> Site:
 def crosscoder(hookpoints: Sequence[Hookpoint]) -> Site:
     """Return the site of a crosscoder; of a single hookpoint it is an SAE."""
     return Site(CROSSCODER, tuple(hookpoints), tuple(hookpoints))
+
+
+def kind_of(sites: Iterable[Site]) -> str:
+    """Return what the coders of a run are called: SAE, transcoder or crosscoder; coder if they differ."""
+    kinds = {each.kind for each in sites}
+    return kinds.pop() if len(kinds) == 1 else "coder"
 
 
 def hookpoints_of(sites: Iterable[Site]) -> tuple[Hookpoint, ...]:

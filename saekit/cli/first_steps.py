@@ -105,21 +105,25 @@ def demo(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=2048, help="Tokens to train on.")
     ] = 350_000,
+    transcode: Annotated[
+        bool, typer.Option("--transcode", help="Train transcoders of the model's MLPs instead of SAEs of its layers.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
     """Train on all layers of the small model that comes with saekit, evaluate that, and look at it; about two minutes.
 
     Needs no network and no GPU: the text is read from the standard library of this very Python.
     """
-    _run_demo(save_dir, max_tokens)
+    _run_demo(save_dir, max_tokens, transcode=transcode)
 
 
-def _run_demo(save_dir: Path, max_tokens: int) -> None:
+def _run_demo(save_dir: Path, max_tokens: int, *, transcode: bool) -> None:
     """Write the standard library's text to a file, train on it, evaluate and show the result, and say what to try next.
 
     Args:
         save_dir: Holds the text and a numbered run folder, so that nothing of an earlier demo is lost.
         max_tokens: Tokens to train on.
+        transcode: Whether to train transcoders of the MLPs.
     """
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, joined
@@ -144,6 +148,7 @@ def _run_demo(save_dir: Path, max_tokens: int) -> None:
             "max_tokens": max_tokens,
             "save_dir": save_dir,
             "run_name": f"run-{number}",
+            "transcode": transcode,
         }
     )
     with resumable():
@@ -154,16 +159,16 @@ def _run_demo(save_dir: Path, max_tokens: int) -> None:
         options = EvalOptions(max_tokens=max(1, max_tokens // EVALUATED_SHARE))
         build_report(run_dir, options, page, placement, status=bar.status, progress=bar.update)
     render_inspection(inspect_path(run_dir), results())
-    _say_what_is_next(run_dir, page, text)
+    _say_what_is_next(run_dir, page, text, ("--transcode",) if transcode else ())
 
 
-def _say_what_is_next(run_dir: Path, page: Path, text: Path) -> None:
+def _say_what_is_next(run_dir: Path, page: Path, text: Path, kind: tuple[str, ...]) -> None:
     """Print commands to try, each with what it does: behind it if all of them have room there, else below it."""
     commands = {
         ("inspect", str(run_dir), "--layer", "3"): "one layer in detail",
         ("eval", str(run_dir), "--max-tokens", "200000"): "the same figures on more text that it did not read",
-        ("train", str(MODEL_DIR), str(text), "--k", "16"): "fewer active latents",
-        ("train", "MODEL", "DATASET"): "your own model and text",
+        ("train", str(MODEL_DIR), str(text), *kind, "--k", "16"): "fewer active latents",
+        ("train", "MODEL", "DATASET", *kind): "your own model and text",
         ("train", "--help"): "all options",
     }
     console = messages()

@@ -52,6 +52,11 @@ class CodersConfig:
         """Tell whether what is written is something else than what is read."""
         return self.transcode or self.reads is not None
 
+    @property
+    def coder(self) -> str:
+        """Return what is trained: SAE, transcoder or crosscoder."""
+        return "transcoder" if self.transcodes else "SAE" if self.crosscode is None else "crosscoder"
+
     @field_validator("layers", "hookpoints", "reads", "writes", "crosscode")
     @classmethod
     def _check_some(cls, named: tuple[Any, ...] | None) -> tuple[Any, ...] | None:

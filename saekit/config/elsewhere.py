@@ -93,11 +93,13 @@ OTHERWISE = {
     "model-name-or-path pretrained-model lm llm",
     "DATASET is the second argument, with no option's name before it": "dataset dataset-name dataset-path data-path "
     "data dataset-repo hf-dataset train-data corpus",
-    _READS: "hook-name-out hook-point-out hookpoint-out d-out",
+    _READS: "hook-name-out hook-layer-out hook-point-out hookpoint-out d-out",
     _HOOKPOINTS: "hookpoint hook-points hook-point hook-name hook-names hook hook-layer hook-layers layer "
     "submodule submodule-name submodules io hook-point-in site act-name module modules sae-positions",
     "all heads of a layer are read together: --hookpoints layers.*.self_attn.o_proj:in, for example": "hook-head-index "
-    "head-index",
+    "head-index hook-head-index-out",
+    "a crosscoder reads and writes all hookpoints that --crosscode names, and --layers may narrow them": "num-layers "
+    "n-layers encoder-layers cross-layers",
     _SPARSITY: "l1 l1-coefficient l1-coeff l1-coef l1-penalty l1-alpha l1-lambda l1-weight sparsity-penalty sparsity "
     "sparsity-coefficient sparsity-weight l0-coefficient l0-penalty l0-lambda lambda lp-norm l1-warm-up-steps "
     "l1-warmup-steps sparsity-warmup-steps initial-sparsity-penalty scale-sparsity-penalty-by-decoder-norm",
@@ -106,7 +108,8 @@ OTHERWISE = {
     "activation-function trainer trainer-class dict-class sae-type sae-class use-batchtopk batchtopk batch-topk "
     "groupmax activation-fn-str",
     "saekit has nothing like it": "embed-skip gram-lookup lookup-max-order gram-table-path gram-table-hash noise-scale "
-    "decoder-orthogonal-init apply-b-dec-to-input",
+    "decoder-orthogonal-init apply-b-dec-to-input norm-init-scale same-init-for-all-layers init-with-transpose "
+    "code-normalization",
     "the number of active latents is --k from the first step on": "k-decay-steps k-anneal-steps k-schedule",
     "BatchTopK's threshold moves by itself (--activation batchtopk)": "threshold-beta threshold-start-step threshold "
     "topk-threshold-lr",

@@ -15,7 +15,7 @@ from saekit.activations import (
     resolve_dtype,
 )
 from saekit.activations.chosen import chosen
-from saekit.activations.sites import Site
+from saekit.activations.sites import Site, kind_of
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement.costs import Size
@@ -65,6 +65,11 @@ class Job:
     def sizes(self) -> dict[str, Size]:
         """Return each unit's, by name in model order."""
         return {each.site.name: each.size for each in self.units}
+
+    @property
+    def coder(self) -> str:
+        """Return what its coders are called: SAE, transcoder or crosscoder."""
+        return kind_of(each.site for each in self.units)
 
     @property
     def costs(self) -> dict[str, float]:

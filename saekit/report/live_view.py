@@ -93,7 +93,8 @@ def joined(parts: Sequence[str | Text], width: int) -> Text:
 
 
 def _header(info: RunInfo, width: int) -> list[Text]:
-    shape = f"{units.plural(len(info.hookpoints), 'layer')} × {info.code}"
+    what = "layer" if info.coder == "SAE" else info.coder
+    shape = f"{units.plural(len(info.hookpoints), what)} × {info.code}"
     parts = [shape, f"width {info.width}", f"{info.place}, {info.dtype}", info.computed_by]
     batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens a step"
     if len(DOT.join([*parts, batch])) <= width:

@@ -45,9 +45,11 @@ class PlainReporter:
     def start(self, info: RunInfo) -> None:
         """Write what is going to be trained."""
         self._run = (info, Pace(info, self._clock))
+        number = len(info.hookpoints)
+        what = number if info.coder == "SAE" else units.plural(number, info.coder)
         resumed = f", resumed at step {info.start_step:,}" if info.start_step else ""
         self._write(
-            f"training {len(info.hookpoints)} x {info.code}, on {info.model} with "
+            f"training {what} x {info.code}, on {info.model} with "
             f"{info.dataset}: {info.total_steps:,} steps of {info.global_batch:,} x {info.ctx_len:,} tokens, "
             f"{info.place}, {info.dtype}, {info.computed_by}, in {info.run_dir}{resumed}"
         )

@@ -213,6 +213,9 @@ class RunInfo:
     with_auxk: bool = False
     """Whether dead latents are trained with AuxK; if not, its loss is 0 and need not be shown."""
 
+    coder: str = "SAE"
+    """What is trained: SAE, transcoder or crosscoder."""
+
     @property
     def code(self) -> str:
         """Describe the SAEs: `4,096 latents, k 32`, with the selection unless it is TopK."""
@@ -227,7 +230,7 @@ class RunInfo:
     def place(self) -> str:
         """Return where it runs, in a few words: `cpu, single`, or `cuda:0, zero3 on 4 ranks (24 MiB of each SAE)`."""
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
-        shard = f" ({size(self.shard_bytes)} of each SAE)" if self.shard_bytes is not None else ""
+        shard = f" ({size(self.shard_bytes)} of each {self.coder})" if self.shard_bytes is not None else ""
         return f"{self.device}, {self.placement}{ranks}{shard}"
 
     @property

@@ -51,14 +51,28 @@ def read_config(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file} has no number of at least 0 as {key!r}")
     if config.get("d_out") is not None and not is_count(config["d_out"]):
         raise ValueError(f"{file} has no whole number 'd_out' of at least 1")
-    d_out = config.get("d_out") or config["d_in"]
-    if not config.get("transcode") and (d_out != config["d_in"] or config.get("skip_connection")):
-        raise ValueError(
-            f"{file} describes an autoencoder with {'d_out' if d_out != config['d_in'] else 'a skip connection'}"
-        )
-    for key, width in (("reads", config["d_in"]), ("writes", d_out)):
-        _check_widths(file, key, config.get(key, {}), width)
+    _check_what_it_writes(file, config)
     return config
+
+
+def _check_what_it_writes(file: Path, config: dict[str, Any]) -> None:
+    """Check what tells transcoders, crosscoders and autoencoders apart: they must not be taken for one another."""
+    d_in, d_out, transcodes = config["d_in"], config.get("d_out") or config["d_in"], config.get("transcode", False)
+    if not transcodes:
+        odd = {"d_out": d_out != d_in, "a skip connection": bool(config.get("skip_connection"))}
+        odd["max_norm_out"] = config.get("max_norm_out") is not None
+        for what in (name for name, there in odd.items() if there):
+            raise ValueError(f"{file} describes an autoencoder with {what}, which only transcoders have")
+    for key, width in (("reads", d_in), ("writes", d_out)):
+        _check_widths(file, key, config.get(key, {}), width)
+    read, written = (list(config.get(key, {}).items()) for key in ("reads", "writes"))
+    if bool(read) != bool(written):
+        raise ValueError(f"{file} has only one of 'reads' and 'writes'")
+    if read and (read == written) == transcodes:
+        kind = "a transcoder" if transcodes else "an autoencoder"
+        raise ValueError(
+            f"{file} describes {kind} that reads and writes {'the same' if transcodes else 'other'} hookpoints"
+        )
 
 
 def _check_widths(file: Path, key: str, widths: Any, total: int) -> None:

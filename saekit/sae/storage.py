@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from saekit.errors import UserError, first_line
+from saekit.errors import UserError
 from saekit.hub import asking_hub, why_not_found
 from saekit.registry import SELECTIONS
 from saekit.sae.entries import EXPANSION_FACTOR, read_config
 from saekit.sae.selection.base import Selection
+from saekit.sae.tensors import read_tensors
 from saekit.sae.trained_on import TRAINED_ON, TrainedOn
 
 CONFIG_FILE = "cfg.json"
@@ -53,7 +53,6 @@ OF_TRANSCODERS = ("transcode", "d_out", "skip_connection", "max_norm_out", "read
 """Entries of `cfg.json` that are arguments of `Sae` as they are, where they are there."""
 IN, IN_FOLDER = ":in", "@in"
 """The end of the name of a module's input, and of its SAE's folder: Windows allows no colon in a file's name."""
-WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def write_folder(
@@ -122,7 +121,8 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "b_dec": (d_out,),
         **({"W_skip": (d_out, d_in)} if config.get("skip_connection") else {}),
     }
-    tensors = read_tensors(folder / WEIGHTS_FILE, shapes, device)
+    # A coder with a part of its files ignored would be another one.
+    tensors = read_tensors(folder / WEIGHTS_FILE, shapes, device, FILE_NAMES.values() - shapes.keys())
     kind: type[Selection] = SELECTIONS.get(config.get("activation", "topk"))
     try:
         selection = kind.from_config(config["k"], num_latents, config)
@@ -137,7 +137,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "multi_topk": config.get("multi_topk", False) and kind.multi_topk,
         "selection": selection,
         "max_norm": config.get("max_norm"),
-        **{key: config[key] for key in OF_TRANSCODERS if config.get(key)},
+        **{key: config[key] for key in OF_TRANSCODERS if config.get(key) is not None},
     }
     return sizes, {ours: tensors[theirs] for ours, theirs in FILE_NAMES.items() if theirs in shapes}
 
@@ -157,34 +157,6 @@ def read_sizes(folder: Path) -> tuple[int, int, int | None]:
 def _num_latents(config: Mapping[str, Any]) -> int:
     number: int = config.get("num_latents") or config["d_in"] * config.get("expansion_factor", EXPANSION_FACTOR)
     return number
-
-
-def read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file that have to be there, in the shapes that `cfg.json` gives them.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, a tensor is missing, has another shape or holds no floating-point numbers,
-            or they are of several types.
-    """
-    tensors = _read_weights(file, device)
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise ValueError(f"{file} has no tensor {name!r}; it has {', '.join(map(repr, sorted(tensors)))}")
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{file}: {name} has shape {list(tensors[name].shape)}, but {CONFIG_FILE} says {list(shape)}"
-            )
-        if tensors[name].dtype not in WEIGHT_TYPES:
-            raise ValueError(f"{file}: {name} holds {_type(tensors[name])}, not float32, float64, float16 or bfloat16")
-    if len({tensors[name].dtype for name in shapes}) > 1:
-        types = ", ".join(f"{name} {_type(tensors[name])}" for name in shapes)
-        raise ValueError(f"{file} holds tensors of several types ({types}): an SAE's are all of one")
-    return {name: tensors[name] for name in shapes}
-
-
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def find_sae_folders(path: str | Path) -> dict[str, Path]:
@@ -298,13 +270,3 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"([0-9]+)", name)
     keys = [(part.lstrip("0") if "0" <= part[0] <= "9" else None, part) for part in parts if part]
     return [(1, 0, part) if digits is None else (0, len(digits), digits) for digits, part in keys]
-
-
-def _read_weights(file: Path, device: torch.device | str) -> dict[str, Tensor]:
-    try:
-        return load_file(file, device=str(device))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing") from None
-    except SafetensorError as error:
-        said = first_line(error)
-        raise ValueError(f"{file} is damaged or cut short ({said}); restore it or use another checkpoint") from None

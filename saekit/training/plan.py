@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit.activations.sites import Site, autoencoder, widths_of
+from saekit.activations.sites import Site, autoencoder, kind_of, widths_of
 from saekit.activations.source import Source
 from saekit.config import RunConfig, TrainConfig
 from saekit.config.run import to_flat
@@ -101,6 +101,11 @@ class RunPlan:
     def sites(self) -> tuple[Site, ...]:
         """Return what each unit reads and writes."""
         return tuple(each.site for each in self.units)
+
+    @property
+    def coder(self) -> str:
+        """Return what its coders are called: SAE, transcoder or crosscoder."""
+        return kind_of(self.sites)
 
     @property
     def costs(self) -> dict[str, float]:
@@ -213,6 +218,7 @@ class RunPlan:
             eval_every=self.cfg.eval_every,
             activation=self.cfg.sae.activation,
             with_auxk=self.cfg.auxk_alpha > 0,
+            coder=self.coder,
         )
 
 

@@ -123,7 +123,7 @@ class Saver:
                 if not told:
                     self.warn(
                         f"Warning: {error}; trying again every {PAUSE:g} seconds for {PATIENCE / 60:g} minutes, as "
-                        "the trained SAEs are only in memory: free some space (Ctrl-C twice gives up)"
+                        f"the trained {self.plan.coder}s are only in memory: free some space (Ctrl-C twice gives up)"
                     )
                 told = True
                 time.sleep(min(PAUSE, left))
@@ -132,8 +132,9 @@ class Saver:
         for hookpoint, ranks in self.placement.strays().items():
             whose = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
             raise UserError(
-                f"{hookpoint}: the SAE of {whose} is not that of the other ranks at step {self.run.step}, so "
-                "nothing is saved: processors of different kinds round differently, or one is broken; "
+                f"{hookpoint}: the {self.plan.coder} of {whose} is not that of the other ranks at step "
+                f"{self.run.step}, so nothing is saved: processors of different kinds round differently, or one is "
+                "broken; "
                 f"{way_on(self.plan.run_dir)}, on processors of one kind or with --placement layer-map"
             )
 
@@ -214,7 +215,7 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     changed = changed or differences(DERIVED)
     if changed:
         same_shape = all(before.get(name) == now.get(name) for name in ("num_latents", "d_in", "model"))
-        start = f" from its SAEs with --finetune {plan.run_dir}" if same_shape else ""
+        start = f" from its {plan.coder}s with --finetune {plan.run_dir}" if same_shape else ""
         raise UserError(
             f"--resume would go on with another training: {'; '.join(changed)}. To train so, leave out --resume and "
             f"start a run of another --run-name{start}"

@@ -265,7 +265,8 @@ class SaeTrainer:
         if cfg.finetune is not None:
             earlier.update(*placement.gather(earlier))
         if earlier - {own}:
-            self.report.status(f"Warning: the SAEs of --finetune have k {', '.join(sorted(earlier))}, this run k {own}")
+            before = ", ".join(sorted(earlier))
+            self.report.status(f"Warning: the {plan.coder}s of --finetune have k {before}, this run k {own}")
         bank = Bank(cfg, placement, plan.units, run.calibration)
         if found is not None:
             state.restore(found.folder, found.index, run, bank)

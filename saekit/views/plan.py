@@ -11,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit import units
+from saekit.activations.patterns import fold
+from saekit.activations.sites import widths_of
+from saekit.placement.costs import Size
 from saekit.planning.advice import Advice
 from saekit.planning.calibration import MeasuredRates
 from saekit.planning.job import Job
@@ -23,7 +26,7 @@ BAR = 24
 """Characters of a full bar."""
 PARTS = {
     "language_model": "language model",
-    "parameters": "SAE parameters",
+    "parameters": "{coder} parameters",
     "gradients": "gradients",
     "optimizer_state": "optimizer state",
     "activations": "activations",
@@ -37,6 +40,8 @@ def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> 
     """Print a plan, and what to change where it does not fit."""
     job = plan.job
     _say(console, f"{job.cfg.model.model}: {_sizes(job)}", "bold")
+    for line in _read_and_written(job):
+        _say(console, line)
     _say(console, f"on {_machine(job.machine)}\n")
     console.print(_table(plan))
     for choice in plan.choices:
@@ -65,7 +70,13 @@ def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
         "model": job.cfg.model.model,
         "layers": list(job.layers),
         "hookpoints": [each.site.name for each in job.units],
+        "coder": job.coder,
+        "sites": [
+            {"name": site.name, "reads": widths_of(site.reads), "writes": widths_of(site.writes)}
+            for site in (each.site for each in job.units)
+        ],
         "d_in": _of_units([each.site.d_in for each in job.units]),
+        "d_out": _of_units([each.site.d_out for each in job.units]),
         "num_latents": _of_units([each.num_latents for each in job.units]),
         "ctx_len": job.ctx_len,
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -116,7 +127,10 @@ def _table(plan: Plan) -> Table:
     for choice in plan.choices:
         shown.add_column(choice.placement, justify="right")
     for name, label in PARTS.items():
-        shown.add_row(label, *(_number(choice.memory.peak.parts[name].total) for choice in plan.choices))
+        shown.add_row(
+            label.format(coder=plan.job.coder),
+            *(_number(choice.memory.peak.parts[name].total) for choice in plan.choices),
+        )
     if any(choice.memory.freed for choice in plan.choices):
         shown.add_row("freed, kept by the heap", *(_number(choice.memory.freed) for choice in plan.choices))
     shown.add_row("libraries", *(_number(choice.libraries) for choice in plan.choices))
@@ -177,11 +191,29 @@ def _bar(choice: Choice) -> Text:
 
 def _sizes(job: Job) -> str:
     sizes = [each.size for each in job.units]
+    few = "" if len(sizes) == 1 and job.coder != "SAE" else "s"
     kinds = [
-        f"{sizes.count(size):,}{'' if number else ' SAEs'} of {size[0]:,} latents on width {size[1]:,}"
+        f"{sizes.count(size):,}{'' if number else f' {job.coder}{few}'} of {size.num_latents:,} latents {_widths(size)}"
         for number, size in enumerate(dict.fromkeys(sizes))
     ]
     return f"{', '.join(kinds)}, {job.tokens_per_step:,} tokens per step"
+
+
+def _widths(size: Size) -> str:
+    return f"from width {size.d_in:,} to {size.d_out:,}" if size.transcodes else f"on width {size.d_in:,}"
+
+
+def _read_and_written(job: Job) -> Iterator[str]:
+    """Name what transcoders and crosscoders read and write; of an SAE it goes without saying."""
+    if job.coder == "SAE":
+        return
+    sites = [each.site for each in job.units]
+    read = ", ".join(fold([part.name for site in sites for part in site.reads]))
+    if job.coder == "crosscoder":
+        yield f"reads and writes {read}"
+    else:
+        yield f"read {read}"
+        yield f"write {', '.join(fold([part.name for site in sites for part in site.writes]))}"
 
 
 def _machine(machine: Machine) -> str:

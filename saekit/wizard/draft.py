@@ -121,7 +121,11 @@ def write_files(files: Mapping[Path, str]) -> None:
 
 Known = TypeVar("Known")
 
-EITHER_OR = (("num_latents", "expansion_factor"), ("layers", "layer_stride"))
+EITHER_OR = (
+    ("num_latents", "expansion_factor"),
+    ("layers", "layer_stride"),
+    *(("crosscode", part, other) for part in ("reads", "writes") for other in ("hookpoints", "transcode")),
+)
 """Options that say the same in two ways: giving one takes the other out."""
 
 

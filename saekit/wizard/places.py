@@ -53,9 +53,7 @@ def _take_kind(draft: Draft, text: str) -> Draft:
 def _tell_kind(draft: Draft) -> Sequence[str]:
     found = sites(draft)
     names = ", ".join(list(fold([site.name for site in found]))[:4])
-    if draft.config().train.transcodes:
-        return (f"{plural(len(found), 'transcoder')}, from the input of each module to its output: {names}",)
-    return (f"{plural(len(found), 'SAE')} of width {span(widths(draft))}: {names}",)
+    return (f"{plural(len(found), draft.config().train.coder)} of width {span(widths(draft))}: {names}",)
 
 
 def _layers(draft: Draft) -> str:
@@ -83,7 +81,8 @@ def _tell_layers(draft: Draft) -> Sequence[str]:
     selected, depth = _selected(draft), known(draft.shape).num_layers
     loaded = "" if selected[-1] == depth - 1 else f"; what is above layer {selected[-1]} is neither loaded nor run"
     number = len(sites(draft))
-    what = "one coder for each" if number == len(selected) else plural(number, "coder")
+    coder = draft.config().train.coder
+    what = f"one {coder} for each" if number == len(selected) else plural(number, coder)
     return (f"{len(selected)} of {depth}, {what}{loaded}",)
 
 

@@ -68,11 +68,12 @@ DICTIONARY = Question(
     "dictionary",
     "Dictionary",
     lambda draft: (
-        "Latents of each coder, per dimension of what it reads (32x) or in total (16384); more find finer features."
+        f"Latents of each {draft.config().train.coder}, per dimension of what it reads (32x) or in total (16384); more "
+        "find finer features."
     ),
     _dictionary,
     _take_dictionary,
-    lambda draft: (f"{span(_latents(draft))} latents in each",),
+    lambda draft: (f"{span(_latents(draft))} latents in each {draft.config().train.coder}",),
 )
 K = Question(
     "k",

@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+from saekit.activations import model_shape
+from saekit.activations.chosen import chosen
 from saekit.demo import MODEL_DIR, standard_library
+from saekit.errors import UserError
+from tests.cli.conftest import saekit  # noqa: F401  # a fixture
 
 
 def test_the_package_data_is_small():
@@ -18,6 +22,24 @@ def test_there_is_text_on_every_machine():
     documents = list(standard_library())
     assert len(documents) > 200
     assert sum(map(len, documents)) > 2_000_000
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_what_it_trains(transcode, tmp_path, monkeypatch, saekit):  # noqa: F811
+    asked = []
+
+    def train(cfg):
+        asked.append(cfg)
+        raise UserError("enough")
+
+    monkeypatch.setattr("saekit.training.launch.train_from_config", train)
+    done = saekit("demo", *(["--transcode"] if transcode else []))
+    assert done.code == 2
+    (cfg,) = asked
+    assert cfg.train.coder == ("transcoder" if transcode else "SAE")
+    sites = chosen(cfg.train, model_shape(cfg.model)).sites
+    assert [site.name for site in sites] == [f"layers.{i}{'.mlp' if transcode else ''}" for i in range(6)]
+    assert (tmp_path / "saekit-demo" / "stdlib.jsonl").is_file()
 
 
 @pytest.mark.slow

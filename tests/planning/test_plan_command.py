@@ -128,6 +128,40 @@ def test_the_table(saekit, llama_3_8b):  # noqa: F811
     assert "Take layer-map" in done.out
 
 
+@pytest.mark.parametrize(
+    ("options", "says", "site"),
+    [
+        (
+            ["--transcode", "--skip-connection", "--layers", "0-2"],
+            [
+                "3 transcoders of 64 latents from width 16 to 16,",
+                "read layers.{0-2}.mlp:in\n",
+                "write layers.{0-2}.mlp\n",
+            ],
+            ("layers.0.mlp", {"layers.0.mlp:in": 16}, {"layers.0.mlp": 16}),
+        ),
+        (
+            ["--reads", "layers.0", "--writes", "layers.1.mlp.down_proj:in"],
+            ["1 transcoder of 64 latents from width 16 to 32,", "transcoder parameters"],
+            ("layers.1.mlp.down_proj:in", {"layers.0": 16}, {"layers.1.mlp.down_proj:in": 32}),
+        ),
+        (
+            ["--crosscode", "resid"],
+            ["1 crosscoder of 64 latents on width 48,", "reads and writes layers.{0-2}\n", "crosscoder parameters"],
+            ("crosscoder", {f"layers.{i}": 16 for i in range(3)}, {f"layers.{i}": 16 for i in range(3)}),
+        ),
+    ],
+)
+def test_what_other_coders_read_and_write(saekit, model_dir, options, says, site):  # noqa: F811
+    done = saekit("plan", model_dir, *options, "--num-latents", 64, "--k", 4)
+    assert done.code == 0, done.err
+    for part in says:
+        assert part in done.out
+    found = json.loads(saekit("plan", model_dir, *options, "--num-latents", 64, "--k", 4, "--json").out)
+    assert found["sites"][0] == dict(zip(("name", "reads", "writes"), site, strict=True))
+    assert (found["d_in"], found["d_out"]) == (sum(site[1].values()), sum(site[2].values()))
+
+
 def test_where_nothing_fits(saekit, llama_3_8b):  # noqa: F811
     done = saekit("plan", llama_3_8b, "--gpus", 2, "--gpu-memory", "24GiB", "--layers", "0,15,30,31", "--batch-size", 1)
     assert done.code == 0

@@ -84,6 +84,8 @@ def test_numbers(make_state):
     lines = picture(make_state(2, reports=10), 100)
     text = "\n".join(lines)
     assert "2 layers × 4,096 latents, k 32" in text
+    transcoders = replace(make_state(2), info=replace(make_state(2).info, coder="transcoder"))
+    assert "2 transcoders × 4,096 latents, k 32" in "\n".join(picture(transcoders, 100))
     assert "10/1,000 steps" in text
     assert "1.0%" in text
     assert "ETA 33m 00s" in text  # 990 steps of 2 s

@@ -61,6 +61,20 @@ def test_what_is_trained(make_info, activation, says):
     assert f"training 2 x 4,096 latents, {says} EleutherAI/pythia-14m with" in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("coder", "layers", "says"),
+    [
+        ("transcoder", 2, "training 2 transcoders x 4,096 latents, k 32, on EleutherAI"),
+        ("crosscoder", 1, "training 1 crosscoder x 4,096 latents, k 32, on EleutherAI"),
+    ],
+)
+def test_other_coders_are_called_by_their_names(make_info, coder, layers, says):
+    stream = io.StringIO()
+    PlainReporter(stream).start(make_info(layers, coder=coder, shard_bytes=2**20))
+    assert says in stream.getvalue()
+    assert f"(1 MiB of each {coder})" in stream.getvalue()
+
+
 def test_evaluations_are_lines_of_their_own(make_info, make_stats, make_evaluation):
     stream = io.StringIO()
     reporter = PlainReporter(stream)

@@ -17,6 +17,7 @@ from saekit.sae.selection.batchtopk import BatchTopK
 from tests.plugins import loaded
 
 D, M, K = 8, 32, 4
+TWO = {"layers.1": 3, "layers.2": 5}
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 (ONE_FILE,) = [text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "FORMATS" in text]
@@ -106,15 +107,17 @@ def test_a_folder_without_its_weights_is_recognized_by_its_configuration(sae, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "selection", "metadata", "says"),
+    ("name", "kind", "metadata", "says"),
     [
-        ("sparsify", "topk", {"model_name": "gpt2"}, r"no place for metadata \(model_name\)"),
-        ("saelens", "groupmax", None, "no architecture that chooses latents as groupmax does"),
+        ("sparsify", {}, {"model_name": "gpt2"}, r"no place for metadata \(model_name\)"),
+        ("saelens", {"selection": "groupmax"}, None, "no architecture that chooses latents as groupmax does"),
+        ("saelens", {"transcode": True}, None, "SAELens' transcoders keep all positive latents"),
+        ("saelens", {"reads": TWO, "writes": TWO}, None, "no crosscoders, and this one reads 2 hookpoints"),
     ],
 )
-def test_what_a_format_cannot_say_is_refused_before_anything_is_written(tmp_path, name, selection, metadata, says):
+def test_what_a_format_cannot_say_is_refused_before_anything_is_written(tmp_path, name, kind, metadata, says):
     with pytest.raises(UserError, match=says):
-        saekit.save(Sae(D, M, K, selection=selection), tmp_path / "new", name, metadata)
+        saekit.save(Sae(D, M, K, **kind), tmp_path / "new", name, metadata)
     assert not (tmp_path / "new").exists()
 
 

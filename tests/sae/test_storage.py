@@ -92,6 +92,35 @@ def test_reads_what_sparsify_writes(sae, tmp_path):
     assert torch.equal(Sae.load_from_disk(tmp_path)(x).recon, sae(x).recon)
 
 
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_of_sparsify_compute_what_they_do_there(tmp_path, activation, skip):
+    """By its formula, in folders as a run with several seeds has them; benchmarks/interop.py asks the package."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"encoder.weight": (32, 8), "encoder.bias": (32,), "W_dec": (32, 8), "b_dec": (8,), "W_skip": (8, 8)}
+    w = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if skip or name != "W_skip"}
+    config = {"activation": activation, "expansion_factor": 4, "normalize_decoder": True, "num_latents": 0, "k": 4}
+    config |= {"multi_topk": False, "skip_connection": skip, "transcode": True, "d_in": 8}
+    folder = tmp_path / "layers.3.mlp" / "seed1"
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file(w, folder / "sae.safetensors")
+    x = torch.randn(20, 8, generator=generator)
+    scores = torch.relu(x @ w["encoder.weight"].T + w["encoder.bias"])  # b_dec is not subtracted
+    acts, indices = scores.topk(4) if activation == "topk" else scores.view(20, 4, 8).max(dim=2)
+    indices = indices if activation == "topk" else indices + torch.arange(0, 32, 8)
+    expected = torch.zeros(20, 32).scatter(1, indices, acts) @ w["W_dec"] + w["b_dec"]
+    expected += x @ w["W_skip"].T if skip else 0
+    ((name, loaded),) = Sae.load_many(tmp_path).items()
+    assert name == "layers.3.mlp/seed1"
+    torch.testing.assert_close(loaded(x).recon, expected, rtol=0, atol=1e-5)
+    loaded.save_to_disk(tmp_path / "again")
+    assert {**config, "num_latents": 32} == json.loads((tmp_path / "again" / "cfg.json").read_text())
+    again = load_file(tmp_path / "again" / "sae.safetensors")
+    assert again.keys() == w.keys()
+    assert all(torch.equal(again[name], w[name]) for name in w)
+
+
 def test_load_many_sorts_naturally_and_follows_latest(sae, tmp_path):
     for layer in (10, 2, 1):
         sae.save_to_disk(tmp_path / "step_00000001" / f"layers.{layer}")
@@ -134,7 +163,7 @@ def damage_config(folder, **changes):
         (lambda f: damage_config(f, num_latents=33), ValueError, r"has shape \[32, 8\], but cfg.json says \[33, 8\]"),
         (lambda f: damage_config(f, k=None), ValueError, "no whole number 'k'"),
         (lambda f: damage_config(f, activation="relu"), ValueError, "'relu' is none of topk, batchtopk, groupmax"),
-        (lambda f: damage_config(f, transcode=True), ValueError, "transcoder"),
+        (lambda f: damage_config(f, skip_connection=True), ValueError, "an autoencoder with a skip connection"),
     ],
 )
 def test_damaged_folders_are_named(sae, tmp_path, damage, error, says):

@@ -44,7 +44,7 @@ def test_a_run_in_one_process(answer, model_dir, text_file, targets):
     assert rows[0] == "Columns text, id; the text is in text"
     assert len(rows) == 3
     assert rows[1].startswith("│ a")
-    assert asker.told["layers"] == ["2 of 3, one coder for each"]
+    assert asker.told["layers"] == ["2 of 3, one SAE for each"]
     assert asker.told["hookpoints"] == ["3 SAEs of width 16: layers.{0-2}"]
     files = files_of(draft)
     assert list(files) == [targets.run]
@@ -55,6 +55,32 @@ def test_a_run_in_one_process(answer, model_dir, text_file, targets):
     }  # fmt: skip
     assert start_command(draft) == ["saekit", "train", "--config", str(targets.run)]
     assert not targets.run.exists()  # until it is told to
+
+
+@pytest.mark.parametrize(
+    ("options", "coders", "latents"),
+    [
+        ({"transcode": True}, "transcoders of their MLPs", "32 latents in each transcoder"),
+        ({"hookpoints": "mlp", "transcode": True}, "transcoders at --hookpoints mlp", "32 latents in each transcoder"),
+        ({"crosscode": "resid"}, "one crosscoder at --crosscode resid", "96 latents in each crosscoder"),
+    ],
+)
+def test_other_coders_are_called_by_their_names(answer, model_dir, text_file, options, coders, latents):
+    draft, asker = answer("1", str(model_dir), str(text_file), "all", "2x", "4", "32", "2k", "4", **options)
+    assert asker.told["layers"] == [f"3 of 3, {coders}"]
+    assert asker.told["dictionary"] == [latents]
+    assert coders in asker.explained["layers"]
+    assert draft.config().train.coder in asker.explained["dictionary"]
+
+
+def test_a_kind_that_is_typed_takes_the_place_of_the_files(model_dir, targets):
+    targets.run.parent.mkdir(parents=True, exist_ok=True)
+    targets.run.write_text("crosscode: resid\n")
+    assert start({"transcode": True}, targets).config().train.coder == "transcoder"
+    targets.run.write_text("transcode: true\nhookpoints: mlp\n")
+    assert start({"hookpoints": "attn"}, targets).config().train.transcode is True
+    typed = {"reads": "mlp:in", "writes": "mlp"}
+    assert start(typed, targets).config().train.hookpoints is None
 
 
 def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file):

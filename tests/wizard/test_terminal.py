@@ -28,7 +28,7 @@ ASKS = {
     "dataset": "Text, or token ids",
     "hookpoints": "What to train on",
     "layers": "In which layers",
-    "dictionary": "Latents of each coder",
+    "dictionary": "Latents of each SAE",
     "k": "Latents that are active for each token",
     "ctx_len": "Tokens per sequence",
     "max_tokens": "How many to train on",

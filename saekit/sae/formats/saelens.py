@@ -18,7 +18,8 @@ from torch import Tensor
 from saekit.sae.entries import is_count, is_length
 from saekit.sae.formats.base import Format, config_of
 from saekit.sae.model import Sae, around
-from saekit.sae.storage import CONFIG_FILE, read_tensors
+from saekit.sae.storage import CONFIG_FILE
+from saekit.sae.tensors import read_tensors
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 FORMAT_VERSION = "6.0.0"
@@ -89,8 +90,10 @@ class SaeLens(Format):
         """Write an SAE for SAELens' `SAE.load_from_disk`.
 
         Raises:
-            ValueError: If SAELens has nothing like its selection, such as GroupMax, or the metadata is no plain values.
+            ValueError: If SAELens has nothing like its selection, such as GroupMax, it is a transcoder or a crosscoder,
+                or the metadata is no plain values.
         """
+        _check_kind(sae)
         architecture, more = sae.selection.to_saelens()
         try:
             config = json.dumps(_config(sae, architecture, metadata or {}), indent=2)
@@ -101,6 +104,18 @@ class SaeLens(Format):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, folder / WEIGHTS_FILE)
         (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+
+
+def _check_kind(sae: Sae) -> None:
+    if sae.transcode:
+        raise ValueError(
+            "SAELens' transcoders keep all positive latents, or those above a threshold, and not this one's: save it "
+            "without format, as sparsify reads it"
+        )
+    if len(sae.reads) > 1:
+        raise ValueError(
+            f"SAELens has no crosscoders, and this one reads {len(sae.reads)} hookpoints: save it without format"
+        )
 
 
 def _config(sae: Sae, architecture: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,8 +146,8 @@ def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | 
             (`from_pretrained_no_processing`): by default its weights are changed, and with them the residual stream.
 
     Raises:
-        ValueError: If it is no `Sae`, SAELens has nothing like its selection, such as GroupMax, or the metadata is no
-            plain values.
+        ValueError: If it is no `Sae`, SAELens has nothing like its selection, such as GroupMax, it is a transcoder or a
+            crosscoder, or the metadata is no plain values.
     """
     if not isinstance(sae, Sae):
         raise ValueError(f"sae is a {type(sae).__name__}: give an Sae, such as saekit.load returns")
