@@ -25,21 +25,18 @@ from saekit.runs.files import write_at_once
 from saekit.runs.folder import check_run_folder, goes_on, new_run_folder
 from saekit.runs.layout import CONFIG_FILE, LATEST, METRICS_FILE
 from saekit.runs.metrics import JsonlReporter
-from saekit.sae import Sae
 from saekit.training import state
 from saekit.training.bad_steps import check_last_step, skip_step
 from saekit.training.bank import Bank
 from saekit.training.evaluating import Evaluating, subject_of
-from saekit.training.finetune import load_finetune
-from saekit.training.frame import framed
+from saekit.training.fresh import Fresh
 from saekit.training.interrupt import BY_USER, graceful_interrupt
 from saekit.training.message import StepMessage
-from saekit.training.optimizers import make_optimizer
 from saekit.training.plan import RunPlan, checked, plan_run
 from saekit.training.reports import step_stats, warn_of_divergence
 from saekit.training.run_folder import checkpoint_to_go_on_from, one_writer
 from saekit.training.saving import Saver
-from saekit.training.start import calibrate, count_tokens, fit_
+from saekit.training.start import calibrate, count_tokens
 from saekit.units import active
 
 if TYPE_CHECKING:
@@ -236,36 +233,13 @@ class SaeTrainer:
             run.calibration, sample = calibrate(self.source.read(0), plan, placement, self.report.status)
         else:
             run.calibration = state.read_calibration(found.folder, plan.sites)
-        scales: dict[Sae, float] = {}
-        earlier: set[str] = set()
-
-        def make_sae(name: str, *, blank: bool = False) -> Sae:
-            sae = state.new_sae(plan, name, blank=blank)
-            known = run.calibration[name]
-            sae.max_norm, sae.max_norm_out = known.max_norm, known.max_norm_out
-            scales[sae] = known.rms if cfg.scale_biases else 1.0
-            rows_RW = sample.pop(name, None)
-            if blank:
-                return sae
-            if found is None:
-                sae.b_dec.data.copy_(known.mean_D)
-            rows_RD, targets_RD = (rows_RW, None) if rows_RW is None else framed(rows_RW, known.frame)
-            if rows_RD is not None and cfg.init == "fit":
-                fit_(sae, rows_RD, targets_RD)
-            if found is None and cfg.finetune is not None:
-                before = load_finetune(cfg.finetune, name, sae, known.frame, only_unit=len(plan.units) == 1)
-                earlier.add(active(before.k, before.activation))
-            if rows_RD is not None:
-                sae.fit_selection_(rows_RD, known.rms)
-            return sae
-
-        # What a placement makes later, to put a sharded unit together, takes no step: its rate does not matter.
-        placement.place(plan.costs, make_sae, lambda sae: make_optimizer(cfg, sae, scales.get(sae, 1.0)))
+        fresh = Fresh(plan, run.calibration, sample, resumes=found is not None)
+        placement.place(plan.costs, fresh, fresh.optimizer)
         own = active(cfg.sae.k, cfg.sae.activation)
         if cfg.finetune is not None:
-            earlier.update(*placement.gather(earlier))
-        if earlier - {own}:
-            before = ", ".join(sorted(earlier))
+            fresh.earlier.update(*placement.gather(fresh.earlier))
+        if fresh.earlier - {own}:
+            before = ", ".join(sorted(fresh.earlier))
             self.report.status(f"Warning: the {plan.coder}s of --finetune have k {before}, this run k {own}")
         bank = Bank(cfg, placement, plan.units, run.calibration)
         if found is not None:
