@@ -1,5 +1,7 @@
 """What each placement exchanges and holds on two ranks, beside what each of them says it should.
 
+Of SAEs, of transcoders with a skip connection, and of SAEs of two widths.
+
     python benchmarks/placement.py                     two ranks
     python benchmarks/placement.py --ranks 3           rows of the decoder cut between ranks, an uneven layer map
 
@@ -42,21 +44,31 @@ console = Console()
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is cut, and the type of the activations; the tokens of a step are the same."""
+    """How a step is cut, the type of the activations, and which coders; the tokens of a step are the same."""
 
     name: str
     micro_batches: int
     chunks: int
     dtype: str
+    coders: tuple[tuple[str, str], ...] = ()
+    """Options of `TrainConfig`; SAEs of all blocks' outputs without any."""
+    skip: bool = False
 
 
-SETTINGS = (Setting("whole", 1, 1, "float32"), Setting("cut", 2, 3, "bfloat16"))
+HIDDEN = "layers.*.mlp.down_proj:in"
+"""Twice as wide as the residual stream."""
+SETTINGS = (
+    Setting("whole", 1, 1, "float32"),
+    Setting("cut", 2, 3, "bfloat16"),
+    Setting("transcoders", 1, 2, "float32", (("reads", HIDDEN), ("writes", "mlp")), skip=True),
+    Setting("two widths", 2, 1, "bfloat16", (("hookpoints", f"resid,{HIDDEN}"),)),
+)
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def main(
     ranks: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
-    layers: Annotated[int, typer.Option(help="Layers of the language model; one SAE each.", min=1)] = 4,
+    layers: Annotated[int, typer.Option(help="Layers of the language model; one coder or two each.", min=1)] = 4,
     width: Annotated[int, typer.Option(help="Its width.")] = 128,
     latents: Annotated[int, typer.Option(help="Latents per SAE.")] = 1024,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 16,
@@ -82,6 +94,7 @@ def main(
                 micro_batches=setting.micro_batches,
                 chunks=setting.chunks,
                 act_bytes=BYTES[setting.dtype],
+                skip=setting.skip,
             )
             for name in (each for each in PLACEMENTS if each in (placement or PLACEMENTS)):
                 read = measure(name, load, setting, k, Path(work) / f"{setting.name}-{name}")
@@ -110,6 +123,8 @@ def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Pa
         "micro_batches": setting.micro_batches,
         "chunks": setting.chunks,
         "dtype": setting.dtype,
+        "coders": dict(setting.coders),
+        "skip": setting.skip,
         "first": FIRST_STEP,
         "steps": STEPS,
         "out": str(folder),
@@ -124,10 +139,16 @@ def compare(placement: str, load: Workload, readings: list[dict[str, Any]]) -> I
     """Every rank's measured quantities, each with what was planned."""
     kind = kind_of(placement)
     for read in readings:
-        planned = kind.traffic(load, read["layers"])
-        expected = (planned.sent, planned.received, kind.memory(load, read["layers"]))
-        pairs = zip(QUANTITIES, expected, strict=True)
-        yield {"layers": read["layers"], **{key: {"measured": read[key], "planned": plan} for key, plan in pairs}}
+        sizes = {name: Size(*size) for name, size in read["units"].items()}
+        held = [sizes[name] for name in read["held_units"]]
+        expected = dict.fromkeys(QUANTITIES, 0)
+        for size in dict.fromkeys(sizes.values()):
+            part = replace(load, layers=list(sizes.values()).count(size), size=size)
+            planned, owned = kind.traffic(part, held.count(size)), held.count(size)
+            more = (planned.sent, planned.received, kind.memory(part, owned))
+            expected = {key: expected[key] + each for key, each in zip(QUANTITIES, more, strict=True)}
+        pairs = {key: {"measured": read[key], "planned": plan} for key, plan in expected.items()}
+        yield {"layers": len(held), **pairs}
 
 
 def deviation(run: dict[str, Any]) -> float:
@@ -157,7 +178,11 @@ def write(out: Path, base: Workload, runs: list[dict[str, Any]]) -> None:
         "date": date.today().isoformat(),
         "hardware": hardware(),
         "versions": {**versions(sys.executable), "deepspeed": version("deepspeed")},
-        "workload": {key: getattr(base, key) for key in ("layers", "d_in", "num_latents", "tokens", "backend")},
+        "workload": {
+            **{key: getattr(base, key) for key in ("layers", "tokens", "backend")},
+            "d_in": base.size.d_in,
+            "num_latents": base.size.num_latents,
+        },
         "settings": {each.name: vars(each) for each in SETTINGS},
         "runs": runs,
     }

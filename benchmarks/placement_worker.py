@@ -72,12 +72,12 @@ class Meter:
             torch.distributed.barrier()
 
     def readings(self) -> dict[str, Any]:
-        """Bytes per optimizer step, bytes held, and how many layers this rank trains."""
+        """Bytes per optimizer step, bytes held, and the units that this rank trains."""
         steps = self.last - self.first
         sent, received = (
             (after - before) / steps for before, after in zip(self.seen[self.first], self.seen[self.last], strict=True)
         )
-        return {"sent": sent, "received": received, "held": self.held, "layers": len(self.placement.layers())}
+        return {"sent": sent, "received": received, "held": self.held, "held_units": self.placement.layers()}
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     sequences = job["steps"] * job["batch_size"] * job["micro_batches"] * placement.world_size
     tokens = torch.randint(0, 512, (sequences, job["ctx_len"]))
     cfg = TrainConfig(
-        sae=SaeConfig(num_latents=job["num_latents"], k=job["k"]),
+        sae=SaeConfig(num_latents=job["num_latents"], k=job["k"], skip_connection=job["skip"]),
         batch_size=job["batch_size"],
         grad_acc_steps=job["micro_batches"],
         micro_acc_steps=job["chunks"],
@@ -117,11 +117,13 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         run_name="run",
         save_every=NEVER,
         log_every=NEVER,
+        **job["coders"],
     )
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
     meter = Meter(placement, first=job["first"], last=job["steps"])
-    SaeTrainer(cfg, data, model, placement=placement, reporter=Reporters()).fit()
-    readings = meter.readings()
+    trainer = SaeTrainer(cfg, data, model, placement=placement, reporter=Reporters())
+    trainer.fit()
+    readings = {**meter.readings(), "units": {each.name: each.size for each in trainer.plan.units}}
     placement.close()
     return readings
 
