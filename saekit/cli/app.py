@@ -21,7 +21,8 @@ from saekit.machine import keep_memory
 
 app = typer.Typer(
     name="saekit",
-    help="Train k-sparse autoencoders on a language model's residual stream or any of its modules, all at once.",
+    help="Train k-sparse autoencoders, transcoders and crosscoders on a language model's residual stream or any of its "
+    "modules, all at once.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     # `--grad_acc_steps` is as good as `--grad-acc-steps`.

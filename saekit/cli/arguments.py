@@ -23,7 +23,8 @@ OF_TRAIN = _OPTIONS.keys() | {"--config", "--launch", "--num-processes", "--dist
 NUMBERS = re.compile(r"\d[\d.,:-]*")
 MODULES = re.compile(r"[^/\\]*(?<![^.])(\d+|\*+|\{[^/]*\}|\[[^/]*\])(?![^.:,])[^/\\]*")
 """Paths of modules with a number or a pattern as one of their parts, as no file or data set is called."""
-JOINED = {**dict.fromkeys(LISTS, NUMBERS), "--hookpoints": MODULES}
+PATTERNS = ("--hookpoints", "--reads", "--writes", "--crosscode")
+JOINED = {**dict.fromkeys(LISTS, NUMBERS), **dict.fromkeys(PATTERNS, MODULES)}
 """What the values of an option look like that may be a list with spaces."""
 
 
@@ -53,7 +54,7 @@ def _with_plain_values(arguments: list[str]) -> Iterator[str]:
         name = option.replace("_", "-")
         if name in JOINED and (equals or left):
             values, like = [value if equals else left.pop(0)], JOINED[name]
-            while left and like.fullmatch(left[0]) and like.fullmatch(values[0]):
+            while left and left[0][:1] != "-" and like.fullmatch(left[0]) and like.fullmatch(values[0]):
                 values.append(left.pop(0))
             yield from (f"{option}={','.join(values)}",) if equals else (option, ",".join(values))
         elif name in SWITCHES and (said := (value if equals else left[0] if left else "").lower()) in ("true", "false"):

@@ -21,7 +21,7 @@ def hookpoints(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
 ) -> None:
-    """Show what SAEs can be trained on: MODEL's modules with their widths, from its config alone."""
+    """Show what can be trained on: MODEL's modules with their widths, from its config alone."""
     from saekit.cli.output import messages, results
     from saekit.config import ModelConfig, TrainConfig
 

@@ -69,7 +69,10 @@ def train(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
     **options: Any,
 ) -> None:
-    """Train one sparse autoencoder per layer of MODEL's residual stream on DATASET, all layers at once."""
+    """Train on MODEL's activations on DATASET: by default one SAE per layer of the residual stream, all at once.
+
+    --hookpoints chooses other modules; --transcode trains transcoders, --crosscode a crosscoder.
+    """
     from saekit.cli.output import messages, resumable
     from saekit.config import RunConfig
 

@@ -162,7 +162,8 @@ def records(
         del delivered, weights, optimizer_state, tensors  # before the next unit is made
     if broken:
         raise UserError(
-            f"{broken[0]}: NaN or Inf in the SAE's weights at step {run.step}, which is not saved; try a smaller --lr"
+            f"{broken[0]}: NaN or Inf in the {plan.coder}'s weights at step {run.step}, which is not saved; try a "
+            "smaller --lr"
         )
 
 

@@ -1,5 +1,8 @@
 """Names that other tools give to options get an answer, and every option that an answer names exists."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 import saekit
@@ -21,6 +24,7 @@ SAELENS = """
     train_batch_size_tokens normalize_activations device act_store_device seed prepend_bos autocast autocast_lm
     compile_llm compile_sae adam_beta1 adam_beta2 mse_loss_normalization l1_coefficient lp_norm l1_warm_up_steps
     lr_scheduler_name lr_warm_up_steps lr_end lr_decay_steps feature_sampling_window dead_feature_window
+    d_out hook_name_out hook_layer_out hook_head_index_out
     wandb_project wandb_entity wandb_log_frequency verbose n_eval_batches jumprelu_init_threshold jumprelu_bandwidth
     scale_sparsity_penalty_by_decoder_norm aux_loss_coefficient rescale_acts_by_decoder_norm checkpoint_path
 """
@@ -28,6 +32,7 @@ DICTIONARY_LEARNING = """
     activation_dim dict_size layer lm_name submodule_name steps warmup_steps decay_start sparsity_penalty l1_penalty
     dict_class trainer use_wandb save_steps log_steps n_ctxs refresh_batch_size out_batch_size threshold_beta
     threshold_start_step group_fractions resample_steps num_tokens bandwidth target_l0 remove_bos io
+    num_layers same_init_for_all_layers norm_init_scale init_with_transpose encoder_layers code_normalization
 """
 
 
@@ -62,10 +67,32 @@ def test_the_options_of_other_tools(names):
     assert [name for name in names.split() if name not in ours and answer(name) is None] == []
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+ROWS = [line.split("|")[1:3] for line in PAGE.splitlines() if line.startswith("| `")]
+CLASSES = {"MODEL", "DATASET", "CrossCoderTrainer"}
+
+
+def test_the_page_names_options_that_exist_and_options_that_are_answered(options):
+    ours = option_names(*PARTS)
+    theirs = {name for left, _ in ROWS for name in re.findall(r"`([^`]+)`", left)}
+    names = {name for each in theirs if "." not in each for name in each.split()} - CLASSES
+    assert len(names) > 90
+    assert [name for name in sorted(names) if name not in ours and answer(name) is None] == []
+    assert {option for _, right in ROWS for option in options_in(right)} <= options
+    assert set(SPARSIFY.split()) - {"embed_skip", "gram_lookup", "gram_table_path", "distribute_latents"} <= names | {
+        "return_overflowed_tokens"
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("--transcode", "no transcoders"),
+        ("--transcoder", "it is called --transcode here"),
+        ("--crosscoder", "it is called --crosscode here"),
+        ("--affine_skip", "it is called --skip-connection here"),
+        ("--hook_name_out", "what is written with --writes"),
+        ("--hook_layer_out", "with --reads and what is written with --writes"),
+        ("--norm_init_scale", "saekit has nothing like it"),
         ("--submodule", "--hookpoints"),
         ("--wandb", "--log-with wandb"),
         ("--log_to_wandb", "--log-with wandb"),
