@@ -104,8 +104,8 @@ class TrainConfig(CodersConfig):
     )
     lr: float | None = option(
         None,
-        "Learning rate. By default adam and adam8bit 1.75e-3 / √(latents / 2¹⁴ · width / 128) and twice that for "
-        "batchtopk, signum 5e-3 / √(latents / 2¹⁴), muon 2e-3.",
+        "Learning rate. By default adam and adam8bit 1.75e-3 / √(latents / 2¹⁴ · width / 128), twice that for "
+        "batchtopk and four times for transcoders, signum 5e-3 / √(latents / 2¹⁴), muon 2e-3.",
         panel=OPTIMIZER,
         gt=0,
     )

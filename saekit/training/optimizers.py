@@ -22,6 +22,8 @@ REFERENCE_LATENTS = 2**14
 """The dictionary size at which the default learning rates are quoted."""
 REFERENCE_WIDTH = 128
 """The width of the residual stream at which Adam's are."""
+TRANSCODERS = 4.0
+"""Factor on Adam's for transcoders."""
 TRAINED_WEIGHTS = "trained"
 """Under this name the state holds the weights that gradients are taken at, where others are exported."""
 
@@ -31,13 +33,15 @@ def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
 
     The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3). Adam moves each number
     by about the rate, which turns a row of norm 1 by the rate times √D: so that it turns as far whatever the width,
-    Adam's rate falls with the square root of D, too. BatchTopK's is twice TopK's. All three are measured in
+    Adam's rate falls with the square root of D, too. BatchTopK's is twice TopK's, and a transcoder's four times an
+    SAE's: its encoder and decoder do not begin as a pair, and have further to go. All four are measured in
     docs/quality.md.
     """
     if cfg.lr is not None:
         return cfg.lr
     size = (num_latents / REFERENCE_LATENTS) ** 0.5
     adam = 1.75e-3 / size * (REFERENCE_WIDTH / d_in) ** 0.5 * cfg.sae.kind.lr_factor
+    adam *= TRANSCODERS if cfg.transcodes else 1.0
     return {"adam": adam, "adam8bit": adam, "signum": 5e-3 / size, "muon": 2e-3}[cfg.optimizer]
 
 
