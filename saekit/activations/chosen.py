@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from saekit.activations.hookpoints import Hookpoint, block_outputs, find_blocks, select_layers, text_config_of, width
 from saekit.activations.lm import ModelShape, hookpoint_names
 from saekit.activations.matching import Matched, choose
 from saekit.activations.patterns import fold
-from saekit.activations.sites import Site, autoencoder, crosscoder, hookpoints_of, transcoder
+from saekit.activations.sites import Site, autoencoder, crosscoder, hookpoints_of, kind_of, transcoder
 from saekit.activations.structure import Reading, Structure, measure
 from saekit.config.coders import CodersConfig
 from saekit.errors import UserError, first_line
@@ -133,31 +133,52 @@ def structure_of(model: PreTrainedModel) -> Structure:
         ) from error
 
 
-def check_widths(model: PreTrainedModel, widths: Mapping[str, int]) -> None:
-    """Check that SAEs have their hookpoints in a model that is loaded, of their widths.
+def check_widths(model: PreTrainedModel, sites: Iterable[Site]) -> None:
+    """Check that what coders read and write is there in a model that is loaded, in their widths and their order.
 
     Args:
         model: Any HuggingFace model.
-        widths: D of each SAE, by hookpoint.
+        sites: Of the coders.
 
     Raises:
-        UserError: If there is no such hookpoint, it cannot be read, or it has another width.
+        UserError: If there is no such hookpoint, it cannot be read, or it has another width; if a transcoder's input
+            comes after what it predicts.
     """
-    blocks = find_blocks(model)
+    blocks, sites = find_blocks(model), tuple(sites)
     outputs = [blocks.hookpoint(layer) for layer in range(len(blocks.modules))]
-    readings = {name: Reading(name, width(text_config_of(model.config)), None, 0) for name in outputs}
-    if not all(Hookpoint(name, 0).is_block for name in widths):
-        readings |= structure_of(model).readings
-    for name, own in widths.items():
-        found = readings.get(name)
-        if found is None:
-            raise UserError(
-                f"the SAE of {name} does not belong to this model, whose layers are {outputs[0]} to {outputs[-1]}"
+    wide = width(text_config_of(model.config))
+    readings = {name: Reading(name, wide, None, order) for order, name in enumerate(outputs)}
+    if not all(part.is_block for part in hookpoints_of(sites)):
+        readings = {**readings, **structure_of(model).readings}
+    for site in sites:
+        for part in site.parts:
+            what = f"the {kind_of(site)} of {site.name}"
+            does = (
+                "" if part.name == site.name else f" {'reads' if part in site.reads else 'writes'} {part.name}, which"
             )
-        if found.reason is not None:
-            raise UserError(f"the SAE of {name} cannot be used in this model: {name.removesuffix(IN)} {found.reason}")
-        if own != found.width:
-            raise UserError(f"the SAE of {name} is for a width of {own}, and this model's is {found.width}")
+            found = readings.get(part.name)
+            if found is None:
+                raise UserError(
+                    f"{what}{does} does not belong to this model, whose layers are {outputs[0]} to {outputs[-1]}"
+                )
+            if found.reason is not None:
+                reason = f"{part.name.removesuffix(IN)} {found.reason}"
+                raise UserError(f"{what} cannot be used in this model: {reason}")
+            if part.width != found.width:
+                has = f"{what}{does or ' is for a width of'}{' has a width of' if does else ''}"
+                raise UserError(f"{has} {part.width}, and this model's is {found.width}")
+        if site.transcodes:
+            _check_order(site, readings)
+
+
+def _check_order(site: Site, readings: Mapping[str, Reading]) -> None:
+    last = max(site.reads, key=lambda part: readings[part.name].order)
+    first = min(site.writes, key=lambda part: readings[part.name].order)
+    if readings[last.name].order >= readings[first.name].order:
+        raise UserError(
+            f"the transcoder of {site.name} reads {last.name}, to which this model comes after {first.name}, which it "
+            "predicts"
+        )
 
 
 def off_stream(model: PreTrainedModel, hookpoint: str) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from saekit.activations.hookpoints import Hookpoint
+from saekit.sae import Sae
+from saekit.sae.storage import IN
 
 CROSSCODER = "crosscoder"
 """The name of the only crosscoder of a run, and of its folder."""
@@ -80,8 +82,54 @@ def transcoder(read: Hookpoint, written: Hookpoint) -> Site:
 
 
 def crosscoder(hookpoints: Sequence[Hookpoint]) -> Site:
-    """Return the site of a crosscoder; of a single hookpoint it is an SAE."""
-    return Site(CROSSCODER, tuple(hookpoints), tuple(hookpoints))
+    """Return the site of a crosscoder; of a single hookpoint it is an SAE, and named like one."""
+    name = hookpoints[0].name if len(hookpoints) == 1 else CROSSCODER
+    return Site(name, tuple(hookpoints), tuple(hookpoints))
+
+
+def site_of(name: str, sae: Sae) -> Site:
+    """Return where a finished coder stands, see `site_at`; only its sizes are looked at."""
+    return site_at(name, sae.d_in, sae.d_out if sae.transcode else None, sae.reads, sae.writes)
+
+
+def site_at(name: str, d_in: int, d_out: int | None, reads: Mapping[str, int], writes: Mapping[str, int]) -> Site:
+    """Return where a finished coder stands: what it reads and writes, by its files and the name that it goes by.
+
+    An SAE stands where its name says, and so does a transcoder whose files say nothing (sparsify's) or that reads the
+    input of the module that it writes. What is behind a `/` in a name (sparsify's `layers.3/seed1`) is no part of it.
+
+    Args:
+        name: The hookpoint that it writes, or `CROSSCODER`.
+        d_in: D.
+        d_out: D_out of a transcoder, else None.
+        reads: See `Sae`.
+        writes: See `Sae`.
+
+    Raises:
+        ValueError: If the name of a transcoder is that of a module's input, and nothing says what it reads.
+    """
+    place = name.partition("/")[0]
+    read, written = named(reads), named(writes)
+    if d_out is None:
+        here = (Hookpoint(place, d_in),)
+        return Site(name, read, read) if len(read) > 1 else Site(name, here, here)
+    if len(written) == 1:
+        own_input = [each.name for each in read] == [f"{written[0].name}{IN}"]
+        if written[0].name == place or not own_input:
+            return Site(name, read, (Hookpoint(place, d_out),))
+    if place.endswith(IN):
+        raise ValueError(
+            f"{name}: a transcoder predicts a module's output, and its files do not say that this one writes an input: "
+            f"name the module, {place.removesuffix(IN)}"
+        )
+    return Site(name, (Hookpoint(f"{place}{IN}", d_in),), (Hookpoint(place, d_out),))
+
+
+def kind_of(site: Site) -> str:
+    """Return what a coder is called, by what it reads and writes."""
+    if site.transcodes:
+        return "transcoder"
+    return "SAE" if len(site.reads) == 1 else "crosscoder"
 
 
 def kind_of(sites: Iterable[Site]) -> str:

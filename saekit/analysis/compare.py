@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from saekit.analysis.inspect import Inspection, LayerInspection
 from saekit.analysis.measure import EXACT_BUDGET, rows_at_a_time
+from saekit.analysis.sharing import compared
 from saekit.errors import UserError
 from saekit.runs.locate import read_some_tensors
 from saekit.sae.kernels.eager import unit_rows
@@ -39,7 +39,7 @@ class LayerComparison:
     first: LayerInspection
     second: LayerInspection
     of_first: Shared | None
-    """The first's rows among the second's; None where widths differ."""
+    """The first's rows among the second's; None where they write something else, or other widths."""
     of_second: Shared | None
 
 
@@ -71,7 +71,8 @@ def compare(first: Inspection, second: Inspection) -> Comparison:
         raise UserError(f"{first.path} and {second.path} have no layer in common")
     layers = []
     for one, other in common:
-        shared = shared_rows(_decoder(one.path), _decoder(other.path)) if one.d_in == other.d_in else (None, None)
+        alike = one.d_out == other.d_out and one.writes == other.writes
+        shared = shared_rows(_decoder(one), _decoder(other)) if alike else (None, None)
         layers.append(LayerComparison(one.hookpoint, one, other, *shared))
     return Comparison(first, second, tuple(layers))
 
@@ -97,5 +98,5 @@ def _looked_up(rows_MD: Tensor, among_LD: Tensor, budget: int) -> Shared:
     return Shared(nearest.mean().item(), (nearest >= SHARED_COSINE).double().mean().item())
 
 
-def _decoder(folder: Path) -> Tensor:
-    return read_some_tensors(folder / WEIGHTS, ["W_dec"])["W_dec"].float()
+def _decoder(layer: LayerInspection) -> Tensor:
+    return compared(read_some_tensors(layer.path / WEIGHTS, ["W_dec"])["W_dec"].float(), layer.sharing)

@@ -24,10 +24,11 @@ from saekit.activations import (
     resolve_ctx_len,
     vocabulary_of,
 )
+from saekit.activations.sites import kind_of
 from saekit.analysis.defaults import DEFAULT_TOKENS
 from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
-from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
+from saekit.analysis.subject import NO_HEAD, Subject, choose_objective, of_kinds
 from saekit.config import DataConfig, RunConfig
 from saekit.config.flat import read_yaml
 from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
@@ -192,7 +193,8 @@ def evaluate_prepared(
 ) -> Evaluated:
     """Do the second half of `evaluate_checkpoint`."""
     subject = prepared.subject
-    status(f"Evaluating {len(subject.saes)} SAEs on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
+    what = of_kinds(list(map(kind_of, subject.sites.values())))
+    status(f"Evaluating {what} on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
     results = evaluate(subject, progress)
     record = _record(results, prepared.cfg, prepared.origin)
     if subject.rank == 0:

@@ -1,28 +1,20 @@
-"""The passes of an evaluation: what the SAEs reconstruct, and what grafting that into the language model costs."""
+"""The passes of an evaluation: what the coders predict, and what grafting that into the language model costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from saekit.activations import splice, start_behind, tap
+from saekit.activations import tap
 from saekit.activations.chosen import check_widths
-from saekit.activations.hookpoints import Hookpoint
-from saekit.activations.splice import Replace
-from saekit.activations.tap import without_cache
-from saekit.analysis.results import (
-    CHANGES,
-    AnswerSums,
-    Evaluation,
-    Grafted,
-    GraftSums,
-    LayerResult,
-    ReconstructionSums,
-    ratio,
-)
-from saekit.analysis.subject import IGNORED, Subject, compare_answers
+from saekit.activations.sites import Site, hookpoints_of, kind_of
+from saekit.activations.splice import Predict, Replace
+from saekit.analysis.altered import Altered, changes_of, joined, where, without_latents
+from saekit.analysis.results import Evaluation, Grafted, LayerResult, PartResult, SkipResult, ratio
+from saekit.analysis.subject import IGNORED, Subject, compare_answers, misplaced
+from saekit.analysis.sums import CHANGES, SKIP, AnswerSums, ErrorSums, GraftSums, ReconstructionSums
 from saekit.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -32,11 +24,13 @@ Progress = Callable[[int, int], None]
 def evaluate(
     subject: Subject, progress: Progress = lambda done, of: None, *, start_anywhere: bool = True
 ) -> Evaluation:
-    """Evaluate SAEs on a language model's activations, and the language model with them in it.
+    """Evaluate coders on a language model's activations, and the language model with their predictions in it.
 
-    Two passes over the sequences: one for each layer's mean activation, one for everything else. Each batch runs the
-    clean model once, and with a head once for each layer and once for all layers together, spliced, mean-ablated and
-    zero-ablated; for one layer, the blocks up to it need not run again.
+    Two passes over the sequences: one for the mean of what is predicted, one for everything else. Each batch runs the
+    clean model once, and with a head once for each coder and once for all together, spliced, mean-ablated and
+    zero-ablated; for one that writes a block's output, the blocks up to it need not run again. A transcoder with a skip
+    connection has a run more, with that alone. What a crosscoder writes is replaced in a second pass, from what the
+    clean one gave.
 
     Args:
         subject: What is evaluated.
@@ -45,13 +39,13 @@ def evaluate(
             the result is the same either way.
 
     Raises:
-        UserError: If an SAE does not fit the model, or every token is excluded.
+        UserError: If a coder does not fit the model, two write the same hookpoint, or every token is excluded.
     """
     return Evaluator(subject, start_anywhere)(progress)
 
 
 class Evaluator:
-    """Evaluates a subject as often as it is called, while its SAEs change.
+    """Evaluates a subject as often as it is called, while its coders change.
 
     What does not depend on them, the means and the ablations, is computed in the first call only.
 
@@ -60,29 +54,30 @@ class Evaluator:
         start_anywhere: See `evaluate`.
 
     Raises:
-        UserError: If an SAE does not fit the model.
+        UserError: If a coder does not fit the model, or two write the same hookpoint.
     """
 
     def __init__(self, subject: Subject, start_anywhere: bool = True) -> None:
-        check_widths(subject.model, {name: sae.d_in for name, sae in subject.saes.items()})
+        self.sites = sites = _sites(subject)
+        check_widths(subject.model, sites.values())
         self.subject = subject
-        self.start_anywhere = start_anywhere
         self.names = list(subject.saes)
-        self._blocks = {name for name in self.names if Hookpoint(name, 0).is_block}
-        self._no_cache = without_cache(subject.model)
+        self.hookpoints = [each.name for each in hookpoints_of(sites.values())]
+        self.model = Altered(subject.model, self.hookpoints, start_anywhere)
+        self._last_use = {part.name: name for name, site in sites.items() for part in site.parts}
+        self._skips = [name for name, sae in subject.saes.items() if sae.W_skip is not None]
         self._means: dict[str, Tensor] | None = None
         self._grafts: dict[str, GraftSums] | None = None
         """Of the last call; "" is all layers together."""
         self._done: Callable[[], None] = lambda: None
-        self._can_start_behind: dict[str, bool] = {}
-        """By layer: whether a model with it replaced can be run from there on only."""
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
         """Make both passes over the data, the first one only once in a run."""
         subject = self.subject
         changes = CHANGES if self._grafts is None else CHANGES[:1]
-        runs = (self._means is None) + (1 + len(changes) * (len(self.names) + 1) if subject.objective else 1)
+        grafted = len(changes) * (len(self.names) + 1) + len(self._skips) if subject.objective else 0
+        runs = (self._means is None) + 1 + grafted
         steps, of = iter(range(1, runs * subject.num_batches + 1)), runs * subject.num_batches
         self._done = lambda: progress(next(steps), of)
         if self._means is None:
@@ -90,18 +85,19 @@ class Evaluator:
         return self._rest(self._means, changes)
 
     def _find_means(self) -> dict[str, Tensor]:
-        """Compute each layer's mean activation over all counted tokens, float32 `[D]`, the same on all ranks."""
+        """Compute the mean of what each coder predicts over all counted tokens, float32 `[D_out]`, as on all ranks."""
         subject = self.subject
         sums = {
-            name: torch.zeros(sae.d_in + 1, dtype=torch.float64, device=subject.device)
-            for name, sae in subject.saes.items()
+            name: torch.zeros(site.d_out + 1, dtype=torch.float64, device=subject.device)
+            for name, site in self.sites.items()
         }
-        with tap(subject.model, self.names) as read:
+        with tap(subject.model, self.hookpoints) as read:
             for _, input_ids, counted in subject.batches():
-                counted = counted.to(subject.device)
-                for name, acts in read(input_ids.to(subject.device)).items():
-                    own = counted & subject.saes[name].counted(acts)
-                    sums[name][:-1] += acts[own].sum(0, dtype=torch.float64)
+                counted, seen = counted.to(subject.device), read(input_ids.to(subject.device))
+                for name in self.names:
+                    x, y = self._ends(name, seen)
+                    own = counted & subject.saes[name].counted(x, y)
+                    sums[name][:-1] += (x if y is None else y)[own].sum(0, dtype=torch.float64)
                     sums[name][-1] += own.sum()
                 self._done()
         sums = {name: subject.total(each) for name, each in sums.items()}
@@ -113,9 +109,29 @@ class Evaluator:
                 )
         return {name: (each[:-1] / each[-1]).float() for name, each in sums.items()}
 
+    def _ends(self, name: str, seen: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return what a coder reads, `[B, T, D]`, and what a transcoder is to predict, in float32.
+
+        Args:
+            name: The coder's.
+            seen: By hookpoint; what no later coder needs is dropped.
+        """
+        site = self.sites[name]
+        x = joined([seen[part.name] for part in site.reads])
+        y = joined([seen[part.name] for part in site.writes]) if site.transcodes else None
+        for part in site.parts:
+            if self._last_use[part.name] == name:
+                seen.pop(part.name, None)
+        return x, y
+
     def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
         subject, device, count = self.subject, self.subject.device, len(self.subject.data)
-        recons = {name: ReconstructionSums(means[name], sae.num_latents, count) for name, sae in subject.saes.items()}
+        widths = {name: [part.width for part in site.writes] for name, site in self.sites.items()}
+        recons = {
+            name: ReconstructionSums(means[name], widths[name], sae.num_latents, count)
+            for name, sae in subject.saes.items()
+        }
+        linear = {name: ErrorSums(means[name], widths[name], count) for name in self._skips}
         # All spliced rows are written again; the others stay.
         grafts = self._grafts or {name: GraftSums(count, device) for name in (*self.names, "")}
         clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
@@ -127,45 +143,61 @@ class Evaluator:
             question = None if subject.objective is None else subject.objective(input_ids, asked)
             as_it_is = question is not None and question.input_ids is input_ids
             if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
-                for name, acts in self._read(input_ids.to(device)).items():
-                    x, sae = acts.float(), subject.sae(name)
-                    recons[name].add(rows, x, sae(x), counted & sae.counted(x))
+                seen = self.model.read(input_ids.to(device))
+                for name in self.names:
+                    (x, y), sae = self._ends(name, seen), subject.sae(name)
+                    target, own = x if y is None else y, counted & sae.counted(x, y)
+                    recons[name].add(rows, target, sae(x), own)
+                    if name in linear:
+                        linear[name].add(rows, target, without_latents(sae, x), own)
             if question is None:
                 self._done()
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
-            logits, seen = self._clean(inputs)
+            logits, seen = self.model.clean(inputs)
             clean.add(rows, compare_answers(logits, logits, targets))
             self._done()
-            replacements: dict[str, dict[str, Replace]] = {change: {} for change in changes}
+            replacements: dict[str, dict[str, Replace | Predict]] = {change: {} for change in changes}
             for name in self.names:
-                acts = seen.pop(name)
-                x, sae = acts.float(), subject.sae(name)
-                out, own = sae(x), counted & sae.counted(x)
+                site = self.sites[name]
+                written = {part.name: seen[part.name] for part in site.writes}
+                (x, y), sae = self._ends(name, seen), subject.sae(name)
+                out, own = sae(x), counted & sae.counted(x, y)
+                skip = without_latents(sae, x) if name in linear else None
                 del sae
                 if as_it_is:
-                    recons[name].add(rows, x, out, own)
-                if name not in self._can_start_behind:
-                    self._can_start_behind[name] = self._starts_behind(name, acts, inputs, logits)
-                ways = _changes(out.recon, means[name])
-                for change in changes:
+                    recons[name].add(rows, x if y is None else y, out, own)
+                    if skip is not None:
+                        linear[name].add(rows, x if y is None else y, skip, own)
+                for hookpoint, acts in written.items():
+                    self.model.try_starting_behind(hookpoint, acts, inputs, logits)
+                ways = changes_of(written, out.recon, means[name], skip)
+                for change in (*changes, *([SKIP] if skip is not None else [])):
                     answers = grafts[name].answers[change]
-                    new = torch.where(own[..., None], ways[change](x).to(acts), acts)
-                    answers.add(rows, compare_answers(logits, self._logits_behind(name, new, inputs), targets))
+                    new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in written}
+                    if len(written) == 1:
+                        ((hookpoint, acts),) = written.items()
+                        changed = self.model.logits_behind(hookpoint, new[hookpoint](acts).to(acts), inputs)
+                    else:
+                        changed = self.model.logits(inputs, new)
+                    answers.add(rows, compare_answers(logits, changed, targets))
                     self._done()
-                    replacements[change][name] = _where(own, ways[change])
-                replacements["spliced"][name] = self._reconstruct(name)  # of what it is given, not of x
+                    if change != SKIP:
+                        replacements[change] |= new
+                if len(site.writes) == 1:  # of what it is given, not of x; a crosscoder reads what comes later
+                    replacements["spliced"][site.writes[0].name] = self._reconstruct(name)
             for change, several in replacements.items():
                 answers = grafts[""].answers[change]
-                answers.add(rows, compare_answers(logits, self._logits(inputs, several, ~counted), targets))
+                answers.add(rows, compare_answers(logits, self.model.logits(inputs, several, ~counted), targets))
                 self._done()
         self._grafts = grafts
-        return self._result(recons, grafts, clean, scored_S, counted_S)
+        return self._result(recons, linear, grafts, clean, scored_S, counted_S)
 
     def _result(
         self,
         recons: dict[str, ReconstructionSums],
+        linear: dict[str, ErrorSums],
         grafts: dict[str, GraftSums],
         clean: AnswerSums,
         scored_S: Tensor,
@@ -175,11 +207,25 @@ class Evaluator:
         with_head = subject.objective is not None
         clean_S, scored_S = clean.total(total).ce, total(scored_S)
 
-        def grafted(name: str) -> Grafted | None:
-            return grafts[name].result(clean_S, scored_S, total) if with_head else None
+        def grafted(name: str, spliced_in: str = CHANGES[0]) -> Grafted | None:
+            return grafts[name].result(clean_S, scored_S, total, spliced_in) if with_head else None
+
+        def layer(name: str) -> LayerResult:
+            site, (whole, parts) = self.sites[name], recons[name].result(total)
+            skip = linear[name].result(total)[1] if name in linear else None
+            return LayerResult(
+                name,
+                whole,
+                grafted(name),
+                kind_of(site),
+                tuple(part.name for part in site.reads),
+                tuple(part.name for part in site.writes),
+                tuple(PartResult(part.name, *each) for part, each in zip(site.writes, parts, strict=False)),
+                None if skip is None else SkipResult(*skip, grafted(name, SKIP)),
+            )
 
         return Evaluation(
-            layers=tuple(LayerResult(name, recons[name].result(total), grafted(name)) for name in self.names),
+            layers=tuple(map(layer, self.names)),
             together=grafted(""),
             ce_clean=ratio(clean_S, scored_S) if with_head else None,
             objective=subject.objective_name,
@@ -190,69 +236,26 @@ class Evaluator:
             misplaced=misplaced(subject),
         )
 
-    def _read(self, inputs: Tensor) -> dict[str, Tensor]:
-        with tap(self.subject.model, self.names) as read:
-            return read(inputs)
-
-    def _clean(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, T, V]` and each layer's activations `[B, T, D]`, in one pass."""
-        seen: dict[str, Tensor] = {}
-
-        def watch(name: str) -> Replace:
-            def look(acts: Tensor) -> Tensor:
-                # A copy, where the model may go on to change the tensor in place.
-                seen[name] = acts if name in self._blocks else acts.clone()
-                return acts
-
-            return look
-
-        return self._logits(inputs, {name: watch(name) for name in self.names}), seen
-
-    def _logits(self, inputs: Tensor, replacements: Mapping[str, Replace], excluded: Tensor | None = None) -> Tensor:
-        with splice(self.subject.model, replacements, excluded):
-            return self.subject.model(input_ids=inputs, **self._no_cache).logits
-
-    def _logits_behind(self, name: str, new: Tensor, inputs: Tensor) -> Tensor:
-        """Logits with `new` as the output of one block."""
-        if not self._can_start_behind[name]:
-            return self._logits(inputs, {name: lambda _: new})
-        with start_behind(self.subject.model, name, new):
-            return self.subject.model(input_ids=inputs, **self._no_cache).logits
-
-    def _starts_behind(self, name: str, acts: Tensor, inputs: Tensor, logits: Tensor) -> bool:
-        """Tell whether the model gives the same from a block's own output on; if not, it is always run as a whole."""
-        if not self.start_anywhere:
-            return False
-        try:
-            with start_behind(self.subject.model, name, acts):
-                again = self.subject.model(input_ids=inputs, **self._no_cache).logits
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            return False  # it misses something that the idle blocks would have left
-        return torch.equal(again, logits)
-
-    def _reconstruct(self, name: str) -> Replace:
+    def _reconstruct(self, name: str) -> Replace | Predict:
+        site = self.sites[name]
+        if site.transcodes:
+            reads = tuple(part.name for part in site.reads)
+            return Predict(reads, lambda x, target: self.subject.sae(name).reconstruct(x, target))
         return lambda acts: self.subject.sae(name).reconstruct(acts)
 
 
-def misplaced(subject: Subject) -> tuple[str, ...]:
-    """Say which SAEs were trained on another model, or elsewhere in this one, where that is known."""
-    said = []
-    for name, sae in subject.saes.items():
-        known = sae.trained_on
-        if known is not None and not known.is_at(name):
-            said.append(f"the SAE that is evaluated at {name} was trained at {known.hookpoint}")
-    name = subject.model.name_or_path
-    known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
-    others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
-    return (*said, *(f"the SAEs were trained on {other}, and this model is {name}" for other in others))
-
-
-def _where(counted: Tensor, replace: Replace) -> Replace:
-    """Replace only some tokens, bool `[B, T]`; the others keep their activations."""
-    return lambda acts: torch.where(counted[..., None], replace(acts), acts)
-
-
-def _changes(recon: Tensor, mean_D: Tensor) -> dict[str, Replace]:
-    """By what is put in the layer's place; the names are `CHANGES`."""
-    ways: tuple[Replace, ...] = (lambda acts: recon, lambda acts: mean_D.expand(acts.shape), torch.zeros_like)
-    return dict(zip(CHANGES, ways, strict=True))
+def _sites(subject: Subject) -> dict[str, Site]:
+    try:
+        sites = subject.sites
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    writers: dict[str, str] = {}
+    for name, site in sites.items():
+        for part in site.writes:
+            if part.name in writers:
+                raise UserError(
+                    f"{writers[part.name]} and {name} both write {part.name}, and all are to be spliced in together: "
+                    "evaluate each by itself, by the path of its folder"
+                )
+            writers[part.name] = name
+    return sites

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,9 +14,12 @@ from torch import Tensor
 from saekit.activations import find_blocks, splice, tap
 from saekit.activations.chosen import off_stream
 from saekit.activations.hookpoints import text_config_of
+from saekit.activations.sites import Site, hookpoints_of
+from saekit.analysis.altered import joined
 from saekit.analysis.codes import Codes, Contexts, find_contexts
 from saekit.analysis.evaluate import Progress
 from saekit.analysis.measure import Neighbours, nearest_rows
+from saekit.analysis.sharing import evened, part_norms, scales_of
 from saekit.analysis.subject import Subject
 
 if TYPE_CHECKING:
@@ -32,11 +35,12 @@ DENSEST = 100
 """The number of densest latents that always have a page."""
 FIRINGS_AT_ONCE = 2**26
 """Of layers whose codes are read in one pass over the text; about 1 GiB, three times that while they are sorted."""
+NOTHING_KNOWN: Mapping[str, Sequence[float]] = {}
 
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One SAE: M latents, L of which have a page."""
+    """One coder: M latents, L of which have a page."""
 
     hookpoint: str
     counts_M: np.ndarray
@@ -52,27 +56,36 @@ class LayerFeatures:
     """float32: the share of its firings on each."""
     neighbours: Neighbours
     lens: Lens | None
-    """None where the model has no head, or where the SAE does not write to the residual stream."""
+    """None where the model has no head, or where the coder does not write to the residual stream."""
     no_lens: str | None = None
     """Why there is none, if the model has a head."""
+    part_norms_LH: Tensor | None = None
+    """Of a crosscoder: norms of the decoder rows at each of its H hookpoints, on one scale."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """All SAEs of a checkpoint over one text."""
+    """All coders of a checkpoint over one text."""
 
     ids_ST: np.ndarray
     """The text, int64 `[S, T]`."""
     layers: tuple[LayerFeatures, ...]
 
 
-def gather_features(subject: Subject, budget: int, progress: Progress = lambda done, of: None) -> Features:
+def gather_features(
+    subject: Subject,
+    budget: int,
+    progress: Progress = lambda done, of: None,
+    scales: Mapping[str, Sequence[float]] = NOTHING_KNOWN,
+) -> Features:
     """Read the codes of every layer over the whole text, and make the features from them.
 
     Args:
-        subject: SAEs, model and text; in one process.
+        subject: Coders, model and text; in one process.
         budget: Latents to look at closely, over all layers, each of which gets the same share.
         progress: Told how far it is.
+        scales: Of a crosscoder's hookpoints, by its name, under which its decoder's parts compare (`Sharing`); by
+            default those that make their norms alike.
     """
     names, text = list(subject.saes), np.arange(len(subject.data))
     ids_ST = subject.data.read(text).numpy()
@@ -88,7 +101,8 @@ def gather_features(subject: Subject, budget: int, progress: Progress = lambda d
     for group in groups:
         codes, mean_D = read_codes(subject, group, one_more)
         for name in group:
-            layers.append(_features(subject, name, codes.pop(name), ids_ST, mean_D, budget // len(names)))
+            own = codes.pop(name)
+            layers.append(_features(subject, name, own, ids_ST, mean_D, budget // len(names), scales.get(name)))
             one_more()
     return Features(ids_ST, tuple(layers))
 
@@ -100,25 +114,29 @@ def read_codes(
     """Return the codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
 
     Args:
-        subject: SAEs, model and text.
-        names: Hookpoints of the layers.
+        subject: Coders, model and text.
+        names: Some of the coders.
         done: Called after each batch.
     """
     last, ctx_len = _last_block(subject), subject.data.ctx_len
+    at_last = subject.saes[last] if last in subject.saes and not subject.saes[last].transcode else None
+    needed = [part.name for part in hookpoints_of(subject.sites[name] for name in names)]
     found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
     total_D, count = torch.zeros(1, dtype=torch.float64), 0
-    with tap(subject.model, list(dict.fromkeys([*names, last]))) as read:
+    with tap(subject.model, list(dict.fromkeys([*needed, last]))) as read:
         for numbers, input_ids, counted in subject.batches():
             places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
             acts = read(input_ids.to(subject.device))
             counted = counted.to(subject.device)
-            ends = counted & subject.saes[last].counted(acts[last]) if last in subject.saes else counted
+            ends = counted if at_last is None else counted & at_last.counted(acts[last])
             total_D = total_D + acts[last][ends].sum(0, dtype=torch.float64).cpu()
             count += int(ends.sum())
             for name in names:
-                sae, x = subject.saes[name], acts[name].float()
+                sae, site = subject.saes[name], subject.sites[name]
+                x = joined([acts[part.name] for part in site.reads])
+                y = joined([acts[part.name] for part in site.writes]) if site.transcodes else None
                 out = sae(x)
-                fired = out.fired & (counted & sae.counted(x))[..., None]
+                fired = out.fired & (counted & sae.counted(x, y))[..., None]
                 where = places[..., None].expand(fired.shape)[fired.cpu()]
                 found[name].append((out.indices[fired].cpu().numpy(), where.numpy(), out.acts[fired].cpu().numpy()))
             done()
@@ -163,17 +181,28 @@ def _groups(subject: Subject, names: Sequence[str], places: int) -> Iterator[lis
 
 
 def _features(
-    subject: Subject, name: str, codes: Codes, ids_ST: np.ndarray, mean_D: Tensor, budget: int
+    subject: Subject,
+    name: str,
+    codes: Codes,
+    ids_ST: np.ndarray,
+    mean_D: Tensor,
+    budget: int,
+    scales: Sequence[float] | None,
 ) -> LayerFeatures:
-    sae, ctx_len = subject.saes[name], subject.data.ctx_len
+    sae, site, ctx_len = subject.saes[name], subject.sites[name], subject.data.ctx_len
     latents_L = chosen(codes.counts_M, max(1, budget))
     numbers = torch.from_numpy(latents_L)
     decoder_MD = sae.W_dec.detach()
     favorites, shares = codes.favorites(latents_L, ids_ST.reshape(-1), FAVORITES)
-    lens, no_lens = None, None if subject.objective is None else off_stream(subject.model, name)
+    lens, no_lens = None, None if subject.objective is None else _off_stream(subject, site)
     if subject.objective is not None and no_lens is None:
         rows_LD = decoder_MD[numbers.to(decoder_MD.device)]
         lens = logit_lens(subject.model, _last_block(subject), mean_D, rows_LD, LENS_TOKENS, ctx_len)
+    norms_LH, widths = None, [part.width for part in site.writes]
+    if len(widths) > 1:
+        scales = scales_of(decoder_MD, widths, None) if scales is None else scales
+        norms_LH = part_norms(decoder_MD[numbers.to(decoder_MD.device)], widths, scales).float().cpu()
+        decoder_MD = evened(decoder_MD, widths, scales)
     near = nearest_rows(decoder_MD, numbers.to(decoder_MD.device), NEIGHBOURS)
     return LayerFeatures(
         hookpoint=name,
@@ -186,7 +215,15 @@ def _features(
         neighbours=Neighbours(*(each.cpu() for each in near)),
         lens=lens,
         no_lens=no_lens,
+        part_norms_LH=norms_LH,
     )
+
+
+def _off_stream(subject: Subject, site: Site) -> str | None:
+    """Say why what a coder writes is no part of the residual stream; None if it is."""
+    if len(site.writes) > 1:
+        return "a crosscoder writes several hookpoints, each with a part of its decoder"
+    return off_stream(subject.model, site.writes[0].name)
 
 
 def _last_block(subject: Subject) -> str:

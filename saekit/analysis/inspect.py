@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.activations.sites import kind_of
+from saekit.analysis.coder_files import mapping, number, read_scale, read_site, read_weights, text, whole
 from saekit.analysis.measure import (
     BINS_PER_DECADE,
     DENSITY_DECADES,
@@ -21,6 +23,7 @@ from saekit.analysis.measure import (
     neighbours,
     norms,
 )
+from saekit.analysis.sharing import Sharing, compared, sharing
 from saekit.errors import UserError
 from saekit.registry import SELECTIONS
 from saekit.runs.layout import ABOUT_FILE, EVAL_FILE, EVAL_FORMAT, METRICS_FILE, STATE_FILE
@@ -33,12 +36,19 @@ from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One SAE. None stands for what its files do not say."""
+    """One SAE, transcoder or crosscoder. None stands for what its files do not say."""
 
     hookpoint: str
     path: Path
+    kind: str
+    """"SAE", "transcoder" or "crosscoder"."""
+    reads: tuple[str, ...]
+    """Names of hookpoints."""
+    writes: tuple[str, ...]
     d_in: int
-    """Width of the residual stream."""
+    """Width of what it reads."""
+    d_out: int
+    """Width of what it predicts."""
     num_latents: int
     k: int | None
     activation: str | None
@@ -46,6 +56,8 @@ class LayerInspection:
     """The selection's numbers (`Selection.facts`): name, value and remark."""
     max_norm: float | None
     """The largest norm of counted activations."""
+    max_norm_out: float | None
+    """The same of what a transcoder is to predict."""
     fvu: float | None
     """Fraction of variance unexplained, as last reported while training."""
     trend: tuple[tuple[int, float | None], ...]
@@ -60,6 +72,10 @@ class LayerInspection:
     density: Density | None
     neighbours: NearestCosines | None
     norms: Norms
+    skip_norm: float | None
+    """Frobenius norm of a transcoder's `W_skip`; None without a skip connection."""
+    sharing: Sharing | None
+    """Of a crosscoder's hookpoints."""
 
 
 @dataclass(frozen=True)
@@ -110,28 +126,28 @@ def inspect_path(
         check_files(location, chosen)
     notes = [_notes(location.saes[name]) for name in chosen]
     facts = {**notes[0], **location.manifest}
-    step = _whole(facts, "step")
+    step = whole(facts, "step")
     trends = _trends(location, step)
     layers = []
-    for number, (name, note) in enumerate(zip(chosen, notes, strict=True), start=1):
+    for place, (name, note) in enumerate(zip(chosen, notes, strict=True), start=1):
         if status is not None:
-            status(f"reading {name} ({number} of {len(chosen)})")
+            status(f"reading {name} ({place} of {len(chosen)})")
         if verify:
             check_contents(location.saes[name], without=())
-        hookpoint = _text(note, "hookpoint") or name
+        hookpoint = text(note, "hookpoint") or name
         trend = trends.get(hookpoint, ())
         layers.append(_inspect_sae(hookpoint, location.saes[name], {**location.manifest, **note}, trend))
     return Inspection(
         path=Path(path),
         kind=location.kind,
         checkpoint=location.checkpoint,
-        model=_text(facts, "model"),
-        dataset=_text(facts, "dataset"),
+        model=text(facts, "model"),
+        dataset=text(facts, "dataset"),
         step=step,
-        total_steps=_whole(_mapping(facts, "schedule"), "total_steps"),
-        tokens=_whole(facts, "tokens"),
-        ctx_len=_whole(facts, "ctx_len"),
-        saekit_version=_text(facts, "saekit_version"),
+        total_steps=whole(mapping(facts, "schedule"), "total_steps"),
+        tokens=whole(facts, "tokens"),
+        ctx_len=whole(facts, "ctx_len"),
+        saekit_version=text(facts, "saekit_version"),
         layers=tuple(layers),
         evaluation=_evaluation(location, {layer.hookpoint for layer in layers}),
     )
@@ -153,28 +169,43 @@ def _inspect_sae(
     hookpoint: str, folder: Path, note: dict[str, Any], trend: tuple[tuple[int, float | None], ...]
 ) -> LayerInspection:
     config = read_json(folder / SAE_CONFIG)
-    encoder_MD, decoder_MD, b_dec_D = _weights(folder / WEIGHTS)
-    num_latents, d_in = encoder_MD.shape
-    if (_whole(config, "d_in") or d_in) != d_in:
+    encoder_MD, decoder_MD, b_dec_D, skip = read_weights(folder / WEIGHTS)
+    (num_latents, d_in), d_out = encoder_MD.shape, decoder_MD.shape[1]
+    if (whole(config, "d_in") or d_in) != d_in:
         raise UserError(f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: width {d_in}, configured {config['d_in']}")
-    expected = (_whole(config, "num_latents") or 0) or (_whole(config, "expansion_factor") or 0) * d_in
+    if d_out != (whole(config, "d_out") or d_in) or (skip is not None and skip.shape != (d_out, d_in)):
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: it predicts a width of {d_out} from one of {d_in}"
+            f"{'' if skip is None else f' and has a skip connection {list(skip.shape)}'}, configured "
+            f"{whole(config, 'd_out') or d_in} from {d_in}"
+        )
+    expected = (whole(config, "num_latents") or 0) or (whole(config, "expansion_factor") or 0) * d_in
     if len(decoder_MD) != num_latents or expected not in (0, num_latents):
         raise UserError(
             f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: encoder of {num_latents:,} latents, decoder of "
             f"{len(decoder_MD):,}, configured {expected:,}"
         )
-    tokens, threshold = _whole(note, "tokens"), _whole(note, "dead_feature_threshold")
+    site = read_site(hookpoint, folder, config, d_in, d_out)
+    crossing = kind_of(site) == "crosscoder"
+    scale_D = read_scale(folder, d_in) if crossing else None
+    parts = sharing(decoder_MD, {part.name: part.width for part in site.reads}, scale_D) if crossing else None
+    tokens, threshold = whole(note, "tokens"), whole(note, "dead_feature_threshold")
     silent_M, fired_M = _counters(folder, num_latents)
-    fvu = _number(note, "fvu")
+    fvu = number(note, "fvu")
     return LayerInspection(
         hookpoint=hookpoint,
         path=folder,
+        kind=kind_of(site),
+        reads=tuple(part.name for part in site.reads),
+        writes=tuple(part.name for part in site.writes),
         d_in=d_in,
+        d_out=d_out,
         num_latents=num_latents,
-        k=_whole(config, "k"),
-        activation=_text(config, "activation"),
+        k=whole(config, "k"),
+        activation=text(config, "activation"),
         facts=_facts(config),
-        max_norm=_number(config, "max_norm"),
+        max_norm=number(config, "max_norm"),
+        max_norm_out=number(config, "max_norm_out"),
         fvu=fvu if fvu is not None else (trend[-1][1] if trend else None),
         trend=trend,
         tokens=tokens,
@@ -182,25 +213,16 @@ def _inspect_sae(
         dead=None if silent_M is None or threshold is None else int((silent_M >= threshold).sum()),
         never_fired=None if fired_M is None else int((fired_M == 0).sum()),
         density=None if fired_M is None or not tokens or tokens < 0 else density(fired_M, tokens),
-        neighbours=neighbours(decoder_MD),
+        neighbours=neighbours(compared(decoder_MD, parts)),
         norms=norms(encoder_MD, decoder_MD, b_dec_D),
+        skip_norm=None if skip is None else skip.norm().item(),
+        sharing=parts,
     )
-
-
-def _weights(file: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Read encoder `[M, D]`, decoder and `b_dec` `[D]` in float32; the decoder may have rows too many or too few."""
-    encoder, decoder, b_dec = read_some_tensors(file, ["encoder.weight", "W_dec", "b_dec"]).values()
-    if encoder.ndim != 2 or not encoder.numel() or not decoder.shape[1:] == encoder.shape[1:] == b_dec.shape:
-        shapes = ", ".join(str(list(each.shape)) for each in (encoder, decoder, b_dec))
-        raise UserError(f"{file} is damaged: encoder, decoder and b_dec have the shapes {shapes}")
-    if not all(each.is_floating_point() for each in (encoder, decoder, b_dec)):
-        raise UserError(f"{file} is damaged: encoder, decoder or b_dec holds no floating-point numbers")
-    return encoder.float(), decoder.float(), b_dec.float()
 
 
 def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
     """Read the selection's numbers; none if no package or plug-in here has the selection."""
-    activation = _text(config, "activation") or "topk"
+    activation = text(config, "activation") or "topk"
     return tuple(SELECTIONS.get(activation).facts(config)) if activation in SELECTIONS else ()
 
 
@@ -231,9 +253,9 @@ def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, 
     trends: dict[str, list[tuple[int, float | None]]] = {}
     for record in read_metrics(file) if file.is_file() else ():
         if step is None or record["step"] <= step:
-            for name, layer in _mapping(record, "layers").items():
+            for name, layer in mapping(record, "layers").items():
                 if isinstance(layer, dict):
-                    trends.setdefault(name, []).append((record["step"], _number(layer, "fvu")))
+                    trends.setdefault(name, []).append((record["step"], number(layer, "fvu")))
     return {name: tuple(points) for name, points in trends.items()}
 
 
@@ -249,26 +271,3 @@ def _evaluation(location: Location, hookpoints: set[str]) -> dict[str, Any] | No
         return {**record, "layers": layers} if record["format"] == EVAL_FORMAT and layers else None
     except (KeyError, TypeError):
         raise UserError(f"{file} is damaged: run saekit eval again") from None
-
-
-def _whole(facts: dict[str, Any], key: str) -> int | None:
-    """Return a whole number, of a size that a tensor can be compared with; None if there is none."""
-    value = facts.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
-
-
-def _number(facts: dict[str, Any], key: str) -> float | None:
-    value = facts.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return float(value) if isinstance(value, float) or abs(value) < 2**63 else None
-
-
-def _mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:
-    value = facts.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _text(facts: dict[str, Any], key: str) -> str | None:
-    value = facts.get(key)
-    return value if isinstance(value, str) and value else None

@@ -1,4 +1,4 @@
-"""Sums of an evaluation, sequence by sequence, the estimates from them, and the file they go to."""
+"""The results of an evaluation: estimates from sums over sequences, and the file they go to."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from saekit.analysis.measure import Density, density
+from saekit.analysis.measure import Density
 from saekit.analysis.student import standard_errors
-from saekit.analysis.subject import Answer, Total
 from saekit.runs.layout import EVAL_FORMAT
-from saekit.sae import SaeOutput
 from saekit.units import plural
 
 FEW_SEQUENCES = 50
@@ -79,7 +76,11 @@ def ratio(numerator_S: Tensor, denominator_S: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The quality of an SAE's reconstruction, over all counted tokens."""
+    """The quality of a reconstruction, over all counted tokens: of what is predicted, for an SAE what it reads.
+
+    Of a crosscoder's hookpoints each counts as much: all are scaled to one variance, so FVU and explained variance are
+    the means of theirs, and so is the cosine.
+    """
 
     fvu: Estimate
     """Fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖², with the mean x̄ over the same tokens."""
@@ -90,7 +91,7 @@ class Reconstruction:
     l0: Estimate
     """Mean number of latents above zero per token."""
     tokens: int
-    """That count: not excluded, and no longer than the SAE's `max_norm`."""
+    """That count: not excluded, and no longer than the SAE's `max_norm` (and a transcoder's `max_norm_out`)."""
     dead: int
     """Latents that fired on none of the tokens."""
     num_latents: int
@@ -119,13 +120,45 @@ class Grafted:
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One SAE."""
+class PartResult:
+    """A crosscoder's reconstruction of one of its hookpoints; see `Reconstruction`."""
 
     hookpoint: str
+    fvu: Estimate
+    explained_variance: Estimate
+    cosine: Estimate
+
+
+@dataclass(frozen=True)
+class SkipResult:
+    """The prediction of a skip transcoder without its latents, `W_skip x + b_dec`."""
+
+    fvu: Estimate
+    explained_variance: Estimate
+    cosine: Estimate
+    grafted: Grafted | None
+    """With that in the place of what is predicted."""
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One SAE, transcoder or crosscoder."""
+
+    hookpoint: str
+    """That it is named after; "crosscoder" for one of several."""
     reconstruction: Reconstruction
     grafted: Grafted | None
     """None where the model has no head."""
+    kind: str = "SAE"
+    """"SAE", "transcoder" or "crosscoder"."""
+    reads: tuple[str, ...] = ()
+    """Names of hookpoints."""
+    writes: tuple[str, ...] = ()
+    """What is predicted, and replaced."""
+    parts: tuple[PartResult, ...] = ()
+    """Of a crosscoder, each of its hookpoints."""
+    skip: SkipResult | None = None
+    """Of a transcoder with a skip connection."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +167,7 @@ class Evaluation:
 
     layers: tuple[LayerResult, ...]
     together: Grafted | None
-    """All layers spliced at once, each reading what the one before it left."""
+    """All spliced at once, each reading what the one before it left; a crosscoder reads the clean model."""
     ce_clean: Estimate | None
     """Of the language model as it is."""
     objective: str
@@ -146,14 +179,14 @@ class Evaluation:
     scored: int
     """Predictions that were scored."""
     misplaced: tuple[str, ...] = ()
-    """A sentence for each SAE that was trained on another model or elsewhere in this one, where its files say so."""
+    """A sentence for each coder that was trained on another model or elsewhere in this one, where its files say so."""
 
     def warnings(self) -> list[str]:
         """Return warnings about results that look wrong, are of the wrong thing, or rest on too little."""
         few = few_sequences(self.sequences, self.ctx_len)
         worse = [
-            f"{layer.hookpoint}: FVU {layer.reconstruction.fvu.value:.2f}, worse than the mean: this SAE was hardly "
-            "trained on this layer of this model"
+            f"{layer.hookpoint}: FVU {layer.reconstruction.fvu.value:.2f}, worse than the mean: this {layer.kind} was "
+            "hardly trained on this layer of this model"
             for layer in self.layers
             if layer.reconstruction.fvu.value > 1
         ]
@@ -164,120 +197,3 @@ class Evaluation:
         values = asdict(self)
         del values["misplaced"]
         return {"format": EVAL_FORMAT, **values}
-
-
-class ReconstructionSums:
-    """Of one layer; float64, one row per sequence.
-
-    Args:
-        mean_D: The layer's mean activation over all tokens.
-        num_latents: Of the SAE.
-        sequences: How many there are, on all ranks (S).
-    """
-
-    def __init__(self, mean_D: Tensor, num_latents: int, sequences: int) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(sequences, *shape, dtype=torch.float64, device=mean_D.device)
-
-        self.mean_D = mean_D
-        self.sums = {
-            "tokens": zeros(),
-            "error": zeros(),  # Σ‖x − x̂‖²
-            "bias": zeros(len(mean_D)),  # Σ (x − x̂)
-            "deviation": zeros(),  # Σ‖x − x̄‖²
-            "cosine": zeros(),
-            "l0": zeros(),
-        }
-        self.fired_M = torch.zeros(num_latents, dtype=torch.int64, device=mean_D.device)
-
-    def add(self, rows: Tensor, x: Tensor, out: SaeOutput, counted: Tensor) -> None:
-        """A batch.
-
-        Args:
-            rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
-            x: Activations `[B, T, D]`, float32.
-            out: What the SAE made of them.
-            counted: Which tokens are counted, bool `[B, T]`.
-        """
-        error = (x - out.recon) * counted[..., None]
-        fired = out.fired & counted[..., None]
-        deviation = (x - self.mean_D) * counted[..., None]
-        values = {
-            "tokens": counted.sum(1),
-            "error": error.square().sum((1, 2), dtype=torch.float64),
-            "bias": error.sum(1, dtype=torch.float64),
-            "deviation": deviation.square().sum((1, 2), dtype=torch.float64),
-            "cosine": (torch.cosine_similarity(x, out.recon, dim=2) * counted).sum(1, dtype=torch.float64),
-            "l0": fired.sum((1, 2)),
-        }
-        for name, value in values.items():
-            self.sums[name][rows] = value.double()[: len(rows)]
-        self.fired_M += torch.bincount(out.indices[fired], minlength=len(self.fired_M))
-
-    def result(self, total: Total) -> Reconstruction:
-        """Return the numbers, the same on all ranks. Collective."""
-        sums = {name: total(value) for name, value in self.sums.items()}
-        fired_M = total(self.fired_M)
-        tokens_S, error_S, bias_SD = sums["tokens"], sums["error"], sums["bias"]
-        bias_D = bias_SD.sum(0) / tokens_S.sum()
-        scattered_S = error_S - 2 * bias_SD @ bias_D + tokens_S * bias_D.square().sum()
-        return Reconstruction(
-            fvu=ratio(error_S, sums["deviation"]),
-            explained_variance=ratio(scattered_S, sums["deviation"]).complement(),
-            cosine=ratio(sums["cosine"], tokens_S),
-            l0=ratio(sums["l0"], tokens_S),
-            tokens=int(tokens_S.sum()),
-            dead=int((fired_M == 0).sum()),
-            num_latents=len(fired_M),
-            density=density(fired_M.cpu(), int(tokens_S.sum())),
-        )
-
-
-class AnswerSums:
-    """Of one model, clean or changed; float64 `[S]` each."""
-
-    def __init__(self, sequences: int, device: torch.device) -> None:
-        self.sums = Answer(*(torch.zeros(sequences, dtype=torch.float64, device=device) for _ in Answer._fields))
-
-    def add(self, rows: Tensor, answer: Answer) -> None:
-        """A batch; `rows` are its sequences' numbers, none of a batch that only keeps pace."""
-        for sums_S, value in zip(self.sums, answer, strict=True):
-            sums_S[rows] = value[: len(rows)]
-
-    def total(self, total: Total) -> Answer:
-        """Over all ranks. Collective."""
-        return Answer(*map(total, self.sums))
-
-
-CHANGES = ("spliced", "mean-ablated", "zero-ablated")
-"""The replacements of a layer's activations: its reconstruction, its mean, zeros."""
-
-
-class GraftSums:
-    """Of one layer, or of all together."""
-
-    def __init__(self, sequences: int, device: torch.device) -> None:
-        self.answers = {change: AnswerSums(sequences, device) for change in CHANGES}
-
-    def result(self, clean_S: Tensor, scored_S: Tensor, total: Total) -> Grafted:
-        """Return the numbers, the same on all ranks. Collective.
-
-        Args:
-            clean_S: The clean model's cross-entropy, summed over each sequence's scored tokens, of all ranks.
-            scored_S: How many those are.
-            total: Over all ranks.
-        """
-        spliced, mean, zero = (self.answers[change].total(total) for change in CHANGES)
-
-        def recovered(ablated_S: Tensor) -> Estimate:
-            return ratio(ablated_S - spliced.ce, ablated_S - clean_S)
-
-        return Grafted(
-            ce=ratio(spliced.ce, scored_S),
-            ce_mean_ablated=ratio(mean.ce, scored_S),
-            ce_zero_ablated=ratio(zero.ce, scored_S),
-            ce_recovered=recovered(zero.ce),
-            ce_recovered_from_mean=recovered(mean.ce),
-            kl=ratio(spliced.kl, scored_S),
-            top1=ratio(spliced.agree, scored_S),
-        )

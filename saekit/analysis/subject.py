@@ -1,9 +1,10 @@
-"""The subject of an evaluation: SAEs, model and data, the model's task, and how far its answers change."""
+"""The subject of an evaluation: coders, model and data, the model's task, and how far its answers change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saekit.activations.sites import Site, kind_of, site_of
 from saekit.data import Sequences
 from saekit.sae import Sae
+from saekit.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,11 +148,11 @@ def _alone(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Subject:
-    """SAEs, model and data of an evaluation, and this rank's part of it."""
+    """Coders, model and data of an evaluation, and this rank's part of it."""
 
     model: PreTrainedModel
     saes: Mapping[str, Sae]
-    """By hookpoint, on the model's device; if `whole` is given, only their sizes are read."""
+    """By name, on the model's device; if `whole` is given, only their sizes are read."""
     data: Sequences
     excluded: Tensor
     """int64: ids of excluded tokens. They keep their true activations, as do those that `Sae.max_norm` excludes."""
@@ -167,6 +170,15 @@ class Subject:
     def device(self) -> torch.device:
         """Return where everything is computed."""
         return self.model.device
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Return what each coder reads and writes.
+
+        Raises:
+            ValueError: If the files of a transcoder do not say it.
+        """
+        return {name: site_of(name, sae) for name, sae in self.saes.items()}
 
     def sae(self, hookpoint: str) -> Sae:
         """One of them, to be used and forgotten."""
@@ -189,3 +201,24 @@ class Subject:
     def num_batches(self) -> int:
         """Return the number of batches of each rank: as many as the first rank's share makes."""
         return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)
+
+
+def misplaced(subject: Subject) -> tuple[str, ...]:
+    """Say which coders were trained on another model, or elsewhere in this one, where that is known."""
+    said = []
+    for name, sae in subject.saes.items():
+        known = sae.trained_on
+        if known is not None and not known.is_at(name):
+            kind = kind_of(site_of(name, sae))
+            said.append(f"the {kind} that is evaluated at {name} was trained at {known.hookpoint}")
+    name = subject.model.name_or_path
+    known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
+    others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
+    what = of_kinds([kind_of(site) for site in subject.sites.values()], count=False)
+    return (*said, *(f"the {what} were trained on {other}, and this model is {name}" for other in others))
+
+
+def of_kinds(kinds: Sequence[str], *, count: bool = True) -> str:
+    """Return what coders of these kinds are together: 3 SAEs, 1 crosscoder; coders where they differ."""
+    kind = kinds[0] if len(set(kinds)) == 1 else "coder"
+    return plural(len(kinds), kind) if count else f"{kind}s"

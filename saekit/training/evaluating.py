@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from saekit.data.held_out import shuffled, unread
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.report import EvalStats, Reporter
-from saekit.sae.model import without_memory
+from saekit.sae import Sae
+from saekit.sae.model import around, without_memory
+from saekit.training.frame import Frame
 from saekit.training.interrupt import NOT_ASKED, Interruption
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState
@@ -59,11 +62,12 @@ def subject_of(
 ) -> Subject | None:
     """Describe what is evaluated every `eval_every` steps, and on what; None without that option.
 
-    A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there.
+    A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there. The
+    SAEs have sizes only: `Evaluating` gets each whole from the placement for as long as it is used.
 
     Args:
         plan: The run; its source has the language model and the data.
-        placement: Gives the SAEs, each whole for as long as it is used.
+        placement: The ranks.
 
     Raises:
         UserError: If there is data without the option or the option without data, the data does not suit the model, or
@@ -103,7 +107,6 @@ def subject_of(
         rank=placement.rank,
         world_size=placement.world_size,
         total=placement.sum,
-        whole=placement.whole_sae,
     )
 
 
@@ -142,9 +145,11 @@ class Evaluating:
         report: Reporter,
         interruption: Interruption,
     ) -> None:
-        self.evaluate = None if subject is None else Evaluator(subject)
         self.plan = plan
         self.placement = placement
+        self.frames: dict[str, Frame] = {}
+        """Of transcoders and crosscoders, which the placement lends in the units that they are trained in."""
+        self.evaluate = None if subject is None else Evaluator(replace(subject, whole=self._whole))
         self.report = report
         self.interruption = interruption
         if subject is not None:
@@ -169,12 +174,21 @@ class Evaluating:
         began = time.perf_counter()
         with suppress(_StopAsked):
             for name, sizes in self.evaluate.subject.saes.items():
-                sizes.max_norm = run.calibration[name].max_norm
+                known = run.calibration[name]
+                sizes.max_norm, sizes.max_norm_out = known.max_norm, known.max_norm_out
+                if known.frame is not None:
+                    self.frames[name] = known.frame
             found = self.evaluate(self._look_up)
             run.evaluated = run.step
             record = {**found.to_json(), "warnings": found.warnings()}
             self.report.evaluated(EvalStats(run.step, time.perf_counter() - began, record))
         return Pause(self._asked(), time.perf_counter() - began)
+
+    def _whole(self, name: str) -> Sae:
+        """Return a coder as a checkpoint would hold it, for activations as they are."""
+        sae = self.placement.whole_sae(name)
+        frame = self.frames.get(name)
+        return sae if frame is None else around(frame.fold(sae.state_dict()), **sae.sizes()).eval()
 
     def _look_up(self, done: int, of: int) -> None:
         if self._asked() != NOT_ASKED:

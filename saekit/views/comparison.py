@@ -68,7 +68,9 @@ def _origin(comparison: Comparison) -> Table:
             )
         )
         tokens = f"{units.short_count(one.tokens)} tokens"
-        grid.add_row(Text(name, "dim"), Text(str(one.path), "bold cyan"), Text(f"{sizes} · {tokens}"))
+        kinds = dict.fromkeys("skip transcoder" if layer.skip_norm is not None else layer.kind for layer in one.layers)
+        said = "" if list(kinds) == ["SAE"] else f"{' and '.join(f'{kind}s' for kind in kinds)} · "
+        grid.add_row(Text(name, "dim"), Text(str(one.path), "bold cyan"), Text(f"{said}{sizes} · {tokens}"))
     return grid
 
 
@@ -119,6 +121,12 @@ def _legend(comparison: Comparison, with_evaluation: bool) -> str:
         sentences.append(
             "They exclude tokens of different norms (max_norm): if there are any, FVUs can hardly be compared."
         )
+    if any(layer.first.reads != layer.second.reads for layer in comparison.layers):
+        sentences.append(
+            "Some of the same name read different hookpoints: their FVUs are of the same, from other input."
+        )
+    if any(layer.of_first is None for layer in comparison.layers):
+        sentences.append("Where they write different hookpoints or widths, no decoder rows are compared.")
     if not with_evaluation:
         sentences.append("With saekit eval of both, what they cost the language model is compared, too.")
     return " ".join(sentences)

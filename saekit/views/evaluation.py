@@ -14,6 +14,8 @@ from saekit import units
 from saekit.text import for_screen
 
 Estimate = Mapping[str, float | None]
+ALONE = "  skip alone"
+"""The row of a transcoder's skip connection, below its own."""
 
 
 def render_evaluation(record: Mapping[str, Any], console: Console) -> None:
@@ -42,17 +44,24 @@ def _reconstructions(record: Mapping[str, Any], brief: bool = False) -> Table:
     shown = _table(
         "layer", "FVU", "explained\nvariance", "cosine", "L0", "dead", *(["excluded"] if any(excluded) else [])
     )
+
+    def fidelity(own: Mapping[str, Any], bold: bool) -> list[Text]:
+        brief_too = (_number(own[key], brief=brief) for key in ("explained_variance", "cosine"))
+        return [_number(own["fvu"], bold=bold), *brief_too]
+
     for layer, share in zip(layers, excluded, strict=True):
         own = layer["reconstruction"]
         shown.add_row(
             layer["hookpoint"],
-            _number(own["fvu"], bold=True),
-            _number(own["explained_variance"], brief=brief),
-            _number(own["cosine"], brief=brief),
+            *fidelity(own, bold=True),
             _number(own["l0"], 1, brief=brief),
             units.percent(own["dead"] / own["num_latents"]),
             *([units.percent(share)] if any(excluded) else []),
         )
+        for part in layer.get("parts", ()):
+            shown.add_row(Text(f"  {part['hookpoint']}", "dim"), *fidelity(part, bold=False))
+        if layer.get("skip"):
+            shown.add_row(Text(ALONE, "dim"), *fidelity(layer["skip"], bold=False))
     return shown
 
 
@@ -64,11 +73,15 @@ def _excluded(record: Mapping[str, Any], own: Mapping[str, Any]) -> float:
 def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
     """Show the cost of the reconstructions; in brief, cross-entropies are without their intervals."""
     shown = _table("spliced in", "CE\nrecovered", "KL", "CE", "CE, mean\nablated", "CE, zero\nablated", "same\ntop-1")
-    layers = ((layer["hookpoint"], layer["grafted"]) for layer in record["layers"])
-    for name, own in [*layers, ("all", record["together"])]:
+    rows: list[tuple[str | Text, Mapping[str, Any]]] = []
+    for layer in record["layers"]:
+        rows.append((layer["hookpoint"], layer["grafted"]))
+        if layer.get("skip"):
+            rows.append((Text(ALONE, "dim"), layer["skip"]["grafted"]))
+    for name, own in [*rows, ("all", record["together"])]:
         shown.add_row(
             name,
-            _number(own["ce_recovered"], bold=True),
+            _number(own["ce_recovered"], bold=not isinstance(name, Text)),
             _number(own["kl"]),
             *(_number(own[key], 3, brief=brief) for key in ("ce", "ce_mean_ablated", "ce_zero_ablated")),
             units.percent(own["top1"]["value"]),
@@ -127,18 +140,38 @@ def _origin(record: Mapping[str, Any]) -> Table:
 
 
 def _legend(record: Mapping[str, Any]) -> str:
+    kinds = {layer.get("kind", "SAE") for layer in record["layers"]}
+    skips = any(layer.get("skip") for layer in record["layers"])
     sentences = [
         "± is half of a 95% interval over sequences.",
         "Dead: fired on none of these tokens.",
     ]
+    if "transcoder" in kinds:
+        sentences.append("Transcoders: FVU, explained variance and cosine are of the output that they predict.")
+    if skips:
+        sentences.append("Skip alone: the same without the latents, W_skip x + b_dec.")
+    if "crosscoder" in kinds:
+        sentences.append(
+            "Crosscoder: the mean over its hookpoints, each scaled to one variance; below it each of them."
+        )
     if any(_excluded(record, layer["reconstruction"]) for layer in record["layers"]):
         sentences.append(
             "Excluded: the share of tokens whose activation norm is larger than the SAE's limit; they stay as they are."
         )
     if record["together"] is not None:
         sentences += [
-            "CE recovered: 1 is the model as it is, 0 its layer set to zero where a token is reconstructed.",
+            f"CE recovered: 1 is the model as it is, 0 {_replaced(kinds)} set to zero where a token is reconstructed.",
             "CE and KL in nats per token.",
             "All: every layer replaced at once.",
         ]
+        if "crosscoder" in kinds:
+            sentences.append(
+                "The crosscoder's hookpoints are replaced together, from what the unchanged model has there."
+            )
     return " ".join(sentences)
+
+
+def _replaced(kinds: set[str]) -> str:
+    return {"SAE": "its layer", "transcoder": "what is predicted", "crosscoder": "all hookpoints"}.get(
+        next(iter(kinds)) if len(kinds) == 1 else "", "what is reconstructed"
+    )

@@ -13,7 +13,9 @@ from rich.text import Text
 from saekit import units
 from saekit.analysis.inspect import Inspection, LayerInspection
 from saekit.analysis.measure import BINS_PER_DECADE, DENSITY_DECADES, DUPLICATE_COSINE
+from saekit.analysis.sharing import WRITTEN, Sharing
 from saekit.report.sparkline import TO_ASCII, bars, sparkline
+from saekit.sae.storage import IN
 from saekit.views.evaluation import evaluation_tables
 
 HISTOGRAM_ROWS = 4
@@ -49,18 +51,30 @@ def _origin(inspection: Inspection) -> Table:
     layers = inspection.layers
     shape = (
         f"{len(layers)} × {_range(layers, lambda one: one.num_latents)} latents · "
-        f"k {_range(layers, lambda one: one.k)} · width {_range(layers, lambda one: one.d_in)} · "
+        f"k {_range(layers, lambda one: one.k)} · {_widths(layers)} · "
         f"{'/'.join(dict.fromkeys(one.activation or units.UNKNOWN for one in layers))}"
     )
+    if all(one.skip_norm is not None for one in layers):
+        shape += " · with a skip connection"
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row(inspection.kind if inspection.kind != "sae" else "SAE", Text(str(inspection.path), "bold cyan"))
+    kinds = dict.fromkeys(f"{one.kind}s" for one in layers)
+    grid.add_row(
+        inspection.kind if inspection.kind != "sae" else layers[0].kind, Text(str(inspection.path), "bold cyan")
+    )
     grid.add_row("model", Text(inspection.model or units.UNKNOWN, "bold"))
     grid.add_row("dataset", Text(inspection.dataset or units.UNKNOWN, "bold"))
     grid.add_row("trained", " · ".join(trained) or units.UNKNOWN)
-    grid.add_row("SAEs", Text(shape))
+    grid.add_row(" and ".join(kinds), Text(shape))
     return grid
+
+
+def _widths(layers: Sequence[LayerInspection]) -> str:
+    read = f"width {_range(layers, lambda one: one.d_in)}"
+    if all(one.d_in == one.d_out for one in layers):
+        return read
+    return f"{read} to {_range(layers, lambda one: one.d_out)}"
 
 
 def _evaluation(inspection: Inspection) -> tuple[RenderableType, ...]:
@@ -119,6 +133,11 @@ def _legend(layers: Sequence[LayerInspection]) -> str:
         sentences.append(
             "Firing density: share of tokens on which a latent fires; how many latents have which, on a log scale."
         )
+    elsewhere = [one for one in layers if one.kind == "transcoder" and one.reads != (f"{one.hookpoint}{IN}",)]
+    if any(one.kind == "transcoder" for one in layers):
+        own = "Transcoders read the input of the module that they are named after, and predict its output"
+        others = ", ".join(f"{one.hookpoint} reads {' and '.join(one.reads)}" for one in elsewhere)
+        sentences.append(f"{own}{f', but {others}' if elsewhere else ''}.")
     low = min(one.norms.decoder_min for one in layers)
     high = max(one.norms.decoder_max for one in layers)
     sentences.append("Cosine: of each decoder row with the nearest other one.")
@@ -139,6 +158,9 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
         first, last = layer.trend[0][0], layer.trend[-1][0]
         trend = Text.assemble((line, "cyan"), f"  steps {first:,} to {last:,}, log scale")
     silence = f"fired for none of the last {units.count(layer.dead_feature_threshold)} tokens"
+    if layer.kind != "SAE":
+        facts.add_row("reads", "", ", ".join(layer.reads))
+        facts.add_row("predicts", "", "the same" if layer.kind == "crosscoder" else ", ".join(layer.writes))
     facts.add_row("FVU", Text(units.decimal(layer.fvu), "bold"), trend)
     facts.add_row("dead latents", _tally(layer.dead, layer.num_latents), silence if layer.dead is not None else "")
     facts.add_row("never fired", _tally(layer.never_fired, layer.num_latents), "")
@@ -146,7 +168,13 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
         facts.add_row(name, units.decimal(value), remark)
     if layer.max_norm is not None:
         facts.add_row("longest", units.decimal(layer.max_norm, 1), "activations that it is trained on (max_norm)")
+    if layer.max_norm_out is not None:
+        facts.add_row("", units.decimal(layer.max_norm_out, 1), "of what it is to predict (max_norm_out)")
+    if layer.skip_norm is not None:
+        facts.add_row("‖W_skip‖", units.decimal(layer.skip_norm, 3), "of the skip connection")
     parts = [facts, *_section("Firing density", _density(layer))]
+    if layer.sharing is not None:
+        parts += _section("Hookpoints that share latents", _sharing(layer.sharing, layer.num_latents))
     parts += _section("Cosine of each decoder row with the nearest other one", _neighbours(layer))
     parts += _section("Norms", _norms(layer))
     return Panel(
@@ -198,6 +226,27 @@ def _neighbours(layer: LayerInspection) -> RenderableType:
     if near.rows < layer.num_latents:
         note += f", extrapolated from {near.rows:,} rows"
     return Group(figures, Text(note, "dim"))
+
+
+def _sharing(found: Sharing, num_latents: int) -> RenderableType:
+    """Show how many latents are written to how many hookpoints, and what each hookpoint has of them."""
+    several = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
+    several.add_column("written to", justify="right", no_wrap=True)
+    several.add_column("latents", justify="right", no_wrap=True)
+    several.add_column("", no_wrap=True)
+    most = max(1, *found.latents)
+    for count, latents in enumerate(found.latents, start=1):
+        bar = Text("█" * round(24 * latents / most), "cyan")
+        several.add_row(f"{count}" if count < len(found.latents) else f"all {count}", _tally(latents, num_latents), bar)
+    each = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
+    each.add_column("hookpoint", overflow="fold", min_width=len("layers.0"))
+    each.add_column("median norm", justify="right", no_wrap=True)
+    each.add_column("its own latents", justify="right", no_wrap=True)
+    for part in found.parts:
+        each.add_row(part.hookpoint, units.decimal(part.median, 3), _tally(part.own, num_latents))
+    scale = "all hookpoints scaled to one variance" if found.by_variance else "relative to each hookpoint's rms"
+    note = f"written to: decoder norm at least {WRITTEN:g} of the latent's largest; norms: {scale}"
+    return Group(several, Text(), each, Text(note, "dim"))
 
 
 def _norms(layer: LayerInspection) -> RenderableType:

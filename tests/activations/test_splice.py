@@ -45,6 +45,60 @@ def test_an_sae_gives_its_reconstruction(llama):
         torch.testing.assert_close(read(ids)["layers.1"], sae(acts).recon)
 
 
+def transcoder(reads=None, writes=None, skip=True, d_in=32, d_out=32):
+    named = {} if reads is None else {"reads": {reads: d_in}, "writes": {writes: d_out}}
+    sae = Sae(d_in, 64, 4, transcode=True, d_out=d_out, skip_connection=skip, **named)
+    with torch.no_grad():
+        for parameter in (sae.W_skip, sae.b_dec) if skip else (sae.b_dec,):
+            parameter.normal_()
+    return sae
+
+
+@pytest.mark.parametrize(
+    ("given", "reads", "writes"),
+    [
+        (transcoder("layers.1.mlp:in", "layers.1.mlp"), "layers.1.mlp:in", "layers.1.mlp"),
+        (transcoder(), "layers.1.mlp:in", "layers.1.mlp"),  # sparsify's: its folder's name says it
+        (transcoder("layers.0.mlp:in", "layers.0.mlp", skip=False), "layers.1.mlp:in", "layers.1.mlp"),  # moved
+        (transcoder("layers.0", "layers.2.mlp"), "layers.0", "layers.2.mlp"),
+        (transcoder("layers.1:in", "layers.2:in"), "layers.1:in", "layers.2:in"),
+        (transcoder("layers.1.self_attn.q_proj", "layers.1", d_in=32), "layers.1.self_attn.q_proj", "layers.1"),
+    ],
+)
+def test_a_transcoder_replaces_what_it_predicts_from_what_it_reads(llama, given, reads, writes):
+    """Of the true input in the same forward pass, as another replacement before it left that."""
+    ids, excluded = torch.randint(3, 90, (2, 7)), torch.zeros(2, 7, dtype=torch.bool)
+    excluded[0, 2] = True
+    with torch.no_grad():
+        for before in ({}, {"layers.0.mlp": torch.zeros_like}):
+            with splice(llama, before, excluded), tap(llama, [reads, writes]) as read:
+                true = read(ids)
+            given.max_norm = float(true[reads].norm(dim=-1).quantile(0.7))
+            given.max_norm_out = float(true[writes].norm(dim=-1).quantile(0.7))
+            kept = (true[reads].norm(dim=-1) > given.max_norm) | (true[writes].norm(dim=-1) > given.max_norm_out)
+            kept |= excluded
+            assert 0 < kept.sum() < kept.numel()
+            with splice(llama, {**before, writes: given}, excluded), tap(llama, [writes]) as read:
+                found = read(ids)[writes]
+            assert torch.equal(found[kept], true[writes][kept])
+            torch.testing.assert_close(found[~kept], given(true[reads]).recon[~kept])
+    assert hooks(llama) == 0
+
+
+def test_a_transcoder_reads_what_is_spliced_in_there(llama):
+    ids, given = torch.randint(3, 90, (1, 5)), transcoder()
+    with torch.no_grad():
+        with (
+            splice(llama, {"layers.1.mlp": given, "layers.1.mlp:in": torch.ones_like}),
+            tap(llama, ["layers.1.mlp"]) as read,
+        ):
+            found = read(ids)["layers.1.mlp"]
+        torch.testing.assert_close(found, given(torch.ones(1, 5, 32)).recon)
+    with splice(llama, {"layers.0.mlp": transcoder(), "layers.1.mlp": given}):
+        llama(input_ids=ids).last_hidden_state.sum().backward()
+    assert given.W_skip.grad.abs().sum() > 0
+
+
 def test_what_is_too_long_for_an_sae_stays(llama):
     ids = torch.arange(6).view(2, 3)
     sae = Sae(llama.config.hidden_size, 32, 4)
@@ -117,6 +171,28 @@ def test_the_model_is_restored_whatever_happens(llama):
         ({"model.layers.1": torch.zeros_like}, "'model.layers.1' is no module of LlamaModel: it has embed_tokens, "),
         ({"layers.1": 3}, "layers.1: a int cannot replace activations: give an Sae or a function"),
         ({"layers.1": Sae(16, 32, 4)}, r"layers.1: the SAE is for a width of 16, .* of shape \[1, 2, 32\]"),
+        (
+            {"layers.1.mlp": transcoder("layers.1.mlp:in", "layers.1.mlp", d_in=16)},
+            r"layers.1.mlp: the transcoder is for a width of 16, .* of shape \[1, 2, 32\]",
+        ),
+        (
+            {"layers.1.mlp": transcoder("layers.1.mlp:in", "layers.1.mlp", d_out=16)},
+            r"layers.1.mlp: the transcoder is for a width of 16, .* of shape \[1, 2, 32\]",
+        ),
+        (
+            {"layers.1.mlp": transcoder("layers.2", "layers.1.mlp")},
+            "layers.1.mlp comes before layers.2, from which it is to be predicted",
+        ),
+        ({"layers.1.mlp": transcoder("layers.9", "layers.1.mlp")}, "'layers.9' is no module of LlamaModel"),
+        ({"layers.1.mlp:in": transcoder()}, "layers.1.mlp:in: a transcoder predicts a module's output, and its files"),
+        (
+            {
+                "crosscoder": Sae(
+                    64, 32, 4, reads={"layers.0": 32, "layers.1": 32}, writes={"layers.0": 32, "layers.1": 32}
+                )
+            },
+            "crosscoder: a crosscoder reads later layers than it writes, .* `saekit eval` .* do it in two, ",
+        ),
         ({"layers.1": lambda acts: acts[..., :3]}, r"layers.1: expected \[1, 2, 32\] .* of shape \[1, 2, 3\]"),
         ({"layers.1": lambda acts: None}, "layers.1: expected .* got a NoneType"),
         (["layers.1"], "replacements is a list: give what replaces which module by its name"),

@@ -12,6 +12,7 @@ from saekit.activations.chosen import off_stream
 from saekit.analysis.eval_checkpoint import EvalOptions, prepare
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.features import gather_features
+from saekit.analysis.inspect import inspect_path
 from saekit.placement import Single
 from saekit.report import Reporters
 from saekit.views.page.build import build_report
@@ -120,6 +121,57 @@ def test_their_report_says_where_the_lens_is_left_out(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"transcode": True, "skip_connection": True, "layers": "0,2"}, ["layers.0.mlp", "layers.2.mlp"]),
+        ({"crosscode": "resid"}, ["crosscoder"]),
+    ],
+)
+def test_transcoders_and_crosscoders_from_training_to_the_page(model_dir, text_file, tmp_path, options, names):
+    saekit.train(
+        model_dir,
+        str(text_file),
+        **{"ctx_len": 32, "max_tokens": 4096, "expansion_factor": 4, "k": 4, "dtype": "float32", **options},
+        eval_every=10**6,
+        eval_tokens=512,
+        save_dir=tmp_path,
+        run_name="run",
+        reporter=Reporters(),
+    )
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    (line,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"evaluation"' in line)
+    build_report(run, EvalOptions(max_tokens=512), page, Single(torch.device("cpu")), 20)
+    record = json.loads((run / "latest" / "eval.json").read_text())
+    assert [layer["hookpoint"] for layer in record["layers"]] == names
+    for layer, during in zip(record["layers"], line["evaluation"]["layers"], strict=True):
+        for numbers in ("reconstruction", "skip") if "transcode" in options else ("reconstruction",):
+            assert layer[numbers]["fvu"]["value"] == pytest.approx(during[numbers]["fvu"]["value"], rel=1e-3)
+        assert layer["grafted"]["ce"]["value"] == pytest.approx(during["grafted"]["ce"]["value"], rel=1e-3)
+        assert not any("trained at" in warning for warning in record["warnings"])
+    text = page.read_text()
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    saes = saekit.load_many(run)
+    inspection = inspect_path(run)
+    if "transcode" in options:
+        assert text.count('data-part="skip"') == 2
+        assert "layers.2.mlp is a transcoder: it reads layers.2.mlp:in and predicts layers.2.mlp" in text
+        with torch.no_grad(), saekit.splice(model, saes):
+            model(ids)
+        assert all(layer.kind == "transcoder" and layer.skip_norm > 0 for layer in inspection.layers)
+        assert '"no_lens":null' in text
+    else:
+        assert [f'data-part="layers.{n}"' in text for n in range(3)] == [True] * 3
+        assert '"parts":["layers.0","layers.1","layers.2"]' in text
+        assert '"sharing":{' in text
+        (layer,) = inspection.layers
+        assert layer.sharing.by_variance
+        assert sum(layer.sharing.latents) == layer.num_latents
+        with pytest.raises(ValueError, match="one forward pass cannot replace them"), saekit.splice(model, saes):
+            model(ids)
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         ("layers.0.mlp@in", "is for a width of 32, and this model's is 16"),
@@ -129,8 +181,9 @@ def test_their_report_says_where_the_lens_is_left_out(run, tmp_path):
 )
 def test_saes_that_do_not_fit_are_refused(run, subject, tmp_path, name, says):
     from saekit.activations.chosen import check_widths
+    from saekit.activations.sites import site_of
     from saekit.sae.storage import hookpoint_name
 
     sae = subject.saes["layers.0.mlp.down_proj:in"]
     with pytest.raises(saekit.UserError, match=says):
-        check_widths(subject.model, {hookpoint_name(name): sae.d_in})
+        check_widths(subject.model, [site_of(hookpoint_name(name), sae)])

@@ -49,8 +49,9 @@ class Toy(nn.Module):
 class Scaling(nn.Module):
     """In an SAE's place: gives back so much of its input, by one latent of two; the other never fires."""
 
-    d_in, num_latents = 2, 2
-    trained_on = None
+    d_in = d_out = num_latents = 2
+    transcode, reads, writes = False, {}, {}
+    trained_on = W_skip = max_norm_out = None
 
     def __init__(self, factor, max_norm=None):
         super().__init__()

@@ -58,3 +58,32 @@ def test_without_long_ones_there_is_no_column():
     render_evaluation(record(tokens=100), Console(file=shown, width=80))
     assert not re.search(r"Excluded|dead +excluded", shown.getvalue())
     assert "0.7354 ± 0.0100" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("width", "with_head"), [(80, True), (120, True), (80, False)])
+def test_parts_of_crosscoders_and_skip_connections_have_rows_of_their_own(width, with_head):
+    own, shown = record(tokens=54), io.StringIO()
+    numbers = ("ce", "ce_mean_ablated", "ce_zero_ablated", "ce_recovered", "kl", "top1")
+    grafted = {key: estimate(0.5) for key in numbers} if with_head else None
+    transcoder, crosscoder = own["layers"]
+    fidelity = {key: estimate(0.1234) for key in ("fvu", "explained_variance", "cosine")}
+    skip = {**fidelity, "grafted": grafted and {**grafted, "ce_recovered": estimate(0.4321)}}
+    transcoder |= {"hookpoint": "layers.0.mlp", "kind": "transcoder", "grafted": grafted, "skip": skip, "parts": []}
+    parts = [{"hookpoint": f"layers.{layer}", **fidelity} for layer in (3, 4)]
+    crosscoder |= {"hookpoint": "crosscoder", "kind": "crosscoder", "grafted": grafted, "skip": None, "parts": parts}
+    own["together"] = grafted
+    own["ce_clean"] = estimate(1.0)
+    render_evaluation({**own, "scored": 3}, Console(file=shown, width=width))
+    lines = shown.getvalue().splitlines()
+    skips = [line for line in lines if line.startswith("  skip alone")]
+    assert ["0.1234" in line for line in skips] == [True, False][: len(skips)]
+    assert len(skips) == 1 + with_head
+    assert not with_head or "0.4321" in skips[1]
+    assert [line.split()[:2] for line in lines if line.startswith("  layers")] == [
+        [f"layers.{layer}", "0.1234"] for layer in (3, 4)
+    ]
+    said = " ".join(" ".join(lines).split())
+    assert "of the output that they predict" in said
+    assert "the mean over its hookpoints, each scaled to one variance" in said
+    assert ("0 what is reconstructed set to zero" in said) == with_head
+    assert "…" not in said

@@ -21,12 +21,20 @@ from saekit.analysis.eval_checkpoint import EvalOptions, Prepared, evaluate_prep
 from saekit.analysis.evaluate import Progress
 from saekit.analysis.features import QUANTILES, TOP, Features, LayerFeatures, gather_features
 from saekit.analysis.inspect import Inspection, inspect_path
+from saekit.analysis.subject import of_kinds
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
 from saekit.runs.metrics import EVALUATION, plain, read_records
-from saekit.views.page.charts import density_chart, evaluation_charts, layer_charts, similarity_chart, training_charts
+from saekit.views.page.charts import (
+    density_chart,
+    evaluation_charts,
+    layer_charts,
+    sharing_chart,
+    similarity_chart,
+    training_charts,
+)
 from saekit.views.page.packing import pack_arrays, token_texts
 
 NOTHING = -1
@@ -70,8 +78,14 @@ def build_report(
     prepared = prepare(path, replace(options, verify=False), placement, status)
     if known is None or not _fits(known, prepared):
         known = evaluate_prepared(prepared, status, progress).record
-    status(f"Reading the codes of {len(prepared.subject.saes)} SAEs")
-    features = gather_features(prepared.subject, latents, progress)
+    kinds = [layer.kind for layer in inspection.layers]
+    status(f"Reading the codes of {of_kinds(kinds)}")
+    scales = {
+        layer.hookpoint: [part.scale for part in layer.sharing.parts]
+        for layer in inspection.layers
+        if layer.sharing is not None
+    }
+    features = gather_features(prepared.subject, latents, progress, scales)
     status("Writing the page")
     page = render_page(inspection, known, features, prepared)
     try:
@@ -92,6 +106,9 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
         "density": density_chart(evaluation),
         "similarity": similarity_chart({layer.hookpoint: _nearest(layer) for layer in features.layers}),
     }
+    for each in inspection.layers:
+        if each.sharing is not None:  # a run has one crosscoder
+            figures["sharing"] = sharing_chart(each.sharing)
     vocabulary = _vocabulary(features)
     data = {
         "layers": [_facts(layer, evaluation) for layer in features.layers],
@@ -107,6 +124,7 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
     )
     environment.filters["script_json"] = _script_json
     environment.globals["active"] = units.active
+    environment.globals["of_kinds"] = of_kinds
     return environment.get_template("report.html.j2").render(
         name=_name(inspection),
         inspection=inspection,
@@ -158,7 +176,13 @@ def _facts(layer: LayerFeatures, evaluation: dict[str, Any]) -> dict[str, Any]:
         "num_latents": len(layer.counts_M),
         "tokens": found["tokens"],
         "no_lens": layer.no_lens,
+        "parts": [] if layer.part_norms_LH is None else _writes(layer, evaluation),
     }
+
+
+def _writes(layer: LayerFeatures, evaluation: dict[str, Any]) -> list[str]:
+    (found,) = (each["writes"] for each in evaluation["layers"] if each["hookpoint"] == layer.hookpoint)
+    return list(found)
 
 
 def _nearest(layer: LayerFeatures) -> np.ndarray:
@@ -200,6 +224,8 @@ def _arrays(layer: LayerFeatures, vocabulary: np.ndarray) -> dict[str, np.ndarra
         "neighbours": layer.neighbours.latents_LN.numpy(),
         "cosines": layer.neighbours.cosines_LN.numpy(),
     }
+    if layer.part_norms_LH is not None:
+        arrays["norms"] = layer.part_norms_LH.numpy()
     if layer.lens is not None:
         arrays |= {
             "promoted": _compact(layer.lens.promoted_LN.numpy(), vocabulary),

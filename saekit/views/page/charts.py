@@ -10,6 +10,7 @@ import plotly.colors
 import plotly.graph_objects as go
 
 from saekit.analysis.measure import BINS_PER_DECADE, DENSITY_DECADES
+from saekit.analysis.sharing import Sharing
 
 TICKS = [digit * 10**power for power in (-3, -2, -1, 0) for digit in (1, 2, 5)]
 LOG_FVU = {"type": "log", "tickmode": "array", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
@@ -83,7 +84,10 @@ def layer_charts(evaluation: Mapping[str, Any]) -> dict[str, go.Figure]:
     """Return each layer's FVU, CE recovered and KL with their intervals, from the content of `eval.json`."""
     layers = evaluation["layers"]
     names = [layer["hookpoint"] for layer in layers]
-    charts = {"layer-fvu": _bars(names, [layer["reconstruction"]["fvu"] for layer in layers], "FVU")}
+    fvu = {layer["hookpoint"]: layer["reconstruction"]["fvu"] for layer in layers}
+    for layer in layers:  # of a crosscoder each hookpoint, behind its name
+        fvu |= {part["hookpoint"]: part["fvu"] for part in layer.get("parts", ())}
+    charts = {"layer-fvu": _bars(list(fvu), list(fvu.values()), "FVU")}
     if evaluation["together"] is not None:
         grafted = [*(layer["grafted"] for layer in layers), evaluation["together"]]
         for chart, key, title in (("layer-ce", "ce_recovered", "CE recovered"), ("layer-kl", "kl", "KL, nats")):
@@ -120,6 +124,13 @@ def similarity_chart(nearest: Mapping[str, np.ndarray]) -> go.Figure:
         counts, _ = np.histogram(nearest[name].clip(0, 1), edges)
         lines.append(go.Scatter(x=centres, y=counts.tolist(), name=name, line={"color": color, "shape": "hvh"}))
     return _figure(lines, "cosine with the nearest decoder row", "latents")
+
+
+def sharing_chart(found: Sharing) -> go.Figure:
+    """Chart how many of a crosscoder's latents are written to one hookpoint, to two, and so on."""
+    counts = [str(count) for count in range(1, len(found.latents) + 1)]
+    bars = go.Bar(x=counts, y=list(found.latents), showlegend=False)
+    return _figure([bars], "hookpoints", "latents", xaxis={"type": "category"})
 
 
 def _bars(names: list[str], estimates: list[Mapping[str, float | None]], title: str) -> go.Figure:

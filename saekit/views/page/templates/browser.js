@@ -120,6 +120,16 @@ function columns(arrays, place) {
   add("Fires most often on", tokens("favorites", "shares", percent));
   add("Promotes", tokens("promoted", "rises", digits));
   add("Suppresses", tokens("suppressed", "falls", digits, true));
+  const parts = page.layers[shown.layer].parts;
+  if (parts.length) {
+    const norms = [...row(arrays.norms, place)];
+    const most = Math.max(...norms);
+    add("Decoder norm at", parts.map((name, i) => {
+      const item = make("li", {}, make("span", { textContent: name }), make("span", { textContent: digits(norms[i]) }));
+      item.style.setProperty("--share", percent(most ? norms[i] / most : 0));
+      return item;
+    }));
+  }
   const cosines = row(arrays.cosines, place);
   add("Nearest in the decoder", [...row(arrays.neighbours, place)].map((latent, i) => {
     const button = make("button", { type: "button", textContent: latent });

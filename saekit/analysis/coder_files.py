@@ -1,0 +1,82 @@
+"""What the files of a coder say, for those who read them without its language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saekit.activations.sites import Site, site_at
+from saekit.errors import UserError
+from saekit.runs.layout import STATE_FILE
+from saekit.runs.locate import read_some_tensors
+from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
+
+SCALE = "frame.scale"
+"""The tensor of a checkpoint's state that has the scale of a crosscoder's hookpoints."""
+
+
+def read_weights(file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Read encoder `[M, D]`, decoder `[M, D_out]`, `b_dec` `[D_out]` and `W_skip` if there is one, in float32.
+
+    The decoder may have rows too many or too few.
+    """
+    found = read_some_tensors(file, ["encoder.weight", "W_dec", "b_dec"], optional=["W_skip"])
+    encoder, decoder, b_dec = (found[name] for name in ("encoder.weight", "W_dec", "b_dec"))
+    skip = found.get("W_skip")
+    if encoder.ndim != 2 or not encoder.numel() or decoder.ndim != 2 or decoder.shape[1:] != b_dec.shape:
+        shapes = ", ".join(str(list(each.shape)) for each in (encoder, decoder, b_dec))
+        raise UserError(f"{file} is damaged: encoder, decoder and b_dec have the shapes {shapes}")
+    if not all(each.is_floating_point() for each in (encoder, decoder, b_dec)):
+        raise UserError(f"{file} is damaged: encoder, decoder or b_dec holds no floating-point numbers")
+    return encoder.float(), decoder.float(), b_dec.float(), None if skip is None else skip.float()
+
+
+def read_site(hookpoint: str, folder: Path, config: dict[str, Any], d_in: int, d_out: int) -> Site:
+    """Return what a coder reads and writes, from the content of its `cfg.json`.
+
+    Raises:
+        UserError: If that is damaged, or does not say what a transcoder reads.
+    """
+    reads, writes = mapping(config, "reads"), mapping(config, "writes")
+    for widths, total in ((reads, d_in), (writes, d_out)):
+        if widths and (not all(isinstance(each, int) for each in widths.values()) or sum(widths.values()) != total):
+            raise UserError(f"{folder / SAE_CONFIG} is damaged: the widths {widths} do not make {total}")
+    try:
+        return site_at(hookpoint, d_in, d_out if config.get("transcode") else None, reads, writes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def read_scale(folder: Path, d_in: int) -> Tensor | None:
+    """Return the scale of a crosscoder's hookpoints in training, `[D]`, if the state is there."""
+    file = folder / STATE_FILE
+    found = read_some_tensors(file, (), optional=(SCALE,)).get(SCALE) if file.exists() else None
+    return found if found is not None and found.shape == (d_in,) else None
+
+
+def whole(facts: dict[str, Any], key: str) -> int | None:
+    """Return a whole number, of a size that a tensor can be compared with; None if there is none."""
+    value = facts.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
+
+
+def number(facts: dict[str, Any], key: str) -> float | None:
+    """Return a number; None if there is none."""
+    value = facts.get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if isinstance(value, float) or abs(value) < 2**63 else None
+
+
+def mapping(facts: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return an object; empty if there is none."""
+    value = facts.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def text(facts: dict[str, Any], key: str) -> str | None:
+    """Return a text that is not empty; None if there is none."""
+    value = facts.get(key)
+    return value if isinstance(value, str) and value else None

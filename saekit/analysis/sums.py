@@ -1,0 +1,199 @@
+"""Sums of an evaluation, sequence by sequence, from which its results are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saekit.analysis.measure import density
+from saekit.analysis.results import Estimate, Grafted, Reconstruction, ratio
+from saekit.analysis.subject import Answer, Total
+from saekit.sae import SaeOutput
+
+
+class Fidelity(NamedTuple):
+    """How well something is predicted; see `Reconstruction`."""
+
+    fvu: Estimate
+    explained_variance: Estimate
+    cosine: Estimate
+
+
+class ErrorSums:
+    """Of one prediction; float64, one row per sequence, and a column for each of its H hookpoints.
+
+    Args:
+        mean_D: The mean over all tokens of what is predicted.
+        widths: How wide each hookpoint is.
+        sequences: How many there are, on all ranks (S).
+    """
+
+    def __init__(self, mean_D: Tensor, widths: Sequence[int], sequences: int) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(sequences, *shape, dtype=torch.float64, device=mean_D.device)
+
+        self.mean_D, self.widths = mean_D, list(widths)
+        self.sums = {
+            "tokens": zeros(),
+            "error": zeros(len(self.widths)),  # Σ‖x − x̂‖²
+            "bias": zeros(len(mean_D)),  # Σ (x − x̂)
+            "deviation": zeros(len(self.widths)),  # Σ‖x − x̄‖²
+            "cosine": zeros(len(self.widths)),
+        }
+
+    def add(self, rows: Tensor, x: Tensor, recon: Tensor, counted: Tensor) -> None:
+        """A batch.
+
+        Args:
+            rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
+            x: Activations `[B, T, D]`, float32.
+            recon: What was predicted.
+            counted: Which tokens are counted, bool `[B, T]`.
+        """
+        error = (x - recon) * counted[..., None]
+        deviation = (x - self.mean_D) * counted[..., None]
+        pairs = zip(x.split(self.widths, -1), recon.split(self.widths, -1), strict=True)
+        cosines = [torch.cosine_similarity(one, other, dim=2) * counted for one, other in pairs]
+        values = {
+            "tokens": counted.sum(1),
+            "error": self._squares(error),
+            "bias": error.sum(1, dtype=torch.float64),
+            "deviation": self._squares(deviation),
+            "cosine": torch.stack([each.sum(1, dtype=torch.float64) for each in cosines], 1),
+        }
+        for name, value in values.items():
+            self.sums[name][rows] = value.double()[: len(rows)]
+
+    def _squares(self, values: Tensor) -> Tensor:
+        parts = values.split(self.widths, -1)
+        return torch.stack([part.square().sum((1, 2), dtype=torch.float64) for part in parts], 1)
+
+    def result(self, total: Total) -> tuple[Tensor, Fidelity, tuple[Fidelity, ...]]:
+        """Return the tokens of each sequence, how well all is predicted, and each hookpoint; alike on all ranks.
+
+        Collective.
+        """
+        sums = {name: total(value) for name, value in self.sums.items()}
+        tokens_S, error_SH, deviation_SH = sums["tokens"], sums["error"], sums["deviation"]
+        biases = zip(sums["bias"].split(self.widths, 1), error_SH.unbind(1), strict=True)
+        scattered_SH = torch.stack([_scattered(bias_SD, error_S, tokens_S) for bias_SD, error_S in biases], 1)
+
+        def fidelity(weights_H: Tensor) -> Fidelity:
+            deviation_S = deviation_SH @ weights_H
+            return Fidelity(
+                fvu=ratio(error_SH @ weights_H, deviation_S),
+                explained_variance=ratio(scattered_SH @ weights_H, deviation_S).complement(),
+                cosine=ratio(sums["cosine"] @ (weights_H > 0).double(), tokens_S * (weights_H > 0).sum()),
+            )
+
+        each = torch.eye(len(self.widths), dtype=torch.float64, device=tokens_S.device)
+        if len(self.widths) == 1:
+            return tokens_S, fidelity(each[0]), ()
+        # Each hookpoint by its own variance.
+        return tokens_S, fidelity(1 / deviation_SH.sum(0)), tuple(map(fidelity, each))
+
+
+def _scattered(bias_SD: Tensor, error_S: Tensor, tokens_S: Tensor) -> Tensor:
+    """Return the squared errors without the mean error, summed over each sequence's tokens."""
+    bias_D = bias_SD.sum(0) / tokens_S.sum()
+    return error_S - 2 * bias_SD @ bias_D + tokens_S * bias_D.square().sum()
+
+
+class ReconstructionSums:
+    """Of one coder; float64, one row per sequence.
+
+    Args:
+        mean_D: The mean over all tokens of what it predicts.
+        widths: See `ErrorSums`.
+        num_latents: Of the coder.
+        sequences: How many there are, on all ranks (S).
+    """
+
+    def __init__(self, mean_D: Tensor, widths: Sequence[int], num_latents: int, sequences: int) -> None:
+        self.errors = ErrorSums(mean_D, widths, sequences)
+        self.l0_S = torch.zeros(sequences, dtype=torch.float64, device=mean_D.device)
+        self.fired_M = torch.zeros(num_latents, dtype=torch.int64, device=mean_D.device)
+
+    def add(self, rows: Tensor, x: Tensor, out: SaeOutput, counted: Tensor) -> None:
+        """A batch.
+
+        Args:
+            rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
+            x: What was to be predicted, `[B, T, D]`, float32.
+            out: What the coder made of its input.
+            counted: Which tokens are counted, bool `[B, T]`.
+        """
+        self.errors.add(rows, x, out.recon, counted)
+        fired = out.fired & counted[..., None]
+        self.l0_S[rows] = fired.sum((1, 2)).double()[: len(rows)]
+        self.fired_M += torch.bincount(out.indices[fired], minlength=len(self.fired_M))
+
+    def result(self, total: Total) -> tuple[Reconstruction, tuple[Fidelity, ...]]:
+        """Return the numbers, and those of each of several hookpoints, the same on all ranks. Collective."""
+        tokens_S, whole, parts = self.errors.result(total)
+        fired_M, tokens = total(self.fired_M), int(tokens_S.sum())
+        found = Reconstruction(
+            **whole._asdict(),
+            l0=ratio(total(self.l0_S), tokens_S),
+            tokens=tokens,
+            dead=int((fired_M == 0).sum()),
+            num_latents=len(fired_M),
+            density=density(fired_M.cpu(), tokens),
+        )
+        return found, parts
+
+
+class AnswerSums:
+    """Of one model, clean or changed; float64 `[S]` each."""
+
+    def __init__(self, sequences: int, device: torch.device) -> None:
+        self.sums = Answer(*(torch.zeros(sequences, dtype=torch.float64, device=device) for _ in Answer._fields))
+
+    def add(self, rows: Tensor, answer: Answer) -> None:
+        """A batch; `rows` are its sequences' numbers, none of a batch that only keeps pace."""
+        for sums_S, value in zip(self.sums, answer, strict=True):
+            sums_S[rows] = value[: len(rows)]
+
+    def total(self, total: Total) -> Answer:
+        """Over all ranks. Collective."""
+        return Answer(*map(total, self.sums))
+
+
+CHANGES = ("spliced", "mean-ablated", "zero-ablated")
+"""The replacements of a layer's activations: its reconstruction, its mean, zeros."""
+SKIP = "skip connection"
+"""A further one, of a transcoder: its prediction without its latents."""
+
+
+class GraftSums:
+    """Of one layer, or of all together."""
+
+    def __init__(self, sequences: int, device: torch.device) -> None:
+        self.answers = {change: AnswerSums(sequences, device) for change in (*CHANGES, SKIP)}
+
+    def result(self, clean_S: Tensor, scored_S: Tensor, total: Total, spliced_in: str = CHANGES[0]) -> Grafted:
+        """Return the numbers, the same on all ranks. Collective.
+
+        Args:
+            clean_S: The clean model's cross-entropy, summed over each sequence's scored tokens, of all ranks.
+            scored_S: How many those are.
+            total: Over all ranks.
+            spliced_in: What was, instead of the reconstruction.
+        """
+        spliced, mean, zero = (self.answers[change].total(total) for change in (spliced_in, *CHANGES[1:]))
+
+        def recovered(ablated_S: Tensor) -> Estimate:
+            return ratio(ablated_S - spliced.ce, ablated_S - clean_S)
+
+        return Grafted(
+            ce=ratio(spliced.ce, scored_S),
+            ce_mean_ablated=ratio(mean.ce, scored_S),
+            ce_zero_ablated=ratio(zero.ce, scored_S),
+            ce_recovered=recovered(zero.ce),
+            ce_recovered_from_mean=recovered(mean.ce),
+            kl=ratio(spliced.kl, scored_S),
+            top1=ratio(spliced.agree, scored_S),
+        )
