@@ -9,7 +9,7 @@ from saekit.activations.hookpoints import Hookpoint, block_outputs, find_blocks,
 from saekit.activations.lm import ModelShape, hookpoint_names
 from saekit.activations.matching import Matched, choose
 from saekit.activations.patterns import fold
-from saekit.activations.sites import Site, autoencoder, crosscoder, hookpoints_of, kind_of, transcoder
+from saekit.activations.sites import Site, autoencoder, crosscoder, hookpoints_of, transcoder
 from saekit.activations.structure import Reading, Structure, measure
 from saekit.config.coders import CodersConfig
 from saekit.errors import UserError, first_line
@@ -152,7 +152,7 @@ def check_widths(model: PreTrainedModel, sites: Iterable[Site]) -> None:
         readings = {**readings, **structure_of(model).readings}
     for site in sites:
         for part in site.parts:
-            what = f"the {kind_of(site)} of {site.name}"
+            what = f"the {site.kind} of {site.name}"
             does = (
                 "" if part.name == site.name else f" {'reads' if part in site.reads else 'writes'} {part.name}, which"
             )

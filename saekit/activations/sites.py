@@ -125,13 +125,6 @@ def site_at(name: str, d_in: int, d_out: int | None, reads: Mapping[str, int], w
     return Site(name, (Hookpoint(f"{place}{IN}", d_in),), (Hookpoint(place, d_out),))
 
 
-def kind_of(site: Site) -> str:
-    """Return what a coder is called, by what it reads and writes."""
-    if site.transcodes:
-        return "transcoder"
-    return "SAE" if len(site.reads) == 1 else "crosscoder"
-
-
 def kind_of(sites: Iterable[Site]) -> str:
     """Return what the coders of a run are called: SAE, transcoder or crosscoder; coder if they differ."""
     kinds = {each.kind for each in sites}

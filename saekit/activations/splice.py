@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.activations.hookpoints import find_blocks
-from saekit.activations.sites import Site, kind_of, site_of
+from saekit.activations.sites import Site, site_of
 from saekit.activations.tap import first_argument, first_name, module_of, residual
 from saekit.sae import Sae
 from saekit.sae.output import described
@@ -149,7 +149,7 @@ def _misplaced(model: PreTrainedModel, name: str, replace: Sae | Replace | Predi
     known = replace.trained_on if isinstance(replace, Sae) else None
     if known is None or not isinstance(replace, Sae):
         return
-    what = f"the {kind_of(site_of(name, replace))} that is spliced in at {name}"
+    what = f"the {site_of(name, replace).kind} that is spliced in at {name}"
     if not known.is_at(name):
         yield f"{what} was trained at {known.hookpoint}"
     own = model.name_or_path
@@ -168,7 +168,7 @@ def _function(name: str, replace: Sae | Replace | Predict) -> Replace | Predict:
 
 
 def _reconstruction(site: Site, sae: Sae) -> Replace | Predict:
-    name, kind = site.name, kind_of(site)
+    name, kind = site.name, site.kind
     if kind == "crosscoder":
         raise ValueError(
             f"{name}: a crosscoder reads later layers than it writes, so one forward pass cannot replace them: "

@@ -24,7 +24,6 @@ from saekit.activations import (
     resolve_ctx_len,
     vocabulary_of,
 )
-from saekit.activations.sites import kind_of
 from saekit.analysis.defaults import DEFAULT_TOKENS
 from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
@@ -193,7 +192,7 @@ def evaluate_prepared(
 ) -> Evaluated:
     """Do the second half of `evaluate_checkpoint`."""
     subject = prepared.subject
-    what = of_kinds(list(map(kind_of, subject.sites.values())))
+    what = of_kinds([site.kind for site in subject.sites.values()])
     status(f"Evaluating {what} on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
     results = evaluate(subject, progress)
     record = _record(results, prepared.cfg, prepared.origin)

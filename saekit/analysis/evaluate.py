@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saekit.activations import tap
 from saekit.activations.chosen import check_widths
-from saekit.activations.sites import Site, hookpoints_of, kind_of
+from saekit.activations.sites import Site, hookpoints_of
 from saekit.activations.splice import Predict, Replace
 from saekit.analysis.altered import Altered, changes_of, joined, where, without_latents
 from saekit.analysis.results import Evaluation, Grafted, LayerResult, PartResult, SkipResult, ratio
@@ -217,7 +217,7 @@ class Evaluator:
                 name,
                 whole,
                 grafted(name),
-                kind_of(site),
+                site.kind,
                 tuple(part.name for part in site.reads),
                 tuple(part.name for part in site.writes),
                 tuple(PartResult(part.name, *each) for part, each in zip(site.writes, parts, strict=False)),

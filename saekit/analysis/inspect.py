@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit.activations.sites import kind_of
 from saekit.analysis.coder_files import mapping, number, read_scale, read_site, read_weights, text, whole
 from saekit.analysis.measure import (
     BINS_PER_DECADE,
@@ -186,7 +185,7 @@ def _inspect_sae(
             f"{len(decoder_MD):,}, configured {expected:,}"
         )
     site = read_site(hookpoint, folder, config, d_in, d_out)
-    crossing = kind_of(site) == "crosscoder"
+    crossing = site.kind == "crosscoder"
     scale_D = read_scale(folder, d_in) if crossing else None
     parts = sharing(decoder_MD, {part.name: part.width for part in site.reads}, scale_D) if crossing else None
     tokens, threshold = whole(note, "tokens"), whole(note, "dead_feature_threshold")
@@ -195,7 +194,7 @@ def _inspect_sae(
     return LayerInspection(
         hookpoint=hookpoint,
         path=folder,
-        kind=kind_of(site),
+        kind=site.kind,
         reads=tuple(part.name for part in site.reads),
         writes=tuple(part.name for part in site.writes),
         d_in=d_in,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saekit.activations.sites import Site, kind_of, site_of
+from saekit.activations.sites import Site, site_of
 from saekit.data import Sequences
 from saekit.sae import Sae
 from saekit.units import plural
@@ -209,12 +209,12 @@ def misplaced(subject: Subject) -> tuple[str, ...]:
     for name, sae in subject.saes.items():
         known = sae.trained_on
         if known is not None and not known.is_at(name):
-            kind = kind_of(site_of(name, sae))
+            kind = site_of(name, sae).kind
             said.append(f"the {kind} that is evaluated at {name} was trained at {known.hookpoint}")
     name = subject.model.name_or_path
     known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
     others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
-    what = of_kinds([kind_of(site) for site in subject.sites.values()], count=False)
+    what = of_kinds([site.kind for site in subject.sites.values()], count=False)
     return (*said, *(f"the {what} were trained on {other}, and this model is {name}" for other in others))
 
 
