@@ -47,9 +47,12 @@ def test_the_average_is_evaluated_and_left_as_it_was(train, gpt2_dir, placement)
     assert_same_run(found, expected, steps=6)
 
 
-@pytest.mark.parametrize("placement", ["layer-map", "zero3"])
-def test_thresholds_and_limits_are_lent_with_the_sae(train, gpt2_dir, placement):
-    batch_topk = [*EVALUATED, "--activation", "batchtopk", "--max-norm-multiple", 1]
+@pytest.mark.parametrize(
+    ("placement", "coders"),
+    [("layer-map", ["--transcode", "--skip-connection"]), ("zero3", ["--crosscode", "resid"]), ("zero3", [])],
+)
+def test_thresholds_limits_and_frames_are_lent_with_the_coder(train, gpt2_dir, placement, coders):
+    batch_topk = [*EVALUATED, *coders, "--activation", "batchtopk", "--max-norm-multiple", 1]
     found, expected = train(gpt2_dir, "--placement", placement, *batch_topk, ranks=2), train(gpt2_dir, *batch_topk)
     assert_same_evaluations(found, expected)
     assert_same_run(found, expected, steps=6)

@@ -85,7 +85,19 @@ def test_training_does_not_notice(train, tmp_path, optimizer):
     assert len(evaluations_of(tmp_path / "with")) == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "signum"}, {"max_norm_multiple": 1.0}], ids=str)
+KINDS = {
+    "SAE": {},
+    "transcoder": {"transcode": True},
+    "skip transcoder": {"transcode": True, "sae": SaeConfig(num_latents=64, k=4, skip_connection=True)},
+    "crosscoder": {"crosscode": ("resid",)},
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "signum"}, {"max_norm_multiple": 1.0}, *({**KINDS[k], "max_norm_multiple": 1.2} for k in KINDS)],
+    ids=str,
+)
 def test_it_is_what_the_checkpoint_would_give(train, tiny_llama, unread, tmp_path, options):
     """Also where half of all activations are longer than an SAE is for."""
     checkpoint = train(eval_every=3, save_every=3, keep_last=9, **options)
