@@ -28,6 +28,7 @@ from saekit.runs.layout import STATE_FILE
 from saekit.sae.model import without_memory
 from saekit.training.optimizers import make_optimizer
 from saekit.training.state import RunState, restore
+from saekit.training.unit import Calibration
 
 RANKS = 8
 GPU = torch.device("cuda", 0)
@@ -194,7 +195,8 @@ def test_a_rank_of_a_layer_map_reads_the_layers_that_it_owns(tmp_path):
         numbers = dict.fromkeys(
             ["step", "tokens", "skipped_steps", "bad_steps_in_row", "evaluated_step", "best_fvu"], 1
         )
-        restore(tmp_path, {**numbers, "hookpoints": ["h.0", "h.1"]}, RunState(), bank)
+        known = {name: Calibration(torch.zeros(4), 1.0) for name in costs}
+        restore(tmp_path, {**numbers, "hookpoints": ["h.0", "h.1"]}, RunState(calibration=known), bank)
     finally:
         dist.destroy_process_group()
     assert placement.sae("h.1").W_enc.equal(saved.W_enc)

@@ -71,7 +71,7 @@ def test_what_is_saved_predicts_as_well_as_was_reported(tiny_llama, tokens, tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_learn(tiny_llama, tokens, tmp_path, kind):
-    _, folder, recorder = train(tiny_llama, tokens, tmp_path, kind)
+    _, folder, recorder = train(tiny_llama, tokens, tmp_path, kind, lr=1e-2)
     first, last = (sum(each.fvu for each in steps.layers.values()) for steps in (recorder.steps[0], recorder.steps[-1]))
     assert last < first
     for sae in Sae.load_many(folder).values():
