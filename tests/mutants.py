@@ -535,9 +535,9 @@ LIST: list[tuple[str, ...]] = [
     ),
     (
         "a skip transcoder's linear part is without its bias",
-        "saekit/analysis/altered.py",
-        "sae.W_skip, sae.b_dec)",
-        "sae.W_skip)",
+        MODEL,
+        "F.linear(x_ND, self.W_skip, self.b_dec)",
+        "F.linear(x_ND, self.W_skip)",
         "analysis/test_coders::test_every_number_is_what_plain_code_finds",
     ),
     (
@@ -1002,8 +1002,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "--finetune goes on from a coder of other hookpoints",
         FINETUNE,
-        "if own and other and (",
-        "if not by_name and own and other and (",
+        "if here != there if by_name else _widths(here) != _widths(there):",
+        "if _widths(here) != _widths(there):",
     ),
     (
         "the plan's traffic is that of the rank with the most to compute",
@@ -1013,7 +1013,7 @@ LIST: list[tuple[str, ...]] = [
         "planning/test_several_widths",
     ),
     (
-        "what is predicted does not travel to a transcoder",
+        "a transcoder's target does not travel to its rank",
         "saekit/activations/sites.py",
         "return (*self.reads, *self.writes) if self.transcodes else self.reads",
         "return self.reads",

@@ -116,7 +116,7 @@ def in_copies(first, codes):
 
 
 def output_of(program):
-    """What was said, and what of `HEAVY` was there, by each program that the program has run."""
+    """The output of each command, and which of `HEAVY` it had imported."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     command, pipe = [sys.executable, "-c", program], subprocess.PIPE
     done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, check=False, env=environment)

@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
 
     @property
     def hookpoints(self) -> tuple[Hookpoint, ...]:
-        """Return what is read in the model for them."""
+        """Return the hookpoints that they need."""
         return hookpoints_of(self.sites)
 
 
@@ -107,7 +107,7 @@ def _pairs(structure: Structure, read: Sequence[Hookpoint], written: Sequence[Ho
     for one, other in zip(read, written, strict=True):
         if structure.readings[one.name].order >= structure.readings[other.name].order:
             raise UserError(
-                f"--reads {one.name} --writes {other.name}: what is read has to come before what is written, and the "
+                f"--reads {one.name} --writes {other.name}: the input has to come before the target, and the "
                 f"model comes to {other.name} first"
                 if one != other
                 else f"--reads and --writes both name {one.name}: leave them out and use --hookpoints for SAEs"

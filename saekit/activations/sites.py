@@ -125,10 +125,10 @@ def site_at(name: str, d_in: int, d_out: int | None, reads: Mapping[str, int], w
     return Site(name, (Hookpoint(f"{place}{IN}", d_in),), (Hookpoint(place, d_out),))
 
 
-def kind_of(sites: Iterable[Site]) -> str:
-    """Return what the coders of a run are called: SAE, transcoder or crosscoder; coder if they differ."""
-    kinds = {each.kind for each in sites}
-    return kinds.pop() if len(kinds) == 1 else "coder"
+def common(kinds: Iterable[str]) -> str:
+    """Return what coders of these kinds are called together: SAE, transcoder or crosscoder; coder if they differ."""
+    different = set(kinds)
+    return different.pop() if len(different) == 1 else "coder"
 
 
 def hookpoints_of(sites: Iterable[Site]) -> tuple[Hookpoint, ...]:

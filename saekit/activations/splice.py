@@ -30,7 +30,7 @@ class Predict(NamedTuple):
     reads: tuple[str, ...]
     """The hookpoints that are read; all of them come before what is replaced."""
     function: Callable[[Tensor, Tensor], Tensor]
-    """From what is read, `[B, T, D]`, one hookpoint behind the other, and what would be there, `[B, T, D_out]`."""
+    """From the input, `[B, T, D]`, its hookpoints side by side, and the true target, `[B, T, D_out]`."""
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saekit.activations import splice, start_behind, tap
@@ -14,7 +13,6 @@ from saekit.activations.hookpoints import Hookpoint
 from saekit.activations.splice import Predict, Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.sums import CHANGES, SKIP
-from saekit.sae import Sae
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,13 +91,6 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
     """One hookpoint behind the other, in float32."""
     each = [part.float() for part in parts]
     return each[0] if len(each) == 1 else torch.cat(each, -1)
-
-
-def without_latents(sae: Sae, x: Tensor) -> Tensor:
-    """Return what a skip transcoder predicts without its latents, `W_skip x + b_dec`: `[B, T, D_out]`."""
-    if sae.W_skip is None:
-        raise TypeError("it has no skip connection")
-    return F.linear(x.to(sae.dtype), sae.W_skip, sae.b_dec)
 
 
 def where(counted: Tensor, replace: Replace) -> Replace:

@@ -11,7 +11,7 @@ from saekit.activations import tap
 from saekit.activations.chosen import check_widths
 from saekit.activations.sites import Site, hookpoints_of
 from saekit.activations.splice import Predict, Replace
-from saekit.analysis.altered import Altered, changes_of, joined, where, without_latents
+from saekit.analysis.altered import Altered, changes_of, joined, where
 from saekit.analysis.results import Evaluation, Grafted, LayerResult, PartResult, SkipResult, ratio
 from saekit.analysis.subject import IGNORED, Subject, compare_answers, misplaced
 from saekit.analysis.sums import CHANGES, SKIP, AnswerSums, ErrorSums, GraftSums, ReconstructionSums
@@ -26,7 +26,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate coders on a language model's activations, and the language model with their predictions in it.
 
-    Two passes over the sequences: one for the mean of what is predicted, one for everything else. Each batch runs the
+    Two passes over the sequences: one for the targets' means, one for everything else. Each batch runs the
     clean model once, and with a head once for each coder and once for all together, spliced, mean-ablated and
     zero-ablated; for one that writes a block's output, the blocks up to it need not run again. A transcoder with a skip
     connection has a run more, with that alone. What a crosscoder writes is replaced in a second pass, from what the
@@ -110,7 +110,7 @@ class Evaluator:
         return {name: (each[:-1] / each[-1]).float() for name, each in sums.items()}
 
     def _ends(self, name: str, seen: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return what a coder reads, `[B, T, D]`, and what a transcoder is to predict, in float32.
+        """Return a coder's input, `[B, T, D]`, and a transcoder's target, in float32.
 
         Args:
             name: The coder's.
@@ -149,7 +149,7 @@ class Evaluator:
                     target, own = x if y is None else y, counted & sae.counted(x, y)
                     recons[name].add(rows, target, sae(x), own)
                     if name in linear:
-                        linear[name].add(rows, target, without_latents(sae, x), own)
+                        linear[name].add(rows, target, sae.without_latents(x), own)
             if question is None:
                 self._done()
                 continue
@@ -164,7 +164,7 @@ class Evaluator:
                 written = {part.name: seen[part.name] for part in site.writes}
                 (x, y), sae = self._ends(name, seen), subject.sae(name)
                 out, own = sae(x), counted & sae.counted(x, y)
-                skip = without_latents(sae, x) if name in linear else None
+                skip = sae.without_latents(x) if name in linear else None
                 del sae
                 if as_it_is:
                     recons[name].add(rows, x if y is None else y, out, own)

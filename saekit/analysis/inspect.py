@@ -56,7 +56,7 @@ class LayerInspection:
     max_norm: float | None
     """The largest norm of counted activations."""
     max_norm_out: float | None
-    """The same of what a transcoder is to predict."""
+    """The same for a transcoder's target."""
     fvu: float | None
     """Fraction of variance unexplained, as last reported while training."""
     trend: tuple[tuple[int, float | None], ...]

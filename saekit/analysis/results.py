@@ -76,7 +76,7 @@ def ratio(numerator_S: Tensor, denominator_S: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The quality of a reconstruction, over all counted tokens: of what is predicted, for an SAE what it reads.
+    """The quality of a reconstruction, over all counted tokens. An SAE's target is its input.
 
     Of a crosscoder's hookpoints each counts as much: all are scaled to one variance, so FVU and explained variance are
     the means of theirs, and so is the cosine.
@@ -137,7 +137,7 @@ class SkipResult:
     explained_variance: Estimate
     cosine: Estimate
     grafted: Grafted | None
-    """With that in the place of what is predicted."""
+    """With that spliced in."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class LayerResult:
     reads: tuple[str, ...] = ()
     """Names of hookpoints."""
     writes: tuple[str, ...] = ()
-    """What is predicted, and replaced."""
+    """Names of the hookpoints that it predicts, which is where it is spliced in."""
     parts: tuple[PartResult, ...] = ()
     """Of a crosscoder, each of its hookpoints."""
     skip: SkipResult | None = None

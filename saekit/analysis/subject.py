@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saekit.activations.sites import Site, site_of
+from saekit.activations.sites import Site, common, site_of
 from saekit.data import Sequences
 from saekit.sae import Sae
 from saekit.units import plural
@@ -209,16 +209,14 @@ def misplaced(subject: Subject) -> tuple[str, ...]:
     for name, sae in subject.saes.items():
         known = sae.trained_on
         if known is not None and not known.is_at(name):
-            kind = site_of(name, sae).kind
-            said.append(f"the {kind} that is evaluated at {name} was trained at {known.hookpoint}")
+            said.append(f"the {subject.sites[name].kind} that is evaluated at {name} was trained at {known.hookpoint}")
     name = subject.model.name_or_path
     known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
     others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
-    what = of_kinds([site.kind for site in subject.sites.values()], count=False)
-    return (*said, *(f"the {what} were trained on {other}, and this model is {name}" for other in others))
+    what = common(site.kind for site in subject.sites.values())
+    return (*said, *(f"the {what}s were trained on {other}, and this model is {name}" for other in others))
 
 
-def of_kinds(kinds: Sequence[str], *, count: bool = True) -> str:
-    """Return what coders of these kinds are together: 3 SAEs, 1 crosscoder; coders where they differ."""
-    kind = kinds[0] if len(set(kinds)) == 1 else "coder"
-    return plural(len(kinds), kind) if count else f"{kind}s"
+def of_kinds(kinds: Sequence[str]) -> str:
+    """Count coders of these kinds, in words: 3 SAEs, 1 crosscoder."""
+    return plural(len(kinds), common(kinds))

@@ -26,7 +26,7 @@ class ErrorSums:
     """Of one prediction; float64, one row per sequence, and a column for each of its H hookpoints.
 
     Args:
-        mean_D: The mean over all tokens of what is predicted.
+        mean_D: The mean of the target over all tokens.
         widths: How wide each hookpoint is.
         sequences: How many there are, on all ranks (S).
     """
@@ -122,7 +122,7 @@ class ReconstructionSums:
 
         Args:
             rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
-            x: What was to be predicted, `[B, T, D]`, float32.
+            x: The target, `[B, T, D]`, float32.
             out: What the coder made of its input.
             counted: Which tokens are counted, bool `[B, T]`.
         """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -46,15 +47,28 @@ class CodersConfig:
         "the same variance.",
         panel=SAE,
     )
+    init: Literal["uniform", "fit"] = option(
+        "fit",
+        "Initial length of the encoder's rows: uniform, as drawn from ±1/√D; fit, the length that reconstructs "
+        "the first batch best.",
+        panel=SAE,
+    )
+    init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
+    finetune: Path | None = option(
+        None,
+        "Start from the SAEs in this run, checkpoint or folder instead of random ones; the options of the new run "
+        "decide how latents are chosen.",
+        panel=SAE,
+    )
 
     @property
     def transcodes(self) -> bool:
-        """Tell whether what is written is something else than what is read."""
+        """Tell whether coders predict other hookpoints than they read."""
         return self.transcode or self.reads is not None
 
     @property
     def coder(self) -> str:
-        """Return what is trained: SAE, transcoder or crosscoder."""
+        """Return the kind of coder: SAE, transcoder or crosscoder."""
         return "transcoder" if self.transcodes else "SAE" if self.crosscode is None else "crosscoder"
 
     @field_validator("layers", "hookpoints", "reads", "writes", "crosscode")

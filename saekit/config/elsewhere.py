@@ -66,7 +66,7 @@ RENAMED = {
 }
 """What an option or argument is called here, and its names elsewhere."""
 
-_READS = "name what is read with --reads and what is written with --writes; --transcode: a module's input and output"
+_READS = "--reads names the input hookpoint and --writes the target; --transcode takes a module's input and output"
 _HOOKPOINTS = (
     "choose modules by their paths with --hookpoints (layers.3.mlp, or layers.3.mlp:in for its input), layers by "
     "number with --layers"

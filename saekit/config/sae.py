@@ -23,7 +23,7 @@ class SaeConfig:
     """D, the width of the activations; None takes it from the model."""
     expansion_factor: int | None = option(
         None,
-        f"Latents per dimension of what is read; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
+        f"Latents per input dimension; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
         panel=SAE,
         ge=1,
     )

@@ -17,7 +17,7 @@ from saekit.config.flat import make_config, option_names, read_yaml, unknown_opt
 from saekit.config.inputs import DATA, EVALUATION, DataConfig, ModelConfig
 from saekit.config.options import CONFIG, Resume, SourceName, TokenIds, in_one_sentence, option
 from saekit.config.ranks import AUTO, PlacementName, check_placement
-from saekit.config.sae import SAE, SaeConfig
+from saekit.config.sae import SaeConfig
 from saekit.errors import UserError
 
 BATCH = "Batches"
@@ -33,20 +33,6 @@ LOGGING = "Logging"
 @dataclass(frozen=True, config=CONFIG)
 class TrainConfig(CodersConfig):
     """The options of training, for any model and data."""
-
-    init: Literal["uniform", "fit"] = option(
-        "fit",
-        "Initial length of the encoder's rows: uniform, as drawn from ±1/√D; fit, the length that reconstructs "
-        "the first batch best.",
-        panel=SAE,
-    )
-    init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
-    finetune: Path | None = option(
-        None,
-        "Start from the SAEs in this run, checkpoint or folder instead of random ones; the options of the new run "
-        "decide how latents are chosen.",
-        panel=SAE,
-    )
 
     source: SourceName = option(
         "live",

@@ -15,7 +15,7 @@ from saekit.activations import (
     resolve_dtype,
 )
 from saekit.activations.chosen import chosen
-from saekit.activations.sites import Site, kind_of
+from saekit.activations.sites import Site, common
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement.costs import Size
@@ -69,7 +69,7 @@ class Job:
     @property
     def coder(self) -> str:
         """Return what its coders are called: SAE, transcoder or crosscoder."""
-        return kind_of(each.site for each in self.units)
+        return common(each.site.kind for each in self.units)
 
     @property
     def costs(self) -> dict[str, float]:

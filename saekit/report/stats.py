@@ -214,7 +214,7 @@ class RunInfo:
     """Whether dead latents are trained with AuxK; if not, its loss is 0 and need not be shown."""
 
     coder: str = "SAE"
-    """What is trained: SAE, transcoder or crosscoder."""
+    """"SAE", "transcoder" or "crosscoder"."""
 
     @property
     def code(self) -> str:

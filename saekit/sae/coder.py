@@ -165,8 +165,8 @@ class Coder(nn.Module):
         NaN is counted, so that it shows.
 
         Args:
-            x: `[..., D]`, what is read.
-            y: `[..., D_out]`, what a transcoder is to predict, where it is known.
+            x: `[..., D]`, the input.
+            y: `[..., D_out]`, a transcoder's target, where it is known.
         """
         counted = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         for acts, limit in ((x, self.max_norm), (y, self.max_norm_out)):
@@ -178,8 +178,8 @@ class Coder(nn.Module):
         """Reconstruct the counted activations `[..., D]`; excluded ones stay as they are.
 
         Args:
-            x: `[..., D]`, what is read.
-            y: `[..., D_out]`, what a transcoder predicts: excluded tokens keep it.
+            x: `[..., D]`, the input.
+            y: `[..., D_out]`, a transcoder's target, which excluded tokens keep.
 
         Raises:
             ValueError: If a transcoder is not given `y`.
@@ -194,7 +194,7 @@ class Coder(nn.Module):
         Args:
             acts: `[..., K]`.
             indices: int64 `[..., K]`.
-            x: `[..., D]`, what was read: the skip connection, where there is one, needs it.
+            x: `[..., D]`, the input; a skip connection needs it.
 
         Raises:
             ValueError: If the two do not fit each other, (on a CPU, where looking is free) a latent is none of M, or
@@ -202,10 +202,15 @@ class Coder(nn.Module):
         """
         check_code(acts, indices, self.num_latents)
         if self.W_skip is not None and x is None:
-            raise ValueError("the skip connection adds a part that depends on what was read: give x, too")
+            raise ValueError("the skip connection reads the input: give x, too")
         k = acts.shape[-1]
         rows_ND = self.kernels.decode(acts.reshape(-1, k), indices.reshape(-1, k), self.W_dec)
         return (rows_ND + self._apart(None if x is None else self._flat(x))).view(*acts.shape[:-1], self.d_out)
+
+    def without_latents(self, x: Tensor) -> Tensor:
+        """Predict from `x`, `[..., D]`, without any latent: `b_dec`, and the skip connection's part, `[..., D_out]`."""
+        x_ND = self._flat(x)
+        return self._apart(x_ND).expand(len(x_ND), self.d_out).view(*x.shape[:-1], self.d_out)
 
     def _apart(self, x_ND: Tensor | None) -> Tensor:
         """Return what the reconstruction has besides decoder rows: `[D_out]`, with a skip connection `[N, D_out]`."""

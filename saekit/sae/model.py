@@ -43,9 +43,9 @@ class Sae(Coder):
         max_norm: The largest norm of activations that the SAE is trained on; None for any. Longer ones, attention
             sinks, are excluded (`counted`); `forward` treats them like others.
         transcode: Whether it predicts something else than it reads.
-        d_out: D_out, the width of what a transcoder predicts; by default D.
+        d_out: D_out, the width of a transcoder's target; by default D.
         skip_connection: Whether a transcoder has `W_skip`, at first zero.
-        max_norm_out: The same as `max_norm` for what a transcoder is to predict.
+        max_norm_out: The same as `max_norm` for a transcoder's target.
         reads: D of each hookpoint that it reads, by name, in the order of its columns; empty for the one that its
             folder is named after (a transcoder: that module's input).
         writes: D of each hookpoint that it predicts, likewise.

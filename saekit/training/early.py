@@ -117,7 +117,7 @@ def check_units(cfg: RunConfig, placement: Placement, sites: Sequence[Site]) -> 
     try:
         latents = [train.sae.resolve_num_latents(each.d_in) for each in sites]
         shapes = {
-            each.name: Shape.at(each, number, train.sae.skip_connection)
+            each.name: Shape(each, number, train.sae.skip_connection)
             for each, number in zip(sites, latents, strict=True)
         }
     except ValueError as error:

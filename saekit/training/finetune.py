@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from saekit.activations.sites import Site, widths_of
+from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import Site, site_at, site_of
 from saekit.errors import UserError
 from saekit.model_files import safetensors_problem
 from saekit.placement.costs import Size
@@ -17,36 +18,35 @@ from saekit.sae import Sae
 from saekit.sae.decoder import give_encoder_the_norms_
 from saekit.sae.entries import read_config
 from saekit.sae.storage import CONFIG_FILE, WEIGHTS_FILE, find_sae_folders, folder_name, read_sizes
-from saekit.training.frame import Frame, needs_frame
+from saekit.training.frame import Frame
 from saekit.training.plan import size_at
-
-Widths = Mapping[str, int]
-"""D by hookpoint, in the order of a coder's columns; empty where its folder's name says which one."""
 
 
 class Shape(NamedTuple):
     """What two coders must have in common for one to go on from the other."""
 
-    size: Size
+    site: Site
+    num_latents: int
+    """M."""
     skip: bool
     """Whether it has a skip connection."""
-    reads: Widths
-    writes: Widths
+
+    @property
+    def size(self) -> Size:
+        """Return its size."""
+        return size_at(self.site, self.num_latents)
 
     @classmethod
-    def of(cls, sae: Sae) -> Shape:
-        """Return a coder's."""
-        size = Size(sae.num_latents, sae.d_in, sae.d_out, sae.transcode, not sae.transcode and len(sae.reads) > 1)
-        return cls(size, sae.W_skip is not None, sae.reads, sae.writes)
+    def of(cls, name: str, sae: Sae) -> Shape:
+        """Return that of a coder by the name that it goes by.
+
+        Raises:
+            ValueError: See `site_at`.
+        """
+        return cls(site_of(name, sae), sae.num_latents, sae.W_skip is not None)
 
     @classmethod
-    def at(cls, site: Site, num_latents: int, skip: bool) -> Shape:
-        """Return that of a run's coder at a site."""
-        reads, writes = (widths_of(each) if needs_frame(site) else {} for each in (site.reads, site.writes))
-        return cls(size_at(site, num_latents), skip and site.transcodes, reads, writes)
-
-    @classmethod
-    def read(cls, folder: Path) -> Shape:
+    def read(cls, name: str, folder: Path) -> Shape:
         """Read that of a saved coder, without its weights.
 
         Raises:
@@ -55,9 +55,8 @@ class Shape(NamedTuple):
         """
         config = read_config(folder / CONFIG_FILE)
         num_latents, d_in, d_out = read_sizes(folder)
-        reads, writes = config.get("reads", {}), config.get("writes", {})
-        size = Size(num_latents, d_in, d_out or d_in, d_out is not None, d_out is None and len(reads) > 1)
-        return cls(size, bool(config.get("skip_connection")), reads, writes)
+        site = site_at(name, d_in, d_out, config.get("reads", {}), config.get("writes", {}))
+        return cls(site, num_latents, bool(config.get("skip_connection")))
 
     def differs(self, wanted: Shape, *, by_name: bool) -> str | None:
         """Say why a coder that has another shape cannot go on from this one; None if it can.
@@ -68,17 +67,23 @@ class Shape(NamedTuple):
         """
         if self.size != wanted.size:
             return f"has {self.size.text()}, this run's {wanted.size.text()}"
-        for does, own, other in (("reads", self.reads, wanted.reads), ("writes", self.writes, wanted.writes)):
-            # Crosscoders are all called the same, so their folder's name says nothing.
-            if own and other and (list(own) != list(other) if by_name else [*own.values()] != [*other.values()]):
-                return f"{does} {_listed(own)}, this run's {_listed(other)}"
+        for does, here, there in (
+            ("reads", self.site.reads, wanted.site.reads),
+            ("writes", self.site.writes, wanted.site.writes),
+        ):
+            if here != there if by_name else _widths(here) != _widths(there):
+                return f"{does} {_listed(here)}, this run's {_listed(there)}"
         if self.skip and not wanted.skip:
             return "has a skip connection, this run's has none: give --skip-connection"
         return None
 
 
-def _listed(widths: Widths) -> str:
-    return ", ".join(f"{name} ({width})" for name, width in widths.items())
+def _widths(hookpoints: Sequence[Hookpoint]) -> list[int]:
+    return [each.width for each in hookpoints]
+
+
+def _listed(hookpoints: Sequence[Hookpoint]) -> str:
+    return ", ".join(f"{each.name} ({each.width})" for each in hookpoints)
 
 
 def check_finetune(path: Path, shapes: Mapping[str, Shape]) -> None:
@@ -94,7 +99,7 @@ def check_finetune(path: Path, shapes: Mapping[str, Shape]) -> None:
     for name, wanted in shapes.items():
         folder, by_name = folder_of(path, name, only_unit=len(shapes) == 1)
         try:
-            problem = Shape.read(folder).differs(wanted, by_name=by_name)
+            problem = Shape.read(name, folder).differs(wanted, by_name=by_name)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--finetune {path}: {error}") from error
         if problem is not None:
@@ -159,7 +164,7 @@ def load_finetune(path: Path, name: str, sae: Sae, frame: Frame | None, *, only_
     folder, by_name = folder_of(path, name, only_unit=only_unit)
     try:
         source = open_sae(folder, otherwise="")
-        if (problem := Shape.of(source).differs(Shape.of(sae), by_name=by_name)) is not None:
+        if (problem := Shape.of(name, source).differs(Shape.of(name, sae), by_name=by_name)) is not None:
             raise ValueError(f"its coder for {name} {problem}")
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--finetune {path}: {error}") from error

@@ -16,28 +16,27 @@ from saekit.activations.sites import Site
 class Frame:
     """How a unit in training sees its activations.
 
-    A transcoder's input is centred, and scaled so that it is about as large as what is predicted: all rates and the
+    A transcoder's input is centred, and scaled so that it is about as large as the target: all rates and the
     biases then have the sizes that they have for an SAE. The scale is a power of two, so that weights can be brought
     from one unit to the other and back without rounding. Of a crosscoder each hookpoint is scaled to the same variance.
 
     `fold` turns weights that were trained in this frame into weights for activations as they are.
     """
 
-    d_in: int
-    transcodes: bool
     scale_D: Tensor
-    """`[D]`, by which what is read is multiplied; of a crosscoder what is written, too."""
+    """`[D]`, by which the input is multiplied; a crosscoder's target, which is its input, too."""
     rms: float
-    """Root mean square of what is read, as the unit sees it: the biases' unit."""
+    """Root mean square of the input as the unit sees it: the biases' unit."""
     shift_D: Tensor | None = None
-    """`[D]`, what is subtracted before; None for a crosscoder, which subtracts `b_dec`."""
+    """`[D]`, what is subtracted from a transcoder's input before; None for a crosscoder, which subtracts `b_dec`."""
 
     def split(self, chunk_NW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what is read, `[N, D]`, and what a transcoder is to predict, `[N, D_out]`, out of what has come."""
-        return (chunk_NW[:, : self.d_in], chunk_NW[:, self.d_in :]) if self.transcodes else (chunk_NW, None)
+        """Return the input, `[N, D]`, and a transcoder's target, `[N, D_out]`, of what has come."""
+        d_in = len(self.scale_D)
+        return (chunk_NW, None) if self.shift_D is None else (chunk_NW[:, :d_in], chunk_NW[:, d_in:])
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        """Return what is read, `[N, D]`, as the unit sees it."""
+        """Return the input, `[N, D]`, as the unit sees it."""
         return (x_ND if self.shift_D is None else x_ND - self.shift_D) * self.scale_D
 
     def to(self, device: torch.device) -> Frame:
@@ -91,14 +90,14 @@ def frame_of(site: Site, tensors: Mapping[str, Tensor]) -> Frame | None:
     """Return the frame of which a checkpoint kept these tensors; None for an SAE."""
     if not needs_frame(site):
         return None
-    return Frame(site.d_in, site.transcodes, tensors["scale"], float(tensors["rms"]), tensors.get("shift"))
+    return Frame(tensors["scale"], float(tensors["rms"]), tensors.get("shift"))
 
 
 def framed(rows_NW: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor | None]:
-    """Return what is read, `[N, D]`, as a unit sees it, and what a transcoder is to predict, `[N, D_out]`.
+    """Return the input, `[N, D]`, as a unit sees it, and a transcoder's target, `[N, D_out]`.
 
     Args:
-        rows_NW: What has come: what is read, and behind it what a transcoder is to predict.
+        rows_NW: The input, followed by the target for a transcoder.
         frame: The unit's; None for an SAE.
     """
     if frame is None:
@@ -119,11 +118,11 @@ def transcoders(d_in: int, mean_D: Tensor, variance: float, rms_out: float) -> F
         d_in: D.
         mean_D: `[D]`, the mean of what it reads.
         variance: The total variance of that.
-        rms_out: Root mean square of what it is to predict, centred.
+        rms_out: Root mean square of its target, centred.
     """
     rms = (variance / d_in) ** 0.5
     scale = 2.0 ** round(math.log2(rms_out / rms))
-    return Frame(d_in, True, torch.full((d_in,), scale), rms * scale, mean_D)
+    return Frame(torch.full((d_in,), scale), rms * scale, mean_D)
 
 
 def crosscoders(widths: Sequence[int], variances: Sequence[float]) -> Frame:
@@ -133,7 +132,7 @@ def crosscoders(widths: Sequence[int], variances: Sequence[float]) -> Frame:
         widths: D of each hookpoint.
         variances: The total variance of each.
     """
-    d_in, each = sum(widths), sum(widths) / len(widths)
+    each = sum(widths) / len(widths)
     scales = [(each / variance) ** 0.5 for variance in variances]
     scale_D = torch.cat([torch.full((width,), scale) for width, scale in zip(widths, scales, strict=True)])
-    return Frame(d_in, False, scale_D, 1.0)
+    return Frame(scale_D, 1.0)

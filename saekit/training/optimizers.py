@@ -81,7 +81,7 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     to_decoder, to_biases = rate_ratios(cfg, sae.d_in)
     betas = (BETA1, cfg.beta2)
     eps = EPS / input_scale  # the biases' gradients have the inverse of their unit
-    to_decoder *= (sae.d_in / sae.d_out) ** 0.5  # its rows are as long as what is predicted is wide
+    to_decoder *= (sae.d_in / sae.d_out) ** 0.5  # its rows have the target's width
     skip = [{"params": [sae.W_skip]}] if sae.W_skip is not None else []
     groups: list[dict[str, Any]] = [
         {"params": [sae.W_enc]},

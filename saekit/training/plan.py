@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saekit.activations.sites import Site, autoencoder, kind_of, widths_of
+from saekit.activations.sites import Site, autoencoder, common, widths_of
 from saekit.activations.source import Source
 from saekit.config import RunConfig, TrainConfig
 from saekit.config.run import to_flat
@@ -105,7 +105,7 @@ class RunPlan:
     @property
     def coder(self) -> str:
         """Return what its coders are called: SAE, transcoder or crosscoder."""
-        return kind_of(self.sites)
+        return common(each.kind for each in self.sites)
 
     @property
     def costs(self) -> dict[str, float]:

@@ -99,7 +99,7 @@ def _counted(plan: RunPlan, batch: Batch) -> Iterator[tuple[Site, Tensor]]:
 
 
 def _norms(site: Site, x_NW: Tensor) -> Tensor:
-    """Return the norms of what is read, `[1, N]`, and of what a transcoder is to predict: `[2, N]`."""
+    """Return the norms of the input, `[1, N]`; of a transcoder also those of its target, `[2, N]`."""
     read_and_written = [site.d_in, site.d_out] if site.transcodes else [site.d_in]
     return torch.stack([part.float().norm(dim=1) for part in x_NW.split(read_and_written, 1)])
 
@@ -189,9 +189,9 @@ def fit_(sae: Sae, rows_RD: Tensor, targets_RD: Tensor | None = None) -> None:
     norm 1, and the rows of `W_dec` point to where a linear map of the sample leads them (`linear_map`).
 
     Args:
-        sae: A fresh coder on the CPU whose `b_dec` is the mean of what it is to predict.
-        rows_RD: `[R, D]`, float32: what is read of R tokens; of a transcoder centred.
-        targets_RD: `[R, D_out]`, what a transcoder is to predict.
+        sae: A fresh coder on the CPU whose `b_dec` is the mean of its target.
+        rows_RD: `[R, D]`, float32: the input for R tokens; a transcoder's is centred.
+        targets_RD: `[R, D_out]`, a transcoder's target.
     """
     W_MD: Tensor = sae.W_dec
     if targets_RD is None:

@@ -86,9 +86,9 @@ def calibration(site: Site, moments: Sequence[Moments], limits: Sequence[float] 
     """Compute a site's mean, variance and frame from sums over the first global batch's counted activations.
 
     Args:
-        site: What is read and written.
+        site: Its inputs and targets.
         moments: Of each of its parts.
-        limits: The largest norms of counted activations: of what is read, and of what a transcoder is to predict.
+        limits: The largest norms of counted activations: of the input, and of a transcoder's target.
 
     Raises:
         UserError: If the activations hold NaN or Inf, or do not vary.

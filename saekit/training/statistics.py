@@ -82,7 +82,7 @@ def without_excluded(
     Args:
         sae: Its `max_norm` and `max_norm_out` exclude tokens with activations whose norm is larger.
         x_ND: `[N, D]`.
-        y_ND: `[N, D_out]`, what a transcoder is to predict.
+        y_ND: `[N, D_out]`, a transcoder's target.
         counted_N1: bool `[N, 1]`, False for tokens that are excluded already, by their id; None if there is none.
         may_ask: Whether the host may read whether any norm is too large; almost always none is.
 
@@ -176,7 +176,7 @@ def observe_(
     Args:
         sums_7: The unit's row of `Tally.sums_U7`.
         mean_D: Its part of `Tally.means`.
-        x_ND: `[N, D_out]`, what is predicted.
+        x_ND: `[N, D_out]`, the target.
         out: The prediction.
         losses: Of the chunk.
         scale: By which the squared errors were multiplied, a scalar.

@@ -20,13 +20,13 @@ class Calibration:
     """Measurements of a site on the first global batch; fixed for the run."""
 
     mean_D: Tensor
-    """`[D_out]`, float32: the initial `b_dec`; of what is predicted, in the unit's frame."""
+    """`[D_out]`, float32: the mean of the target in the unit's frame: the initial `b_dec`."""
     variance: float
     """σ², the total variance (trace of the covariance) of the same, by which the loss is divided."""
     max_norm: float | None = None
     """The largest norm of counted activations; None for any. Mean and variance are of counted ones."""
     max_norm_out: float | None = None
-    """The largest norm of what a transcoder is to predict."""
+    """The same for a transcoder's target."""
     frame: Frame | None = None
     """Of a transcoder or a crosscoder; an SAE sees activations as they are."""
 
@@ -96,8 +96,8 @@ class Unit:
         """Forward and backward pass over a chunk of tokens; gradients, sums and counters are added to.
 
         Args:
-            chunk_NW: `[N, W]`, what is read and behind it what a transcoder is to predict, in any float type. What the
-                passes make of them is gone at the end.
+            chunk_NW: `[N, W]`, the input, followed by the target for a transcoder, in any float type. What the passes
+                make of them is gone at the end.
             counted_N1: bool `[N, 1]`: False for excluded tokens; None if there is none.
         """
         tokens = None if counted_N1 is None else counted_N1.sum()

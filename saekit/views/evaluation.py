@@ -147,7 +147,7 @@ def _legend(record: Mapping[str, Any]) -> str:
         "Dead: fired on none of these tokens.",
     ]
     if "transcoder" in kinds:
-        sentences.append("Transcoders: FVU, explained variance and cosine are of the output that they predict.")
+        sentences.append("Transcoders: FVU, explained variance and cosine compare prediction and target.")
     if skips:
         sentences.append("Skip alone: the same without the latents, W_skip x + b_dec.")
     if "crosscoder" in kinds:
@@ -160,7 +160,7 @@ def _legend(record: Mapping[str, Any]) -> str:
         )
     if record["together"] is not None:
         sentences += [
-            f"CE recovered: 1 is the model as it is, 0 {_replaced(kinds)} set to zero where a token is reconstructed.",
+            "CE recovered: 1 is the unmodified model, 0 is zero ablation.",
             "CE and KL in nats per token.",
             "All: every layer replaced at once.",
         ]
@@ -169,9 +169,3 @@ def _legend(record: Mapping[str, Any]) -> str:
                 "The crosscoder's hookpoints are replaced together, from what the unchanged model has there."
             )
     return " ".join(sentences)
-
-
-def _replaced(kinds: set[str]) -> str:
-    return {"SAE": "its layer", "transcoder": "what is predicted", "crosscoder": "all hookpoints"}.get(
-        next(iter(kinds)) if len(kinds) == 1 else "", "what is reconstructed"
-    )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit import units
+from saekit.activations.patterns import fold
 from saekit.analysis.inspect import Inspection, LayerInspection
 from saekit.analysis.measure import BINS_PER_DECADE, DENSITY_DECADES, DUPLICATE_COSINE
 from saekit.analysis.sharing import WRITTEN, Sharing
@@ -133,11 +134,7 @@ def _legend(layers: Sequence[LayerInspection]) -> str:
         sentences.append(
             "Firing density: share of tokens on which a latent fires; how many latents have which, on a log scale."
         )
-    elsewhere = [one for one in layers if one.kind == "transcoder" and one.reads != (f"{one.hookpoint}{IN}",)]
-    if any(one.kind == "transcoder" for one in layers):
-        own = "Transcoders read the input of the module that they are named after, and predict its output"
-        others = ", ".join(f"{one.hookpoint} reads {' and '.join(one.reads)}" for one in elsewhere)
-        sentences.append(f"{own}{f', but {others}' if elsewhere else ''}.")
+    sentences += what_they_read(layers)
     low = min(one.norms.decoder_min for one in layers)
     high = max(one.norms.decoder_max for one in layers)
     sentences.append("Cosine: of each decoder row with the nearest other one.")
@@ -145,6 +142,21 @@ def _legend(layers: Sequence[LayerInspection]) -> str:
     if any(one.trend for one in layers):
         sentences.append("FVU trends: log, own scale.")
     return " ".join(sentences)
+
+
+def what_they_read(layers: Sequence[LayerInspection]) -> list[str]:
+    """Say what transcoders and crosscoders read and predict; nothing of SAEs, whose names say it."""
+    sentences = []
+    elsewhere = [one for one in layers if one.kind == "transcoder" and one.reads != (f"{one.hookpoint}{IN}",)]
+    if any(one.kind == "transcoder" and one not in elsewhere for one in layers):
+        sentences.append("Transcoders read the input of the module that they are named after, and predict its output.")
+    if elsewhere:
+        inputs = ", ".join(fold([name for one in elsewhere for name in one.reads]))
+        sentences.append(f"{', '.join(fold([one.hookpoint for one in elsewhere]))}: predicted from {inputs}.")
+    sentences += [
+        f"The crosscoder reads and predicts {', '.join(fold(one.reads))}." for one in layers if one.kind == "crosscoder"
+    ]
+    return sentences
 
 
 def _detail(layer: LayerInspection, width: int) -> RenderableType:
@@ -169,7 +181,7 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
     if layer.max_norm is not None:
         facts.add_row("longest", units.decimal(layer.max_norm, 1), "activations that it is trained on (max_norm)")
     if layer.max_norm_out is not None:
-        facts.add_row("", units.decimal(layer.max_norm_out, 1), "of what it is to predict (max_norm_out)")
+        facts.add_row("", units.decimal(layer.max_norm_out, 1), "its targets (max_norm_out)")
     if layer.skip_norm is not None:
         facts.add_row("‖W_skip‖", units.decimal(layer.skip_norm, 3), "of the skip connection")
     parts = [facts, *_section("Firing density", _density(layer))]

@@ -36,8 +36,8 @@ def _kind(draft: Draft) -> str:
     return ",".join(train.hookpoints or (RESID,))
 
 
-def _otherwise(draft: Draft) -> bool:
-    """Tell whether options say already what cannot be an answer here."""
+def _can_be_an_answer(draft: Draft) -> bool:
+    """Tell whether what the options say can be typed here: --reads, --writes and --crosscode cannot."""
     train = draft.config().train
     return train.reads is None and train.crosscode is None and not (train.transcode and train.hookpoints)
 
@@ -96,7 +96,7 @@ KIND = Question(
     _kind,
     _take_kind,
     _tell_kind,
-    needed=_otherwise,
+    needed=_can_be_an_answer,
     choices=lambda draft: (RESID, "mlp", "attn", TRANSCODERS),
     working="Looking at the model",
 )

@@ -155,7 +155,7 @@ def test_transcoders_and_crosscoders_from_training_to_the_page(model_dir, text_f
     inspection = inspect_path(run)
     if "transcode" in options:
         assert text.count('data-part="skip"') == 2
-        assert "layers.2.mlp is a transcoder: it reads layers.2.mlp:in and predicts layers.2.mlp" in text
+        assert "Transcoders read the input of the module that they are named after, and predict its output." in text
         with torch.no_grad(), saekit.splice(model, saes):
             model(ids)
         assert all(layer.kind == "transcoder" and layer.skip_norm > 0 for layer in inspection.layers)
@@ -163,6 +163,7 @@ def test_transcoders_and_crosscoders_from_training_to_the_page(model_dir, text_f
     else:
         assert [f'data-part="layers.{n}"' in text for n in range(3)] == [True] * 3
         assert '"parts":["layers.0","layers.1","layers.2"]' in text
+        assert "The crosscoder reads and predicts layers.{0-2}." in text
         assert '"sharing":{' in text
         (layer,) = inspection.layers
         assert layer.sharing.by_variance

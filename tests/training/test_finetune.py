@@ -145,7 +145,7 @@ def test_coders_of_another_kind_are_refused_early(tmp_path, earlier, wanted, ski
     if site.transcodes:
         sizes |= {"transcode": True, "d_out": site.d_out, "skip_connection": earlier == "skip"}
     Sae(site.d_in, 64, 4, **sizes).save_to_disk(tmp_path / site.name)
-    shapes = {wanted.name: Shape.at(wanted, 64, skip)}
+    shapes = {wanted.name: Shape(wanted, 64, skip)}
     if said is None:
         check_finetune(tmp_path, shapes)
         return
@@ -158,5 +158,5 @@ def test_an_sae_of_one_hookpoint_is_no_crosscoder_of_the_same_width(tmp_path):
     """Where the user names its folder, names of hookpoints may differ, as from model to model; kinds may not."""
     Sae(32, 64, 4).save_to_disk(tmp_path)
     with pytest.raises(UserError, match=r"for width 32, this run's 64 latents for width 32 of several hookpoints$"):
-        check_finetune(tmp_path, {"crosscoder": Shape.at(SITES["crosscoder"], 64, False)})
-    check_finetune(tmp_path, {"layers.0": Shape.at(autoencoder(Hookpoint("layers.0", 32)), 64, False)})
+        check_finetune(tmp_path, {"crosscoder": Shape(SITES["crosscoder"], 64, False)})
+    check_finetune(tmp_path, {"layers.0": Shape(autoencoder(Hookpoint("layers.0", 32)), 64, False)})

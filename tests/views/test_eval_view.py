@@ -83,7 +83,7 @@ def test_parts_of_crosscoders_and_skip_connections_have_rows_of_their_own(width,
         [f"layers.{layer}", "0.1234"] for layer in (3, 4)
     ]
     said = " ".join(" ".join(lines).split())
-    assert "of the output that they predict" in said
+    assert "compare prediction and target" in said
     assert "the mean over its hookpoints, each scaled to one variance" in said
-    assert ("0 what is reconstructed set to zero" in said) == with_head
+    assert ("0 is zero ablation" in said) == with_head
     assert "…" not in said

@@ -27,6 +27,7 @@ from saekit.placement import Placement
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
 from saekit.runs.metrics import EVALUATION, plain, read_records
+from saekit.views.inspection import what_they_read
 from saekit.views.page.charts import (
     density_chart,
     evaluation_charts,
@@ -128,6 +129,7 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
     return environment.get_template("report.html.j2").render(
         name=_name(inspection),
         inspection=inspection,
+        reading=what_they_read(inspection.layers),
         evaluation=evaluation,
         charts=set(figures),
         figures={name: figure.to_plotly_json() for name, figure in figures.items()},
