@@ -479,8 +479,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "new[hookpoint](acts).to(acts)",
-        "ways[hookpoint][change](acts).to(acts)",
+        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in written}",
+        "{hookpoint: ways[hookpoint][change] for hookpoint in written}",
     ),
     (
         "together, layers read the true activations",

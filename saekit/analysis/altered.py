@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saekit.activations import splice, start_behind, tap
-from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.hookpoints import Hookpoint, find_blocks
 from saekit.activations.splice import Predict, Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.sums import CHANGES, SKIP
@@ -18,73 +18,110 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Clean(NamedTuple):
+    """What a language model gives for a batch when nothing is replaced."""
+
+    logits: Tensor
+    """`[B, T, V]`."""
+    of: dict[str, Tensor]
+    """Each hookpoint's activations `[B, T, D]`; they belong to the caller, who removes them one by one."""
+    starts: dict[str, Tensor]
+    """Outputs of the blocks behind which the model can be started."""
+
+
 class Altered:
     """Runs a language model, clean or with replaced activations.
 
     Args:
         model: With a head, but for `read`.
         hookpoints: Whose activations are looked at.
-        start_anywhere: Whether blocks whose output is replaced may be left out, where that was seen to give the same.
+        start_anywhere: Whether blocks before what is replaced may be left out, where that was seen to give the same.
     """
 
     def __init__(self, model: PreTrainedModel, hookpoints: Sequence[str], start_anywhere: bool) -> None:
-        self.model, self.hookpoints, self.start_anywhere = model, list(hookpoints), start_anywhere
-        self._blocks = {name for name in hookpoints if Hookpoint(name, 0).is_block}
+        self.model, self.hookpoints = model, list(hookpoints)
+        self._starts = starts_of(model, hookpoints) if start_anywhere else {}
         self._no_cache = without_cache(model)
         self._can_start_behind: dict[str, bool] = {}
-        """By hookpoint: whether a model with it replaced can be run from there on only."""
+        """By block: whether the model can be run from its output on only."""
 
     def read(self, inputs: Tensor) -> dict[str, Tensor]:
         """Each hookpoint's activations `[B, T, D]`."""
         with tap(self.model, self.hookpoints) as read:
             return dict(read(inputs))
 
-    def clean(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits `[B, T, V]` and each hookpoint's activations `[B, T, D]`, in one pass."""
+    def clean(self, inputs: Tensor) -> Clean:
+        """Run the model once as it is."""
         seen: dict[str, Tensor] = {}
 
         def watch(name: str) -> Replace:
             def look(acts: Tensor) -> Tensor:
                 # A copy, where the model may go on to change the tensor in place.
-                seen[name] = acts if name in self._blocks else acts.clone()
+                seen[name] = acts if Hookpoint(name, 0).is_block else acts.clone()
                 return acts
 
             return look
 
-        return self.logits(inputs, {name: watch(name) for name in self.hookpoints}), seen
+        starts = set(self._starts.values())
+        logits = self.logits(inputs, {name: watch(name) for name in {*self.hookpoints, *starts}})
+        return Clean(logits, {name: seen[name] for name in self.hookpoints}, {name: seen[name] for name in starts})
 
     def logits(
         self, inputs: Tensor, replacements: Mapping[str, Replace | Predict], excluded: Tensor | None = None
     ) -> Tensor:
-        """Logits with replaced activations."""
+        """Logits `[B, T, V]` with replaced activations."""
         with splice(self.model, replacements, excluded):
             return self.model(input_ids=inputs, **self._no_cache).logits
 
-    def logits_behind(self, hookpoint: str, new: Tensor, inputs: Tensor) -> Tensor:
-        """Logits with these activations at a hookpoint."""
-        if not self._can_start_behind.get(hookpoint, False):
-            return self.logits(inputs, {hookpoint: lambda _: new})
-        with start_behind(self.model, hookpoint, new):
-            return self.model(input_ids=inputs, **self._no_cache).logits
-
-    def try_starting_behind(self, name: str, acts: Tensor, inputs: Tensor, logits: Tensor) -> None:
-        """Find out, once, whether the model gives the same from a block's own output on; if not, it is run as a whole.
+    def logits_from(self, clean: Clean, new: Mapping[str, Replace], inputs: Tensor) -> Tensor:
+        """Logits `[B, T, V]` with replaced activations; blocks before them do not run, if that makes no difference.
 
         Args:
-            name: The hookpoint.
-            acts: What it gives for `inputs`.
+            clean: What the model gave for the same inputs.
+            new: By hookpoint, in model order.
             inputs: Of the model.
-            logits: Of the clean model.
         """
-        if name in self._can_start_behind or name not in self._blocks or not self.start_anywhere:
-            return
-        try:
-            with start_behind(self.model, name, acts):
-                again = self.model(input_ids=inputs, **self._no_cache).logits
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            self._can_start_behind[name] = False  # it misses something that the idle blocks would have left
-            return
-        self._can_start_behind[name] = torch.equal(again, logits)
+        first = next(iter(new))
+        start = self._starts.get(first)
+        if start is None or not self._starts_alike(start, clean, inputs):
+            return self.logits(inputs, new)
+        acts, rest = clean.starts[start], dict(new)
+        if start == first:
+            acts = rest.pop(first)(acts).to(acts)
+        with start_behind(self.model, start, acts):
+            return self.logits(inputs, rest)
+
+    def _starts_alike(self, start: str, clean: Clean, inputs: Tensor) -> bool:
+        """Find out, once, whether the model gives the same from a block's own output on; if not, it is run as a whole.
+
+        It may miss something that the idle blocks would have left.
+        """
+        if start not in self._can_start_behind:
+            try:
+                with start_behind(self.model, start, clean.starts[start]):
+                    same = torch.equal(self.logits(inputs, {}), clean.logits)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                same = False
+            self._can_start_behind[start] = same
+        return self._can_start_behind[start]
+
+
+def starts_of(model: PreTrainedModel, hookpoints: Iterable[str]) -> dict[str, str]:
+    """Return the block behind whose output a model can be started to replace a hookpoint, where there is one.
+
+    That is the block itself for its output, and the one before it for what is inside it.
+    """
+    blocks = find_blocks(model)
+    layers = {blocks.hookpoint(layer): layer for layer in range(len(blocks.modules))}
+    found = {}
+    for name in hookpoints:
+        module = Hookpoint(name, 0).module
+        inside = [layer for block, layer in layers.items() if f"{module}.".startswith(f"{block}.")]
+        if name in layers:
+            found[name] = name
+        elif inside and inside[0]:
+            found[name] = blocks.hookpoint(inside[0] - 1)
+    return found
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ def evaluate(
 
     Two passes over the sequences: one for the targets' means, one for everything else. Each batch runs the
     clean model once, and with a head once for each coder and once for all together, spliced, mean-ablated and
-    zero-ablated; for one that writes a block's output, the blocks up to it need not run again. A transcoder with a skip
+    zero-ablated; the blocks before what a coder writes need not run again. A transcoder with a skip
     connection has a run more, with that alone. What a crosscoder writes is replaced in a second pass, from what the
     clean one gave.
 
@@ -155,7 +155,8 @@ class Evaluator:
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
-            logits, seen = self.model.clean(inputs)
+            as_is = self.model.clean(inputs)
+            logits, seen = as_is.logits, as_is.of
             clean.add(rows, compare_answers(logits, logits, targets))
             self._done()
             replacements: dict[str, dict[str, Replace | Predict]] = {change: {} for change in changes}
@@ -170,18 +171,11 @@ class Evaluator:
                     recons[name].add(rows, x if y is None else y, out, own)
                     if skip is not None:
                         linear[name].add(rows, x if y is None else y, skip, own)
-                for hookpoint, acts in written.items():
-                    self.model.try_starting_behind(hookpoint, acts, inputs, logits)
                 ways = changes_of(written, out.recon, means[name], skip)
                 for change in (*changes, *([SKIP] if skip is not None else [])):
                     answers = grafts[name].answers[change]
                     new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in written}
-                    if len(written) == 1:
-                        ((hookpoint, acts),) = written.items()
-                        changed = self.model.logits_behind(hookpoint, new[hookpoint](acts).to(acts), inputs)
-                    else:
-                        changed = self.model.logits(inputs, new)
-                    answers.add(rows, compare_answers(logits, changed, targets))
+                    answers.add(rows, compare_answers(logits, self.model.logits_from(as_is, new, inputs), targets))
                     self._done()
                     if change != SKIP:
                         replacements[change] |= new

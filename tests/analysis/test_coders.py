@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from saekit import Sae, UserError, splice, tap
+from saekit.analysis.altered import Altered
 from saekit.analysis.evaluate import Evaluator, evaluate
 from saekit.analysis.features import gather_features
 from saekit.analysis.subject import Subject, next_token
@@ -126,6 +127,34 @@ def test_every_number_is_what_plain_code_finds(model, kind, with_limits):
             else:
                 assert layer.parts == ()
                 assert again.together.ce.value == pytest.approx(all_at_once, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "behind"),
+    [
+        (["layers.1"], 3),
+        (["layers.2.mlp"], 3),
+        (["layers.2:in"], 3),
+        (["layers.1", "layers.2"], 3),
+        (["layers.0.mlp"], 0),
+    ],
+)
+@torch.no_grad()
+def test_blocks_before_what_is_replaced_do_not_run(model, names, behind):
+    """Of three replacements and a first try, each leaves out the blocks that nothing changes."""
+    ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    altered, ran = Altered(model, names, start_anywhere=True), []
+    clean = altered.clean(ids)
+    assert list(clean.of) == names
+    new = {name: lambda acts, factor=n + 2: factor * acts for n, name in enumerate(names)}
+    with splice(model, new):
+        whole = model(ids).logits
+    watched = model.base_model.layers[0].self_attn.register_forward_pre_hook(lambda *_: ran.append(1))
+    again = [altered.logits_from(clean, new, ids) for _ in range(3)]
+    slowly = Altered(model, names, start_anywhere=False).logits_from(clean, new, ids)
+    watched.remove()
+    assert all(torch.equal(each, whole) for each in [*again, slowly])
+    assert len(ran) == 4 - behind
 
 
 @pytest.mark.parametrize("kind", KINDS)
