@@ -111,7 +111,7 @@ def uninterrupted(tmp_path_factory, arguments, spawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, arguments, uninterrupted, spawn, number, code):
     """A real process, a real signal; the command it prints is then really run, and ends as if nothing had happened."""
     real = number == signal.SIGINT

@@ -108,7 +108,8 @@ def test_a_launcher_that_fails_ends_the_one_on_the_other_machine(tmp_path, sbatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "options"), [("multi_node", []), ("multi_node", ["--placement", "layer-map"]), ("zero3", [])]
+    ("file", "options"),
+    [("multi_node", ["--placement", "layer-map"]), ("zero3", [])],  # ddp: the next test
 )
 def test_two_launchers_make_one_run(tmp_path, sbatch, file, options):
     job = sbatch(file, *options)

@@ -1,4 +1,4 @@
-"""What `saekit config` writes starts: the printed command, as it is, on two real processes under each placement."""
+"""What `saekit config` writes starts: the printed command, on two real processes, under each placement once."""
 
 import json
 import os
@@ -40,14 +40,13 @@ def steps(folder, name):
     return json.loads((folder / "checkpoints" / name / "latest" / "checkpoint.json").read_text())["step"]
 
 
-@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
-def test_yes_and_the_printed_command(config, execute, tmp_path, data, placement):
-    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", placement)
+def test_yes_and_the_printed_command(config, execute, tmp_path, data):
+    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", "ddp")
     done = config("--yes", DEMO_LM, data, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "saekit train --config run.yaml --launch launch.yaml\n"
     said = execute(done.stdout)
-    assert f", {placement} on 2 ranks" in said
+    assert ", ddp on 2 ranks" in said
     assert steps(tmp_path, "mine") == 6
     # Again: what it would write next has a folder that is free.
     assert config("--yes").returncode == 0
@@ -69,12 +68,11 @@ def test_typed_answers_and_the_printed_command(execute, tmp_path, data, wizard):
     assert steps(tmp_path, "model-d") == 5  # 320 tokens, 64 in a step
 
 
-@pytest.mark.parametrize("placement", ["layer-map", "zero3"])
-def test_the_launch_file_is_one_for_accelerate(config, execute, tmp_path, data, placement):
-    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", placement)
+def test_the_launch_file_is_one_for_accelerate(config, execute, tmp_path, data):
+    options = (*SMALL, "--run-name", "mine", "--num-processes", 2, "--placement", "layer-map")
     assert config("--yes", DEMO_LM, data, *options).returncode == 0
     command = "accelerate launch --config_file launch.yaml --main_process_port 0 -m saekit train --config run.yaml"
-    assert f", {placement} on 2 ranks" in execute(command)
+    assert ", layer-map on 2 ranks" in execute(command)
     assert steps(tmp_path, "mine") == 6
 
 
