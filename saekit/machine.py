@@ -8,10 +8,12 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -32,13 +34,17 @@ NEVER = 2**31 - 1
 
 def library_versions() -> dict[str, str]:
     """Return the versions of what a result can depend on."""
-    found = {"python": platform.python_version(), "saekit": __version__}
+    return {"python": platform.python_version(), "saekit": __version__, **_installed()}
+
+
+@cache
+def _installed() -> Mapping[str, str]:
+    """Read each package's metadata once: every save states the versions, and one package's take milliseconds."""
+    found = {}
     for name in ("torch", "transformers", "datasets", "accelerate", "safetensors", "deepspeed", "bitsandbytes"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return MappingProxyType(found)
 
 
 def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:

@@ -341,7 +341,7 @@ LIST: list[tuple[str, ...]] = [
         ZERO3,
         "        self._torch_optimizer.register_step_pre_hook(rows.project)\n",
         "",
-        "placement/test_equivalence::test_ranks_and_placements_agree",
+        "placement/test_equivalence::test_ranks_placements_and_splits_of_the_same_batch_agree",
     ),
     (
         "zero3 normalizes each rank's part of a row by itself",
@@ -354,7 +354,7 @@ LIST: list[tuple[str, ...]] = [
         ZERO3,
         "            piece.put(part, piece.flat)\n",
         "",
-        "placement/test_equivalence::test_other_kinds_go_on_under_another_placement",
+        "placement/test_equivalence::test_a_run_goes_on_under_another_placement",
     ),
     (
         "the index is written before the files",

@@ -17,6 +17,15 @@ def test_the_cpus_name(tmp_path):
     assert machine.cpu_model(tmp_path / "missing")
 
 
+def test_versions_are_looked_up_once(monkeypatch):
+    found = machine.library_versions()
+    expected = dict(found)
+    found.clear()
+    monkeypatch.setattr(machine, "version", None)
+    assert machine.library_versions() == expected
+    assert {"python", "saekit", "torch", "transformers"} <= expected.keys()
+
+
 def write(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -18,6 +18,9 @@ SKIP = ["--reads", "h.0:in,h.0.mlp.c_proj:in", "--writes", "h.0.mlp,h.1.mlp", "-
 CROSS = ["--crosscode", "resid,h.0.mlp.c_proj:in"]
 """One unit, so some ranks of a layer map have none."""
 KINDS = {"mixed": MIXED, "skip": SKIP, "cross": CROSS}
+CUTS = {"whole": [], "micro": ["--micro-acc-steps", 3], "accumulated": ["--grad-acc-steps", 2]}
+CUTS["both"] = [*CUTS["micro"], *CUTS["accumulated"]]
+"""Ways to cut the batch of a step."""
 BATCH_TOPK, SIGNUM = ["--activation", "batchtopk"], ["--optimizer", "signum"]
 
 
@@ -49,40 +52,39 @@ def compare(one, other, where):
 
 
 @pytest.mark.parametrize(
-    ("lm", "ranks", "options"),
+    ("kind", "placement", "ranks", "cut"),
     [
-        ("demo", 3, ["--placement", "ddp"]),
-        ("demo", 3, ["--placement", "layer-map"]),
-        ("demo", 1, ["--placement", "zero3"]),
-        ("demo", 3, ["--placement", "zero3"]),  # 3 does not divide the number of latents: rows are cut apart
-        ("mixed", 2, ["--placement", "ddp"]),
-        ("mixed", 3, ["--placement", "layer-map"]),
-        ("mixed", 2, ["--placement", "zero3"]),
-        ("skip", 2, ["--placement", "ddp"]),
-        ("skip", 2, ["--placement", "layer-map", "--micro-acc-steps", 3]),
-        ("skip", 3, ["--placement", "zero3"]),  # W_skip is cut apart, too
-        ("cross", 3, ["--placement", "ddp", "--micro-acc-steps", 2]),
-        ("cross", 2, ["--placement", "layer-map"]),
-        ("cross", 2, ["--placement", "zero3"]),
+        ("mixed", "ddp", 2, "accumulated"),
+        ("mixed", "ddp", 3, "whole"),
+        ("mixed", "layer-map", 2, "both"),
+        ("mixed", "layer-map", 3, "whole"),
+        ("mixed", "zero3", 2, "accumulated"),
+        ("mixed", "zero3", 3, "whole"),  # 3 does not divide the number of latents: rows are cut apart
+        ("skip", "ddp", 2, "whole"),
+        ("skip", "ddp", 3, "both"),
+        ("skip", "layer-map", 2, "micro"),
+        ("skip", "layer-map", 3, "accumulated"),
+        ("skip", "zero3", 1, "whole"),
+        ("skip", "zero3", 2, "accumulated"),
+        ("skip", "zero3", 3, "whole"),  # W_skip is cut apart, too
+        ("cross", "ddp", 2, "accumulated"),
+        ("cross", "ddp", 3, "micro"),
+        ("cross", "layer-map", 2, "both"),
+        ("cross", "layer-map", 3, "whole"),
+        ("cross", "zero3", 2, "both"),
+        ("cross", "zero3", 3, "whole"),
     ],
-    ids=lambda value: value[1] if isinstance(value, list) else None,
 )
-def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
-    """With the small model for each kind of coder, and every tensor of the host told from the device's.
+def test_ranks_placements_and_splits_of_the_same_batch_agree(train, gpt2_dir, kind, placement, ranks, cut):
+    """With every tensor of the host told from the device's.
 
     The demo's model on two ranks is trained under each placement in `test_a_launch_file_says_which_placement`.
     """
-    model, kind = (DEMO_LM, []) if lm == "demo" else (gpt2_dir, KINDS[lm])
-    assert_same_run(train(model, *options, *kind, ranks=ranks, devices=lm != "demo"), train(model, *kind))
-
-
-@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
-@pytest.mark.parametrize(
-    ("batch_size", "split"), [(3, ["--grad-acc-steps", "2"]), (2, ["--grad-acc-steps", "3", "--micro-acc-steps", "3"])]
-)
-def test_splits_of_the_same_batch_agree(train, gpt2_dir, placement, batch_size, split):
-    found = train(gpt2_dir, "--placement", placement, *split, ranks=2, batch_size=batch_size)
-    assert_same_run(found, train(gpt2_dir))
+    split, options = CUTS[cut], KINDS[kind]
+    batch_size = GLOBAL_BATCH // ranks // (2 if "--grad-acc-steps" in split else 1)
+    place = ["--placement", placement, *split]
+    found = train(gpt2_dir, *place, *options, ranks=ranks, batch_size=batch_size, devices=True)
+    assert_same_run(found, train(gpt2_dir, *options))
 
 
 @pytest.mark.parametrize(
@@ -107,26 +109,6 @@ def test_long_activations_are_left_out_and_thresholds_are_the_same_everywhere(tr
     assert thresholds_of(found / "latest") == pytest.approx(thresholds_of(alone / "latest"), rel=TOLERANCE)
     l0 = [layer["l0"] for step in metrics_of(found) if "layers" in step for layer in step["layers"].values()]
     assert sum(l0) / len(l0) == pytest.approx(4, rel=0.15), "over the tokens that are not left out"
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "options"),
-    [
-        ("zero3", "layer-map", [*BATCH_TOPK, *SKIP]),
-        ("ddp", "zero3", [*BATCH_TOPK, *MIXED]),
-        ("layer-map", "zero3", [*SIGNUM, *CROSS]),
-    ],
-    ids=["skip", "mixed", "cross"],
-)
-def test_other_kinds_go_on_under_another_placement(train, gpt2_dir, before, after, options):
-    twice = ["--placement", before, "--save-every", STEPS // 2, "--keep-last", 2]
-    run = train(gpt2_dir, *options, *twice, ranks=2, name=f"kind-{before}-{after}")
-    shutil.rmtree(run / f"step_{STEPS:08}")
-    found = train(gpt2_dir, *options, "--placement", after, "--resume", "auto", ranks=2, name=run.name)
-    alone = train(gpt2_dir, *options)
-    assert_same_run(found, alone)
-    if "batchtopk" in options:
-        assert thresholds_of(found / "latest") == pytest.approx(thresholds_of(alone / "latest"), rel=TOLERANCE)
 
 
 RECIPE = [
@@ -158,30 +140,38 @@ def test_a_map_of_ones_own_agrees(train):
 
 
 @pytest.mark.parametrize(
-    ("before", "ranks", "after"),
+    ("kind", "before", "ranks", "after"),
     [
-        ("ddp", 2, ["--placement", "ddp"]),
-        ("ddp", 2, ["--placement", "layer-map"]),
-        ("ddp", 2, ["--placement", "zero3"]),
-        ("layer-map", 2, ["--placement", "layer-map"]),
-        ("layer-map", 2, ["--placement", "zero3"]),
-        ("layer-map", 1, []),
-        ("zero3", 2, ["--placement", "ddp"]),
-        ("zero3", 2, ["--placement", "layer-map"]),
-        ("zero3", 2, ["--placement", "zero3"]),
-        ("zero3", 1, []),
-        ("zero3", 1, ["--placement", "zero3"]),
+        ("mixed", "ddp", 2, "ddp"),
+        ("mixed", "layer-map", 2, "zero3"),
+        ("mixed", "zero3", 2, "layer-map"),
+        ("mixed", "zero3", 1, "zero3"),
+        ("skip", "ddp", 2, "zero3"),
+        ("skip", "layer-map", 2, "layer-map"),
+        ("skip", "zero3", 2, "ddp"),
+        ("skip", "zero3", 1, None),
+        ("cross", "ddp", 2, "layer-map"),
+        ("cross", "layer-map", 2, "ddp"),
+        ("cross", "layer-map", 1, None),
+        ("cross", "zero3", 2, "zero3"),
     ],
-    ids=lambda value: (value or ["one"])[-1] if isinstance(value, list) else None,
 )
-def test_a_run_goes_on_under_another_placement(train, gpt2_dir, before, ranks, after):
-    halves = train(gpt2_dir, "--placement", before, "--save-every", STEPS // 2, "--keep-last", 2, ranks=2)
-    run = halves.with_name("-".join(["moved", before, str(ranks), *after[1:]]))
+def test_a_run_goes_on_under_another_placement(train, gpt2_dir, kind, before, ranks, after):
+    """Each kind from each placement and to each, with moments and thresholds or with an average of its weights."""
+    options = [*KINDS[kind], *{"mixed": [], "skip": BATCH_TOPK, "cross": SIGNUM}[kind]]
+    twice = ["--placement", before, "--save-every", STEPS // 2, "--keep-last", 2]
+    halves = train(gpt2_dir, *options, *twice, ranks=2)
+    run = halves.with_name(f"moved-{kind}-{before}-{ranks}-{after}")
     shutil.copytree(halves, run, symlinks=True)
     shutil.rmtree(run / f"step_{STEPS:08}")
-    found = train(gpt2_dir, *after, "--resume", "auto", ranks=ranks, name=run.name, devices=before == "ddp")
+    place = ["--placement", after] if after else []
+    again = [*options, *place, "--resume", "auto"]
+    found = train(gpt2_dir, *again, ranks=ranks, name=run.name, devices=before == "ddp")
     assert f"Going on from {run / f'step_{STEPS // 2:08}'}" in (found / "stderr.txt").read_text()
-    assert_same_run(found, train(gpt2_dir))
+    alone = train(gpt2_dir, *options)
+    assert_same_run(found, alone)
+    if kind == "skip":
+        assert thresholds_of(found / "latest") == pytest.approx(thresholds_of(alone / "latest"), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
@@ -214,8 +204,8 @@ def test_too_many_bad_steps_or_a_bad_last_one_end_all_ranks(train, overflowing, 
 
 
 def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):
-    found = train(gpt2_dir, "--placement", "zero3", "--optimizer", "signum", ranks=3)
-    assert_same_run(found, train(gpt2_dir, "--optimizer", "signum"))
+    found = train(gpt2_dir, "--placement", "zero3", *SIGNUM, *SKIP, ranks=3)
+    assert_same_run(found, train(gpt2_dir, *SIGNUM, *SKIP))
 
 
 @pytest.mark.parametrize(
@@ -248,9 +238,11 @@ def test_a_launch_file_says_which_placement(train, placement):
     assert_same_run(found, train(DEMO_LM))
 
 
-def test_a_latent_has_died_and_a_step_was_short(train, gpt2_dir):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_latent_has_died_and_a_step_was_short(train, gpt2_dir, kind):
     """Else the runs above would agree on less than they claim."""
-    steps = [each for each in metrics_of(train(gpt2_dir)) if "layers" in each]
+    run = train(gpt2_dir, *KINDS[kind])
+    steps = [each for each in metrics_of(run) if "layers" in each]
     assert any(layer["auxk_loss"] > 0 for layer in steps[-1]["layers"].values())
-    index = json.loads((train(gpt2_dir) / "latest" / "checkpoint.json").read_text())
+    index = json.loads((run / "latest" / "checkpoint.json").read_text())
     assert index["step"] == STEPS

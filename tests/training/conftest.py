@@ -84,6 +84,7 @@ ACROSS = {"reads": "layers.0.mlp.down_proj:in,layers.0", "writes": "layers.0.mlp
 """Two transcoders: from the wide hidden layer of an MLP to its output, and from one layer to the next one's MLP."""
 KINDS = {
     "sae": ({}, {}),
+    "mixed": ({"hookpoints": "layers.0,layers.1.mlp.down_proj:in"}, {}),
     "transcoder": (ACROSS, {"skip_connection": True}),
     "crosscoder": ({"crosscode": "resid,layers.1.mlp.down_proj:in"}, {}),
 }

@@ -34,7 +34,7 @@ REFERENCE_RECIPE = {
 
 
 RECIPES = {"defaults": {"auxk_relative_to": "residual"}, "reference": REFERENCE_RECIPE}
-SAES = product(["sae"], ["adam", "signum", "muon"], [2, 5], RECIPES, ["topk"])
+SAES = product(["mixed"], ["adam", "signum", "muon"], [2, 5], RECIPES, ["topk"])
 
 
 @pytest.mark.parametrize(

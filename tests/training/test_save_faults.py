@@ -93,14 +93,13 @@ class StopsAtFour(Recorder):
 
 @pytest.fixture
 def saver(request, make_trainer, monkeypatch):
-    """Of a run that stopped after step 4 and has that checkpoint; of SAEs unless a kind of coders is asked for."""
-    kind = getattr(request, "param", "sae")
-    options, of_sae = KINDS[kind]
+    """Of a run that stopped after step 4 and has that checkpoint; of SAEs of two widths unless a kind is asked for."""
+    options, of_sae = KINDS[getattr(request, "param", "mixed")]
     options = {**options, "sae": SaeConfig(num_latents=64, k=4, **of_sae)}
     made = []
     monkeypatch.setattr(trainer_module, "Saver", lambda *args: made.append(Saver(*args)) or made[0])
     with pytest.raises(Interrupted):
-        make_trainer(reporter=StopsAtFour(), layers=(0, 2) if kind == "sae" else None, **options).fit()
+        make_trainer(reporter=StopsAtFour(), **options).fit()
     return made[0]
 
 
@@ -155,10 +154,18 @@ def in_a_child(work):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("saver", "prepare"), [("sae", next_step), ("transcoder", the_same_step_again)], indirect=["saver"]
-)
-@pytest.mark.parametrize(
-    ("when", "strike"), [("before", die), ("torn", die), ("before", disk_full), ("torn", disk_full)]
+    ("saver", "prepare", "when", "strike"),
+    [
+        ("mixed", next_step, "before", die),
+        ("crosscoder", next_step, "torn", die),
+        ("transcoder", next_step, "before", disk_full),
+        ("mixed", next_step, "torn", disk_full),
+        ("transcoder", the_same_step_again, "before", die),
+        ("mixed", the_same_step_again, "torn", die),
+        ("crosscoder", the_same_step_again, "before", disk_full),
+        ("transcoder", the_same_step_again, "torn", disk_full),
+    ],
+    indirect=["saver"],
 )
 def test_the_newest_whole_checkpoint_is_found(saver, tmp_path, monkeypatch, prepare, when, strike):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # it is struck as any change; what it waits for is the machine's
@@ -228,7 +235,7 @@ def saver_of(rank, together, saver):
     return Saver(saver.plan, bank, copy.copy(saver.run), saver.warn)
 
 
-@pytest.mark.parametrize("broken", ["layers.0", "layers.2"])
+@pytest.mark.parametrize("broken", ["layers.0", "layers.1.mlp.down_proj:in"])
 def test_weights_that_are_not_finite_on_one_rank_end_the_save_on_all(saver, broken):
     """A rank takes part in putting together the units that others write, whatever its own are like."""
     run = saver.plan.run_dir

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from saekit import Sae, SaeConfig, UserError
-from tests.training.conftest import CTX_LEN, WIDTH, Recorder
+from tests.training.conftest import CTX_LEN, KINDS, WIDTH, Recorder
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 HOOKPOINTS = ("layers.0", "layers.1", "layers.2")
@@ -100,25 +100,28 @@ def test_calibration_centres_the_first_batch(make_trainer, blocks_output, tokens
         torch.testing.assert_close(state[f"{name}/state/variance"], variance, rtol=1e-5, atol=0)
 
 
+SPLITS = {
+    "micro": {"batch_size": 8, "micro_acc_steps": 3},
+    "accumulated": {"batch_size": 4, "grad_acc_steps": 2},
+    "both": {"batch_size": 2, "grad_acc_steps": 4, "micro_acc_steps": 5},
+}
+
+
 @pytest.mark.parametrize(
-    "split",
-    [
-        {"batch_size": 8, "micro_acc_steps": 3},
-        {"batch_size": 4, "grad_acc_steps": 2},
-        {"batch_size": 1, "grad_acc_steps": 8, "micro_acc_steps": 5},
-    ],
-    ids=["micro", "accumulated", "both"],
+    ("kind", "split"),
+    [("mixed", "micro"), ("sae", "accumulated"), ("mixed", "both"), ("transcoder", "both"), ("crosscoder", "both")],
 )
-def test_any_split_of_the_global_batch_gives_the_same_saes(make_trainer, tmp_path, split):
-    sae = SaeConfig(num_latents=64, k=4, multi_topk=True)
-    reference = make_trainer("reference", sae=sae).fit()
-    other = make_trainer("other", sae=sae, **split).fit()
+def test_any_split_of_the_global_batch_gives_the_same_saes(make_trainer, tmp_path, kind, split):
+    options, of_sae = KINDS[kind]
+    options = {**options, "sae": SaeConfig(num_latents=64, k=4, multi_topk=True, **of_sae)}
+    trainer = make_trainer("reference", **options)
+    reference, other = trainer.fit(), make_trainer("other", **options, **SPLITS[split]).fit()
     assert_same_tensors(tensors_of(other), tensors_of(reference), rtol=2e-4, atol=2e-5)
     for found, expected in zip(metrics_of(tmp_path / "other"), metrics_of(tmp_path / "reference"), strict=True):
         assert found["step"] == expected["step"]
         assert found["tokens"] == expected["tokens"]
         assert found["learning_rate"] == expected["learning_rate"]
-        for name in HOOKPOINTS:
+        for name in trainer.plan.hookpoints:
             assert found["layers"][name]["dead"] == expected["layers"][name]["dead"]
             for key in ("fvu", "l0", "loss", "auxk_loss", "multi_topk_fvu"):
                 assert found["layers"][name][key] == pytest.approx(expected["layers"][name][key], rel=1e-4), key
