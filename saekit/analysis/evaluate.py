@@ -59,7 +59,7 @@ class Evaluator:
 
     def __init__(self, subject: Subject, start_anywhere: bool = True) -> None:
         self.sites = sites = _sites(subject)
-        check_widths(subject.model, sites.values())
+        check_widths(subject.models, sites.values())
         self.subject = subject
         self.names = list(subject.saes)
         self.hookpoints = [each.name for each in hookpoints_of(sites.values())]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saekit.activations.pair import Models, models_of
 from saekit.activations.sites import Site, common, site_of
 from saekit.data import Sequences
 from saekit.sae import Sae
@@ -165,11 +166,19 @@ class Subject:
     total: Total = _alone
     whole: Callable[[str], Sae] | None = None
     """Gives an SAE for one use, if no rank holds them all. All ranks ask for the same ones in the same order."""
+    other: PreTrainedModel | None = None
+    """The second model, if the coders are crosscoders of two."""
+    other_name: str | None = None
 
     @property
     def device(self) -> torch.device:
         """Return where everything is computed."""
         return self.model.device
+
+    @property
+    def models(self) -> Models:
+        """Return the model, or both."""
+        return models_of(self.model, self.other)
 
     @cached_property
     def sites(self) -> dict[str, Site]:

@@ -188,7 +188,9 @@ class RunPlan:
 
     def about(self) -> dict[str, Any]:
         """Return the origin that a checkpoint names."""
-        return {"model": self.source.name, "dataset": self.source.data_name, "ctx_len": self.source.ctx_len}
+        source = self.source
+        other = {} if source.other_name is None else {"other_model": source.other_name}
+        return {"model": source.name, **other, "dataset": source.data_name, "ctx_len": source.ctx_len}
 
     def info(self, placement: Placement, start_step: int) -> RunInfo:
         """Return what reporters are told before the first step."""
@@ -268,8 +270,14 @@ def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
     """
     if source.sites is not None:
         return source.sites
-    if cfg.transcodes or cfg.crosscode is not None:
-        asked = "--crosscode" if cfg.crosscode is not None else "--transcode" if cfg.transcode else "--reads"
+    if cfg.coder != "SAE":
+        given = {
+            "--crosscode": cfg.crosscode,
+            "--crosscode-models": cfg.crosscode_models,
+            "--transcode": cfg.transcode or None,
+            "--reads": cfg.reads,
+        }
+        asked = next(name for name, value in given.items() if value is not None)
         raise UserError(f"{asked}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
     return tuple(map(autoencoder, source.hookpoints))
 
