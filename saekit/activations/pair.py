@@ -77,8 +77,8 @@ def tap_all(models: Models, hookpoints: Sequence[str]) -> Iterator[Callable[...,
 
     Yields:
         A function that runs them on `input_ids` one after the other, each up to its last hookpoint, and returns each
-        hookpoint's activations `[B, T, D]`, all on the device of `input_ids`. With `keep=`, what that makes of them: the
-        activations themselves are then dropped, before the next model runs.
+        hookpoint's activations `[B, T, D]`, all on the device of `input_ids`; or, with `keep=`, what that makes of
+        them: the activations themselves are then dropped, before the next model runs.
     """
     with ExitStack() as opened:
         own = {prefix: names_in(prefix, hookpoints) for prefix in models}

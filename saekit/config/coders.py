@@ -49,8 +49,8 @@ class CodersConfig:
     )
     crosscode_models: str | None = option(
         None,
-        "Compare MODEL with this one, a hub id or a local folder with the same tokenizer: train a crosscoder of each of "
-        "--hookpoints that reads and reconstructs it in both models, each scaled to the same variance.",
+        "Compare MODEL with this one, a hub id or a local folder with the same tokenizer: train a crosscoder of each "
+        "of --hookpoints that reads and reconstructs it in both models, each scaled to the same variance.",
         panel=SAE,
     )
     crosscode_revision: str | None = option(
@@ -122,9 +122,8 @@ class CodersConfig:
         if not self.crosscode_models:
             raise ValueError("--crosscode-models is empty: give a hub id or a local folder")
         others = {"--crosscode": self.crosscode, "--transcode": self.transcode or None, "--reads": self.reads}
-        for option_name, given in others.items():
-            if given is not None:
-                raise ValueError(
-                    f"--crosscode-models goes with --hookpoints, not with {option_name}: its crosscoders read and write "
-                    "the same hookpoint of both models"
-                )
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(
+                f"--crosscode-models goes with --hookpoints, not with {given[0]}: its crosscoders read and write the "
+                "same hookpoint of both models"
+            )
