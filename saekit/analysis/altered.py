@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saekit.activations import splice, start_behind, tap
+from saekit.activations import splice, start_behind
 from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.pair import names_in, tap_all
 from saekit.activations.splice import Predict, Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.sums import CHANGES, SKIP
@@ -23,21 +24,25 @@ class Altered:
 
     Args:
         model: With a head, but for `read`.
-        hookpoints: Whose activations are looked at.
+        hookpoints: Whose activations are looked at; of two models only its own are.
         start_anywhere: Whether blocks whose output is replaced may be left out, where that was seen to give the same.
+        prefix: What begins the names of its hookpoints, see `saekit.activations.pair.Models`.
     """
 
-    def __init__(self, model: PreTrainedModel, hookpoints: Sequence[str], start_anywhere: bool) -> None:
-        self.model, self.hookpoints, self.start_anywhere = model, list(hookpoints), start_anywhere
-        self._blocks = {name for name in hookpoints if Hookpoint(name, 0).is_block}
+    def __init__(
+        self, model: PreTrainedModel, hookpoints: Sequence[str], start_anywhere: bool, prefix: str = ""
+    ) -> None:
+        self.model, self.prefix, self.start_anywhere = model, prefix, start_anywhere
+        self.hookpoints = [f"{prefix}{name}" for name in names_in(prefix, hookpoints)]
+        self._blocks = {name for name in self.hookpoints if Hookpoint(name, 0).is_block}
         self._no_cache = without_cache(model)
         self._can_start_behind: dict[str, bool] = {}
         """By hookpoint: whether a model with it replaced can be run from there on only."""
 
     def read(self, inputs: Tensor) -> dict[str, Tensor]:
         """Each hookpoint's activations `[B, T, D]`."""
-        with tap(self.model, self.hookpoints) as read:
-            return dict(read(inputs))
+        with tap_all({self.prefix: self.model}, self.hookpoints) as read:
+            return read(inputs)
 
     def clean(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, T, V]` and each hookpoint's activations `[B, T, D]`, in one pass."""
@@ -57,14 +62,15 @@ class Altered:
         self, inputs: Tensor, replacements: Mapping[str, Replace | Predict], excluded: Tensor | None = None
     ) -> Tensor:
         """Logits with replaced activations."""
-        with splice(self.model, replacements, excluded):
+        own = {name.removeprefix(self.prefix): replace for name, replace in replacements.items()}
+        with splice(self.model, own, excluded):
             return self.model(input_ids=inputs, **self._no_cache).logits
 
     def logits_behind(self, hookpoint: str, new: Tensor, inputs: Tensor) -> Tensor:
         """Logits with these activations at a hookpoint."""
         if not self._can_start_behind.get(hookpoint, False):
             return self.logits(inputs, {hookpoint: lambda _: new})
-        with start_behind(self.model, hookpoint, new):
+        with start_behind(self.model, hookpoint.removeprefix(self.prefix), new):
             return self.model(input_ids=inputs, **self._no_cache).logits
 
     def try_starting_behind(self, name: str, acts: Tensor, inputs: Tensor, logits: Tensor) -> None:
@@ -79,7 +85,7 @@ class Altered:
         if name in self._can_start_behind or name not in self._blocks or not self.start_anywhere:
             return
         try:
-            with start_behind(self.model, name, acts):
+            with start_behind(self.model, name.removeprefix(self.prefix), acts):
                 again = self.model(input_ids=inputs, **self._no_cache).logits
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             self._can_start_behind[name] = False  # it misses something that the idle blocks would have left

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saekit.activations.head import predicts
 from saekit.activations.pair import Models, models_of
 from saekit.activations.sites import Site, common, site_of
 from saekit.data import Sequences
@@ -180,6 +181,13 @@ class Subject:
         """Return the model, or both."""
         return models_of(self.model, self.other)
 
+    @property
+    def answering(self) -> int:
+        """Return how many of the models have a head for the task, the first of two first."""
+        if self.objective is None:
+            return 0
+        return 1 if self.other is None or predicts(self.other) != self.objective_name else 2
+
     @cached_property
     def sites(self) -> dict[str, Site]:
         """Return what each coder reads and writes.
@@ -223,7 +231,12 @@ def misplaced(subject: Subject) -> tuple[str, ...]:
     known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
     others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
     what = common(site.kind for site in subject.sites.values())
-    return (*said, *(f"the {what}s were trained on {other}, and this model is {name}" for other in others))
+    said += [f"the {what}s were trained on {other}, and this model is {name}" for other in others]
+    if subject.other is not None:
+        name, kind = str(subject.other_name), type(subject.other).__name__
+        seconds = dict.fromkeys(known.other for known in known_all if not known.is_of_other(name, kind))
+        said += [f"the {what}s were trained on {other} as the second model, and it is {name}" for other in seconds]
+    return tuple(said)
 
 
 def of_kinds(kinds: Sequence[str]) -> str:
