@@ -17,7 +17,9 @@ SKIP = ["--reads", "h.0:in,h.0.mlp.c_proj:in", "--writes", "h.0.mlp,h.1.mlp", "-
 """Transcoders: one in a layer, and one of another width that reads in one layer and writes in the next."""
 CROSS = ["--crosscode", "resid,h.0.mlp.c_proj:in"]
 """One unit, so some ranks of a layer map have none."""
-KINDS = {"mixed": MIXED, "skip": SKIP, "cross": CROSS}
+TWO_MODELS = ["--hookpoints", "h.0,h.1.mlp.c_proj:in", "--crosscode-models"]
+"""Crosscoders of two widths; the second model's name is still to come."""
+KINDS = {"mixed": MIXED, "skip": SKIP, "cross": CROSS, "two models": TWO_MODELS}
 BATCH_TOPK, SIGNUM = ["--activation", "batchtopk"], ["--optimizer", "signum"]
 
 
@@ -64,15 +66,20 @@ def compare(one, other, where):
         ("cross", 3, ["--placement", "ddp", "--micro-acc-steps", 2]),
         ("cross", 2, ["--placement", "layer-map"]),
         ("cross", 2, ["--placement", "zero3"]),
+        ("two models", 3, ["--placement", "ddp"]),
+        ("two models", 2, ["--placement", "layer-map"]),
+        ("two models", 2, ["--placement", "zero3", "--shard-lm"]),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else None,
 )
-def test_ranks_and_placements_agree(train, gpt2_dir, lm, ranks, options):
+def test_ranks_and_placements_agree(train, gpt2_dir, other_dir, lm, ranks, options):
     """With the small model for each kind of coder, and every tensor of the host told from the device's.
 
     The demo's model on two ranks is trained under each placement in `test_a_launch_file_says_which_placement`.
     """
     model, kind = (DEMO_LM, []) if lm == "demo" else (gpt2_dir, KINDS[lm])
+    if lm == "two models":
+        kind = [*kind, other_dir]
     assert_same_run(train(model, *options, *kind, ranks=ranks, devices=lm != "demo"), train(model, *kind))
 
 
