@@ -86,7 +86,8 @@ def train(
         eval_dataset: What `eval_every` evaluates on, in the same forms as `dataset`. By default documents of `dataset`
             that the run does not read; for data in memory it must be given.
         tokenizer: For a loaded model; by default the tokenizer of the folder or hub id that it was loaded from.
-        other_model: A loaded model for crosscoders of two models, instead of one that `crosscode_models` names.
+        other_model: A loaded model for crosscoders of two models, instead of one that `crosscode_models` names. It is
+            only read, and moved to the device of `model`.
         other_tokenizer: For that, as `tokenizer`; the two must give the same token ids.
         reporter: What shows the progress; by default the live view, or plain lines if there is no terminal.
         options: The options of `saekit train`, by the same names with underscores (`batch_size=8`, `ctx_len=1024`,

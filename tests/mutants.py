@@ -429,8 +429,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "ranks load the language model in the types of their own GPUs",
         "saekit/training/live.py",
-        "agreed_type(cfg.model, device, placement.gather)",
-        "cfg.model",
+        "agreed_type(cfg, device, placement.gather)",
+        "cfg",
         "training/test_agreed",
     ),
     (
@@ -948,8 +948,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "a truncated model is found after the data are read",
         "saekit/training/early.py",
-        "        check_model(cfg.model)\n",
-        "        pass\n",
+        "            check_model(model)\n",
+        "            pass\n",
         "cli/test_early",
     ),
     (

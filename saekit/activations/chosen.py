@@ -69,7 +69,7 @@ def chosen(cfg: CodersConfig, shape: ModelShape, other: ModelShape | None = None
         structure = measure(None, other.config)
         readings = {**structure.readings}
         there = [each.name for each in found.hookpoints if each.name in readings]
-        depth = max(1, *(blocks_for(structure, name) for name in there))
+        depth = max([1, *(blocks_for(structure, name) for name in there)])
     return Chosen(paired(found.hookpoints, readings, str(cfg.crosscode_models)), found.depth, depth)
 
 

@@ -279,6 +279,7 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
     asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
     if options.other_model is not None:
         asked["crosscode_models"] = options.other_model
+        values.pop("crosscode_revision", None)  # of the one that it takes the place of
     for name in ("model", "dataset"):
         if name not in values and name not in asked:
             given = "DATASET" if name == "dataset" else "--model"
