@@ -115,8 +115,8 @@ def test_evaluating_inspecting_and_the_page(run, saekit, train, other_dir, tmp_p
         str(other_dir),
     ):
         assert part in text
-    index = folder / "config.yaml"
-    index.write_text("".join(line for line in index.open() if "crosscode_models" not in line))
+    config = folder / "config.yaml"
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if "crosscode_models" not in line))
     assert_refused(saekit("eval", folder, text_file), "layers.0 is a crosscoder of two models", "--other-model")
     given = saekit(
         "eval", folder, text_file, "--max-tokens", 512, "--other-model", other_dir, "--include-training-data"
