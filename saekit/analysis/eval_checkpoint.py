@@ -25,9 +25,8 @@ from saekit.activations import (
     resolve_ctx_len,
     vocabulary_of,
 )
-from saekit.activations.hookpoints import OTHER as OF_OTHER
 from saekit.activations.same_tokens import check_same_tokens
-from saekit.analysis.coder_files import mapping
+from saekit.analysis.coder_files import check_models
 from saekit.analysis.defaults import DEFAULT_TOKENS
 from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
@@ -41,9 +40,8 @@ from saekit.placement import Placement, connect
 from saekit.placement.failure import one_error
 from saekit.runs.files import write_at_once
 from saekit.runs.layout import CONFIG_FILE, EVAL_FILE
-from saekit.runs.locate import Location, check_files, locate, read_json
+from saekit.runs.locate import check_files, locate
 from saekit.runs.opening import open_sae
-from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +132,7 @@ def prepare(
     run = _config(location.checkpoint, options)
     cfg = run.cfg
     models = [each for each in (cfg.model, cfg.other_model) if each is not None]
-    _check_models(location, len(models))
+    check_models(location.saes, location.checkpoint, len(models))
     shapes = []
     for each in models:
         status(f"Reading the configuration of {each.model}")
@@ -182,20 +180,6 @@ def prepare(
         other_name=models[-1].model if len(loaded) == 2 else None,
     )
     return Prepared(location.checkpoint if location.kind != "sae" else path, cfg, origin, tokenizer, subject)
-
-
-def _check_models(location: Location, count: int) -> None:
-    """Check that there are two models for crosscoders of two, and one for other coders."""
-    for name, folder in location.saes.items():
-        reads = mapping(read_json(folder / SAE_CONFIG), "reads")
-        pair = any(hookpoint.startswith(OF_OTHER) for hookpoint in reads)
-        if pair and count == 1:
-            raise UserError(
-                f"{name} is a crosscoder of two models, and {location.checkpoint} does not say which the second is: "
-                "name it by --other-model"
-            )
-        if not pair and count == 2:
-            raise UserError(f"{name} is no crosscoder of two models: leave out --other-model")
 
 
 def evaluate_checkpoint(

@@ -82,6 +82,17 @@ class CodersConfig:
             return "transcoder"
         return "SAE" if self.crosscode is None and self.crosscode_models is None else "crosscoder"
 
+    @property
+    def asked(self) -> list[str]:
+        """Return the options that ask for other coders than SAEs."""
+        options = {
+            "--crosscode": self.crosscode,
+            "--crosscode-models": self.crosscode_models,
+            "--transcode": self.transcode or None,
+            "--reads": self.reads,
+        }
+        return [name for name, value in options.items() if value is not None]
+
     @field_validator("layers", "hookpoints", "reads", "writes", "crosscode")
     @classmethod
     def _check_some(cls, named: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -121,9 +132,8 @@ class CodersConfig:
             return
         if not self.crosscode_models:
             raise ValueError("--crosscode-models is empty: give a hub id or a local folder")
-        others = {"--crosscode": self.crosscode, "--transcode": self.transcode or None, "--reads": self.reads}
-        if given := [name for name, value in others.items() if value is not None]:
+        if others := [name for name in self.asked if name != "--crosscode-models"]:
             raise ValueError(
-                f"--crosscode-models goes with --hookpoints, not with {given[0]}: its crosscoders read and write the "
+                f"--crosscode-models goes with --hookpoints, not with {others[0]}: its crosscoders read and write the "
                 "same hookpoint of both models"
             )

@@ -272,14 +272,7 @@ def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
     if source.sites is not None:
         return source.sites
     if cfg.coder != "SAE":
-        given = {
-            "--crosscode": cfg.crosscode,
-            "--crosscode-models": cfg.crosscode_models,
-            "--transcode": cfg.transcode or None,
-            "--reads": cfg.reads,
-        }
-        asked = next(name for name, value in given.items() if value is not None)
-        raise UserError(f"{asked}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
+        raise UserError(f"{cfg.asked[0]}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
     return tuple(map(autoencoder, source.hookpoints))
 
 
