@@ -65,6 +65,8 @@ def train(
     config: str | Path | None = None,
     eval_dataset: Data | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    other_model: PreTrainedModel | None = None,
+    other_tokenizer: PreTrainedTokenizerBase | None = None,
     reporter: Reporter | None = None,
     **options: Any,
 ) -> Path:
@@ -84,6 +86,9 @@ def train(
         eval_dataset: What `eval_every` evaluates on, in the same forms as `dataset`. By default documents of `dataset`
             that the run does not read; for data in memory it must be given.
         tokenizer: For a loaded model; by default the tokenizer of the folder or hub id that it was loaded from.
+        other_model: A loaded model for crosscoders of two models, instead of one that `crosscode_models` names. It is
+            only read, and moved to the device of `model`.
+        other_tokenizer: For that, as `tokenizer`; the two must give the same token ids.
         reporter: What shows the progress; by default the live view, or plain lines if there is no terminal.
         options: The options of `saekit train`, by the same names with underscores (`batch_size=8`, `ctx_len=1024`,
             `layers="0-10:2"` or `layers=[0, 2]`). None stands for the default.
@@ -98,6 +103,12 @@ def train(
         Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, when the step is finished and its checkpoint is written.
     """
     loaded, model_name = _loaded_model(model)
+    if other_model is not None:
+        if "crosscode_models" in options:
+            raise UserError("crosscode_models and other_model both say which model to compare with: give one of them")
+        other_model, options["crosscode_models"] = _loaded_model(other_model)
+        if other_model is None:
+            raise UserError("other_model is a name: give a loaded model, or the name as crosscode_models")
     rows, dataset_name = _rows(dataset, IN_MEMORY)
     eval_rows, eval_name = _rows(eval_dataset, EVAL_IN_MEMORY)
     given = {"model": model_name, "dataset": dataset_name, "eval_dataset": eval_name, **options}
@@ -109,11 +120,12 @@ def train(
         if name not in values:
             raise UserError(f"{name} is missing: give it, or a config that names it")
     cfg = RunConfig.from_flat(values)
-    if loaded is not None and (useless := [name for name in OF_LOADING if name in given]):
+    by_name = loaded is None or (cfg.train.crosscode_models is not None and other_model is None)
+    if not by_name and (useless := [name for name in OF_LOADING if name in given]):
         raise UserError(
             f"{useless[0]}={given[useless[0]]!r} is about loading the model, and the model is loaded already"
         )
-    if loaded is None and tokenizer is not None:
+    if (loaded is None and tokenizer is not None) or (other_model is None and other_tokenizer is not None):
         raise UserError("a tokenizer is for a loaded model: leave it out, or give the model loaded as well")
     if rows is not None and cfg.train.eval_every is not None and cfg.data.eval_dataset in (None, cfg.data.dataset):
         raise UserError("eval_every needs an eval_dataset: of data in memory, no part is held out")
@@ -121,7 +133,7 @@ def train(
     from saekit.training.launch import train_from_config
     from saekit.training.live import InMemory
 
-    return train_from_config(cfg, reporter, InMemory(loaded, tokenizer, rows, eval_rows))
+    return train_from_config(cfg, reporter, InMemory(loaded, tokenizer, rows, eval_rows, other_model, other_tokenizer))
 
 
 def evaluate(
@@ -130,6 +142,7 @@ def evaluate(
     *,
     split: str | None = None,
     model: str | Path | None = None,
+    other_model: str | Path | None = None,
     max_tokens: int = DEFAULT_TOKENS,
     batch_size: int = 8,
     include_training_data: bool = False,
@@ -145,6 +158,7 @@ def evaluate(
             did not read.
         split: The split of the data set; by default the run's.
         model: The language model's hub id or folder; by default the one that the run was trained on.
+        other_model: The same of the second model, of crosscoders of two.
         max_tokens: How much to evaluate on, in tokens.
         batch_size: Sequences per forward pass of the language model, on each rank.
         include_training_data: Whether to evaluate also on documents that the run was trained on.
@@ -163,6 +177,7 @@ def evaluate(
         ("checkpoint", checkpoint, False),
         ("dataset", dataset, True),
         ("model", model, True),
+        ("other_model", other_model, True),
     ):
         if not isinstance(value, (str, Path)) and not (optional and value is None):
             raise UserError(f"{name} is a {type(value).__name__}: give a path or a name, as for saekit eval")
@@ -172,8 +187,8 @@ def evaluate(
 
     from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
 
-    dataset, model = (None if each is None else str(each) for each in (dataset, model))
-    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data, verify)
+    dataset, model, other_model = (None if each is None else str(each) for each in (dataset, model, other_model))
+    options = EvalOptions(dataset, split, model, other_model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement:
         results = evaluate_checkpoint(Path(checkpoint), options, placement).results
     for text in results.warnings() if placement.rank == 0 else ():

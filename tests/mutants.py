@@ -429,8 +429,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "ranks load the language model in the types of their own GPUs",
         "saekit/training/live.py",
-        "agreed_type(cfg.model, device, placement.gather)",
-        "cfg.model",
+        "agreed_type(cfg, device, placement.gather)",
+        "cfg",
         "training/test_agreed",
     ),
     (
@@ -880,6 +880,34 @@ LIST: list[tuple[str, ...]] = [
         "pass",
         "training/test_resume",
     ),
+    (
+        "special tokens of a second model are counted",
+        LIVE,
+        "excluded.update(excluded_tokens(cfg, model, tokenizer))",
+        "excluded = excluded or set(excluded_tokens(cfg, model, tokenizer))",
+        "training/test_two_models",
+    ),
+    (
+        "a token that two tokenizers number differently is let through",
+        "saekit/activations/same_tokens.py",
+        "and ids[text] != other_ids[text]",
+        "and False",
+        "activations/test_same_tokens",
+    ),
+    (
+        "relative decoder norms are those of the first model",
+        "saekit/analysis/sharing.py",
+        "norms_M2[total_M > 0, 1]",
+        "norms_M2[total_M > 0, 0]",
+        "analysis/test_two_models",
+    ),
+    (
+        "all of two models' crosscoders at once are put into one model",
+        EVALUATE,
+        "for name, replace in several.items() if name in model.hookpoints}",
+        "for name, replace in several.items() if name in self.models[0].hookpoints}",
+        "analysis/test_two_models",
+    ),
     ("a hookpoint that two coders read is gone for the second", SITES, "if part.name in needed else", "if False else"),
     ("activations of another width are reshaped", MODEL, " or x.shape[-1:] != (self.d_in,):", ":", "test_api_errors"),
     ("a plug-in takes a built-in kind's name", REGISTRY, "if name in self._built_in or self._reg", "if self._reg"),
@@ -920,8 +948,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "a truncated model is found after the data are read",
         "saekit/training/early.py",
-        "        check_model(cfg.model)\n",
-        "        pass\n",
+        "            check_model(model)\n",
+        "            pass\n",
         "cli/test_early",
     ),
     (

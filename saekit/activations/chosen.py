@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from saekit.activations.hookpoints import Hookpoint, block_outputs, find_blocks, select_layers, text_config_of, width
+from saekit.activations.hookpoints import (
+    OTHER,
+    Hookpoint,
+    block_outputs,
+    find_blocks,
+    select_layers,
+    text_config_of,
+    width,
+)
 from saekit.activations.lm import ModelShape, hookpoint_names
-from saekit.activations.matching import Matched, choose
+from saekit.activations.matching import Matched, blocks_for, choose
+from saekit.activations.pair import Models, paired
 from saekit.activations.patterns import fold
 from saekit.activations.sites import Site, autoencoder, crosscoder, hookpoints_of, transcoder
 from saekit.activations.structure import Reading, Structure, measure
@@ -27,6 +36,8 @@ class Chosen(NamedTuple):
     """In the order in which a forward pass comes to what they write."""
     depth: int
     """The number of blocks that have to be there for that."""
+    other_depth: int = 0
+    """The same of the second of two models."""
 
     @property
     def hookpoints(self) -> tuple[Hookpoint, ...]:
@@ -34,13 +45,35 @@ class Chosen(NamedTuple):
         return hookpoints_of(self.sites)
 
 
-def chosen(cfg: CodersConfig, shape: ModelShape) -> Chosen:
+def chosen(cfg: CodersConfig, shape: ModelShape, other: ModelShape | None = None) -> Chosen:
     """Choose a run's sites from the model's config alone.
+
+    Args:
+        cfg: The run's.
+        shape: The model's.
+        other: The second model's, for crosscoders of two.
 
     Raises:
         UserError: If a pattern cannot be read, means nothing in this model, or means what cannot be read; if a layer is
-            out of range, or what is to be read and to be written do not make pairs in the right order.
+            out of range, or what is to be read and to be written do not make pairs in the right order; if the second
+            model has nothing of that name.
     """
+    found = _chosen(cfg, shape)
+    if other is None:
+        return found
+    if all(each.is_block for each in found.hookpoints):
+        names = hookpoint_names(other, range(other.num_layers))
+        readings = _outputs(names, other.d_in)
+        depth = 1 + max(names.index(each.name) if each.name in names else 0 for each in found.hookpoints)
+    else:
+        structure = measure(None, other.config)
+        readings = {**structure.readings}
+        there = [each.name for each in found.hookpoints if each.name in readings]
+        depth = max([1, *(blocks_for(structure, name) for name in there)])
+    return Chosen(paired(found.hookpoints, readings, str(cfg.crosscode_models)), found.depth, depth)
+
+
+def _chosen(cfg: CodersConfig, shape: ModelShape) -> Chosen:
     if names_none(cfg):
         layers = select_layers(shape.num_layers, cfg.layers, cfg.layer_stride)
         names = hookpoint_names(shape, layers)
@@ -48,15 +81,45 @@ def chosen(cfg: CodersConfig, shape: ModelShape) -> Chosen:
     return choose_sites(measure(None, shape.config), cfg)
 
 
-def chosen_in(cfg: CodersConfig, model: PreTrainedModel) -> tuple[Site, ...]:
+def chosen_in(cfg: CodersConfig, model: PreTrainedModel, other: PreTrainedModel | None = None) -> tuple[Site, ...]:
     """Choose a run's sites in a model that is loaded, at least as far as the last of them.
+
+    Args:
+        cfg: The run's.
+        model: The model.
+        other: The second one, for crosscoders of two.
 
     Raises:
         UserError: As `chosen`.
     """
     if names_none(cfg):
-        return tuple(map(autoencoder, block_outputs(model, cfg.layers, cfg.layer_stride)))
-    return choose_sites(structure_of(model), cfg).sites
+        sites = tuple(map(autoencoder, block_outputs(model, cfg.layers, cfg.layer_stride)))
+    else:
+        sites = choose_sites(structure_of(model), cfg).sites
+    if other is None:
+        return sites
+    hookpoints = hookpoints_of(sites)
+    return paired(hookpoints, readings_in(other, hookpoints), str(cfg.crosscode_models))
+
+
+def readings_in(model: PreTrainedModel, hookpoints: Iterable[Hookpoint]) -> dict[str, Reading]:
+    """Return what can be read in a model that is loaded; only blocks' outputs, if the hookpoints are all such.
+
+    Then no structure has to be measured.
+    """
+    readings = _outputs(_blocks(model), width(text_config_of(model.config)))
+    if all(each.is_block for each in hookpoints):
+        return readings
+    return {**readings, **structure_of(model).readings}
+
+
+def _blocks(model: PreTrainedModel) -> list[str]:
+    blocks = find_blocks(model)
+    return [blocks.hookpoint(layer) for layer in range(len(blocks.modules))]
+
+
+def _outputs(blocks: Sequence[str], wide: int) -> dict[str, Reading]:
+    return {name: Reading(name, wide, None, order) for order, name in enumerate(blocks)}
 
 
 def names_none(cfg: CodersConfig) -> bool:
@@ -133,23 +196,23 @@ def structure_of(model: PreTrainedModel) -> Structure:
         ) from error
 
 
-def check_widths(model: PreTrainedModel, sites: Iterable[Site]) -> None:
+def check_widths(models: Models, sites: Iterable[Site]) -> None:
     """Check that what coders read and write is there in a model that is loaded, in their widths and their order.
 
     Args:
-        model: Any HuggingFace model.
+        models: Any HuggingFace model, or two.
         sites: Of the coders.
 
     Raises:
         UserError: If there is no such hookpoint, it cannot be read, or it has another width; if a transcoder's input
             comes after what it predicts.
     """
-    blocks, sites = find_blocks(model), tuple(sites)
-    outputs = [blocks.hookpoint(layer) for layer in range(len(blocks.modules))]
-    wide = width(text_config_of(model.config))
-    readings = {name: Reading(name, wide, None, order) for order, name in enumerate(outputs)}
-    if not all(part.is_block for part in hookpoints_of(sites)):
-        readings = {**readings, **structure_of(model).readings}
+    sites = tuple(sites)
+    readings = {
+        f"{prefix}{name}": reading
+        for prefix, model in models.items()
+        for name, reading in readings_in(model, hookpoints_of(sites)).items()
+    }
     for site in sites:
         for part in site.parts:
             what = f"the {site.kind} of {site.name}"
@@ -158,6 +221,7 @@ def check_widths(model: PreTrainedModel, sites: Iterable[Site]) -> None:
             )
             found = readings.get(part.name)
             if found is None:
+                outputs = _blocks(models[OTHER] if part.name.startswith(OTHER) else models[""])
                 raise UserError(
                     f"{what}{does} does not belong to this model, whose layers are {outputs[0]} to {outputs[-1]}"
                 )
@@ -186,8 +250,7 @@ def off_stream(model: PreTrainedModel, hookpoint: str) -> str | None:
 
     They are if they are a block's output or input, or are added to the stream as they are, or times a number.
     """
-    blocks = find_blocks(model)
-    if hookpoint.removesuffix(IN) in {blocks.hookpoint(layer) for layer in range(len(blocks.modules))}:
+    if hookpoint.removesuffix(IN) in _blocks(model):
         return None
     structure = structure_of(model)
     if hookpoint in structure.writers:

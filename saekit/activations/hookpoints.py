@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+OTHER = "other."
+"""Begins the names of hookpoints in the second of two models (`--crosscode-models`): `other.layers.3`."""
+
+
 @dataclass(frozen=True)
 class Hookpoint:
     """A named tensor of the language model: the output of one of its modules, or its input.
 
     Its name is the module's path relative to the base model, and `:in` behind it for the module's input:
-    `layers.3` is a block's output (the residual stream), `layers.3.mlp:in` the input of its MLP.
+    `layers.3` is a block's output (the residual stream), `layers.3.mlp:in` the input of its MLP. Of the second of two
+    models it begins with `OTHER`.
     """
 
     name: str
@@ -31,7 +36,12 @@ class Hookpoint:
     @property
     def module(self) -> str:
         """Return the module's path relative to the base model."""
-        return self.name.removesuffix(IN)
+        return self.own_name.removesuffix(IN)
+
+    @property
+    def own_name(self) -> str:
+        """Return its name in the model that it belongs to, without `OTHER`."""
+        return self.name.removeprefix(OTHER)
 
     @property
     def side(self) -> Literal["in", "out"]:

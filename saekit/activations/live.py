@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from saekit.activations.chosen import chosen_in
 from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len, vocabulary
+from saekit.activations.pair import models_of, tap_all
 from saekit.activations.sites import hookpoints_of
 from saekit.activations.source import Activations, Source
-from saekit.activations.tap import tap
 from saekit.config import TrainConfig
 from saekit.data import StepBatches, check_tokens, sequences
 from saekit.errors import UserError
@@ -47,6 +48,10 @@ class LiveModel(Source):
         data_name: The text's.
         fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
             for the last one where that is shorter.
+        other: The second model, if crosscoders of two are trained (`crosscode_models`). It reads the same token ids,
+            which must mean the same to it: whoever gives it here has made sure of that.
+        other_name: The second model's name.
+        other_tokenizer: Of the second model, whose special tokens are excluded, too.
 
     Raises:
         UserError: If the model or the tokenizer is none.
@@ -62,19 +67,28 @@ class LiveModel(Source):
         name: str | None = None,
         data_name: str = "tokenized data",
         fixed_rows: bool = False,
+        other: PreTrainedModel | None = None,
+        other_name: str | None = None,
+        other_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if not hasattr(model, "base_model") or not hasattr(model, "config"):
-            raise UserError(
-                f"the model is a {type(model).__name__}: give a model of transformers that is loaded, or its name to "
-                "saekit.train"
-            )
-        if tokenizer is not None and not hasattr(tokenizer, "all_special_ids"):
-            raise UserError(f"the tokenizer is a {type(tokenizer).__name__}: give one of transformers that is loaded")
-        self.model = model
+        self.models = models_of(model, other)
+        for each in self.models.values():
+            if not hasattr(each, "base_model") or not hasattr(each, "config"):
+                raise UserError(
+                    f"the model is a {type(each).__name__}: give a model of transformers that is loaded, or its name "
+                    "to saekit.train"
+                )
+        for each in (tokenizer, other_tokenizer):
+            if each is not None and not hasattr(each, "all_special_ids"):
+                raise UserError(f"the tokenizer is a {type(each).__name__}: give one of transformers that is loaded")
+        self.model, self.other = model, other
         self.tokenizer = tokenizer
+        self._tokenizers = [tokenizer, other_tokenizer][: len(self.models)]
         self.name = name or model.name_or_path or type(model).__name__
+        if other is not None:
+            self.other_name = other_name or other.name_or_path or type(other).__name__
         self.data_name = data_name
-        self.dtype = model.dtype
+        self.dtype = functools.reduce(torch.promote_types, (each.dtype for each in self.models.values()))
         self.dataset, self.eval_data = dataset, eval_data
         self.fixed_rows = fixed_rows
         self._begun: tuple[Tokens, Activations] | None = None
@@ -86,12 +100,19 @@ class LiveModel(Source):
             UserError: If there is no such hookpoint, or the data does not suit the model or the run.
         """
         self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
-        self.sites = chosen_in(cfg, self.model)
+        if (cfg.crosscode_models is None) != (self.other is None):
+            given, missing = ("crosscode_models", "a second model")
+            given, missing = (given, missing) if self.other is None else (missing, given)
+            raise UserError(f"{given} is given without {missing}: crosscoders of two models need both")
+        self.sites = chosen_in(cfg, self.model, self.other)
         self.hookpoints = hookpoints_of(self.sites)
         data = sequences(self.dataset, cfg.ctx_len)
         self.ctx_len = data.ctx_len
-        resolve_ctx_len(self.ctx_len, context_length(self.model.config))
-        self.excluded = torch.tensor(excluded_tokens(cfg, self.model, self.tokenizer), dtype=torch.int64)
+        excluded: set[int] = set()
+        for model, tokenizer in zip(self.models.values(), self._tokenizers, strict=True):
+            resolve_ctx_len(self.ctx_len, context_length(model.config))
+            excluded.update(excluded_tokens(cfg, model, tokenizer))
+        self.excluded = torch.tensor(sorted(excluded), dtype=torch.int64)
         global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
         self.batches = StepBatches(data, global_batch, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens)
         self.global_batch = global_batch
@@ -100,13 +121,13 @@ class LiveModel(Source):
 
     @cached_property
     def vocabulary(self) -> int:
-        """Return the number of tokens in the model's vocabulary."""
-        return vocabulary(self.model)
+        """Return the number of tokens in the model's vocabulary; of two models the smaller one's."""
+        return min(map(vocabulary, self.models.values()))
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hook the modules."""
-        with tap(self.model, [each.name for each in self.hookpoints]) as self._read_taps:
+        with tap_all(self.models, [each.name for each in self.hookpoints]) as self._read_taps:
             try:
                 yield
             finally:
@@ -145,7 +166,7 @@ class LiveModel(Source):
         self._begun = None
 
     def __call__(self, batch: Tokens) -> Activations:
-        """Run the model up to the last hookpoint.
+        """Run the model up to the last hookpoint; of two models one after the other.
 
         Raises:
             UserError: If the token ids are not of the model's vocabulary.
@@ -166,12 +187,10 @@ class LiveModel(Source):
         # Found on the CPU: a GPU would have to be waited for, once a layer, to know how many there are.
         rows = torch.arange(len(counted_N)) if masked else counted_N.nonzero().squeeze(1)
         rows_N = to_device(rows, self.device)
-        raw = self._read_taps(to_device(input_ids, self.device))
-        # Selecting copies, which makes ordinary tensors of inference tensors; `pop` frees the originals one by one.
-        of = {
-            each.name: raw.pop(each.name).to(self.device).flatten(0, 1).index_select(0, rows_N)
-            for each in self.hookpoints
-        }
+        # Selecting copies, which makes ordinary tensors of inference tensors.
+        of = self._read_taps(
+            to_device(input_ids, self.device), keep=lambda acts: acts.flatten(0, 1).index_select(0, rows_N)
+        )
         return Activations(of, to_device(counted_N, self.device) if masked else None)
 
 

@@ -60,7 +60,7 @@ def choose(
         raise UserError(f"--hookpoints {','.join(patterns)} names no hookpoint{where}")
     order = sorted(names, key=lambda name: structure.readings[name].order)
     found = tuple(Hookpoint(name, structure.readings[name].width or 0) for name in order)
-    return Matched(found, max(1, *(_blocks_for(structure, name) for name in order)))
+    return Matched(found, max(1, *(blocks_for(structure, name) for name in order)))
 
 
 def matched(structure: Structure, pattern: str, blocks: Sequence[int] | None = None) -> list[str]:
@@ -149,7 +149,7 @@ def _refuse(structure: Structure, pattern: str, names: Iterable[str]) -> None:
         )
 
 
-def _blocks_for(structure: Structure, name: str) -> int:
+def blocks_for(structure: Structure, name: str) -> int:
     """Return the number of blocks that run before a hookpoint, its own included."""
     block = structure.block_of(name)
     if block is not None:

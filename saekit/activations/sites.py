@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.hookpoints import OTHER, Hookpoint
 from saekit.sae import Sae
 from saekit.sae.storage import IN
 
@@ -26,7 +26,7 @@ class Site:
     """
 
     name: str
-    """Of the coder and its folder: the hookpoint that it writes, or `CROSSCODER`."""
+    """Of the coder and its folder: the hookpoint that it writes, in two models or one, or `CROSSCODER`."""
     reads: tuple[Hookpoint, ...]
     writes: tuple[Hookpoint, ...]
 
@@ -39,6 +39,11 @@ class Site:
     def kind(self) -> str:
         """Return what its coder is called: SAE, transcoder or crosscoder."""
         return "transcoder" if self.transcodes else "crosscoder" if len(self.reads) > 1 else "SAE"
+
+    @property
+    def of_two_models(self) -> bool:
+        """Tell whether it is a crosscoder of the same hookpoint in two models."""
+        return any(each.name.startswith(OTHER) for each in self.parts)
 
     @property
     def parts(self) -> tuple[Hookpoint, ...]:
@@ -85,6 +90,12 @@ def crosscoder(hookpoints: Sequence[Hookpoint]) -> Site:
     """Return the site of a crosscoder; of a single hookpoint it is an SAE, and named like one."""
     name = hookpoints[0].name if len(hookpoints) == 1 else CROSSCODER
     return Site(name, tuple(hookpoints), tuple(hookpoints))
+
+
+def across_models(hookpoint: Hookpoint, other_width: int) -> Site:
+    """Return the site of a crosscoder of a hookpoint and of the same one in a second model; named after it."""
+    both = (hookpoint, Hookpoint(OTHER + hookpoint.name, other_width))
+    return Site(hookpoint.name, both, both)
 
 
 def site_of(name: str, sae: Sae) -> Site:

@@ -40,6 +40,8 @@ class Source(ABC):
 
     name: str
     """The language model's name, saved with every checkpoint."""
+    other_name: str | None = None
+    """The second one's, where the activations are those of two."""
     data_name: str
     """The data set's name."""
     dtype: torch.dtype = torch.float32

@@ -169,6 +169,12 @@ def _function(name: str, replace: Sae | Replace | Predict) -> Replace | Predict:
 
 def _reconstruction(site: Site, sae: Sae) -> Replace | Predict:
     name, kind = site.name, site.kind
+    if site.of_two_models:
+        raise ValueError(
+            f"{name}: a crosscoder of two models reads both, so it cannot be spliced into one: `saekit eval` and "
+            "`saekit.evaluate` run both, or read them with saekit.tap and splice in each one's part of sae(x).recon as "
+            "a function"
+        )
     if kind == "crosscoder":
         raise ValueError(
             f"{name}: a crosscoder reads later layers than it writes, so one forward pass cannot replace them: "

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations import splice, start_behind, tap
+from saekit.activations import splice, start_behind
 from saekit.activations.hookpoints import Hookpoint, find_blocks
+from saekit.activations.pair import names_in, tap_all
 from saekit.activations.splice import Predict, Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.sums import CHANGES, SKIP
@@ -34,21 +35,27 @@ class Altered:
 
     Args:
         model: With a head, but for `read`.
-        hookpoints: Whose activations are looked at.
+        hookpoints: Whose activations are looked at; of two models only its own are.
         start_anywhere: Whether blocks before what is replaced may be left out, where that was seen to give the same.
+        prefix: What begins the names of its hookpoints, see `saekit.activations.pair.Models`.
     """
 
-    def __init__(self, model: PreTrainedModel, hookpoints: Sequence[str], start_anywhere: bool) -> None:
-        self.model, self.hookpoints = model, list(hookpoints)
-        self._starts = starts_of(model, hookpoints) if start_anywhere else {}
+    def __init__(
+        self, model: PreTrainedModel, hookpoints: Sequence[str], start_anywhere: bool, prefix: str = ""
+    ) -> None:
+        self.model, self.prefix = model, prefix
+        own = names_in(prefix, hookpoints)
+        self.hookpoints = [f"{prefix}{name}" for name in own]
+        starts = starts_of(model, own) if start_anywhere else {}
+        self._starts = {f"{prefix}{name}": f"{prefix}{start}" for name, start in starts.items()}
         self._no_cache = without_cache(model)
         self._can_start_behind: dict[str, bool] = {}
         """By block: whether the model can be run from its output on only."""
 
     def read(self, inputs: Tensor) -> dict[str, Tensor]:
         """Each hookpoint's activations `[B, T, D]`."""
-        with tap(self.model, self.hookpoints) as read:
-            return dict(read(inputs))
+        with tap_all({self.prefix: self.model}, self.hookpoints) as read:
+            return read(inputs)
 
     def clean(self, inputs: Tensor) -> Clean:
         """Run the model once as it is."""
@@ -70,7 +77,8 @@ class Altered:
         self, inputs: Tensor, replacements: Mapping[str, Replace | Predict], excluded: Tensor | None = None
     ) -> Tensor:
         """Logits `[B, T, V]` with replaced activations."""
-        with splice(self.model, replacements, excluded):
+        own = {name.removeprefix(self.prefix): replace for name, replace in replacements.items()}
+        with splice(self.model, own, excluded):
             return self.model(input_ids=inputs, **self._no_cache).logits
 
     def logits_from(self, clean: Clean, new: Mapping[str, Replace], inputs: Tensor) -> Tensor:
@@ -88,7 +96,7 @@ class Altered:
         acts, rest = clean.starts[start], dict(new)
         if start == first:
             acts = rest.pop(first)(acts).to(acts)
-        with start_behind(self.model, start, acts):
+        with start_behind(self.model, start.removeprefix(self.prefix), acts):
             return self.logits(inputs, rest)
 
     def _starts_alike(self, start: str, clean: Clean, inputs: Tensor) -> bool:
@@ -98,7 +106,7 @@ class Altered:
         """
         if start not in self._can_start_behind:
             try:
-                with start_behind(self.model, start, clean.starts[start]):
+                with start_behind(self.model, start.removeprefix(self.prefix), clean.starts[start]):
                     same = torch.equal(self.logits(inputs, {}), clean.logits)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 same = False

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from saekit.activations.hookpoints import OTHER
 from saekit.activations.sites import Site, site_at
 from saekit.errors import UserError
 from saekit.runs.layout import STATE_FILE
-from saekit.runs.locate import read_some_tensors
+from saekit.runs.locate import read_json, read_some_tensors
 from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
 
 SCALE = "frame.scale"
@@ -54,6 +56,29 @@ def read_scale(folder: Path, d_in: int) -> Tensor | None:
     file = folder / STATE_FILE
     found = read_some_tensors(file, (), optional=(SCALE,)).get(SCALE) if file.exists() else None
     return found if found is not None and found.shape == (d_in,) else None
+
+
+def check_models(coders: Mapping[str, Path], checkpoint: Path, count: int) -> None:
+    """Check that there are two language models for crosscoders of two, and one for other coders.
+
+    Args:
+        coders: Their folders by name.
+        checkpoint: That they belong to.
+        count: How many models there are.
+
+    Raises:
+        UserError: If there is one too many or too few.
+    """
+    for name, folder in coders.items():
+        reads = mapping(read_json(folder / SAE_CONFIG), "reads")
+        pair = any(hookpoint.startswith(OTHER) for hookpoint in reads)
+        if pair and count == 1:
+            raise UserError(
+                f"{name} is a crosscoder of two models, and {checkpoint} does not say which the second is: name it by "
+                "--other-model"
+            )
+        if not pair and count == 2:
+            raise UserError(f"{name} is no crosscoder of two models: leave out --other-model")
 
 
 def whole(facts: dict[str, Any], key: str) -> int | None:

@@ -14,6 +14,7 @@ import torch
 
 from saekit._version import __version__
 from saekit.activations import (
+    WithHead,
     agreed_type,
     choose_attention,
     excluded_tokens,
@@ -24,6 +25,8 @@ from saekit.activations import (
     resolve_ctx_len,
     vocabulary_of,
 )
+from saekit.activations.same_tokens import check_same_tokens
+from saekit.analysis.coder_files import check_models
 from saekit.analysis.defaults import DEFAULT_TOKENS
 from saekit.analysis.evaluate import Progress, evaluate
 from saekit.analysis.results import Evaluation
@@ -58,6 +61,8 @@ class EvalOptions:
     dataset: str | None = None
     split: str | None = None
     model: str | None = None
+    other_model: str | None = None
+    """The second model, of crosscoders of two."""
     max_tokens: int | None = None
     """`DEFAULT_TOKENS` where None."""
     batch_size: int = 8
@@ -126,21 +131,34 @@ def prepare(
         check_files(location, location.saes)
     run = _config(location.checkpoint, options)
     cfg = run.cfg
-    status(f"Reading the configuration of {cfg.model.model}")
-    shape = model_shape(cfg.model)
-    ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
-    tokenizer = find_tokenizer(cfg.model)
+    models = [each for each in (cfg.model, cfg.other_model) if each is not None]
+    check_models(location.saes, location.checkpoint, len(models))
+    shapes = []
+    for each in models:
+        status(f"Reading the configuration of {each.model}")
+        shapes.append(model_shape(each))
+    limits = [each.max_ctx_len for each in shapes if each.max_ctx_len is not None]
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, min(limits, default=None))
+    tokenizers = [find_tokenizer(each) for each in models]
+    tokenizer, vocabularies = tokenizers[0], [vocabulary_of(each.config) for each in shapes]
+    if len(models) == 2:
+        check_same_tokens((tokenizer, tokenizers[1]), (vocabularies[0], vocabularies[1]), models[1].model, status)
     status(f"Reading and tokenizing {cfg.data.dataset}")
     with placement.in_turn():  # the first tokenizes, the others read what it left in the cache
         data, origin = _data(run, tokenizer, ctx_len, options)
         data = shuffled(data, DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens)
-        check_tokens(data, vocabulary_of(shape.config), what="the data to evaluate on")
+        check_tokens(data, min(vocabularies), what="the data to evaluate on")
 
-    status(f"Loading {cfg.model.model}")
-    agreed = agreed_type(cfg.model, placement.device, placement.gather)
-    model, predicts = load_with_head(agreed, shape, placement.device)
-    choose_attention(model, ctx_len)
-    excluded = torch.tensor(excluded_tokens(cfg.train, model, tokenizer), dtype=torch.int64)
+    loaded: list[WithHead] = []
+    excluded_ids: set[int] = set()
+    for each, shape, own in zip(models, shapes, tokenizers, strict=True):
+        status(f"Loading {each.model}")
+        agreed = agreed_type(each, placement.device, placement.gather)
+        loaded.append(load_with_head(agreed, shape, placement.device))
+        choose_attention(loaded[-1].model, ctx_len)
+        excluded_ids.update(excluded_tokens(cfg.train, loaded[-1].model, own))
+    model, predicts = loaded[0]
+    excluded = torch.tensor(sorted(excluded_ids), dtype=torch.int64)
     mask_id = None if tokenizer is None else tokenizer.mask_token_id
     objective, name = choose_objective(predicts, mask_id, excluded, NO_HEAD)
     saes = {
@@ -158,6 +176,8 @@ def prepare(
         rank=placement.rank,
         world_size=placement.world_size,
         total=placement.sum,
+        other=loaded[1].model if len(loaded) == 2 else None,
+        other_name=models[-1].model if len(loaded) == 2 else None,
     )
     return Prepared(location.checkpoint if location.kind != "sae" else path, cfg, origin, tokenizer, subject)
 
@@ -214,10 +234,12 @@ def write_evaluation(record: dict[str, Any], file: Path) -> None:
 
 
 def _record(found: Evaluation, cfg: RunConfig, origin: str) -> dict[str, Any]:
+    second = {} if cfg.other_model is None else {"other_model": cfg.other_model.model}
     about = {
         "saekit_version": __version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": cfg.model.model,
+        **second,
         "dataset": cfg.data.dataset,
         "split": cfg.data.split,
         "data": origin,
@@ -239,6 +261,9 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
     file = checkpoint.parent / CONFIG_FILE
     values = read_yaml(file) if file.is_file() else {}
     asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
+    if options.other_model is not None:
+        asked["crosscode_models"] = options.other_model
+        values.pop("crosscode_revision", None)  # of the one that it takes the place of
     for name in ("model", "dataset"):
         if name not in values and name not in asked:
             given = "DATASET" if name == "dataset" else "--model"

@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from saekit.activations import tap
 from saekit.activations.chosen import check_widths
+from saekit.activations.pair import tap_all
 from saekit.activations.sites import Site, hookpoints_of
 from saekit.activations.splice import Predict, Replace
 from saekit.analysis.altered import Altered, changes_of, joined, where
-from saekit.analysis.results import Evaluation, Grafted, LayerResult, PartResult, SkipResult, ratio
+from saekit.analysis.results import (
+    Estimate,
+    Evaluation,
+    Grafted,
+    LayerResult,
+    OtherResult,
+    PartResult,
+    SkipResult,
+    ratio,
+)
 from saekit.analysis.subject import IGNORED, Subject, compare_answers, misplaced
 from saekit.analysis.sums import CHANGES, SKIP, AnswerSums, ErrorSums, GraftSums, ReconstructionSums
 from saekit.errors import UserError
@@ -30,7 +39,7 @@ def evaluate(
     clean model once, and with a head once for each coder and once for all together, spliced, mean-ablated and
     zero-ablated; the blocks before what a coder writes need not run again. A transcoder with a skip
     connection has a run more, with that alone. What a crosscoder writes is replaced in a second pass, from what the
-    clean one gave.
+    clean one gave. If there are two models, each has all of these runs, with its part of the prediction.
 
     Args:
         subject: What is evaluated.
@@ -59,25 +68,27 @@ class Evaluator:
 
     def __init__(self, subject: Subject, start_anywhere: bool = True) -> None:
         self.sites = sites = _sites(subject)
-        check_widths(subject.model, sites.values())
+        check_widths(subject.models, sites.values())
         self.subject = subject
         self.names = list(subject.saes)
         self.hookpoints = [each.name for each in hookpoints_of(sites.values())]
-        self.model = Altered(subject.model, self.hookpoints, start_anywhere)
+        self.models = [Altered(each, self.hookpoints, start_anywhere, key) for key, each in subject.models.items()]
+        self.asked = self.models[: subject.answering]
+        """Those with a head for the task."""
         self._last_use = {part.name: name for name, site in sites.items() for part in site.parts}
         self._skips = [name for name, sae in subject.saes.items() if sae.W_skip is not None]
         self._means: dict[str, Tensor] | None = None
-        self._grafts: dict[str, GraftSums] | None = None
-        """Of the last call; "" is all layers together."""
+        self._grafts: list[dict[str, GraftSums]] = []
+        """Of the last call, for each model that is asked; "" is all layers together."""
         self._done: Callable[[], None] = lambda: None
 
     @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
         """Make both passes over the data, the first one only once in a run."""
         subject = self.subject
-        changes = CHANGES if self._grafts is None else CHANGES[:1]
-        grafted = len(changes) * (len(self.names) + 1) + len(self._skips) if subject.objective else 0
-        runs = (self._means is None) + 1 + grafted
+        changes = CHANGES[:1] if self._grafts else CHANGES
+        grafted = len(changes) * (len(self.names) + 1) + len(self._skips)
+        runs = (self._means is None) + 1 + grafted * len(self.asked)
         steps, of = iter(range(1, runs * subject.num_batches + 1)), runs * subject.num_batches
         self._done = lambda: progress(next(steps), of)
         if self._means is None:
@@ -91,7 +102,7 @@ class Evaluator:
             name: torch.zeros(site.d_out + 1, dtype=torch.float64, device=subject.device)
             for name, site in self.sites.items()
         }
-        with tap(subject.model, self.hookpoints) as read:
+        with tap_all(subject.models, self.hookpoints) as read:
             for _, input_ids, counted in subject.batches():
                 counted, seen = counted.to(subject.device), read(input_ids.to(subject.device))
                 for name in self.names:
@@ -133,8 +144,9 @@ class Evaluator:
         }
         linear = {name: ErrorSums(means[name], widths[name], count) for name in self._skips}
         # All spliced rows are written again; the others stay.
-        grafts = self._grafts or {name: GraftSums(count, device) for name in (*self.names, "")}
-        clean, scored_S = AnswerSums(count, device), torch.zeros(count, dtype=torch.float64, device=device)
+        grafts = self._grafts or [{name: GraftSums(count, device) for name in (*self.names, "")} for _ in self.asked]
+        clean = [AnswerSums(count, device) for _ in self.asked]
+        scored_S = torch.zeros(count, dtype=torch.float64, device=device)
         counted_S = torch.zeros_like(scored_S)
         for numbers, input_ids, counted in subject.batches():
             rows, counted = numbers.to(device), counted.to(device)
@@ -143,7 +155,7 @@ class Evaluator:
             question = None if subject.objective is None else subject.objective(input_ids, asked)
             as_it_is = question is not None and question.input_ids is input_ids
             if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
-                seen = self.model.read(input_ids.to(device))
+                seen = self._read(self.models, input_ids.to(device))
                 for name in self.names:
                     (x, y), sae = self._ends(name, seen), subject.sae(name)
                     target, own = x if y is None else y, counted & sae.counted(x, y)
@@ -155,9 +167,11 @@ class Evaluator:
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
-            as_is = self.model.clean(inputs)
-            logits, seen = as_is.logits, as_is.of
-            clean.add(rows, compare_answers(logits, logits, targets))
+            seen, answered = self._read(self.models[len(self.asked) :], inputs), []
+            for model, sums in zip(self.asked, clean, strict=True):
+                answered.append(model.clean(inputs))
+                seen |= answered[-1].of
+                sums.add(rows, compare_answers(answered[-1].logits, answered[-1].logits, targets))
             self._done()
             replacements: dict[str, dict[str, Replace | Predict]] = {change: {} for change in changes}
             for name in self.names:
@@ -172,19 +186,23 @@ class Evaluator:
                     if skip is not None:
                         linear[name].add(rows, x if y is None else y, skip, own)
                 ways = changes_of(written, out.recon, means[name], skip)
-                for change in (*changes, *([SKIP] if skip is not None else [])):
-                    answers = grafts[name].answers[change]
-                    new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in written}
-                    answers.add(rows, compare_answers(logits, self.model.logits_from(as_is, new, inputs), targets))
-                    self._done()
-                    if change != SKIP:
-                        replacements[change] |= new
+                for model, as_is, sums_of in zip(self.asked, answered, grafts, strict=True):
+                    there = [hookpoint for hookpoint in written if hookpoint in model.hookpoints]
+                    for change in (*changes, *([SKIP] if skip is not None else [])):
+                        new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in there}
+                        changed = model.logits_from(as_is, new, inputs)
+                        sums_of[name].answers[change].add(rows, compare_answers(as_is.logits, changed, targets))
+                        self._done()
+                        if change != SKIP:
+                            replacements[change] |= new
                 if len(site.writes) == 1:  # of what it is given, not of x; a crosscoder reads what comes later
                     replacements["spliced"][site.writes[0].name] = self._reconstruct(name)
-            for change, several in replacements.items():
-                answers = grafts[""].answers[change]
-                answers.add(rows, compare_answers(logits, self.model.logits(inputs, several, ~counted), targets))
-                self._done()
+            for model, as_is, sums_of in zip(self.asked, answered, grafts, strict=True):
+                for change, several in replacements.items():
+                    own_new = {name: replace for name, replace in several.items() if name in model.hookpoints}
+                    changed = model.logits(inputs, own_new, ~counted)
+                    sums_of[""].answers[change].add(rows, compare_answers(as_is.logits, changed, targets))
+                    self._done()
         self._grafts = grafts
         return self._result(recons, linear, grafts, clean, scored_S, counted_S)
 
@@ -192,17 +210,18 @@ class Evaluator:
         self,
         recons: dict[str, ReconstructionSums],
         linear: dict[str, ErrorSums],
-        grafts: dict[str, GraftSums],
-        clean: AnswerSums,
+        grafts: list[dict[str, GraftSums]],
+        clean: list[AnswerSums],
         scored_S: Tensor,
         counted_S: Tensor,
     ) -> Evaluation:
         subject, total = self.subject, self.subject.total
-        with_head = subject.objective is not None
-        clean_S, scored_S = clean.total(total).ce, total(scored_S)
+        cleans_S, scored_S = [each.total(total).ce for each in clean], total(scored_S)
 
-        def grafted(name: str, spliced_in: str = CHANGES[0]) -> Grafted | None:
-            return grafts[name].result(clean_S, scored_S, total, spliced_in) if with_head else None
+        def grafted(name: str, spliced_in: str = CHANGES[0], model: int = 0) -> Grafted | None:
+            if model >= len(self.asked):
+                return None
+            return grafts[model][name].result(cleans_S[model], scored_S, total, spliced_in)
 
         def layer(name: str) -> LayerResult:
             site, (whole, parts) = self.sites[name], recons[name].result(total)
@@ -216,19 +235,30 @@ class Evaluator:
                 tuple(part.name for part in site.writes),
                 tuple(PartResult(part.name, *each) for part, each in zip(site.writes, parts, strict=False)),
                 None if skip is None else SkipResult(*skip, grafted(name, SKIP)),
+                grafted(name, model=1),
             )
+
+        def cross_entropy(model: int) -> Estimate | None:
+            return ratio(cleans_S[model], scored_S) if model < len(self.asked) else None
 
         return Evaluation(
             layers=tuple(map(layer, self.names)),
             together=grafted(""),
-            ce_clean=ratio(clean_S, scored_S) if with_head else None,
+            ce_clean=cross_entropy(0),
             objective=subject.objective_name,
             sequences=len(subject.data),
             ctx_len=subject.data.ctx_len,
             tokens=int(total(counted_S).sum()),
             scored=int(scored_S.sum()),
             misplaced=misplaced(subject),
+            other=None
+            if subject.other is None
+            else OtherResult(str(subject.other_name), cross_entropy(1), grafted("", model=1)),
         )
+
+    @staticmethod
+    def _read(models: Sequence[Altered], inputs: Tensor) -> dict[str, Tensor]:
+        return {name: acts for model in models for name, acts in model.read(inputs).items()}
 
     def _reconstruct(self, name: str) -> Replace | Predict:
         site = self.sites[name]

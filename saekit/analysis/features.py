@@ -11,9 +11,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from saekit.activations import find_blocks, splice, tap
+from saekit.activations import find_blocks, splice
 from saekit.activations.chosen import off_stream
 from saekit.activations.hookpoints import text_config_of
+from saekit.activations.pair import tap_all
 from saekit.activations.sites import Site, hookpoints_of
 from saekit.analysis.altered import joined
 from saekit.analysis.codes import Codes, Contexts, find_contexts
@@ -119,11 +120,11 @@ def read_codes(
         done: Called after each batch.
     """
     last, ctx_len = _last_block(subject), subject.data.ctx_len
-    at_last = subject.saes[last] if last in subject.saes and not subject.saes[last].transcode else None
+    at_last = subject.saes[last] if last in subject.saes and subject.sites[last].kind == "SAE" else None
     needed = [part.name for part in hookpoints_of(subject.sites[name] for name in names)]
     found: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in names}
     total_D, count = torch.zeros(1, dtype=torch.float64), 0
-    with tap(subject.model, list(dict.fromkeys([*needed, last]))) as read:
+    with tap_all(subject.models, list(dict.fromkeys([*needed, last]))) as read:
         for numbers, input_ids, counted in subject.batches():
             places = numbers[:, None] * ctx_len + torch.arange(ctx_len)
             acts = read(input_ids.to(subject.device))

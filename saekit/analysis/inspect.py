@@ -28,7 +28,7 @@ from saekit.registry import SELECTIONS
 from saekit.runs.layout import ABOUT_FILE, EVAL_FILE, EVAL_FORMAT, METRICS_FILE, STATE_FILE
 from saekit.runs.locate import Location, check_files, locate, read_json, read_some_tensors, select
 from saekit.runs.metrics import plain, read_metrics
-from saekit.runs.opening import check_contents
+from saekit.runs.opening import OTHER_MODEL, check_contents
 from saekit.sae.storage import CONFIG_FILE as SAE_CONFIG
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
@@ -97,6 +97,8 @@ class Inspection:
     """Tokens per sequence."""
     saekit_version: str | None
     layers: tuple[LayerInspection, ...]
+    other_model: str | None = None
+    """The second one, if its coders are crosscoders of two."""
     evaluation: dict[str, Any] | None = None
     """The results of `saekit eval` for these layers, if there are any: the content of `eval.json`."""
 
@@ -148,6 +150,7 @@ def inspect_path(
         ctx_len=whole(facts, "ctx_len"),
         saekit_version=text(facts, "saekit_version"),
         layers=tuple(layers),
+        other_model=text(facts, OTHER_MODEL),
         evaluation=_evaluation(location, {layer.hookpoint for layer in layers}),
     )
 

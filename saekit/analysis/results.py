@@ -159,6 +159,19 @@ class LayerResult:
     """Of a crosscoder, each of its hookpoints."""
     skip: SkipResult | None = None
     """Of a transcoder with a skip connection."""
+    other: Grafted | None = None
+    """Of a crosscoder of two models: the second's answers with its part of the reconstruction; `grafted` are those of
+    the first with the other part."""
+
+
+@dataclass(frozen=True)
+class OtherResult:
+    """The second of two models; None where it has no head."""
+
+    model: str
+    """Its name."""
+    ce_clean: Estimate | None
+    together: Grafted | None
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,8 @@ class Evaluation:
     """Predictions that were scored."""
     misplaced: tuple[str, ...] = ()
     """A sentence for each coder that was trained on another model or elsewhere in this one, where its files say so."""
+    other: OtherResult | None = None
+    """Of two models the second."""
 
     def warnings(self) -> list[str]:
         """Return warnings about results that look wrong, are of the wrong thing, or rest on too little."""
@@ -196,4 +211,7 @@ class Evaluation:
         """Plain values; an estimate is `{"value", "low", "high"}`. `warnings` has what is not a number."""
         values = asdict(self)
         del values["misplaced"]
+        if self.other is None:
+            for each in (values, *values["layers"]):
+                del each["other"]
         return {"format": EVAL_FORMAT, **values}

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saekit.activations.hookpoints import OTHER
+
+RELATIVE_BINS = 20
+"""Of the histogram of relative decoder norms."""
 WRITTEN = 0.5
 """A latent counts as written to a hookpoint if its norm there is at least this part of its largest."""
 
@@ -36,6 +40,9 @@ class Sharing:
     by_variance: bool
     """Whether scales are those of training, under which all hookpoints have the same variance; if the files do not say
     them, each hookpoint's norms are relative to their root mean square."""
+    relative: tuple[int, ...] | None = None
+    """Of a crosscoder of two models: how many latents have which relative decoder norm (`relative_norms`), in
+    `RELATIVE_BINS` bins from 0 to 1."""
 
 
 def scales_of(decoder_MD: Tensor, widths: Sequence[int], scale_D: Tensor | None) -> list[float]:
@@ -66,6 +73,20 @@ def evened(decoder_MD: Tensor, widths: Sequence[int], scales: Sequence[float]) -
     return torch.cat([part * scale for part, scale in parts], 1)
 
 
+def relative_norms(norms_M2: Tensor) -> Tensor:
+    """Return how far latents are the second model's own: `r = ‖d_other‖ / (‖d_first‖ + ‖d_other‖)`, `[L]`.
+
+    It is 0 where a latent is written to the first model alone, 0.5 where both have the same of it, 1 where it is
+    written to the second alone (Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing").
+    Latents without a decoder row are left out.
+
+    Args:
+        norms_M2: From `part_norms`, of a crosscoder of two models.
+    """
+    total_M = norms_M2.sum(1)
+    return norms_M2[total_M > 0, 1] / total_M[total_M > 0]
+
+
 def sharing(decoder_MD: Tensor, widths: Mapping[str, int], scale_D: Tensor | None) -> Sharing:
     """Count which hookpoints latents are written to.
 
@@ -79,6 +100,9 @@ def sharing(decoder_MD: Tensor, widths: Mapping[str, int], scale_D: Tensor | Non
     largest_M1 = norms_MH.amax(1, keepdim=True)
     written_MH = (norms_MH >= WRITTEN * largest_M1) & (largest_M1 > 0)
     count_M = written_MH.sum(1)
+    relative = None
+    if any(name.startswith(OTHER) for name in widths):
+        relative = tuple(map(int, torch.histc(relative_norms(norms_MH), RELATIVE_BINS, 0, 1).tolist()))
     return Sharing(
         parts=tuple(
             Part(name, width, scales[h], norms_MH[:, h].median().item(), int((written_MH[:, h] & (count_M == 1)).sum()))
@@ -86,6 +110,7 @@ def sharing(decoder_MD: Tensor, widths: Mapping[str, int], scale_D: Tensor | Non
         ),
         latents=tuple(torch.bincount(count_M, minlength=len(widths) + 1)[1:].tolist()),
         by_variance=scale_D is not None,
+        relative=relative,
     )
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saekit.activations.head import predicts
+from saekit.activations.pair import Models, models_of
 from saekit.activations.sites import Site, common, site_of
 from saekit.data import Sequences
 from saekit.sae import Sae
@@ -165,11 +167,26 @@ class Subject:
     total: Total = _alone
     whole: Callable[[str], Sae] | None = None
     """Gives an SAE for one use, if no rank holds them all. All ranks ask for the same ones in the same order."""
+    other: PreTrainedModel | None = None
+    """The second model, if the coders are crosscoders of two."""
+    other_name: str | None = None
 
     @property
     def device(self) -> torch.device:
         """Return where everything is computed."""
         return self.model.device
+
+    @property
+    def models(self) -> Models:
+        """Return the model, or both."""
+        return models_of(self.model, self.other)
+
+    @property
+    def answering(self) -> int:
+        """Return how many of the models have a head for the task, the first of two first."""
+        if self.objective is None:
+            return 0
+        return 1 if self.other is None or predicts(self.other) != self.objective_name else 2
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -214,7 +231,12 @@ def misplaced(subject: Subject) -> tuple[str, ...]:
     known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
     others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
     what = common(site.kind for site in subject.sites.values())
-    return (*said, *(f"the {what}s were trained on {other}, and this model is {name}" for other in others))
+    said += [f"the {what}s were trained on {other}, and this model is {name}" for other in others]
+    if subject.other is not None:
+        name, kind = str(subject.other_name), type(subject.other).__name__
+        seconds = dict.fromkeys(known.other for known in known_all if not known.is_of_other(name, kind))
+        said += [f"the {what}s were trained on {other} as the second model, and it is {name}" for other in seconds]
+    return tuple(said)
 
 
 def of_kinds(kinds: Sequence[str]) -> str:

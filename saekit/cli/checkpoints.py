@@ -23,6 +23,14 @@ Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of D
 Model = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Language model, where the checkpoint does not say.")
 ]
+OtherModel = Annotated[
+    str | None,
+    typer.Option(
+        "--other-model",
+        metavar="NAME",
+        help="The second model of crosscoders of two, where the checkpoint does not say.",
+    ),
+]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass, on each rank.")
 ]
@@ -82,6 +90,7 @@ def evaluate(
     dataset: DataSet = None,
     split: Split = None,
     model: Model = None,
+    other_model: OtherModel = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to evaluate on.")
     ] = DEFAULT_TOKENS,
@@ -95,11 +104,12 @@ def evaluate(
     """Evaluate SAEs on held-out tokens: reconstruction, and what splicing it into the language model costs."""
     load_plugins({"plugin": plugin})
     check_names(model, dataset)
+    check_names(other_model)
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, evaluate_checkpoint, joined
         from saekit.views.evaluation import render_evaluation
 
-    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data, verify)
+    options = EvalOptions(dataset, split, model, other_model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement:
         with progress(shown=placement.rank == 0) as bar:
             record = evaluate_checkpoint(path, options, placement, bar.status, bar.update).record
@@ -115,6 +125,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
     split: Split = None,
     model: Model = None,
+    other_model: OtherModel = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -143,11 +154,12 @@ def report(
     """Make one page of HTML of a checkpoint: training, evaluation, and every latent to browse. It needs no network."""
     load_plugins({"plugin": plugin})
     check_names(model, dataset)
+    check_names(other_model)
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, joined
         from saekit.views.page.build import build_report
 
-    options = EvalOptions(dataset, split, model, max_tokens, batch_size, include_training_data, verify)
+    options = EvalOptions(dataset, split, model, other_model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement, progress(shown=placement.rank == 0) as bar:
         size = build_report(path, options, output, placement, latents, bar.status, bar.update)
     typer.echo(f"Wrote {output} ({size / 1e6:.1f} MB): open it in a browser")

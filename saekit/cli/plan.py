@@ -86,7 +86,9 @@ def plan(
     _check_machine(gpus, gpu_memory, num_processes, use_this=use_this, measure=measure)
     cfg = RunConfig.from_flat(values) if "model" in values else None
     if cfg is not None:
-        check_names(cfg.model.model, revision=cfg.model.revision)
+        for named in (cfg.model, cfg.other_model):
+            if named is not None:
+                check_names(named.model, revision=named.revision)
     with messages().status("Loading libraries") as status:
         from saekit.planning import NO_OFFLOAD, advise, describe, detect, make_plan, measure_rates
         from saekit.views.plan import plan_to_json, render_plan, render_rates

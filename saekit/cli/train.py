@@ -71,7 +71,8 @@ def train(
 ) -> None:
     """Train on MODEL's activations on DATASET: by default one SAE per layer of the residual stream, all at once.
 
-    --hookpoints chooses other modules; --transcode trains transcoders, --crosscode a crosscoder.
+    --hookpoints chooses other modules; --transcode trains transcoders, --crosscode a crosscoder, --crosscode-models
+    crosscoders of two models.
     """
     from saekit.cli.output import messages, resumable
     from saekit.config import RunConfig
@@ -102,6 +103,8 @@ def _check_names(cfg: RunConfig) -> None:
     if SOURCES.origin(cfg.train.source) is not None:  # a plug-in's may understand others
         return
     check_names(cfg.model.model, cfg.data.dataset, cfg.data.eval_dataset, revision=cfg.model.revision)
+    if cfg.other_model is not None:
+        check_names(cfg.other_model.model, revision=cfg.other_model.revision)
 
 
 def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None:

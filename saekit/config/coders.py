@@ -47,6 +47,15 @@ class CodersConfig:
         "the same variance.",
         panel=SAE,
     )
+    crosscode_models: str | None = option(
+        None,
+        "Compare MODEL with this one, a hub id or a local folder with the same tokenizer: train a crosscoder of each "
+        "of --hookpoints that reads and reconstructs it in both models, each scaled to the same variance.",
+        panel=SAE,
+    )
+    crosscode_revision: str | None = option(
+        None, "Branch, tag or commit of the model of --crosscode-models on the hub.", panel=SAE
+    )
     init: Literal["uniform", "fit"] = option(
         "fit",
         "Initial length of the encoder's rows: uniform, as drawn from ±1/√D; fit, the length that reconstructs "
@@ -69,7 +78,20 @@ class CodersConfig:
     @property
     def coder(self) -> str:
         """Return the kind of coder: SAE, transcoder or crosscoder."""
-        return "transcoder" if self.transcodes else "SAE" if self.crosscode is None else "crosscoder"
+        if self.transcodes:
+            return "transcoder"
+        return "SAE" if self.crosscode is None and self.crosscode_models is None else "crosscoder"
+
+    @property
+    def asked(self) -> list[str]:
+        """Return the options that ask for other coders than SAEs."""
+        options = {
+            "--crosscode": self.crosscode,
+            "--crosscode-models": self.crosscode_models,
+            "--transcode": self.transcode or None,
+            "--reads": self.reads,
+        }
+        return [name for name, value in options.items() if value is not None]
 
     @field_validator("layers", "hookpoints", "reads", "writes", "crosscode")
     @classmethod
@@ -100,4 +122,18 @@ class CodersConfig:
             raise ValueError(f"{' and '.join(named)} each say what to train on: give one of them")
         if self.transcode and named and named != ["--hookpoints"]:
             raise ValueError(f"--transcode goes with --hookpoints, not with {named[0]}")
+        self._check_two_models()
         return self
+
+    def _check_two_models(self) -> None:
+        if self.crosscode_models is None:
+            if self.crosscode_revision is not None:
+                raise ValueError("--crosscode-revision is given without --crosscode-models")
+            return
+        if not self.crosscode_models:
+            raise ValueError("--crosscode-models is empty: give a hub id or a local folder")
+        if others := [name for name in self.asked if name != "--crosscode-models"]:
+            raise ValueError(
+                f"--crosscode-models goes with --hookpoints, not with {others[0]}: its crosscoders read and write the "
+                "same hookpoint of both models"
+            )

@@ -31,6 +31,7 @@ RENAMED = {
     "--transcode": "transcoder transcoders train-transcoder",
     "--skip-connection": "skip affine-skip use-skip use-skip-connection",
     "--crosscode": "crosscoder cross-coder crosscoders",
+    "--crosscode-models": "other-model model-b second-model compare-with diff-model model-diff",
     "--matryoshka": "matryoshka-widths matryoshka-steps group-fractions",
     "--init": "b-dec-init-method decoder-init-method encoder-init-method decoder-init-norm init-scale",
     "--finetune": "from-pretrained-path pretrained init-from finetune-from from-pretrained warm-start",

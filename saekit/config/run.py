@@ -58,6 +58,14 @@ class RunConfig:
         """
         return cls.from_flat(read_yaml(Path(path)))
 
+    @property
+    def other_model(self) -> ModelConfig | None:
+        """Return which model is the second of two (`--crosscode-models`), loaded as the first is."""
+        name = self.train.crosscode_models
+        if name is None:
+            return None
+        return dataclasses.replace(self.model, model=name, revision=self.train.crosscode_revision)
+
     def to_flat(self) -> dict[str, Any]:
         """Return the same as plain YAML-able values, without secrets; `from_flat` reads it back."""
         return {**to_flat(self.model), **to_flat(self.data), **to_flat(self.train)}

@@ -15,12 +15,15 @@ from saekit.activations import (
     resolve_dtype,
 )
 from saekit.activations.chosen import chosen
+from saekit.activations.hookpoints import OTHER
+from saekit.activations.pair import names_in
 from saekit.activations.sites import Site, common
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement.costs import Size
-from saekit.planning.language_model import LmCost, language_model_cost
+from saekit.planning.language_model import LmCost, language_model_cost, of_both
 from saekit.planning.machine import Machine
+from saekit.planning.meter import all_of, sized
 from saekit.sae.kernels import auto_backend, check_select_dtype, likely_type
 from saekit.sae.kernels.fastest import Work, fastest, remembered
 from saekit.training.plan import costs_of, size_at
@@ -96,7 +99,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     train = cfg.train
     check_device(cfg.model, machine.device)
     shape = model_shape(cfg.model)
-    found = chosen(train, shape)
+    other = None if cfg.other_model is None else model_shape(cfg.other_model)
+    found = chosen(train, shape, other)
     auto = "triton" if machine.on_gpu else auto_backend(machine.device)
     backend = auto if train.kernels == "auto" else train.kernels
     try:
@@ -104,7 +108,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         check_select_dtype(backend, train.select_dtype, machine.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    ctx_len = resolve_ctx_len(cfg.train.ctx_len, shape.max_ctx_len)
+    limits = [each.max_ctx_len for each in (shape, other) if each is not None and each.max_ctx_len is not None]
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, min(limits, default=None))
     if machine.on_gpu:  # any that is sold today is fast at bfloat16; the machine need not be this one
         dtype = torch.bfloat16 if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype)
         fast = "bf16"
@@ -118,15 +123,24 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
     select_dtype = fast if train.select_dtype == "auto" else train.select_dtype
     if backend == "eager":
         select_dtype = "fp32"
-    lm = language_model_cost(
-        shape,
-        [each.name for each in found.hookpoints],
-        found.depth,
-        batch_size=train.batch_size,
-        ctx_len=ctx_len,
-        dtype=dtype,
-        in_8_bits=cfg.model.load_in_8bit,
-        on_gpu=machine.on_gpu,
-        whole=train.loads_whole_model,
-    )
+
+    def cost_of(model: ModelShape, prefix: str, depth: int) -> LmCost:
+        return language_model_cost(
+            model,
+            names_in(prefix, [each.name for each in found.hookpoints]),
+            depth,
+            batch_size=train.batch_size,
+            ctx_len=ctx_len,
+            dtype=dtype,
+            in_8_bits=cfg.model.load_in_8bit,
+            on_gpu=machine.on_gpu,
+            whole=train.loads_whole_model,
+        )
+
+    lm = cost_of(shape, "", found.depth)
+    if other is not None:
+        tokens = train.batch_size * ctx_len
+        widths = [each.width for each in found.hookpoints if not each.name.startswith(OTHER)]
+        kept = all_of(sized(tokens * width * dtype.itemsize, machine.on_gpu) for width in widths)
+        lm = of_both(lm, cost_of(other, OTHER, found.other_depth), kept)
     return Job(cfg, shape, units, ctx_len, dtype, backend, select_dtype, machine, lm)

@@ -110,3 +110,22 @@ def language_model_cost(
         element=dtype.itemsize,
     )
     return KNOWN[asked]
+
+
+def of_both(first: LmCost, second: LmCost, kept: Bytes) -> LmCost:
+    """Return the cost of two models that read the same tokens one after the other.
+
+    Args:
+        first: Of the one that runs first.
+        second: Of the other.
+        kept: The first's activations, which are there while the second runs.
+    """
+    return LmCost(
+        weights=first.weights + second.weights,
+        forward=first.forward.most(second.forward + kept),
+        flops_per_token=first.flops_per_token + second.flops_per_token,
+        small=first.small + second.small,
+        largest_module=max(first.largest_module, second.largest_module),
+        blocks=first.blocks + second.blocks,
+        element=max(first.element, second.element),
+    )

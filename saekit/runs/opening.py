@@ -23,6 +23,8 @@ from saekit.sae.formats.base import config_of, format_of, formats
 from saekit.sae.storage import CONFIG_FILE, SEARCH_DEPTH, WEIGHTS_FILE, hookpoint_name
 from saekit.sae.trained_on import TRAINED_ON, TrainedOn
 
+OTHER_MODEL = "other_model"
+"""The entry of a checkpoint's files with the name of the second of two language models."""
 NOT_READ = (STATE_FILE,)
 """The file of a checkpoint that opening an SAE does not read. It is twice as large as the SAE."""
 
@@ -147,20 +149,21 @@ def read_trained_on(folder: Path) -> TrainedOn | None:
     """
     about = _object(folder / ABOUT_FILE)
     kept = config_of(folder).get(TRAINED_ON)
-    sources = [about, kept if isinstance(kept, dict) else {}]
+    sources = [about, {**kept, OTHER_MODEL: kept.get("other")} if isinstance(kept, dict) else {}]
     for file, relative in _indexes(folder):
         index = _object(file)
         names = index.get("hookpoints")
         hookpoint = hookpoint_name(relative)
         promised = isinstance(names, list) and hookpoint in names
-        sources.append({"model": index.get("model"), "hookpoint": hookpoint} if promised else {})
+        names_of = {key: index.get(key) for key in ("model", OTHER_MODEL)}
+        sources.append({**names_of, "hookpoint": hookpoint} if promised else {})
         break
     sources.append({"model": _object(folder.parent / FOREIGN_FILE).get("model")})  # sparsify's
 
     def first(key: str) -> str | None:
         return next((value for each in sources if isinstance(value := each.get(key), str) and value), None)
 
-    known = TrainedOn(first("model"), first("hookpoint"))
+    known = TrainedOn(first("model"), first("hookpoint"), first(OTHER_MODEL))
     return known if any(known) else None
 
 

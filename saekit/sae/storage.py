@@ -71,7 +71,7 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     renamed = {FILE_NAMES[name]: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(renamed, folder / WEIGHTS_FILE)
-    config = {**_config(sizes), **({} if trained_on is None else {TRAINED_ON: trained_on._asdict()})}
+    config = {**_config(sizes), **({} if trained_on is None else {TRAINED_ON: trained_on.entries()})}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

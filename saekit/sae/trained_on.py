@@ -20,6 +20,8 @@ class TrainedOn(NamedTuple):
     """A hub id or a folder."""
     hookpoint: str | None
     """As `saekit.activations.hookpoints` names it: `layers.3`."""
+    other: str | None = None
+    """The second language model, if it is a crosscoder of two."""
 
     def is_at(self, hookpoint: str) -> bool:
         """Tell whether a hookpoint may be the one; sparsify's `/seed1` at the end of a name does not matter."""
@@ -33,6 +35,14 @@ class TrainedOn(NamedTuple):
             kind: The name of its class, which stood for a model without a name in training.
         """
         return self.model in (None, kind) or not name or same_model(str(self.model), name)
+
+    def is_of_other(self, name: str | None, kind: str) -> bool:
+        """Tell whether a language model may be the second one; see `is_of`."""
+        return self.other in (None, kind) or not name or same_model(str(self.other), name)
+
+    def entries(self) -> dict[str, str | None]:
+        """Return what a file keeps of it."""
+        return {name: value for name, value in self._asdict().items() if value is not None or name != "other"}
 
 
 def same_model(one: str, other: str) -> bool:

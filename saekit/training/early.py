@@ -61,10 +61,11 @@ def check_inputs(cfg: RunConfig, device: torch.device, have: InMemory) -> None:
         UserError: If a path or a file is missing or damaged, or 8 bits are not possible.
     """
     check_device(cfg.model, device)
-    if have.model is None:
-        check_model(cfg.model)
-        if cfg.model.load_in_8bit:
-            import_bitsandbytes("--load-in-8bit", "leave it out")
+    for model, loaded in ((cfg.model, have.model), (cfg.other_model, have.other_model)):
+        if model is not None and loaded is None:
+            check_model(model)
+            if model.load_in_8bit:
+                import_bitsandbytes("--load-in-8bit", "leave it out")
     if have.rows is None:
         check_data_name(cfg.data.dataset)
     if have.eval_rows is None and cfg.train.eval_every is not None and cfg.data.eval_dataset is not None:

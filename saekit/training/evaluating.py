@@ -86,7 +86,8 @@ def subject_of(
         return None
     model, tokenizer = source.model, source.tokenizer
     chosen = shuffled(sequences(data, cfg.ctx_len), cfg.eval_tokens)
-    resolve_ctx_len(chosen.ctx_len, context_length(model.config))
+    for each in source.models.values():
+        resolve_ctx_len(chosen.ctx_len, context_length(each.config))
     input_ids = chosen.read(np.arange(len(chosen)))
     what = "the data to evaluate on"
     check_tokens(chosen, source.vocabulary, what=what)
@@ -107,6 +108,8 @@ def subject_of(
         rank=placement.rank,
         world_size=placement.world_size,
         total=placement.sum,
+        other=source.other,
+        other_name=source.other_name,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from saekit.activations import (
@@ -22,7 +23,8 @@ from saekit.activations import (
 )
 from saekit.activations.chosen import chosen, chosen_in
 from saekit.activations.live import LiveModel
-from saekit.config import RunConfig
+from saekit.activations.same_tokens import check_same_tokens
+from saekit.config import ModelConfig, RunConfig, TrainConfig
 from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
 from saekit.errors import UserError
 from saekit.placement import Placement
@@ -44,6 +46,10 @@ class InMemory:
     """To train on: see `saekit.data.load.rows_in_memory`."""
     eval_rows: Any = None
     """To evaluate on every `eval_every` steps."""
+    other_model: PreTrainedModel | None = None
+    """The second model, if crosscoders of two are trained."""
+    other_tokenizer: PreTrainedTokenizerBase | None = None
+    """Of that; None as for the first."""
 
 
 def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], have: InMemory) -> LiveModel:
@@ -64,38 +70,94 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
     check_inputs(cfg, placement.device, have)
     if train.shard_lm and cfg.model.load_in_8bit:
         raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
-    say(f"Reading the configuration of {cfg.model.model}")
-    shape = model_shape(cfg.model) if have.model is None else shape_of(have.model.config)
-    sites, depth = chosen(train, shape) if have.model is None else (chosen_in(train, have.model), 0)
+    models = [_Model(cfg.model, have.model, have.tokenizer)]
+    if cfg.other_model is not None:
+        models.append(_Model(cfg.other_model, have.other_model, have.other_tokenizer))
+    for each in models:
+        say(f"Reading the configuration of {each.cfg.model}")
+        each.read()
+    sites, *depths = _chosen(cfg, models)
     check_units(cfg, placement, sites)
-    ctx_len = resolve_ctx_len(train.ctx_len, shape.max_ctx_len)
-    tokenizer = _tokenizer(cfg, have)
-    if tokenizer is None:
-        say(f"{cfg.model.model} has no tokenizer: its config says which tokens are special")
+    ctx_len = resolve_ctx_len(train.ctx_len, min((each.limit for each in models if each.limit), default=None))
+    for each in models:
+        each.find_tokenizer()
+        if each.tokenizer is None:
+            say(f"{each.cfg.model} has no tokenizer: its config says which tokens are special")
+    if len(models) == 2:
+        one, other = models
+        sizes = one.vocabulary, other.vocabulary
+        check_same_tokens((one.tokenizer, other.tokenizer), sizes, other.cfg.model, say)
 
     say(f"Reading and tokenizing {cfg.data.dataset}")
     with placement.in_turn():
-        data, eval_data = _load_data(cfg, have, tokenizer, ctx_len)
-        known = vocabulary_of(shape.config) if have.model is None else vocabulary(have.model)
+        data, eval_data = _load_data(cfg, have, models[0].tokenizer, ctx_len)
+        known = min(each.vocabulary for each in models)
         check_tokens(data, known, numbers_read(train, data), repr(cfg.data.dataset))
     say(f"{len(data):,} sequences of {ctx_len:,} tokens")
-    if have.model is None:
-        part = "whole" if train.loads_whole_model else f"up to layer {depth - 1} of {shape.num_layers}"
-        say(f"Loading {cfg.model.model} {part}")
-        model = _load(cfg, placement, shape, depth)
-        choose_attention(model, ctx_len)
-    else:
-        model = have.model if have.model.device == placement.device else have.model.to(placement.device)
+    loaded = []
+    for each, depth in zip(models, depths, strict=True):
+        if each.loaded is None:
+            part = "whole" if train.loads_whole_model else f"up to layer {depth - 1} of {each.shape.num_layers}"
+            say(f"Loading {each.cfg.model} {part}")
+            loaded.append(_load(each.cfg, train, placement, each.shape, depth))
+            choose_attention(loaded[-1], ctx_len)
+        else:
+            there = each.loaded.device == placement.device
+            loaded.append(each.loaded if there else each.loaded.to(placement.device))
     return LiveModel(
-        model, data, tokenizer=tokenizer, eval_data=eval_data, name=cfg.model.model, data_name=cfg.data.dataset
+        loaded[0],
+        data,
+        tokenizer=models[0].tokenizer,
+        eval_data=eval_data,
+        name=cfg.model.model,
+        data_name=cfg.data.dataset,
+        other=loaded[1] if len(loaded) == 2 else None,
+        other_name=models[-1].cfg.model,
+        other_tokenizer=models[-1].tokenizer,
     )
 
 
-def _tokenizer(cfg: RunConfig, have: InMemory) -> PreTrainedTokenizerBase | None:
-    """Return the language model's tokenizer; None if it has none, or does not say where it was loaded from."""
-    if have.tokenizer is not None or (have.model is not None and not have.model.name_or_path):
-        return have.tokenizer
-    return find_tokenizer(cfg.model)
+class _Model:
+    """One language model of a run, before its weights are loaded.
+
+    Args:
+        cfg: Which it is, and how it is loaded.
+        loaded: The model, if the caller has it.
+        tokenizer: Its tokenizer, if the caller has that.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, loaded: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        self.cfg, self.loaded, self.tokenizer = cfg, loaded, tokenizer
+
+    def read(self) -> None:
+        """Read its config."""
+        self.shape = model_shape(self.cfg) if self.loaded is None else shape_of(self.loaded.config)
+
+    def find_tokenizer(self) -> None:
+        """Find its tokenizer; none if it has none, or does not say where it was loaded from."""
+        if self.tokenizer is None and (self.loaded is None or self.loaded.name_or_path):
+            self.tokenizer = find_tokenizer(self.cfg)
+
+    @property
+    def limit(self) -> int | None:
+        """Return the most tokens of a sequence."""
+        return self.shape.max_ctx_len
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Return how many tokens it knows."""
+        return vocabulary_of(self.shape.config) if self.loaded is None else vocabulary(self.loaded)
+
+
+def _chosen(cfg: RunConfig, models: Sequence[_Model]) -> tuple[Any, ...]:
+    """Return the sites, and for each model the number of blocks that have to be loaded for them."""
+    loaded = [each.loaded for each in models if each.loaded is not None]
+    if len(loaded) == len(models):
+        return chosen_in(cfg.train, *loaded), *(0 for _ in models)
+    found = chosen(cfg.train, *(each.shape for each in models))
+    return found.sites, *(found.depth, found.other_depth)[: len(models)]
 
 
 def _load_data(
@@ -109,10 +171,10 @@ def _load_data(
     return data, load_eval_data(cfg, data, tokenizer, ctx_len)
 
 
-def _load(cfg: RunConfig, placement: Placement, shape: ModelShape, depth: int) -> PreTrainedModel:
-    device, sharded = placement.device, cfg.train.shard_lm
-    model = agreed_type(cfg.model, device, placement.gather)
-    if cfg.train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
+def _load(cfg: ModelConfig, train: TrainConfig, placement: Placement, shape: ModelShape, depth: int) -> PreTrainedModel:
+    device, sharded = placement.device, train.shard_lm
+    model = agreed_type(cfg, device, placement.gather)
+    if train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
         return load_with_head(model, shape, device).model
 
     def load() -> PreTrainedModel:

@@ -17,6 +17,7 @@ from saekit.placement import Placement
 from saekit.placement.costs import Size
 from saekit.report import RunInfo
 from saekit.runs.folder import run_folder
+from saekit.runs.opening import OTHER_MODEL
 from saekit.sae.kernels import SELECT_DTYPES, Kernels
 from saekit.sae.kernels.fastest import Work
 from saekit.training.agreed import agreed_kernels
@@ -188,14 +189,16 @@ class RunPlan:
 
     def about(self) -> dict[str, Any]:
         """Return the origin that a checkpoint names."""
-        return {"model": self.source.name, "dataset": self.source.data_name, "ctx_len": self.source.ctx_len}
+        source = self.source
+        other = {} if source.other_name is None else {OTHER_MODEL: source.other_name}
+        return {"model": source.name, **other, "dataset": source.data_name, "ctx_len": source.ctx_len}
 
     def info(self, placement: Placement, start_step: int) -> RunInfo:
         """Return what reporters are told before the first step."""
         source = self.source
         return RunInfo(
             run_dir=self.run_dir,
-            model=source.name,
+            model=" and ".join(filter(None, (source.name, source.other_name))),
             dataset=source.data_name,
             hookpoints=self.hookpoints,
             widths=tuple(each.site.d_in for each in self.units),
@@ -268,9 +271,8 @@ def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
     """
     if source.sites is not None:
         return source.sites
-    if cfg.transcodes or cfg.crosscode is not None:
-        asked = "--crosscode" if cfg.crosscode is not None else "--transcode" if cfg.transcode else "--reads"
-        raise UserError(f"{asked}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
+    if cfg.coder != "SAE":
+        raise UserError(f"{cfg.asked[0]}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
     return tuple(map(autoencoder, source.hookpoints))
 
 
@@ -288,7 +290,10 @@ def sizes_at(cfg: TrainConfig, site: Site, num_latents: int) -> dict[str, Any]:
 
 
 def default_run_name(model_name: str, run: RunConfig | None) -> str:
-    """Return a folder name such as `pythia-70m-fineweb`, made of the model's and the data set's."""
-    parts = [Path(model_name).name] + ([Path(run.data.dataset).name.split("*")[0]] if run else [])
+    """Return a folder name such as `pythia-70m-fineweb`, made of the models' and the data set's."""
+    parts = [Path(model_name).name]
+    if run is not None:
+        parts += [Path(name).name for name in (run.train.crosscode_models,) if name is not None]
+        parts.append(Path(run.data.dataset).name.split("*")[0])
     name = "-".join("".join(c if c.isalnum() or c in "-_." else "-" for c in part).strip("-.") for part in parts)
     return name.strip("-.") or "run"

@@ -116,6 +116,8 @@ class SaeTrainer:
         placement: Where the SAEs live; by default all on the model's device, in this process. Under a launcher,
             `saekit.placement.connect()` gives the others.
         eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that the SAEs are not trained on.
+        other_model: The second language model, if `cfg.crosscode_models` names one. The tokens of `dataset` must mean
+            the same to it: `saekit.train` compares tokenizers, this does not.
 
     Raises:
         UserError: If the configuration does not fit the model or the data, or the run folder is in use.
@@ -133,12 +135,20 @@ class SaeTrainer:
         reporter: Reporter | None = None,
         placement: Placement | None = None,
         eval_data: Any = None,
+        other_model: PreTrainedModel | None = None,
     ) -> None:
         self.cfg = checked(cfg)
         if source is None:
             if model is None or dataset is None:
                 raise UserError("SaeTrainer needs a data set and a language model, or a source of activations")
-            source = LiveModel(model, dataset, tokenizer=tokenizer, eval_data=eval_data)
+            source = LiveModel(
+                model,
+                dataset,
+                tokenizer=tokenizer,
+                eval_data=eval_data,
+                other=other_model,
+                other_name=cfg.crosscode_models,
+            )
         self.placement: Placement = placement or Single(model.device if model is not None else torch.device("cpu"))
         if self.placement.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")

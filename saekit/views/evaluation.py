@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit import units
+from saekit.activations.hookpoints import OTHER
 from saekit.text import for_screen
 
 Estimate = Mapping[str, float | None]
@@ -78,7 +79,12 @@ def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
         rows.append((layer["hookpoint"], layer["grafted"]))
         if layer.get("skip"):
             rows.append((Text(ALONE, "dim"), layer["skip"]["grafted"]))
-    for name, own in [*rows, ("all", record["together"])]:
+        if layer.get("other"):
+            rows.append((f"{OTHER}{layer['hookpoint']}", layer["other"]))
+    rows.append(("all", record["together"]))
+    if _other(record):
+        rows.append((f"{OTHER}all", record["other"]["together"]))
+    for name, own in rows:
         shown.add_row(
             name,
             _number(own["ce_recovered"], bold=not isinstance(name, Text)),
@@ -87,6 +93,11 @@ def _grafted(record: Mapping[str, Any], brief: bool = False) -> Table:
             units.percent(own["top1"]["value"]),
         )
     return shown
+
+
+def _other(record: Mapping[str, Any]) -> bool:
+    """Tell whether the second of two models was asked, too."""
+    return record.get("other") is not None and record["other"]["together"] is not None
 
 
 class _IfThereIsRoom:
@@ -125,6 +136,8 @@ def _origin(record: Mapping[str, Any]) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("model", Text(record["model"], "bold"))
+    if "other_model" in record:
+        grid.add_row("other", Text(record["other_model"], "bold"))
     grid.add_row("data", Text(f"{record['dataset']} ({record['data']})"))
     amount = (
         f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} tokens that are not excluded"
@@ -135,6 +148,9 @@ def _origin(record: Mapping[str, Any]) -> Table:
         clean = record["ce_clean"]
         scored.append(f", {record['scored']:,} scored; cross-entropy of the model as it is ")
         scored.append_text(_number(clean, 3))
+    if _other(record):
+        scored.append(", of the other ")
+        scored.append_text(_number(record["other"]["ce_clean"], 3))
     grid.add_row("predicts", scored)
     return grid
 
@@ -164,7 +180,12 @@ def _legend(record: Mapping[str, Any]) -> str:
             "CE and KL in nats per token.",
             "All: every layer replaced at once.",
         ]
-        if "crosscoder" in kinds:
+        if record.get("other"):
+            sentences.append(
+                "Each model's own part of the reconstruction is spliced into it, from what both have as they are; "
+                "other. is the second model."
+            )
+        elif "crosscoder" in kinds:
             sentences.append(
                 "The crosscoder's hookpoints are replaced together, from what the unchanged model has there."
             )

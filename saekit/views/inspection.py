@@ -14,10 +14,10 @@ from saekit import units
 from saekit.activations.patterns import fold
 from saekit.analysis.inspect import Inspection, LayerInspection
 from saekit.analysis.measure import BINS_PER_DECADE, DENSITY_DECADES, DUPLICATE_COSINE
-from saekit.analysis.sharing import WRITTEN, Sharing
 from saekit.report.sparkline import TO_ASCII, bars, sparkline
 from saekit.sae.storage import IN
 from saekit.views.evaluation import evaluation_tables
+from saekit.views.sharing import render_relative, render_sharing, tally
 
 HISTOGRAM_ROWS = 4
 BIN_COLUMNS = 2
@@ -65,6 +65,8 @@ def _origin(inspection: Inspection) -> Table:
         inspection.kind if inspection.kind != "sae" else layers[0].kind, Text(str(inspection.path), "bold cyan")
     )
     grid.add_row("model", Text(inspection.model or units.UNKNOWN, "bold"))
+    if inspection.other_model is not None:
+        grid.add_row("other", Text(inspection.other_model, "bold"))
     grid.add_row("dataset", Text(inspection.dataset or units.UNKNOWN, "bold"))
     grid.add_row("trained", " · ".join(trained) or units.UNKNOWN)
     grid.add_row(" and ".join(kinds), Text(shape))
@@ -121,7 +123,11 @@ def _overview(layers: Sequence[LayerInspection], width: int) -> RenderableType:
             units.decimal(near.max if near else None, 2),
             _duplicates(one),
         )
-    return Group(table, Text(), Text(_legend(layers), style="dim"))
+    found = {
+        one.hookpoint: one.sharing for one in layers if one.sharing is not None and one.sharing.relative is not None
+    }
+    relative = [Text(), render_relative(found)] if found else []
+    return Group(table, *relative, Text(), Text(_legend(layers), style="dim"))
 
 
 def _legend(layers: Sequence[LayerInspection]) -> str:
@@ -153,8 +159,15 @@ def what_they_read(layers: Sequence[LayerInspection]) -> list[str]:
     if elsewhere:
         inputs = ", ".join(fold([name for one in elsewhere for name in one.reads]))
         sentences.append(f"{', '.join(fold([one.hookpoint for one in elsewhere]))}: predicted from {inputs}.")
+    pairs = [one for one in layers if one.sharing is not None and one.sharing.relative is not None]
+    if pairs:
+        sentences.append(
+            "Crosscoders read and predict the hookpoint that they are named after in both models; other. is the second."
+        )
     sentences += [
-        f"The crosscoder reads and predicts {', '.join(fold(one.reads))}." for one in layers if one.kind == "crosscoder"
+        f"The crosscoder reads and predicts {', '.join(fold(one.reads))}."
+        for one in layers
+        if one.kind == "crosscoder" and one not in pairs
     ]
     return sentences
 
@@ -174,8 +187,8 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
         facts.add_row("reads", "", ", ".join(layer.reads))
         facts.add_row("predicts", "", "the same" if layer.kind == "crosscoder" else ", ".join(layer.writes))
     facts.add_row("FVU", Text(units.decimal(layer.fvu), "bold"), trend)
-    facts.add_row("dead latents", _tally(layer.dead, layer.num_latents), silence if layer.dead is not None else "")
-    facts.add_row("never fired", _tally(layer.never_fired, layer.num_latents), "")
+    facts.add_row("dead latents", tally(layer.dead, layer.num_latents), silence if layer.dead is not None else "")
+    facts.add_row("never fired", tally(layer.never_fired, layer.num_latents), "")
     for name, value, remark in layer.facts:
         facts.add_row(name, units.decimal(value), remark)
     if layer.max_norm is not None:
@@ -186,7 +199,7 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
         facts.add_row("‖W_skip‖", units.decimal(layer.skip_norm, 3), "of the skip connection")
     parts = [facts, *_section("Firing density", _density(layer))]
     if layer.sharing is not None:
-        parts += _section("Hookpoints that share latents", _sharing(layer.sharing, layer.num_latents))
+        parts += _section("Hookpoints that share latents", render_sharing(layer.sharing, layer.num_latents))
     parts += _section("Cosine of each decoder row with the nearest other one", _neighbours(layer))
     parts += _section("Norms", _norms(layer))
     return Panel(
@@ -240,27 +253,6 @@ def _neighbours(layer: LayerInspection) -> RenderableType:
     return Group(figures, Text(note, "dim"))
 
 
-def _sharing(found: Sharing, num_latents: int) -> RenderableType:
-    """Show how many latents are written to how many hookpoints, and what each hookpoint has of them."""
-    several = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
-    several.add_column("written to", justify="right", no_wrap=True)
-    several.add_column("latents", justify="right", no_wrap=True)
-    several.add_column("", no_wrap=True)
-    most = max(1, *found.latents)
-    for count, latents in enumerate(found.latents, start=1):
-        bar = Text("█" * round(24 * latents / most), "cyan")
-        several.add_row(f"{count}" if count < len(found.latents) else f"all {count}", _tally(latents, num_latents), bar)
-    each = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
-    each.add_column("hookpoint", overflow="fold", min_width=len("layers.0"))
-    each.add_column("median norm", justify="right", no_wrap=True)
-    each.add_column("its own latents", justify="right", no_wrap=True)
-    for part in found.parts:
-        each.add_row(part.hookpoint, units.decimal(part.median, 3), _tally(part.own, num_latents))
-    scale = "all hookpoints scaled to one variance" if found.by_variance else "relative to each hookpoint's rms"
-    note = f"written to: decoder norm at least {WRITTEN:g} of the latent's largest; norms: {scale}"
-    return Group(several, Text(), each, Text(note, "dim"))
-
-
 def _norms(layer: LayerInspection) -> RenderableType:
     sizes = layer.norms
     return _figures(
@@ -293,10 +285,6 @@ def _duplicates(layer: LayerInspection) -> str:
 
 def _share(part: int | None, whole: int) -> str:
     return units.percent(None if part is None else part / whole)
-
-
-def _tally(part: int | None, whole: int) -> str:
-    return units.UNKNOWN if part is None else f"{units.count(part)} ({_share(part, whole)})"
 
 
 def _range(layers: Sequence[LayerInspection], read: Callable[[LayerInspection], int | None]) -> str:

@@ -39,7 +39,8 @@ UNKNOWN = "Tokens/s are unknown until --calibrate has measured this machine."
 def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> None:
     """Print a plan, and what to change where it does not fit."""
     job = plan.job
-    _say(console, f"{job.cfg.model.model}: {_sizes(job)}", "bold")
+    models = [each.model for each in (job.cfg.model, job.cfg.other_model) if each is not None]
+    _say(console, f"{' and '.join(models)}: {_sizes(job)}", "bold")
     for line in _read_and_written(job):
         _say(console, line)
     _say(console, f"on {_machine(job.machine)}\n")
@@ -68,6 +69,7 @@ def plan_to_json(plan: Plan, advice: Sequence[Advice] = ()) -> dict[str, Any]:
     job = plan.job
     return {
         "model": job.cfg.model.model,
+        **({} if job.cfg.other_model is None else {"other_model": job.cfg.other_model.model}),
         "layers": list(job.layers),
         "hookpoints": [each.site.name for each in job.units],
         "coder": job.coder,

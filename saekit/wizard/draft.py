@@ -125,6 +125,7 @@ EITHER_OR = (
     ("num_latents", "expansion_factor"),
     ("layers", "layer_stride"),
     *(("crosscode", part, other) for part in ("reads", "writes") for other in ("hookpoints", "transcode")),
+    *(("crosscode_models", "crosscode_revision", other) for other in ("crosscode", "reads", "writes", "transcode")),
 )
 """Options that say the same in two ways: giving one takes the other out."""
 
@@ -150,6 +151,8 @@ class Draft:
 
     machine: Machine | None = None
     shape: ModelShape | None = None
+    other: ModelShape | None = None
+    """Of the second model, if the options name one."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Also None if the model has none."""
     peek: Peek | None = None
@@ -158,6 +161,12 @@ class Draft:
     plan: Plan | None = None
     advice: tuple[Advice, ...] = ()
     """Changes that would make the plan fit, if it does not."""
+
+    @property
+    def max_ctx_len(self) -> int | None:
+        """Return the most tokens that the model can read, or both can; None without a limit."""
+        shapes = [known(self.shape), *([] if self.other is None else [self.other])]
+        return min((each.max_ctx_len for each in shapes if each.max_ctx_len is not None), default=None)
 
     def setting(self, **values: Any) -> Draft:
         """Return the same with other values; None takes one out."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from saekit.activations import check_device, find_tokenizer, model_shape
+from saekit.activations import ModelShape, check_device, find_tokenizer, model_shape, vocabulary_of
+from saekit.activations.same_tokens import check_same_tokens
 from saekit.data import Peek, peek
 from saekit.data.load import needed
 from saekit.errors import UserError
@@ -21,16 +22,25 @@ def _take_model(draft: Draft, text: str) -> Draft:
     if not text:
         raise UserError("MODEL is missing: a hub id such as EleutherAI/pythia-160m, or a folder")
     draft = draft.setting(model=text)
-    cfg = draft.config().model
+    cfg, second = draft.config().model, draft.config().other_model
     check_device(cfg, known(draft.machine).device)
-    return replace(draft, shape=model_shape(cfg), tokenizer=find_tokenizer(cfg))
+    shape, tokenizer = model_shape(cfg), find_tokenizer(cfg)
+    other = None if second is None else model_shape(second)
+    if second is not None and other is not None:
+        sizes = vocabulary_of(shape.config), vocabulary_of(other.config)
+        check_same_tokens((tokenizer, find_tokenizer(second)), sizes, second.model, lambda text: None)
+    return replace(draft, shape=shape, other=other, tokenizer=tokenizer)
 
 
 def _tell_model(draft: Draft) -> Sequence[str]:
-    shape = known(draft.shape)
+    told = [_described(known(draft.shape))]
+    return told if draft.other is None else [*told, f"compared with {draft.values['crosscode_models']}"]
+
+
+def _described(shape: ModelShape) -> str:
     limit = f"reads up to {shape.max_ctx_len:,} tokens" if shape.max_ctx_len else "no limit to its context"
-    return (f"{type(shape.config).__name__.removesuffix('Config')}: {shape.num_layers} layers of width "
-            f"{shape.d_in:,}, {limit}",)  # fmt: skip
+    kind = type(shape.config).__name__.removesuffix("Config")
+    return f"{kind}: {shape.num_layers} layers of width {shape.d_in:,}, {limit}"
 
 
 MODEL = Question(

@@ -21,7 +21,7 @@ def sites(draft: Draft) -> tuple[Site, ...]:
     Raises:
         UserError: See `saekit.activations.chosen.chosen`.
     """
-    return chosen(draft.config().train, known(draft.shape)).sites
+    return chosen(draft.config().train, known(draft.shape), draft.other).sites
 
 
 def widths(draft: Draft) -> list[int]:
@@ -90,14 +90,14 @@ KIND = Question(
     "hookpoints",
     "Hookpoints",
     lambda draft: (
-        "What to train on: resid (outputs of blocks), mlp, attn, paths such as layers.*.mlp:in; or transcoders, which "
-        "read the input of each MLP and predict its output."
+        "What to train on: resid (outputs of blocks), mlp, attn, paths such as layers.*.mlp:in"
+        + ("; or transcoders, which read the input of each MLP and predict its output." if draft.other is None else ".")
     ),
     _kind,
     _take_kind,
     _tell_kind,
     needed=_can_be_an_answer,
-    choices=lambda draft: (RESID, "mlp", "attn", TRANSCODERS),
+    choices=lambda draft: (RESID, "mlp", "attn", *([TRANSCODERS] if draft.other is None else [])),
     working="Looking at the model",
 )
 LAYERS = Question(

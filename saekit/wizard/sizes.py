@@ -86,17 +86,17 @@ K = Question(
 
 def _context(draft: Draft) -> str:
     asked = draft.config().train.ctx_len
-    return str(asked or resolve_ctx_len(None, known(draft.shape).max_ctx_len))
+    return str(asked or resolve_ctx_len(None, draft.max_ctx_len))
 
 
 def _take_context(draft: Draft, text: str) -> Draft:
     draft = draft.setting(ctx_len=parse_count("--ctx-len", text))
-    resolve_ctx_len(draft.config().train.ctx_len, known(draft.shape).max_ctx_len)
+    resolve_ctx_len(draft.config().train.ctx_len, draft.max_ctx_len)
     return draft
 
 
 def _explain_context(draft: Draft) -> str:
-    limit = known(draft.shape).max_ctx_len
+    limit = draft.max_ctx_len
     upto = f"up to {limit:,}, the model's limit" if limit else "the model has no limit"
     return f"Tokens per sequence ({upto}); documents are joined and cut to this length."
 

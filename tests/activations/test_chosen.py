@@ -176,3 +176,34 @@ def test_folded_names_are_patterns_that_mean_them(names, patterns):
 )
 def test_blocks_behind_what_is_written_are_not_loaded(options, depth):
     assert chosen(TrainConfig(**options), shape_of(CONFIGS["gpt2"])).depth == depth
+
+
+def test_a_second_model_has_the_same_hookpoints_in_its_own_widths():
+    llama, qwen3 = (shape_of(CONFIGS[name]) for name in ("llama", "qwen3"))
+
+    def pairs(**options):
+        found = chosen(TrainConfig(crosscode_models="b", **options), llama, qwen3)
+        widths = [[(part.name, part.width) for part in site.parts] for site in found.sites]
+        assert [site.name for site in found.sites] == [parts[0][0] for parts in widths]
+        assert all(site.kind == "crosscoder" and site.of_two_models for site in found.sites)
+        return widths, found.depth, found.other_depth
+
+    blocks, *depths = pairs(layers=(0, 1))
+    assert (blocks[1], depths) == ([("layers.1", 32), ("other.layers.1", 32)], [2, 2])
+    heads, *depths = pairs(hookpoints=("layers.{0-1}.self_attn.o_proj:in",))
+    name = "layers.1.self_attn.o_proj:in"
+    assert (heads[1], depths) == ([(name, 32), (f"other.{name}", 64)], [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("hookpoints", "other", "problem"),
+    [
+        (None, "gpt2", "--crosscode-models b: it has no layers.0, its layers are h.0 to h.2; name what both models"),
+        (("mlp",), "mamba-2", "--crosscode-models b: it has no layers.0.mlp, its layers are layers.0 to layers.2"),
+        (("layers.0.mlp.gate_proj",), "qwen3-moe", "--crosscode-models b: it has no layers.0.mlp.gate_proj, its"),
+    ],
+)
+def test_what_a_second_model_does_not_have_is_refused(hookpoints, other, problem):
+    cfg = TrainConfig(crosscode_models="b", hookpoints=hookpoints)
+    with pytest.raises(UserError, match=problem):
+        chosen(cfg, shape_of(CONFIGS["llama"]), shape_of(CONFIGS[other]))

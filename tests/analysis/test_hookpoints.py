@@ -187,4 +187,4 @@ def test_saes_that_do_not_fit_are_refused(run, subject, tmp_path, name, says):
 
     sae = subject.saes["layers.0.mlp.down_proj:in"]
     with pytest.raises(saekit.UserError, match=says):
-        check_widths(subject.model, [site_of(hookpoint_name(name), sae)])
+        check_widths(subject.models, [site_of(hookpoint_name(name), sae)])

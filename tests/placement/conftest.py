@@ -39,6 +39,19 @@ def gpt2_dir(tmp_path_factory, model_dir):
 
 
 @pytest.fixture(scope="session")
+def other_dir(tmp_path_factory, gpt2_dir):
+    """A narrower GPT-2 of three layers, with the same tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("other")
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=2048, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gpt2_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def token_dir(tmp_path_factory):
     """Random tokens; a tenth of them is left out of the training, unevenly, so that ranks have different counts."""
     folder = tmp_path_factory.mktemp("tokens") / "data"

@@ -17,6 +17,8 @@ SKIP = ["--reads", "h.0:in,h.0.mlp.c_proj:in", "--writes", "h.0.mlp,h.1.mlp", "-
 """Transcoders: one in a layer, and one of another width that reads in one layer and writes in the next."""
 CROSS = ["--crosscode", "resid,h.0.mlp.c_proj:in"]
 """One unit, so some ranks of a layer map have none."""
+TWO_MODELS = ["--hookpoints", "h.0,h.1.mlp.c_proj:in", "--crosscode-models"]
+"""Crosscoders of two widths; the second model's name is still to come."""
 KINDS = {"mixed": MIXED, "skip": SKIP, "cross": CROSS}
 CUTS = {"whole": [], "micro": ["--micro-acc-steps", 3], "accumulated": ["--grad-acc-steps", 2]}
 CUTS["both"] = [*CUTS["micro"], *CUTS["accumulated"]]
@@ -73,16 +75,24 @@ def compare(one, other, where):
         ("cross", "layer-map", 3, "whole"),
         ("cross", "zero3", 2, "both"),
         ("cross", "zero3", 3, "whole"),
+        ("two models", "ddp", 3, "whole"),
+        ("two models", "layer-map", 2, "micro"),
+        ("two models", "zero3", 2, "whole"),
     ],
 )
-def test_ranks_placements_and_splits_of_the_same_batch_agree(train, gpt2_dir, kind, placement, ranks, cut):
+def test_ranks_placements_and_splits_of_the_same_batch_agree(train, gpt2_dir, other_dir, kind, placement, ranks, cut):
     """With every tensor of the host told from the device's.
 
     The demo's model on two ranks is trained under each placement in `test_a_launch_file_says_which_placement`.
     """
-    split, options = CUTS[cut], KINDS[kind]
+    split, options = CUTS[cut], KINDS.get(kind, [*TWO_MODELS, other_dir])
     batch_size = GLOBAL_BATCH // ranks // (2 if "--grad-acc-steps" in split else 1)
-    place = ["--placement", placement, *split]
+    place = [
+        "--placement",
+        placement,
+        *split,
+        *(["--shard-lm"] if (kind, placement) == ("two models", "zero3") else []),
+    ]
     found = train(gpt2_dir, *place, *options, ranks=ranks, batch_size=batch_size, devices=True)
     assert_same_run(found, train(gpt2_dir, *options))
 

@@ -4,6 +4,7 @@ import pytest
 
 from saekit.config import RunConfig
 from saekit.planning import Machine, make_plan
+from saekit.views.plan import _read_and_written
 
 
 def test_a_plan_of_several_widths_is_the_sum_of_its_units(model_dir):
@@ -48,3 +49,22 @@ def test_a_transcoder_is_sent_what_it_reads_and_writes_and_a_crosscoder_holds_al
     held = [each["ddp"].memory.peak.parameters.total for each in (transcoder, skip, crosscoder)]
     assert held == pytest.approx([4 * numbers, 4 * (numbers + 16 * 32), 4 * (2 * 64 * 48 + 64 + 48)], rel=0.02)
     assert skip["zero3"].sent > transcoder["zero3"].sent
+
+
+def test_two_models_cost_what_each_costs(model_dir):
+    """Weights and operations of both, and activations of both at once; the crosscoders join them."""
+
+    def planned(**more):
+        values = {"model": str(model_dir), "dataset": "", "num_latents": 64, "k": 4, "layers": "0,1", **more}
+        plan = make_plan(RunConfig.from_flat(values), Machine("cpu", 2, 2**36, "", ""))
+        return plan.job, {choice.placement: choice for choice in plan.choices}
+
+    (one, alone), (two, both) = planned(), planned(crosscode_models=str(model_dir))
+    assert two.lm.weights.total == 2 * one.lm.weights.total
+    assert two.lm.flops_per_token == 2 * one.lm.flops_per_token
+    assert two.lm.blocks == 2 * one.lm.blocks
+    kept = 2 * one.tokens * 16 * one.dtype.itemsize
+    assert two.lm.forward.total == one.lm.forward.total + kept
+    assert [each.site.d_in for each in two.units] == [32, 32]
+    assert both["layer-map"].sent == 2 * alone["layer-map"].sent
+    assert "other.layers.{0,1}" in " ".join(_read_and_written(two))

@@ -63,10 +63,13 @@ def test_a_run_in_one_process(answer, model_dir, text_file, targets):
         ({"transcode": True}, "one transcoder for each", "32 latents in each transcoder"),
         ({"hookpoints": "mlp", "transcode": True}, "one transcoder for each", "32 latents in each transcoder"),
         ({"crosscode": "resid"}, "1 crosscoder", "96 latents in each crosscoder"),
+        ({"crosscode_models": ""}, "one crosscoder for each", "64 latents in each crosscoder"),
     ],
 )
 def test_other_coders_are_called_by_their_names(answer, model_dir, text_file, options, coders, latents):
-    first = ("transcoders",) if list(options) == ["transcode"] else ()  # the others cannot be answers
+    # What the others say cannot be an answer.
+    first = {"transcode": ("transcoders",), "crosscode_models": ("resid",)}.get("".join(options), ())
+    options = {name: value or str(model_dir) for name, value in options.items()}
     draft, asker = answer("1", str(model_dir), str(text_file), *first, "all", "2x", "4", "32", "2k", "4", **options)
     assert asker.told["layers"] == [f"3 of 3, {coders}"]
     assert asker.told["dictionary"] == [latents]
@@ -77,6 +80,9 @@ def test_a_kind_that_is_typed_takes_the_place_of_the_files(model_dir, targets):
     targets.run.parent.mkdir(parents=True, exist_ok=True)
     targets.run.write_text("crosscode: resid\n")
     assert start({"transcode": True}, targets).config().train.coder == "transcoder"
+    targets.run.write_text("crosscode_models: other\nhookpoints: mlp\n")
+    assert start({"transcode": True}, targets).config().train.crosscode_models is None
+    assert start({"crosscode_models": "another"}, targets).config().train.hookpoints == ("mlp",)
     targets.run.write_text("transcode: true\nhookpoints: mlp\n")
     assert start({"hookpoints": "attn"}, targets).config().train.transcode is True
     typed = {"reads": "mlp:in", "writes": "mlp"}

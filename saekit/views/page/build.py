@@ -32,6 +32,7 @@ from saekit.views.page.charts import (
     density_chart,
     evaluation_charts,
     layer_charts,
+    relative_chart,
     sharing_chart,
     similarity_chart,
     training_charts,
@@ -107,9 +108,12 @@ def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Fe
         "density": density_chart(evaluation),
         "similarity": similarity_chart({layer.hookpoint: _nearest(layer) for layer in features.layers}),
     }
-    for each in inspection.layers:
-        if each.sharing is not None:  # a run has one crosscoder
-            figures["sharing"] = sharing_chart(each.sharing)
+    found = {each.hookpoint: each.sharing for each in inspection.layers if each.sharing is not None}
+    relative = {name: each.relative for name, each in found.items() if each.relative is not None}
+    if relative:
+        figures["relative"] = relative_chart(relative)
+    for each in found.values() if not relative else ():  # a run has one crosscoder of one model
+        figures["sharing"] = sharing_chart(each)
     vocabulary = _vocabulary(features)
     data = {
         "layers": [_facts(layer, evaluation) for layer in features.layers],
@@ -161,6 +165,7 @@ def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
     wanted = {
         "format": EVAL_FORMAT,
         "model": cfg.model.model,
+        "other_model": None if cfg.other_model is None else cfg.other_model.model,
         "dataset": cfg.data.dataset,
         "split": cfg.data.split,
         "data": prepared.origin,

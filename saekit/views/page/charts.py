@@ -9,8 +9,9 @@ import numpy as np
 import plotly.colors
 import plotly.graph_objects as go
 
+from saekit.activations.hookpoints import OTHER
 from saekit.analysis.measure import BINS_PER_DECADE, DENSITY_DECADES
-from saekit.analysis.sharing import Sharing
+from saekit.analysis.sharing import RELATIVE_BINS, Sharing
 
 TICKS = [digit * 10**power for power in (-3, -2, -1, 0) for digit in (1, 2, 5)]
 LOG_FVU = {"type": "log", "tickmode": "array", "tickvals": TICKS, "ticktext": [f"{tick:g}" for tick in TICKS]}
@@ -90,8 +91,13 @@ def layer_charts(evaluation: Mapping[str, Any]) -> dict[str, go.Figure]:
     charts = {"layer-fvu": _bars(list(fvu), list(fvu.values()), "FVU")}
     if evaluation["together"] is not None:
         grafted = [*(layer["grafted"] for layer in layers), evaluation["together"]]
+        names = [*names, "all"]
+        for layer in layers:  # of two models the second's answers, behind the first's
+            if layer.get("other"):
+                names.append(f"{OTHER}{layer['hookpoint']}")
+                grafted.append(layer["other"])
         for chart, key, title in (("layer-ce", "ce_recovered", "CE recovered"), ("layer-kl", "kl", "KL, nats")):
-            charts[chart] = _bars([*names, "all"], [each[key] for each in grafted], title)
+            charts[chart] = _bars(names, [each[key] for each in grafted], title)
     return charts
 
 
@@ -131,6 +137,20 @@ def sharing_chart(found: Sharing) -> go.Figure:
     counts = [str(count) for count in range(1, len(found.latents) + 1)]
     bars = go.Bar(x=counts, y=list(found.latents), showlegend=False)
     return _figure([bars], "hookpoints", "latents", xaxis={"type": "category"})
+
+
+def relative_chart(histograms: Mapping[str, Sequence[int]]) -> go.Figure:
+    """Chart how many latents of crosscoders of two models have which relative decoder norm.
+
+    Args:
+        histograms: By hookpoint, `Sharing.relative`.
+    """
+    centres = [(place + 0.5) / RELATIVE_BINS for place in range(RELATIVE_BINS)]
+    lines = [
+        go.Scatter(x=centres, y=list(histograms[name]), name=name, line={"color": color, "shape": "hvh"})
+        for name, color in _colored(list(histograms))
+    ]
+    return _figure(lines, "relative decoder norm", "latents", xaxis={"range": [0, 1]})
 
 
 def _bars(names: list[str], estimates: list[Mapping[str, float | None]], title: str) -> go.Figure:
