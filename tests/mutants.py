@@ -479,8 +479,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in written}",
-        "{hookpoint: ways[hookpoint][change] for hookpoint in written}",
+        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in there}",
+        "{hookpoint: ways[hookpoint][change] for hookpoint in there}",
     ),
     (
         "together, layers read the true activations",
