@@ -26,7 +26,15 @@ EXACT = {"dtype": "float32", "select_dtype": "fp32", "kernels": "cpu"}
 # In float32: with a language model in bfloat16 a run was seen 14% above the plan, by what glibc's heap loses to gaps.
 # Large enough that tensors, and not libraries, make up most of it; each dominated by something else.
 LARGE = {
-    "dictionaries": {"width": 512, "layers": 3, "latents": 16640, "k": 32, "batch": 4, "ctx_len": 128},
+    "dictionaries": {
+        "width": 512,
+        "layers": 3,
+        "latents": 16640,
+        "k": 32,
+        "batch": 4,
+        "ctx_len": 128,
+        "options": {"transcode": True, "skip_connection": True},
+    },
     "tokens": {"width": 512, "layers": 2, "latents": 8320, "k": 16, "batch": 86, "ctx_len": 256},
     "language model": {
         "width": 768,
@@ -111,52 +119,66 @@ def config_of(size, folder, placement):
 def measured_and_planned(size, folder, placement="single", offload=False, forked=None):
     folder.mkdir(exist_ok=True)
     config = config_of(size, folder, placement)
-    ranks = 1 if placement == "single" else 2
+    ranks = None if placement == "single" else 2
     (folder / "job.json").write_text(json.dumps({"config": config, "offload": offload}), encoding="utf-8")
     if forked is not None:
         said = folder / "stderr"
-        assert forked.run([folder / "job.json"], ranks, said, folder, 300, script=WORKER) == [0] * ranks, (
-            said.read_text()
-        )
+        ended = forked.run([folder / "job.json"], ranks, said, folder, 300, script=WORKER)
+        assert set(ended) == {0}, said.read_text()
     else:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, WORKER, folder / "job.json"], capture_output=True, text=True, env=environment, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    measured = [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(ranks)]
-    machine = Machine("cpu", ranks, 64 * 2**30, "CPU")
+    measured = [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(ranks or 1)]
+    machine = Machine("cpu", ranks or 1, 64 * 2**30, "CPU")
     plan = make_plan(RunConfig.from_flat(config), machine, offload=Offload(offload, offload))
     return measured, plan.choice(placement)
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
+def libraries(tmp_path_factory, forked):
     """What a process takes that trains next to nothing: the baseline."""
-    (measured,), planned = measured_and_planned(TINY, tmp_path_factory.mktemp("tiny") / "run")
+    (measured,), planned = measured_and_planned(TINY, tmp_path_factory.mktemp("tiny") / "run", forked=forked)
     return measured["peak"] - planned.memory.total
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_resident_memory_of_one_process(name, libraries, tmp_path):
-    (measured,), planned = measured_and_planned(LARGE[name], tmp_path / "run")
+def test_resident_memory_of_one_process(name, libraries, tmp_path, forked):
+    (measured,), planned = measured_and_planned(LARGE[name], tmp_path / "run", forked=forked)
     assert planned.memory.total > 700e6
     peak = measured["peak"] - libraries
     for again in range(2):
         if peak <= 1.1 * planned.memory.total:
             break
         # Where the threads' allocations fall by chance leaves gaps in the heap, which only add: the least counts.
-        (measured,), _ = measured_and_planned(LARGE[name], tmp_path / f"run{again}")
+        (measured,), _ = measured_and_planned(LARGE[name], tmp_path / f"run{again}", forked=forked)
         peak = min(peak, measured["peak"] - libraries)
     assert peak == pytest.approx(planned.memory.total, rel=0.1)
 
 
-def test_the_allowance_for_libraries_is_about_what_they_take(libraries):
+def test_the_allowance_for_libraries_is_about_what_they_take(tmp_path):
+    """Those of a process that has imported only what it needs."""
+    (measured,), planned = measured_and_planned(TINY, tmp_path / "run")
+    libraries = measured["peak"] - planned.memory.total
     assert libraries == pytest.approx(Machine("cpu", 1, 1, "").libraries, rel=0.25)
 
 
-@pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        ("even", "ddp"),
+        ("even", "layer-map"),
+        ("wide", "ddp"),
+        ("wide", "layer-map"),
+        ("wide", "zero3"),
+        ("one layer left over", "layer-map"),
+        ("one layer left over", "zero3"),
+        ("rows cut apart", "ddp"),
+        ("rows cut apart", "zero3"),
+    ],  # even under zero3: what is offloaded, below
+)
 def test_tensors_of_two_ranks(name, placement, tmp_path, forked):
     measured, planned = measured_and_planned(SMALL[name], tmp_path / "run", placement, forked=forked)
     peak = next(moment for moment in planned.memory.moments if moment.name == "optimizer's step")
