@@ -1,6 +1,6 @@
 """What each placement exchanges and holds on two ranks, beside what each of them says it should.
 
-Of SAEs, of transcoders with a skip connection, and of SAEs of two widths.
+Of SAEs, of SAEs of two widths, and of transcoders with a skip connection that read in one layer and write in the next.
 
     python benchmarks/placement.py                     two ranks
     python benchmarks/placement.py --ranks 3           rows of the decoder cut between ranks, an uneven layer map
@@ -51,16 +51,22 @@ class Setting:
     chunks: int
     dtype: str
     coders: tuple[tuple[str, str], ...] = ()
-    """Options of `TrainConfig`; SAEs of all blocks' outputs without any."""
+    """Options of `TrainConfig`; SAEs of all blocks' outputs without any. `LAST` is the number of the last layer, and
+    `BEFORE` that of the one before it."""
     skip: bool = False
 
+    def options(self, layers: int) -> dict[str, str]:
+        """Return the options for a model of so many layers."""
+        last, before = str(layers - 1), str(layers - 2)
+        return {name: value.replace("LAST", last).replace("BEFORE", before) for name, value in self.coders}
 
-HIDDEN = "layers.*.mlp.down_proj:in"
+
+HIDDEN, EARLIER_HIDDEN = "layers.*.mlp.down_proj:in", "layers.{0-BEFORE}.mlp.down_proj:in"
 """Twice as wide as the residual stream."""
 SETTINGS = (
     Setting("whole", 1, 1, "float32"),
     Setting("cut", 2, 3, "bfloat16"),
-    Setting("transcoders", 1, 2, "float32", (("reads", HIDDEN), ("writes", "mlp")), skip=True),
+    Setting("transcoders", 1, 2, "float32", (("reads", EARLIER_HIDDEN), ("writes", "layers.{1-LAST}.mlp")), skip=True),
     Setting("two widths", 2, 1, "bfloat16", (("hookpoints", f"resid,{HIDDEN}"),)),
 )
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -68,7 +74,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def main(
     ranks: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
-    layers: Annotated[int, typer.Option(help="Layers of the language model; one coder or two each.", min=1)] = 4,
+    layers: Annotated[int, typer.Option(help="Layers of the language model; one coder or two each.", min=2)] = 4,
     width: Annotated[int, typer.Option(help="Its width.")] = 128,
     latents: Annotated[int, typer.Option(help="Latents per SAE.")] = 1024,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 16,
@@ -123,7 +129,7 @@ def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Pa
         "micro_batches": setting.micro_batches,
         "chunks": setting.chunks,
         "dtype": setting.dtype,
-        "coders": dict(setting.coders),
+        "coders": setting.options(load.layers),
         "skip": setting.skip,
         "first": FIRST_STEP,
         "steps": STEPS,

@@ -23,17 +23,22 @@ def test_the_generator_decides_the_start():
     assert not torch.equal(first.W_enc, Sae(8, 32, 4, generator=torch.Generator().manual_seed(1)).W_enc)
 
 
+@pytest.mark.parametrize("kind", [{}, {"transcode": True, "skip_connection": True}], ids=["sae", "transcoder"])
 @pytest.mark.parametrize("lead", [(5,), (2, 3), ()])
-def test_encode_decode_forward_agree_at_any_leading_shape(lead):
-    sae = make_sae().eval()
-    x = torch.randn(*lead, 8, generator=torch.Generator().manual_seed(1))
+def test_encode_decode_forward_agree_at_any_leading_shape(lead, kind):
+    sae, generator = make_sae(**kind).eval(), torch.Generator().manual_seed(1)
+    x = torch.randn(*lead, 8, generator=generator)
+    for started_at_zero in (sae.b_enc, sae.b_dec, sae.W_skip):
+        if started_at_zero is not None:
+            started_at_zero.data.normal_(generator=generator)
     acts, indices = sae.encode(x)
     assert acts.shape == indices.shape == (*lead, 4)
     assert (acts.diff(dim=-1) <= 0).all()
     out = sae(x)
-    torch.testing.assert_close(sae.decode(acts, indices), out.recon)
-    assert out.recon.shape == x.shape
-    scores = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    torch.testing.assert_close(sae.decode(acts, indices, x if kind else None), out.recon)
+    expected = torch.einsum("...k,...kd->...d", acts, sae.W_dec[indices]) + sae.b_dec
+    torch.testing.assert_close(out.recon, expected + x @ sae.W_skip.T if kind else expected)
+    scores = torch.relu((x if kind else x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
     torch.testing.assert_close(acts, scores.topk(4).values)
 
 

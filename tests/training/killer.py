@@ -59,7 +59,7 @@ class Killer:
         since, began = time.time(), time.monotonic()
         child = self.live()
         moment = began + self.chance.uniform(0.0, self.start_takes)
-        enough = self.chance.randint(*{"start": (1, 1), "step": (1, 25), "save": (4, 10)}[aim])
+        enough = self.chance.randint(*{"start": (1, 1), "step": (1, 12), "save": (4, 7)}[aim])
         done = 0
         while not (aim == "start" and time.monotonic() > moment):
             if (code := child.poll()) is not None:

@@ -10,17 +10,24 @@ from tests.training.killer import Killer
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 KILLS = {"start": 3, "step": 5, "save": 5}
-"""How often each of two runs is killed amid what, at least."""
-STEPS = 250
+"""How often each run is killed amid what, at least."""
+STEPS = 120
 """More than twice as many as it gets to through so many kills."""
+KINDS = {
+    "mixed": "--optimizer adam --hookpoints layers.0,layers.1.mlp.down_proj:in",
+    "skip": "--optimizer signum --skip-connection --reads layers.0.mlp.down_proj:in,layers.0 "
+    "--writes layers.0.mlp,layers.1.mlp",
+    "cross": "--optimizer adam --crosscode layers.0,layers.1.mlp.down_proj:in",
+}
+"""SAEs of two widths; transcoders of two widths, one of them from a layer to the next; a crosscoder."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "seed"), [("adam", 31), ("signum", 32)])
-def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, forked, optimizer, seed):
+@pytest.mark.parametrize(("kind", "seed"), [("mixed", 31), ("skip", 32), ("cross", 33)])
+def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, forked, kind, seed):
     np.random.default_rng(0).integers(2, 250, STEPS * 4 * 16, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     sizes = ["--ctx-len", 16, "--num-latents", 64, "--k", 4, "--batch-size", 2, "--grad-acc-steps", 2]
-    options = ["--optimizer", optimizer, "--dead-feature-threshold", 2000, "--auxk-alpha", 1 / 32]
+    options = [*KINDS[kind].split(), "--dead-feature-threshold", 1000, "--auxk-alpha", 1 / 32]
     options += ["--save-every", 3, "--keep-last", 2]
     command = ["train", model_dir, tmp_path / "tokens.bin", *sizes, *options, "--save-best", "--save-dir", tmp_path]
 
