@@ -14,8 +14,6 @@ LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|<(?:img|a)\b[^>]*?\b(
 CODE = re.compile(
     r"^```.*?^```|(?:(?<=\n\n)|\A)(?:(?:    |\t)[^\n]*\n|\n(?=    ))+|`[^`\n]+`", re.DOTALL | re.MULTILINE
 )
-PAGES_FROM_CODE = {"options.md", "python.md"}
-"""Made by docs/tools/hooks.py while the site is built; tests/test_docs_site.py follows links to them."""
 
 
 def links(document):
@@ -40,8 +38,6 @@ def anchors(document):
 def broken(document):
     for target in links(document):
         path, _, anchor = target.partition("#")
-        if path in PAGES_FROM_CODE and document.parent.name == "docs":
-            continue
         file = (document.parent / unquote(path)) if path else document
         if not file.resolve().is_relative_to(ROOT) or not file.exists():
             yield f"{target}: no such file"
