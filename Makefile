@@ -42,7 +42,7 @@ bench: $(STAMP)  ## speed and memory beside eai-sparsify's, half an hour; tables
 
 docs: $(STAMP)  ## these documents as a site, in site/; a broken link, or a page that needs a network, fails
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff format .
