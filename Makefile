@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types mutants bench clean
+.PHONY: demo test quick check lint format types mutants bench docs clean
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,9 +42,13 @@ bench: $(STAMP)  ## speed and memory beside eai-sparsify's, half an hour; tables
 	missed=0; for each in kernels step train memory selection; do \
 		$(BIN)/python benchmarks/$$each.py || missed=1; done; exit $$missed
 
+docs: $(STAMP)  ## these documents as a site, in site/; a broken link, or a page that needs a network, fails
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
