@@ -43,7 +43,7 @@ def test_a_circuits_parts_add_up_to_what_a_transcoder_adds(tmp_path, start):
     # So much less would the late encoder's score be without what the early one's latents add, at the same divisor.
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR).float().eval()
     early, late = saekit.load_many(tmp_path / "run").values()
-    assert late.trained_on == (str(MODEL_DIR), "layers.4.mlp")
+    assert late.trained_on == (str(MODEL_DIR), "layers.4.mlp", None)
     saekit.save(late, tmp_path / "alone")
     alone = saekit.load(tmp_path / "alone")
     assert (alone.trained_on, alone.reads, alone.writes) == (late.trained_on, {"layers.4.mlp:in": 128}, late.writes)
