@@ -1,4 +1,4 @@
-"""What saving and loading a checkpoint costs, beside writing and reading the same bytes with safetensors alone.
+"""What saving and loading a checkpoint costs, compared with writing and reading the same bytes with safetensors alone.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --dir /mnt/scratch --layers 8
@@ -141,7 +141,7 @@ def one_round(saver: Saver, files: dict[Path, dict[str, torch.Tensor]], folder: 
 def measure(work: Callable[[], Any]) -> dict[str, float]:
     """Seconds, and bytes by which the resident set grew at most."""
     os.sync()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again
     before = resident("VmRSS")
     start = time.perf_counter()
     kept = work()

@@ -56,9 +56,9 @@ class Job:
 def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:
     """Tokenize Python's own standard library, split by documents, and save `train` and `heldout` below `folder`.
 
-    A random twentieth of the documents is held out. The sequences of each part are shuffled once, here; whoever
-    trains on them must not shuffle again. Where the text is shorter than what is asked for, it is read several times,
-    each time in another order.
+    A random twentieth of the documents is held out. The sequences of each part are shuffled once, here; a toolkit
+    that trains on them must not shuffle again. A text that is too short is read several
+    times, each time in another order.
 
     Args:
         tokenizer: The language model's.
@@ -88,7 +88,7 @@ def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, fold
 
 
 def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
-    """The Python that has a peer: the one given, or that of an environment beside this file, made where missing."""
+    """The Python that has a peer: the one given, or that of an environment next to this file, made where missing."""
     if given is not None:
         return given
     folder = HERE / (".venv-peers" if peer == "sparsify" else f".venv-peers-{peer}")
@@ -105,7 +105,7 @@ def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
         same_torch = f"torch=={torch.__version__.partition('+')[0]}"
         for packages in ([same_torch], [same_torch, PEERS[peer], f"transformers=={transformers.__version__}", "numpy"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        # It comes along for pictures, as a build that may not fit torch's; transformers then fails to import.
+        # It is installed for pictures, as a build that may not fit torch's; transformers then fails to import.
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
         finished.touch()
     return python
@@ -166,7 +166,7 @@ def activations(tokens: int, d_in: int, seed: int = 0) -> torch.Tensor:
     """Made-up residual-stream activations `[tokens, d_in]`, float32: sums of a few of 4·D directions, and noise.
 
     Directions are drawn with frequencies like 1 / rank, so that some latents will fire far more often than others,
-    as with a language model; all of equal frequency would flatter whoever sorts by latent.
+    as with a language model; all of equal frequency would flatter a tool that sorts by latent.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(4 * d_in, d_in, generator=generator) / d_in**0.5

@@ -22,7 +22,7 @@ from saekit.sae.selection.batchtopk import BatchTopK
 LENGTHS_FROM = 64
 """Sequences."""
 GRAFTED_TOKENS = 25_000
-"""So many are read with the reconstructions in the language model, which takes three passes per layer."""
+"""This many are read with the reconstructions in the language model, which takes three passes per layer."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ GPU_SIZES = ["4096,131072,64,8192"]
 AUTO_SIZES = ["256,4096,32,2048", *CPU_SIZES]
 AUTO_WITHIN = 1.05
 STREAM_BYTES = {"cpu": 2**29, "cuda": 2**32}
-"""So many that on a GPU the launch does not count."""
+"""Large enough that on a GPU the launch does not count."""
 OPERATIONS = ("encode", "forward", "forward and backward", "step", "step, bf16 moments")
 console = Console()
 
@@ -58,8 +58,8 @@ def main(
     gpu: Annotated[bool, typer.Option(help="On the CUDA device, with the default sizes for one.")] = False,
     rounds: Annotated[int, typer.Option(help="Times everything is measured, in turn; medians count.", min=1)] = 9,
     at_most: Annotated[float | None, typer.Option(help="Times the floor.")] = None,
-    select_dtype: Annotated[str, typer.Option(help="In the place of auto, what the hardware is fast at.")] = "auto",
-    auto: Annotated[bool, typer.Option("--auto", help="Time all backends and types beside what auto takes.")] = False,
+    select_dtype: Annotated[str, typer.Option(help="In place of auto, what the hardware is fast at.")] = "auto",
+    auto: Annotated[bool, typer.Option("--auto", help="Time all backends and types next to what auto takes.")] = False,
     profile: Annotated[bool, typer.Option(help="Also print torch's profile of the fastest backend's step.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
@@ -76,7 +76,7 @@ def main(
         backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", select)]
         if auto_backend(device) == "native":
             backends += [("native", "fp32"), ("native", select)]
-        if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each: too many beside the others
+        if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each: too many next to the others
             backends = [("triton", "fp32"), ("triton", select)]
         kernels = {f"{name} {dtype}": choose_kernels(name, dtype, device) for name, dtype in backends}
         results.append({"size": text, **measure(x_ND, num_latents, k, kernels, rounds)})
@@ -100,7 +100,7 @@ def main(
 
 
 def compare_with_auto(sizes: list[str], device: torch.device, rounds: int) -> bool:
-    """Time a whole step of every backend and type, in turn, and print each beside what auto takes.
+    """Time a whole step of every backend and type, in turn, and print each next to what auto takes.
 
     Returns:
         Whether auto is missed by more than it may be at one of the sizes.

@@ -1,4 +1,4 @@
-"""Peak memory of one SAE's training, by option, beside eai-sparsify's and beside what `saekit plan` says of it.
+"""Peak memory of one SAE's training, by option, compared with eai-sparsify's and with what `saekit plan` says of it.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --gpu

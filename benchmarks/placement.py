@@ -1,4 +1,4 @@
-"""What each placement exchanges and holds on two ranks, beside what each of them says it should.
+"""What each placement exchanges and holds on two ranks, compared with what each of them says it should.
 
 Of SAEs, of SAEs of two widths, and of transcoders with a skip connection that read in one layer and write in the next.
 
@@ -56,7 +56,7 @@ class Setting:
     skip: bool = False
 
     def options(self, layers: int) -> dict[str, str]:
-        """Return the options for a model of so many layers."""
+        """Return the options for a model of that many layers."""
         last, before = str(layers - 1), str(layers - 2)
         return {name: value.replace("LAST", last).replace("BEFORE", before) for name, value in self.coders}
 
@@ -164,7 +164,7 @@ def deviation(run: dict[str, Any]) -> float:
 
 
 def table(run: dict[str, Any]) -> Table:
-    """One run's ranks, measured beside planned; sent and received are per optimizer step."""
+    """One run's ranks, measured and planned; sent and received are per optimizer step."""
     shown = Table("rank", "layers", "", title=f"{run['placement']}, step {run['setting']}", title_justify="left")
     for column in ("measured MB", "planned MB", "ratio"):
         shown.add_column(column, justify="right")

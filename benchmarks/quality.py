@@ -1,12 +1,12 @@
-"""Held-out quality: saekit with its defaults beside the peers with theirs and with sweeps, everything else being equal.
+"""Held-out quality: saekit with its defaults, the peers with theirs and with sweeps, everything else being equal.
 
     python benchmarks/quality.py                            both models, 1M tokens, all recipes, one seed
     python benchmarks/quality.py --tokens 1M --tokens 10M --seed 0 --seed 1
     python benchmarks/quality.py --only saekit --again      what was changed, against what is known of the peers
-    python benchmarks/quality.py --kind transcoder          of all MLPs, beside sparsify's
+    python benchmarks/quality.py --kind transcoder          of all MLPs, compared with sparsify's
     python benchmarks/quality.py --quick                    few tokens, to see that it works
 
-The results are written after every run, and a run that is in the file already is not made again: whoever stops the
+The results are written after every run, and a run that is in the file already is not made again: stopping the
 script loses one run. What is compared, and what came out, is in docs/quality.md.
 """
 

@@ -58,7 +58,7 @@ def recipes(steps: int) -> Iterator[Recipe]:
     """All of them, the most telling first.
 
     The peers' warm-up is 1000 steps by default, longer than a short run: a sweep gives them a tenth of the run, as
-    whoever tunes would. A sweep of dictionary-learning scales its inputs and lets the rate fall over the last fifth,
+    anyone who tunes would. A sweep of dictionary-learning scales its inputs and lets the rate fall over the last fifth,
     as its own example does.
 
     Args:

@@ -140,7 +140,7 @@ class Job:
             each.send_signal(number)
 
     def wait(self, seconds: float) -> list[int]:
-        """Return the launchers' exit codes; those that are still there after so many seconds are killed."""
+        """Return the launchers' exit codes; those that are still there after that many seconds are killed."""
         until = time.monotonic() + seconds
         for each in self.launchers:
             try:

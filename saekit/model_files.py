@@ -11,7 +11,7 @@ from saekit.errors import UserError
 CONFIG = "config.json"
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 POINTER = b"version https://git-lfs"
-"""How a file begins that git put in the place of a large one."""
+"""How a file begins that git put in place of a large one."""
 SHOWN = 6
 """Files that a message lists."""
 

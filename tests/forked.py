@@ -51,7 +51,7 @@ class Forked:
     """Starts copies; a context manager.
 
     Attributes:
-        python: Path of what can be started in the place of `python`.
+        python: Path of what can be started in place of `python`.
         commands: A folder with `python`, `saekit` and `accelerate`, for a PATH.
     """
 
@@ -125,7 +125,7 @@ class Forked:
     ) -> list[int]:
         """Run `saekit COMMAND...` as this many ranks, or as one process that no launcher started for None.
 
-        With a script, that is run with these arguments in the place of `saekit`. Ranks speak through a strict group
+        With a script, that is run with these arguments in place of `saekit`. Ranks speak through a strict group
         (`tests.strict`), which with `devices` knows the host's tensors as well. What they write to stderr goes to the
         log. When one ends with an error the others are ended, as a launcher does. Returns the exit code of each.
         """

@@ -49,7 +49,7 @@ class LiveModel(Source):
         fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
             for the last one where that is shorter.
         other: The second model, if crosscoders of two are trained (`crosscode_models`). It reads the same token ids,
-            which must mean the same to it: whoever gives it here has made sure of that.
+            which must mean the same to it: the caller has made sure of that.
         other_name: The second model's name.
         other_tokenizer: Of the second model, whose special tokens are excluded, too.
 

@@ -1,7 +1,7 @@
 """Two language models over the same tokens (`--crosscode-models`): their common hookpoints, and reading both.
 
 A hookpoint of the second is named like a path below `OTHER`: `other.layers.3`. Whatever takes hookpoints takes those,
-too, with `Models` in the place of a model.
+too, with `Models` in place of a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The language model of an evaluation, as it is and with something in the place of activations."""
+"""The language model of an evaluation, as it is and with something in place of activations."""
 
 from __future__ import annotations
 

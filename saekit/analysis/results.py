@@ -106,7 +106,7 @@ class Grafted:
     ce: Estimate
     """Cross-entropy with the true tokens, nats per scored token, with the reconstruction spliced in."""
     ce_mean_ablated: Estimate
-    """The same with the layer's mean activation in the place of every token's."""
+    """The same with the layer's mean activation in place of every token's."""
     ce_zero_ablated: Estimate
     """The same with zeros."""
     ce_recovered: Estimate

@@ -123,7 +123,7 @@ def compare_answers(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
 
     Args:
         clean: Logits `[B, T, V]` of the model as it is, in any float type.
-        changed: Logits of the same model with something in the place of its activations.
+        changed: Logits of the same model with something in place of its activations.
         targets: int64 `[B, T]`.
     """
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)

@@ -109,7 +109,7 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _data_files(name: str, folder: Path) -> list[str]:
-    """Return a folder's files without those that lie beside the data; none if none of them is of a format of ours."""
+    """Return a folder's files without those that lie next to the data; none if none of them is of a format of ours."""
     files = _files_below(folder)
     data = [file for file in files if os.path.basename(file).lower() not in BESIDE]
     if data and all(ending(file).format == ".md" for file in data):  # then README.md is a document as well

@@ -16,7 +16,7 @@ BLOCK = 2**22
 ODD = -7046029254386353131
 """2⁶⁴ divided by the golden ratio, as a signed number: its multiples are spread evenly."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-"""In which elements of so many bytes are read: with half of int64's bits unused, a factor loses none of theirs."""
+"""The type in which elements of this many bytes are read: half of int64's bits stay unused, so a factor loses none."""
 
 
 def tensors_of(sae: Sae) -> list[Tensor]:

@@ -21,7 +21,7 @@ class Advice:
     """A change, and what it makes of the placement that then needs least."""
 
     options: tuple[str, ...]
-    """To be added to the command, or put in the place of those of the same name."""
+    """To be added to the command, or put in place of those of the same name."""
     choice: Choice
     layers: int
     """SAEs that are trained then."""

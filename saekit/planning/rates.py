@@ -105,7 +105,7 @@ def read_rates(key: str) -> tuple[Rates | None, str | None]:
 
 
 def keep_rates(found: Mapping[str, Rates]) -> Path:
-    """Put rates into the cache, in the place of older ones of the same devices; networks of other sizes stay.
+    """Put rates into the cache, in place of older ones of the same devices; networks of other sizes stay.
 
     Args:
         found: By `device_key`.

@@ -170,6 +170,6 @@ def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
             option = f"--{name.replace('_', '-')} {given[name]}"
             raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
     kept = read_yaml(run / CONFIG_FILE)
-    if "placement" in given:  # what belongs to another one does not come along
+    if "placement" in given:  # what belongs to another one is left out
         kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}
     return kept

@@ -69,7 +69,7 @@ class SaeOutput(NamedTuple):
 
 
 def described(value: Any) -> str:
-    """Describe what was given in the place of a tensor, for a message."""
+    """Describe what was given in place of a tensor, for a message."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"a tensor of shape {list(value.shape)}"

@@ -73,7 +73,7 @@ class Frame:
         return own
 
     def lost(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights that `unfold` would round: an exact continuation needs them beside the folded ones."""
+        """Return the weights that `unfold` would round: an exact continuation needs them next to the folded ones."""
         if self.shift_D is None:
             names = ["W_enc", "W_dec", "b_dec"]
         else:

@@ -95,7 +95,7 @@ def _evaluation(inspection: Inspection) -> tuple[RenderableType, ...]:
 def _overview(layers: Sequence[LayerInspection], width: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     name_width = max(len("layer"), *(len(one.hookpoint) for one in layers))
-    # Beside the name and the trend, the columns and the gaps between them take 63 characters, or 71.
+    # Without the name and the trend, the columns and the gaps between them take 63 characters, or 71.
     with_never = width >= name_width + 71 + 12
     trend_width = max(6, min(24, width - name_width - (71 if with_never else 63)))
     table.add_column("\nlayer", overflow="fold", min_width=len("layers.0"))  # numbers are never cut off

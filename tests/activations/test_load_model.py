@@ -172,7 +172,7 @@ def test_short_sequences_get_plain_attention_in_bfloat16(model_dir, dtype, ctx_l
 
 
 class Asked(Exception):  # noqa: N818  # the loader's arguments
-    """In the place of loading."""
+    """In place of loading."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Putting something in the place of the residual stream of real architectures."""
+"""Putting something in place of the residual stream of real architectures."""
 
 import pytest
 import torch

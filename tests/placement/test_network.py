@@ -22,7 +22,7 @@ pathlib.Path(result).write_text("[2.0, 1.0]")
 
 @pytest.fixture
 def ranks(monkeypatch, tmp_path):
-    """`ranks(first, second)`: what runs in the place of the two ranks."""
+    """`ranks(first, second)`: what runs in place of the two ranks."""
 
     def stand_in(first, second):
         script = tmp_path / "python"

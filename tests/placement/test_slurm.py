@@ -1,4 +1,4 @@
-"""examples/slurm_multi_node.sh, with two launchers of this machine in the place of SLURM's machines."""
+"""examples/slurm_multi_node.sh, with two launchers of this machine in place of SLURM's machines."""
 
 import os
 import signal

@@ -49,7 +49,7 @@ def planned(saekit, eight_layers, answers):  # noqa: F811
 
 
 def merged(options, advised):
-    """The command's options with those advised in the place of older ones of the same name."""
+    """The command's options with those advised in place of older ones of the same name."""
     pairs = dict(zip(options[::2], options[1::2], strict=True))
     words = shlex.split(" ".join(advised))
     while words:

@@ -53,7 +53,7 @@ def decode(acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
 
 
 def keep_above(acts_NK: Tensor, threshold: Tensor | None) -> Tensor:
-    """Return the values above a threshold, and exactly zero, without a gradient, in the place of the others.
+    """Return the values above a threshold, and exactly zero, without a gradient, in place of the others.
 
     NaN stays, so that it is noticed. The threshold is 0-dimensional, of any float type; it is compared in the values'
     type. None leaves all values as they are.

@@ -209,7 +209,7 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
     """`out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m: `[M, D]`, in an order that is fixed.
 
     One program per latent and block of columns, without atomics: a latent that fires on every token is a long loop,
-    but a loop of each column block on its own, and the blocks of other latents run beside it.
+    but a loop of each column block on its own, and the blocks of other latents run next to it.
     """
     M, D = len(starts_M) - 1, rows_ND.shape[1]
     out_MD = rows_ND.new_empty(M, D)

@@ -29,7 +29,7 @@ GAIN = 0.5
 Measured on the demo's language model, all six layers, 147 steps of 2048 tokens. While values grow, mean L0 lags
 behind, by less the higher the gain and the longer the run: at k 32 it was 1.4 to 3.0% below k over the whole run and
 0.2 to 1.1% in its second half, at k 8 1.2 to 1.4% and up to 0.4%. At a gain of 0.75 one layer's L0 swung up to twice k
-at k 8. With a fixed exponent in the place of GAIN / s that suits k 32, it swung by half of k there.
+at k 8. With a fixed exponent in place of GAIN / s that suits k 32, it swung by half of k there.
 Over 293 steps at k 32 it was 0.8 to 1.7% below k.
 """
 LARGEST_MOVE = 0.3
