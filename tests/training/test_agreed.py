@@ -126,4 +126,4 @@ def test_the_language_model_has_one_type_on_all_ranks(monkeypatch, loader, optio
     cfg = RunConfig.from_flat({"model": "model", "dataset": "data", **options})
     for other, expected in ("bfloat16", "bfloat16"), ("float32", "float32"):
         with pytest.raises(Loaded, match=expected):
-            live._load(cfg, Ranks(other), None, 1)
+            live._load(cfg.model, cfg.train, Ranks(other), None, 1)
