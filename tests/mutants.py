@@ -483,6 +483,20 @@ LIST: list[tuple[str, ...]] = [
         "{hookpoint: ways[hookpoint][change] for hookpoint in there}",
     ),
     (
+        "a block does not run although something inside it is replaced",
+        "saekit/analysis/altered.py",
+        "found[name] = blocks.hookpoint(inside[0] - 1)",
+        "found[name] = blocks.hookpoint(inside[0])",
+        "analysis/test_coders",
+    ),
+    (
+        "of two models the longer context counts",
+        "saekit/activations/lm.py",
+        "return min((each for each in limits if each is not None), default=None)",
+        "return max((each for each in limits if each is not None), default=None)",
+        "activations/test_tap",
+    ),
+    (
         "together, layers read the true activations",
         EVALUATE,
         'replacements["spliced"][site.writes[0].name] = self._reconstruct(name)',

@@ -100,12 +100,22 @@ def vocabulary(model: PreTrainedModel) -> int:
     return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
 
 
-def resolve_ctx_len(asked: int | None, limit: int | None) -> int:
+def shared_limit(*limits: int | None) -> int | None:
+    """Return the most tokens per sequence that several models can read; None without a limit."""
+    return min((each for each in limits if each is not None), default=None)
+
+
+def resolve_ctx_len(asked: int | None, *limits: int | None) -> int:
     """Return tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
+
+    Args:
+        asked: What was asked for.
+        limits: The most that the model can read, or that each of several can; None is no limit.
 
     Raises:
         UserError: If more was asked for than the model can read.
     """
+    limit = shared_limit(*limits)
     if asked is None:
         return min(DEFAULT_CTX_LEN, limit or DEFAULT_CTX_LEN)
     if limit is not None and asked > limit:

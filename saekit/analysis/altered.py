@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saekit.activations import splice, start_behind
 from saekit.activations.hookpoints import Hookpoint, find_blocks
-from saekit.activations.pair import names_in, tap_all
+from saekit.activations.pair import names_in
 from saekit.activations.splice import Predict, Replace
 from saekit.activations.tap import without_cache
 from saekit.analysis.sums import CHANGES, SKIP
@@ -24,8 +24,6 @@ class Clean(NamedTuple):
 
     logits: Tensor
     """`[B, T, V]`."""
-    of: dict[str, Tensor]
-    """Each hookpoint's activations `[B, T, D]`; they belong to the caller, who removes them one by one."""
     starts: dict[str, Tensor]
     """Outputs of the blocks behind which the model can be started."""
 
@@ -34,7 +32,7 @@ class Altered:
     """Runs a language model, clean or with replaced activations.
 
     Args:
-        model: With a head, but for `read`.
+        model: With a head.
         hookpoints: Whose activations are looked at; of two models only its own are.
         start_anywhere: Whether blocks before what is replaced may be left out, where that was seen to give the same.
         prefix: What begins the names of its hookpoints, see `saekit.activations.pair.Models`.
@@ -52,13 +50,8 @@ class Altered:
         self._can_start_behind: dict[str, bool] = {}
         """By block: whether the model can be run from its output on only."""
 
-    def read(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Each hookpoint's activations `[B, T, D]`."""
-        with tap_all({self.prefix: self.model}, self.hookpoints) as read:
-            return read(inputs)
-
-    def clean(self, inputs: Tensor) -> Clean:
-        """Run the model once as it is."""
+    def clean(self, inputs: Tensor) -> tuple[Clean, dict[str, Tensor]]:
+        """Run the model as it is; returns also each hookpoint's activations `[B, T, D]`, which the caller can drop."""
         seen: dict[str, Tensor] = {}
 
         def watch(name: str) -> Replace:
@@ -71,7 +64,7 @@ class Altered:
 
         starts = set(self._starts.values())
         logits = self.logits(inputs, {name: watch(name) for name in {*self.hookpoints, *starts}})
-        return Clean(logits, {name: seen[name] for name in self.hookpoints}, {name: seen[name] for name in starts})
+        return Clean(logits, {name: seen[name] for name in starts}), {name: seen[name] for name in self.hookpoints}
 
     def logits(
         self, inputs: Tensor, replacements: Mapping[str, Replace | Predict], excluded: Tensor | None = None

@@ -137,8 +137,7 @@ def prepare(
     for each in models:
         status(f"Reading the configuration of {each.model}")
         shapes.append(model_shape(each))
-    limits = [each.max_ctx_len for each in shapes if each.max_ctx_len is not None]
-    ctx_len = resolve_ctx_len(cfg.train.ctx_len, min(limits, default=None))
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, *(each.max_ctx_len for each in shapes))
     tokenizers = [find_tokenizer(each) for each in models]
     tokenizer, vocabularies = tokenizers[0], [vocabulary_of(each.config) for each in shapes]
     if len(models) == 2:

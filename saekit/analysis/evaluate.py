@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations.chosen import check_widths
-from saekit.activations.pair import tap_all
+from saekit.activations.pair import Models, tap_all
 from saekit.activations.sites import Site, hookpoints_of
 from saekit.activations.splice import Predict, Replace
 from saekit.analysis.altered import Altered, changes_of, joined, where
@@ -72,8 +72,8 @@ class Evaluator:
         self.subject = subject
         self.names = list(subject.saes)
         self.hookpoints = [each.name for each in hookpoints_of(sites.values())]
-        self.models = [Altered(each, self.hookpoints, start_anywhere, key) for key, each in subject.models.items()]
-        self.asked = self.models[: subject.answering]
+        answering = list(subject.models.items())[: subject.answering]
+        self.asked = [Altered(each, self.hookpoints, start_anywhere, prefix) for prefix, each in answering]
         """Those with a head for the task."""
         self._last_use = {part.name: name for name, site in sites.items() for part in site.parts}
         self._skips = [name for name, sae in subject.saes.items() if sae.W_skip is not None]
@@ -146,6 +146,7 @@ class Evaluator:
         # All spliced rows are written again; the others stay.
         grafts = self._grafts or [{name: GraftSums(count, device) for name in (*self.names, "")} for _ in self.asked]
         clean = [AnswerSums(count, device) for _ in self.asked]
+        silent = dict(list(subject.models.items())[len(self.asked) :])
         scored_S = torch.zeros(count, dtype=torch.float64, device=device)
         counted_S = torch.zeros_like(scored_S)
         for numbers, input_ids, counted in subject.batches():
@@ -155,7 +156,7 @@ class Evaluator:
             question = None if subject.objective is None else subject.objective(input_ids, asked)
             as_it_is = question is not None and question.input_ids is input_ids
             if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
-                seen = self._read(self.models, input_ids.to(device))
+                seen = self._read(subject.models, input_ids.to(device))
                 for name in self.names:
                     (x, y), sae = self._ends(name, seen), subject.sae(name)
                     target, own = x if y is None else y, counted & sae.counted(x, y)
@@ -167,11 +168,13 @@ class Evaluator:
                 continue
             inputs, targets = question.input_ids.to(device), question.targets.to(device)
             scored_S[rows] = (targets != IGNORED).sum(1).double()[: len(rows)]
-            seen, answered = self._read(self.models[len(self.asked) :], inputs), []
+            seen, answered = self._read(silent, inputs), []
             for model, sums in zip(self.asked, clean, strict=True):
-                answered.append(model.clean(inputs))
-                seen |= answered[-1].of
-                sums.add(rows, compare_answers(answered[-1].logits, answered[-1].logits, targets))
+                as_is, own_seen = model.clean(inputs)
+                answered.append(as_is)
+                seen |= own_seen
+                del own_seen  # else nothing would be freed before the next batch
+                sums.add(rows, compare_answers(as_is.logits, as_is.logits, targets))
             self._done()
             replacements: dict[str, dict[str, Replace | Predict]] = {change: {} for change in changes}
             for name in self.names:
@@ -256,9 +259,9 @@ class Evaluator:
             else OtherResult(str(subject.other_name), cross_entropy(1), grafted("", model=1)),
         )
 
-    @staticmethod
-    def _read(models: Sequence[Altered], inputs: Tensor) -> dict[str, Tensor]:
-        return {name: acts for model in models for name, acts in model.read(inputs).items()}
+    def _read(self, models: Models, inputs: Tensor) -> dict[str, Tensor]:
+        with tap_all(models, self.hookpoints) as read:
+            return read(inputs)
 
     def _reconstruct(self, name: str) -> Replace | Predict:
         site = self.sites[name]

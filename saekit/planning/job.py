@@ -108,8 +108,8 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         check_select_dtype(backend, train.select_dtype, machine.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    limits = [each.max_ctx_len for each in (shape, other) if each is not None and each.max_ctx_len is not None]
-    ctx_len = resolve_ctx_len(cfg.train.ctx_len, min(limits, default=None))
+    shapes = [shape] if other is None else [shape, other]
+    ctx_len = resolve_ctx_len(cfg.train.ctx_len, *(each.max_ctx_len for each in shapes))
     if machine.on_gpu:  # any that is sold today is fast at bfloat16; the machine need not be this one
         dtype = torch.bfloat16 if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype)
         fast = "bf16"

@@ -78,7 +78,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
         each.read()
     sites, *depths = _chosen(cfg, models)
     check_units(cfg, placement, sites)
-    ctx_len = resolve_ctx_len(train.ctx_len, min((each.limit for each in models if each.limit), default=None))
+    ctx_len = resolve_ctx_len(train.ctx_len, *(each.shape.max_ctx_len for each in models))
     for each in models:
         each.find_tokenizer()
         if each.tokenizer is None:
@@ -139,11 +139,6 @@ class _Model:
         """Find its tokenizer; none if it has none, or does not say where it was loaded from."""
         if self.tokenizer is None and (self.loaded is None or self.loaded.name_or_path):
             self.tokenizer = find_tokenizer(self.cfg)
-
-    @property
-    def limit(self) -> int | None:
-        """Return the most tokens of a sequence."""
-        return self.shape.max_ctx_len
 
     @cached_property
     def vocabulary(self) -> int:

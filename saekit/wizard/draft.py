@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from saekit.activations import ModelShape
+from saekit.activations.lm import shared_limit
 from saekit.config import RunConfig
 from saekit.config.flat import SECRETS, as_yaml, load_plugins, read_yaml
 from saekit.data import Peek
@@ -165,8 +166,7 @@ class Draft:
     @property
     def max_ctx_len(self) -> int | None:
         """Return the most tokens that the model can read, or both can; None without a limit."""
-        shapes = [known(self.shape), *([] if self.other is None else [self.other])]
-        return min((each.max_ctx_len for each in shapes if each.max_ctx_len is not None), default=None)
+        return shared_limit(known(self.shape).max_ctx_len, None if self.other is None else self.other.max_ctx_len)
 
     def setting(self, **values: Any) -> Draft:
         """Return the same with other values; None takes one out."""

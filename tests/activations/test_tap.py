@@ -260,6 +260,7 @@ def test_resolve_ctx_len():
     assert resolve_ctx_len(None, 512) == 512
     assert resolve_ctx_len(None, None) == resolve_ctx_len(None, 10**6) == 2048
     assert resolve_ctx_len(100, 512) == 100
+    assert resolve_ctx_len(None, 512, None, 256) == 256
     with pytest.raises(UserError, match="--ctx-len 513 is more than the 512 tokens"):
         resolve_ctx_len(513, 512)
 

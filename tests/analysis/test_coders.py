@@ -144,8 +144,8 @@ def test_blocks_before_what_is_replaced_do_not_run(model, names, behind):
     """Of three replacements and a first try, each leaves out the blocks that nothing changes."""
     ids = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
     altered, ran = Altered(model, names, start_anywhere=True), []
-    clean = altered.clean(ids)
-    assert list(clean.of) == names
+    clean, seen = altered.clean(ids)
+    assert list(seen) == names
     new = {name: lambda acts, factor=n + 2: factor * acts for n, name in enumerate(names)}
     with splice(model, new):
         whole = model(ids).logits

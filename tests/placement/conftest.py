@@ -25,30 +25,27 @@ def lost_unnoticed(monkeypatch):
     monkeypatch.setenv("STRICT_LOST", "hang")
 
 
-@pytest.fixture(scope="session")
-def gpt2_dir(tmp_path_factory, model_dir):
-    """A GPT-2 of two layers with random weights, and a tokenizer for its folder."""
+def save_gpt2(folder, tokenizer_of, seed, **sizes):
+    """Save a small GPT-2 with random weights; returns its folder."""
     from transformers import AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=2048, n_positions=32, n_embd=24, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=2048, n_positions=32, n_head=2, bos_token_id=0, eos_token_id=1, **sizes)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory, model_dir):
+    """A GPT-2 of two layers, and a tokenizer for its folder."""
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), model_dir, 0, n_embd=24, n_layer=2)
 
 
 @pytest.fixture(scope="session")
 def other_dir(tmp_path_factory, gpt2_dir):
     """A narrower GPT-2 of three layers, with the same tokenizer."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("other")
-    torch.manual_seed(1)
-    config = GPT2Config(vocab_size=2048, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gpt2_dir).save_pretrained(folder)
-    return folder
+    return save_gpt2(tmp_path_factory.mktemp("other"), gpt2_dir, 1, n_embd=16, n_layer=3)
 
 
 @pytest.fixture(scope="session")
