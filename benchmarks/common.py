@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 PEERS = {
     "sparsify": "eai-sparsify==1.3.3",
     "dictionary-learning": "dictionary-learning==0.1.0",
+    "dictionary-learning fork": "dictionary_learning @ git+https://github.com/jkminder/dictionary_learning"
+    "@48debb2707c7c1409fcead66dea3b4118e343afa",
 }
 """What is installed for each peer, into an environment of its own: they want different releases of the same things."""
 LOG_LINES = 30
@@ -51,6 +53,8 @@ class Job:
     """Options by the toolkit's own names; what is not here stays at the toolkit's default."""
     reads: list[str] | None = None
     """Of transcoders: what is read for each hookpoint, which is predicted; None for SAEs."""
+    crosscode: bool = False
+    """Whether one crosscoder reads and writes all hookpoints, instead of an SAE for each."""
 
 
 def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:
@@ -91,7 +95,7 @@ def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
     """The Python that has a peer: the one given, or that of an environment next to this file, made where missing."""
     if given is not None:
         return given
-    folder = HERE / (".venv-peers" if peer == "sparsify" else f".venv-peers-{peer}")
+    folder = HERE / (".venv-peers" if peer == "sparsify" else f".venv-peers-{peer.replace(' ', '-')}")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     finished = folder / ".complete"
     if not finished.exists():

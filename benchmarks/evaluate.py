@@ -12,6 +12,7 @@ from common import Job
 
 from saekit import Sae
 from saekit.activations import tap
+from saekit.activations.sites import CROSSCODER
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.results import Evaluation
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
@@ -71,11 +72,13 @@ def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float
     """How good each layer's SAE is on held-out tokens.
 
     Returns:
-        By hookpoint: `fvu`, `l0` and `dead` (the share of latents that fired on none of the tokens) over all held-out
-        tokens; `ce_recovered` and `kl` over the first of them, None for a language model without a head.
+        By hookpoint, or for the crosscoder, which also has the FVU of each of its hookpoints: `fvu`, `l0` and `dead`
+        (the share of latents that fired on none of the tokens) over all held-out tokens; `ce_recovered` and `kl` over
+        the first of them, None for a language model without a head.
     """
-    for name, limit in longest(reading).items():
-        saes[name].max_norm = limit
+    if set(saes) != {CROSSCODER}:
+        for name, limit in longest(reading).items():
+            saes[name].max_norm = limit
     whole = reading.evaluate(saes, None)
     grafted = reading.evaluate(saes, GRAFTED_TOKENS) if reading.predicts else whole
     found: dict[str, dict[str, float | None]] = {}
@@ -87,6 +90,7 @@ def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float
             "dead": recon.dead / recon.num_latents,
             "ce_recovered": None if answers is None else answers.ce_recovered.value,
             "kl": None if answers is None else answers.kl.value,
+            **{part.hookpoint: part.fvu.value for part in layer.parts},
         }
     return found
 
@@ -95,6 +99,10 @@ def load_saes(folder: Path, job: Job) -> dict[str, Sae]:
     """The SAEs that a training script left, whichever toolkit it is for, by hookpoint in the job's order."""
     if (folder / "latest").exists():
         folder = folder / "latest"
+    if job.crosscode:
+        file = folder / CROSSCODER / "ae.pt"
+        sae = _of_the_fork(file, job) if file.exists() else Sae.load_from_disk(folder / CROSSCODER)
+        return {CROSSCODER: sae.eval()}
     if (folder / job.hookpoints[0] / "ae.pt").exists():
         found = {name: _of_dictionary_learning(folder / name / "ae.pt", job) for name in job.hookpoints}
     else:
@@ -119,3 +127,39 @@ def _of_dictionary_learning(file: Path, job: Job) -> Sae:
     by_threshold = job.settings.get("sae", {}).get("activation") == "batchtopk"
     selection = BatchTopK(job.k, num_latents, float(state["threshold"])) if by_threshold else "topk"
     return around(tensors, d_in=d_in, num_latents=num_latents, k=job.k, selection=selection)
+
+
+def _of_the_fork(file: Path, job: Job) -> Sae:
+    """The fork's BatchTopK crosscoder: the same equations once what it does around them is folded into the weights.
+
+    It centers and scales what it reads, and compares with its threshold a latent's value times the sum of the norms of
+    the latent's decoder rows: so the latent takes that factor into its encoder, and its decoder gives it back.
+    """
+    state = torch.load(file, weights_only=True)
+    mean_LD, scale_L = state["mean"], state["scale"]
+    W_enc_LDM, W_dec_LMD = state["encoder.weight"], state["decoder.weight"]
+    norms_M = W_dec_LMD.norm(dim=2).sum(0)
+    layers, width, num_latents = W_enc_LDM.shape
+    read_MLD = (W_enc_LDM * scale_L[:, None, None] * norms_M).permute(2, 0, 1)
+    W_enc = read_MLD.reshape(num_latents, -1).contiguous()
+    b_dec = (state["decoder.bias"] / scale_L[:, None] + mean_LD).flatten()
+    tensors = {
+        "W_enc": W_enc,
+        "b_enc": state["encoder.bias"] * norms_M + W_enc @ (b_dec - mean_LD.flatten()),
+        "W_dec": (W_dec_LMD / scale_L[:, None, None] / norms_M[:, None])
+        .permute(1, 0, 2)
+        .reshape(num_latents, -1)
+        .contiguous(),
+        "b_dec": b_dec,
+    }
+    selection = BatchTopK(job.k, num_latents, float(state["threshold"]))
+    around_them = dict.fromkeys(job.hookpoints, width)
+    return around(
+        tensors,
+        d_in=layers * width,
+        num_latents=num_latents,
+        k=job.k,
+        selection=selection,
+        reads=around_them,
+        writes=around_them,
+    )

@@ -4,6 +4,7 @@
     python benchmarks/quality.py --tokens 1M --tokens 10M --seed 0 --seed 1
     python benchmarks/quality.py --only saekit --again      what was changed, against what is known of the peers
     python benchmarks/quality.py --kind transcoder          of all MLPs, compared with sparsify's
+    python benchmarks/quality.py --kind crosscoder          of all layers, compared with a fork of dictionary-learning
     python benchmarks/quality.py --quick                    few tokens, to see that it works
 
 The results are written after every run, and a run that is in the file already is not made again: stopping the
@@ -30,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and text are on this mach
 
 from common import HERE, hardware, versions
 from quality_bench import Bench, prepare, python_of, subjects
-from recipes import DICTIONARY_LEARNING, SPARSIFY
+from recipes import DICTIONARY_LEARNING, FORK, SPARSIFY
 
 QUICK_TOKENS = 20_480
 FORMAT = 2
@@ -41,7 +42,8 @@ def main(
     model: Annotated[Literal["demo", "bert", "both"], typer.Option(help="Language model.")] = "both",
     tokens: Annotated[list[str] | None, typer.Option(help="To train on, such as 1M; repeatable.")] = None,
     kind: Annotated[
-        Literal["sae", "transcoder"], typer.Option(help="SAEs of blocks' outputs, or transcoders of MLPs.")
+        Literal["sae", "transcoder", "crosscoder"],
+        typer.Option(help="SAEs of blocks' outputs, transcoders of MLPs, or a crosscoder of all blocks' outputs."),
     ] = "sae",
     layers: Annotated[str | None, typer.Option(help="Layers such as 0,2,5; all by default.")] = None,
     expansion: Annotated[int | None, typer.Option(help="Latents per dimension; 32 (demo), 8 (bert).")] = None,
@@ -54,14 +56,17 @@ def main(
     dictionary_learning_python: Annotated[
         Path | None, typer.Option(help="A Python that has dictionary-learning.")
     ] = None,
+    fork_python: Annotated[
+        Path | None, typer.Option(help="A Python that has the fork of dictionary-learning with crosscoders.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
 ) -> None:
     """Compare the held-out quality of the SAEs of saekit and its peers."""
     datasets.disable_progress_bars()
-    given = {SPARSIFY: sparsify_python, DICTIONARY_LEARNING: dictionary_learning_python}
+    given = {SPARSIFY: sparsify_python, DICTIONARY_LEARNING: dictionary_learning_python, FORK: fork_python}
     pythons = {name: python for name, python in given.items() if python is not None}
     budgets = [QUICK_TOKENS] if quick else [count(each) for each in tokens or ["1M"]]
-    out = out or HERE / "results" / ("quality.json" if kind == "sae" else "quality_transcoders.json")
+    out = out or HERE / "results" / ("quality.json" if kind == "sae" else f"quality_{kind}s.json")
     runs = read(out)
     for subject in subjects(model):
         wanted = replace(
@@ -69,6 +74,7 @@ def main(
             expansion=2 if quick else expansion or subject.expansion,
             k=k,
             transcode=kind == "transcoder",
+            crosscode=kind == "crosscoder",
             layers=tuple(map(int, layers.split(","))) if layers else None,
         )
         for budget in budgets:

@@ -11,7 +11,7 @@ from typing import Any
 
 from common import Job, fingerprint, prepare_tokens, train
 from evaluate import Reading, load_saes, measure
-from recipes import DICTIONARY_LEARNING, SAEKIT, SPARSIFY, Recipe, recipes, transcoder_recipes
+from recipes import DICTIONARY_LEARNING, FORK, SAEKIT, SPARSIFY, Recipe, crosscoder_recipes, recipes, transcoder_recipes
 
 TOKENS_PER_STEP = 2048
 HELD_OUT_TOKENS = 100_000
@@ -19,6 +19,7 @@ SCRIPTS = {
     SAEKIT: "saekit_train.py",
     SPARSIFY: "peers/sparsify_train.py",
     DICTIONARY_LEARNING: "peers/dictionary_learning_train.py",
+    FORK: "peers/dictionary_learning_crosscoder.py",
 }
 
 
@@ -35,6 +36,8 @@ class Subject:
     """None for all."""
     transcode: bool = False
     """Transcoders of the MLPs instead of SAEs of the blocks' outputs."""
+    crosscode: bool = False
+    """One crosscoder of all blocks' outputs."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Bench:
 
     def recipes(self) -> list[Recipe]:
         """What is to be compared."""
+        if self.subject.crosscode:
+            return list(crosscoder_recipes(self.steps))
         return list(recipes(self.steps) if self.reads is None else transcoder_recipes(self.steps))
 
     def about(self) -> dict[str, Any]:
@@ -82,6 +87,7 @@ class Bench:
                 seed=seed,
                 settings=recipe.settings,
                 reads=self.reads,
+                crosscode=self.subject.crosscode,
             )
             seconds = train(python, SCRIPTS[recipe.toolkit], job)
             return {"seconds": seconds, "layers": measure(self.reading, load_saes(Path(job.out), job))}

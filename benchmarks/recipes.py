@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SAEKIT, SPARSIFY, DICTIONARY_LEARNING = "saekit", "sparsify", "dictionary-learning"
+FORK = "dictionary-learning fork"
+"""github.com/jkminder/dictionary_learning, which has crosscoders; the package on PyPI has none."""
 ADAM_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 SIGNUM_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 UNIT_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+CROSSCODER_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 NESTED = (0.125, 0.25, 1.0)
 REFERENCE = {
     "optimizer": "adam",
@@ -52,6 +55,30 @@ def transcoder_recipes(steps: int) -> Iterator[Recipe]:
             )
         for rate in SIGNUM_RATES:
             yield Recipe(SPARSIFY, f"{name}signum {rate:g}", {"optimizer": "signum", "lr": rate, **extra})
+
+
+def crosscoder_recipes(steps: int) -> Iterator[Recipe]:
+    """Those for crosscoders: both of saekit's ways to select, and a sweep of the fork's BatchTopK crosscoder.
+
+    As it is, the fork scales all hookpoints by one number, so that those with a large variance are most of the loss.
+    The sweep scales each to the same variance, as saekit does, since a mean of FVUs is compared; the best rate is then
+    tried as the fork has it.
+
+    Args:
+        steps: Optimizer steps of a run.
+    """
+    yield Recipe(SAEKIT, "defaults")
+    yield Recipe(SAEKIT, "batchtopk", {"sae": {"activation": "batchtopk"}})
+    warmup = max(1, steps // 10)
+    schedule = {
+        "warmup_steps": warmup,
+        "decay_start": max(warmup + 1, int(0.8 * steps)),
+        "threshold_start_step": min(1000, steps // 2),
+        "threshold_beta": 0.98,
+    }
+    for rate in CROSSCODER_RATES:
+        yield Recipe(FORK, f"{rate:g}", {"lr": rate, "scale_each": True, **schedule})
+    yield Recipe(FORK, "one scale 0.001", {"lr": 1e-3, "scale_each": False, **schedule})
 
 
 def recipes(steps: int) -> Iterator[Recipe]:

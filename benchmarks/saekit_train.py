@@ -17,6 +17,8 @@ NEVER = 10**9
 
 def where(job: dict[str, Any]) -> dict[str, Any]:
     """The options that say what coders read and write."""
+    if job["crosscode"]:
+        return {"crosscode": tuple(job["hookpoints"])}
     if job["reads"] is not None:
         return {"reads": tuple(job["reads"]), "writes": tuple(job["hookpoints"])}
     return {"layers": tuple(int(name.rsplit(".", 1)[1]) for name in job["hookpoints"])}
@@ -43,8 +45,9 @@ def main() -> None:
         **settings,
     )
     trainer = SaeTrainer(cfg, load_from_disk(job["data"]), model)
-    if list(trainer.plan.hookpoints) != job["hookpoints"]:
-        raise SystemExit(f"expected the hookpoints {job['hookpoints']}, found {trainer.plan.hookpoints}")
+    written = [hookpoint.name for site in trainer.plan.sites for hookpoint in site.writes]
+    if written != job["hookpoints"]:
+        raise SystemExit(f"expected the hookpoints {job['hookpoints']}, found {written}")
     trainer.fit()
 
 
