@@ -111,6 +111,8 @@ def recipes(steps: int) -> Iterator[Recipe]:
         ("matryoshka batchtopk", {"matryoshka": NESTED, "activation": "batchtopk"}),
     ):
         yield Recipe(SAEKIT, name, {"sae": sae})
+    for steps_mixed in (4, 16):
+        yield Recipe(SAEKIT, f"mix {steps_mixed}", {"mix": steps_mixed})
     for rate in (5e-3, 1e-2):
         adam = {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup}
         yield Recipe(SPARSIFY, f"groupmax adam {rate:g}", {"sae": {"activation": "groupmax"}, **adam})

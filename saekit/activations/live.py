@@ -15,7 +15,7 @@ from saekit.activations.chosen import chosen_in
 from saekit.activations.lm import context_length, excluded_tokens, resolve_ctx_len, vocabulary
 from saekit.activations.pair import models_of, tap_all
 from saekit.activations.sites import hookpoints_of
-from saekit.activations.source import Activations, Source
+from saekit.activations.source import Activations, Source, Tokens
 from saekit.config import TrainConfig
 from saekit.data import StepBatches, check_tokens, sequences
 from saekit.errors import UserError
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Tokens(NamedTuple):
+class Micro(NamedTuple):
     """A micro-batch of a rank."""
 
+    places: range
+    """Of its sequences in the run's order."""
     ids: Tensor
     """int64 `[sequences, tokens]`, on the CPU; without a sequence where a rank has no share."""
     whole: bool
@@ -91,7 +93,7 @@ class LiveModel(Source):
         self.dtype = functools.reduce(torch.promote_types, (each.dtype for each in self.models.values()))
         self.dataset, self.eval_data = dataset, eval_data
         self.fixed_rows = fixed_rows
-        self._begun: tuple[Tokens, Activations] | None = None
+        self._begun: tuple[Micro, Activations] | None = None
 
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
         """Find the modules to read, cut the data into steps, and look through the ids that will be read.
@@ -134,11 +136,12 @@ class LiveModel(Source):
                 self.forget()
                 del self._read_taps
 
-    def read(self, step: int) -> list[Tokens]:
+    def read(self, step: int) -> list[Micro]:
         """Read this rank's token ids."""
         whole = (step + 1) * self.global_batch <= self.num_sequences
-        shares = self.batches.step(step, self._rank, self._world_size, self._micro_batches)
-        return [Tokens(ids, whole) for ids in shares]
+        cut = (step, self._rank, self._world_size, self._micro_batches)
+        shares = zip(self.batches.shares(*cut), self.batches.step(*cut), strict=True)
+        return [Micro(places, ids, whole) for places, ids in shares]
 
     def checksum(self, step: int) -> str:
         """Return a checksum of the step's token ids."""
@@ -148,16 +151,28 @@ class LiveModel(Source):
         """Tell which tokens are counted: bool, of the shape of `input_ids`, on the CPU."""
         return ~torch.isin(input_ids, self.excluded)
 
-    def count(self, batch: Tokens) -> int:
+    def count(self, batch: Micro) -> int:
         """Count a micro-batch's tokens that are not excluded."""
         return int(self.counted(batch.ids).sum())
+
+    @property
+    def language_model(self) -> LiveModel:  # type: ignore[override]
+        """Return itself."""
+        return self
+
+    def tokens(self, batch: Micro) -> Tokens:
+        """Tell which tokens have rows: those that are not excluded, or all where they are masked."""
+        counted = self.counted(batch.ids)
+        if self.fixed_rows and batch.whole:
+            return Tokens(batch.places, torch.ones_like(counted), counted)
+        return Tokens(batch.places, counted, None)
 
     @property
     def runs_behind(self) -> bool:
         """True on a GPU."""
         return self.device.type == "cuda"
 
-    def prefetch(self, batch: Tokens) -> None:
+    def prefetch(self, batch: Micro) -> None:
         """Put the forward pass into the device's queue."""
         self._begun = (batch, self._run(batch))
 
@@ -165,7 +180,7 @@ class LiveModel(Source):
         """Drop the activations."""
         self._begun = None
 
-    def __call__(self, batch: Tokens) -> Activations:
+    def __call__(self, batch: Micro) -> Activations:
         """Run the model up to the last hookpoint; of two models one after the other.
 
         Raises:
@@ -176,7 +191,7 @@ class LiveModel(Source):
             return acts
         return self._run(batch)
 
-    def _run(self, batch: Tokens) -> Activations:
+    def _run(self, batch: Micro) -> Activations:
         input_ids = batch.ids
         empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
         if empty:  # its activations must have the type that the other ranks' have: the model tells it

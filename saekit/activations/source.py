@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from saekit.activations.hookpoints import Hookpoint
 from saekit.activations.sites import Site
 from saekit.config import TrainConfig
 from saekit.data import read_ahead
+from saekit.errors import UserError
+
+if TYPE_CHECKING:
+    from saekit.activations.live import LiveModel
 
 Batch = Any
 """One micro-batch of a rank, as a source reads it: token ids, or whatever tells it the activations to give."""
@@ -26,6 +30,17 @@ class Activations(NamedTuple):
     """`[N, D]` by hookpoint, in order; they belong to the caller, who removes them one by one."""
     counted_N: Tensor | None = None
     """bool `[N]`: which of the rows are counted; None for all, if the source has dropped the others."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of a micro-batch: which its activations have rows of, in order."""
+
+    places: range
+    """The places of its sequences in the run's order; the same on any number of ranks."""
+    rows: Tensor
+    """bool `[sequences, tokens]`, on the CPU: which have a row."""
+    counted: Tensor | None
+    """The same of those that are counted; None if all that have a row are."""
 
 
 class Source(ABC):
@@ -46,6 +61,8 @@ class Source(ABC):
     """The data set's name."""
     dtype: torch.dtype = torch.float32
     """Of the activations."""
+    language_model: LiveModel | None = None
+    """The live model behind the activations, which evaluations between steps need; None if there is none."""
     excluded: Tensor = torch.zeros(0, dtype=torch.int64)
     """int64: ids of excluded tokens, saved with every checkpoint; empty if the source has no token ids."""
 
@@ -95,6 +112,14 @@ class Source(ABC):
 
         Excluded tokens are dropped, which is cheapest, or masked by all ranks, where shapes must not depend on data.
         """
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """Tell which tokens the rows of a micro-batch's activations belong to, which `--mix` needs.
+
+        Raises:
+            UserError: If the source cannot tell.
+        """
+        raise UserError(f"--mix needs a source that tells tokens apart, and {type(self).__name__} does not")
 
     @property
     def runs_behind(self) -> bool:

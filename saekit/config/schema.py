@@ -1,7 +1,8 @@
 """The options of a run: validated and serializable, without side effects; each is documented once.
 
 This file has the options of training. `saekit.config.inputs` has those of the language model and the data set,
-`saekit.config.sae` those of an SAE's shape, `saekit.config.coders` those of its place in the language model.
+`saekit.config.sae` those of an SAE's shape, `saekit.config.coders` those of its place in the language model,
+`saekit.config.sources` those of its activations.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from saekit.config.coders import CodersConfig
 from saekit.config.flat import make_config, option_names, read_yaml, unknown_options
-from saekit.config.inputs import DATA, EVALUATION, DataConfig, ModelConfig
-from saekit.config.options import CONFIG, Resume, SourceName, TokenIds, in_one_sentence, option
+from saekit.config.inputs import EVALUATION, DataConfig, ModelConfig
+from saekit.config.options import CONFIG, Resume, TokenIds, in_one_sentence, option
 from saekit.config.ranks import AUTO, PlacementName, check_placement
 from saekit.config.sae import SaeConfig
+from saekit.config.sources import SourceConfig
 from saekit.errors import UserError
 
 BATCH = "Batches"
@@ -31,22 +33,9 @@ LOGGING = "Logging"
 
 @in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
-class TrainConfig(CodersConfig):
+class TrainConfig(SourceConfig, CodersConfig):
     """The options of training, for any model and data."""
 
-    source: SourceName = option(
-        "live",
-        "Where activations come from: live, the language model, run in every step; a plug-in can add others.",
-        panel=DATA,
-    )
-    ctx_len: int | None = option(
-        None,
-        "Length of each sequence; by default 2048, or the model's limit if that is less.",
-        panel=DATA,
-        unit="tokens",
-        ge=2,
-    )
-    max_tokens: int | None = option(None, "Read at most N tokens of the data set.", panel=DATA, unit="tokens", ge=1)
     batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)
     grad_acc_steps: int = option(
         1,

@@ -197,16 +197,20 @@ class StepBatches:
         return xxhash.xxh3_128_hexdigest(self.data.read(numbers).numpy().tobytes())
 
     def step(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[Tensor]:
-        """Yield this rank's micro-batches of token ids `[B, T]` of optimizer step `step`, which counts from 0.
+        """Yield this rank's micro-batches of token ids `[B, T]` of optimizer step `step`, which counts from 0."""
+        for places in self.shares(step, rank, world_size, micro_batches):
+            yield self.data.read(self.order[places.start : places.stop])
+
+    def shares(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[range]:
+        """Yield which places in the run's order this rank's micro-batches of a step have.
 
         The step's sequences are dealt out in equal contiguous slices, first to micro-batches, then to ranks, so their
         union does not depend on either number; in the last step of a run slices can be short or empty.
         """
-        numbers = self.order[step * self.global_batch : (step + 1) * self.global_batch]
         size = self.global_batch // (world_size * micro_batches)
         for micro in range(micro_batches):
-            start = (micro * world_size + rank) * size
-            yield self.data.read(numbers[start : start + size])
+            start = step * self.global_batch + (micro * world_size + rank) * size
+            yield range(min(start, self.num_sequences), min(start + size, self.num_sequences))
 
 
 def numbers_read(cfg: TrainConfig, data: Sequences) -> np.ndarray:

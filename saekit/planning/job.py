@@ -85,6 +85,14 @@ class Job:
         return self.cfg.train.batch_size * self.ctx_len
 
     @property
+    def mixed(self) -> int:
+        """Bytes of a rank's activations that `--mix` keeps, of every hookpoint once; 0 without it."""
+        train = self.cfg.train
+        widths = {part.name: part.width for each in self.units for part in each.site.parts}
+        rows = self.tokens * train.grad_acc_steps * train.mix
+        return rows * sum(widths.values()) * self.dtype.itemsize if train.mix > 1 else 0
+
+    @property
     def tokens_per_step(self) -> int:
         """Of all ranks."""
         return self.tokens * self.cfg.train.grad_acc_steps * self.machine.count

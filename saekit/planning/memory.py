@@ -36,6 +36,10 @@ class Demand:
     model's type."""
     grad_acc_steps: int
     micro_acc_steps: int
+    mixed: int
+    """Bytes of activations that wait for their step (`--mix`)."""
+    mixed_away: bool
+    """Whether those are in the machine's memory though there is a GPU."""
     lm: LmCost
     banks: tuple[LayerCost, ...]
     """By unit, for chunks of the tokens that it trains on under this placement."""
@@ -76,7 +80,7 @@ class RankMemory:
     moments: tuple[Moment, ...]
     """The moments that were compared."""
     host: int = 0
-    """Offloaded bytes, in the machine's memory."""
+    """Bytes in the machine's memory though there is a GPU: offloaded, or mixed."""
 
     @property
     def heap(self) -> int:
@@ -114,17 +118,19 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: S
         language_model=demand.lm.weights,
         parameters=all_of(bank.parameters for bank in banks).times(share),
         optimizer_state=all_of(bank.state for bank in banks).times(share),
+        activations=NOTHING if demand.mixed_away else sized(demand.mixed, demand.on_gpu),
         working=all_of(bank.counters for bank in banks),
     )
     if demand.shard_lm:
         held = replace(held, language_model=_sharded(demand, world_size))
-    gradients, host = all_of(bank.gradients for bank in banks).times(share), 0
+    gradients = all_of(bank.gradients for bank in banks).times(share)
+    host = demand.mixed if demand.mixed_away else 0
     update = _most(bank.update for bank in banks)
     if demand.offload.optimizer:
         gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimizer reads
     if demand.on_gpu:  # on a CPU what is offloaded stays where it was
         offload, shards, state = demand.offload, held.parameters, held.optimizer_state
-        host = shards.total if any(offload) else 0
+        host += shards.total if any(offload) else 0
         if all(offload):  # if only parameters were offloaded, the optimizer would have a copy on the GPU
             held = replace(held, parameters=NOTHING)
         if offload.optimizer:

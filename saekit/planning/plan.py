@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from saekit.activations.held import stays_on_device
 from saekit.config import RunConfig, SaeConfig
 from saekit.config.ranks import AUTO
 from saekit.errors import UserError
@@ -145,6 +146,8 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         activations=tuple(job.tokens * each.size.width * job.dtype.itemsize for each in job.units),
         grad_acc_steps=train.grad_acc_steps,
         micro_acc_steps=train.micro_acc_steps,
+        mixed=0 if train.mix_in == "disk" else job.mixed,
+        mixed_away=machine.on_gpu and not stays_on_device(train.mix_in, job.mixed, machine.memory),
         lm=job.lm,
         banks=tuple(banks[each.size] for each in job.units),
         on_gpu=machine.on_gpu,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from saekit.activations import context_length, predicts, resolve_ctx_len
-from saekit.activations.live import LiveModel, check_ids
+from saekit.activations.live import check_ids
 from saekit.analysis.evaluate import Evaluator
 from saekit.analysis.results import few_sequences
 from saekit.analysis.subject import NO_HEAD, Subject, choose_objective
@@ -73,16 +73,17 @@ def subject_of(
         UserError: If there is data without the option or the option without data, the data does not suit the model, or
             the activations are not a live model's.
     """
-    cfg, source = plan.cfg, plan.source
-    data = source.eval_data if isinstance(source, LiveModel) else None
-    if cfg.eval_every is not None and not isinstance(source, LiveModel):
-        raise UserError(f"eval_every needs the language model itself, and {source.name} gives its activations only")
+    cfg, source = plan.cfg, plan.source.language_model
+    data = None if source is None else source.eval_data
+    if cfg.eval_every is not None and source is None:
+        name = plan.source.name
+        raise UserError(f"eval_every needs the language model itself, and {name} gives its activations only")
     if (cfg.eval_every is None) != (data is None):
         given, missing = ("eval_data", "eval_every") if cfg.eval_every is None else ("eval_every", "eval_data")
         raise UserError(
             f"{given} is given without {missing}: they belong together, and eval_data is text that trains no SAE"
         )
-    if cfg.eval_every is None or not isinstance(source, LiveModel):
+    if cfg.eval_every is None or source is None:
         return None
     model, tokenizer = source.model, source.tokenizer
     chosen = shuffled(sequences(data, cfg.ctx_len), cfg.eval_tokens)

@@ -31,6 +31,7 @@ HARMLESS = frozenset(
     | {"eval_every", "eval_tokens", "eval_dataset", "eval_split"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
     | {"save_best_effort", "max_bad_steps", "grace", "plugin"}
+    | {"mix_in"}
     | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps", "kernels", "select_dtype"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
@@ -38,6 +39,8 @@ HARMLESS = frozenset(
 Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
 
 
+NOT_YET = {"mix": 1}
+"""What checkpoints did that are older than the option."""
 DERIVED = frozenset(
     {"lr", "lr_warmup_steps", "decoder_lr_ratio", "encoder_bias_lr_ratio", "dead_feature_threshold", "num_latents"}
 )
@@ -194,7 +197,8 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
             did, but no default that follows from them.
     """
     config, resolved = plan.config(), plan.resolved()
-    before, now = {**index["config"], **index["resolved"]}, {**config, **resolved}
+    known = NOT_YET | index["config"]
+    before, now = {**known, **index["resolved"]}, {**config, **resolved}
 
     def differences(names: Iterable[str]) -> list[str]:
         return [
@@ -203,7 +207,7 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
             if before.get(name) != now.get(name)
         ]
 
-    given = {name for name in (*index["config"], *config) if index["config"].get(name) != config.get(name)}
+    given = {name for name in (*known, *config) if known.get(name) != config.get(name)}
     changed = differences(given | (resolved.keys() - DERIVED))
     if index["excluded_tokens"] != plan.source.excluded.tolist():
         changed.append("the excluded tokens differ")

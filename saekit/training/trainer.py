@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from saekit.activations.live import LiveModel
+from saekit.activations.mixed import Mixed
 from saekit.activations.sites import join
 from saekit.activations.source import Batch, Source, Steps
 from saekit.config import RunConfig, TrainConfig
@@ -153,8 +154,8 @@ class SaeTrainer:
         if self.placement.device.type == "mps":
             raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
         self.placement.check(cfg)
-        self.source = source
-        self.plan: RunPlan = plan_run(cfg, source, run, self.placement)
+        self.source = source if cfg.mix == 1 else Mixed(source, cfg.mix, cfg.mix_in, Path(cfg.save_dir))
+        self.plan: RunPlan = plan_run(cfg, self.source, run, self.placement)
         self.subject = subject_of(self.plan, self.placement)
         self.report = Reporters()
         self._has_checkpoint = goes_on(cfg, self.plan.run_dir)

@@ -11,8 +11,8 @@ from tests.training.runs import metrics_of, tensors_of, thresholds_of
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 """Relative, in fp32: what is left is the order of summation."""
-MIXED = ["--hookpoints", "h.0:in,h.0,h.1.mlp:in,h.1.mlp.c_proj:in"]
-"""The residual stream, inputs of modules, and one that is four times as wide."""
+MIXED = ["--hookpoints", "h.0:in,h.0,h.1.mlp:in,h.1.mlp.c_proj:in", "--mix", 5]
+"""The residual stream, inputs of modules, and one that is four times as wide; with tokens of five steps mixed."""
 SKIP = ["--reads", "h.0:in,h.0.mlp.c_proj:in", "--writes", "h.0.mlp,h.1.mlp", "--skip-connection"]
 """Transcoders: one in a layer, and one of another width that reads in one layer and writes in the next."""
 CROSS = ["--crosscode", "resid,h.0.mlp.c_proj:in"]

@@ -46,6 +46,7 @@ LARGE = {
         "batch": 4,
         "ctx_len": 128,
         "vocab": 50000,
+        "options": {"mix": 2},
     },
     "cut up": {
         "width": 768,

@@ -17,9 +17,10 @@ KINDS = {
     "mixed": "--optimizer adam --hookpoints layers.0,layers.1.mlp.down_proj:in",
     "skip": "--optimizer signum --skip-connection --reads layers.0.mlp.down_proj:in,layers.0 "
     "--writes layers.0.mlp,layers.1.mlp",
-    "cross": "--optimizer adam --crosscode layers.0,layers.1.mlp.down_proj:in",
+    "cross": "--optimizer adam --mix 4 --crosscode layers.0,layers.1.mlp.down_proj:in",
 }
-"""SAEs of two widths; transcoders of two widths, one of them from a layer to the next; a crosscoder."""
+"""SAEs of two widths; transcoders of two widths, one of them from a layer to the next; a crosscoder of mixed
+tokens."""
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit import Sae, TrainConfig
-from saekit.activations.live import LiveModel, Tokens, to_device
+from saekit.activations.live import LiveModel, Micro, to_device
 from saekit.activations.source import Steps
 from saekit.errors import Interrupted
 from saekit.placement.ddp import Ddp
@@ -159,7 +159,7 @@ def test_what_was_begun_is_handed_out_once(monkeypatch):
     monkeypatch.setattr(LiveModel, "_run", lambda self, batch: computed.append(batch) or (batch,))
     source = LiveModel.__new__(LiveModel)
     source._begun = None
-    first, second = Tokens(torch.zeros(1, 2), True), Tokens(torch.ones(1, 2), True)
+    first, second = Micro(range(1), torch.zeros(1, 2), True), Micro(range(1), torch.ones(1, 2), True)
     source.prefetch(first)
     assert [id(each) for each in computed] == [id(first)]
     assert source(second)[0] is second
