@@ -104,7 +104,11 @@ SELECTIONS = Registry(
         "groupmax": "saekit.sae.selection.groupmax:GroupMax",
     },
 )
-SOURCES = Registry("saekit.sources", "source", {"live": "saekit.training.live:open_live"})
+SOURCES = Registry(
+    "saekit.sources",
+    "source",
+    {"live": "saekit.training.live:open_live", "cached": "saekit.training.cached:open_cached"},
+)
 PLACEMENTS = Registry(
     "saekit.placements",
     "placement",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -18,6 +19,12 @@ class SourceConfig:
     source: SourceName = option(
         "live",
         "Where activations come from: live, the language model, run in every step; a plug-in can add others.",
+        panel=DATA,
+    )
+    activations: Path | None = option(
+        None,
+        "Train on the cache in this folder, which saekit cache has made, instead of running the language model. MODEL "
+        "and DATASET may be left out.",
         panel=DATA,
     )
     mix: int = option(

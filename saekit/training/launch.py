@@ -53,7 +53,8 @@ def _train(cfg: RunConfig, placement: Placement, watcher: Reporter, have: InMemo
         watcher.status(f"Warning: {problem}")
     check_early(train, run_dir, placement)
     placement.check(train)
-    source: Source = SOURCES.get(train.source)(cfg, placement, watcher.status, have)
+    name = train.source if train.activations is None else "cached"
+    source: Source = SOURCES.get(name)(cfg, placement, watcher.status, have)
     trainer = SaeTrainer(train, source=source, run=cfg, reporter=watcher, placement=placement)
     try:
         last = trainer.fit()

@@ -39,7 +39,7 @@ HARMLESS = frozenset(
 Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
 
 
-NOT_YET = {"mix": 1}
+NOT_YET = {"mix": 1, "activations": None}
 """What checkpoints did that are older than the option."""
 DERIVED = frozenset(
     {"lr", "lr_warmup_steps", "decoder_lr_ratio", "encoder_bias_lr_ratio", "dead_feature_threshold", "num_latents"}

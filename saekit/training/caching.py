@@ -1,0 +1,195 @@
+"""Writing a cache of activations: the language model runs once over the data, and every hookpoint goes to disk."""
+
+from __future__ import annotations
+
+import operator
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from saekit._version import __version__
+from saekit.activations import find_blocks, model_shape
+from saekit.activations.live import LiveModel
+from saekit.activations.lm import excluded_tokens
+from saekit.cache.index import INDEX, MODEL, Index, missing_shards, read_index
+from saekit.cache.shard import ShardWriter, remove_partial
+from saekit.config import ModelConfig, RunConfig
+from saekit.errors import UserError
+from saekit.placement import Placement
+from saekit.training.live import InMemory, open_live
+from saekit.units import duration, size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD_BYTES = 256 * 2**20
+"""About how large a shard is: small enough to be in memory several times, large enough to be read in one go."""
+PAUSE = 10.0
+"""Seconds between two lines of progress."""
+Say = Callable[[str], None]
+
+
+def write_cache(cfg: RunConfig, out: Path, store: str, compressed: bool, placement: Placement, say: Say) -> Index:
+    """Run the language model over the data and write its activations. Collective: every rank writes shards of its own.
+
+    A cache that is there already is continued: the shards that are missing are written.
+
+    Args:
+        cfg: Model, data, hookpoints, context, batch size and order of the sequences; of the training's options only
+            these matter.
+        out: The folder of the cache.
+        store: See `saekit.cache.index.STORES`.
+        compressed: Whether shards are compressed (zstd).
+        placement: The ranks.
+        say: Told what is done.
+
+    Returns:
+        What the cache is of.
+
+    Raises:
+        UserError: If the folder holds another cache or something else, or the disk has no room for it.
+    """
+    if cfg.train.crosscode_models is not None:
+        raise UserError("--crosscode-models: a cache is of one language model")
+    # Every token is stored: which of them are excluded is said when training.
+    train = replace(
+        cfg.train, exclude_tokens=(), exclude_special_tokens=False, eval_every=None, grad_acc_steps=1, mix=1
+    )
+    live = open_live(replace(cfg, train=train), placement, say, InMemory())
+    live.begin(train, placement.device, 0, 1)
+    index = _index(cfg, live, store, compressed)
+    failed = None
+    if placement.rank == 0:
+        try:
+            _begin(out, index, cfg.model, say)
+        except (UserError, OSError) as error:
+            failed = str(error)
+    failed = placement.gather(failed)[0]
+    if failed is not None:
+        raise UserError(failed)
+    mine = [shard for shard in missing_shards(out, index) if shard % placement.world_size == placement.rank]
+    remove_partial(out, mine)
+    _write(out, index, live, mine, say)
+    placement.gather(None)
+    return index
+
+
+def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool) -> Index:
+    train, batch = cfg.train, cfg.train.batch_size
+    special = excluded_tokens(
+        replace(train, exclude_tokens=(), exclude_special_tokens=True), live.model, live.tokenizer
+    )
+    depth = len(find_blocks(live.model).modules)
+    index = Index(
+        model=cfg.model.model,
+        revision=cfg.model.revision,
+        dataset=cfg.data.dataset,
+        data={name: getattr(cfg.data, name) for name in OF_DATA},
+        ctx_len=live.ctx_len,
+        sequences=live.num_sequences,
+        data_seed=train.data_seed if train.shuffle else None,
+        batch_size=batch,
+        shard_sequences=batch,
+        hookpoints={each.name: each.width for each in live.hookpoints},
+        store=store,
+        compressed=compressed,
+        dtype=str(live.dtype).removeprefix("torch."),
+        special_tokens=special,
+        vocabulary=live.vocabulary,
+        depth=depth,
+        weights=weights_checksum(live.model, depth),
+        saekit_version=__version__,
+    )
+    batches = max(1, SHARD_BYTES // (batch * index.ctx_len * index.bytes_per_token))
+    return replace(index, shard_sequences=batch * batches)
+
+
+OF_DATA = ("split", "text_column", "data_args", "max_examples")
+"""Options of a data set that decide which tokens there are."""
+MAY_DIFFER = ("saekit_version",)
+"""Between the saekit that began a cache and the one that continues it."""
+
+
+def _begin(out: Path, index: Index, model: ModelConfig, say: Say) -> None:
+    """Make the folder with its index, or see that what is there is the same cache."""
+    if (out / INDEX).exists():
+        there = read_index(out)
+        names = [name for name in vars(index) if name not in MAY_DIFFER and vars(index)[name] != vars(there)[name]]
+        if names:
+            changed = "; ".join(f"{name} was {vars(there)[name]!r} and is {vars(index)[name]!r}" for name in names)
+            raise UserError(f"{out} is a cache of something else ({changed}): give another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is no cache, and not empty: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    left = len(missing_shards(out, index)) / index.num_shards
+    needed, free = round(index.total_bytes * left), shutil.disk_usage(out).free
+    compressed = ", less after compression" if index.compressed else ""
+    say(f"{index.sequences * index.ctx_len:,} tokens of {len(index.hookpoints)} hookpoints: {size(needed)}{compressed}")
+    if left < 1:
+        say(f"Continuing: {index.num_shards - len(missing_shards(out, index))} of {index.num_shards} shards are there")
+    if needed > free and not index.compressed:
+        raise UserError(
+            f"{out} needs {size(needed)}, and its disk has {size(free)} free: store less with --max-tokens, fewer "
+            "--hookpoints or --store int8"
+        )
+    if not (out / INDEX).exists():
+        model_shape(model).config.save_pretrained(out / MODEL)
+        index.write(out)
+
+
+def _write(out: Path, index: Index, live: LiveModel, mine: Sequence[int], say: Say) -> None:
+    """Make one shard after the other; a thread writes each while the language model makes the next."""
+    began = said = time.monotonic()
+    with live.open(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache") as disk:
+        writing: Future[None] | None = None
+        for number, shard in enumerate(mine, 1):
+            filling = ShardWriter(index, shard)
+            places = index.places(shard)
+            for step in range(places.start // index.batch_size, -(-places.stop // index.batch_size)):
+                for batch in live.read(step):
+                    filling.add(batch.ids, live(batch).of)
+            _finish(writing, out)
+            writing = disk.submit(filling.write, out)
+            if time.monotonic() - said > PAUSE or number == len(mine):
+                said = time.monotonic()
+                rate = number / (said - began)
+                tokens = rate * index.shard_sequences * index.ctx_len
+                left = duration((len(mine) - number) / rate)
+                say(f"{number} of {len(mine)} shards, {tokens:,.0f} tokens/s, {left} left")
+        _finish(writing, out)
+
+
+def _finish(writing: Future[None] | None, out: Path) -> None:
+    if writing is None:
+        return
+    try:
+        writing.result()
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}): make room, and the same command continues"
+        ) from error
+
+
+def weights_checksum(model: PreTrainedModel, depth: int) -> str:
+    """Return a checksum of the weights of a language model's first `depth` blocks and of its token embeddings.
+
+    It does not depend on what else is loaded: later blocks, a head.
+    """
+    blocks = find_blocks(model)
+    counted = tuple(f"{blocks.hookpoint(layer)}." for layer in range(depth))
+    named = [each for each in model.base_model.named_parameters() if each[0].startswith(counted)]
+    digest = xxhash.xxh3_128()
+    for name, parameter in (
+        ("embeddings", model.get_input_embeddings().weight),
+        *sorted(named, key=operator.itemgetter(0)),
+    ):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
