@@ -17,6 +17,7 @@ from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement import Single
 from saekit.report import Reporters
+from saekit.runs.metrics import EVALUATION, read_metrics
 from saekit.training import caching, live
 from saekit.training.cached import completed
 from saekit.training.caching import write_cache
@@ -246,7 +247,7 @@ def test_evaluations_load_the_model_and_compare_its_weights(make, train, tmp_pat
     folder = make()
     run = train("cached", activations=str(folder), **options)
     evaluations = [
-        [each["evaluation"] for each in metrics_of(run) if each.get("kind") == "evaluation"]
+        [record["evaluation"] for record in read_metrics(run / "metrics.jsonl", EVALUATION)]
         for run in (run, train("live", **options))
     ]
     assert evaluations[0] == evaluations[1] != []
