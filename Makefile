@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types mutants bench docs clean
+.PHONY: demo test quick check lint format types mutants bench docs man clean
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,9 +46,12 @@ docs: $(STAMP)  ## these documents as a site, in site/; a broken link, or a page
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+man: $(STAMP)  ## a man page of each command, in man/man1: `man -M man saekit-train`
+	$(BIN)/saekit man man/man1
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site man *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -52,11 +52,12 @@ def test_the_reference_has_every_option_of_every_command():
     names = {"--" + option.name.replace("_", "-") for part in PARTS for option in options_of(part)}
     assert len(names) > 50
     assert {name for name in names if f"| `{name}`" not in commands["train"]} == set()
-    assert "| `--k` <code>N</code> | Latents that are active for each token" in commands["train"]
+    assert "| `--k` <code>N</code> | Active latents per token" in commands["train"]
     assert "| `--dtype` <code>auto&#124;float32&#124;bfloat16&#124;float16</code> |" in commands["train"]
-    assert "\\[default: 32]" in commands["train"]
+    assert "\\[latents; default: 32]" in commands["train"]
     assert "`--calibrate`" in commands["plan"]
     assert "[saekit train](#saekit-train)" in commands["plan"]
+    assert "```bash\n# One SAE per layer of the residual stream\nsaekit train " in commands["train"]
 
 
 @pytest.mark.slow

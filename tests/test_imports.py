@@ -43,13 +43,18 @@ MODULES = {
                 "app",
                 "arguments",
                 "checkpoints",
+                "completion",
                 "config",
+                "examples",
                 "first_steps",
+                "help",
                 "hookpoints",
                 "launch",
+                "man",
                 "options",
                 "output",
                 "plan",
+                "reference",
             ),
             "train",
         )
@@ -63,7 +68,7 @@ MODULES = {
 """What importing a module may bring along. The last two import all rooms below them, from `sae` to `training`."""
 LIGHT = "import pydantic, rich.console, typer, yaml"
 """What all commands import and may, from other packages."""
-HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor")
+HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor", "man")
 HELPS = [(), *((name,) for name in HELP)]
 SMALL = ("--ctx-len", "32", "--max-tokens", "512", "--layers", "1", "--num-latents", "64", "--k", "4")
 COMMANDS = {

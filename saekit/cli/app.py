@@ -12,7 +12,9 @@ from saekit.cli.arguments import rewritten
 from saekit.cli.checkpoints import evaluate, inspect, report
 from saekit.cli.config import config
 from saekit.cli.first_steps import demo, doctor
+from saekit.cli.help import HelpCommand, HelpGroup
 from saekit.cli.hookpoints import hookpoints
+from saekit.cli.man import man
 from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
 from saekit.cli.plan import plan
@@ -21,9 +23,9 @@ from saekit.machine import keep_memory
 
 app = typer.Typer(
     name="saekit",
-    help="Train k-sparse autoencoders, transcoders and crosscoders on a language model's residual stream or any of its "
-    "modules, all at once.",
-    rich_markup_mode="rich",
+    cls=HelpGroup,
+    help="Train sparse autoencoders, transcoders and crosscoders on a language model's activations, all layers at "
+    "once.",
     pretty_exceptions_enable=False,
     # `--grad_acc_steps` is as good as `--grad-acc-steps`.
     context_settings={
@@ -31,15 +33,11 @@ app = typer.Typer(
         "help_option_names": ["--help", "-h"],
     },
 )
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(report)
-app.command()(demo)
-app.command()(config)
-app.command()(plan)
-app.command()(hookpoints)
-app.command()(doctor)
+app.command(cls=HelpCommand)(train)
+app.command("eval", cls=HelpCommand)(evaluate)
+for _command in (inspect, report, demo, config, plan, hookpoints, doctor):
+    app.command(cls=HelpCommand)(_command)
+app.command("man", cls=HelpCommand, hidden=True)(man)
 
 
 def _print_version(asked: bool) -> None:
@@ -51,7 +49,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _callback(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

@@ -10,39 +10,47 @@ from typing import Annotated
 import typer
 
 from saekit.analysis.defaults import DEFAULT_LATENTS, DEFAULT_TOKENS
+from saekit.cli.completion import run_paths
 from saekit.cli.options import Plugins
 from saekit.cli.output import messages, progress, results
 from saekit.config.flat import load_plugins
 from saekit.hub import check_names
 
-SaePath = Annotated[Path, typer.Argument(help="A run, a checkpoint, or one SAE's folder; sparsify's too.")]
-DataSet = Annotated[
-    str | None, typer.Argument(help="Data to evaluate on; by default what the run left unread of its own data set.")
+SaePath = Annotated[
+    Path,
+    typer.Argument(
+        autocompletion=run_paths, help="Run, checkpoint, or folder of one SAE; sparsify's folders work, too."
+    ),
 ]
-Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of DATASET; as for train.")]
+DataSet = Annotated[
+    str | None, typer.Argument(help="Data set to evaluate on; by default what the run did not read of its own.")
+]
+Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Split of DATASET, as in saekit train.")]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Language model, where the checkpoint does not say.")
+    str | None, typer.Option("--model", metavar="NAME", help="Language model, if the checkpoint does not name it.")
 ]
 OtherModel = Annotated[
     str | None,
     typer.Option(
         "--other-model",
         metavar="NAME",
-        help="The second model of crosscoders of two, where the checkpoint does not say.",
+        help="Second model of crosscoders of two models, if the checkpoint does not name it.",
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass, on each rank.")
+    int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences per forward pass on each rank.")
 ]
 IncludeTrainingData = Annotated[
     bool,
-    typer.Option("--include-training-data", help="Also use what the run was trained on; the result then says so."),
+    typer.Option(
+        "--include-training-data", help="Also evaluate on data that the run was trained on. The result says so."
+    ),
 ]
 Verify = Annotated[
     bool,
     typer.Option(
         " /--no-verify",
-        help="Do not compare the SAEs' files with the checkpoint's checksums.",
+        help="Skip the comparison of the SAEs' files with the checkpoint's checksums.",
         show_default=False,
     ),
 ]
@@ -51,17 +59,22 @@ Verify = Annotated[
 def inspect(
     path: SaePath,
     other: Annotated[
-        Path | None, typer.Argument(help="Another one: both are compared, layer by layer.", metavar="[OTHER]")
+        Path | None,
+        typer.Argument(autocompletion=run_paths, help="Compare PATH with this one, layer by layer.", metavar="[OTHER]"),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option("--layer", metavar="L", help="One layer, by its number or its hookpoint's name.")
+        str | None,
+        typer.Option("--layer", metavar="L", help="Show one layer in detail, by its number or its hookpoint's name."),
     ] = None,
     verify: Verify = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plugin: Plugins = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show what was learned: per layer FVU, dead latents, firing densities, duplicates, norms. Needs no model."""
+    """Show what SAEs have learned, from their files.
+
+    Lists FVU, dead latents, firing densities, duplicates and norms per layer. Needs no language model.
+    """
     load_plugins({"plugin": plugin})
     with messages().status(f"Reading {path}"):
         from saekit.analysis.inspect import inspect_path, inspection_to_json
@@ -92,16 +105,19 @@ def evaluate(
     model: Model = None,
     other_model: OtherModel = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to evaluate on.")
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Number of tokens to evaluate on.")
     ] = DEFAULT_TOKENS,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
     verify: Verify = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plugin: Plugins = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Evaluate SAEs on held-out tokens: reconstruction, and what splicing it into the language model costs."""
+    """Evaluate SAEs on held-out tokens.
+
+    Measures the reconstruction, and what splicing it into the language model costs.
+    """
     load_plugins({"plugin": plugin})
     check_names(model, dataset)
     check_names(other_model)
@@ -122,7 +138,9 @@ def evaluate(
 def report(
     path: SaePath,
     dataset: DataSet = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write the page to.")] = Path(
+        "report.html"
+    ),
     split: Split = None,
     model: Model = None,
     other_model: OtherModel = None,
@@ -132,7 +150,7 @@ def report(
             "--max-tokens",
             metavar="N",
             min=1,
-            help="Tokens to evaluate on and to take contexts from; by default as many as eval.json is of, or "
+            help="Number of tokens to evaluate on and to take contexts from; by default that of eval.json, or "
             f"{DEFAULT_TOKENS:,}.",
         ),
     ] = None,
@@ -142,16 +160,19 @@ def report(
             "--latents",
             metavar="N",
             min=1,
-            help="Latents with contexts on the page, over all layers; of larger dictionaries a sample.",
+            help="Number of latents with contexts on the page, over all layers. Larger dictionaries are sampled.",
         ),
     ] = DEFAULT_LATENTS,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
     verify: Verify = True,
     plugin: Plugins = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Make one page of HTML of a checkpoint: training, evaluation, and every latent to browse. It needs no network."""
+    """Write a page about a checkpoint: training, evaluation, and every latent to browse.
+
+    The page is one HTML file that needs no network.
+    """
     load_plugins({"plugin": plugin})
     check_names(model, dataset)
     check_names(other_model)

@@ -18,48 +18,56 @@ from saekit.text import command, for_screen
 @with_config_options
 def config(
     model: Annotated[str | None, typer.Argument(help="Language model: a hub id or a local folder.")] = None,
-    dataset: Annotated[str | None, typer.Argument(help="Data set, as for saekit train.")] = None,
+    dataset: Annotated[str | None, typer.Argument(help="Data set, as in saekit train.")] = None,
     output: Annotated[
-        Path, typer.Option("--output", metavar="PATH", help="The run's options; one that exists gives the defaults.")
+        Path,
+        typer.Option(
+            "--output", metavar="PATH", help="File to write the run's options to. If it exists, it sets the defaults."
+        ),
     ] = Path(RUN_FILE),
     launch_file: Annotated[
         Path,
-        typer.Option("--launch-file", metavar="PATH", help="How to start several processes, for accelerate launch."),
+        typer.Option(
+            "--launch-file", metavar="PATH", help="Launch file to write, which says how to start several processes."
+        ),
     ] = Path("launch.yaml"),
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing: take options and defaults, and write.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask no questions: use the options and defaults.")] = False,
     num_processes: Annotated[
         int | None,
         typer.Option(
             "--num-processes",
             metavar="N",
             min=1,
-            help="Processes on this machine; all its GPUs, or one on a CPU.",
+            help="Number of processes on this machine; by default one per GPU, or one on a CPU.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", metavar="N", min=1, help="For N GPUs that are elsewhere.", rich_help_panel=MACHINE),
+        typer.Option(
+            "--gpus", metavar="N", min=1, help="Set up a run on N GPUs of another machine.", rich_help_panel=MACHINE
+        ),
     ] = None,
     gpu_memory: Annotated[
         str | None,
-        typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB.", rich_help_panel=MACHINE),
+        typer.Option(
+            "--gpu-memory", metavar="SIZE", help="Memory of each of --gpus, such as 80GiB.", rich_help_panel=MACHINE
+        ),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     **options: Any,
 ) -> None:
-    """Ask what to train, show what it needs under each placement, and write run.yaml and a launch file.
+    """Ask what to train, show what it needs, and write run.yaml and a launch file.
 
-    Options are the defaults of the questions. The command that starts the run is printed at the end.
+    The options of saekit train set the defaults of the questions. At the end saekit prints the command that starts the
+    run.
     """
     from saekit.cli.launch import launch_files
     from saekit.cli.output import EXIT_INTERRUPTED, messages, results
 
     typed, _ = options_given(None, {"model": model, "dataset": dataset, **options})
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError("saekit config asks questions, but this is no terminal: add --yes, and MODEL and DATASET")
+        raise UserError("saekit config asks questions, but this is no terminal: add --yes, MODEL and DATASET")
     processes = _processes(num_processes, gpus, gpu_memory)
     console = messages()
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from saekit.cli.completion import launch_names
 from saekit.cli.output import EXIT_FAULT, messages, progress, results, resumable
 from saekit.config import TrainConfig
 from saekit.demo import MODEL_DIR, standard_library
@@ -28,35 +29,42 @@ EVALUATED_SHARE = 7
 def doctor(
     context: typer.Context,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON, for a bug report; no token is in it.")
+        bool, typer.Option("--json", help="Print everything as JSON, for a bug report. It contains no token.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback when a check itself goes wrong, and stop there.")
+        bool, typer.Option("--debug", help="Stop at the first check that fails with an error, and show its traceback.")
     ] = False,
     launch: Annotated[
         str | None,
         typer.Option(
             "--launch",
             metavar="NAME",
-            help="Start the processes of a launch file and check them together, as saekit train would start them.",
+            autocompletion=launch_names,
+            help="Start the processes of a launch file, as saekit train does, and check them together.",
         ),
     ] = None,
     num_processes: Annotated[
         int | None,
-        typer.Option("--num-processes", metavar="N", min=1, help="With --launch: how many, instead of the file's."),
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Number of processes to start with --launch, instead of the launch file's.",
+        ),
     ] = None,
     save_dir: Annotated[
-        Path, typer.Option("--save-dir", metavar="PATH", help="Of several processes: the folder that all must see.")
+        Path, typer.Option("--save-dir", metavar="PATH", help="Folder that all processes must share.")
     ] = SAVE_DIR,
     limit: Annotated[
         float,
-        typer.Option("--limit", metavar="SECONDS", min=1, help="Of several processes: for how long they may wait."),
+        typer.Option("--limit", metavar="SECONDS", min=1, help="Time that processes wait for each other."),
     ] = 180.0,
 ) -> None:
-    """Check this machine: versions, devices, ranks, 8 bits, hub, resources; say what will not work, how to fix it.
+    """Check this machine, and say what will not work and how to fix it.
 
-    With --launch, or started by a launcher on each of several machines, check its processes together: devices,
-    collectives and their speed, shared folders, clocks, versions.
+    Checks versions, devices, ranks, 8 bits, the hub and resources. With --launch, or if a launcher starts it on each of
+    several machines, it checks the processes together: devices, collectives and their speed, shared folders, clocks,
+    versions.
     """
     if launch is not None:
         from saekit.cli.launch import relaunch
@@ -64,7 +72,7 @@ def doctor(
         relaunch(context, launch, num_processes)
         return
     if num_processes is not None:
-        raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
+        raise UserError(f"--num-processes {num_processes} needs --launch")
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         _check_together(save_dir, limit, as_json=as_json)
         return
@@ -103,16 +111,16 @@ def demo(
         Path, typer.Option("--save-dir", metavar="PATH", help="Folder for the demo's text and run.")
     ] = Path("saekit-demo"),
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=2048, help="Tokens to train on.")
+        int, typer.Option("--max-tokens", metavar="N", min=2048, help="Number of tokens to train on.")
     ] = 350_000,
     transcode: Annotated[
         bool, typer.Option("--transcode", help="Train transcoders of the model's MLPs instead of SAEs of its layers.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train on all layers of the small model that comes with saekit, evaluate that, and look at it; about two minutes.
+    """Train on the small model that comes with saekit, evaluate, and show the result.
 
-    Needs no network and no GPU: the text is read from the standard library of this very Python.
+    Takes about two minutes, and needs no network and no GPU: the text is Python's standard library.
     """
     _run_demo(save_dir, max_tokens, transcode=transcode)
 
@@ -166,10 +174,10 @@ def _say_what_is_next(run_dir: Path, page: Path, text: Path, kind: tuple[str, ..
     """Print commands to try, each with what it does: behind it if all of them have room there, else below it."""
     commands = {
         ("inspect", str(run_dir), "--layer", "3"): "one layer in detail",
-        ("eval", str(run_dir), "--max-tokens", "200000"): "the same figures on more text that it did not read",
+        ("eval", str(run_dir), "--max-tokens", "200000"): "the same numbers on more text that the run has not read",
         ("train", str(MODEL_DIR), str(text), *kind, "--k", "16"): "fewer active latents",
         ("train", "MODEL", "DATASET", *kind): "your own model and text",
-        ("train", "--help"): "all options",
+        ("train", "--help"): "the options that most runs need",
     }
     console = messages()
     lines = {command(["saekit", *words], console, "  "): what for words, what in commands.items()}

@@ -7,21 +7,30 @@ from typing import Annotated
 
 import typer
 
+from saekit.cli.completion import hookpoints as matching
 from saekit.hub import check_names
 
 
 def hookpoints(
     model: Annotated[str, typer.Argument(help="Language model: a hub id or a local folder.")],
     pattern: Annotated[
-        str | None, typer.Argument(metavar="[PATTERN]", help="As in --hookpoints of saekit train: what it means.")
+        str | None,
+        typer.Argument(
+            metavar="[PATTERN]",
+            autocompletion=matching,
+            help="Show what this pattern matches, as in --hookpoints of saekit train.",
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of the model on the hub.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show what can be trained on: MODEL's modules with their widths, from its config alone."""
+    """List what can be trained on: MODEL's modules with their widths.
+
+    Reads only the model's configuration.
+    """
     from saekit.cli.output import messages, results
     from saekit.config import ModelConfig, TrainConfig
 

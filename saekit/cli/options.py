@@ -6,10 +6,12 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_origin
+from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
 
+from saekit.cli.completion import VALUES
+from saekit.cli.help import print_all
 from saekit.config.flat import laid_over, load_plugins, read_yaml
 from saekit.config.options import Option, options_of
 from saekit.config.ranks import placement_names
@@ -18,27 +20,40 @@ from saekit.errors import UserError
 
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE.py", help="A Python file that registers selections, ...; may be repeated."),
+    typer.Option("--plugin", metavar="FILE.py", help="Run a Python file that registers kinds, such as selections."),
 ]
 """For commands that open checkpoints: the only plug-ins that these run."""
+HelpAll = Annotated[
+    bool, typer.Option("--help-all", is_eager=True, callback=print_all, help="Show every option, by group, and exit.")
+]
+VALUE_NAMES = {
+    "resume": "[auto|PATH]",
+    "layer_map": "LAYERS:RANK,...",
+    "eval_dataset": "DATASET",
+    "crosscode_models": "MODEL",
+    "hf_token": "TOKEN",
+    "matryoshka": "X,X,...",
+}
+"""What help calls the values of options whose type does not say it."""
 THEM = {1: "it", 2: "both"}
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's `**options` by one option per configuration field.
+    """Replace a command's `**options` by one option per configuration field, and `--help-all`, which lists them.
 
     Every option defaults to None, which means that it was not given: the command sees only what the user typed, and
     can lay it over a file's values. The real defaults stand in the help.
     """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     from_config = [_parameter(option) for part in PARTS for option in options_of(part)]
+    help_all = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
 
-    def call(**values: Any) -> None:
+    def call(help_all: bool = False, **values: Any) -> None:
         known = {parameter.name: values.pop(parameter.name) for parameter in own}
         command(**known, **{name: value for name, value in values.items() if value not in (None, [])})
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
-    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*own, *from_config)]
+    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*own, *from_config, help_all)]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
@@ -46,16 +61,13 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(option: Option) -> inspect.Parameter:
     flag = "--" + option.name.replace("_", "-")
-    is_switch = option.type is bool
-    name = f"{flag}/--no-{flag.removeprefix('--')}" if is_switch else flag
-    unit = f" \\[{option.unit}]" if option.unit else ""
-    shown = _shown_default(option)
     info = typer.Option(
-        name,
-        help=option.help + unit + (f" [dim]\\[default: {shown}][/dim]" if shown else ""),
+        f"{flag}/--no-{flag.removeprefix('--')}" if option.type is bool else flag,
+        help=option.help,
         rich_help_panel=option.panel,
-        show_default=False,
-        metavar="" if is_switch else _metavar(option),
+        show_default=_note(option) or False,
+        metavar=_metavar(option),
+        autocompletion=VALUES.get(option.name),
     )
     annotation = Annotated[Optional[_option_type(option)], info]  # type: ignore[valid-type]  # noqa: UP045
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -70,18 +82,18 @@ def _option_type(option: Option) -> Any:
 
 def _metavar(option: Option) -> str | None:
     if get_origin(option.type) is Literal:
-        return None
-    if option.name == "resume":
-        return "[auto|PATH]"
+        return "|".join(get_args(option.type))
     if option.name == "placement":
-        return f"[{'|'.join(placement_names())}]"
+        return "|".join(placement_names())
+    if option.name in VALUE_NAMES:
+        return VALUE_NAMES[option.name]
     if option.type == tuple[Path, ...]:
         return "FILE.py"
     if option.type == tuple[str, ...]:
         return "PATTERN,..."
     if isinstance(option.type, types.GenericAlias):
         return "KEY=VALUE,..." if option.type.__origin__ is dict else "N,N,..."
-    return {int: "N", float: "X", Path: "PATH"}.get(option.type, "TEXT")
+    return {int: "N", float: "X", Path: "PATH"}.get(option.type, "NAME")
 
 
 def options_given(config: Path | None, typed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,7 +127,7 @@ def check_machine(gpus: int | None, gpu_memory: str | None, num_processes: int |
         UserError: If it is half of each.
     """
     if (gpus is None) != (gpu_memory is None):
-        raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this one")
+        raise UserError("--gpus and --gpu-memory describe a machine together: give both, or neither for this machine")
     if gpus is not None and num_processes is not None:
         raise UserError("--num-processes is for this machine: leave it out with --gpus")
 
@@ -127,6 +139,12 @@ def with_resume_value(arguments: list[str]) -> list[str]:
         f"{argument}=latest" if argument == "--resume" and after.startswith("-") else argument
         for argument, after in zip(arguments, following, strict=True)
     ]
+
+
+def _note(option: Option) -> str:
+    """Return what a number counts, and the default: `tokens; default: 2,048`."""
+    shown = _shown_default(option)
+    return "; ".join(filter(None, (option.unit, f"default: {shown}" if shown else "")))
 
 
 def _shown_default(option: Option) -> str:

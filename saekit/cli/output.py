@@ -64,7 +64,7 @@ def run(app: Callable[..., Any]) -> None:
         if debug:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whichever option it was
-            fail(f"{error.filename}: no file can have a name as long as that", EXIT_USAGE)
+            fail(f"{error.filename}: the name is too long for a file", EXIT_USAGE)
         text = (str(error).strip() or "no message").splitlines()[0]
         fail(
             f"{type(error).__name__}: {text} (this is not expected: run it again with --debug for details)", EXIT_FAULT
@@ -131,7 +131,7 @@ def resumable() -> Iterator[None]:
         if "RANK" in os.environ and not launch:  # somebody else's launcher has to start the next one as well
             shown = f"  your launcher, and {shown.lstrip()}"
         if os.environ.get("RANK", "0") == "0":
-            console.print(Text(f"Stopped after step {interruption.step}. Go on with:\n{shown}"), soft_wrap=True)
+            console.print(Text(f"Stopped after step {interruption.step}. Continue with:\n{shown}"), soft_wrap=True)
         leave(EXIT_INTERRUPTED if interruption.by_user else 0)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from saekit.cli.completion import launch_names
 from saekit.cli.options import check_machine, options_given, require, with_config_options
 from saekit.errors import UserError
 from saekit.hub import check_names
@@ -20,24 +21,27 @@ MACHINE = "Machine"
 def plan(
     model: Annotated[str | None, typer.Argument(help="Language model: a hub id or a local folder.")] = None,
     dataset: Annotated[
-        str | None, typer.Argument(help="May be given, so that a train command can be planned; not read.")
+        str | None, typer.Argument(help="Accepted so that you can plan a train command as it is; not read.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="PATH", help="YAML file with defaults for all options.")
+        Path | None,
+        typer.Option("--config", metavar="PATH", help="Read options from a YAML file; the command line overrides it."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="N", min=1, help="Plan for N GPUs.", rich_help_panel=MACHINE)
+        int | None,
+        typer.Option("--gpus", metavar="N", min=1, help="Plan for N GPUs of another machine.", rich_help_panel=MACHINE),
     ] = None,
     gpu_memory: Annotated[
         str | None,
-        typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB.", rich_help_panel=MACHINE),
+        typer.Option(
+            "--gpu-memory", metavar="SIZE", help="Memory of each of --gpus, such as 80GiB.", rich_help_panel=MACHINE
+        ),
     ] = None,
     use_this: Annotated[
         bool,
         typer.Option(
             "--detect",
-            metavar="",
-            help="Plan for this machine, as without --gpus: its GPUs, or its CPU.",
+            help="Plan for this machine, its GPUs or its CPU; the default without --gpus.",
             rich_help_panel=MACHINE,
         ),
     ] = False,
@@ -47,7 +51,7 @@ def plan(
             "--num-processes",
             metavar="N",
             min=1,
-            help="Without --gpus: ranks on this machine; all its GPUs, or one on a CPU.",
+            help="Number of ranks on this machine, without --gpus; by default one per GPU, or one on a CPU.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -56,8 +60,9 @@ def plan(
         typer.Option(
             "--launch",
             metavar="NAME",
-            help="As in saekit train: the placement and what is offloaded are taken from it, and without --gpus the "
-            "number of ranks.",
+            autocompletion=launch_names,
+            help="Plan for a launch file, as in saekit train. It sets the placement, what is offloaded and, without "
+            "--gpus, the number of ranks.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -65,17 +70,19 @@ def plan(
         bool,
         typer.Option(
             "--calibrate",
-            metavar="",
-            help="First measure how fast this machine is (half a minute in which it should do nothing else) and keep "
-            "that: plans for it then say tokens per second. MODEL may be left out.",
+            help="Measure this machine's speed first, and keep it: later plans then say tokens per second. This takes "
+            "half a minute, in which the machine should do nothing else. MODEL may be left out.",
             rich_help_panel=MACHINE,
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, with sizes in bytes.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     **options: Any,
 ) -> None:
-    """Say what a run would need under each placement in memory, traffic and time, from MODEL's config alone."""
+    """Estimate the memory, traffic and time of a run under each placement.
+
+    Reads only MODEL's configuration. Takes the options of saekit train, which describe the run.
+    """
     from saekit.cli.output import messages, results
     from saekit.config import RunConfig
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saekit.cli.completion import launch_names
 from saekit.cli.options import options_given, require, with_config_options
 from saekit.config import ranks
 from saekit.config.schema import PLACEMENT
@@ -23,18 +24,24 @@ if TYPE_CHECKING:
 @with_config_options
 def train(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Language model: a hub id or a local folder.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Language model: a hub id or a local folder.")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Argument(
-            help="Data set: a hub id, a folder made by save_to_disk, a .jsonl, .parquet, .csv, .txt or .md file (also "
-            ".gz, .zst), a glob or folder; pre-tokenized with a column input_ids, or a .bin file of token ids."
+            metavar="DATASET",
+            help="Data set: a hub id, a file, a folder or a glob. Files are .jsonl, .parquet, .csv, .txt or .md, also "
+            "compressed as .gz or .zst; folders may come from save_to_disk. Token ids are read from a column input_ids "
+            "or a .bin file.",
         ),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", metavar="PATH", help="YAML file with defaults for all options, MODEL and DATASET too."
+            "--config",
+            metavar="PATH",
+            help="Read options from a YAML file; the command line overrides it. It may name MODEL and DATASET, too.",
         ),
     ] = None,
     launch: Annotated[
@@ -42,8 +49,9 @@ def train(
         typer.Option(
             "--launch",
             metavar="NAME",
-            help="Start several processes: ddp, zero3, layer-map, ddp-cpu, ... (the files in accelerate_configs/), or "
-            "a launch file of accelerate of one's own.",
+            autocompletion=launch_names,
+            help="Start several processes with a launch file, such as ddp, zero3, layer-map or ddp-cpu. NAME is a file "
+            "in accelerate_configs, or the path of your own.",
             rich_help_panel=PLACEMENT,
         ),
     ] = None,
@@ -53,26 +61,25 @@ def train(
             "--num-processes",
             metavar="N",
             min=1,
-            help="With --launch: how many, instead of the file's.",
+            help="Number of processes to start with --launch, instead of the launch file's.",
             rich_help_panel=PLACEMENT,
         ),
     ] = None,
     distribute_layers: Annotated[
         bool,
-        typer.Option(
-            "--distribute-layers", metavar="", help="The same as --placement layer-map.", rich_help_panel=PLACEMENT
-        ),
+        typer.Option("--distribute-layers", help="Short for --placement layer-map.", rich_help_panel=PLACEMENT),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the configuration and what it will need in memory, and stop.")
+        bool, typer.Option("--dry-run", help="Print the configuration and the memory that it needs, and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback when something goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     **options: Any,
 ) -> None:
-    """Train on MODEL's activations on DATASET: by default one SAE per layer of the residual stream, all at once.
+    """Train SAEs, transcoders or crosscoders on MODEL's activations on DATASET.
 
-    --hookpoints chooses other modules; --transcode trains transcoders, --crosscode a crosscoder, --crosscode-models
-    crosscoders of two models.
+    By default there is one SAE per layer of the residual stream, and all are trained at once. --hookpoints chooses
+    other modules, --transcode trains transcoders, --crosscode one crosscoder, and --crosscode-models crosscoders of two
+    models.
     """
     from saekit.cli.output import messages, resumable
     from saekit.config import RunConfig
@@ -91,7 +98,7 @@ def train(
 
         return relaunch(context, launch, num_processes)
     if num_processes is not None:
-        raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
+        raise UserError(f"--num-processes {num_processes} needs --launch")
     with messages().status("Loading libraries"):
         from saekit.training.launch import train_from_config
     with resumable():
@@ -108,12 +115,12 @@ def _check_names(cfg: RunConfig) -> None:
 
 
 def _show(cfg: RunConfig, launch: str | None, num_processes: int | None) -> None:
-    """The configuration as YAML, with every default, and the plan of the run's placement on this machine."""
+    """Print the configuration as YAML, with every default, and the plan of the run's placement on this machine."""
     from saekit.cli.output import messages, results
     from saekit.config.flat import as_yaml
 
     if launch is None and num_processes is not None:
-        raise UserError(f"--num-processes {num_processes} has no meaning without --launch")
+        raise UserError(f"--num-processes {num_processes} needs --launch")
     with messages().status("Planning"):
         from saekit.planning import NO_OFFLOAD, advise, detect, make_plan
         from saekit.views.plan import render_plan

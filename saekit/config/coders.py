@@ -20,41 +20,45 @@ class CodersConfig:
     sae: SaeConfig = SaeConfig()
     hookpoints: Patterns | None = option(
         None,
-        "What to train on: paths of modules relative to the base model, with * (one part), ** and {0-11:2} or {q,k}, "
-        "such as layers.*.mlp; :in behind a path for a module's input. Or resid (outputs of blocks), resid_pre (their "
-        "inputs), mlp, attn. By default resid, and mlp with --transcode.",
+        "Train on these hookpoints: paths such as layers.*.mlp, or resid (the default), resid_pre, mlp, attn. Paths "
+        "name modules, relative to the base model. * matches one part and ** any number of parts; {0-11:2} and {q,k} "
+        "list alternatives; :in after a path means the module's input. resid means the outputs of the blocks, "
+        "resid_pre their inputs. With --transcode the default is mlp.",
         panel=SAE,
+        common=True,
     )
     layers: LayerList | None = option(
-        None, "Layers to train on, counted from 0: 16,24 or ranges 0-31:2. All by default.", panel=SAE
+        None, "Train on these layers, counted from 0, such as 16,24 or 0-31:2; all by default.", panel=SAE, common=True
     )
     layer_stride: int = option(1, "Train on every Nth layer.", panel=SAE, unit="layers", ge=1)
     transcode: bool = option(
         False,
-        "Train transcoders: each reads the input of one of the modules of --hookpoints and predicts its output.",
+        "Train transcoders, which read a module's input and predict its output. --hookpoints names the modules.",
         panel=SAE,
+        common=True,
     )
     reads: Patterns | None = option(
         None,
-        "With --writes: train transcoders between any two hookpoints. The first that is named here is read for the "
-        "first of --writes, in model order, and so on.",
+        "Train transcoders that read these hookpoints and predict those of --writes. The first hookpoint, in model "
+        "order, is paired with the first of --writes, and so on.",
         panel=SAE,
     )
-    writes: Patterns | None = option(None, "What the transcoders of --reads predict.", panel=SAE)
+    writes: Patterns | None = option(None, "Hookpoints that the transcoders of --reads predict.", panel=SAE)
     crosscode: Patterns | None = option(
         None,
-        "Train one crosscoder on all of these hookpoints together: it reads and reconstructs them all, each scaled to "
+        "Train one crosscoder on all of these hookpoints together. It reads and reconstructs them all, each scaled to "
         "the same variance.",
         panel=SAE,
     )
     crosscode_models: str | None = option(
         None,
-        "Compare MODEL with this one, a hub id or a local folder with the same tokenizer: train a crosscoder of each "
-        "of --hookpoints that reads and reconstructs it in both models, each scaled to the same variance.",
+        "Compare MODEL with this model, a hub id or a local folder with the same tokenizer. Each hookpoint of "
+        "--hookpoints gets a crosscoder that reads and reconstructs it in both models, each scaled to the same "
+        "variance.",
         panel=SAE,
     )
     crosscode_revision: str | None = option(
-        None, "Branch, tag or commit of the model of --crosscode-models on the hub.", panel=SAE
+        None, "Branch, tag or commit on the hub of the model of --crosscode-models.", panel=SAE
     )
     init: Literal["uniform", "fit"] = option(
         "fit",
@@ -65,8 +69,8 @@ class CodersConfig:
     init_seed: int = option(0, "Seed of the SAEs' initial weights.", panel=SAE)
     finetune: Path | None = option(
         None,
-        "Start from the SAEs in this run, checkpoint or folder instead of random ones; the options of the new run "
-        "decide how latents are chosen.",
+        "Start from the SAEs in this run, checkpoint or folder instead of random weights. The options of the new run "
+        "decide how latents are selected.",
         panel=SAE,
     )
 
@@ -97,7 +101,7 @@ class CodersConfig:
     @classmethod
     def _check_some(cls, named: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         if named is not None and not named:
-            raise ValueError("none is named: give at least one, or leave it out for the outputs of all blocks")
+            raise ValueError("none is named: name at least one, or leave the option out")
         return named
 
     @model_validator(mode="after")
@@ -128,7 +132,7 @@ class CodersConfig:
     def _check_two_models(self) -> None:
         if self.crosscode_models is None:
             if self.crosscode_revision is not None:
-                raise ValueError("--crosscode-revision is given without --crosscode-models")
+                raise ValueError("--crosscode-revision needs --crosscode-models")
             return
         if not self.crosscode_models:
             raise ValueError("--crosscode-models is empty: give a hub id or a local folder")

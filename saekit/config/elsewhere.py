@@ -75,30 +75,30 @@ _HOOKPOINTS = (
 _SPARSITY = "there is no sparsity penalty: --k sets how many latents are active"
 _JUMPRELU = "there is no JumpReLU: --activation chooses how latents are selected, and --k how many"
 _LENGTH = (
-    "a run reads its data once and lasts as long as they do: --max-tokens shortens it; a step has --batch-size × "
-    "--grad-acc-steps × ranks sequences of --ctx-len tokens"
+    "a run reads its data once, and --max-tokens shortens it; a step has --batch-size × --grad-acc-steps × ranks "
+    "sequences of --ctx-len tokens"
 )
 _DEVICE = (
-    "the GPU is used if there is one, and CUDA_VISIBLE_DEVICES chooses it (empty: the CPU); --launch starts a process "
-    "per GPU"
+    "saekit uses the GPU if there is one, and CUDA_VISIBLE_DEVICES chooses it (empty: the CPU); --launch starts one "
+    "process per GPU"
 )
-_SEED = "--init-seed is for the weights, --data-seed for the order of the data"
+_SEED = "--init-seed sets the seed of the weights, --data-seed that of the order of the data"
 _SCHEDULE = "the learning rate rises for --lr-warmup-steps and then falls linearly to zero"
-_BUFFER = "activations are trained on as they are computed, without a buffer; the data are shuffled before (--shuffle)"
-_CACHED = "activations are computed while training: the only --source that comes with saekit is live"
-_TYPES = "--dtype is the type of the language model's weights; the SAEs are float32"
-_PROJECT = "with --log-with wandb, runs are filed under --run-name; WANDB_ENTITY, WANDB_MODE, ... are wandb's variables"
+_BUFFER = "--mix keeps the activations of N steps and mixes their tokens; --shuffle shuffles the sequences"
+_CACHED = "saekit computes activations while it trains: live is the only built-in --source"
+_TYPES = "--dtype sets the type of the language model's weights; the SAEs are float32"
+_PROJECT = "with --log-with wandb, --run-name names the run; wandb itself reads WANDB_ENTITY, WANDB_MODE, ..."
 
 OTHERWISE = {
-    "MODEL is the first argument, with no option's name before it": "model model-name lm-name model-path model-id "
+    "MODEL is the first argument, without an option's name": "model model-name lm-name model-path model-id "
     "model-name-or-path pretrained-model lm llm",
-    "DATASET is the second argument, with no option's name before it": "dataset dataset-name dataset-path data-path "
+    "DATASET is the second argument, without an option's name": "dataset dataset-name dataset-path data-path "
     "data dataset-repo hf-dataset train-data corpus",
     _READS: "hook-name-out hook-layer-out hook-point-out hookpoint-out d-out",
     _HOOKPOINTS: "hookpoint hook-points hook-point hook-name hook-names hook hook-layer hook-layers layer "
     "submodule submodule-name submodules io hook-point-in site act-name module modules sae-positions",
-    "all heads of a layer are read together: --hookpoints layers.*.self_attn.o_proj:in, for example": "hook-head-index "
-    "head-index hook-head-index-out",
+    "all heads of a layer are read together, for example with --hookpoints layers.*.self_attn.o_proj:in": "head-index "
+    "hook-head-index hook-head-index-out",
     "a crosscoder reads and writes all hookpoints that --crosscode names, and --layers may narrow them": "num-layers "
     "n-layers encoder-layers cross-layers",
     _SPARSITY: "l1 l1-coefficient l1-coeff l1-coef l1-penalty l1-alpha l1-lambda l1-weight sparsity-penalty sparsity "
@@ -108,58 +108,59 @@ OTHERWISE = {
     "--activation chooses how latents are selected: topk, batchtopk or groupmax": "architecture activation-fn act-fn "
     "activation-function trainer trainer-class dict-class sae-type sae-class use-batchtopk batchtopk batch-topk "
     "groupmax activation-fn-str",
-    "saekit has nothing like it": "embed-skip gram-lookup lookup-max-order gram-table-path gram-table-hash noise-scale "
+    "saekit has no equivalent": "embed-skip gram-lookup lookup-max-order gram-table-path gram-table-hash noise-scale "
     "decoder-orthogonal-init apply-b-dec-to-input norm-init-scale same-init-for-all-layers init-with-transpose "
     "code-normalization",
-    "the number of active latents is --k from the first step on": "k-decay-steps k-anneal-steps k-schedule",
-    "BatchTopK's threshold moves by itself (--activation batchtopk)": "threshold-beta threshold-start-step threshold "
+    "--k sets the number of active latents for the whole run": "k-decay-steps k-anneal-steps k-schedule",
+    "BatchTopK moves its threshold by itself (--activation batchtopk)": "threshold-beta threshold-start-step threshold "
     "topk-threshold-lr",
     _LENGTH: "epochs num-epochs n-epochs epoch num-train-epochs max-epochs steps max-steps num-steps n-steps "
     "total-steps total-training-steps train-steps training-steps iterations iters num-iterations finetuning-tokens",
     _DEVICE: "device gpu cuda cpu device-id gpu-id cuda-device accelerator no-cuda use-cpu use-cuda act-store-device "
     "device-map",
     _SEED: "seed random-seed rng-seed init-seeds seeds",
-    "a wandb run is logged with --log-with wandb": "wandb use-wandb log-to-wandb wandb-mode with-wandb",
-    "numbers go to TensorBoard with --log-with tensorboard": "tensorboard use-tensorboard tb",
+    "--log-with wandb logs to wandb": "wandb use-wandb log-to-wandb wandb-mode with-wandb",
+    "--log-with tensorboard logs to TensorBoard": "tensorboard use-tensorboard tb",
     _PROJECT: "wandb-project wandb-entity wandb-group project wandb-id wandb-tags",
     _SCHEDULE: "lr-scheduler lr-scheduler-name lr-scheduler-type scheduler lr-schedule lr-decay-steps lr-end min-lr "
     "decay-start lr-decay sched-type cosine",
-    "Adam's first moment decays by 0.9 per step; --beta2 is the second's": "adam-beta1 beta1 beta-1 adam-betas betas",
-    "no optimizer here has weight decay: the decoder's rows are kept at unit norm (--normalize-decoder)": "wd l2 "
-    "weight-decay",
-    "no such number can be set: --optimizer chooses among adam, adam8bit, signum and muon": "momentum adam-epsilon "
+    "the decay of Adam's first moment is fixed at 0.9; --beta2 sets that of the second": "adam-beta1 beta1 beta-1 "
+    "adam-betas betas",
+    "there is no weight decay: the decoder's rows are kept at unit norm (--normalize-decoder)": "wd l2 weight-decay",
+    "this number is fixed: --optimizer chooses among adam, adam8bit, signum and muon": "momentum adam-epsilon "
     "adam-eps eps nesterov",
     "gradients are not clipped; a step with NaN or Inf is skipped (--max-bad-steps)": "grad-clip max-grad-norm "
     "gradient-clip-val clip-grad clip-grad-norm gradient-clipping",
     "dead latents are revived while training, not resampled: --revive-alpha, or --auxk-alpha": "resample-steps "
     "resample-dead use-ghost-grads ghost-grads neuron-resampling dead-feature-resampling resample-mode",
-    "the loss is that of the reconstruction (FVU); saekit eval measures the model's own loss with it": "loss-fn loss "
+    "the loss is that of the reconstruction (FVU); saekit eval measures the language model's loss": "loss-fn loss "
     "mse-loss-normalization loss-type reconstruction-loss",
-    "activations are taken as they are, and the learning rates fit them (--scale-biases); --max-norm-multiple excludes "
-    "attention sinks": "normalize-activations normalize norm-activation activation-norm rescale-acts-by-decoder-norm",
+    "activations are not normalized: the learning rates adapt to them (--scale-biases), and --max-norm-multiple "
+    "excludes attention sinks": "normalize-activations normalize norm-activation activation-norm "
+    "rescale-acts-by-decoder-norm",
     _BUFFER: "n-batches-in-buffer buffer-size n-ctxs refresh-batch-size buffer buffer-tokens mixing-fraction "
     "activation-buffer-size buffer-device activations-mixing-fraction",
     "--batch-size counts sequences of --ctx-len tokens": "train-batch-size-tokens out-batch-size batch-size-tokens "
     "sae-batch-size tokens-per-batch train-batch-size",
     _CACHED: "use-cached-activations cached-activations-path activation-dir activations-dir cache-activations "
     "activation-path activations-path new-cached-activations-path",
-    "it is read from the model's config": "d-in activation-dim d-model d-mlp model-dim input-dim activation-size width",
-    "a data set is streamed with --data-args streaming=true, and --max-examples says how much of it": "streaming "
-    "stream is-streaming",
-    "a column input_ids or a .bin file is recognized": "is-dataset-tokenized tokenized pretokenized is-tokenized",
-    "documents are packed without gaps, an EOS token before each": "prepend-bos add-bos return-overflowed-tokens "
+    "saekit reads it from the model's config": "d-in activation-dim d-model d-mlp model-dim input-dim activation-size "
+    "width",
+    "--data-args streaming=true streams a data set, and --max-examples limits it": "streaming stream is-streaming",
+    "saekit recognizes a column input_ids and .bin files": "is-dataset-tokenized tokenized pretokenized is-tokenized",
+    "documents are packed without gaps, with an EOS token before each": "prepend-bos add-bos return-overflowed-tokens "
     "disable-concat-sequences packing concat",
     _TYPES: "fp16 bf16 fp32 autocast autocast-lm mixed-precision precision amp half use-fp16 use-bf16",
-    "--load-in-8bit is what there is": "load-in-4bit load-in-4-bit 4bit quantization bnb-4bit",
-    "nothing is compiled with torch.compile; --kernels chooses what computes the SAEs": "compile compile-llm "
+    "8 bits are the only choice: --load-in-8bit": "load-in-4bit load-in-4-bit 4bit quantization bnb-4bit",
+    "saekit does not use torch.compile; --kernels chooses the code that computes the SAEs": "compile compile-llm "
     "compile-sae torch-compile compile-model llm-compilation-mode sae-compilation-mode",
-    "--placement zero3 shards SAEs, with --shard-lm the language model, too": "fsdp tp tensor-parallel tp-size sp pp",
-    "saekit uploads nothing; a checkpoint's folder can be uploaded with `hf upload`": "push-to-hub hf-repo-id hub-repo "
+    "--placement zero3 shards the SAEs, and --shard-lm the language model": "fsdp tp tensor-parallel tp-size sp pp",
+    "saekit does not upload; upload a checkpoint's folder with `hf upload`": "push-to-hub hf-repo-id hub-repo "
     "hub-model-id upload hf-repo save-to-hub",
-    "code from the hub is not run": "trust-remote-code dataset-trust-remote-code",
-    "HF_HOME says where the hub's cache is": "cache-dir hf-home hf-cache hf-cache-dir",
-    "HF_HUB_OFFLINE=1 keeps saekit from asking the hub": "offline local-files-only",
-    "where stderr is no terminal there are plain lines instead of the live view": "verbose quiet silent progress "
+    "saekit never runs code from the hub": "trust-remote-code dataset-trust-remote-code",
+    "set HF_HOME to move the hub's cache": "cache-dir hf-home hf-cache hf-cache-dir",
+    "set HF_HUB_OFFLINE=1 to work without the hub": "offline local-files-only",
+    "saekit prints plain lines instead of the live view if stderr is not a terminal": "verbose quiet silent progress "
     "no-progress-bar log-level tqdm",
 }
 """What to do instead, and the names elsewhere of what saekit does not have or has in another form."""

@@ -25,13 +25,15 @@ class ModelConfig:
     revision: str | None = option(None, "Branch, tag or commit of the model on the hub.", panel=MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "Type of the language model's weights; auto is bfloat16 on a GPU or CPU that is fast at it, else float32. "
-        "The SAEs are always float32.",
+        "Type of the language model's weights. auto chooses bfloat16 on a GPU or CPU that is fast at it, else "
+        "float32. The SAEs are always float32.",
         panel=MODEL,
     )
-    load_in_8bit: bool = option(False, "Load the language model in 8 bits (bitsandbytes; needs a GPU).", panel=MODEL)
+    load_in_8bit: bool = option(
+        False, "Load the language model in 8 bits, with bitsandbytes. This needs a GPU.", panel=MODEL
+    )
     hf_token: SecretStr | None = option(
-        None, "Token for private or gated repositories on the hub; never written to disk.", panel=MODEL
+        None, "Token for private or gated repositories on the hub. It is never written to disk.", panel=MODEL
     )
 
     @property
@@ -48,28 +50,26 @@ class DataConfig:
     dataset: str
     """A hub id, a `save_to_disk` folder, a .jsonl, .parquet, .csv, .txt or .md file, glob or folder, or a .bin file."""
     split: str = option("train", "Split of the data set; slices such as train[:1%] work.", panel=DATA)
-    text_column: str = option("text", "Column with the text, if the data set is not tokenized yet.", panel=DATA)
-    data_args: Mapping = option(
-        {}, "More arguments for loading the data set, such as name=en,streaming=true.", panel=DATA
-    )
+    text_column: str = option("text", "Column that holds the text, if the data set is not tokenized.", panel=DATA)
+    data_args: Mapping = option({}, "Arguments for loading the data set, such as name=en,streaming=true.", panel=DATA)
     max_examples: int | None = option(
         None,
-        "Read at most N rows of the data set, from its start; required for a streamed one.",
+        "Read at most the first N rows of the data set. Required for a streamed data set.",
         panel=DATA,
         unit="rows",
         ge=1,
     )
     num_proc: int | None = option(
-        None, "Processes that tokenize; by default one per core.", panel=DATA, unit="processes", ge=1
+        None, "Number of processes that tokenize; one per core by default.", panel=DATA, unit="processes", ge=1
     )
     eval_dataset: str | None = option(
         None,
-        "Data set for --eval-every; by default documents of the run's own data set that the run does not read.",
+        "Data set for --eval-every. By default, documents of the run's own data set that the run does not read.",
         panel=EVALUATION,
     )
     eval_split: str | None = option(
         None,
-        "Split of --eval-dataset (by default train); without --eval-dataset, another split of the run's data set.",
+        "Split of --eval-dataset; train by default. Without --eval-dataset, another split of the run's own data set.",
         panel=EVALUATION,
     )
 

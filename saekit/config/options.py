@@ -40,17 +40,20 @@ def in_one_sentence(config: type[Config]) -> type[Config]:
     return config
 
 
-def option(default: Any, help: str, *, panel: str, unit: str | None = None, **constraints: Any) -> Any:
+def option(
+    default: Any, help: str, *, panel: str, unit: str | None = None, common: bool = False, **constraints: Any
+) -> Any:
     """Return a field that is also a command-line option.
 
     Args:
         default: Its default; None where the default depends on something else, which `help` then says.
-        help: One or two sentences.
-        panel: The group under which `--help` lists it.
+        help: A few sentences. The first stands by itself: it is all that `--help` shows of a common option.
+        panel: The group under which `--help-all` lists it.
         unit: What a number counts, in square brackets in `--help`.
+        common: Whether most runs need it, so that `--help` shows it, not only `--help-all`.
         constraints: Handed to pydantic (`gt`, `ge`, ...).
     """
-    extra: JsonDict = {"panel": panel, "unit": unit}
+    extra: JsonDict = {"panel": panel, "unit": unit, "common": common}
     return Field(default=default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -65,6 +68,7 @@ class Option:
     help: str
     panel: str
     unit: str | None
+    common: bool
 
 
 def options_of(config: type) -> Iterator[Option]:
@@ -82,6 +86,7 @@ def options_of(config: type) -> Iterator[Option]:
                 info.description or "",
                 str(extra["panel"]),
                 None if unit is None else str(unit),
+                bool(extra["common"]),
             )
 
 

@@ -43,7 +43,7 @@ class RunConfig:
         train = make_config(TrainConfig, values, found, **({} if sae is None else {"sae": sae}))
         if values.get("eval_every") is None:
             given = [f"--{name.replace('_', '-')} {values[name]}" for name in OF_EVAL_EVERY if name in values]
-            found += [f"{option} has no meaning without --eval-every" for option in given]
+            found += [f"{option} needs --eval-every" for option in given]
         if found:
             raise UserError("; ".join(found))
         return cls(model, data, train)

@@ -23,27 +23,34 @@ class SaeConfig:
     """D, the width of the activations; None takes it from the model."""
     expansion_factor: int | None = option(
         None,
-        f"Latents per input dimension; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
+        f"Latents per dimension of the activations; {DEFAULT_EXPANSION_FACTOR} unless --num-latents is given.",
         panel=SAE,
+        common=True,
         ge=1,
     )
     num_latents: int | None = option(
-        None, "Size of the dictionary, instead of --expansion-factor.", panel=SAE, unit="latents", ge=1
+        None, "Number of latents, instead of --expansion-factor.", panel=SAE, unit="latents", ge=1
     )
     k: int = option(
-        32, "Latents that are active for each token; with batchtopk, on average.", panel=SAE, unit="latents", ge=1
+        32,
+        "Active latents per token; their mean for batchtopk.",
+        panel=SAE,
+        common=True,
+        unit="latents",
+        ge=1,
     )
     activation: str = option(
         "topk",
-        "How latents are selected: topk, each token's k largest; batchtopk, those above a threshold per layer that is "
-        "moved so that they are k on average, at most 4k for one token; groupmax, the largest of each of k equal "
-        "groups; or what a --plugin registers.",
+        "How latents are selected: topk, batchtopk, groupmax, or a plug-in's selection. topk takes each token's k "
+        "largest. batchtopk takes those above a threshold per layer, which moves so that they are k on average, and "
+        "at most 4k for one token. groupmax takes the largest of each of k equal groups.",
         panel=SAE,
+        common=True,
     )
     plugin: Files = option(
         (),
-        "A Python file that registers selections, sources, placements or formats. May be given several times. Only "
-        "files that are named here, or in the file of --config, are run: never one that a checkpoint names.",
+        "Run a Python file that registers selections, sources, placements or formats. May be repeated. Only files "
+        "that are named here or in the file of --config are run, never one that a checkpoint names.",
         panel=SAE,
     )
     normalize_decoder: bool = option(True, "Keep the decoder's rows at unit norm.", panel=SAE)
@@ -52,13 +59,13 @@ class SaeConfig:
     )
     skip_connection: bool = option(
         False,
-        "Add a linear map from what a transcoder reads to what it writes, at first zero (skip transcoders).",
+        "Add a linear map from what a transcoder reads to what it writes (skip transcoders). It starts at zero.",
         panel=SAE,
     )
     matryoshka: Shares | None = option(
         None,
-        "Nested dictionaries, as shares of the latents that end in 1, such as 0.125,0.25,1: what the first latents "
-        "reconstruct without the others counts as well (Matryoshka SAEs).",
+        "Train nested dictionaries (Matryoshka SAEs), given as ascending shares of the latents that end in 1, such as "
+        "0.125,0.25,1. Each prefix of the latents also reconstructs without the others.",
         panel=SAE,
     )
 
@@ -84,7 +91,7 @@ class SaeConfig:
     def _unknown(self) -> str:
         known = f"--activation {self.activation!r} is none of {', '.join(SELECTIONS.names())}"
         if not self.plugin:
-            return f"{known}: name the file of a plug-in that has it with --plugin"
+            return f"{known}: choose one of them, or name the file that registers it with --plugin"
         return f"{known}: it needs --plugin {' --plugin '.join(map(str, self.plugin))}"
 
     @property

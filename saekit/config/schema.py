@@ -36,32 +36,34 @@ LOGGING = "Logging"
 class TrainConfig(SourceConfig, CodersConfig):
     """The options of training, for any model and data."""
 
-    batch_size: int = option(8, "Sequences per rank and micro-batch.", panel=BATCH, unit="sequences", ge=1)
+    batch_size: int = option(
+        8, "Sequences per micro-batch on each rank.", panel=BATCH, common=True, unit="sequences", ge=1
+    )
     grad_acc_steps: int = option(
         1,
-        "Micro-batches per optimizer step; the global batch is batch-size × grad-acc-steps × ranks.",
+        "Micro-batches per optimizer step. The global batch is batch-size × grad-acc-steps × ranks.",
         panel=BATCH,
+        common=True,
         unit="micro-batches",
         ge=1,
     )
     micro_acc_steps: int = option(
         1,
-        "Chunks into which each micro-batch's activations are split before the encoder: less memory, same result.",
+        "Split each micro-batch's activations into N chunks before the encoder. This saves memory and does not change "
+        "the result.",
         panel=BATCH,
         unit="chunks",
         ge=1,
     )
-    shuffle: bool = option(True, "Visit the sequences in a random order.", panel=BATCH)
-    data_seed: int = option(42, "Seed of that order.", panel=BATCH, ge=0)
-    exclude_tokens: TokenIds = option(
-        (), "Token ids to exclude from the SAEs' training as well, such as 0,50256.", panel=BATCH
-    )
+    shuffle: bool = option(True, "Read the sequences in random order.", panel=BATCH)
+    data_seed: int = option(42, "Seed of the random order of the sequences.", panel=BATCH, ge=0)
+    exclude_tokens: TokenIds = option((), "Also exclude these token ids from training, such as 0,50256.", panel=BATCH)
     exclude_special_tokens: bool = option(
-        True, "Exclude the tokenizer's special tokens (BOS, EOS, padding, ...) from the SAEs' training.", panel=BATCH
+        True, "Exclude the tokenizer's special tokens (BOS, EOS, padding, ...) from training.", panel=BATCH
     )
     max_norm_multiple: float = option(
         10.0,
-        "Exclude tokens whose activation norm exceeds X times the layer's median, such as attention sinks; 0 excludes "
+        "Exclude tokens whose activation norm exceeds X times the layer's median, such as attention sinks. 0 excludes "
         "none.",
         panel=BATCH,
         ge=0,
@@ -69,44 +71,47 @@ class TrainConfig(SourceConfig, CodersConfig):
 
     optimizer: Literal["adam", "adam8bit", "signum", "muon"] = option(
         "adam",
-        "adam (fused), adam8bit (bitsandbytes), signum (schedule-free) or muon (matrices; Adam for the biases).",
+        "Optimizer: adam (fused), adam8bit (bitsandbytes), signum (schedule-free) or muon (for matrices; Adam for the "
+        "biases).",
         panel=OPTIMIZER,
     )
     moments_dtype: Literal["fp32", "bf16"] = option(
         "fp32",
-        "Type of Adam's moments at rest; bf16 halves them, and the second is rounded stochastically.",
+        "Type in which Adam's moments are stored. bf16 halves their memory; the second moment is then rounded "
+        "stochastically.",
         panel=OPTIMIZER,
     )
     lr: float | None = option(
         None,
-        "Learning rate. By default adam and adam8bit 1.75e-3 / √(latents / 2¹⁴ · width / 128), twice that for "
-        "batchtopk and four times for transcoders, signum 5e-3 / √(latents / 2¹⁴), muon 2e-3.",
+        "Learning rate. The default of adam and adam8bit is 1.75e-3 / √(latents / 2¹⁴ · width / 128), twice that for "
+        "batchtopk and four times that for transcoders; of signum 5e-3 / √(latents / 2¹⁴); of muon 2e-3.",
         panel=OPTIMIZER,
         gt=0,
     )
     lr_warmup_steps: int | None = option(
         None,
-        "Steps of linear warm-up. The rate then falls linearly to zero at the end of the run (signum: it stays). "
-        "By default three tenths of the run (signum: a tenth).",
+        "Steps of linear warm-up. The learning rate then falls linearly to zero at the end of the run; under signum "
+        "it stays constant. The default is 30% of the run, and 10% under signum.",
         panel=OPTIMIZER,
         unit="optimizer steps",
         ge=0,
     )
     decoder_lr_ratio: float | None = option(
         None,
-        "The decoder's learning rate divided by the encoder's; by default 4 for adam and adam8bit, else 1.",
+        "Learning rate of the decoder divided by that of the encoder. The default is 4 for adam and adam8bit, and 1 "
+        "for the others.",
         panel=OPTIMIZER,
         gt=0,
     )
     encoder_bias_lr_ratio: float | None = option(
         None,
-        "The learning rate of the encoder's biases divided by that of its matrix; a high one revives dead latents. By "
-        "default 6 √(width / 128) for adam and adam8bit, else 1.",
+        "Learning rate of the encoder's biases divided by that of its matrix. A high ratio revives dead latents. The "
+        "default is 6 √(width / 128) for adam and adam8bit, and 1 for the others.",
         panel=OPTIMIZER,
         gt=0,
     )
     beta2: float = option(
-        0.95, "Decay per step of Adam's second moment (adam, adam8bit, muon's biases).", panel=OPTIMIZER, gt=0, lt=1
+        0.95, "Decay of Adam's second moment per step (adam, adam8bit, and muon's biases).", panel=OPTIMIZER, gt=0, lt=1
     )
     scale_biases: bool = option(
         True,
@@ -117,8 +122,8 @@ class TrainConfig(SourceConfig, CodersConfig):
 
     max_bad_steps: int = option(
         10,
-        "A step with NaN or Inf in the loss or gradient of any layer is skipped for all layers. The run stops after N "
-        "such steps in a row, and fails if its last step is one.",
+        "Stop the run after N skipped steps in a row. A step is skipped for all layers if the loss or gradient of any "
+        "layer has NaN or Inf. The run fails if its last step is skipped.",
         panel=OPTIMIZER,
         unit="optimizer steps",
         ge=1,
@@ -126,28 +131,28 @@ class TrainConfig(SourceConfig, CodersConfig):
 
     revive_alpha: float = option(
         1e-4,
-        "Weight of the loss that raises the biases of dead latents until they fire again; 0 is off. Under Adam its "
-        "size does not matter while a latent has no other gradient.",
+        "Weight of the loss that raises the biases of dead latents until they fire again; 0 turns it off. Under Adam "
+        "its size does not matter while a latent has no other gradient.",
         panel=DEAD,
         ge=0,
     )
     auxk_alpha: float = option(
         0.0,
         "Weight of the AuxK loss, in which dead latents predict the error of the others (1/32 in Gao et al. 2024); 0 "
-        "is off.",
+        "turns it off.",
         panel=DEAD,
         ge=0,
     )
     auxk_relative_to: Literal["variance", "residual"] = option(
         "variance",
-        "What the AuxK loss is divided by: variance, the layer's variance, as for the main loss; residual, the mean "
-        "squared error of the previous step, which keeps the loss's weight as the SAEs improve.",
+        "Divide the AuxK loss by the layer's variance, as the main loss (variance), or by the mean squared error of "
+        "the previous step, which keeps the loss's weight as the SAEs improve (residual).",
         panel=DEAD,
     )
     dead_feature_threshold: int | None = option(
         None,
-        "A latent is dead when it has not fired in the last N tokens. By default 300 times latents / k, or ten steps "
-        "if that is more, but at most a fiftieth of the run's tokens or 10,000,000.",
+        "Count a latent as dead if it has not fired in the last N tokens. The default is 300 × latents / k or ten "
+        "steps, whichever is more, but at most 2% of the run's tokens and at most 10,000,000.",
         panel=DEAD,
         unit="tokens",
         ge=1,
@@ -155,90 +160,100 @@ class TrainConfig(SourceConfig, CodersConfig):
 
     kernels: Literal["auto", "eager", "cpu", "native", "triton"] = option(
         "auto",
-        "What computes the SAEs: eager, the readable reference; cpu, torch's sparse operations; native, fused "
-        "operations that this machine's C++ compiler builds at first use; triton, fused operations on a GPU. auto "
-        "takes triton on a GPU, native on a CPU if there is a compiler, else cpu.",
+        "Code that computes the SAEs: eager, the readable reference; cpu, torch's sparse operations; native, fused "
+        "operations that this machine's C++ compiler builds on first use; triton, fused operations on a GPU. auto "
+        "chooses triton on a GPU; on a CPU it chooses native if there is a compiler, else cpu.",
         panel=SPEED,
     )
     select_dtype: Literal["auto", "fp32", "bf16", "int8"] = option(
         "auto",
-        "Precision of the scores that find candidates for the k latents; the choice among them is made in float32. "
-        "auto takes bf16 on GPUs that are fast at it; on a CPU it times fp32, bf16 and int8 at the run's own sizes, "
-        "once, and a resumed run keeps what it began with. fp32 is for bit-exact work.",
+        "Precision of the scores that find candidates for the k latents. The choice among the candidates is always "
+        "made in float32. auto chooses bf16 on GPUs that are fast at it; on a CPU it times fp32, bf16 and int8 once, "
+        "at the run's own sizes, and a resumed run keeps that choice. Use fp32 for bit-exact work.",
         panel=SPEED,
     )
 
     placement: PlacementName = option(
         AUTO,
-        "Where SAEs live: ddp, a replica on every rank; zero3, each SAE sharded over all ranks; layer-map, each layer "
-        "on one rank. auto takes what the launch file says, or ddp; a plug-in can add others.",
+        "Where the SAEs live: ddp, a replica on every rank; zero3, each SAE sharded over all ranks; layer-map, each "
+        "layer on one rank. auto follows the launch file, or chooses ddp if that says nothing. A plug-in can add "
+        "others.",
         panel=PLACEMENT,
     )
     layer_map: str | None = option(
         None,
-        "Which rank trains which layers under layer-map, such as 0-5:0,6-11:1; by default spread evenly.",
+        "Assign layers to ranks under layer-map, such as 0-5:0,6-11:1. By default they are spread evenly.",
         panel=PLACEMENT,
     )
     shard_lm: bool = option(
         False,
-        "Under zero3, also shard the language model over the ranks: slower, for a model too large for one GPU.",
+        "Also shard the language model over the ranks, under zero3. This is slower, and for a model that is too large "
+        "for one GPU.",
         panel=PLACEMENT,
     )
 
     save_dir: Path = option(Path("checkpoints"), "Folder that holds the runs.", panel=SAVING)
     run_name: str | None = option(
         None,
-        "Folder of this run inside --save-dir; by default the names of the model and the data set.",
+        "Name of the run's folder in --save-dir; by default the names of the model and the data set.",
         panel=SAVING,
+        common=True,
     )
     save_every: int = option(
-        1000, "Steps between checkpoints; one is also written at the end.", panel=SAVING, unit="optimizer steps", ge=1
+        1000, "Steps between checkpoints. The last step is always saved.", panel=SAVING, unit="optimizer steps", ge=1
     )
-    keep_last: int = option(1, "Checkpoints to keep, not counting the best.", panel=SAVING, unit="checkpoints", ge=1)
+    keep_last: int = option(
+        1, "Keep the last N checkpoints, in addition to the best.", panel=SAVING, unit="checkpoints", ge=1
+    )
     save_best: bool = option(
         False,
-        "Also keep, as `best`, the checkpoint with the lowest mean FVU since the previous checkpoint.",
+        "Also keep the best checkpoint, as `best`: the one with the lowest mean FVU since the checkpoint before it.",
         panel=SAVING,
     )
     save_best_effort: bool = option(
         False,
-        "If a checkpoint cannot be written (disk full, for example), warn and continue instead of stopping.",
+        "Warn and continue if a checkpoint cannot be written, for example because the disk is full. By default the "
+        "run stops.",
         panel=SAVING,
     )
     grace: float = option(
         120,
-        "After SIGTERM or SIGUSR1 from a scheduler, finish and save the current step within this time, or end without "
-        "saving. --resume auto waits as long for the job before it, if that still trains in the run's folder.",
+        "After SIGTERM or SIGUSR1 from a scheduler, finish and save the current step within this time, or stop "
+        "without saving. --resume auto waits this long for the previous job if that still trains in the run's folder.",
         panel=SAVING,
         unit="seconds",
         gt=0,
     )
-    overwrite: bool = option(False, "Replace an existing run of that name.", panel=SAVING)
+    overwrite: bool = option(False, "Replace an existing run of the same name.", panel=SAVING)
     resume: Resume = option(
         False,
-        "Continue from the newest complete checkpoint of the run of that name, or of the run or checkpoint at PATH, "
-        "whose options need not be repeated; auto: continue if there is a checkpoint, else start.",
+        "Continue the run from its newest complete checkpoint, or the run or checkpoint at PATH. The options of PATH "
+        "need not be repeated. auto continues if there is a checkpoint, and starts a new run otherwise.",
         panel=SAVING,
+        common=True,
     )
 
     log_every: int = option(
-        1, "Steps between reports; numbers are means over those steps.", panel=LOGGING, unit="optimizer steps", ge=1
+        1, "Steps between reports. The numbers are means over these steps.", panel=LOGGING, unit="optimizer steps", ge=1
     )
     log_with: str | None = option(
-        None, "One of accelerate's trackers: wandb, tensorboard, mlflow, comet_ml, aim, ...", panel=LOGGING
+        None,
+        "Log to a tracker of accelerate: wandb, tensorboard, mlflow, comet_ml, aim and others.",
+        panel=LOGGING,
+        common=True,
     )
 
     eval_every: int | None = option(
         None,
-        "Steps between evaluations like those of saekit eval, on documents that the run never reads; the last step is "
-        "always evaluated. Off by default. Evaluations need the whole language model, which is loaded unless "
-        "--shard-lm is given; with --shard-lm only the reconstruction is evaluated.",
+        "Steps between evaluations on documents that the run never reads, as saekit eval makes them. The last step is "
+        "always evaluated. Off by default. The whole language model is loaded for them; with --shard-lm it is not, "
+        "and only the reconstruction is evaluated.",
         panel=EVALUATION,
         unit="optimizer steps",
         ge=1,
     )
     eval_tokens: int = option(
-        16_384, "Tokens per evaluation, the same ones each time.", panel=EVALUATION, unit="tokens", ge=1
+        16_384, "Tokens per evaluation; the same tokens each time.", panel=EVALUATION, unit="tokens", ge=1
     )
 
     @classmethod

@@ -18,7 +18,7 @@ class SourceConfig:
 
     source: SourceName = option(
         "live",
-        "Where activations come from: live, the language model, run in every step; a plug-in can add others.",
+        "Where activations come from. live runs the language model in every step; a plug-in can add others.",
         panel=DATA,
     )
     activations: Path | None = option(
@@ -29,23 +29,31 @@ class SourceConfig:
     )
     mix: int = option(
         1,
-        "Mix the tokens of N optimizer steps: the language model reads the sequences of all N first, and each step "
-        "trains on a part of every sequence. 1 does not mix.",
+        "Mix the tokens of N optimizer steps. The language model reads the sequences of all N steps first, and each "
+        "step trains on a part of every sequence. 1 does not mix.",
         panel=DATA,
         unit="optimizer steps",
         ge=1,
     )
     mix_in: Literal["auto", "device", "host", "disk"] = option(
         "auto",
-        "Where --mix keeps activations: on the device, in the machine's memory, or in a file in --save-dir that has no "
-        "name and vanishes with the process. auto takes the first of them that has room.",
+        "Where --mix keeps activations: on the device, in the machine's memory (host), or in a file in --save-dir that "
+        "has no name and vanishes with the process (disk). auto chooses the first of them that has room.",
         panel=DATA,
     )
     ctx_len: int | None = option(
         None,
-        "Length of each sequence; by default 2048, or the model's limit if that is less.",
+        "Length of each sequence; 2048 by default, or the model's limit if that is smaller.",
         panel=DATA,
+        common=True,
         unit="tokens",
         ge=2,
     )
-    max_tokens: int | None = option(None, "Read at most N tokens of the data set.", panel=DATA, unit="tokens", ge=1)
+    max_tokens: int | None = option(
+        None,
+        "Read at most N tokens of the data set; all of it by default.",
+        panel=DATA,
+        common=True,
+        unit="tokens",
+        ge=1,
+    )

@@ -92,14 +92,14 @@ def test_the_page_names_options_that_exist_and_options_that_are_answered(options
         ("--affine_skip", "it is called --skip-connection here"),
         ("--hook_name_out", "the input hookpoint and --writes the target"),
         ("--hook_layer_out", "the input hookpoint and --writes the target"),
-        ("--norm_init_scale", "saekit has nothing like it"),
+        ("--norm_init_scale", "saekit has no equivalent"),
         ("--submodule", "--hookpoints"),
         ("--wandb", "--log-with wandb"),
         ("--log_to_wandb", "--log-with wandb"),
         ("--l1", "--k"),
         ("--epochs", "--max-tokens"),
         ("--device", "CUDA_VISIBLE_DEVICES"),
-        ("--seed", "--init-seed is for the weights, --data-seed"),
+        ("--seed", "--init-seed sets the seed of the weights, --data-seed"),
         ("--hook_name", "--layers"),
         ("--d_sae", "it is called --num-latents here"),
         ("--D-SAE", "it is called --num-latents here"),
@@ -135,7 +135,7 @@ def test_in_python_and_yaml_without_dashes(tmp_path):
     with pytest.raises(UserError, match=r"^there is no option 'd_sae': it is called num_latents here$"):
         saekit.train("m", "d", d_sae=5)
     (tmp_path / "run.yaml").write_text("seed: 3\n")
-    with pytest.raises(UserError, match="'seed': init_seed is for the weights, data_seed for the order of the data"):
+    with pytest.raises(UserError, match="'seed': init_seed sets the seed of the weights, data_seed that of the order"):
         saekit.TrainConfig.from_yaml(tmp_path / "run.yaml")
 
 

@@ -194,7 +194,10 @@ def test_the_configuration_takes_every_kind():
     assert Sae(**SaeConfig(activation="abs_topk", k=4).sizes(8, 32)).activation == "abs_topk"
     with pytest.raises(ValueError, match="under abs_topk there is no code at 4k"):
         SaeConfig(activation="abs_topk", multi_topk=True)
-    with pytest.raises(ValueError, match=r"'nosuch' is none of topk, batchtopk, groupmax, abs_topk: name the file"):
+    with pytest.raises(
+        ValueError,
+        match=r"'nosuch' is none of topk, batchtopk, groupmax, abs_topk: choose one of them, or name the file",
+    ):
         SaeConfig(activation="nosuch")
     with pytest.raises(ValueError, match=r"it needs --plugin a\.py --plugin b\.py"):
         SaeConfig(activation="nosuch", plugin=["a.py", "b.py"])
