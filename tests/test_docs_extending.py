@@ -1,4 +1,4 @@
-"""The code and the commands of docs/extending.md run as they stand there, on a tiny model."""
+"""The code and the commands of docs/extending.md and extending-sources.md run as they stand there, on a tiny model."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from saekit import Sae
 from tests.cli.conftest import saekit  # noqa: F401  # a fixture
 from tests.plugins import ABS_TOPK, forget_plugins
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("extending.md", "extending-sources.md")]
+PAGE = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 SECTIONS = dict(re.findall(r"^## A (\w+):[^\n]*\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 SMALL = ["--max-tokens", "1024", "--num-latents", "64", "--k", "4", "--batch-size", "4", "--run-name", "run"]
 
