@@ -105,7 +105,7 @@ def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
 
         # torch first, so that the peer's own looser bound does not choose it, and as here: another release has other
         # matmuls, or needs another driver of a GPU. transformers as here, so that all read the same activations. torch
-        # once more with them, or something that the peer needs replaces it.
+        # again with them, or something that the peer needs replaces it.
         same_torch = f"torch=={torch.__version__.partition('+')[0]}"
         for packages in ([same_torch], [same_torch, PEERS[peer], f"transformers=={transformers.__version__}", "numpy"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)

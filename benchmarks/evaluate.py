@@ -113,7 +113,7 @@ def load_saes(folder: Path, job: Job) -> dict[str, Sae]:
 def _of_dictionary_learning(file: Path, job: Job) -> Sae:
     """dictionary-learning's TopK or BatchTopK SAE: the same equations, with the decoder the other way round.
 
-    Of its BatchTopK SAE's code `Sae` keeps the 4k largest values of a token, more than it has but for rare tokens.
+    Of its BatchTopK SAE's code `Sae` keeps the 4k largest values of a token, more than it has except for rare tokens.
     """
     state = torch.load(file, weights_only=True)
     tensors = {

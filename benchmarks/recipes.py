@@ -30,7 +30,7 @@ REFERENCE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train, but for the model, the data, k, the number of latents and the seed."""
+    """One way to train, except for the model, the data, k, the number of latents and the seed."""
 
     toolkit: str
     name: str

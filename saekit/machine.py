@@ -126,8 +126,8 @@ def keep_memory() -> None:
     """Ask for large pages, and keep what was freed for the next step instead of handing it back.
 
     Every step makes and frees the same tensors. A page that is handed back comes again by a page fault and full of
-    zeros, which cost up to a third of a step on a CPU (docs/performance.md). Torch reads its setting once, before the
-    first large tensor. Where the C library is another than glibc, only torch's setting is made.
+    zeros, which cost up to a third of a step on a CPU (docs/performance-kernels.md). Torch reads its setting once,
+    before the first large tensor. Where the C library is another than glibc, only torch's setting is made.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

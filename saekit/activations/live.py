@@ -48,8 +48,8 @@ class LiveModel(Source):
         eval_data: The data set that `eval_every` evaluates on, of the same kind as `dataset`.
         name: The model's; by default what its config says.
         data_name: The text's.
-        fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes, but
-            for the last one where that is shorter.
+        fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes. A
+            last step that is shorter is the exception.
         other: The second model, if crosscoders of two are trained (`crosscode_models`). It reads the same token ids,
             which must mean the same to it: the caller has made sure of that.
         other_name: The second model's name.

@@ -177,7 +177,7 @@ def _first(found_L: np.ndarray, number: int) -> np.ndarray:
 
 
 def _spread(found_L: np.ndarray, number: int) -> np.ndarray:
-    """Ranks evenly over all, the middle of each of `number` parts; all where there are no more than that."""
+    """Ranks evenly over all, the middle of each of `number` parts; all where there are at most that many."""
     found_L1 = np.maximum(found_L, 0)[:, None]
     parts = ((np.arange(number) + 0.5) / max(number, 1) * found_L1).astype(np.int64)
     return np.where(found_L1 > number, parts, _first(found_L, number))

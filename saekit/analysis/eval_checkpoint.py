@@ -268,7 +268,7 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
             given = "DATASET" if name == "dataset" else "--model"
             raise UserError(f"{checkpoint} does not say which {name} it was trained with: name it by {given}")
     if "dataset" in asked and asked["dataset"] != values.get("dataset"):
-        # What says how to read the run's own data set means nothing for another, but for what a token id is.
+        # What says how to read the run's own data set means nothing for another, except for what a token id is.
         own = {"split", "data_args", "max_examples"}
         if all(str(each).endswith(".bin") for each in (asked["dataset"], values.get("dataset"))):
             own.remove("data_args")

@@ -245,7 +245,7 @@ class Lens(NamedTuple):
     """float32: by how much, relative to the mean over the vocabulary, for an activation of 1."""
     suppressed_LN: Tensor
     falls_LN: Tensor
-    """Likewise; negative."""
+    """The same for the suppressed tokens; negative."""
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class DataConfig:
         if self.eval_dataset in (None, self.dataset):
             return replace(self, split=self.eval_split or self.split)
         assert self.eval_dataset is not None
-        # How to read the run's data set means nothing for another, but for what a token id is.
+        # How to read the run's data set means nothing for another, except for what a token id is.
         both_bin = self.dataset.endswith(".bin") and self.eval_dataset.endswith(".bin")
         return DataConfig(
             dataset=self.eval_dataset,

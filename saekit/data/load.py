@@ -144,7 +144,7 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
     if found.format == "text":
         # A text file is one document, not one per line.
         arguments.setdefault("sample_by", "document")
-    # The library takes each name for a pattern once more.
+    # The library takes each name for a pattern again.
     data_files = {
         split: [glob.escape(file) for file in files] for split, files in attempt(readable, cfg, found).items()
     }

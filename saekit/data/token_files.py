@@ -55,7 +55,7 @@ class MemmapSequences:
         file: The file.
         dtype: One of `TYPES`.
         ctx_len: Tokens per sequence.
-        check_type: Whether a file that is evidently something else than ids of this type is refused.
+        check_type: Whether a file that is clearly something else than ids of this type is refused.
         assumed: Whether nobody has said `dtype`.
 
     Raises:
@@ -91,7 +91,7 @@ class MemmapSequences:
         return torch.from_numpy(self.rows[numbers].astype(np.int64))
 
     def check(self, vocabulary: int) -> None:
-        """Check that the file is not evidently of a wider type than it is said to be.
+        """Check that the file is not clearly of a wider type than it is said to be.
 
         This takes no time for a file that has its type: the first ids show it.
 
@@ -143,7 +143,7 @@ def say_type(name: str, vocabulary: int) -> str:
 
 
 def wider_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | None:
-    """Name the wider type that a file is evidently of, if any.
+    """Name the wider type that a file clearly has, if any.
 
     An id of a wider type, read as several of a narrower one, is followed by the upper parts of itself: zeros, or
     numbers up to `vocabulary / 2**16`. So if every group of ids in the file, read as one id, is in the vocabulary, each
@@ -195,7 +195,7 @@ def narrower_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | Non
 
 
 def other_content(file: Path, size: int) -> str | None:
-    """Say what a file evidently holds, if that is not token ids.
+    """Say what a file clearly holds, if that is not token ids.
 
     Each kind is known by more than token ids could be by chance.
 

@@ -29,7 +29,7 @@ def check_tokens(
         what: What to call the data.
 
     Raises:
-        UserError: If an id is not in the vocabulary, or a file is evidently of another type; it names the first place.
+        UserError: If an id is not in the vocabulary, or a file is clearly of another type; it names the first place.
     """
     numbers = np.arange(len(data)) if numbers is None else np.sort(numbers)
     while isinstance(data, Chosen):

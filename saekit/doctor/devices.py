@@ -141,7 +141,7 @@ def threads(number: int, cores: int, allowed: int, environment: Mapping[str, str
         remedy = f"unset {names}, or export OMP_NUM_THREADS={cores}" if said else f"export OMP_NUM_THREADS={cores}"
         yield Finding(DEVICES, "threads", "note", f"{found}: the others idle", remedy)
     elif number > allowed:
-        found += f", of which no more than {allowed} run at once: they wait for one another"
+        found += f", of which at most {allowed} run at once: they wait for one another"
         yield Finding(DEVICES, "threads", "note", found, f"export OMP_NUM_THREADS={cores}")
     else:
         yield Finding(DEVICES, "threads", "ok", found)

@@ -210,7 +210,7 @@ class Placement(Questions, ABC):
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Return the unit's whole tensors to save, by name: weights and optimizer state. None on ranks that don't lead.
 
-        Collective among the unit's ranks; no more than one unit is gathered at a time.
+        Collective among the unit's ranks; at most one unit is gathered at a time.
         """
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:

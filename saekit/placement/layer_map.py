@@ -27,7 +27,7 @@ class LayerMap(Ranked, LocalBank):
     """A layer's tokens of all ranks go to its owner, and only there.
 
     Layers travel in waves of one layer per owner, so that owners work at the same time; a wave is on its way while
-    the one before it computes, and no more than two are in memory.
+    the one before it computes, and at most two are in memory.
 
     Args:
         world: The ranks.

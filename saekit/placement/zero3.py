@@ -104,7 +104,7 @@ class Zero3(Ranked):
         return Traffic(total, total)
 
     def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make one SAE after another and cut it up at once, so that no more than one is ever whole."""
+        """Make one SAE after another and cut it up at once, so that at most one is ever whole."""
         import deepspeed  # it must be told a few things first: see `start_zero3`
 
         from saekit.placement.deepspeed import merged, without_waits
@@ -164,7 +164,7 @@ class Zero3(Ranked):
         zero = self._engine.optimizer
         if zero.offload_optimizer:
             zero.finalize_gradient_accumulation_boundary()
-            zero._offload_boundary_param_ids.clear()  # else `engine.step` would copy them once more
+            zero._offload_boundary_param_ids.clear()  # else `engine.step` would copy them again
         return {
             hookpoint: torch.stack([self._piece_sum(parameter) for parameter in sae.parameters()]).sum()
             for hookpoint, sae in self._saes.items()

@@ -21,7 +21,7 @@ WIDTH = 100
 LINES = 20
 """Newest messages that are kept above it."""
 SECONDS = 0.25
-"""Between two updates at least, but for the first and the last: each is a message to the browser."""
+"""Between two updates at least, except for the first and the last: each is a message to the browser."""
 PAGE = (
     '<pre style="white-space:pre;overflow-x:auto;line-height:normal;'
     "font-family:Menlo,'DejaVu Sans Mono',consolas,'Courier New',monospace\">{code}</pre>\n"

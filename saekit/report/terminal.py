@@ -82,7 +82,7 @@ class LiveReporter:
             self._state = replace(self._state, saved=(path, step))
 
     def finish(self) -> None:
-        """Draw every layer once more and give the terminal back; without a run, leave nothing."""
+        """Draw every layer again and give the terminal back; without a run, leave nothing."""
         if self._finished:
             return
         self._finished = True

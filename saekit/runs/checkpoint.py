@@ -65,7 +65,7 @@ def begin_checkpoint(run_dir: Path, step: int) -> None:
 def write_layers(run_dir: Path, step: int, layers: Iterable[tuple[str, LayerRecord]]) -> Fingerprints:
     """Write layers' files, flush them to the disk, and say what they are.
 
-    Layers are taken one at a time, so that no more than one layer's copies exist at once; the disk takes in a layer's
+    Layers are taken one at a time, so that at most one layer's copies exist at once; the disk takes in a layer's
     files while the next layer is made. Several ranks may write different layers of one checkpoint at the same time.
 
     Raises:

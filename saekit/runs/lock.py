@@ -185,7 +185,7 @@ os.register_at_fork(after_in_child=_drop_all)
 def hold(run_dir: Path, patience: float = 0.0, say: Callable[[str], None] = lambda message: None) -> Iterator[RunLock]:
     """Hold the lock of a run's folder: no other process writes in it inside this context.
 
-    A thread that holds it already may hold it once more. A folder that was made for the lock is deleted at the end if
+    A thread that holds it already may hold it again. A folder that was made for the lock is deleted at the end if
     nothing is in it.
 
     Args:

@@ -48,7 +48,7 @@ class Sae(Coder):
         max_norm_out: The same as `max_norm` for a transcoder's target.
         reads: D of each hookpoint that it reads, by name, in the order of its columns; empty for the one that its
             folder is named after (a transcoder: that module's input).
-        writes: D of each hookpoint that it predicts, likewise.
+        writes: D of each hookpoint that it predicts, in the same way.
         generator: Source of the initial weights; on the CPU, so that they are the same wherever the SAE will live.
         device: Where the parameters live.
 

@@ -35,7 +35,7 @@ def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
     by about the rate, which turns a row of norm 1 by the rate times √D: so that it turns as far whatever the width,
     Adam's rate falls with the square root of D, too. BatchTopK's is twice TopK's, and a transcoder's four times an
     SAE's: its encoder and decoder do not begin as a pair, and have further to go. All four are measured in
-    docs/quality.md.
+    docs/quality-defaults.md and docs/quality.md (transcoders).
     """
     if cfg.lr is not None:
         return cfg.lr
@@ -48,7 +48,8 @@ def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
 def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
     """The learning rates of the decoder and of `b_enc` over that of the encoder's matrix: as asked, or by default.
 
-    The defaults are measured for Adam alone (docs/quality.md). A bias is one number, so its rate does not fall with D.
+    The defaults are measured for Adam alone (docs/quality-defaults.md). A bias is one number, so its rate does not
+    fall with D.
     """
     adam = cfg.optimizer in ("adam", "adam8bit")
     default = 6 * (d_in / REFERENCE_WIDTH) ** 0.5 if adam else 1.0
@@ -66,8 +67,8 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
 
     Biases have the unit of the activations, and Adam's steps have no unit: with one rate for all, the biases of a layer
     whose activations are of size 100 hardly move, and those of one of size 0.01 jump about. With the activations' root
-    mean square as `input_scale`, Adam trains the same SAE on `s · x` as on `x`, but for its biases that are `s` times
-    as large: as if the activations had been normalized, and the weights that saekit saves take them as they are.
+    mean square as `input_scale`, Adam trains the same SAE on `s · x` as on `x`, except for its biases, which are `s`
+    times as large: as if the activations had been normalized, and the weights that saekit saves take them as they are.
 
     Args:
         cfg: How to train.

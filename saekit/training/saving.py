@@ -112,7 +112,7 @@ class Saver:
         """As `save`, at the end of a run: try again for an hour while the disk is full, for example. Collective.
 
         Raises:
-            SaveError: On all ranks, if that was in vain, or cannot succeed.
+            SaveError: On all ranks, if that failed as well, or cannot succeed.
             UserError: As `save`.
         """
         until, told = time.monotonic() + PATIENCE, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 WARMUP_SHARE = 0.3
-"""Of the run, by default, where the rate falls afterwards: measured in docs/quality.md."""
+"""Of the run, by default, where the rate falls afterwards: measured in docs/quality-defaults.md."""
 CONSTANT_WARMUP_SHARE = 0.1
 """The same where it stays: a schedule-free optimizer averages over the rest."""
 SLEEPS_OF_THE_DEAD, STEPS_OF_THE_DEAD = 300, 10

@@ -2,7 +2,7 @@
 
 For CUDA devices of the Ampere generation or later (torch 2.11 to 2.13, Triton 3.6 to 3.9). They run in Triton's
 interpreter, where the tests hold them to the formulas, and are compiled for compute capabilities 8.0 to 10.0
-(tests/sae/test_triton_compiles.py). Sizes of blocks are the best of those tried on an H200 (docs/performance.md).
+(tests/sae/test_triton_compiles.py). Sizes of blocks are the best of those tried on an H200 (docs/performance-gpu.md).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def topk(
 
     The matmul is torch's. The `k` largest lie in the `k` groups with the largest maxima, which one pass over the
     scores finds; behind it `k` groups per token are read again. The maxima could come out of a matmul of our own while
-    its tiles are in registers, but the best of those took longer than torch's and this pass (docs/performance.md).
+    its tiles are in registers, but the best of those took longer than torch's and this pass (docs/performance-gpu.md).
     Among equal scores any may be chosen. They come largest first if `in_order`.
 
     With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part; the groups
