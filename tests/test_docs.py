@@ -1,4 +1,4 @@
-"""The tables of docs/quality-sweeps.md say what the file of results says: none is forgotten, and none is from memory."""
+"""The tables of docs/quality-sweeps.md say what the file of results says: none is forgotten, none is from memory."""
 
 import json
 import re
