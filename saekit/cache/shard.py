@@ -9,6 +9,7 @@ ids.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from saekit.cache.index import Index, shard_file
+from saekit.cache.index import INDEX, Index, shard_file
 from saekit.errors import UserError
 from saekit.runs.files import flush
 
@@ -95,6 +96,7 @@ class ShardWriter:
         partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
             save_file(out, partial)
+            shutil.copymode(folder / INDEX, partial)  # safetensors lets nobody else read it
             flush(partial)
             os.replace(partial, file)
         except BaseException as error:

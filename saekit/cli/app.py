@@ -9,6 +9,7 @@ import typer
 
 from saekit._version import __version__
 from saekit.cli.arguments import rewritten
+from saekit.cli.cache import cache
 from saekit.cli.checkpoints import evaluate, inspect, report
 from saekit.cli.config import config
 from saekit.cli.first_steps import demo, doctor
@@ -34,6 +35,7 @@ app = typer.Typer(
     },
 )
 app.command(cls=HelpCommand)(train)
+app.command(cls=HelpCommand)(cache)
 app.command("eval", cls=HelpCommand)(evaluate)
 for _command in (inspect, report, demo, config, plan, hookpoints, doctor):
     app.command(cls=HelpCommand)(_command)

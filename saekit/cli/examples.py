@@ -16,6 +16,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("On all GPUs of this machine", "saekit train EleutherAI/pythia-160m my_text.jsonl --launch ddp"),
     ),
+    "cache": (
+        ("All layers' activations of a model", "saekit cache EleutherAI/pythia-160m my_text.jsonl --out acts"),
+        ("How much of it is there", "saekit cache --info acts"),
+    ),
     "eval": (
         ("On text that the run has not read", "saekit eval checkpoints/RUN"),
         ("On other text", "saekit eval checkpoints/RUN other_text.jsonl --max-tokens 100000"),

@@ -38,14 +38,19 @@ VALUE_NAMES = {
 THEM = {1: "it", 2: "both"}
 
 
-def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_config_options(command: Callable[..., None], only: frozenset[str] | None = None) -> Callable[..., None]:
     """Replace a command's `**options` by one option per configuration field, and `--help-all`, which lists them.
 
     Every option defaults to None, which means that it was not given: the command sees only what the user typed, and
     can lay it over a file's values. The real defaults stand in the help.
+
+    Args:
+        command: The command.
+        only: Names of the fields that it has, if not all; its help then shows them without `--help-all`.
     """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    from_config = [_parameter(option) for part in PARTS for option in options_of(part)]
+    fields = [option for part in PARTS for option in options_of(part)]
+    from_config = [_parameter(option) for option in fields if only is None or option.name in only]
     help_all = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
 
     def call(help_all: bool = False, **values: Any) -> None:
@@ -53,7 +58,10 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**known, **{name: value for name, value in values.items() if value not in (None, [])})
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
-    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*own, *from_config, help_all)]
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for parameter in (*own, *from_config, *([help_all] if only is None else []))
+    ]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call

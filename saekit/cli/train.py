@@ -87,7 +87,7 @@ def train(
     typed, _ = options_given(None, {"model": model, "dataset": dataset, **options})
     if distribute_layers:
         ranks.distribute_layers(typed)
-    values = all_options(typed, config)
+    values = _of_cache(all_options(typed, config))
     require(values, ("model", "dataset"), "saekit train MODEL DATASET")
     cfg = RunConfig.from_flat(values)
     _check_names(cfg)
@@ -105,8 +105,19 @@ def train(
         train_from_config(cfg)
 
 
+def _of_cache(values: dict[str, Any]) -> dict[str, Any]:
+    """Add what the cache of `--activations` says of model and data set."""
+    if values.get("activations") is None:
+        return values
+    from saekit.training.cached import completed
+
+    return completed(values)
+
+
 def _check_names(cfg: RunConfig) -> None:
     """Refuse names that lead nowhere at once: loading the libraries takes seconds."""
+    if cfg.train.activations is not None:  # it was made with these names, and is read instead
+        return
     if SOURCES.origin(cfg.train.source) is not None:  # a plug-in's may understand others
         return
     check_names(cfg.model.model, cfg.data.dataset, cfg.data.eval_dataset, revision=cfg.model.revision)

@@ -29,14 +29,14 @@ from saekit.units import duration, size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARD_BYTES = 256 * 2**20
-"""About how large a shard is: small enough to be in memory several times, large enough to be read in one go."""
 PAUSE = 10.0
 """Seconds between two lines of progress."""
 Say = Callable[[str], None]
 
 
-def write_cache(cfg: RunConfig, out: Path, store: str, compressed: bool, placement: Placement, say: Say) -> Index:
+def write_cache(
+    cfg: RunConfig, out: Path, store: str, compressed: bool, shard_bytes: int, placement: Placement, say: Say
+) -> Index:
     """Run the language model over the data and write its activations. Collective: every rank writes shards of its own.
 
     A cache that is there already is continued: the shards that are missing are written.
@@ -47,6 +47,7 @@ def write_cache(cfg: RunConfig, out: Path, store: str, compressed: bool, placeme
         out: The folder of the cache.
         store: See `saekit.cache.index.STORES`.
         compressed: Whether shards are compressed (zstd).
+        shard_bytes: About how large a shard is, before compression; a rank has several in memory.
         placement: The ranks.
         say: Told what is done.
 
@@ -64,7 +65,7 @@ def write_cache(cfg: RunConfig, out: Path, store: str, compressed: bool, placeme
     )
     live = open_live(replace(cfg, train=train), placement, say, InMemory())
     live.begin(train, placement.device, 0, 1)
-    index = _index(cfg, live, store, compressed)
+    index = _index(cfg, live, store, compressed, shard_bytes)
     failed = None
     if placement.rank == 0:
         try:
@@ -81,7 +82,7 @@ def write_cache(cfg: RunConfig, out: Path, store: str, compressed: bool, placeme
     return index
 
 
-def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool) -> Index:
+def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool, shard_bytes: int) -> Index:
     train, batch = cfg.train, cfg.train.batch_size
     special = excluded_tokens(
         replace(train, exclude_tokens=(), exclude_special_tokens=True), live.model, live.tokenizer
@@ -107,7 +108,7 @@ def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool) -> Ind
         weights=weights_checksum(live.model, depth),
         saekit_version=__version__,
     )
-    batches = max(1, SHARD_BYTES // (batch * index.ctx_len * index.bytes_per_token))
+    batches = max(1, shard_bytes // (batch * index.ctx_len * index.bytes_per_token))
     return replace(index, shard_sequences=batch * batches)
 
 

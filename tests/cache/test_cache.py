@@ -28,6 +28,8 @@ T, SEQUENCES, BATCH = 16, 51, 4
 HOOKPOINTS = "layers.0,layers.1.mlp:in,layers.1.mlp"
 SIZES = {"num_latents": 64, "k": 4, "batch_size": BATCH, "lr": 1e-2, "ctx_len": T, "dtype": "float32"}
 CPU = torch.device("cpu")
+SHARD = 3 * BATCH * T * 64 * 4
+"""Bytes: 12 sequences in float32."""
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +46,10 @@ def make(model_dir, bin_file, tmp_path):
 
     def write(name="cache", store="model", compressed=False, say=lambda _: None, **options):
         values = {"model": str(model_dir), "dataset": str(bin_file), "hookpoints": HOOKPOINTS, **SIZES, **options}
-        write_cache(RunConfig.from_flat(values), tmp_path / name, store, compressed, Single(CPU), say)
+        write_cache(RunConfig.from_flat(values), tmp_path / name, store, compressed, SHARD, Single(CPU), say)
         return tmp_path / name
 
     return write
-
-
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(caching, "SHARD_BYTES", 3 * BATCH * T * 64 * 4)  # 12 sequences in float32
 
 
 @pytest.fixture

@@ -138,6 +138,14 @@ RECIPE = [
 ]
 
 
+def test_a_cache_of_two_ranks_is_read_by_three(train, gpt2_dir, token_dir, forked, tmp_path):
+    places = ["--ctx-len", CTX_LEN, "--batch-size", 4, "--hookpoints", "h.0,h.1.mlp:in", "--dtype", "float32"]
+    command = ["cache", gpt2_dir, token_dir, "--out", tmp_path / "acts", *places, "--shard-size", "100KiB"]
+    assert forked.run(command, 2, tmp_path / "said", tmp_path, timeout=300) == [0, 0], (tmp_path / "said").read_text()
+    found = train(gpt2_dir, "--activations", tmp_path / "acts", "--placement", "ddp", "--mix", 5, ranks=3)
+    assert_same_run(found, train(gpt2_dir, "--hookpoints", "h.0,h.1.mlp:in", "--mix", 5))
+
+
 @pytest.mark.parametrize("placement", ["ddp", "layer-map", "zero3"])
 def test_what_else_a_recipe_can_say_is_the_same_everywhere(train, gpt2_dir, placement):
     found = train(gpt2_dir, "--placement", placement, *RECIPE, ranks=2)
