@@ -60,7 +60,7 @@ def test_options_that_help_does_not_show(complete):
         (["--activation", ""], ["topk", "batchtopk", "groupmax"]),
         (["--optimizer", "ad"], ["adam", "adam8bit"]),
         (["--placement", "z"], ["zero3"]),
-        (["--source", ""], ["live"]),
+        (["--source", ""], ["live", "cached"]),
         (["--launch", "layer"], ["layer-map", "layer-map-cpu"]),
         (["--resume", "a"], ["auto"]),
     ],
