@@ -178,7 +178,8 @@ def numbers_of(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 def metrics_of(run_dir: Path) -> dict[str, Any]:
     """Of every step and evaluation, by place."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [each for each in map(json.loads, lines) if each.get("kind") in (None, "evaluation")]
     return {f"{number}{where}": value for number, each in enumerate(records) for where, value in numbers_of(each)}
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saekit.demo import MODEL_DIR, standard_library
+from saekit.runs.metrics import read_metrics
 from saekit.sae.kernels import SELECT_DTYPES
 
 LIMIT = 1.005
@@ -68,8 +69,7 @@ def final_fvu(folder: Path, text: Path, select_dtype: str, max_tokens: int) -> d
     command += ["--run-name", select_dtype]
     env = os.environ | OFFLINE | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([str(part) for part in command], env=env, check=True, capture_output=True)
-    lines = (folder / select_dtype / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line)["layers"] for line in lines]
+    steps = [each["layers"] for each in read_metrics(folder / select_dtype / "metrics.jsonl")]
     last = steps[-max(1, len(steps) // 10) :]
     return {name: statistics.mean(step[name]["fvu"] for step in last) for name in last[-1]}
 

@@ -37,6 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from saekit.runs.metrics import read_metrics
+
 VOCABULARY = 50304
 console = Console()
 
@@ -143,7 +145,7 @@ def ours(job: dict[str, Any], out: Path, more: tuple[str, ...]) -> dict[str, Any
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"saekit train ended with code {done.returncode}:\n{done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(out / "metrics.jsonl")
     timed = [(before, line) for before, line in itertools.pairwise(lines) if line["step"] > job["warm_up"] + 1]
     rates = [(line["tokens"] - before["tokens"]) / (line["time"] - before["time"]) for before, line in timed]
     return {

@@ -20,6 +20,7 @@ from saekit.cli.options import with_resume_value
 from saekit.cli.output import run
 from saekit.cli.plan import plan
 from saekit.cli.train import train
+from saekit.cli.watch import watch
 from saekit.machine import keep_memory
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ app = typer.Typer(
 app.command(cls=HelpCommand)(train)
 app.command(cls=HelpCommand)(cache)
 app.command("eval", cls=HelpCommand)(evaluate)
-for _command in (inspect, report, demo, config, plan, hookpoints, doctor):
+for _command in (watch, inspect, report, demo, config, plan, hookpoints, doctor):
     app.command(cls=HelpCommand)(_command)
 app.command("man", cls=HelpCommand, hidden=True)(man)
 

@@ -24,6 +24,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("On text that the run has not read", "saekit eval checkpoints/RUN"),
         ("On other text", "saekit eval checkpoints/RUN other_text.jsonl --max-tokens 100000"),
     ),
+    "watch": (
+        ("The newest run in checkpoints", "saekit watch"),
+        ("A run by its name", "saekit watch RUN --save-dir /shared/checkpoints"),
+    ),
     "inspect": (
         ("All layers of a run", "saekit inspect checkpoints/RUN"),
         ("One layer in detail", "saekit inspect checkpoints/RUN --layer 3"),

@@ -35,6 +35,16 @@ class Reporter(Protocol):
         """Training has ended, one way or the other."""
 
 
+class TerminalReporter(Reporter, Protocol):
+    """A reporter for people, which can also show a run that another process trains (`saekit watch`)."""
+
+    def note(self, text: str) -> None:
+        """Show a line about the run, in place of the one before; none if it is empty."""
+
+    def leave(self) -> None:
+        """Stop showing a run that goes on. Takes the place of `finish`."""
+
+
 class Reporters:
     """Hands every event on to each of several reporters; with none it is the null object.
 

@@ -43,6 +43,8 @@ class LiveState:
     """The newest one."""
     saved: tuple[Path, int] | None = None
     """Folder and step of the newest checkpoint."""
+    note: str = ""
+    """A line about the process that trains, for those who watch from another one."""
     finished: bool = False
 
     def after(self, stats: StepStats) -> LiveState:
@@ -69,8 +71,10 @@ def run_view(state: LiveState, width: int, height: int) -> RenderableType:
     evaluation = [_evaluation(state, width)] if info.eval_every or state.evaluation else []
     above += [*blank, _progress(state, width), _numbers(state, width), *evaluation, *blank]
     below: list[RenderableType] = [*blank, _saved(state, width)]
+    if state.note:
+        below += _lines(f"! {state.note}", "yellow", width)
     if stats is not None and stats.diverged:
-        below += [line((part, "bold red")) for part in wrap(f"✗ {stats.divergence}", width, "  ").split("\n")]
+        below += _lines(f"✗ {stats.divergence}", "bold red", width)
     # The table's own heading takes one line, and the terminal's last line stays free.
     room = len(info.hookpoints) + 2 if state.finished else height - len(above) - len(below) - 2
     layers, diverged = (stats.layers, stats.diverged) if stats is not None else ({}, {})
@@ -80,6 +84,10 @@ def run_view(state: LiveState, width: int, height: int) -> RenderableType:
 def line(*parts: str | tuple[str, str]) -> Text:
     """One line that is cut off at the terminal's edge, never wrapped."""
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+
+def _lines(text: str, style: str, width: int) -> list[Text]:
+    return [line((part, style)) for part in wrap(text, width, "  ").split("\n")]
 
 
 def joined(parts: Sequence[str | Text], width: int) -> Text:
@@ -96,7 +104,7 @@ def _header(info: RunInfo, width: int) -> list[Text]:
     what = "layer" if info.coder == "SAE" else info.coder
     shape = f"{units.plural(len(info.hookpoints), what)} × {info.code}"
     parts = [shape, f"width {info.width}", f"{info.place}, {info.dtype}", info.computed_by]
-    batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens a step"
+    batch = f"{info.global_batch:,} × {info.ctx_len:,} tokens per step"
     if len(DOT.join([*parts, batch])) <= width:
         parts.append(batch)
     # What does not fit into one line comes into two, with where it runs in the second.

@@ -77,11 +77,21 @@ class NotebookReporter:
             self._state = replace(self._state, saved=(path, step))
             self._show()
 
+    def note(self, text: str) -> None:
+        """Show a line below the view, in place of the one before."""
+        if self._state is not None and self._state.note != text:
+            self._state = replace(self._state, note=text)
+            self._show(now=True)
+
     def finish(self) -> None:
         """Leave the last state in the notebook."""
         if not self._finished and self._state is not None:
             self._state = replace(self._state, finished=True)
             self._show(now=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the picture as it is."""
         self._finished = True
 
     def _show(self, *, now: bool = False) -> None:

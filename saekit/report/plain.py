@@ -37,6 +37,7 @@ class PlainReporter:
         self._written: StepStats | None = None
         self._written_at = 0.0
         self._saved: int | None = None
+        self._note = ""
 
     def status(self, message: str) -> None:
         """Write the message."""
@@ -49,7 +50,7 @@ class PlainReporter:
         what = number if info.coder == "SAE" else units.plural(number, info.coder)
         resumed = f", resumed at step {info.start_step:,}" if info.start_step else ""
         self._write(
-            f"training {what} x {info.code}, on {info.model} with "
+            f"training {what} x {info.code} on {info.model} with "
             f"{info.dataset}: {info.total_steps:,} steps of {info.global_batch:,} x {info.ctx_len:,} tokens, "
             f"{info.place}, {info.dtype}, {info.computed_by}, in {info.run_dir}{resumed}"
         )
@@ -74,6 +75,15 @@ class PlainReporter:
         """Write where the checkpoint is."""
         self._saved = step
         self._write(f"saved step {step:,} in {path}")
+
+    def note(self, text: str) -> None:
+        """Write the line, unless it is the one before."""
+        if text not in ("", self._note):
+            self._write(text)
+        self._note = text
+
+    def leave(self) -> None:
+        """Nothing: what was written stays."""
 
     def finish(self) -> None:
         """Write the last report, if it was held back, and a table of the layers."""

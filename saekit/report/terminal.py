@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.segment import Segments
 from rich.text import Text
 
-from saekit.report.base import Reporter
+from saekit.report.base import TerminalReporter
 from saekit.report.live_view import LiveState, run_view
 from saekit.report.notebook import NotebookReporter
 from saekit.report.pace import Pace
@@ -81,14 +81,22 @@ class LiveReporter:
         if self._state is not None:
             self._state = replace(self._state, saved=(path, step))
 
+    def note(self, text: str) -> None:
+        """Show a line in the footer, in place of the one before."""
+        if self._state is not None and self._state.note != text:
+            self._state = replace(self._state, note=text)
+
     def finish(self) -> None:
         """Draw every layer again and give the terminal back; without a run, leave nothing."""
-        if self._finished:
-            return
-        self._finished = True
-        if self._state is not None:
+        if self._state is not None and not self._finished:
             self._state = replace(self._state, finished=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the terminal back; the last picture stays."""
+        if self._state is not None and not self._finished:
             self._live.stop()
+        self._finished = True
 
     def _picture(self) -> RenderableType:
         return "" if self._state is None else self._draw(self._state)
@@ -106,7 +114,7 @@ class LiveReporter:
         return self._drawn[2]
 
 
-def terminal_reporter(console: Console | None = None) -> Reporter:
+def terminal_reporter(console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> TerminalReporter:
     """Return a live view for somebody who watches a terminal or a notebook, plain lines for everything else.
 
     Plain lines it is for a pipe or a file (also where FORCE_COLOR makes rich believe in a terminal), for TERM=dumb, in
@@ -114,14 +122,15 @@ def terminal_reporter(console: Console | None = None) -> Reporter:
 
     Args:
         console: Where to write. The default is stderr, so that stdout carries nothing but results.
+        clock: Seconds that only go forward.
     """
     console = Console(stderr=True) if console is None else console
     if console.is_jupyter:
-        return NotebookReporter()
+        return NotebookReporter(clock)
     watched = console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
     if watched and not _in_ci() and not console.options.ascii_only:
-        return LiveReporter(console)
-    return PlainReporter(console)
+        return LiveReporter(console, clock)
+    return PlainReporter(console, clock=clock)
 
 
 def _in_ci() -> bool:

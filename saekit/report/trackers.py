@@ -135,10 +135,10 @@ def check_tracker(name: str) -> None:
     if name not in known:
         raise UserError(f"--log-with {name!r}: there is no such tracker; accelerate has {', '.join(known)}")
     if name not in map(str, get_available_trackers()):
-        raise UserError(f"--log-with {name}: its package is not installed here: pip install {name}")
+        raise UserError(f"--log-with {name}: its package is not installed: pip install {name}")
     if name == "wandb" and not _wandb_is_ready():
         raise UserError(
-            "--log-with wandb: nobody is logged in: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline "
+            "--log-with wandb: you are not logged in: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline "
             "and upload the run later with `wandb sync`"
         )
 

@@ -1,4 +1,4 @@
-"""The run's record: one JSON object per report, and per evaluation, in `metrics.jsonl`."""
+"""The run's record in `metrics.jsonl`: one JSON object per report and evaluation, and for its start and its end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +17,9 @@ from saekit.report.stats import EvalStats, LayerStats, RunInfo, StepStats
 from saekit.runs.files import write_at_once
 from saekit.runs.folder import way_on
 
-EVALUATION = "evaluation"
-"""The kind of record that an evaluation is; reports name none."""
+EVALUATION, START, END = "evaluation", "start", "end"
+"""Kinds of records: of an evaluation, and of the start and the end of each process that trained the run. Reports name
+none."""
 
 
 class JsonlReporter:
@@ -36,6 +38,8 @@ class JsonlReporter:
         self.path = Path(path)
         self.on_trouble = on_trouble
         self._file: BinaryIO | None = None
+        self._step = 0
+        """Of the newest record."""
         self._pending = b""
         """Lines that the disk did not take yet."""
 
@@ -43,11 +47,13 @@ class JsonlReporter:
         """Nothing: the file holds numbers only."""
 
     def start(self, info: RunInfo) -> None:
-        """Bring the file to the state it had at `info.start_step`."""
+        """Bring the file to the state it had at `info.start_step`, and add what is known of the run."""
         self._close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_up_to(self.path, info.start_step) if info.start_step > 0 and self.path.exists() else ""
-        write_at_once(self.path, kept)
+        write_at_once(self.path, kept + _as_line(as_start(info, time.time())))
+        self._step, self._pending = info.start_step, b""
+        self._file = self.path.open("ab", buffering=0)
 
     def step(self, stats: StepStats) -> None:
         """Write one line.
@@ -55,6 +61,7 @@ class JsonlReporter:
         Raises:
             UserError: If it cannot be written, and no function was given to warn instead.
         """
+        self._step = stats.step
         self._append(as_record(stats, time.time()))
 
     def evaluated(self, stats: EvalStats) -> None:
@@ -67,19 +74,19 @@ class JsonlReporter:
 
     def _append(self, record: dict[str, Any]) -> None:
         in_trouble = bool(self._pending)
-        self._pending += (json.dumps(record, allow_nan=False) + "\n").encode()
+        self._pending += _as_line(record).encode()
         try:
             self._write()
         except OSError as error:
             trouble = f"{self.path} cannot be written ({error.strerror})"
             if self.on_trouble is None:
+                self._pending = b""
                 raise UserError(f"{trouble}; {way_on(self.path.parent)}") from None
             if not in_trouble:
-                self.on_trouble(f"Warning: {trouble}; its lines are kept until it can")
+                self.on_trouble(f"Warning: {trouble}; its lines stay in memory until they can be written")
 
     def _write(self) -> None:
-        if self._file is None:
-            self._file = self.path.open("ab", buffering=0)
+        assert self._file is not None, "`start` comes before reports"
         end = os.fstat(self._file.fileno()).st_size
         try:
             left = memoryview(self._pending)
@@ -96,13 +103,36 @@ class JsonlReporter:
         """Nothing: the checkpoint speaks for itself."""
 
     def finish(self) -> None:
-        """Close the file."""
+        """Write that the run has ended here, and close the file."""
+        if self._file is not None:
+            self._pending += _as_line({"kind": END, "step": self._step, "time": time.time()}).encode()
+            with suppress(OSError):  # how the run has ended is more important than that it is not written here
+                self._write()
         self._close()
 
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def as_start(info: RunInfo, now: float) -> dict[str, Any]:
+    """What is known of a run when a process begins to train it, as JSON types.
+
+    Args:
+        info: The run.
+        now: Unix time, in seconds.
+
+    Returns:
+        `kind`, which is "start"; `step`, the first one or that of the checkpoint the run resumes from; `time`; and as
+        `run` the fields of `RunInfo`, without the folder and the configuration, which is next to this file.
+    """
+    run = {each.name: getattr(info, each.name) for each in fields(info) if each.name not in ("run_dir", "config")}
+    return {"kind": START, "step": info.start_step, "time": now, "run": plain(run)}
 
 
 def as_record(stats: StepStats, now: float) -> dict[str, Any]:
@@ -113,8 +143,9 @@ def as_record(stats: StepStats, now: float) -> dict[str, Any]:
         now: Unix time, in seconds.
 
     Returns:
-        The fields of `StepStats` flat, with `time`; `layers` maps each hookpoint to the fields of `LayerStats` and its
-        `dead_fraction`. JSON has no NaN and no infinity: they become None.
+        The fields of `StepStats` flat, with `time`; `diverged` has a pair of FVU and step, or None; `layers` maps each
+        hookpoint to the fields of `LayerStats` and its `dead_fraction`. JSON has no NaN and no infinity: they become
+        None.
     """
     return {
         "step": stats.step,
@@ -123,6 +154,8 @@ def as_record(stats: StepStats, now: float) -> dict[str, Any]:
         "learning_rate": finite(stats.learning_rate),
         "memory_bytes": stats.memory_bytes,
         "skipped_steps": stats.skipped_steps,
+        "bad_in_row": stats.bad_in_row,
+        "diverged": plain(stats.diverged),
         "time": now,
         "layers": {hookpoint: _layer_record(layer) for hookpoint, layer in stats.layers.items()},
     }
@@ -169,7 +202,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         path: A file that `JsonlReporter` wrote.
-        kind: None for reports, `EVALUATION` for evaluations.
+        kind: None for reports, `EVALUATION` for evaluations, or `START` or `END`.
 
     Raises:
         UserError: See `read_records`.
@@ -178,12 +211,12 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read all records of a metrics file, reports and evaluations, in the order in which they were written.
+    """Read all records of a metrics file, of every kind, in the order in which they were written.
 
     A last line that was torn off by a crash is left out.
 
     Returns:
-        One dictionary for each, see `as_record` and `as_evaluation`.
+        One dictionary for each, see `as_record`, `as_evaluation` and `as_start`.
 
     Raises:
         UserError: If any other line is not a record: the file was damaged or is no metrics file.
@@ -191,11 +224,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse(line)
         if record is not None:
             records.append(record)
         elif number < len(lines):
-            raise UserError(f"{path}, line {number}: this is not a record of metrics; remove the line or the file")
+            raise UserError(f"{path}, line {number}: this line is not a record; remove the line or the file")
     return records
 
 
@@ -206,12 +239,13 @@ def _lines_up_to(path: Path, step: int) -> str:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in path.read_bytes().splitlines():
-        record = _parse(line)
+        record = parse(line)
         if record is not None:
             yield line.decode("utf-8"), record
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse(line: bytes) -> dict[str, Any] | None:
+    """Return a line's record; None if the line holds none."""
     try:
         record = json.loads(line)
     except ValueError:  # also what undecodable bytes raise

@@ -8,6 +8,7 @@ from saekit.activations import model_shape
 from saekit.activations.chosen import chosen
 from saekit.demo import MODEL_DIR, standard_library
 from saekit.errors import UserError
+from saekit.runs.metrics import read_metrics
 from tests.cli.conftest import saekit  # noqa: F401  # a fixture
 
 
@@ -50,7 +51,7 @@ def test_the_demo_from_start_to_end(tmp_path, forked):
     assert "layers.5" in done.stdout
     run = tmp_path / "saekit-demo" / "run-1"
     assert (run / "report.html").is_file()
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run / "metrics.jsonl")
     assert all(layer["fvu"] < 0.5 for layer in records[-1]["layers"].values())
     assert records[0]["layers"]["layers.3"]["fvu"] > 1.3 * records[-1]["layers"]["layers.3"]["fvu"]
 

@@ -18,7 +18,7 @@ def steps(run, since):
     with contextlib.suppress(FileNotFoundError):
         whole, _, _ = (run / "metrics.jsonl").read_text("utf-8").rpartition("\n")  # a last line may be on its way
         own = itertools.takewhile(lambda line: json.loads(line)["time"] > since, reversed(whole.splitlines()))
-        return sum(1 for _ in own)
+        return sum('"layers": ' in line for line in own)
     return 0
 
 
