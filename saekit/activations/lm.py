@@ -209,6 +209,8 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
 def from_pretrained(auto: Any, cfg: ModelConfig, *, weights: bool = False, **kwargs: Any) -> Any:
     """Call an Auto class and say in one line what went wrong, if something did.
 
+    Code from the model's repository never runs: by default transformers would ask for that on the terminal.
+
     Args:
         auto: The class.
         cfg: Which model.
@@ -222,7 +224,8 @@ def from_pretrained(auto: Any, cfg: ModelConfig, *, weights: bool = False, **kwa
     name = str(path_of(cfg.model)) if local else cfg.model
     try:
         with asking_hub(cfg.model):
-            return auto.from_pretrained(name, revision=cfg.revision or "main", token=cfg.token, **kwargs)
+            asked = {"revision": cfg.revision or "main", "token": cfg.token, "trust_remote_code": False}
+            return auto.from_pretrained(name, **asked, **kwargs)
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         where = "" if local else f"{why_not_found(cfg.model)}: "
         raise UserError(f"model {cfg.model!r} could not be loaded: {where}{first_line(error)}") from error

@@ -214,3 +214,13 @@ def test_all_ranks_load_the_model_in_one_type(monkeypatch, asked, others, expect
         return others
 
     assert agreed_type(ModelConfig("model", dtype=asked), CPU, gather).dtype == expected
+
+
+def test_code_from_a_models_folder_never_runs(tmp_path, monkeypatch):
+    """Transformers would ask whether to run it, and take a yes."""
+    (tmp_path / "config.json").write_text('{"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}')
+    (tmp_path / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="contains custom code"):
+        model_shape(ModelConfig(str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
