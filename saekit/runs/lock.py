@@ -12,7 +12,6 @@ Two things make the lock of a run's folder:
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
@@ -25,6 +24,11 @@ import psutil
 from saekit.errors import UserError
 from saekit.runs.layout import LOCK_FILE, unfinished_locks
 from saekit.runs.lease import EXPIRES, UNKNOWN, Writer, read_lease, renewed_at, write_lease
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RENEWS = 10.0
 """Seconds between two renewals of a lease."""
@@ -43,7 +47,7 @@ class InUse(Exception):  # noqa: N818  # it begins a wait, or becomes a UserErro
     def __init__(self, writer: Writer | None, age: float | None = None) -> None:
         writer = writer or UNKNOWN
         left = "" if age is None or writer.is_here() else f"{EXPIRES - age:.0f} seconds"
-        super().__init__(f"{writer} (if that is gone, its lock expires in {left})" if left else str(writer))
+        super().__init__(f"{writer} (if that process is gone, its lock expires in {left})" if left else str(writer))
 
 
 class RunLock:
@@ -178,7 +182,8 @@ def _drop_all() -> None:
 
 
 # A copy of this process, such as a worker that tokenizes, would keep the flock of one that was killed.
-os.register_at_fork(after_in_child=_drop_all)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_drop_all)
 
 
 @contextmanager
@@ -229,12 +234,14 @@ def _acquired(run_dir: Path, path: Path, patience: float, say: Callable[[str], N
             if path.exists() and not path.is_dir():
                 raise UserError(f"the run folder {run_dir} is a file: see --save-dir and --run-name") from None
             raise UserError(
-                f"the run folder {run_dir} cannot be made or written in ({error.strerror}): see --save-dir"
+                f"the run folder {run_dir} cannot be created or written to ({error.strerror}): see --save-dir"
             ) from error
 
 
 def flock(descriptor: int) -> bool | None:
-    """Lock an open folder: whether it is locked now, or None if the file system has no such locks."""
+    """Lock an open folder: whether it is locked now, or None if the file system, or the system, has no such locks."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,7 +17,8 @@ from types import FrameType
 NOT_ASKED, BY_SCHEDULER, BY_USER = 0, 1, 2
 """Codes for who asked for a stop; over several ranks the highest counts."""
 
-SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SCHEDULER_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Windows has no SIGUSR1."""
 
 
 class Interruption:
