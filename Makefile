@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types mutants bench docs man clean
+.PHONY: demo test quick check lint format types mutants bench docs man release-check clean
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,9 +49,18 @@ docs: $(STAMP)  ## these documents as a site, in site/; a broken link, or a page
 man: $(STAMP)  ## a man page of each command, in man/man1: `man -M man saekit-train`
 	$(BIN)/saekit man man/man1
 
+release-check:  ## build the packages, and check what they contain and what they say
+	test -d .venv-release || $(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --quiet build twine check-wheel-contents cffconvert "setuptools<81"
+	rm -rf build dist
+	.venv-release/bin/python -m build --outdir dist .
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/check-wheel-contents dist/*.whl
+	.venv-release/bin/cffconvert --validate
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist site man *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-release build dist site man *.egg-info .mypy_cache .ruff_cache .pytest_cache

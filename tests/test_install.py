@@ -75,7 +75,12 @@ def build(checkout, hook):
 @pytest.mark.slow
 def test_a_wheel_carries_the_launch_files_and_what_is_not_python(checkout):
     with zipfile.ZipFile(build(checkout, "build_wheel")) as wheel:
-        names = set(wheel.namelist())
+        listed = wheel.namelist()
+        (metadata,) = (wheel.read(name).decode() for name in listed if name.endswith(".dist-info/METADATA"))
+    names = set(listed)
+    assert len(names) == len(listed)
+    assert "License-Expression: MIT\n" in metadata
+    assert "Classifier: Programming Language :: Python :: 3.14\n" in metadata
     assert {f"saekit/accelerate_configs/{file.name}" for file in (ROOT / "accelerate_configs").glob("*.yaml")} <= names
     assert {"saekit/py.typed", "saekit/api.py", "saekit/demo/model/config.json"} <= names
     assert not any(name.startswith(("tests", "benchmarks", "accelerate_configs")) for name in names)
