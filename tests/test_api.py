@@ -218,7 +218,7 @@ def test_loading(checkpoint, tmp_path):
         assert same(sae.state_dict(), saekit.load_many(run)["layers.1"].state_dict())
     assert sae(torch.zeros(2, sae.d_in)).recon.shape == (2, sae.d_in)
     for path, hookpoint, message in [
-        (run, "layers.9", "has no SAE 'layers.9': choose a hookpoint, one of layers.1"),
+        (run, "layers.9", "has no SAE 'layers.9': choose one of layers.1"),
         (checkpoint / "layers.1", "layers.2", "folder of one SAE, not of layers.2"),
         (tmp_path, None, "no SAE in"),
         (tmp_path / "nosuch", None, "no such folder"),
@@ -228,14 +228,14 @@ def test_loading(checkpoint, tmp_path):
             saekit.load(path, hookpoint)
     with pytest.raises(UserError, match="no SAE in"):
         saekit.load_many(tmp_path)
-    with pytest.raises(UserError, match="revision are for a repository"):
+    with pytest.raises(UserError, match="revision are options for a repository"):
         saekit.load(run, revision="main")
 
 
 def test_loading_one_of_several_needs_a_hookpoint(tmp_path):
     for layer in (2, 10):
         saekit.Sae(4, 8, 2).save_to_disk(tmp_path / f"layers.{layer}")
-    with pytest.raises(UserError, match=r"has several SAEs: choose a hookpoint, one of layers\.2, layers\.10"):
+    with pytest.raises(UserError, match=r"has several SAEs: choose one of layers\.2, layers\.10"):
         saekit.load(tmp_path)
     assert saekit.load(tmp_path, "layers.10").d_in == 4
 

@@ -204,5 +204,9 @@ def _not_shown(layers: Mapping[str, LayerStats], width: int) -> Text:
     mean = units.decimal(fmean(layer.fvu for layer in layers.values()))
     name = worst({name: layer.fvu for name, layer in layers.items()})
     bad = f"worst {name} {units.decimal(layers[name].fvu)}"
-    said = (f"… and {len(layers)} layers in between: mean FVU {mean}, {bad}", f"… {len(layers)} in between: {bad}", f"… {bad}")
+    said = (
+        f"… and {len(layers)} layers in between: mean FVU {mean}, {bad}",
+        f"… {len(layers)} in between: {bad}",
+        f"… {bad}",
+    )
     return Text(that_fits(said, width), "dim", no_wrap=True, overflow="ellipsis")

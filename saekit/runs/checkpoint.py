@@ -109,7 +109,7 @@ def finish_checkpoint(run_dir: Path, step: int, fingerprints: Fingerprints, inde
     partial = checkpoint_folders(run_dir, step)[1]
     for name, each in fingerprints.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != each["bytes"]:
-            raise NotHere(f"{name} was written by another rank and is not here: all machines must see --save-dir")
+            raise NotHere(f"another rank has written {name}, and it is not here: all machines must share --save-dir")
     if (metrics := run_dir / METRICS_FILE).exists():  # what the checkpoint's steps reported lasts as long as it does
         flush(metrics)
     serial = 1 + max((each for _, each in numbered(run_dir)), default=0)

@@ -47,7 +47,7 @@ def check_run_folder(cfg: TrainConfig, path: Path) -> None:
         raise UserError(f"the run folder {path} is a file: see --save-dir and --run-name")
     if goes_on(cfg, path):
         if not has_checkpoints(path):
-            raise UserError(f"--resume: there is no checkpoint to go on from in {path}")
+            raise UserError(f"--resume: {path} has no checkpoint to resume from")
         return
     if not contents(path):
         return
@@ -55,7 +55,7 @@ def check_run_folder(cfg: TrainConfig, path: Path) -> None:
         return
     if not cfg.overwrite:
         raise UserError(
-            f"the run folder {path} exists already: --resume goes on with it, --overwrite replaces it, "
+            f"the run folder {path} already exists: --resume continues it, --overwrite replaces it, "
             "--run-name chooses another"
         )
     if not looks_like_a_run(path):
@@ -68,8 +68,8 @@ def check_run_folder(cfg: TrainConfig, path: Path) -> None:
 def way_on(run_dir: Path) -> str:
     """Say how a run that has ended before its time can go on, in words that can be typed."""
     if has_checkpoints(run_dir):
-        return f"--resume {run_dir} goes on from the last checkpoint"
-    return f"there is no checkpoint yet: start it again{' with --overwrite' if contents(run_dir) else ''}"
+        return f"--resume {run_dir} continues from the last checkpoint"
+    return f"it has no checkpoint yet: start it again{' with --overwrite' if contents(run_dir) else ''}"
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def new_run_folder(cfg: TrainConfig, path: Path) -> Iterator[None]:
     except OSError as error:
         with suppress(OSError):  # the same trouble; then it is put back when the lock is taken next
             put_back(path)
-        raise UserError(f"the run folder {path} cannot be made ({error.strerror}): see --save-dir") from error
+        raise UserError(f"the run folder {path} cannot be created ({error.strerror}): see --save-dir") from error
     try:
         yield
     except BaseException:
@@ -163,12 +163,14 @@ def _options_of_run(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Read the options of the run that `resume` names."""
     run = run_of(path)
     if not has_checkpoints(run):
-        hint = "" if len(path.parts) > 1 else " (to go on with the run of that name, write --resume latest)"
-        raise UserError(f"--resume {path}: there is no checkpoint to go on from{hint}")
+        hint = "" if len(path.parts) > 1 else " (to resume the run of that name, write --resume latest)"
+        raise UserError(f"--resume {path}: it has no checkpoint to resume from{hint}")
     for name in ("save_dir", "run_name"):
         if name in given:
             option = f"--{name.replace('_', '-')} {given[name]}"
-            raise UserError(f"{option} contradicts --resume {path}, which says where the run is: give one of them")
+            raise UserError(
+                f"{option} contradicts --resume {path}, which already says where the run is: give only one of them"
+            )
     kept = read_yaml(run / CONFIG_FILE)
     if "placement" in given:  # what belongs to another one is left out
         kept = {name: value for name, value in kept.items() if name not in ("layer_map", "shard_lm")}

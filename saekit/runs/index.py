@@ -11,7 +11,7 @@ import xxhash
 
 OWN = "checksum_of_the_rest"
 """The entry of `checkpoint.json` with the checksum of all others."""
-ALL_THE_SAME = "; --no-verify (in Python verify=False) opens it all the same"
+ALL_THE_SAME = "; --no-verify (in Python verify=False) opens it anyway"
 """The end of a message about a change that a user may have made."""
 
 
@@ -31,11 +31,11 @@ def damage_of(index: Any) -> str | None:
     Development versions wrote no checksum: of such an index damage cannot be found.
     """
     if not isinstance(index, Mapping):
-        return "it holds no JSON object"
+        return "it is not a JSON object"
     if OWN in index:
         return None if index[OWN] == _checksum(index) else "its content has changed since it was written"
     if any(isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) for value in index.values()):
-        return f"its checksum is not called {OWN}"
+        return f"its checksum is not named {OWN}"
     return None
 
 

@@ -50,7 +50,7 @@ class Writer:
 
     def __str__(self) -> str:
         if self == UNKNOWN:
-            return "another process trains in it"
+            return "another process is training in it"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"process {self.pid} on {self.host} has been training in it since {since}"
 

@@ -72,9 +72,9 @@ def locate(path: Path, *, verify: bool = True) -> Location:
         reason = (
             "this run has not saved a checkpoint yet"
             if unsaved
-            else f"no folder in it has a {WEIGHTS}, down to the {SEARCH_DEPTH}th below it"
+            else f"no folder has a {WEIGHTS}, down to {SEARCH_DEPTH} levels below it"
         )
-        raise UserError(f"{path} holds no SAE: {reason}")
+        raise UserError(f"{path} contains no SAE: {reason}")
     saes = {name: found.get(name, checkpoint / folder_name(name)) for name in sorted(names, key=natural_key)}
     return Location("run" if newest else "checkpoint", checkpoint, manifest, saes)
 
@@ -113,7 +113,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{file} is damaged: it is not JSON ({problem})") from problem
     if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: it holds no JSON object")
+        raise UserError(f"{file} is damaged: it is not a JSON object")
     return content
 
 
@@ -130,7 +130,7 @@ def read_some_tensors(file: Path, names: Collection[str], optional: Collection[s
             held = set(tensors.keys())
             lacking = sorted(set(names) - held)
             if lacking:
-                raise UserError(f"{file} lacks the tensor {lacking[0]}: is it an SAE's file?")
+                raise UserError(f"{file} has no tensor {lacking[0]}: give an SAE's file")
             return {name: tensors.get_tensor(name) for name in [*names, *optional] if name in held}
     except (SafetensorError, OSError) as problem:
         raise UserError(f"{file} is truncated or damaged ({first_line(problem)})") from problem
@@ -148,7 +148,7 @@ def select(hookpoints: Collection[str], layer: str | int | None) -> list[str]:
     chosen = [name for name in names if name == str(layer)]
     chosen = chosen or [name for name in names if str(layer).isdecimal() and layer_number(name) == int(layer)]
     if not chosen:
-        raise UserError(f"--layer {layer}: there is no such layer; there are {', '.join(names)}")
+        raise UserError(f"--layer {layer}: there is no such layer; choose one of {', '.join(names)}")
     return chosen
 
 
@@ -193,7 +193,7 @@ def _manifest(checkpoint: Path, verify: bool) -> dict[str, Any]:
     if is_ours(manifest):
         if isinstance(version := manifest.get("format"), int) and version != FORMAT:
             raise UserError(
-                f"{checkpoint / MANIFEST} has format {version}, and this saekit reads format {FORMAT} only: "
+                f"{checkpoint / MANIFEST} has format {version}, and this version of saekit reads only format {FORMAT}: "
                 "use the version that wrote it"
             )
         if verify and (damage := damage_of(manifest)):
@@ -217,11 +217,11 @@ def _search(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
     owners = dict.fromkeys(_owner(checkpoint, folder, marked=bool(manifest)) for folder in found.values())
     inner = [owner for owner in owners if owner != checkpoint]
     if len(inner) == 1:
-        raise UserError(f"{checkpoint} is no checkpoint, but one lies in it: give {inner[0]}")
+        raise UserError(f"{checkpoint} is not a checkpoint, but contains one: give {inner[0]}")
     if inner:
         # One of ours before a folder that only looks like another tool's.
         example = next(filter(_is_checkpoint, inner), inner[0])
-        raise UserError(f"{checkpoint} holds several checkpoints: give one of them, such as {example}")
+        raise UserError(f"{checkpoint} contains several checkpoints: give one of them, such as {example}")
     return found
 
 

@@ -55,7 +55,7 @@ class Opening:
                 (hookpoint,) = folders
             if hookpoint not in folders:
                 problem = "has several SAEs" if hookpoint is None else f"has no SAE {hookpoint!r}"
-                raise UserError(f"{self.path} {problem}: choose a hookpoint, one of {', '.join(folders)}")
+                raise UserError(f"{self.path} {problem}: choose one of {', '.join(folders)}")
             return self._open(folders[hookpoint])
 
     def all(self) -> dict[str, Sae]:
@@ -74,7 +74,7 @@ def _checked(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise UserError(f"device {device!r}: {first_line(error)}") from None
     if checked.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {str(device)!r}: there is no CUDA GPU here")
+        raise UserError(f"device {str(device)!r}: this machine has no CUDA GPU")
     return checked
 
 
@@ -85,7 +85,7 @@ def _local_folder(path: str | Path, hub_options: Mapping[str, Any]) -> Path | No
     folder = path_of(str(path))
     if folder.is_dir():
         if hub_options:
-            raise UserError(f"{path} is a folder: {', '.join(hub_options)} are for a repository on the hub")
+            raise UserError(f"{path} is a folder: {', '.join(hub_options)} are options for a repository on the hub")
         return folder
     if isinstance(path, Path) or is_path(path):
         raise UserError(f"{path}: there is no such folder")

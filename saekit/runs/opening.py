@@ -58,7 +58,7 @@ def open_sae(
     with user_errors():
         kind = formats(format)[0] if format else format_of(folder)
         if kind is None:
-            raise UserError(f"no SAE in {folder}: none of its files is one that saekit reads")
+            raise UserError(f"{folder} contains no SAE: saekit reads none of its files")
         sae = kind.read(folder, device)
     sae.trained_on = read_trained_on(folder)
     return sae

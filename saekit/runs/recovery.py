@@ -47,7 +47,7 @@ def find_checkpoint(path: Path) -> Found:
             return Found(folder, read_index(folder))
         except UserError as damage:
             try:
-                whole = f"; whole is {_newest_whole(run_of(path)).folder}"
+                whole = f"; the newest whole checkpoint is {_newest_whole(run_of(path)).folder}"
             except UserError:
                 whole = ""
             raise UserError(f"{damage}{whole}") from None
@@ -69,7 +69,7 @@ def _newest_whole(run_dir: Path) -> Found:
             return Found(folder, read_index(folder), tuple(damage))
         except UserError as error:
             damage.append(str(error))
-    raise UserError("; ".join(damage) or f"there is no checkpoint in {run_dir}")
+    raise UserError("; ".join(damage) or f"{run_dir} has no checkpoint")
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"checkpoint {checkpoint} is incomplete: {INDEX_FILE} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"checkpoint {checkpoint} is damaged: {INDEX_FILE} is no index") from None
+        raise UserError(f"checkpoint {checkpoint} is damaged: {INDEX_FILE} is not an index") from None
     if version != FORMAT:
         raise UserError(
-            f"checkpoint {checkpoint} has format {version!r}, and this saekit goes on from format {FORMAT} only: "
-            "use the version that wrote it"
+            f"checkpoint {checkpoint} has format {version!r}, and this version of saekit resumes only from format "
+            f"{FORMAT}: use the version that wrote it"
         )
     if damage := damage_of(index):
         raise UserError(f"checkpoint {checkpoint} is damaged: {INDEX_FILE}: {damage}")

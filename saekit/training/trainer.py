@@ -275,7 +275,7 @@ class SaeTrainer:
         # Ranks on another machine, where no signal may have come, end as well.
         if self.placement.first_to_fail():  # straight to the terminal: a lock on it may be what the run waits for
             cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-            way = f"--resume {self.plan.run_dir} goes on from the last checkpoint"
+            way = f"--resume {self.plan.run_dir} continues from the last checkpoint"
             way = way if self._has_checkpoint else "it has not saved a checkpoint yet"  # the disk may be the trouble
             os.write(2, f"{cursor}\nError: {message}; {way}\n".encode())
 

@@ -173,10 +173,10 @@ def cut(file):
         (lambda c: cut(c / "layers.2" / "state.safetensors"), r"layers\.2/state\.safetensors has .* bytes, but"),
         (lambda c: (c / "layers.2" / "cfg.json").unlink(), r"layers\.2/cfg\.json is missing"),
         (lambda c: (c / "checkpoint.json").write_text("{"), r"checkpoint\.json is damaged: it is not JSON"),
-        (lambda c: (c / "checkpoint.json").write_text("[]"), r"checkpoint\.json is damaged: it holds no JSON object"),
+        (lambda c: (c / "checkpoint.json").write_text("[]"), r"checkpoint\.json is damaged: it is not a JSON object"),
         (
             lambda c: (c / "checkpoint.json").write_text('{"format": 99}'),
-            f"has format 99, and this saekit reads format {FORMAT} only",
+            f"has format 99, and this version of saekit reads only format {FORMAT}",
         ),
         (lambda c: (c.parent / "metrics.jsonl").write_text("x\n{}\n"), r"metrics\.jsonl, line 1"),
     ],
@@ -195,7 +195,7 @@ def test_a_spoilt_file_is_named(run, spoil, message):
         (lambda c: (c / "sae.safetensors").write_bytes(b"version https://git-lfs"), r"sae\.safetensors is truncated"),
         (lambda c: (c / "cfg.json").unlink(), r"cfg\.json cannot be read: No such file"),
         (lambda c: (c / "cfg.json").write_text('{"num_latents": 6}'), r"sae\.safetensors does not fit cfg\.json"),
-        (lambda c: save_file({"b_dec": torch.zeros(2)}, c / "sae.safetensors"), r"lacks the tensor W_dec"),
+        (lambda c: save_file({"b_dec": torch.zeros(2)}, c / "sae.safetensors"), r"has no tensor W_dec"),
     ],
 )
 def test_a_spoilt_file_is_named_without_a_list_of_files(sparsify, spoil, message):
@@ -221,12 +221,12 @@ def test_what_is_not_there(run, tmp_path):
         inspect_path(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a folder"):
         inspect_path(run / "config.yaml")
-    with pytest.raises(UserError, match=r"there is no such layer; there are layers\.2, layers\.10"):
+    with pytest.raises(UserError, match=r"there is no such layer; choose one of layers\.2, layers\.10"):
         inspect_path(run, 3)
-    with pytest.raises(UserError, match=r"is no checkpoint, but one lies in it: give \S*step_00000200$"):
+    with pytest.raises(UserError, match=r"is not a checkpoint, but contains one: give \S*step_00000200$"):
         inspect_path(tmp_path)
     (tmp_path / "new" / "sub").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no folder in it has a sae\.safetensors"):
+    with pytest.raises(UserError, match=r"no folder has a sae\.safetensors"):
         inspect_path(tmp_path / "new")
     (tmp_path / "new" / "config.yaml").touch()
     with pytest.raises(UserError, match="has not saved a checkpoint yet"):

@@ -100,7 +100,7 @@ def test_links_mean_what_they_say(saekit, three_checkpoints, tmp_path, monkeypat
     assert metrics_of(three_checkpoints) == metrics_of(tmp_path / "before")
     result = saekit("train", "--resume", three_checkpoints / "step_00000099")
     assert result.code == 2
-    assert f"whole is {three_checkpoints / 'step_00000016'}" in result.err
+    assert f"the newest whole checkpoint is {three_checkpoints / 'step_00000016'}" in result.err
 
 
 def test_auto_starts_and_goes_on(train, tmp_path):
@@ -130,7 +130,7 @@ def test_auto_deletes_nothing_that_is_not_a_run(train, tmp_path):
     (tmp_path / "checkpoints" / "r" / "thesis.tex").write_text("")
     result = train("--run-name", "r", "--resume", "auto")
     assert result.code == 2
-    assert "exists already" in result.err
+    assert "already exists" in result.err
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(saekit, three_checkpoints, tmp_path):
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(saekit, thr
     spoilt.write_bytes(content)
     result = saekit("train", "--resume", three_checkpoints / "step_00000016")
     assert result.code == 2
-    assert f"whole is {three_checkpoints / 'step_00000015'}" in result.err
+    assert f"the newest whole checkpoint is {three_checkpoints / 'step_00000015'}" in result.err
     result = saekit("train", "--resume", three_checkpoints)
     assert result.code == 0
     assert "step_00000016 is damaged: layers.1/state.safetensors has changed" in result.err

@@ -70,7 +70,7 @@ def test_32_layers_on_24_lines_show_a_spread_and_sum_up_the_rest(make_state):
     lines = picture(make_state(32))
     shown = [line.split()[0] for line in lines if line.startswith("layers.")]
     assert (shown[0], shown[-1]) == ("layers.0", "layers.31")
-    assert f"… and {32 - len(shown)} between these: mean FVU" in "\n".join(lines)
+    assert f"… and {32 - len(shown)} layers in between: mean FVU" in "\n".join(lines)
     assert any(line.startswith("all 32 ") for line in lines)
 
 

@@ -54,7 +54,7 @@ def test_auxk_has_a_column_where_it_is_on(make_info, make_stats):
     ]
 
 
-@pytest.mark.parametrize(("activation", "says"), [("topk", "k 32, on"), ("batchtopk", "k 32 (batchtopk), on")])
+@pytest.mark.parametrize(("activation", "says"), [("topk", "k 32 on"), ("batchtopk", "k 32 (batchtopk) on")])
 def test_what_is_trained(make_info, activation, says):
     stream = io.StringIO()
     PlainReporter(stream).start(make_info(activation=activation))
@@ -64,8 +64,8 @@ def test_what_is_trained(make_info, activation, says):
 @pytest.mark.parametrize(
     ("coder", "layers", "says"),
     [
-        ("transcoder", 2, "training 2 transcoders x 4,096 latents, k 32, on EleutherAI"),
-        ("crosscoder", 1, "training 1 crosscoder x 4,096 latents, k 32, on EleutherAI"),
+        ("transcoder", 2, "training 2 transcoders x 4,096 latents, k 32 on EleutherAI"),
+        ("crosscoder", 1, "training 1 crosscoder x 4,096 latents, k 32 on EleutherAI"),
     ],
 )
 def test_other_coders_are_called_by_their_names(make_info, coder, layers, says):

@@ -112,7 +112,7 @@ def test_nobody_is_logged_in(monkeypatch, mode, logged_in, asks):
     if mode == "offline" or logged_in:
         check_tracker("wandb")
     else:
-        with pytest.raises(UserError, match="--log-with wandb: nobody is logged in: run `wandb login`"):
+        with pytest.raises(UserError, match="--log-with wandb: you are not logged in: run `wandb login`"):
             check_tracker("wandb")
 
 
@@ -122,5 +122,5 @@ def test_the_real_wandb(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nobody is logged in"):
+    with pytest.raises(UserError, match="you are not logged in"):
         check_tracker("wandb")

@@ -35,7 +35,7 @@ def test_a_lease_of_another_machine_keeps_out_until_it_expires(tmp_path, monkeyp
     patch_disk(monkeypatch, kind)
     run = tmp_path / "run"
     leave(run, other_writer(), EXPIRES - 20)
-    told = r"process 77 on node7 has been .* \(if that is gone, its lock expires in (19|20) seconds\)"
+    told = r"process 77 on node7 has been .* \(if that process is gone, its lock expires in (19|20) seconds\)"
     with pytest.raises(UserError, match=told), hold(run):
         pass
     leave(run, other_writer(), EXPIRES + 1)
@@ -78,7 +78,7 @@ def test_a_lease_that_cannot_be_read_expires_like_any(tmp_path, monkeypatch):
     whole = json.dumps(asdict(Writer.here()))
     for spoilt in ("", "{", "[]", '{"host": 1}', whole.replace('"since": ', '"since": 1e'), whole.replace("pid", "p")):
         (tmp_path / "run" / ".lock").write_text(spoilt)
-        with pytest.raises(UserError, match="is in use: another process trains in it"), hold(tmp_path / "run"):
+        with pytest.raises(UserError, match="is in use: another process is training in it"), hold(tmp_path / "run"):
             pass
     os.utime(tmp_path / "run" / ".lock", (0, 0))
     with hold(tmp_path / "run"):
@@ -127,7 +127,7 @@ def test_folders_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file is a file: see --save-dir and --run-name"), hold(tmp_path / "file"):
         pass
-    told = r"cannot be made or written in \(Not a directory\): see --save-dir"
+    told = r"cannot be created or written to \(Not a directory\): see --save-dir"
     with pytest.raises(UserError, match=told), hold(tmp_path / "file" / "run"):
         pass
 

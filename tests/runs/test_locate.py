@@ -30,7 +30,7 @@ def home(tmp_path):
 
 
 def test_a_folder_high_up_names_the_checkpoint_that_lies_in_it(home):
-    with pytest.raises(UserError, match=r"home is no checkpoint, but one lies in it: give \S*/r/step_00000010$"):
+    with pytest.raises(UserError, match=r"home is not a checkpoint, but contains one: give \S*/r/step_00000010$"):
         locate(home)
 
 
@@ -40,7 +40,7 @@ def test_only_a_checkpoint_is_suggested(home):
     (home / "another" / "checkpoint.json").write_text('{"level": 7}')
     sae(home / "another" / "model" / "layers.0")
     with pytest.raises(
-        UserError, match=r"holds several checkpoints: give one of them, such as \S*work/r/step_00000010$"
+        UserError, match=r"contains several checkpoints: give one of them, such as \S*work/r/step_00000010$"
     ):
         locate(home)
 
@@ -50,7 +50,7 @@ def test_saes_of_another_tool_are_found_where_they_are(home):
     sae(folder / "layers.0")
     sae(folder / "layers.1" / "seed2")
     assert list(locate(folder).saes) == ["layers.0", "layers.1/seed2"]
-    with pytest.raises(UserError, match=r"theirs is no checkpoint, but one lies in it: give \S*theirs/pile$"):
+    with pytest.raises(UserError, match=r"theirs is not a checkpoint, but contains one: give \S*theirs/pile$"):
         locate(home / "theirs")
 
 
@@ -70,7 +70,7 @@ def test_a_search_does_not_follow_links_or_enter_hidden_folders(home, tmp_path):
     (tmp_path / "place" / ".cache" / "layers.0").mkdir(parents=True)
     sae(tmp_path / "place" / ".cache" / "layers.0")
     (tmp_path / "place" / "link").symlink_to(home)
-    with pytest.raises(UserError, match="holds no SAE"):
+    with pytest.raises(UserError, match="contains no SAE"):
         locate(tmp_path / "place")
 
 

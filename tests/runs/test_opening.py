@@ -164,7 +164,7 @@ def test_a_changed_index_is_noticed_by_all(run, changes, says):
 def test_a_checksum_by_another_name_is_damage(run):
     file = (run / "latest").resolve() / "checkpoint.json"
     file.write_text(file.read_text().replace(OWN, OWN.replace("checksum", "checksun")))
-    with pytest.raises(UserError, match="its checksum is not called"):
+    with pytest.raises(UserError, match="its checksum is not named"):
         saekit.load_many(run)
 
 

@@ -113,7 +113,7 @@ def test_a_layer_that_went_to_another_disk_is_missed_at_once(make_trainer, tmp_p
         return written
 
     monkeypatch.setattr(saving.checkpoint, "write_layers", elsewhere)
-    with pytest.raises(SaveError, match=r"layers\.1/sae\.safetensors was written by another rank and is not here"):
+    with pytest.raises(SaveError, match=r"another rank has written layers\.1/sae\.safetensors, and it is not here"):
         make_trainer().fit()
     assert not list((tmp_path / "run").glob("*step*"))
 

@@ -92,7 +92,9 @@ def test_changed_maths_is_refused_and_listed_and_harmless_changes_are_not(make_t
 def test_only_todays_format_is_gone_on_from(make_trainer, other):
     file = make_trainer().fit() / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "format": other}), encoding="utf-8")
-    with pytest.raises(UserError, match=f"has format {other}, and this saekit goes on from format {FORMAT} only"):
+    with pytest.raises(
+        UserError, match=f"has format {other}, and this version of saekit resumes only from format {FORMAT}"
+    ):
         make_trainer(resume=True).fit()
 
 
@@ -189,9 +191,9 @@ class TwoRanks(Single):
 @pytest.mark.parametrize(
     ("found", "way"),
     [
-        ("nothing", "there is no checkpoint yet: start it again"),
-        ("config.yaml", "there is no checkpoint yet: start it again with --overwrite"),
-        ("step_00000003", "--resume {run} goes on from the last checkpoint"),
+        ("nothing", "it has no checkpoint yet: start it again"),
+        ("config.yaml", "it has no checkpoint yet: start it again with --overwrite"),
+        ("step_00000003", "--resume {run} continues from the last checkpoint"),
     ],
 )
 def test_only_a_run_with_a_checkpoint_is_said_to_go_on(tmp_path, found, way):
@@ -204,7 +206,7 @@ def test_only_a_run_with_a_checkpoint_is_said_to_go_on(tmp_path, found, way):
 
 
 def test_last_words_promise_what_is_there(make_trainer, tmp_path, capfd):
-    trainer, way = make_trainer(), f"; --resume {tmp_path / 'run'} goes on from the last checkpoint\n"
+    trainer, way = make_trainer(), f"; --resume {tmp_path / 'run'} continues from the last checkpoint\n"
     trainer._last_words("SIGTERM came")
     assert capfd.readouterr().err.endswith("Error: SIGTERM came; it has not saved a checkpoint yet\n")
     trainer.fit()

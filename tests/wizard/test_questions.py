@@ -286,7 +286,7 @@ def test_a_folder_that_is_taken_is_refused_and_another_offered(answer, model_dir
     (taken / "metrics.jsonl").touch()
     beginning = ("1", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     draft, asker = answer(*beginning, f"checkpoints/{taken.name}", ENTER)
-    assert "exists already: --resume goes on with it" in asker.problems[0][2]
+    assert "already exists: --resume continues it" in asker.problems[0][2]
     assert draft.values["run_name"] == f"{taken.name}-2"
 
 
