@@ -176,5 +176,5 @@ def test_folders_of_saelens_are_found_from_the_hub_too(sae, tmp_path, monkeypatc
     assert_same(saekit.load("owner/saes", "blocks.3"), sae)
     assert_same(saekit.load("owner/saes"), sae)
     shutil.copytree(tmp_path / "hub" / "blocks.3", tmp_path / "hub" / "blocks.4")
-    with pytest.raises(UserError, match=r"has several SAEs: choose a hookpoint, one of blocks\.3, blocks\.4"):
+    with pytest.raises(UserError, match=r"has several SAEs: choose one of blocks\.3, blocks\.4"):
         saekit.load("owner/saes")
