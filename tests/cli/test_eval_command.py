@@ -136,7 +136,7 @@ def test_another_data_set(run, saekit, tmp_path, text_file):
 
 
 def test_another_split_that_overlaps(train, saekit, tmp_path):
-    texts = (json.dumps({"text": f"{n * n} is {n} times {n}, as {n} plus {n} is {n + n}"}) for n in range(400))
+    texts = (json.dumps({"text": f"{n * n} is {n} times {n}, as {n} plus {n} is {n + n}"}) for n in range(60))
     data = tmp_path / "numbers.jsonl"
     data.write_text("\n".join(texts), encoding="utf-8")
     options = ["--split", "train[:50%]", "--save-dir", tmp_path, "--run-name", "half", "--max-tokens", 10**9]

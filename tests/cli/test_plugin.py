@@ -70,7 +70,7 @@ def test_a_checkpoint_names_no_code_that_is_run(run, saekit, tmp_path):
     trap.write_text(f"import pathlib\n\npathlib.Path({str(tmp_path / 'sprung')!r}).touch()\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "plugin": [str(trap)]}))
-    for command in (["eval", run], ["inspect", run], ["train", "--resume", run]):
+    for command in (["eval", run, "--max-tokens", 500], ["inspect", run], ["train", "--resume", run]):
         saekit(*command, "--plugin", ABS_TOPK)
         assert not (tmp_path / "sprung").exists(), command
 

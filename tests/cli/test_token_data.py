@@ -88,7 +88,7 @@ def test_a_model_without_a_tokenizer(train, saekit, tmp_path, files, ids, bare, 
     else:
         Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(data)
     assert train("--dry-run", model=bare, data=data).code == 0
-    result = train("--run-name", "r", "--eval-every", 10, model=bare, data=data)
+    result = train("--run-name", "r", "--eval-every", 10, "--eval-tokens", 320, model=bare, data=data)
     assert result.code == 0, result.err
     assert "has no tokenizer: its config says which tokens are special" in result.err + result.out
     result = saekit("eval", "checkpoints/r", "--max-tokens", 320)

@@ -35,7 +35,7 @@ def test_the_last_one_is_what_saekit_eval_finds(train, saekit, tmp_path):
 
 def test_layers_below_the_top_train_as_without(train, tmp_path):
     """With a head and all blocks in memory, and without."""
-    for name, more in (("with", ["--eval-every", 5]), ("without", [])):
+    for name, more in (("with", ["--eval-every", 5, "--eval-tokens", 500]), ("without", [])):
         result = train("--save-dir", tmp_path, "--run-name", name, *more)
         assert result.code == 0, result.err
     assert_same_tensors(tensors_of(tmp_path / "with" / "latest"), tensors_of(tmp_path / "without" / "latest"))
@@ -93,7 +93,8 @@ def test_usage(train, tmp_path, arguments, says):
 
 
 def test_a_resumed_run_may_evaluate_otherwise(train, saekit, tmp_path):
-    assert train("--save-dir", tmp_path, "--run-name", "run", "--eval-every", 10).code == 0
+    evaluating = ["--eval-every", 10, "--eval-tokens", 500]
+    assert train("--save-dir", tmp_path, "--run-name", "run", *evaluating).code == 0
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again, symlinks=True)
     result = saekit("train", "--resume", again, "--eval-every", 3, "--eval-tokens", 100)
