@@ -69,6 +69,7 @@ MODULES = {
 LIGHT = "import pydantic, rich.console, typer, yaml"
 """What all commands import and may, from other packages."""
 HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor", "man")
+REFUSED = "import saekit\ntry:\n    saekit.train('m', 'd', nosuch=1)\nexcept saekit.UserError:\n    pass\n"
 HELPS = [(), *((name,) for name in HELP)]
 SMALL = ("--ctx-len", "32", "--max-tokens", "512", "--layers", "1", "--num-latents", "64", "--k", "4")
 COMMANDS = {
@@ -85,10 +86,11 @@ COMMANDS = {
 
 
 FIRST = {
-    "datasets": "import transformers.modeling_utils, datasets",
-    "transformers": "import transformers.modeling_utils",
+    "torch": "import torch",
+    "transformers": "import transformers.modeling_utils, transformers.models.llama.modeling_llama, torch._dynamo",
+    "datasets": "import datasets, saekit.training.launch, saekit.analysis",
 }
-"""For commands that may bring along a library, what a process imports of which they are run in copies, all of them."""
+"""In this order a process imports, and runs after each the commands that may bring that along, in copies of itself."""
 AT_ITS_END = (
     "import atexit, json, os, sys\n"
     f"atexit.register(lambda: print('\\nIMPORTED', json.dumps([each for each in {sorted(HEAVY)!r} "
@@ -96,28 +98,27 @@ AT_ITS_END = (
 )
 IN_COPIES = """
 import os, sys
-for code in {codes!r}:
-    child = os.fork()
-    if child == 0:
-        break
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"it failed: {{code}}")
-else:
+
+def code_of_this_copy():
+    for first, codes in {stages!r}:
+        exec(first)
+        for code in codes:
+            child = os.fork()
+            if child == 0:
+                return code
+            if os.waitpid(child, 0)[1]:
+                sys.exit(f"it failed: {{code}}")
     os._exit(0)
+
+code = code_of_this_copy()
 {at_its_end}
 exec(code)
 """
 
 
-def imported(code):
-    """What of `HEAVY` is there when a fresh process has run this code, and how that ended."""
-    ((_, libraries),) = output_of(f"{AT_ITS_END}{code}")
-    return libraries
-
-
-def in_copies(first, codes):
-    """What each program says and imports, in a copy of a process that has run the first."""
-    return output_of(first + IN_COPIES.format(codes=list(codes), at_its_end=AT_ITS_END))
+def in_copies(*stages):
+    """What each program says and imports: for each stage, in copies of a process that has run the first ones so far."""
+    return output_of(IN_COPIES.format(stages=stages, at_its_end=AT_ITS_END))
 
 
 def output_of(program):
@@ -142,13 +143,13 @@ def saekit_command(*arguments):
 
 @pytest.fixture(scope="module")
 def came():
-    """By module, what importing it brought along; and by command, what its help did."""
-    light, heavy = ([module for module in MODULES if bool(MODULES[module]) == much] for much in (False, True))
-    codes = {module: f"import {module}" for module in light}
-    codes |= {command: saekit_command(*command, "--help") for command in HELPS}
-    found = dict(zip(codes, in_copies(LIGHT, codes.values()), strict=True))
-    found |= zip(heavy, in_copies("import torch", [f"import {module}" for module in heavy]), strict=True)
-    return found
+    """By module, what importing it brought along; by command, what its help did; and what a refused option did."""
+    light, heavy = (
+        {name: f"import {name}" for name in MODULES if bool(MODULES[name]) == much} for much in (False, True)
+    )
+    light |= {command: saekit_command(*command, "--help") for command in HELPS} | {"refused": REFUSED}
+    found = in_copies((LIGHT, [*light.values()]), (FIRST["torch"], [*heavy.values()]))
+    return dict(zip([*light, *heavy], found, strict=True))
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -172,9 +173,9 @@ def test_help_needs_none(command, came):
     assert "Usage: saekit" in said
 
 
-def test_what_is_refused_needs_none():
-    code = "import saekit\ntry:\n    saekit.train('m', 'd', nosuch=1)\nexcept saekit.UserError:\n    pass\n"
-    assert imported(code) == set()
+def test_what_is_refused_needs_none(came):
+    _, libraries = came["refused"]
+    assert libraries == set()
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +191,7 @@ def run(model_dir, text_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ran(model_dir, text_file, run, tmp_path_factory):
-    """`ran(command)`: what it said and imported. Commands that may import the same libraries run in copies of one."""
-    found = {}
+    """By command, what it said and imported."""
 
     def code_of(command):
         out = tmp_path_factory.mktemp("out")
@@ -200,23 +200,17 @@ def ran(model_dir, text_file, run, tmp_path_factory):
         arguments = [str(places.get(part, part.replace("OUT", str(out)))) for part in command.split()]
         return saekit_command(*arguments, *small)
 
-    def first_of(command):
-        return next((FIRST[library] for library in FIRST if library in COMMANDS[command]), "")
-
-    def ran(command):
-        if command not in found:
-            alike = [each for each in COMMANDS if first_of(each) == first_of(command)]
-            codes = [code_of(each) for each in alike]
-            found.update(zip(alike, in_copies(first_of(command), codes), strict=True))
-        return found[command]
-
-    return ran
+    commands = {library: [] for library in FIRST}
+    for command, libraries in COMMANDS.items():
+        commands[[library for library in FIRST if library in libraries][-1]].append(command)
+    stages = [(FIRST[library], [code_of(command) for command in some]) for library, some in commands.items()]
+    return dict(zip(sum(commands.values(), []), in_copies(*stages), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_running_a_command(command, ran):
-    said, came = ran(command)
+    said, came = ran[command]
     assert came <= COMMANDS[command]
     assert came >= TORCH
     assert said, "it has run"

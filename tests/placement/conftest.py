@@ -1,7 +1,6 @@
 """Real runs of the command line on several processes that speak gloo."""
 
 import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
@@ -140,9 +139,8 @@ def torchrun(forked, *command, ranks=2):
 
 
 def launch(forked, launch_file, command, ranks, said, cwd):
-    """Run `saekit COMMAND...` as users do, with one of our launch files; returns the launcher's exit code."""
-    python = sys.executable if launch_file == "ddp_cpu.yaml" else forked.python  # one as users do, from nothing
-    launcher = [python, "-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", 0]
+    """Run `saekit COMMAND...` with one of our launch files; returns the launcher's exit code."""
+    launcher = [forked.python, "-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", 0]
     launcher += ["--config_file", ROOT / "accelerate_configs" / launch_file, "-m", "saekit"]
     parts = [str(part) for part in (*launcher, *command)]
     with said.open("w") as file:

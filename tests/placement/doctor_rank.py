@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from saekit.cli import main
 from saekit.doctor import watch
-from saekit.placement import trial
+from saekit.placement import network, trial
 
 SECOND = os.environ["RANK"] == "1"
 
@@ -71,6 +71,7 @@ def apart():
 
 if __name__ == "__main__":
     os.dup2(2, 1)  # both outputs to the test's log
+    network.SIZE, network.ROUNDS = 2**20, 1
     fault = sys.argv.pop(1)
     {"none": lambda: None, "stuck": stuck, "raising": raising, "apart": apart}[fault]()
     main()

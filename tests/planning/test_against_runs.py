@@ -37,11 +37,11 @@ LARGE = {
         "ctx_len": 128,
         "options": WIDE,
     },
-    "tokens": {"width": 512, "layers": 2, "latents": 8320, "k": 16, "batch": 86, "ctx_len": 256},
+    "tokens": {"width": 512, "layers": 2, "latents": 1024, "k": 16, "batch": 120, "ctx_len": 256, "steps": 1},
     "language model": {
         "width": 768,
         "layers": 4,
-        "latents": 12288,
+        "latents": 6144,
         "k": 16,
         "batch": 4,
         "ctx_len": 128,
@@ -51,10 +51,10 @@ LARGE = {
     "cut up": {
         "width": 768,
         "layers": 2,
-        "latents": 24576,
+        "latents": 20480,
         "k": 32,
         "batch": 4,
-        "ctx_len": 256,
+        "ctx_len": 128,
         "options": {"micro_acc_steps": 4, "grad_acc_steps": 2, "optimizer": "signum"},
     },
 }
@@ -101,7 +101,12 @@ def config_of(size, folder, placement):
         ).save_pretrained(folder / "model")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / "model" / name).write_bytes((DEMO_TOKENIZER / name).read_bytes())
-        sequences = STEPS * size["batch"] * options.get("grad_acc_steps", 1) * (1 if placement == "single" else 2)
+        sequences = (
+            size.get("steps", STEPS)
+            * size["batch"]
+            * options.get("grad_acc_steps", 1)
+            * (1 if placement == "single" else 2)
+        )
         tokens = torch.randint(5, vocab, (sequences, size["ctx_len"]))
         Dataset.from_dict({"input_ids": tokens.tolist()}).save_to_disk(folder / "data")
     return {
