@@ -3,7 +3,7 @@
 A rank that starts from nothing imports for five seconds of a core, and its launcher for three more, which is most of
 what a run of a few steps takes. `Forked.run` starts ranks without a launcher; `Forked.python` can be started in the
 place of `python` and be handed on by launchers to their ranks. Some tests start everything from nothing, as users do
-(tests/cli/test_launch.py, tests/placement/test_failures.py, `launch_file`).
+(tests/cli/test_launch.py, tests/cli/test_train_command.py).
 
 As a script it forks a copy for each request that it gets at a socket (`tests.copies`), until its stdin is closed.
 """

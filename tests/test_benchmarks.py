@@ -1,8 +1,6 @@
 """The benchmarks start, and what they time is a unit's own step. What they find is in docs/performance.md."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -26,14 +24,10 @@ for name, recipe in recipe_cost.RECIPES.items():
 """
 
 
-def run(code):
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_a_recipe_is_trained_by_the_loops_own_step_and_every_benchmark_can_be_imported():
+def test_a_recipe_is_trained_by_the_loops_own_step_and_every_benchmark_can_be_imported(forked):
     """Without the peers, whose scripts lie apart."""
     names = sorted(file.stem for file in FOLDER.glob("*.py"))
     names.sort(key="same_numbers".__eq__)  # last, for it takes the others off the search path
-    run("\n".join([TINY, *(f"import {name}" for name in names)]))
+    environment = forked.environment(PYTHONPATH=os.pathsep.join([str(FOLDER), str(FOLDER.parent)]))
+    done = forked.complete("-c", "\n".join([TINY, *(f"import {name}" for name in names)]), environment=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

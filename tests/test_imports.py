@@ -66,8 +66,8 @@ MODULES = {
     "saekit.analysis": TORCH,
 }
 """What importing a module may bring along. The last two import all rooms below them, from `sae` to `training`."""
-LIGHT = "import pydantic, rich.console, typer, yaml"
-"""What all commands import and may, from other packages."""
+LIGHT = "import pydantic, rich.console, typer, yaml, saekit.config"
+"""What all commands import and may: other packages, and of ours what takes longest."""
 HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor", "man")
 REFUSED = "import saekit\ntry:\n    saekit.train('m', 'd', nosuch=1)\nexcept saekit.UserError:\n    pass\n"
 HELPS = [(), *((name,) for name in HELP)]
@@ -86,8 +86,11 @@ COMMANDS = {
 
 
 FIRST = {
-    "torch": "import torch",
-    "transformers": "import transformers.modeling_utils, transformers.models.llama.modeling_llama, torch._dynamo",
+    "torch": "import torch, saekit.cli.app",
+    # The mapping is a second of regular expressions that loading any model compiles.
+    "transformers": "import transformers.modeling_utils, transformers.models.llama.modeling_llama\n"
+    "from transformers.conversion_mapping import get_checkpoint_conversion_mapping as mapping\n"
+    "mapping('llama')",
     "datasets": "import datasets, saekit.training.launch, saekit.analysis",
 }
 """In this order a process imports, and runs after each the commands that may bring that along, in copies of itself."""
@@ -117,8 +120,15 @@ exec(code)
 
 
 def in_copies(*stages):
-    """What each program says and imports: for each stage, in copies of a process that has run the first ones so far."""
-    return output_of(IN_COPIES.format(stages=stages, at_its_end=AT_ITS_END))
+    """By name, what each program of a stage says and imports in a copy of a process that has run the stages' firsts.
+
+    Args:
+        stages: For each what the process runs first, and the programs by name.
+    """
+    names = [name for _, programs in stages for name in programs]
+    codes = [(first, list(programs.values())) for first, programs in stages]
+    found = output_of(IN_COPIES.format(stages=codes, at_its_end=AT_ITS_END))
+    return dict(zip(names, found, strict=True))
 
 
 def output_of(program):
@@ -144,12 +154,14 @@ def saekit_command(*arguments):
 @pytest.fixture(scope="module")
 def came():
     """By module, what importing it brought along; by command, what its help did; and what a refused option did."""
-    light, heavy = (
-        {name: f"import {name}" for name in MODULES if bool(MODULES[name]) == much} for much in (False, True)
+    light, heavy = ([module for module in MODULES if bool(MODULES[module]) == much] for much in (False, True))
+    imports = {module: f"import {module}" for module in MODULES}
+    stages = (
+        (LIGHT, {module: imports[module] for module in light} | {"refused": REFUSED}),
+        ("import saekit.cli.app", {command: saekit_command(*command, "--help") for command in HELPS}),
+        (FIRST["torch"], {module: imports[module] for module in heavy}),
     )
-    light |= {command: saekit_command(*command, "--help") for command in HELPS} | {"refused": REFUSED}
-    found = in_copies((LIGHT, [*light.values()]), (FIRST["torch"], [*heavy.values()]))
-    return dict(zip([*light, *heavy], found, strict=True))
+    return in_copies(*stages)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -200,11 +212,10 @@ def ran(model_dir, text_file, run, tmp_path_factory):
         arguments = [str(places.get(part, part.replace("OUT", str(out)))) for part in command.split()]
         return saekit_command(*arguments, *small)
 
-    commands = {library: [] for library in FIRST}
+    stages = {library: {} for library in FIRST}
     for command, libraries in COMMANDS.items():
-        commands[[library for library in FIRST if library in libraries][-1]].append(command)
-    stages = [(FIRST[library], [code_of(command) for command in some]) for library, some in commands.items()]
-    return dict(zip(sum(commands.values(), []), in_copies(*stages), strict=True))
+        stages[[library for library in FIRST if library in libraries][-1]][command] = code_of(command)
+    return in_copies(*((FIRST[library], programs) for library, programs in stages.items()))
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ RunConfig.from_flat = lambda values: config({**values, "num_latents": 1024})
 sys.argv = ["saekit", "demo", "--max-tokens", "12000"]
 main()
 """
-"""The demo on a twentieth of its text, and with a quarter of its latents: all its parts, which take as long as these."""
+"""The demo on a twentieth of its text, and with a quarter of its latents, which are what takes long."""
 
 
 @pytest.mark.slow

@@ -62,19 +62,14 @@ def compare(one, other, where):
         ("mixed", "layer-map", 3, "whole"),
         ("mixed", "zero3", 2, "accumulated"),
         ("mixed", "zero3", 3, "whole"),  # 3 does not divide the number of latents: rows are cut apart
-        ("skip", "ddp", 2, "whole"),
         ("skip", "ddp", 3, "both"),
         ("skip", "layer-map", 2, "micro"),
-        ("skip", "layer-map", 3, "accumulated"),
         ("skip", "zero3", 1, "whole"),
         ("skip", "zero3", 2, "accumulated"),
         ("skip", "zero3", 3, "whole"),  # W_skip is cut apart, too
         ("cross", "ddp", 2, "accumulated"),
-        ("cross", "ddp", 3, "micro"),
         ("cross", "layer-map", 2, "both"),
-        ("cross", "layer-map", 3, "whole"),
         ("cross", "zero3", 2, "both"),
-        ("cross", "zero3", 3, "whole"),
         ("two models", "ddp", 3, "whole"),
         ("two models", "layer-map", 2, "micro"),
         ("two models", "zero3", 2, "whole"),
@@ -237,7 +232,7 @@ def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_a_bf16_model_is_read_alike(train, ranks, options):
-    bf16 = ["--dtype", "bfloat16"]
+    bf16 = ["--dtype", "bfloat16", "--layers", "0,3"]
     assert_same_run(train(DEMO_LM, *bf16, *options, ranks=ranks), train(DEMO_LM, *bf16))
 
 

@@ -3,7 +3,6 @@
 import re
 import shlex
 import signal
-import sys
 from pathlib import Path
 
 import pexpect
@@ -74,10 +73,11 @@ class Wizard(pexpect.spawn):
 def wizard(tmp_path, forked, environment):
     running = []
 
-    def begin(*arguments, size=(60, 200), from_nothing=False):
-        python = sys.executable if from_nothing else str(forked.python)
+    def begin(*arguments, size=(60, 200)):
         command = ["-m", "saekit", "config", *map(str, arguments)]
-        child = Wizard(python, command, cwd=tmp_path, env=environment, encoding="utf-8", timeout=120, dimensions=size)
+        child = Wizard(
+            str(forked.python), command, cwd=tmp_path, env=environment, encoding="utf-8", timeout=120, dimensions=size
+        )
         running.append(child)
         return child
 
@@ -107,7 +107,7 @@ def left_in(folder):
 
 
 def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_path, model_dir, text_file):
-    first = wizard(from_nothing=True)
+    first = wizard()
     first.answer(("machine", "1", "2"), *small)
     shown = first.asks("placement", "layer-map")
     assert "Take layer-map" in plain(shown)
