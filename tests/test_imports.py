@@ -100,11 +100,12 @@ AT_ITS_END = (
     "if each in sys.modules]), flush=True))\n"
 )
 IN_COPIES = """
-import os, sys
+import atexit, gc, os, sys
 
 def code_of_this_copy():
     for first, codes in {stages!r}:
         exec(first)
+        gc.freeze()
         for code in codes:
             child = os.fork()
             if child == 0:
@@ -115,7 +116,13 @@ def code_of_this_copy():
 
 code = code_of_this_copy()
 {at_its_end}
-exec(code)
+status = 0
+try:
+    exec(code)
+except SystemExit as leaving:
+    status = leaving.code
+atexit._run_exitfuncs()
+os._exit(status or 0)  # else Python would take everything apart, which copies all memory
 """
 
 
