@@ -232,7 +232,7 @@ def test_signum_averages_sharded_weights_as_whole_ones(train, gpt2_dir):
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_a_bf16_model_is_read_alike(train, ranks, options):
-    bf16 = ["--dtype", "bfloat16", "--layers", "0,3"]
+    bf16 = ["--dtype", "bfloat16"]
     assert_same_run(train(DEMO_LM, *bf16, *options, ranks=ranks), train(DEMO_LM, *bf16))
 
 
