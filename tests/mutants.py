@@ -102,12 +102,14 @@ LIKELY = {
     "saekit/analysis/altered.py": "analysis/test_evaluate",
     "saekit/analysis/codes.py": "analysis/test_codes",
     "saekit/analysis/features.py": "analysis/test_gather",
+    "saekit/analysis/lens.py": "analysis/test_gather",
     "saekit/data/held_out.py": "data/test_held_out",
     "saekit/data/token_files.py": "data/test_token_files",
     "saekit/data/batches.py": "data/test_vocabulary data/test_batches",
     "saekit/data/load.py": "data/test_files data/test_load",
     "saekit/data/compressed.py": "data/test_files",
-    "saekit/views/page/build.py": "views/test_page",
+    "saekit/views/page/arrays.py": "views/test_page",
+    "saekit/views/page/serve.py": "views/test_serve",
 }
 """Tests that are likely to notice a fault in a file; a fault can name others, and single ones."""
 
@@ -726,8 +728,20 @@ LIST: list[tuple[str, ...]] = [
     (
         "a window runs into the next sequence",
         "saekit/analysis/codes.py",
-        "(places_LCW // ctx_len == places_LC[:, :, None] // ctx_len)",
-        "(places_LCW >= 0)",
+        "(places // ctx_len == peaks // ctx_len)",
+        "(places >= 0)",
+    ),
+    (
+        "the histogram's last bin is lost",
+        "saekit/analysis/codes.py",
+        ".clip(max=bins - 1)",
+        ".clip(max=bins - 2)",
+    ),
+    (
+        "the report answers to any name",
+        "saekit/views/page/serve.py",
+        "if len(hosts) != 1 or not is_local(hosts[0]):",
+        "if not hosts:",
     ),
     (
         "one passage fills the list",
@@ -737,7 +751,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     (
         "the logit lens leaves the norm out",
-        "saekit/analysis/features.py",
+        "saekit/analysis/lens.py",
         "make_dual(mean_D.to(directions)",
         "make_dual((0 * mean_D + 1).to(directions)",
     ),
@@ -767,7 +781,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     (
         "shades are of the wrong quantile",
-        "saekit/views/page/build.py",
+        "saekit/views/page/arrays.py",
         "layer.quantiles_L[:, -1][:, None, None]",
         "layer.quantiles_L[:, -2][:, None, None]",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,6 +81,33 @@ class Codes:
         found[fired_L] = ascending_P[(starts_L1 + ranks)[fired_L]]
         return found
 
+    def histograms(self, latents_L: np.ndarray, bins: int) -> Histograms:
+        """Count each latent's activations in bins of equal width, over the tokens on which it fired.
+
+        Args:
+            latents_L: Numbers of latents, int64.
+            bins: Their number, from 0 to the latent's largest activation. Where a selection lets negative values fire,
+                the first bin begins at the smallest one.
+        """
+        counts = np.zeros((len(latents_L), bins), np.int64)
+        bounds = np.zeros((len(latents_L), 2), np.float32)
+        fired_F = np.flatnonzero(self.counts_M[latents_L])
+        if not len(fired_F):
+            return Histograms(counts, bounds)
+        order_M = np.flatnonzero(self.counts_M)
+        row_F = np.searchsorted(order_M, latents_L[fired_F])
+        starts = self.starts_M[order_M]
+        bounds[fired_F, 0] = np.minimum(np.minimum.reduceat(self.acts_P, starts), 0)[row_F]
+        bounds[fired_F, 1] = np.maximum(np.maximum.reduceat(self.acts_P, starts), 0)[row_F]
+        row_M = np.full(self.num_latents, -1)
+        row_M[latents_L] = np.arange(len(latents_L))
+        row_P = row_M[self.latents_P]
+        row_P, acts_P = row_P[row_P >= 0], self.acts_P[row_P >= 0].astype(np.float64)
+        low_P, high_P = bounds[row_P].astype(np.float64).T
+        bin_P = ((acts_P - low_P) / (high_P - low_P) * bins).astype(np.int64).clip(max=bins - 1)
+        counts += np.bincount(row_P * bins + bin_P, minlength=counts.size).reshape(counts.shape)
+        return Histograms(counts, bounds)
+
     def favorites(self, latents_L: np.ndarray, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens on which each latent fires most often.
 
@@ -108,9 +136,20 @@ class Codes:
         return np.where(there, pairs_Q[places] % span, -1), np.where(there, shares, 0).astype(np.float32)
 
 
+class Histograms(NamedTuple):
+    """Of L latents, how often which activation came."""
+
+    counts_LB: np.ndarray
+    """int64 `[L, bins]`: tokens per bin; zeros for a latent that never fired."""
+    bounds_L2: np.ndarray
+    """float32 `[L, 2]`: where the first bin begins and the last one ends; both 0 for a latent that never fired."""
+
+
 BEFORE, AFTER = 23, 8
 """Tokens that are shown around the one at which a latent is strongest."""
 WINDOW = BEFORE + 1 + AFTER
+LATENTS_AT_ONCE = 4096
+"""Whose windows are looked up at a time: looking up takes about 20 KiB for each, and keeping them a tenth of that."""
 STRETCH = 64
 """Of each stretch of this many tokens only the strongest context is shown: otherwise one passage fills the list."""
 
@@ -184,7 +223,12 @@ def _spread(found_L: np.ndarray, number: int) -> np.ndarray:
 
 
 def _windows(codes: Codes, latents_L: np.ndarray, places_LC: np.ndarray, ctx_len: int) -> np.ndarray:
-    places_LCW = places_LC[:, :, None] + np.arange(-BEFORE, AFTER + 1)
-    same_sequence = (places_LC[:, :, None] >= 0) & (places_LCW // ctx_len == places_LC[:, :, None] // ctx_len)
-    acts_LCW = codes.at(latents_L[:, None, None], np.where(same_sequence, places_LCW, 0))
-    return np.where(same_sequence, acts_LCW, np.float32(0))
+    acts_LCW = np.zeros((*places_LC.shape, WINDOW), np.float32)
+    for start in range(0, len(latents_L), LATENTS_AT_ONCE):
+        some = slice(start, start + LATENTS_AT_ONCE)
+        peaks = places_LC[some, :, None]
+        places = peaks + np.arange(-BEFORE, AFTER + 1)
+        same_sequence = (peaks >= 0) & (places // ctx_len == peaks // ctx_len)
+        acts = codes.at(latents_L[some, None, None], np.where(same_sequence, places, 0))
+        acts_LCW[some] = np.where(same_sequence, acts, np.float32(0))
+    return acts_LCW

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from saekit.activations import find_blocks, splice
+from saekit.activations import find_blocks
 from saekit.activations.chosen import off_stream
-from saekit.activations.hookpoints import text_config_of
 from saekit.activations.pair import tap_all
 from saekit.activations.sites import Site, hookpoints_of
 from saekit.analysis.altered import joined
-from saekit.analysis.codes import Codes, Contexts, find_contexts
+from saekit.analysis.codes import Codes, Contexts, Histograms, find_contexts
 from saekit.analysis.evaluate import Progress
+from saekit.analysis.lens import Lens, logit_lens
 from saekit.analysis.measure import Neighbours, nearest_rows
 from saekit.analysis.sharing import evened, part_norms, scales_of
 from saekit.analysis.subject import Subject
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TOP, SPREAD = 10, 5
 """Contexts per latent: the strongest, and some of the weaker ones."""
@@ -32,6 +27,8 @@ QUANTILES = (0.1, 0.5, 0.9, 1.0)
 NEIGHBOURS = 8
 LENS_TOKENS = 8
 FAVORITES = 5
+BINS = 20
+"""Of a latent's histogram of activations."""
 DENSEST = 100
 """The number of densest latents that always have a page."""
 FIRINGS_AT_ONCE = 2**26
@@ -50,6 +47,8 @@ class LayerFeatures:
     """Their numbers, int64, ascending."""
     quantiles_L: np.ndarray
     """float32 `[L, len(QUANTILES)]`: of the activations on the tokens on which a latent fired."""
+    histograms: Histograms
+    """Of the same activations, `BINS` bins."""
     contexts: Contexts
     favorites_L: np.ndarray
     """int64 `[L, FAVORITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
@@ -75,21 +74,38 @@ class Features:
 
 def gather_features(
     subject: Subject,
-    budget: int,
+    budget: int | None,
     progress: Progress = lambda done, of: None,
     scales: Mapping[str, Sequence[float]] = NOTHING_KNOWN,
 ) -> Features:
-    """Read the codes of every layer over the whole text, and make the features from them.
+    """Return all that `each_layer` gives, together; see there."""
+    return Features(read_text(subject), tuple(each_layer(subject, budget, progress, scales)))
+
+
+def read_text(subject: Subject) -> np.ndarray:
+    """Return the text that features are looked at in, token ids, int64 `[S, T]`."""
+    return subject.data.read(np.arange(len(subject.data))).numpy()
+
+
+def each_layer(
+    subject: Subject,
+    budget: int | None,
+    progress: Progress = lambda done, of: None,
+    scales: Mapping[str, Sequence[float]] = NOTHING_KNOWN,
+) -> Iterator[LayerFeatures]:
+    """Read the codes of every layer over the whole text, and make the features from them, one layer at a time.
+
+    The codes of some layers are in memory together, at most about 3 GiB of them, and the features of one layer, about
+    4 KiB per latent with what is made of them.
 
     Args:
         subject: Coders, model and text; in one process.
-        budget: Latents to look at closely, over all layers, each of which gets the same share.
+        budget: Latents to look at closely, over all layers, each of which gets the same share; None for all.
         progress: Told how far it is.
         scales: Of a crosscoder's hookpoints, by its name, under which its decoder's parts compare (`Sharing`); by
             default those that make their norms alike.
     """
-    names, text = list(subject.saes), np.arange(len(subject.data))
-    ids_ST = subject.data.read(text).numpy()
+    names, ids_ST = list(subject.saes), read_text(subject)
     groups = list(_groups(subject, names, ids_ST.size))
     of, done = len(groups) * subject.num_batches + len(names), 0
 
@@ -98,14 +114,12 @@ def gather_features(
         done += 1
         progress(done, of)
 
-    layers = []
+    share = None if budget is None else max(1, budget // len(names))
     for group in groups:
         codes, mean_D = read_codes(subject, group, one_more)
         for name in group:
-            own = codes.pop(name)
-            layers.append(_features(subject, name, own, ids_ST, mean_D, budget // len(names), scales.get(name)))
+            yield _features(subject, name, codes.pop(name), ids_ST, mean_D, share, scales.get(name))
             one_more()
-    return Features(ids_ST, tuple(layers))
 
 
 @torch.inference_mode()
@@ -187,11 +201,11 @@ def _features(
     codes: Codes,
     ids_ST: np.ndarray,
     mean_D: Tensor,
-    budget: int,
+    budget: int | None,
     scales: Sequence[float] | None,
 ) -> LayerFeatures:
     sae, site, ctx_len = subject.saes[name], subject.sites[name], subject.data.ctx_len
-    latents_L = chosen(codes.counts_M, max(1, budget))
+    latents_L = chosen(codes.counts_M, sae.num_latents if budget is None else budget)
     numbers = torch.from_numpy(latents_L)
     decoder_MD = sae.W_dec.detach()
     favorites, shares = codes.favorites(latents_L, ids_ST.reshape(-1), FAVORITES)
@@ -210,6 +224,7 @@ def _features(
         counts_M=codes.counts_M,
         latents_L=latents_L,
         quantiles_L=codes.quantiles(latents_L, QUANTILES),
+        histograms=codes.histograms(latents_L, BINS),
         contexts=find_contexts(codes, latents_L, ctx_len, TOP, SPREAD),
         favorites_L=favorites,
         shares_L=shares,
@@ -230,63 +245,3 @@ def _off_stream(subject: Subject, site: Site) -> str | None:
 def _last_block(subject: Subject) -> str:
     blocks = find_blocks(subject.model)
     return blocks.hookpoint(len(blocks.modules) - 1)
-
-
-LOGITS_AT_ONCE = 2**24
-"""64 MiB of float32."""
-
-
-class Lens(NamedTuple):
-    """Of L latents, the N tokens whose logits rise most, and the N whose logits fall most."""
-
-    promoted_LN: Tensor
-    """Token ids, int64, the strongest first."""
-    rises_LN: Tensor
-    """float32: by how much, relative to the mean over the vocabulary, for an activation of 1."""
-    suppressed_LN: Tensor
-    falls_LN: Tensor
-    """The same for the suppressed tokens; negative."""
-
-
-@torch.no_grad()
-def logit_lens(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tensor, number: int, ctx_len: int) -> Lens:
-    """Compute how the logits change when a decoder row is added to the residual stream behind the last block.
-
-    The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads a direction of the residual stream
-    through the final norm and the unembedding. Here it is the derivative of the logits along the direction, at the
-    mean output of the last block: for a norm of any kind, a head with more layers (BERT's) or soft-capped logits
-    (Gemma's) alike, whatever the model's architecture.
-
-    Args:
-        model: With its head.
-        last: Hookpoint of the model's last block.
-        mean_D: That block's mean output.
-        rows_LD: Decoder rows.
-        number: N.
-        ctx_len: The longest sequence that the model reads.
-    """
-    parts = []
-    at_once = max(1, LOGITS_AT_ONCE // text_config_of(model.config).vocab_size)
-    for some in rows_LD.split(at_once):
-        rise_LV = _logits_along(model, last, mean_D, some, ctx_len).float()
-        rise_LV -= rise_LV.mean(1, keepdim=True)
-        up, down = rise_LV.topk(min(number, rise_LV.shape[1])), (-rise_LV).topk(min(number, rise_LV.shape[1]))
-        parts.append(Lens(up.indices, up.values, down.indices, -down.values))
-    return Lens(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
-
-
-def _logits_along(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tensor, ctx_len: int) -> Tensor:
-    """The derivative of the logits, `[L, V]`: one place of made-up sequences for each row, whatever those hold."""
-    count, width = rows_LD.shape
-    length = min(ctx_len, count)
-    sequences = -(-count // length)
-    padded = rows_LD.new_zeros(sequences * length, width)
-    padded[:count] = rows_LD
-    directions = padded.view(sequences, length, width).to(model.device, model.dtype)
-    input_ids = torch.zeros(sequences, length, dtype=torch.int64, device=model.device)
-    with forward_ad.dual_level():
-        point = forward_ad.make_dual(mean_D.to(directions).expand_as(directions).contiguous(), directions)
-        with splice(model, {last: lambda acts: point}):
-            logits = model(input_ids=input_ids).logits
-        change = forward_ad.unpack_dual(logits).tangent
-    return change.flatten(0, 1)[:count]

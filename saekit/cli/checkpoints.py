@@ -13,8 +13,10 @@ from saekit.analysis.defaults import DEFAULT_LATENTS, DEFAULT_TOKENS
 from saekit.cli.completion import run_paths
 from saekit.cli.options import Plugins
 from saekit.cli.output import messages, progress, results
+from saekit.cli.serving import DEFAULT_PORT, serve_report
 from saekit.config.flat import load_plugins
 from saekit.hub import check_names
+from saekit.views.page.folder import default_folder
 
 SaePath = Annotated[
     Path,
@@ -138,9 +140,23 @@ def evaluate(
 def report(
     path: SaePath,
     dataset: DataSet = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write the page to.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="File to write the page to (report.html); with --serve or --prepare, the folder of its data.",
+        ),
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Show the page of a large dictionary from disk, to a browser on this machine."),
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port for --serve; 0 for any free one.")
+    ] = DEFAULT_PORT,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Write the folder that --serve reads, and exit.")] = False,
     split: Split = None,
     model: Model = None,
     other_model: OtherModel = None,
@@ -155,14 +171,15 @@ def report(
         ),
     ] = None,
     latents: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--latents",
             metavar="N",
             min=1,
-            help="Number of latents with contexts on the page, over all layers. Larger dictionaries are sampled.",
+            help="Number of latents with contexts on the page, over all layers. Larger dictionaries are sampled. By "
+            f"default {DEFAULT_LATENTS:,}, and all of them with --serve or --prepare.",
         ),
-    ] = DEFAULT_LATENTS,
+    ] = None,
     batch_size: BatchSize = 8,
     include_training_data: IncludeTrainingData = False,
     verify: Verify = True,
@@ -171,16 +188,35 @@ def report(
 ) -> None:
     """Write a page about a checkpoint: training, evaluation, and every latent to browse.
 
-    The page is one HTML file that needs no network.
+    The page is one HTML file that needs no network. For large dictionaries, --serve shows it from a folder.
     """
+    asked = {
+        "dataset": dataset,
+        "split": split,
+        "model": model,
+        "other_model": other_model,
+        "max_tokens": max_tokens,
+        "include_training_data": include_training_data,
+        "latents": latents,
+    }
+    if serve and not prepare:
+        serve_report(path, output, port, asked)
+        return
     load_plugins({"plugin": plugin})
     check_names(model, dataset)
     check_names(other_model)
     with messages().status("Loading libraries"):
         from saekit.analysis.eval_checkpoint import EvalOptions, joined
-        from saekit.views.page.build import build_report
+        from saekit.views.page.build import build_folder, build_report
 
     options = EvalOptions(dataset, split, model, other_model, max_tokens, batch_size, include_training_data, verify)
     with joined(quiet=not sys.stderr.isatty()) as placement, progress(shown=placement.rank == 0) as bar:
-        size = build_report(path, options, output, placement, latents, bar.status, bar.update)
-    typer.echo(f"Wrote {output} ({size / 1e6:.1f} MB): open it in a browser")
+        if prepare:
+            folder = output or default_folder(path)
+            size = build_folder(path, options, folder, placement, latents, asked, bar.status, bar.update)
+            said = f"Wrote {folder} ({size / 1e6:.1f} MB): show it with saekit report --serve"
+        else:
+            file = output or Path("report.html")
+            size = build_report(path, options, file, placement, latents or DEFAULT_LATENTS, bar.status, bar.update)
+            said = f"Wrote {file} ({size / 1e6:.1f} MB): open it in a browser"
+    typer.echo(said)

@@ -9,6 +9,7 @@ RUN/.replaced/                       the run that `--overwrite` replaces, until 
 RUN/step_00000200/checkpoint.json    step, tokens, place in the data, schedule, seeds, versions, configuration, size
                                      and checksum of every file, and a checksum of all that
 RUN/step_00000200/eval.json          what `saekit eval` found
+RUN/step_00000200/report/            what `saekit report --serve` reads
 RUN/step_00000200/layers.0/          one folder per hookpoint (`layers.0.mlp@in` for `layers.0.mlp:in`):
     cfg.json, sae.safetensors        the SAE, in sparsify's format; `saekit.sae.storage` has these names
     saekit.json                      what it was trained on
@@ -36,6 +37,7 @@ ABOUT_FILE = "saekit.json"
 EVAL_FILE = "eval.json"
 EVAL_FORMAT = 2
 """Of `eval.json`. In format 1, intervals were the normal distribution's, and few sequences gave no warning."""
+REPORT_FOLDER = "report"
 FOREIGN_FILE = "config.json"
 """Where sparsify says what it trained on."""
 FORMAT = 3

@@ -113,22 +113,22 @@ def _shared(shared: Shared | None) -> Text:
 
 def _legend(comparison: Comparison, with_evaluation: bool) -> str:
     sentences = [
-        "FVU: as last reported while training.",
-        f"Shared: latents whose decoder row has a cosine of {SHARED_COSINE} or more with one of the other's; "
-        "in brackets the mean of the largest cosines.",
+        "FVU: as last reported in training.",
+        f"Shared: latents whose decoder row has a cosine of at least {SHARED_COSINE} with a row of the other's; "
+        "in brackets, the mean of each row's largest cosine.",
     ]
     if any(_others_left_out(layer.first.max_norm, layer.second.max_norm) for layer in comparison.layers):
         sentences.append(
-            "They exclude tokens of different norms (max_norm): if there are any, FVUs can hardly be compared."
+            "The two exclude tokens above different norms (max_norm): FVUs compare only if there are no such tokens."
         )
     if any(layer.first.reads != layer.second.reads for layer in comparison.layers):
         sentences.append(
-            "Some of the same name read different hookpoints: their FVUs are of the same, from other input."
+            "Some with the same name read different hookpoints: their FVUs are of the same target, from another input."
         )
     if any(layer.of_first is None for layer in comparison.layers):
-        sentences.append("Where they write different hookpoints or widths, no decoder rows are compared.")
+        sentences.append("Decoder rows are not compared where the two write different hookpoints or widths.")
     if not with_evaluation:
-        sentences.append("With saekit eval of both, what they cost the language model is compared, too.")
+        sentences.append("Run saekit eval on both to compare what they cost the language model.")
     return " ".join(sentences)
 
 

@@ -15,7 +15,7 @@ from saekit.units import plural
 MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "red")}
 REMEDY = "→ "
 TO_ASCII = str.maketrans({"✓": "+", "✗": "x", "→": ">"})
-WELL = "Everything that this machine needs is there."
+WELL = "This machine has everything that saekit needs."
 WIDEST = 110
 """Lines longer than this are hard to read."""
 
@@ -77,7 +77,7 @@ def summary(findings: Sequence[Finding], well: str = WELL) -> Text:
     else:
         line.append(well, "bold green")
     if not can_train(findings):
-        line.append(f" Until {' and '.join(blocking)} can be imported, saekit train cannot run.", "bold red")
+        line.append(f" saekit train cannot run until {' and '.join(blocking)} can be imported.", "bold red")
     if notes:
         line.append(f" {plural(notes, 'note')} (marked !).", "yellow")
     return line

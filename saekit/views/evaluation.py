@@ -139,17 +139,15 @@ def _origin(record: Mapping[str, Any]) -> Table:
     if "other_model" in record:
         grid.add_row("other", Text(record["other_model"], "bold"))
     grid.add_row("data", Text(f"{record['dataset']} ({record['data']})"))
-    amount = (
-        f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} tokens that are not excluded"
-    )
+    amount = f"{record['sequences']:,} sequences of {record['ctx_len']:,}, {record['tokens']:,} counted tokens"
     grid.add_row("", Text(amount))
     scored = Text(record["objective"])
     if record["ce_clean"] is not None:
         clean = record["ce_clean"]
-        scored.append(f", {record['scored']:,} scored; cross-entropy of the model as it is ")
+        scored.append(f", {record['scored']:,} scored; cross-entropy of the unmodified model ")
         scored.append_text(_number(clean, 3))
     if _other(record):
-        scored.append(", of the other ")
+        scored.append(", of the other model ")
         scored.append_text(_number(record["other"]["ce_clean"], 3))
     grid.add_row("predicts", scored)
     return grid
@@ -165,14 +163,14 @@ def _legend(record: Mapping[str, Any]) -> str:
     if "transcoder" in kinds:
         sentences.append("Transcoders: FVU, explained variance and cosine compare prediction and target.")
     if skips:
-        sentences.append("Skip alone: the same without the latents, W_skip x + b_dec.")
+        sentences.append("Skip alone: the prediction without the latents, W_skip x + b_dec.")
     if "crosscoder" in kinds:
         sentences.append(
-            "Crosscoder: the mean over its hookpoints, each scaled to one variance; below it each of them."
+            "Crosscoder: the mean over its hookpoints, each scaled to one variance; each of them is below it."
         )
     if any(_excluded(record, layer["reconstruction"]) for layer in record["layers"]):
         sentences.append(
-            "Excluded: the share of tokens whose activation norm is larger than the SAE's limit; they stay as they are."
+            "Excluded: the share of tokens whose activation norm exceeds the SAE's limit; they keep their activations."
         )
     if record["together"] is not None:
         sentences += [
@@ -182,11 +180,9 @@ def _legend(record: Mapping[str, Any]) -> str:
         ]
         if record.get("other"):
             sentences.append(
-                "Each model's own part of the reconstruction is spliced into it, from what both have as they are; "
+                "Each model gets its own part of the reconstruction, made from the true activations of both; "
                 "other. is the second model."
             )
         elif "crosscoder" in kinds:
-            sentences.append(
-                "The crosscoder's hookpoints are replaced together, from what the unchanged model has there."
-            )
+            sentences.append("The crosscoder's hookpoints are replaced together; it reads the unmodified model.")
     return " ".join(sentences)

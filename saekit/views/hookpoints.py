@@ -52,7 +52,7 @@ def render_modules(model: str, structure: Structure, console: Console) -> None:
     console.print()
     for name, meaning in _short(structure).items():
         _say(console, f"{name:10}{SHORT[name]}: {meaning}")
-    _say(console, "\nA module's output is named by its path, its input by the path with :in behind it.", "dim")
+    _say(console, "\nA module's path names its output; the path followed by :in names its input.", "dim")
 
 
 def render_matches(structure: Structure, patterns: Sequence[str], console: Console) -> None:

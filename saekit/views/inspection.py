@@ -135,18 +135,18 @@ def _legend(layers: Sequence[LayerInspection]) -> str:
     thresholds = {one.dead_feature_threshold for one in layers} - {None}
     if thresholds:
         silence = " or ".join(units.short_count(threshold) for threshold in thresholds)
-        sentences.append(f"Dead: fired for none of the last {silence} tokens.")
+        sentences.append(f"Dead: has not fired in the last {silence} tokens.")
     if any(one.density for one in layers):
         sentences.append(
-            "Firing density: share of tokens on which a latent fires; how many latents have which, on a log scale."
+            "Firing density: the share of tokens on which a latent fires; bars count latents, on a log scale."
         )
     sentences += what_they_read(layers)
     low = min(one.norms.decoder_min for one in layers)
     high = max(one.norms.decoder_max for one in layers)
-    sentences.append("Cosine: of each decoder row with the nearest other one.")
+    sentences.append("Cosine: between each decoder row and the nearest other row.")
     sentences.append(f"Norms of decoder rows: {units.decimal(low, 3)} to {units.decimal(high, 3)}.")
     if any(one.trend for one in layers):
-        sentences.append("FVU trends: log, own scale.")
+        sentences.append("FVU trends: each on its own log scale.")
     return " ".join(sentences)
 
 
@@ -162,7 +162,7 @@ def what_they_read(layers: Sequence[LayerInspection]) -> list[str]:
     pairs = [one for one in layers if one.sharing is not None and one.sharing.relative is not None]
     if pairs:
         sentences.append(
-            "Crosscoders read and predict the hookpoint that they are named after in both models; other. is the second."
+            "Crosscoders read and predict the hookpoint of their name in both models; other. is the second model."
         )
     sentences += [
         f"The crosscoder reads and predicts {', '.join(fold(one.reads))}."
@@ -182,7 +182,7 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
         line = sparkline([fvu for _, fvu in layer.trend], 24)
         first, last = layer.trend[0][0], layer.trend[-1][0]
         trend = Text.assemble((line, "cyan"), f"  steps {first:,} to {last:,}, log scale")
-    silence = f"fired for none of the last {units.count(layer.dead_feature_threshold)} tokens"
+    silence = f"have not fired in the last {units.count(layer.dead_feature_threshold)} tokens"
     if layer.kind != "SAE":
         facts.add_row("reads", "", ", ".join(layer.reads))
         facts.add_row("predicts", "", "the same" if layer.kind == "crosscoder" else ", ".join(layer.writes))
@@ -192,15 +192,15 @@ def _detail(layer: LayerInspection, width: int) -> RenderableType:
     for name, value, remark in layer.facts:
         facts.add_row(name, units.decimal(value), remark)
     if layer.max_norm is not None:
-        facts.add_row("longest", units.decimal(layer.max_norm, 1), "activations that it is trained on (max_norm)")
+        facts.add_row("norm limit", units.decimal(layer.max_norm, 1), "of counted activations (max_norm)")
     if layer.max_norm_out is not None:
-        facts.add_row("", units.decimal(layer.max_norm_out, 1), "its targets (max_norm_out)")
+        facts.add_row("", units.decimal(layer.max_norm_out, 1), "of counted targets (max_norm_out)")
     if layer.skip_norm is not None:
         facts.add_row("‖W_skip‖", units.decimal(layer.skip_norm, 3), "of the skip connection")
     parts = [facts, *_section("Firing density", _density(layer))]
     if layer.sharing is not None:
         parts += _section("Hookpoints that share latents", render_sharing(layer.sharing, layer.num_latents))
-    parts += _section("Cosine of each decoder row with the nearest other one", _neighbours(layer))
+    parts += _section("Cosine between each decoder row and the nearest other row", _neighbours(layer))
     parts += _section("Norms", _norms(layer))
     return Panel(
         Group(*parts),
@@ -228,7 +228,8 @@ def _density(layer: LayerInspection) -> RenderableType:
     axis = ("├" + "─" * (decade - 1)) + ("┼" + "─" * (decade - 1)) * (DENSITY_DECADES - 1) + "┤"
     labels = "".join(f"{f'1e-{power}':<{decade}}" for power in range(DENSITY_DECADES, 0, -1)) + "1"
     note = (
-        f"share of {units.short_count(layer.tokens)} tokens on which a latent fires; highest bar {max(wide):,} latents"
+        f"share of {units.short_count(layer.tokens)} tokens on which a latent fires; "
+        f"the highest bar is {max(wide):,} latents"
     )
     return Group(
         quantiles,

@@ -32,8 +32,8 @@ PARTS = {
     "activations": "activations",
     "working": "working memory",
 }
-ESTIMATED = "Counted are the tensors of the busiest rank; the libraries' share is an allowance."
-UNKNOWN = "Tokens/s are unknown until --calibrate has measured this machine."
+ESTIMATED = "The numbers are the tensors of the busiest rank; the libraries' share is an allowance."
+UNKNOWN = "Tokens/s are unknown until saekit plan --calibrate has measured this machine."
 
 
 def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> None:
@@ -52,11 +52,11 @@ def render_plan(plan: Plan, console: Console, advice: Sequence[Advice] = ()) -> 
     if advice:
         console.print(_advice_table(advice))
         if not any(each.choice.fits for each in advice):
-            console.print("Nothing of this makes it fit, not even together.")
+            console.print("None of these changes makes it fit, not even all together.")
     if job.machine.note:
         _say(console, job.machine.note, "yellow")
     elif not any(choice.time for choice in plan.choices):
-        console.print(f"[dim]{UNKNOWN}" if job.machine.model else "[dim]Tokens/s are known of this machine only.")
+        console.print(f"[dim]{UNKNOWN}" if job.machine.model else "[dim]Tokens/s are known for this machine only.")
     _say(console, ESTIMATED, "dim")
 
 
@@ -137,11 +137,11 @@ def _table(plan: Plan) -> Table:
         shown.add_row("freed, kept by the heap", *(_number(choice.memory.freed) for choice in plan.choices))
     shown.add_row("libraries", *(_number(choice.libraries) for choice in plan.choices))
     shown.add_row("total", *(_number(choice.total) for choice in plan.choices), style="bold")
-    shown.add_row("highest in", *(choice.memory.peak.name for choice in plan.choices), style="dim")
+    shown.add_row("peak in", *(choice.memory.peak.name for choice in plan.choices), style="dim")
     if plan.job.machine.count > 1:
         shown.add_row("GiB sent per step", *(_number(choice.sent) for choice in plan.choices))
     if any(choice.memory.host for choice in plan.choices):
-        shown.add_row("GiB in the machine's", *(_number(choice.memory.host) for choice in plan.choices))
+        shown.add_row("GiB in host memory", *(_number(choice.memory.host) for choice in plan.choices))
     if any(choice.time for choice in plan.choices):
         shown.add_row("tokens/s, expected", *(_speed(choice) for choice in plan.choices))
     return shown
@@ -154,13 +154,13 @@ def _verdict(plan: Plan) -> str:
         least = min(plan.considered, key=lambda choice: choice.total)
         lacking = f"lacks {_gib(least.total - least.capacity)}"
         if len(plan.considered) > 1:
-            return f"[red]None fits[/red]: {least.placement} needs least and {lacking}."
+            return f"[red]None fits[/red]: {least.placement} needs the least memory and {lacking}."
         other = f" {best.placement} would fit." if best else ""
         return f"[red]{least.placement} does not fit[/red]: it {lacking}.{other}"
     if best is None or best.ranks == 1:
         return "It fits."
-    why = "it is expected to be the fastest" if best.time else "it moves least per step"
-    return f"Take [bold]{best.placement}[/bold]: of those that fit {why}."
+    why = "it is expected to be the fastest" if best.time else "it sends the least per step"
+    return f"Use [bold]{best.placement}[/bold]: of the placements that fit, {why}."
 
 
 def _advice_table(advice: Sequence[Advice]) -> Table:
@@ -172,7 +172,7 @@ def _advice_table(advice: Sequence[Advice]) -> Table:
         choice, host = each.choice, each.choice.memory.host
         verdict = Text("fits", "green") if choice.fits else Text("does not fit", "red")
         layers = units.plural(each.layers, "layer")
-        on_host = f", {_gib(host)} per rank in the machine's memory" if host else ""
+        on_host = f", {_gib(host)} per rank in host memory" if host else ""
         verdict.append(f": {choice.placement}, {layers}{on_host}", "default")
         shown.add_row(" ".join(each.options), _number(choice.total), verdict)
     return shown
@@ -248,9 +248,9 @@ def render_rates(calibration: MeasuredRates, console: Console) -> None:
             shown.add_row(*row)
         console.print(shown)
     if calibration.busy > BUSY:
-        said = f"Others used {calibration.busy:.0%} of the CPU: measure again when it is idle, the rates are too low."
-        _say(console, said, "yellow")
-    _say(console, f"Kept in {calibration.file}\n", "dim")
+        busy = f"Other processes used {calibration.busy:.0%} of the CPU"
+        _say(console, f"{busy}, so the rates are too low: measure again when it is idle.", "yellow")
+    _say(console, f"Saved to {calibration.file}\n", "dim")
 
 
 def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
@@ -258,12 +258,12 @@ def _rows(rates: Rates) -> Iterator[tuple[str, str, str]]:
         yield f"matmul {name}", f"{rate / 1e12:,.2f}", "10¹² operations/s"
     yield "memory", f"{rates.bandwidth / 1e9:,.1f}", "GB/s read and written by a copy"
     for name, seconds in rates.block.items():
-        yield f"a block {name}", f"{seconds * 1e9:,.1f}", "ns per token and dimension, besides matmuls"
+        yield f"a block {name}", f"{seconds * 1e9:,.1f}", "ns per token and dimension, without matmuls"
     for name, cost in rates.passes.items():
         parts = f"{cost.score * 1e9:.2f} N·M + {cost.term * 1e9:.2f} N·k·D + {cost.weight * 1e9:.2f} M·D"
-        yield f"SAE {name}", parts, f"ns, and {cost.call * 1e3:.1f} ms, besides the encoder's matmul"
+        yield f"SAE {name}", parts, f"ns, and {cost.call * 1e3:.1f} ms, without the encoder's matmul"
     for name, seconds in rates.update.items():
         yield name, f"{seconds * 1e9:.2f}", "ns per parameter"
     for ranks, network in rates.network.items():
-        yield f"all-reduce, {ranks} ranks", f"{network.all_reduce / 1e9:,.2f}", "GB/s sent by each"
-        yield f"rank to rank, {ranks} ranks", f"{network.point_to_point / 1e9:,.2f}", "GB/s sent by each"
+        yield f"all-reduce, {ranks} ranks", f"{network.all_reduce / 1e9:,.2f}", "GB/s sent by each rank"
+        yield f"rank to rank, {ranks} ranks", f"{network.point_to_point / 1e9:,.2f}", "GB/s sent by each rank"

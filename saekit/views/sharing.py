@@ -16,7 +16,7 @@ ROWS = 4
 """Height of the large histogram."""
 COLUMNS = 2
 """Characters per bin of it."""
-RELATIVE = "relative decoder norm ‖other‖ / (‖first‖ + ‖other‖): 0 is the first model's own, 1 the other's"
+RELATIVE = "relative decoder norm ‖other‖ / (‖first‖ + ‖other‖): 0 is the first model only, 1 the other only"
 
 
 def render_sharing(found: Sharing, num_latents: int) -> RenderableType:

@@ -52,6 +52,27 @@ def test_quantiles_are_values_of_firings(codes, table):
         assert found[latent].tolist() == np.quantile(fired, shares, method="lower").tolist()
 
 
+def test_histograms_count_every_firing(codes, table, empty):
+    some = ALL[::-2]
+    found = codes.histograms(some, 5)
+    for row, latent in enumerate(some):
+        fired = table[:, latent][table[:, latent] > 0]
+        largest = fired.max(initial=0)
+        assert found.bounds_L2[row].tolist() == [0, largest]
+        expected = np.histogram(fired, 5, (0, float(largest) or 1))[0]
+        assert found.counts_LB[row].tolist() == expected.tolist()
+    assert not codes.histograms(ALL[:1], 5).bounds_L2.any()
+    assert empty.histograms(ALL, 5).counts_LB.shape == (LATENTS, 5)
+
+
+def test_a_histogram_begins_below_zero_where_negative_values_fire():
+    zeros = np.zeros(3, np.int64)
+    codes = Codes.of(zeros, np.arange(3), np.array([-1.0, -0.9, 1.0], np.float32), 1, 3)
+    found = codes.histograms(np.zeros(1, np.int64), 4)
+    assert found.bounds_L2.tolist() == [[-1, 1]]
+    assert found.counts_LB.tolist() == [[2, 0, 0, 1]]
+
+
 def test_the_tokens_it_fires_on_most_often(codes, table):
     ids = np.random.default_rng(2).integers(0, 7, PLACES) * 1000
     tokens, shares = codes.favorites(ALL, ids, 3)
@@ -78,7 +99,8 @@ def peaks(table, latent):
 
 
 @pytest.mark.parametrize(("top", "spread"), [(3, 2), (10, 5), (1, 0)])
-def test_contexts(codes, table, top, spread):
+def test_contexts(codes, table, top, spread, monkeypatch):
+    monkeypatch.setattr("saekit.analysis.codes.LATENTS_AT_ONCE", 5)
     found = find_contexts(codes, ALL, CTX_LEN, top, spread)
     assert found.places_LC.shape == (LATENTS, top + spread)
     for latent in ALL:

@@ -10,7 +10,8 @@ import torch
 from saekit.activations import tap
 from saekit.analysis.eval_checkpoint import EvalOptions, prepare
 from saekit.analysis.evaluate import evaluate
-from saekit.analysis.features import gather_features, logit_lens, read_codes
+from saekit.analysis.features import gather_features, read_codes
+from saekit.analysis.lens import logit_lens
 from saekit.analysis.measure import nearest_rows
 from saekit.placement import Single
 

@@ -228,12 +228,12 @@ def test_marks_remedies_and_the_last_line():
     assert "\x1b" not in text
     end = " ".join(text.split("\n\n")[-1].split())
     assert end == (
-        "2 things to fix: torch, cache. Until torch can be imported, saekit train cannot run. 1 note (marked !)."
+        "2 things to fix: torch, cache. saekit train cannot run until torch can be imported. 1 note (marked !)."
     )
 
 
 def test_when_all_is_well():
-    assert shown(WELL).splitlines()[-1] == "Everything that this machine needs is there."
+    assert shown(WELL).splitlines()[-1] == "This machine has everything that saekit needs."
 
 
 def test_long_findings_wrap_beneath_themselves():

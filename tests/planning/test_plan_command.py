@@ -125,7 +125,7 @@ def test_the_table(saekit, llama_3_8b):  # noqa: F811
     assert "layer-map █" in done.out
     assert "74% of 48.0 GiB, fits" in done.out
     assert "106% of 48.0 GiB, does not fit" in done.out
-    assert "Take layer-map" in done.out
+    assert "Use layer-map" in done.out
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_what_other_coders_read_and_write(saekit, model_dir, options, says, site
 def test_where_nothing_fits(saekit, llama_3_8b):  # noqa: F811
     done = saekit("plan", llama_3_8b, "--gpus", 2, "--gpu-memory", "24GiB", "--layers", "0,15,30,31", "--batch-size", 1)
     assert done.code == 0
-    assert "None fits: layer-map needs least and lacks" in done.out
+    assert "None fits: layer-map needs the least memory and lacks" in done.out
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_calibrate_is_kept_reported_and_used(saekit, model_dir, cache, monkeypat
     assert done.code == 0, done.err
     assert "matmul fp32" in done.out
     assert "all-reduce, 2 ranks" in done.out
-    assert f"Kept in {cache}" in done.out.replace("\n", "")
+    assert f"Saved to {cache}" in done.out.replace("\n", "")
     (rates,) = json.loads(cache.read_text(encoding="utf-8"))["devices"].values()
     assert min(*rates["matmul"].values(), rates["bandwidth"], *rates["update"].values()) > 0
     assert min(*rates["network"]["2"].values()) > 0

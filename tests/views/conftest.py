@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
-from saekit.runs.layout import EVAL_FILE
+from saekit.runs.layout import EVAL_FILE, REPORT_FOLDER
+from saekit.views.page.serve import ReportServer
 from tests.analysis.conftest import demo_run  # noqa: F401
 from tests.cli.conftest import saekit  # noqa: F401
 
@@ -21,6 +23,26 @@ def made(demo_run, forked):  # noqa: F811
     done = forked.complete("-m", "saekit", *command, cwd=demo_run.parent)
     assert done.returncode == 0, done.stderr
     return file, done.stdout
+
+
+@pytest.fixture(scope="session")
+def folder(made, demo_run, forked):  # noqa: F811
+    """The same report for `--serve`."""
+    command = ["report", demo_run, "--prepare", "--max-tokens", 3000]
+    done = forked.complete("-m", "saekit", *command, cwd=demo_run.parent)
+    assert done.returncode == 0, done.stderr
+    return (demo_run / "latest").resolve() / REPORT_FOLDER
+
+
+@pytest.fixture(scope="session")
+def server(folder):
+    """A server of it, in this process."""
+    with ReportServer(folder, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +67,23 @@ def chromium():
 @pytest.fixture
 def open_page(chromium, made):
     """Opens the report; afterwards there must have been no message on the console, no error and no request."""
-    contexts, trouble = [], []
+    yield from _opening(chromium, made[0].as_uri(), "file:")
+
+
+@pytest.fixture
+def open_served(chromium, server):
+    """Opens the served report; afterwards there must have been no request to anybody else."""
+    yield from _opening(chromium, server.url, server.url)
+
+
+@pytest.fixture(params=["file", "served"])
+def open_either(request):
+    """One after the other."""
+    return request.getfixturevalue({"file": "open_page", "served": "open_served"}[request.param])
+
+
+def _opening(chromium, url, allowed):
+    contexts, trouble, own = [], [], (allowed, "data:", "blob:")
 
     def opened(address="", **options):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
@@ -53,8 +91,8 @@ def open_page(chromium, made):
         page = context.new_page()
         page.on("console", lambda message: trouble.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("request", lambda request: trouble.append(request.url) if request.url.startswith("http") else None)
-        page.goto(made[0].as_uri() + address)
+        page.on("request", lambda request: request.url.startswith(own) or trouble.append(request.url))
+        page.goto(url + address)
         page.wait_for_selector("#feature[aria-busy=false]")
         return page
 

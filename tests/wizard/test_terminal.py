@@ -110,7 +110,7 @@ def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_
     first = wizard()
     first.answer(("machine", "1", "2"), *small)
     shown = first.asks("placement", "layer-map")
-    assert "Take layer-map" in plain(shown)
+    assert "Use layer-map" in plain(shown)
     for text in ("ddp ", "layer-map ", "zero3 ", "fits", "256 tokens per optimizer step"):
         assert text in shown
     first.send(f"{DOWN}\r")  # the one behind layer-map

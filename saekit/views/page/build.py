@@ -1,45 +1,32 @@
-"""From a checkpoint to its page."""
+"""From a checkpoint to its page: as one file, or as a folder that is served."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
 import numpy as np
-from plotly.offline import get_plotlyjs
 
-from saekit import units
-from saekit._version import __version__
-from saekit.analysis.codes import BEFORE
 from saekit.analysis.defaults import DEFAULT_LATENTS
 from saekit.analysis.eval_checkpoint import EvalOptions, Prepared, evaluate_prepared, prepare
 from saekit.analysis.evaluate import Progress
-from saekit.analysis.features import QUANTILES, TOP, Features, LayerFeatures, gather_features
+from saekit.analysis.features import LayerFeatures, each_layer, read_text
 from saekit.analysis.inspect import Inspection, inspect_path
 from saekit.analysis.subject import of_kinds
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.runs.files import write_at_once
-from saekit.runs.layout import EVAL_FORMAT, METRICS_FILE
-from saekit.runs.metrics import EVALUATION, plain, read_records
-from saekit.views.inspection import what_they_read
-from saekit.views.page.charts import (
-    density_chart,
-    evaluation_charts,
-    layer_charts,
-    relative_chart,
-    sharing_chart,
-    similarity_chart,
-    training_charts,
-)
+from saekit.runs.layout import EVAL_FORMAT
+from saekit.runs.locate import locate
+from saekit.views.page.arrays import Vocabulary, arrays_of, facts_of, nearest, silent_of
+from saekit.views.page.folder import identity
 from saekit.views.page.packing import pack_arrays, token_texts
+from saekit.views.page.render import Content, render_file, render_served
+from saekit.views.page.writing import check_place, new_folder
 
-NOTHING = -1
+Status = Callable[[str], None]
 
 
 def build_report(
@@ -48,10 +35,10 @@ def build_report(
     file: Path,
     placement: Placement,
     latents: int = DEFAULT_LATENTS,
-    status: Callable[[str], None] = lambda text: None,
+    status: Status = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> int:
-    """Evaluate a checkpoint if that was not done yet, look at its features, and write the page.
+    """Evaluate a checkpoint if that was not done yet, look at its features, and write the page as one file.
 
     Args:
         path: A run (its newest checkpoint), a checkpoint, or one SAE's folder.
@@ -68,28 +55,13 @@ def build_report(
     Raises:
         UserError: As `prepare`, and if the file cannot be written or there are several ranks.
     """
-    if placement.world_size > 1:
-        raise UserError("a report is made in one process: start it without a launcher (saekit eval takes several)")
     if not file.parent.is_dir():
         raise UserError(f"--output {file}: there is no folder {file.parent}")
-    inspection = inspect_path(path, status=status, verify=options.verify)
-    known = inspection.evaluation
-    if options.max_tokens is None and known is not None:  # as many tokens of the same data are the same tokens
-        options = replace(options, max_tokens=known["sequences"] * known["ctx_len"])
-    # The files have just been compared with their checksums.
-    prepared = prepare(path, replace(options, verify=False), placement, status)
-    if known is None or not _fits(known, prepared):
-        known = evaluate_prepared(prepared, status, progress).record
-    kinds = [layer.kind for layer in inspection.layers]
-    status(f"Reading the codes of {of_kinds(kinds)}")
-    scales = {
-        layer.hookpoint: [part.scale for part in layer.sharing.parts]
-        for layer in inspection.layers
-        if layer.sharing is not None
-    }
-    features = gather_features(prepared.subject, latents, progress, scales)
+    gathering = Gathering(path, options, placement, status, progress)
+    text = pack_arrays({"ids": gathering.text_ST})
+    blobs = [pack_arrays(arrays | silent) for arrays, silent, _ in gathering.layers(latents)]
     status("Writing the page")
-    page = render_page(inspection, known, features, prepared)
+    page = render_file(gathering.content(), text, blobs)
     try:
         write_at_once(file, page)
     except OSError as error:
@@ -97,66 +69,107 @@ def build_report(
     return file.stat().st_size
 
 
-def render_page(inspection: Inspection, evaluation: dict[str, Any], features: Features, prepared: Prepared) -> str:
-    """Return the page's text."""
-    records, evaluations = _records(inspection)
-    names = [layer.hookpoint for layer in features.layers]
-    figures = {
-        **(training_charts(records, names) if records else {}),
-        **(evaluation_charts(evaluations, records) if records and evaluations else {}),
-        **layer_charts(evaluation),
-        "density": density_chart(evaluation),
-        "similarity": similarity_chart({layer.hookpoint: _nearest(layer) for layer in features.layers}),
+def build_folder(
+    path: Path,
+    options: EvalOptions,
+    folder: Path,
+    placement: Placement,
+    latents: int | None,
+    asked: dict[str, Any],
+    status: Status = lambda text: None,
+    progress: Progress = lambda done, of: None,
+) -> int:
+    """Do the same, but write a folder, layer by layer: of it, `saekit report --serve` reads what is looked at.
+
+    In memory are the model, all coders, and what `each_layer` says.
+
+    Args:
+        path: As for `build_report`, and what is not listed here.
+        options: What to evaluate on.
+        folder: Where the report goes; an earlier one there is replaced when this one is whole.
+        placement: One process.
+        latents: To look at closely, over all layers; None for all.
+        asked: What the caller was asked for, kept in the folder (`folder.fits`).
+        status: Told what is going on.
+        progress: Told how far it is.
+
+    Returns:
+        The folder's size in bytes.
+
+    Raises:
+        UserError: As `build_report`.
+    """
+    locate(path, verify=options.verify)  # so that what is missing is not the folder inside it
+    check_place(folder)
+    gathering = Gathering(path, options, placement, status, progress)
+    with new_folder(folder) as writer:
+        text = writer.add_text(gathering.text_ST)
+        for arrays, silent, facts in gathering.layers(latents):
+            facts["columns"] = writer.add_layer(arrays | silent)
+        status("Writing the page")
+        writer.finish(render_served(gathering.content(), writer.build, text), identity(path), asked)
+    return sum(each.stat().st_size for each in folder.iterdir())
+
+
+class Gathering:
+    """Evaluates a checkpoint if that was not done yet, and reads its features, one layer after another.
+
+    Attributes:
+        text_ST: The text that features are looked at in, int64 `[S, T]`, in numbers of the page's vocabulary.
+    """
+
+    def __init__(
+        self, path: Path, options: EvalOptions, placement: Placement, status: Status, progress: Progress
+    ) -> None:
+        if placement.world_size > 1:
+            raise UserError("a report is made in one process: start it without a launcher (saekit eval takes several)")
+        self._status, self._progress = status, progress
+        self._inspection = inspect_path(path, status=status, verify=options.verify)
+        known = self._inspection.evaluation
+        if options.max_tokens is None and known is not None:  # as many tokens of the same data are the same tokens
+            options = replace(options, max_tokens=known["sequences"] * known["ctx_len"])
+        # The files have just been compared with their checksums.
+        self._prepared = prepare(path, replace(options, verify=False), placement, status)
+        if known is None or not _fits(known, self._prepared):
+            known = evaluate_prepared(self._prepared, status, progress).record
+        self._evaluation = known
+        self._vocabulary = Vocabulary()
+        self._facts: list[dict[str, Any]] = []
+        self._nearest: dict[str, np.ndarray] = {}
+        self.text_ST = self._vocabulary.numbers(read_text(self._prepared.subject))
+
+    def layers(
+        self, latents: int | None
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]]:
+        """Yield of each layer its latents' arrays, the latents that never fired, and its facts."""
+        self._status(f"Reading the codes of {of_kinds([layer.kind for layer in self._inspection.layers])}")
+        for layer in each_layer(self._prepared.subject, latents, self._progress, _scales(self._inspection)):
+            yield self._taken(layer)
+
+    def _taken(self, layer: LayerFeatures) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+        self._facts.append(facts_of(layer, self._evaluation))
+        self._nearest[layer.hookpoint] = nearest(layer)
+        return arrays_of(layer, self._vocabulary), silent_of(layer), self._facts[-1]
+
+    def content(self) -> Content:
+        """Return what the page shows, when all layers have been read."""
+        tokenizer = self._prepared.tokenizer
+        return Content(
+            inspection=self._inspection,
+            evaluation=self._evaluation,
+            layers=self._facts,
+            nearest=self._nearest,
+            tokens=token_texts(tokenizer, self._vocabulary.ids),
+            has_texts=tokenizer is not None,
+        )
+
+
+def _scales(inspection: Inspection) -> dict[str, list[float]]:
+    return {
+        layer.hookpoint: [part.scale for part in layer.sharing.parts]
+        for layer in inspection.layers
+        if layer.sharing is not None
     }
-    found = {each.hookpoint: each.sharing for each in inspection.layers if each.sharing is not None}
-    relative = {name: each.relative for name, each in found.items() if each.relative is not None}
-    if relative:
-        figures["relative"] = relative_chart(relative)
-    for each in found.values() if not relative else ():  # a run has one crosscoder of one model
-        figures["sharing"] = sharing_chart(each)
-    vocabulary = _vocabulary(features)
-    data = {
-        "layers": [_facts(layer, evaluation) for layer in features.layers],
-        "before": BEFORE,
-        "top": TOP,
-        "quantiles": QUANTILES,
-        "vocabulary": token_texts(prepared.tokenizer, vocabulary.tolist()),
-        "has_texts": prepared.tokenizer is not None,
-        "has_lens": any(layer.lens is not None for layer in features.layers),
-    }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("saekit.views.page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["script_json"] = _script_json
-    environment.globals["active"] = units.active
-    environment.globals["of_kinds"] = of_kinds
-    return environment.get_template("report.html.j2").render(
-        name=_name(inspection),
-        inspection=inspection,
-        reading=what_they_read(inspection.layers),
-        evaluation=evaluation,
-        charts=set(figures),
-        figures={name: figure.to_plotly_json() for name, figure in figures.items()},
-        data=data,
-        text=pack_arrays({"ids": _compact(features.ids_ST, vocabulary)}),
-        blobs=[pack_arrays(_arrays(layer, vocabulary)) for layer in features.layers],
-        plotly=get_plotlyjs(),
-        version=__version__,
-    )
-
-
-def _records(inspection: Inspection) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the run's reports and evaluations up to the checkpoint; none without the file."""
-    file = inspection.checkpoint.parent / METRICS_FILE
-    records = read_records(file) if file.is_file() else []
-    records = [record for record in records if inspection.step is None or record["step"] <= inspection.step]
-    reports, evaluations = ([each for each in records if each.get("kind") == kind] for kind in (None, EVALUATION))
-    return reports, evaluations
-
-
-def _name(inspection: Inspection) -> str:
-    """Return the model's: a hub id as it is, of a local folder the last two parts, as a hub id has two."""
-    return "/".join(Path(inspection.model or inspection.checkpoint.name).parts[-2:])
 
 
 def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
@@ -174,78 +187,3 @@ def _fits(record: dict[str, Any], prepared: Prepared) -> bool:
     }
     same_layers = {layer["hookpoint"] for layer in record["layers"]} == set(subject.saes)
     return same_layers and all(record.get(name) == value for name, value in wanted.items())
-
-
-def _facts(layer: LayerFeatures, evaluation: dict[str, Any]) -> dict[str, Any]:
-    (found,) = (each["reconstruction"] for each in evaluation["layers"] if each["hookpoint"] == layer.hookpoint)
-    return {
-        "hookpoint": layer.hookpoint,
-        "num_latents": len(layer.counts_M),
-        "tokens": found["tokens"],
-        "no_lens": layer.no_lens,
-        "parts": [] if layer.part_norms_LH is None else _writes(layer, evaluation),
-    }
-
-
-def _writes(layer: LayerFeatures, evaluation: dict[str, Any]) -> list[str]:
-    (found,) = (each["writes"] for each in evaluation["layers"] if each["hookpoint"] == layer.hookpoint)
-    return list(found)
-
-
-def _nearest(layer: LayerFeatures) -> np.ndarray:
-    """Return each latent's largest cosine with another, `[L]`; 0 in a dictionary of one."""
-    cosines_LN = layer.neighbours.cosines_LN.numpy()
-    return cosines_LN[:, 0] if cosines_LN.shape[1] else np.zeros(len(cosines_LN), np.float32)
-
-
-def _vocabulary(features: Features) -> np.ndarray:
-    """Ids of all tokens that the page shows, ascending."""
-    shown = [features.ids_ST.reshape(-1)]
-    for layer in features.layers:
-        shown.append(layer.favorites_L[layer.favorites_L >= 0])
-        if layer.lens is not None:
-            shown += [layer.lens.promoted_LN.numpy().reshape(-1), layer.lens.suppressed_LN.numpy().reshape(-1)]
-    return np.unique(np.concatenate(shown))
-
-
-def _compact(ids: np.ndarray, vocabulary: np.ndarray) -> np.ndarray:
-    """Places in the page's vocabulary; -1 stays."""
-    return np.where(ids >= 0, np.searchsorted(vocabulary, ids), NOTHING)
-
-
-def _arrays(layer: LayerFeatures, vocabulary: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the data of a layer that `browser.js` reads."""
-    largest_L = layer.quantiles_L[:, -1][:, None, None]
-    with np.errstate(invalid="ignore"):
-        shades = np.ceil(np.nan_to_num(layer.contexts.acts_LCW / largest_L) * 255)
-    arrays = {
-        "latents": layer.latents_L,
-        "counts": layer.counts_M[layer.latents_L],
-        "silent": np.flatnonzero(layer.counts_M == 0),
-        "quantiles": layer.quantiles_L,
-        "places": layer.contexts.places_LC,
-        "acts": layer.contexts.acts_LC,
-        "shades": shades.astype(np.uint8),
-        "favorites": _compact(layer.favorites_L, vocabulary),
-        "shares": layer.shares_L,
-        "neighbours": layer.neighbours.latents_LN.numpy(),
-        "cosines": layer.neighbours.cosines_LN.numpy(),
-    }
-    if layer.part_norms_LH is not None:
-        arrays["norms"] = layer.part_norms_LH.numpy()
-    if layer.lens is not None:
-        arrays |= {
-            "promoted": _compact(layer.lens.promoted_LN.numpy(), vocabulary),
-            "rises": layer.lens.rises_LN.numpy(),
-            "suppressed": _compact(layer.lens.suppressed_LN.numpy(), vocabulary),
-            "falls": layer.lens.falls_LN.numpy(),
-        }
-    return arrays
-
-
-def _script_json(value: Any) -> Any:
-    """JSON for a script element: nothing in it ends the element, and NaN, which JSON lacks, is null."""
-    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for letter in "<>&\u2028\u2029":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return markupsafe.Markup(text)

@@ -26,7 +26,7 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """
     header, planes = [], []
     for name, array in arrays.items():
-        small = _smallest(np.ascontiguousarray(array))
+        small = np.ascontiguousarray(smallest(array))
         shuffled = small.reshape(-1).view(np.uint8).reshape(-1, small.itemsize).T.tobytes()
         header.append({"name": name, "type": small.dtype.name, "shape": list(small.shape), "bytes": len(shuffled)})
         planes.append(shuffled)
@@ -35,7 +35,12 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     return base64.b64encode(gzip.compress(whole, mtime=0)).decode()
 
 
-def _smallest(array: np.ndarray) -> np.ndarray:
+def smallest(array: np.ndarray) -> np.ndarray:
+    """Return integers in the smallest type that holds them, and floats as float32 with `ROUND_TO` bits.
+
+    Raises:
+        ValueError: If integers need more than 32 bits.
+    """
     if array.dtype.kind == "f":
         return _rounded(array.astype("<f4"))
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)

@@ -28,7 +28,9 @@ const near = new IntersectionObserver((entries) => {
     draw(target);
   }
 }, { rootMargin: "400px" });
-charts.forEach((element) => near.observe(element));
+const watch = () => charts.forEach((element) => near.observe(element));
+if (window.Plotly) watch();
+else document.getElementById("plotly").addEventListener("load", watch); // a served page does not wait for its charts
 
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
 let theme = null; // the reader's own choice, if there is one
