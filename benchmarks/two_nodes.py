@@ -209,7 +209,7 @@ def stop_and_resume(work: Path, placement: str, kind: type[Job]) -> dict[str, An
         job = kind(work, placement, options, {})
         codes = job.wait(240)
         assert not any(codes), f"{codes}: {job.said()}"
-        assert job.said().count("Going on from ") == 1, job.said()
+        assert job.said().count("Resuming from ") == 1, job.said()
         assert read_index(work / "run" / "latest")["step"] == 150
     finally:
         job.kill()

@@ -460,7 +460,7 @@ LIST: list[tuple[str, ...]] = [
         "a skipped step moves the counters",
         TRAINER,
         "        placement.skip()\n",
-        "        placement.skip()\n        bank.since_fired_F.copy_(bank._if_it_counts[0])\n",
+        "        placement.skip()\n        bank.since_fired_F.copy_(bank._pending[0])\n",
         "training/test_bad_steps",
     ),
     (
@@ -523,8 +523,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "evaluating moves the global random numbers",
         EVALUATING,
-        "found = self.evaluate(self._look_up)",
-        "found = (__import__('torch').rand(1), self.evaluate(self._look_up))[1]",
+        "found = self.evaluate(self._check_stop)",
+        "found = (__import__('torch').rand(1), self.evaluate(self._check_stop))[1]",
     ),
     (
         "the point is evaluated, not the average that is saved",
@@ -586,8 +586,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "in a short run nothing is ever dead",
         "saekit/training/schedule.py",
-        "min(total_tokens // 50, long, MOST_TOKENS_ASLEEP)",
-        "MOST_TOKENS_ASLEEP",
+        "min(total_tokens // 50, long, MAX_DEAD_THRESHOLD)",
+        "MAX_DEAD_THRESHOLD",
     ),
     (
         "a smaller dictionary learns nothing from its own errors",
@@ -890,7 +890,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "a resumed transcoder goes on from rounded biases",
         STATE,
-        'weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.lost(weights)}',
+        'weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.inexact(weights)}',
         "pass",
         "training/test_resume",
     ),

@@ -13,7 +13,7 @@ from saekit.placement.costs import Size
 from saekit.sae import Sae
 from saekit.sae.kernels import Kernels
 from saekit.training.bank import ONLY_UNIT, bank_of_one
-from saekit.training.frame import crosscoders, transcoders
+from saekit.training.frame import crosscoder_frame, transcoder_frame
 from saekit.training.optimizers import make_optimizer
 from saekit.training.unit import Calibration
 
@@ -46,8 +46,8 @@ class Layer:
             limit = float("inf") if cfg.max_norm_multiple > 0 else None  # as if there were some to exclude
             d_out = size.d_out if size.transcodes else None
             sae = Sae(**cfg.sae.sizes(size.d_in, size.num_latents, d_out), max_norm=limit)
-            frame = transcoders(size.d_in, torch.zeros(size.d_in), 1.0, 1.0) if size.transcodes else None
-            frame = crosscoders([size.d_in], [1.0]) if size.joins else frame
+            frame = transcoder_frame(size.d_in, torch.zeros(size.d_in), 1.0, 1.0) if size.transcodes else None
+            frame = crosscoder_frame([size.d_in], [1.0]) if size.joins else frame
             known = Calibration(torch.zeros(size.d_out), float(size.d_out), limit, frame=frame)
             sae.max_norm_out = limit if size.transcodes else None
         sae.chosen_kernels = kernels
