@@ -36,7 +36,7 @@ def start_zero3() -> World:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            f"--placement zero3 needs DeepSpeed, which cannot be imported ({error}): use another --placement, or see saekit doctor"
+            f"--placement zero3 needs DeepSpeed, which cannot be imported ({error}): install it, or use --placement ddp"
         ) from error
     if not torch.cuda.is_available():
         # This shared-memory operation takes a minute to compile, and there may be no compiler.

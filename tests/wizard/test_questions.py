@@ -140,7 +140,7 @@ def test_several_processes_get_a_launch_file_and_a_placement(answer, model_dir, 
     for placement, kind in (("ddp", "MULTI_GPU"), ("layer-map", "MULTI_GPU"), ("zero3", "DEEPSPEED")):
         draft, asker = answer("3", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2", "ddp2", placement)
         assert asker.problems == [
-            ("placement", "ddp2", "--placement ddp2: with 3 ranks there is ddp, layer-map, zero3")
+            ("placement", "ddp2", "--placement ddp2 is not possible with 3 ranks: choose one of ddp, layer-map, zero3")
         ]
         said = yaml.safe_load(files_of(draft)[targets.launch])
         assert (said["num_processes"], said["distributed_type"]) == (3, kind)
