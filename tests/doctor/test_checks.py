@@ -101,7 +101,7 @@ def test_a_library_within_its_bounds(installed):
 def test_a_library_out_of_bounds(installed, version):
     installed(torch=version)
     found = fixes(library("torch"), "problem", 'pip install "torch>=2.6,<2.14"')
-    assert found.found == f"{version}, and saekit needs >=2.6,<2.14"
+    assert found.found == f"{version}, but saekit needs >=2.6,<2.14"
     assert not found.blocks
 
 
