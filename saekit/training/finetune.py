@@ -143,7 +143,7 @@ def sae_folders(path: Path) -> dict[str, Path]:
         UserError: If there is none.
     """
     if not path.is_dir():
-        hint = "" if path.exists() else " (download SAEs from the hub first, with `hf download`)"
+        hint = "" if path.exists() else ": SAEs on the hub must be downloaded first, with `hf download`"
         raise UserError(f"--finetune {path}: there is no such folder{hint}")
     try:
         return find_sae_folders(path)
