@@ -96,7 +96,7 @@ def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float
 
 
 def load_saes(folder: Path, job: Job) -> dict[str, Sae]:
-    """The SAEs that a training script left, whichever toolkit it is for, by hookpoint in the job's order."""
+    """Load the SAEs that any toolkit's training script has saved, by hookpoint in the job's order."""
     if (folder / "latest").exists():
         folder = folder / "latest"
     if job.crosscode:

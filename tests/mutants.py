@@ -415,7 +415,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "a rank with weights that are not finite leaves the others amid a save",
         STATE,
-        "            broken.append(name)  # go on: other ranks still need this rank's parts of the units that they write\n",
+        "            broken.append(name)  # go on: other ranks need this rank's parts of their units\n",
         "            broken.append(name)\n            break\n",
         "training/test_save_faults",
     ),

@@ -151,7 +151,7 @@ def records(
     broken: list[str] = []
     for name, weights, optimizer_state in placement.each_whole():
         if broken or not are_finite(weights):
-            broken.append(name)  # go on: other ranks still need this rank's parts of the units that they write
+            broken.append(name)  # go on: other ranks need this rank's parts of their units
             continue
         known = run.calibration[name]
         tensors = {
