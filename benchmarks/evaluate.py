@@ -130,10 +130,10 @@ def _of_dictionary_learning(file: Path, job: Job) -> Sae:
 
 
 def _of_the_fork(file: Path, job: Job) -> Sae:
-    """The fork's BatchTopK crosscoder: the same equations once what it does around them is folded into the weights.
+    """Load the fork's BatchTopK crosscoder, with its normalization folded into the weights.
 
-    It centers and scales what it reads, and compares with its threshold a latent's value times the sum of the norms of
-    the latent's decoder rows: so the latent takes that factor into its encoder, and its decoder gives it back.
+    The fork centers and scales its input. It compares the threshold with a latent's value times the sum of the norms of
+    the latent's decoder rows. Here the encoder is multiplied by that sum, and the decoder is divided by it.
     """
     state = torch.load(file, weights_only=True)
     mean_LD, scale_L = state["mean"], state["scale"]

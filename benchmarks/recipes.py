@@ -62,11 +62,11 @@ def transcoder_recipes(steps: int) -> Iterator[Recipe]:
 
 
 def crosscoder_recipes(steps: int) -> Iterator[Recipe]:
-    """Those for crosscoders: both of saekit's ways to select, and a sweep of the fork's BatchTopK crosscoder.
+    """Yield the recipes for crosscoders: two of saekit's selections, and a sweep of the fork's BatchTopK crosscoder.
 
-    As it is, the fork scales all hookpoints by one number, so that those with a large variance are most of the loss.
-    The sweep scales each to the same variance, as saekit does, since a mean of FVUs is compared; the best rate is then
-    tried as the fork has it.
+    By default, the fork scales all hookpoints by one number, so that those with a large variance dominate the loss. The
+    comparison is by the mean of FVUs, so the sweep scales each hookpoint to the same variance, as saekit does. The best
+    learning rate then also runs with the fork's default scaling.
 
     Args:
         steps: Optimizer steps of a run.

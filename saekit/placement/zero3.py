@@ -1,7 +1,4 @@
-"""The placement zero3: every rank holds a shard of every SAE, with DeepSpeed's ZeRO stage 3.
-
-Rajbhandari et al. 2020, arXiv 1910.02054.
-"""
+"""The placement zero3: SAEs are sharded by DeepSpeed's ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.02054)."""
 
 from __future__ import annotations
 

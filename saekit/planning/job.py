@@ -87,7 +87,7 @@ class Job:
 
     @property
     def mixed(self) -> int:
-        """Bytes of a rank's activations that `--mix` keeps, of every hookpoint once; 0 without it."""
+        """Return the bytes of a rank's activations that `--mix` keeps, once per hookpoint; 0 without the option."""
         train = self.cfg.train
         widths = {part.name: part.width for each in self.units for part in each.site.parts}
         rows = self.tokens * train.grad_acc_steps * train.mix

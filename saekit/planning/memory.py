@@ -38,7 +38,7 @@ class Demand:
     mixed: int
     """Bytes of activations that wait for their step (`--mix`)."""
     mixed_away: bool
-    """Whether those are in the machine's memory though there is a GPU."""
+    """Whether these are in the machine's memory although there is a GPU."""
     lm: LmCost
     banks: tuple[LayerCost, ...]
     """By unit, the cost for a chunk of the tokens that it trains on under this placement."""

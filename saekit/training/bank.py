@@ -91,21 +91,26 @@ class Bank:
         self._pending: tuple[Tensor, Tensor] | None = None
         self._step_tokens = 0
 
+        self.units = self._make_units(saes, own)
+
+    def _make_units(self, saes: Sequence[Sae], calibrations: Sequence[Calibration]) -> dict[str, Unit]:
+        """Make the units of this rank, with views of the stacked tensors."""
+        cfg, placement, device = self.cfg, self.placement, self.placement.device
         fired, dead = self.latents.views(self._fired_F), self.latents.views(self._dead_F)
-        self.units = {
+        return {
             name: Unit(
                 name=name,
                 sae=sae,
                 cfg=cfg,
                 backward=partial(placement.backward, name),
-                centre_D=own[number].mean_D.to(device),
+                centre_D=calibrations[number].mean_D.to(device),
                 scales=Scales(self._scales_3U[0, number], self._auxk(number), self._scales_3U[2, number]),
                 sums_7=self._tally.sums_U7[number],
                 mean_D=self._tally.means[number],
                 selection_sums=self._selection_US[number],
                 fired_M=fired[number],
                 may_sync=device.type == "cpu",
-                frame=None if (frame := own[number].frame) is None else frame.to(device),
+                frame=None if (frame := calibrations[number].frame) is None else frame.to(device),
                 dead_M=dead[number] if cfg.revive_alpha > 0 else None,
             )
             for number, (name, sae) in enumerate(zip(self.names, saes, strict=True))

@@ -272,10 +272,7 @@ def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
     if source.sites is not None:
         return source.sites
     if cfg.coder != "SAE":
-        raise UserError(
-            f"{cfg.asked[0]} needs a source with `sites`, and {type(source).__name__} has none: "
-            "train SAEs, or give the source that property"
-        )
+        raise UserError(f"{cfg.asked[0]} needs a source with `sites`, and {type(source).__name__} has none: train SAEs")
     return tuple(map(autoencoder, source.hookpoints))
 
 

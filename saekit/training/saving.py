@@ -40,7 +40,7 @@ How the global batch is split does not matter; `RunPlan.resolved` holds its size
 
 
 NOT_YET = {"mix": 1, "activations": None}
-"""What checkpoints did that are older than the option."""
+"""The values of options in checkpoints that are older than the options."""
 DERIVED = frozenset(
     {"lr", "lr_warmup_steps", "decoder_lr_ratio", "encoder_bias_lr_ratio", "dead_feature_threshold", "num_latents"}
 )

@@ -62,10 +62,7 @@ def calibrate(
     if sample is not None:
         rows = sample.complete()
     if cfg.max_norm_multiple > 0:
-        for site in plan.sites:
-            norms_2R = _norms(site, rows[site.name])
-            limits[site.name] = [cfg.max_norm_multiple * float(norms_R.median()) for norms_R in norms_2R]
-            rows[site.name] = rows[site.name][_within(norms_2R, limits[site.name])]
+        limits = _limit_norms_(plan.sites, rows, cfg.max_norm_multiple)
     finite = all(bool(torch.isfinite(each.sum_squares)) for parts in moments.values() for each in parts)
     pairs = [pair for name, most in limits.items() for pair in zip(longest[name], most, strict=True)]
     if finite and any(norm > most for norm, most in pairs):
@@ -82,6 +79,22 @@ def calibrate(
     measured = {site.name: calibration(site, moments[site.name], limits.get(site.name, [])) for site in plan.sites}
     numbers = placement.gather({name: each.numbers() for name, each in measured.items()})[0]
     return {name: replace(each, **numbers[name]) for name, each in measured.items()}, rows
+
+
+def _limit_norms_(sites: Sequence[Site], rows: dict[str, Tensor], multiple: float) -> dict[str, list[float]]:
+    """Return each site's norm limits, and remove the rows that exceed them from the sample, in place.
+
+    Args:
+        sites: The sites.
+        rows: The sample by site, `[R, W]`.
+        multiple: The limit as a multiple of the median norm.
+    """
+    limits: dict[str, list[float]] = {}
+    for site in sites:
+        norms_2R = _norms(site, rows[site.name])
+        limits[site.name] = [multiple * float(norms_R.median()) for norms_R in norms_2R]
+        rows[site.name] = rows[site.name][_within(norms_2R, limits[site.name])]
+    return limits
 
 
 def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:
