@@ -112,14 +112,14 @@ class Watch:
     def _end(self, *, late: bool) -> None:
         with self._ending:  # the first of two threads; the other one waits here until the process ends
             try:
-                self._speak(late)
+                self._report_or_wait(late)
                 sys.stdout.flush()
             except Exception:  # noqa: BLE001  # the process must end
                 traceback.print_exc()
             finally:
                 os._exit(1)
 
-    def _speak(self, late: bool) -> None:
+    def _report_or_wait(self, late: bool) -> None:
         if self._rank == 0:
             time.sleep(POLL)  # lets other failing ranks record their errors, too
             try:

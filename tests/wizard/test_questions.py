@@ -366,7 +366,7 @@ def test_where_nothing_fits_there_is_advice_and_the_smallest_is_offered(answer, 
 def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text_file, targets, monkeypatch):
     def two_gpus(processes=None):
         if (processes or 0) > 2:
-            raise UserError(f"{processes} processes, but this machine has 2 GPUs")
+            raise UserError(f"{processes} processes need as many GPUs, but this machine has 2")
         return Machine("cuda", processes or 2, 80 * 2**30, "GPU of a kind")
 
     monkeypatch.setattr("saekit.wizard.inputs.detect", two_gpus)

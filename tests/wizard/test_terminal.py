@@ -175,7 +175,7 @@ def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
         running.expect_exact(ASKS[question])  # the same question, and below it the answer, for the user to edit
         running.expect_exact(problem)
         assert f"› {answer}" in plain(running.before)
-        running.expect_exact("Ctrl-U clears it")
+        running.expect_exact("Ctrl-U clears")
         running.expect_exact("Ctrl-C quits")
         running.send(f"{edits.get(question, f'{CLEAR}{right or default}')}\r")
     running.answer(("run", "checkpoints/", ""), ("confirm", "yes", "maybe"))
@@ -311,7 +311,7 @@ def test_yes_asks_nothing_and_prints_the_command_alone(config, tmp_path, model_d
         (("M", "D", "--text-column", "id"), "--text-column 'id'"),
         (("M", "D", "--placement", "ddp"), "--placement ddp needs several processes"),
         (("M", "D", "--gpus", "2"), "give both, or neither"),
-        (("M", "D", "--output", "launch.yaml"), "--output and --launch-file are both launch.yaml"),
+        (("M", "D", "--output", "launch.yaml"), "--output and --launch-file both name launch.yaml"),
     ],
 )
 def test_yes_refuses_what_train_would_refuse(
