@@ -373,9 +373,9 @@ def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text
     beginning = (str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     draft, asker = answer("3", ENTER, *beginning, "ddp")
     assert asker.asked[0] == ("machine", "2")
-    assert "has 2 × GPU of a kind, 80.0 GiB each: one per GPU" in asker.explained["machine"]
+    assert "has 2 × GPU of a kind, 80.0 GiB each: use one process per GPU" in asker.explained["machine"]
     assert asker.told["machine"] == ["2 × GPU of a kind, 80.0 GiB each"]
-    assert "but this machine has 2 GPUs" in asker.problems[0][2]
+    assert "but this machine has 2" in asker.problems[0][2]
     write_files(files_of(draft))
     assert yaml.safe_load(targets.launch.read_text())["use_cpu"] is False
     monkeypatch.undo()  # the same files on a machine without: its number, not theirs
