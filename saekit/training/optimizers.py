@@ -1,4 +1,4 @@
-"""The optimizers of coders, behind the protocol `LayerOptimizer`."""
+"""The optimizers of coders, which implement the protocol `LayerOptimizer`."""
 
 from __future__ import annotations
 
