@@ -13,8 +13,8 @@ from saekit.training.prepared import PreparedOptimizer
 class ScheduleFreeSignum(PreparedOptimizer):
     """Schedule-free sign descent (Defazio et al. 2024, "The Road Less Scheduled", arXiv 2405.15682, equations 3-5).
 
-    It has three sequences: `z` takes the steps, `x` is the weighted mean of `z`, and gradients are taken at `y`, which is
-    between them:
+    It has three sequences: `z` takes the steps, `x` is the weighted mean of `z`, and gradients are taken at `y` between
+    the two:
 
         z' = z − lr · sign(∇f(y))
         x' = (1 − c) x + c z'        c = lr² / Σ lr²

@@ -107,7 +107,8 @@ def test_a_first_batch_that_overflows_is_refused(with_sinks, sink_llama, multipl
 
 def test_calibration_is_of_the_others(with_sinks, sink_llama):
     folder = with_sinks(init="fit").fit()
-    ((input_ids, _),) = with_sinks("again").source.read(0)
+    (micro,) = with_sinks("again").source.read(0)
+    input_ids = micro.ids
     kept = ~torch.isin(input_ids, torch.tensor([0, 1]))
     with torch.no_grad():
         hidden = sink_llama.model(input_ids, output_hidden_states=True).hidden_states
