@@ -1,13 +1,13 @@
-"""What saving and loading a checkpoint costs, compared with writing and reading the same bytes with safetensors alone.
+"""Measures saving and loading a checkpoint, compared with writing and reading the same bytes with safetensors alone.
 
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --dir /mnt/scratch --layers 8
 
 The bank is that of a real run: SAEs and their Adam moments after two optimizer steps on a random language model. Each
-round does, one after the other: `save_file` of every layer's tensors, with and without waiting for the disk; a save of
-ours, which waits for the disk, computes checksums, writes the index and deletes the checkpoint before; `load_file` of
-the same files; and finding, checking and restoring ours. Peak memory is what the process's resident set grew by.
-Ends with code 1 where saving costs more than 1.3 × the same bytes, both on the disk when it is over.
+round runs these one after the other: `save_file` of every layer's tensors, with and without waiting for the disk;
+saekit's save, which waits for the disk, computes checksums, writes the index and deletes the previous checkpoint;
+`load_file` of the same files; and finding, checking and restoring saekit's checkpoint. Peak memory is the growth of the
+process's resident set. Exits with code 1 if saving costs more than 1.3 × writing and flushing the same bytes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from saekit.training import state, trainer
 from saekit.training.saving import Saver
 
 LIMIT = 1.3
+"""The largest ratio of the time of a save to that of writing the same bytes."""
 CTX_LEN = 64
 console = Console()
 
@@ -48,9 +49,11 @@ def main(
     layers: Annotated[int, typer.Option(help="SAEs in the bank.", min=1)] = 4,
     width: Annotated[int, typer.Option(help="Model width.")] = 512,
     latents: Annotated[int, typer.Option(help="Latents per SAE.")] = 16384,
-    rounds: Annotated[int, typer.Option(help="Times everything is measured; medians count.", min=1)] = 9,
-    dir: Annotated[Path | None, typer.Option(help="The disk; by default the one of temporary files.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "checkpoint.json",
+    rounds: Annotated[int, typer.Option(help="Rounds of measurements; the result is their median.", min=1)] = 9,
+    dir: Annotated[
+        Path | None, typer.Option(help="Folder on the disk to measure; by default the one for temporary files.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File for the results.")] = HERE / "results" / "checkpoint.json",
 ) -> None:
     """Measure saving and loading."""
     with tempfile.TemporaryDirectory(prefix="saekit-checkpoint-", dir=dir) as work:
@@ -65,7 +68,7 @@ def main(
         measured: dict[str, list[dict[str, float]]] = {}
         for number in range(rounds + 1):
             done = one_round(saver, files, folder)
-            for name, each in done.items() if number else ():  # the first is for warming up
+            for name, each in done.items() if number else ():  # the first round is a warm-up
                 measured.setdefault(name, []).append(each)
     result = {
         name: {
@@ -98,7 +101,7 @@ def main(
 
 
 def a_run(layers: int, width: int, latents: int, folder: Path) -> Saver:
-    """Train two steps and keep what saves them."""
+    """Train for two steps and return the run's `Saver`."""
     made: list[Saver] = []
     trainer.Saver = lambda *args: made.append(Saver(*args)) or made[0]  # type: ignore[assignment,func-returns-value]
     torch.manual_seed(0)
@@ -112,11 +115,11 @@ def a_run(layers: int, width: int, latents: int, folder: Path) -> Saver:
 
 
 def one_round(saver: Saver, files: dict[Path, dict[str, torch.Tensor]], folder: Path) -> dict[str, dict[str, float]]:
-    """Everything once."""
+    """Measure everything once: return seconds and peak bytes by name."""
     plain = folder / "plain"
 
     def write(flush: bool) -> None:
-        shutil.rmtree(plain, ignore_errors=True)  # as a save deletes the checkpoint before it
+        shutil.rmtree(plain, ignore_errors=True)  # a save also deletes the previous checkpoint
         for name, tensors in files.items():
             (plain / name).parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, plain / name)
@@ -139,9 +142,9 @@ def one_round(saver: Saver, files: dict[Path, dict[str, torch.Tensor]], folder: 
 
 
 def measure(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, and bytes by which the resident set grew at most."""
+    """Return the seconds of some work, and the largest growth of the resident set in bytes."""
     os.sync()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = resident("VmRSS")
     start = time.perf_counter()
     kept = work()
@@ -151,24 +154,24 @@ def measure(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def resident(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def load_copy(file: Path) -> dict[str, torch.Tensor]:
-    """A file's tensors in memory of their own."""
+    """Load a file's tensors and copy them, so that they are not mapped from the file."""
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def flush_file(file: Path) -> None:
-    """Wait until the disk has it."""
+    """Wait until a file is on the disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def table(result: dict[str, dict[str, float]], largest_layer: int) -> Table:
-    """Medians."""
+    """Make a table of the medians."""
     shown = Table("", caption=f"one layer: {largest_layer / 1e6:.0f} MB", title_justify="left")
     for column in ("s per GB", "peak MB"):
         shown.add_column(column, justify="right")

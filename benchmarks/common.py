@@ -1,4 +1,4 @@
-"""What the benchmarks share: data made of text that is at hand, an environment for the peer, subprocesses, hardware."""
+"""What the benchmarks share: data from local text, environments for the peers, subprocesses, hardware."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ PEERS = {
     "dictionary-learning fork": "dictionary_learning @ git+https://github.com/jkminder/dictionary_learning"
     "@48debb2707c7c1409fcead66dea3b4118e343afa",
 }
-"""What is installed for each peer, into an environment of its own: they want different releases of the same things."""
+"""The package of each peer. Each has its own environment, since they need different releases of the same packages."""
 LOG_LINES = 30
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; the same file is handed to every toolkit's script."""
+    """One training run. Every toolkit's script gets the same file."""
 
     model: str
     """Folder of the language model."""
     data: str
-    """Folder of the training sequences (`save_to_disk`), in the order in which they are to be visited."""
+    """Folder of the training sequences (`save_to_disk`), in training order."""
     out: str
     """Folder for the SAEs, one folder per hookpoint."""
     hookpoints: list[str]
@@ -48,29 +48,28 @@ class Job:
     """Sequences per optimizer step."""
     exclude_tokens: list[int]
     seed: int
-    """Of the initial weights."""
+    """The seed of the initial weights."""
     settings: dict[str, Any]
-    """Options by the toolkit's own names; what is not here stays at the toolkit's default."""
+    """Options by the toolkit's own names. Other options keep the toolkit's defaults."""
     reads: list[str] | None = None
-    """Of transcoders: what is read for each hookpoint, which is predicted; None for SAEs."""
+    """For transcoders: the hookpoint that is read to predict each of `hookpoints`. None for others."""
     crosscode: bool = False
-    """Whether one crosscoder reads and writes all hookpoints, instead of an SAE for each."""
+    """Whether one crosscoder reads and writes all hookpoints, instead of one SAE per hookpoint."""
 
 
 def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, folder: Path, seed: int = 0) -> Path:
-    """Tokenize Python's own standard library, split by documents, and save `train` and `heldout` below `folder`.
+    """Tokenize Python's standard library, split it by documents, and save `train` and `heldout` in `folder`.
 
-    A random twentieth of the documents is held out. The sequences of each part are shuffled once, here; a toolkit
-    that trains on them must not shuffle again. A text that is too short is read several
-    times, each time in another order.
+    A random twentieth of the documents is held out. The sequences of each part are shuffled here, so a toolkit that
+    trains on them must not shuffle again. If the text is too short, it is repeated, each time in another order.
 
     Args:
-        tokenizer: The language model's.
+        tokenizer: The language model's tokenizer.
         ctx_len: Tokens per sequence.
         train: Sequences to train on.
-        held_out: Sequences to evaluate on, at most.
-        folder: Where the two data sets go.
-        seed: Of the split and of both orders.
+        held_out: The largest number of sequences to evaluate on.
+        folder: The folder for the two data sets.
+        seed: The seed of the split and of both orders.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -92,7 +91,7 @@ def prepare_tokens(tokenizer: Any, ctx_len: int, train: int, held_out: int, fold
 
 
 def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
-    """The Python that has a peer: the one given, or that of an environment next to this file, made where missing."""
+    """Return the Python of a peer: the given one, or that of an environment next to this file, made if missing."""
     if given is not None:
         return given
     folder = HERE / (".venv-peers" if peer == "sparsify" else f".venv-peers-{peer.replace(' ', '-')}")
@@ -103,23 +102,25 @@ def peer_python(given: Path | None, say: Any, peer: str = "sparsify") -> Path:
         venv.create(folder, with_pip=True, clear=True)
         import transformers
 
-        # torch first, so that the peer's own looser bound does not choose it, and as here: another release has other
-        # matmuls, or needs another driver of a GPU. transformers as here, so that all read the same activations. torch
-        # again with them, or something that the peer needs replaces it.
+        # Install torch first, in the version of this environment, so that the peer's looser bound does not choose
+        # another release, with other matmuls or for another GPU driver. Install transformers in the version of this
+        # environment, so that all toolkits read the same activations. Name torch again with them, so that no dependency
+        # of the peer replaces it.
         same_torch = f"torch=={torch.__version__.partition('+')[0]}"
         for packages in ([same_torch], [same_torch, PEERS[peer], f"transformers=={transformers.__version__}", "numpy"]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        # It is installed for pictures, as a build that may not fit torch's; transformers then fails to import.
+        # torchvision is installed for images, in a build that may not fit torch, and then transformers cannot be
+        # imported.
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
         finished.touch()
     return python
 
 
 def run_script(python: Path | str, script: str, *arguments: str | Path) -> float:
-    """Run a script of this folder in a process of its own, offline and on the CPU; returns its wall time in seconds.
+    """Run a script of this folder in its own process, offline and on the CPU. Return its wall time in seconds.
 
     Raises:
-        RuntimeError: With the end of its output, if it fails.
+        RuntimeError: If it fails. The message contains the end of its output.
     """
     env = os.environ | OFFLINE | {"SPARSIFY_DISABLE_TRITON": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = time.perf_counter()
@@ -139,10 +140,10 @@ def run_script(python: Path | str, script: str, *arguments: str | Path) -> float
 
 
 def json_from(python: Path | str, script: str, job: dict[str, Any], folder: Path, **env: str) -> dict[str, Any]:
-    """What a worker of this folder prints, its last line being JSON, for a job.
+    """Run a worker of this folder on a job, and return the last line of its output, read as JSON.
 
     Raises:
-        RuntimeError: With the end of its output, if it fails.
+        RuntimeError: If it fails. The message contains the end of its output.
     """
     file = folder / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
@@ -162,15 +163,15 @@ def json_from(python: Path | str, script: str, job: dict[str, Any], folder: Path
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most of repeated measurements."""
+    """Return the median, minimum and maximum of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def activations(tokens: int, d_in: int, seed: int = 0) -> torch.Tensor:
-    """Made-up residual-stream activations `[tokens, d_in]`, float32: sums of a few of 4·D directions, and noise.
+    """Make synthetic residual-stream activations, float32 `[tokens, d_in]`: sums of a few of 4·D directions, and noise.
 
-    Directions are drawn with frequencies like 1 / rank, so that some latents will fire far more often than others,
-    as with a language model; all of equal frequency would flatter a tool that sorts by latent.
+    Directions are drawn with frequencies proportional to 1 / rank, so that some latents fire far more often than
+    others, as with a language model. Equal frequencies would favor a tool that sorts by latent.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(4 * d_in, d_in, generator=generator) / d_in**0.5
@@ -183,7 +184,7 @@ def activations(tokens: int, d_in: int, seed: int = 0) -> torch.Tensor:
 
 
 def auto_type(size: str, device: torch.device) -> str:
-    """What `--select-dtype auto` comes to for a size, D,M,k,N: on a CPU measured, or remembered."""
+    """Return the type that `--select-dtype auto` chooses for a size D,M,k,N. On a CPU it is measured, or cached."""
     from saekit.sae.kernels import auto_backend, likely_type
     from saekit.sae.kernels.fastest import Work, fastest, seconds_by_type
 
@@ -195,7 +196,7 @@ def auto_type(size: str, device: torch.device) -> str:
 
 
 def train(python: Path | str, script: str, job: Job) -> float:
-    """Run a training script on `job`; returns its wall time in seconds, start-up included."""
+    """Run a training script on `job`. Return its wall time in seconds, including start-up."""
     out = Path(job.out)
     out.mkdir(parents=True)
     file = out.parent / f"{out.name}.job.json"
@@ -204,7 +205,7 @@ def train(python: Path | str, script: str, job: Job) -> float:
 
 
 def versions(python: Path | str) -> dict[str, str]:
-    """Versions of Python and of the packages that matter, in the environment of `python`."""
+    """Return the versions of Python and of relevant packages in the environment of `python`."""
     code = (
         "import json, platform\n"
         "from importlib.metadata import PackageNotFoundError, version\n"
@@ -219,7 +220,7 @@ def versions(python: Path | str) -> dict[str, str]:
 
 
 def fingerprint(model: Path) -> str:
-    """Which weights a model folder holds: the start of their SHA-256."""
+    """Return an id of the weights in a model's folder: the start of their SHA-256."""
     digest = hashlib.sha256()
     for file in sorted(model.glob("*.safetensors")):
         digest.update(file.read_bytes())
@@ -227,7 +228,7 @@ def fingerprint(model: Path) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers were measured on; nothing that names the machine."""
+    """Describe the hardware of the measurements, without anything that identifies the machine."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),

@@ -1,4 +1,4 @@
-"""One evaluator for the SAEs of all toolkits, saekit's: the others' weights are put into its `Sae` first."""
+"""Evaluates the SAEs of all toolkits with saekit: loads the other toolkits' weights into `Sae` first."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from saekit.sae.model import around
 from saekit.sae.selection.batchtopk import BatchTopK
 
 LENGTHS_FROM = 64
-"""Sequences."""
+"""The number of sequences that the norm limits are measured on."""
 GRAFTED_TOKENS = 25_000
-"""This many are read with the reconstructions in the language model, which takes three passes per layer."""
+"""The number of tokens that are read with reconstructions spliced in, which takes three passes per layer."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Where activations come from."""
+    """The language model and the data that activations come from."""
 
     model: Any
     predicts: Any
@@ -40,7 +40,7 @@ class Reading:
     exclude_tokens: list[int]
 
     def evaluate(self, saes: dict[str, Sae], tokens: int | None) -> Evaluation:
-        """What `saekit eval` finds: on the first `tokens` with the language model, or on all of them without."""
+        """Return what `saekit eval` finds on the first `tokens`, spliced in, or on all tokens without splicing."""
         data, excluded = self.data, torch.tensor(self.exclude_tokens)
         objective, name = None, "none"
         if tokens is not None:
@@ -60,7 +60,7 @@ class Reading:
 
 @torch.inference_mode()
 def longest(reading: Reading) -> dict[str, float]:
-    """How long the activations are at most that SAEs are measured on, the same for all toolkits: 10 median norms."""
+    """Return the norm above which tokens are excluded from the evaluation of all toolkits: 10 median norms."""
     first = sequences(reading.data.select(range(min(LENGTHS_FROM, len(reading.data)))))
     ids = first.read(np.arange(len(first)))
     kept = ~torch.isin(ids, torch.tensor(reading.exclude_tokens))
@@ -69,12 +69,12 @@ def longest(reading: Reading) -> dict[str, float]:
 
 
 def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float | None]]:
-    """How good each layer's SAE is on held-out tokens.
+    """Evaluate each layer's SAE on held-out tokens.
 
     Returns:
-        By hookpoint, or for the crosscoder, which also has the FVU of each of its hookpoints: `fvu`, `l0` and `dead`
-        (the share of latents that fired on none of the tokens) over all held-out tokens; `ce_recovered` and `kl` over
-        the first of them, None for a language model without a head.
+        By hookpoint: `fvu`, `l0` and `dead` (the share of latents that never fired) over all held-out tokens;
+        `ce_recovered` and `kl` over the first `GRAFTED_TOKENS`, None for a language model without a head. For a
+        crosscoder, one entry, which also has the FVU of each of its hookpoints.
     """
     if set(saes) != {CROSSCODER}:
         for name, limit in longest(reading).items():
@@ -96,7 +96,7 @@ def measure(reading: Reading, saes: dict[str, Sae]) -> dict[str, dict[str, float
 
 
 def load_saes(folder: Path, job: Job) -> dict[str, Sae]:
-    """The SAEs that a training script left, whichever toolkit it is for, by hookpoint in the job's order."""
+    """Load the SAEs that any toolkit's training script has saved, by hookpoint in the job's order."""
     if (folder / "latest").exists():
         folder = folder / "latest"
     if job.crosscode:
@@ -111,9 +111,9 @@ def load_saes(folder: Path, job: Job) -> dict[str, Sae]:
 
 
 def _of_dictionary_learning(file: Path, job: Job) -> Sae:
-    """dictionary-learning's TopK or BatchTopK SAE: the same equations, with the decoder the other way round.
+    """Load dictionary-learning's TopK or BatchTopK SAE, which has the same equations and a transposed decoder.
 
-    Of its BatchTopK SAE's code `Sae` keeps the 4k largest values of a token, more than it has except for rare tokens.
+    For BatchTopK, `Sae` keeps the 4k largest values of a token. Only rare tokens have more.
     """
     state = torch.load(file, weights_only=True)
     tensors = {
@@ -123,17 +123,17 @@ def _of_dictionary_learning(file: Path, job: Job) -> Sae:
         "b_dec": state["b_dec"],
     }
     num_latents, d_in = tensors["W_enc"].shape
-    # Its TopK SAEs keep a threshold, too, and do without it.
+    # TopK SAEs are saved with a threshold, too, but do not use it.
     by_threshold = job.settings.get("sae", {}).get("activation") == "batchtopk"
     selection = BatchTopK(job.k, num_latents, float(state["threshold"])) if by_threshold else "topk"
     return around(tensors, d_in=d_in, num_latents=num_latents, k=job.k, selection=selection)
 
 
 def _of_the_fork(file: Path, job: Job) -> Sae:
-    """The fork's BatchTopK crosscoder: the same equations once what it does around them is folded into the weights.
+    """Load the fork's BatchTopK crosscoder, with its normalization folded into the weights.
 
-    It centers and scales what it reads, and compares with its threshold a latent's value times the sum of the norms of
-    the latent's decoder rows: so the latent takes that factor into its encoder, and its decoder gives it back.
+    The fork centers and scales its input. It compares the threshold with a latent's value times the sum of the norms of
+    the latent's decoder rows. Here the encoder is multiplied by that sum, and the decoder is divided by it.
     """
     state = torch.load(file, weights_only=True)
     mean_LD, scale_L = state["mean"], state["scale"]

@@ -1,13 +1,14 @@
-"""Runs over ranks on one GPU: NCCL with one rank, gloo with two, each against a run that nothing disturbs.
+"""Tests ranks on one GPU: one rank with NCCL, two with gloo, each compared with an undisturbed run.
 
     python benchmarks/gpu_ranks.py                     on the CUDA device
-    python benchmarks/gpu_ranks.py --cpu               the same drills with gloo, to see that they work
+    python benchmarks/gpu_ranks.py --cpu               the same drills on the CPU with gloo, to test this script
 
-One rank with NCCL, under each placement: a run with `--eval-every`; the same run, ended by SIGUSR1 amid its steps and
-resumed, must report the same numbers. Under zero3 also with `--shard-lm` and with everything offloaded. Two ranks on
-the one GPU speak gloo, since NCCL refuses that: their tensors are CUDA's, and their numbers those of one process.
+One rank with NCCL, under each placement: a run with `--eval-every`, and the same run, stopped by SIGUSR1 between its
+steps and resumed, which must report the same numbers. Under zero3 also with `--shard-lm`, and with everything
+offloaded. Two ranks on one GPU use gloo, since NCCL does not allow that. Their tensors are on the GPU, and their
+numbers must be those of one process.
 
-Prints a row per drill, writes JSON with --out, and ends with code 1 where one failed.
+Prints one row per drill, writes JSON with --out, and exits with code 1 if a drill failed.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ from saekit.runs.metrics import EVALUATION, read_metrics
 
 STEPS, GLOBAL_BATCH, CTX_LEN = 40, 8, 64
 PATIENCE = 180
-"""Seconds that a run may take."""
+"""The time limit of a run, in seconds."""
 SAME = 1e-3
-"""Relative difference of FVUs that the order of summation may make over these steps, in float32."""
+"""The largest relative difference of FVUs that the order of float32 sums may cause over these steps."""
 GLOO_RANK = (
     "import accelerate.utils as utils; "
     "kwargs = utils.InitProcessGroupKwargs; "
     "utils.InitProcessGroupKwargs = lambda **given: kwargs(**{**given, 'backend': 'gloo'}); "
     "from saekit.cli import main; main()"
 )
-"""A rank that speaks gloo, although it has a GPU."""
+"""The code of a rank that uses gloo although it has a GPU."""
 console = Console()
 
 
 class DrillError(Exception):
-    """A drill did not go as it should; says how."""
+    """Raised if a drill fails; the message says how."""
 
 
 class Bench:
-    """The model, the data, and how runs are started."""
+    """Makes a model and data, and starts runs on them."""
 
     def __init__(self, folder: Path, cpu: bool) -> None:
         from datasets import Dataset
@@ -72,7 +73,7 @@ class Bench:
         Dataset.from_dict({"input_ids": rows[-40:]}).save_to_disk(folder / "held_out")
 
     def command(self, name: str, ranks: int, *options: object) -> list[str]:
-        """`train ...`: the same global batch on any number of ranks."""
+        """Return the words of `train ...`, with the same global batch for any number of ranks."""
         sizes = ["--ctx-len", CTX_LEN, "--batch-size", GLOBAL_BATCH // ranks, "--num-latents", 512, "--k", 8]
         exact = ["--dtype", "float32", "--select-dtype", "fp32", "--lr", 1e-3, "--log-every", 1, "--save-every", 10]
         place = ["--save-dir", self.folder, "--run-name", name]
@@ -80,12 +81,12 @@ class Bench:
         return [str(part) for part in (*data, *sizes, *exact, *place, *options)]
 
     def environment(self, **more: object) -> dict[str, str]:
-        """Of every process: plain lines, no network, and no GPU where there is to be none."""
+        """Return the environment of every process: plain lines, no network, and no GPU with `--cpu`."""
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.cpu else {}
         return os.environ | OFFLINE | hidden | {name: str(value) for name, value in ({"CI": "true"} | more).items()}
 
     def start(self, launcher: list[object], command: list[str], **more: object) -> subprocess.Popen[str]:
-        """Start a process whose output is kept in one piece."""
+        """Start a process with stdout and stderr in one pipe."""
         whole = [sys.executable, *map(str, launcher), *command]
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -93,21 +94,21 @@ class Bench:
         )
 
     def run(self, *processes: subprocess.Popen[str]) -> None:
-        """Wait for the end of all."""
+        """Wait for all processes, and raise an error if one failed."""
         said = [each.communicate(timeout=PATIENCE)[0] for each in processes]
         codes = [each.returncode for each in processes]
         if any(codes):
             raise DrillError(f"exit codes {codes}: {said[0].strip()[-1500:]}")
 
     def fvus(self, name: str) -> list[list[float]]:
-        """FVU of each layer in each report of a run."""
+        """Return the FVU of each layer in each report of a run."""
         steps = read_metrics(self.folder / name / "metrics.jsonl")
         if len(steps) != STEPS:
             raise DrillError(f"{name} reported {len(steps)} steps instead of {STEPS}")
         return [[layer["fvu"] for layer in each["layers"].values()] for each in steps]
 
     def compare(self, name: str, other: str, tolerance: float) -> str:
-        """Hold the reports of one run to those of another; the largest relative difference."""
+        """Compare the reports of two runs, and describe the largest relative difference of their FVUs."""
         pairs = zip(*(chain.from_iterable(self.fvus(each)) for each in (name, other)), strict=True)
         difference = max(abs(one - two) / two for one, two in pairs)
         if not difference <= tolerance:
@@ -115,19 +116,19 @@ class Bench:
         return f"FVUs differ by {difference:.1e}"
 
     def torchrun(self, name: str, *options: object) -> subprocess.Popen[str]:
-        """One rank, started by torchrun: with NCCL where there is a GPU."""
+        """Start one rank with torchrun, which uses NCCL on a GPU."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1, "-m", "saekit"]
         return self.start(launcher, self.command(name, 1, *options))
 
     def accelerate(self, name: str, launch_file: str, *options: object) -> subprocess.Popen[str]:
-        """One rank, started by accelerate with one of our launch files."""
+        """Start one rank with accelerate and one of saekit's launch files."""
         file = HERE.parent / "accelerate_configs" / launch_file
         launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", 1]
         launcher += ["--main_process_port", 0, *(["--gpu_ids=-1,-1"] if self.cpu else []), "-m", "saekit"]
         return self.start(launcher, self.command(name, 1, *options))
 
     def gloo(self, name: str, *options: object) -> list[subprocess.Popen[str]]:
-        """Two ranks with gloo, each of which takes itself for the first of a machine, and so takes the first GPU."""
+        """Start two ranks with gloo. Each is local rank 0 according to its environment, so both use the first GPU."""
         port, command = random.randint(20_000, 30_000), self.command(name, 2, *options)
         where = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
         return [
@@ -137,13 +138,13 @@ class Bench:
 
 
 def alone(bench: Bench) -> str:
-    """One process that no launcher started: what the others are held to."""
+    """Run one process without a launcher, the reference for the other drills."""
     bench.run(bench.start(["-m", "saekit"], bench.command("alone", 1)))
     return f"FVU {bench.fvus('alone')[-1][-1]:.4f}"
 
 
 def whole(bench: Bench, placement: str) -> str:
-    """A run under a placement, with evaluations."""
+    """Run one rank under a placement, with evaluations."""
     name = f"whole-{placement}"
     options = ["--eval-every", 20, "--eval-dataset", bench.folder / "held_out", "--eval-tokens", 40 * CTX_LEN]
     bench.run(bench.torchrun(name, "--placement", placement, *options))
@@ -154,7 +155,7 @@ def whole(bench: Bench, placement: str) -> str:
 
 
 def stopped(bench: Bench, placement: str) -> str:
-    """USR1 amid the steps ends it with a checkpoint; it goes on and reports the same numbers."""
+    """Stop a run with SIGUSR1 between its steps, resume it, and check that it reports the same numbers."""
     name, options = f"stopped-{placement}", ["--placement", placement]
     running = bench.torchrun(name, *options)
     metrics, until = bench.folder / name / "metrics.jsonl", time.monotonic() + PATIENCE
@@ -163,7 +164,7 @@ def stopped(bench: Bench, placement: str) -> str:
             raise DrillError(f"no five steps: {running.communicate()[0][-1500:]}")
         time.sleep(0.02)
     (rank,) = ranks_of(running.pid)
-    os.kill(rank, signal.SIGUSR1)  # as a scheduler signals every process; torchrun itself would pass it on or die
+    os.kill(rank, signal.SIGUSR1)  # to the rank, as a scheduler does; torchrun would pass it on, or end
     running.communicate(timeout=PATIENCE)
     step = json.loads((bench.folder / name / "latest" / "checkpoint.json").read_text("utf-8"))["step"]
     if not 5 <= step < STEPS:
@@ -173,31 +174,31 @@ def stopped(bench: Bench, placement: str) -> str:
 
 
 def ranks_of(pid: int) -> list[int]:
-    """Processes that a launcher has started and that run saekit."""
+    """Return the processes that a launcher has started and that run saekit."""
     return [each.pid for each in psutil.Process(pid).children() if "saekit" in " ".join(each.cmdline())]
 
 
 def sharded(bench: Bench) -> str:
-    """The language model is sharded, too."""
+    """Run with a sharded language model."""
     bench.run(bench.torchrun("sharded", "--placement", "zero3", "--shard-lm"))
     return bench.compare("sharded", "alone", SAME)
 
 
 def offloaded(bench: Bench) -> str:
-    """Parameters and optimizer states lie in the machine's memory."""
+    """Run with parameters and optimizer states in the machine's memory."""
     bench.run(bench.accelerate("offloaded", "zero3_offload.yaml"))
     return bench.compare("offloaded", "alone", SAME)
 
 
 def two(bench: Bench, placement: str) -> str:
-    """Two ranks with gloo on one device."""
+    """Run two ranks with gloo on one device."""
     name = f"two-{placement}"
     bench.run(*bench.gloo(name, "--placement", placement))
     return bench.compare(name, "alone", SAME)
 
 
 def drills() -> Iterator[tuple[str, Callable[[Bench], str]]]:
-    """Name and function of each, in an order in which each has what it is compared to."""
+    """Yield the name and the function of each drill. Runs that others are compared with come first."""
     yield "alone", alone
     for placement in ("ddp", "layer-map", "zero3"):
         yield f"one rank, {placement}", lambda bench, name=placement: whole(bench, name)
@@ -209,7 +210,7 @@ def drills() -> Iterator[tuple[str, Callable[[Bench], str]]]:
 
 
 class Outcome(NamedTuple):
-    """How a drill went."""
+    """The outcome of a drill."""
 
     ok: bool
     said: str
@@ -217,7 +218,7 @@ class Outcome(NamedTuple):
 
 
 def tried(drill: Callable[[Bench], str], bench: Bench) -> Outcome:
-    """Run a drill; what goes wrong in it is an outcome."""
+    """Run a drill and return its outcome. An error in it is an outcome, too."""
     began = time.perf_counter()
     try:
         ok, said = True, drill(bench)
@@ -227,13 +228,13 @@ def tried(drill: Callable[[Bench], str], bench: Bench) -> Outcome:
 
 
 def main(
-    cpu: Annotated[bool, typer.Option("--cpu", help="Without the GPU, with gloo everywhere.")] = False,
-    only: Annotated[str, typer.Option(help="Drills whose names contain this; `alone` is always run.")] = "",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run on the CPU, with gloo everywhere.")] = False,
+    only: Annotated[str, typer.Option(help="Run drills whose names contain this; `alone` always runs.")] = "",
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
-    """Run all drills and print what came of each."""
+    """Run all drills and print their outcomes."""
     if not cpu and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no CUDA device: --cpu runs the drills without one")
+        raise typer.BadParameter("there is no CUDA device: use --cpu")
     found: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         bench = Bench(Path(folder), cpu)

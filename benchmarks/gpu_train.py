@@ -1,10 +1,10 @@
-"""saekit's whole trainer alone, on one GPU: tokens per second, and where the host waits for the device in each step.
+"""Measures saekit's trainer on one GPU: tokens per second, and where the host waits for the device in each step.
 
     python benchmarks/gpu_train.py --width 1024 --layers 8
-    python benchmarks/gpu_train.py --cpu --width 64 --layers 2      to see that it works; nothing waits there
+    python benchmarks/gpu_train.py --cpu --width 64 --layers 2      to test this script; a CPU has no waits
 
-Waits are what `torch.cuda.set_sync_debug_mode("warn")` reports, by the line of saekit that asked for them. They are
-counted in one run, rates taken in others: with a report after every step, and with one after 20.
+Waits are what `torch.cuda.set_sync_debug_mode("warn")` reports, by the line of saekit that causes them. One run counts
+waits. Two others measure rates: with a report after every step, and with a report every 20 steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ console = Console()
 
 
 class Steps(Reporters):
-    """Takes the time of every report and, if asked to, counts waits after the warm-up."""
+    """Notes the time of every report and, with `count_waits`, counts waits after the warm-up."""
 
     def __init__(self, count_waits: bool) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Steps(Reporters):
         self._count = count_waits and torch.cuda.is_available()
 
     def step(self, stats: Any) -> None:
-        """Note when; from the end of the warm-up on, waits are told."""
+        """Note the time. At the end of the warm-up, start to count waits."""
         self.ends.append((stats.step, time.perf_counter()))
         if self._count and stats.step == WARM_UP:
             warnings.simplefilter("always")
@@ -57,7 +57,7 @@ class Steps(Reporters):
             torch.cuda.set_sync_debug_mode("warn")
 
     def finish(self) -> None:
-        """Let waits be, again."""
+        """Stop counting waits."""
         if self._count:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -68,7 +68,7 @@ class Steps(Reporters):
 
 
 def train(folder: Path, name: str, log_every: int, count_waits: bool = False) -> Steps:
-    """One run; its reporter."""
+    """Train once and return the reporter."""
     steps = Steps(count_waits)
     sizes = {"ctx_len": CTX_LEN, "batch_size": BATCH_SIZE, "expansion_factor": 8, "k": 32}
     place = {"save_dir": folder, "run_name": name, "save_every": 10**6, "log_every": log_every}
@@ -77,19 +77,19 @@ def train(folder: Path, name: str, log_every: int, count_waits: bool = False) ->
 
 
 def rate(steps: Steps) -> float:
-    """Median tokens per second between reports after the warm-up."""
+    """Return the median of tokens per second between reports after the warm-up."""
     ends = [each for each in steps.ends if each[0] >= WARM_UP]
     seconds = [(b - a) / (end - start) for (start, a), (end, b) in pairwise(ends)]
     return BATCH_SIZE * CTX_LEN / statistics.median(seconds)
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Of the residual stream.")] = 1024,
-    layers: Annotated[int, typer.Option(help="Of the language model.")] = 8,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Without a GPU.")] = False,
+    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 1024,
+    layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 8,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run without a GPU.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
-    """Train three times and print what was found."""
+    """Train three times and print rates and waits."""
     found: dict[str, Any] = {"width": width, "layers": layers}
     with tempfile.TemporaryDirectory(prefix="saekit-gpu-") as work:
         folder = Path(work)

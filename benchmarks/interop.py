@@ -1,11 +1,11 @@
-"""Both toolkits reconstruct the same activations with the same coders: how far apart are they?
+"""Compares saekit's and eai-sparsify's reconstructions of the same activations with the same coders.
 
     python benchmarks/interop.py RUN/latest
     python benchmarks/interop.py
 
-The folder holds one coder per hookpoint, written by saekit or by eai-sparsify. Without one, each toolkit writes coders
-of every kind that both know (autoencoders, transcoders and skip transcoders, TopK and GroupMax, two seeds of each, the
-weights random), and the other reads them.
+The folder holds one coder per hookpoint, written by saekit or by eai-sparsify. Without a folder, each toolkit writes
+coders with random weights of every kind that both support (autoencoders, transcoders and skip transcoders, TopK and
+GroupMax, two seeds each), and the other toolkit reads them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from saekit import Sae
 
 TOKENS = 4096
 FARTHEST = 1e-6
+"""The largest difference that passes, see `main`."""
 D, M, K = 24, 96, 8
 console = Console()
 
@@ -35,9 +36,9 @@ def main(
     saes: Annotated[Path | None, typer.Argument(help="A folder with one folder per hookpoint.")] = None,
     peer: Annotated[Path | None, typer.Option("--peer-python", help="A Python that has eai-sparsify.")] = None,
 ) -> None:
-    """Print the largest difference of each coder, divided by the root mean square of our reconstruction.
+    """Print the largest difference of each coder, divided by the root mean square of saekit's reconstruction.
 
-    Without a folder, fail if one is above 1e-6.
+    Without a folder, exit with an error if one is above 1e-6.
     """
     python = peer_python(peer, console.print)
     if saes is not None:
@@ -50,11 +51,11 @@ def main(
         found = {f"{folder.name}: {name}": far for folder in (ours, theirs) for name, far in compare(folder, python)}
     show(found.items())
     if not all(far <= FARTHEST for far in found.values()):
-        raise SystemExit(f"the two differ by more than {FARTHEST:g}")
+        raise SystemExit(f"the two toolkits differ by more than {FARTHEST:g}")
 
 
 def compare(saes: Path, python: Path) -> list[tuple[str, float]]:
-    """Return how far apart the two toolkits are, by hookpoint and kind."""
+    """Return the difference between the two toolkits, by hookpoint and kind."""
     ours = {name: sae.eval() for name, sae in saekit.load_many(saes).items()}
     x = {name: activations(TOKENS, sae.d_in) for name, sae in ours.items()}
     with tempfile.TemporaryDirectory() as work:
@@ -73,7 +74,7 @@ def compare(saes: Path, python: Path) -> list[tuple[str, float]]:
 
 
 def show(found: Any) -> None:
-    """Print it."""
+    """Print the differences."""
     for name, far in found:
         console.print(f"{name}: {far:.1e}", soft_wrap=True)
 

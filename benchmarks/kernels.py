@@ -1,18 +1,19 @@
-"""Each backend's kernels against the eager reference, and a whole SAE step against what the machine could do at best.
+"""Compares each backend's kernels with the eager reference, and a whole SAE step with the machine's own limits.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --gpu
-    python benchmarks/kernels.py --auto           # is what auto takes the fastest of all?
+    python benchmarks/kernels.py --auto           # does auto choose the fastest kernels and type?
 
-The floor is what this machine's own rates allow, measured right before and after each step that is held to it: the
-time of a plain matmul of the same shape in the type that selects, the sparse sums' over that of float32, and the bytes
-that a step must move over the bandwidth of a multiplication in place (a copy's is lower: it reads its target, too).
-Counted are only bytes that no cache of any size could save: parameters, moments and activations, each as often as the
-algorithm must read or write it. The scores are not counted (they need not leave the cache), nor are rows that are
-gathered again, nor the matrices' gradients (a row of one need not live longer than its step).
+The floor is the shortest possible time of a step at this machine's rates, which are measured right before and after
+the step. It is the sum of three parts: the time of a plain matmul of the encoder's shape in the type that selects; the
+operations of the sparse sums, at the rate of a float32 matmul; and the bytes that a step must move, at the bandwidth of
+an in-place multiplication (a copy has a lower bandwidth, since it also reads its target). Only bytes that no cache can
+save are counted: parameters, moments and activations, each as often as the algorithm must read or write it. Scores are
+not counted, because they need not leave the cache. Neither are rows that are gathered again, nor the gradients of
+matrices, whose rows need not outlive their update.
 
-Ends with code 1 where a step takes more than 2 × (on a GPU 1.6 ×) the floor; with --auto, where what auto takes is not
-within 5% of the fastest backend and type.
+Exits with code 1 if a step takes more than 2 × the floor (1.6 × on a GPU), or, with --auto, if the choice of auto is
+more than 5% slower than the fastest backend and type.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ GPU_SIZES = ["4096,131072,64,8192"]
 AUTO_SIZES = ["256,4096,32,2048", *CPU_SIZES]
 AUTO_WITHIN = 1.05
 STREAM_BYTES = {"cpu": 2**29, "cuda": 2**32}
-"""Large enough that on a GPU the launch does not count."""
+"""Bytes of the tensor that the bandwidth is measured with: large enough that a GPU's launch time is negligible."""
 OPERATIONS = ("encode", "forward", "forward and backward", "step", "step, bf16 moments")
 console = Console()
 
@@ -56,12 +57,12 @@ console = Console()
 def main(
     size: Annotated[list[str] | None, typer.Option(help="D,M,k,N; may be given several times.")] = None,
     gpu: Annotated[bool, typer.Option(help="On the CUDA device, with the default sizes for one.")] = False,
-    rounds: Annotated[int, typer.Option(help="Times everything is measured, in turn; medians count.", min=1)] = 9,
-    at_most: Annotated[float | None, typer.Option(help="Times the floor.")] = None,
-    select_dtype: Annotated[str, typer.Option(help="In place of auto, what the hardware is fast at.")] = "auto",
-    auto: Annotated[bool, typer.Option("--auto", help="Time all backends and types next to what auto takes.")] = False,
+    rounds: Annotated[int, typer.Option(help="Rounds of measurements; the result is their median.", min=1)] = 9,
+    at_most: Annotated[float | None, typer.Option(help="Largest ratio of a step to the floor.")] = None,
+    select_dtype: Annotated[str, typer.Option(help="Type in which candidates are selected.")] = "auto",
+    auto: Annotated[bool, typer.Option("--auto", help="Time all backends and types, and compare with auto.")] = False,
     profile: Annotated[bool, typer.Option(help="Also print torch's profile of the fastest backend's step.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure kernels."""
     device = torch.device("cuda" if gpu else "cpu")
@@ -76,7 +77,7 @@ def main(
         backends = [("eager", "fp32"), ("cpu", "fp32"), ("cpu", select)]
         if auto_backend(device) == "native":
             backends += [("native", "fp32"), ("native", select)]
-        if gpu:  # the eager one makes several tensors [N, K, D], of 8.6 GB each: too many next to the others
+        if gpu:  # eager makes several tensors [N, K, D] of 8.6 GB each, which do not fit next to the others
             backends = [("triton", "fp32"), ("triton", select)]
         kernels = {f"{name} {dtype}": choose_kernels(name, dtype, device) for name, dtype in backends}
         results.append({"size": text, **measure(x_ND, num_latents, k, kernels, rounds)})
@@ -100,10 +101,10 @@ def main(
 
 
 def compare_with_auto(sizes: list[str], device: torch.device, rounds: int) -> bool:
-    """Time a whole step of every backend and type, in turn, and print each next to what auto takes.
+    """Time a whole step of every backend and type, in turn, and compare them with the choice of auto.
 
     Returns:
-        Whether auto is missed by more than it may be at one of the sizes.
+        Whether auto's choice is too slow at one of the sizes.
     """
     missed = False
     for text in sizes:
@@ -132,7 +133,7 @@ def compare_with_auto(sizes: list[str], device: torch.device, rounds: int) -> bo
 
 
 def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Kernels], rounds: int) -> dict[str, Any]:
-    """Everything in turn, `rounds` times, after two rounds of warm-up."""
+    """Measure everything in turn, `rounds` times, after two rounds of warm-up."""
     works = {name: operations(x_ND, num_latents, k, each) for name, each in kernels.items()}
     selects = kernels[list(kernels)[-1]].select_dtype or torch.float32
     rates = machine(x_ND, num_latents, selects)
@@ -142,7 +143,7 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
         for name, own in works.items():
             for operation, work in own.items():
                 note(seconds, f"{name}: {operation}", work, x_ND.device, number >= 2)
-        # What else runs on a machine changes its rates within seconds.
+        # Other work on the machine changes its rates within seconds, so measure them right before and after.
         for name, work in (*rates.items(), (held, works[fastest]["step"]), *rates.items()):
             note(seconds, name, work, x_ND.device, number >= 2)
     floors = [
@@ -171,12 +172,12 @@ def measure(x_ND: torch.Tensor, num_latents: int, k: int, kernels: dict[str, Ker
 
 
 def in_pairs(values: list[float]) -> list[float]:
-    """The means of the first two, the next two, and so on."""
+    """Return the means of the first two values, the next two, and so on."""
     return [(before + after) / 2 for before, after in zip(values[::2], values[1::2], strict=True)]
 
 
 def machine(x_ND: torch.Tensor, num_latents: int, selects: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What the machine's rates are measured by: plain torch calls into memory that is there already."""
+    """Return the calls that measure the machine's rates: plain torch operations into allocated memory."""
     tokens, d_in = x_ND.shape
     W_DM = torch.randn(num_latents, d_in, device=x_ND.device).t()
     stream = torch.ones(STREAM_BYTES[x_ND.device.type] // 4, device=x_ND.device)
@@ -197,7 +198,7 @@ def machine(x_ND: torch.Tensor, num_latents: int, selects: torch.dtype) -> dict[
 def floor(
     matmul: float, matmul32: float, stream: float, x_ND: torch.Tensor, num_latents: int, k: int, select_bytes: int
 ) -> dict[str, float]:
-    """Seconds that one step must take, from the seconds that the three measurements took."""
+    """Return the floor of one step in seconds, from the seconds of the three measurements."""
     tokens, d_in = x_ND.shape
     params = 2 * num_latents * d_in
     # Recomputed scores, decode, its activations' gradient, and the two weight gradients: N·K·D multiply-adds each.
@@ -248,7 +249,7 @@ def note(
 
 
 def profiled(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> str:
-    """Where a step's time goes."""
+    """Return a table of where a step's time goes."""
     step = operations(x_ND, num_latents, k, kernels)["step"]
     for _ in range(3):
         step()
@@ -261,7 +262,7 @@ def profiled(x_ND: torch.Tensor, num_latents: int, k: int, kernels: Kernels) -> 
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Times, and ratios to the first backend and to the floor."""
+    """Make a table of times, with ratios to the first backend and to the floor."""
     d_in, num_latents, k, tokens = result["size"].split(",")
     floor = result["floor"]
     over = result["step_over_floor"]

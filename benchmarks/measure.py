@@ -1,4 +1,4 @@
-"""Timing and peak memory of a training step, in the process that does it; torch only, so that peers can use it too."""
+"""Measures time and peak memory of training steps in this process. Needs only torch, so that peers can use it, too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 WARM_UP_SECONDS = 4.0
-"""Memory that the operating system hands out for the first time is slow for the first steps."""
+"""The first steps are slow, because the operating system must first provide the memory."""
 
 
 def time_steps(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of `count` steps, after warm-up of at least 3 steps."""
+    """Return the seconds of each of `count` steps, after a warm-up of at least 3 steps."""
     start, done = time.perf_counter(), 0
     while done < 3 or (time.perf_counter() - start < WARM_UP_SECONDS and done < 20):
         step()
@@ -31,9 +31,9 @@ def time_steps(step: Callable[[], object], count: int, device: torch.device) -> 
 
 
 class PeakMemory:
-    """The highest memory in use since it was made, less what was in use then, in bytes.
+    """The growth of memory to its peak since this object was made, in bytes.
 
-    On a GPU what torch's allocator handed out; else the process's resident set (Linux only).
+    On a GPU: memory of torch's allocator. On a CPU: the process's resident set (Linux only).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,19 +46,19 @@ class PeakMemory:
             self.before = _resident("VmRSS")
 
     def bytes(self) -> int:
-        """Since then."""
+        """Return the growth to the peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         return _resident("VmHWM") - self.before
 
 
 def summary(seconds: list[float], tokens: int, peak: int, held: Iterable[Tensor]) -> dict[str, float]:
-    """What a worker prints.
+    """Return what a worker prints.
 
     Args:
-        seconds: Of each step.
-        tokens: Per step.
-        peak: Bytes by which memory grew at most, weights and optimizer state included.
+        seconds: The seconds of each step.
+        tokens: Tokens per step.
+        peak: The growth of memory to its peak, in bytes, including weights and optimizer state.
         held: Weights and optimizer state.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in held)
@@ -71,7 +71,7 @@ def summary(seconds: list[float], tokens: int, peak: int, held: Iterable[Tensor]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
+    """Wait for the GPU, if the device is one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

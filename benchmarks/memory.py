@@ -1,12 +1,12 @@
-"""Peak memory of one SAE's training, by option, compared with eai-sparsify's and with what `saekit plan` says of it.
+"""Measures the peak memory of training one SAE, by option, compared with eai-sparsify and with `saekit plan`.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --gpu
 
-Each row is a process of its own that trains on given activations and reads how far its memory grew (`measure.py`).
-The plan counts tensors, as a GPU's allocator does: with --gpu it ends with code 1 where a peak, weights and moments
-included, is more than 10% off. A CPU's resident memory was 40 to 110 MB above it here, taken to be libraries' buffers
-(not looked into), for which `saekit plan` has an allowance.
+Each row is a separate process that trains on given activations and reads the growth of its memory (`measure.py`). The
+plan counts tensors, as a GPU's allocator does. With --gpu, the script exits with code 1 if a peak, including weights
+and moments, differs from the plan by more than 10%. On a CPU, resident memory was 40 to 110 MB above the plan. Buffers
+of libraries are the likely cause (not investigated), and `saekit plan` has an allowance for them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ console = Console()
 
 def main(
     size: Annotated[list[str] | None, typer.Option(help="D,M,k,N; may be given several times.")] = None,
-    gpu: Annotated[bool, typer.Option(help="On the CUDA device.")] = False,
+    gpu: Annotated[bool, typer.Option(help="Run on the CUDA device.")] = False,
     repeats: Annotated[int, typer.Option(help="Processes per row.", min=1)] = 5,
-    peer: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    peer: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure memory."""
     python = peer_python(peer, console.print)
@@ -60,7 +60,7 @@ def main(
             "weights and moments, MB",
             "peak above, MB",
             "planned above, MB",
-            "measured / planned, in all",
+            "measured / planned, total",
         ):
             shown.add_column(column, justify="right" if column else "left")
         for name, each in results[text].items():
@@ -84,7 +84,7 @@ def main(
 
 
 def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[str, float]]:
-    """Medians over processes, the contestants in turn."""
+    """Run the contestants in turn, and return medians over processes."""
     d_in, num_latents, k, tokens = map(int, size.split(","))
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="saekit-memory-") as work:
@@ -97,7 +97,7 @@ def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[st
         for _ in range(repeats):
             for name, changes in CONTESTANTS.items():
                 if gpu and name == "saekit, eager kernels":
-                    continue  # its tensors [N, K, D], 8.6 GB each, might not fit
+                    continue  # its tensors [N, K, D] of 8.6 GB each might not fit
                 python, script = (
                     (peer, "peers/sparsify_step.py") if changes is None else (sys.executable, "saekit_step.py")
                 )
@@ -118,7 +118,7 @@ def measure(size: str, peer: Path, repeats: int, gpu: bool) -> dict[str, dict[st
 
 
 def planned_bytes(job: dict[str, Any], tokens: int) -> int:
-    """The peak of the job's training by the formulae of `saekit plan`, weights and moments included."""
+    """Return the peak of the job's training according to `saekit plan`, including weights and moments."""
     device = torch.device(job["device"])
     on_gpu = device.type == "cuda"
     kernels = choose_kernels(job["kernels"], job["select_dtype"], device)

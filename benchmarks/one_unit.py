@@ -1,4 +1,4 @@
-"""One unit on given activations, trained by the loop's own `train_step`: what is timed is what is trained."""
+"""Trains one unit on given activations with the loop's own `train_step`, so that benchmarks time real training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from saekit.training.trainer import train_step
 from saekit.training.unit import Calibration
 
 NEVER = 10**12
-"""Tokens without firing after which a latent is dead: none becomes so by itself."""
+"""A dead threshold, in tokens, that no latent reaches by itself."""
 SAMPLE = 512
-"""Tokens that a selection is fitted to."""
+"""The number of tokens that a selection is fitted to."""
 
 
 class Given(Source):
-    """The same activations in every step.
+    """A source that gives the same activations in every step.
 
     Args:
-        x_ND: `[N, D]`, in the type in which a language model would give them.
+        x_ND: `[N, D]`, in the type of a language model's activations.
     """
 
     name = data_name = "given"
@@ -34,35 +34,35 @@ class Given(Source):
         self.x_ND = x_ND
 
     def begin(self, *args: Any) -> None:
-        """Nothing is left to the run."""
+        """Do nothing, since the activations do not depend on the run."""
 
     def read(self, step: int) -> list[None]:
-        """One micro-batch, which needs no telling."""
+        """Return one micro-batch, which needs no description."""
         return [None]
 
     def checksum(self, step: int) -> str:
-        """All steps are the same."""
+        """Return the same value for all steps, since they are equal."""
         return ""
 
     def count(self, batch: None) -> int:
-        """N."""
+        """Return N."""
         return len(self.x_ND)
 
     def __call__(self, batch: None) -> Activations:
-        """`[N, D]`."""
+        """Return the activations, `[N, D]`."""
         return Activations({ONLY_UNIT: self.x_ND})
 
 
 class OneUnit:
-    """A unit alone in one process, with its bank and its optimizer.
+    """The only unit of one process, with its bank and its optimizer.
 
     Args:
-        cfg: How to train; k and the number of latents are those given here.
-        x_ND: What on, on the device where it is to be trained.
+        cfg: The training's configuration; `num_latents` and `k` override it.
+        x_ND: The activations to train on, on the training device.
         num_latents: M.
         k: Active latents per token.
-        kernels: What it is computed with.
-        dead: Share of the latents that are dead, and stay so.
+        kernels: The kernels that compute it.
+        dead: Share of the latents that are dead and stay dead.
     """
 
     def __init__(
@@ -93,18 +93,22 @@ class OneUnit:
         self.bank.count_dead()
 
     def passes(self) -> None:
-        """Forward and backward pass over the activations; the gradients are dropped."""
+        """Run the forward and backward pass over the activations, and drop the gradients."""
         self.bank.begin_(len(self.source.x_ND))
         self.bank.units[ONLY_UNIT].run_(self.source.x_ND)
         self.bank.placement.skip()
 
     def step(self) -> None:
-        """An optimizer step, as the loop takes it."""
+        """Take an optimizer step as the training loop does.
+
+        Raises:
+            RuntimeError: If the step has NaN or Inf.
+        """
         message = train_step(self.bank, self.source, self.source.read(0), lr_scale=1.0)
         if message.faults:
-            raise RuntimeError(f"the step does not count: {message.faults}")
+            raise RuntimeError(f"the step was skipped because of NaN or Inf: {message.faults}")
 
     def held(self) -> list[Tensor]:
-        """Weights and optimizer state."""
+        """Return weights and optimizer state."""
         weights, state = self.bank.placement.whole(ONLY_UNIT) or ({}, {})
         return [*weights.values(), *state.values()]

@@ -1,13 +1,13 @@
-"""What each placement exchanges and holds on two ranks, compared with what each of them says it should.
+"""Compares the traffic and memory of each placement on several ranks with what the placement predicts.
 
-Of SAEs, of SAEs of two widths, and of transcoders with a skip connection that read in one layer and write in the next.
+It trains SAEs, SAEs of two widths, and transcoders with a skip connection that read in one layer and write in the next.
 
     python benchmarks/placement.py                     two ranks
-    python benchmarks/placement.py --ranks 3           rows of the decoder cut between ranks, an uneven layer map
+    python benchmarks/placement.py --ranks 3           with decoder rows cut between ranks, and an uneven layer map
 
-Ranks are processes of this machine, on the CPU with gloo. Bytes exchanged are the kernel's own counts per TCP socket;
-bytes held are those of the tensors that the placement holds when the optimizer steps. Ends with code 1 where measured
-and planned differ by more than a tenth.
+Ranks are processes on this machine's CPU with gloo. Traffic is what the kernel counts per TCP socket. Memory is that of
+the tensors that the placement holds when the optimizer steps. Exits with code 1 if measured and predicted bytes differ
+by more than a tenth.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from saekit.placement.costs import Size, Workload
 PLACEMENTS = ("ddp", "zero3", "layer-map")
 TOLERANCE = 0.1
 SMALLEST = 100_000
-"""Bytes that a difference is at least compared to, for what is planned to be nothing: token counts, numbers of tokens
-to come, the request to stop, and the store come to a few thousand bytes per step, which the planner leaves out."""
+"""The smallest number of bytes that a difference is compared with. Token counts, requests to stop and the store take a
+few thousand bytes per step, which the planner leaves out, also where it predicts no traffic at all."""
 CTX_LEN = 64
 FIRST_STEP, STEPS = 3, 13
-"""Counters are read in these optimizer steps: connections and lazy buffers are there by then."""
+"""The optimizer steps in which counters are read: by then, connections and lazy buffers exist."""
 QUANTITIES = ("sent", "received", "held")
 console = Console()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is cut, the type of the activations, and which coders; the tokens of a step are the same."""
+    """How a step is split, the type of the activations, and the coders. The tokens of a step are always the same."""
 
     name: str
     micro_batches: int
     chunks: int
     dtype: str
     coders: tuple[tuple[str, str], ...] = ()
-    """Options of `TrainConfig`; SAEs of all blocks' outputs without any. `LAST` is the number of the last layer, and
-    `BEFORE` that of the one before it."""
+    """Options of `TrainConfig`; without any, SAEs of all blocks' outputs. `LAST` stands for the number of the last
+    layer, `BEFORE` for that of the second to last."""
     skip: bool = False
 
     def options(self, layers: int) -> dict[str, str]:
-        """Return the options for a model of that many layers."""
+        """Return the options for a model with this number of layers."""
         last, before = str(layers - 1), str(layers - 2)
         return {name: value.replace("LAST", last).replace("BEFORE", before) for name, value in self.coders}
 
 
 HIDDEN, EARLIER_HIDDEN = "layers.*.mlp.down_proj:in", "layers.{0-BEFORE}.mlp.down_proj:in"
-"""Twice as wide as the residual stream."""
+"""Hookpoints that are twice as wide as the residual stream."""
 SETTINGS = (
     Setting("whole", 1, 1, "float32"),
     Setting("cut", 2, 3, "bfloat16"),
@@ -74,8 +74,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def main(
     ranks: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
-    layers: Annotated[int, typer.Option(help="Layers of the language model; one coder or two each.", min=2)] = 4,
-    width: Annotated[int, typer.Option(help="Its width.")] = 128,
+    layers: Annotated[int, typer.Option(help="Layers of the language model, with one or two coders each.", min=2)] = 4,
+    width: Annotated[int, typer.Option(help="Width of the language model.")] = 128,
     latents: Annotated[int, typer.Option(help="Latents per SAE.")] = 1024,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 16,
     batch_size: Annotated[
@@ -84,13 +84,14 @@ def main(
     placement: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(PLACEMENTS)}; repeatable, all by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "placement.json",
+    out: Annotated[Path, typer.Option(help="File for the results.")] = HERE / "results" / "placement.json",
 ) -> None:
-    """Measure the traffic and the memory of the placements, and hold the planner to them."""
+    """Measure the traffic and the memory of the placements, and compare them with the planner's."""
     if unknown := set(placement or ()) - set(PLACEMENTS):
-        raise typer.BadParameter(f"--placement: there is no {', '.join(sorted(unknown))}")
+        names = ", ".join(PLACEMENTS)
+        raise typer.BadParameter(f"--placement {', '.join(sorted(unknown))}: there is none; choose from {names}")
     if batch_size % 2:
-        raise typer.BadParameter(f"--batch-size {batch_size}: has to be even, to be cut into two micro-batches")
+        raise typer.BadParameter(f"--batch-size {batch_size} is odd: give an even number, for two micro-batches")
     base = Workload(layers, Size(latents, width, width), ranks, batch_size * CTX_LEN, backend="gloo")
     runs = []
     with tempfile.TemporaryDirectory(prefix="saekit-placement-") as work:
@@ -115,7 +116,7 @@ def main(
 
 
 def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Path) -> list[dict[str, Any]]:
-    """Train for a few steps; returns every rank's readings."""
+    """Train for a few steps and return every rank's readings."""
     folder.mkdir()
     job = {
         "placement": placement,
@@ -142,7 +143,7 @@ def measure(placement: str, load: Workload, setting: Setting, k: int, folder: Pa
 
 
 def compare(placement: str, load: Workload, readings: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every rank's measured quantities, each with what was planned."""
+    """Yield each rank's quantities, measured and planned."""
     kind = kind_of(placement)
     for read in readings:
         sizes = {name: Size(*size) for name, size in read["units"].items()}
@@ -158,13 +159,13 @@ def compare(placement: str, load: Workload, readings: list[dict[str, Any]]) -> I
 
 
 def deviation(run: dict[str, Any]) -> float:
-    """The largest difference between measured and planned, as a share of what was planned."""
+    """Return the largest relative difference between measured and planned quantities."""
     pairs = [rank[quantity] for rank in run["ranks"] for quantity in QUANTITIES]
     return max(abs(pair["measured"] - pair["planned"]) / max(pair["planned"], SMALLEST) for pair in pairs)
 
 
 def table(run: dict[str, Any]) -> Table:
-    """One run's ranks, measured and planned; sent and received are per optimizer step."""
+    """Make a table of one run's ranks, measured and planned. Traffic is per optimizer step."""
     shown = Table("rank", "layers", "", title=f"{run['placement']}, step {run['setting']}", title_justify="left")
     for column in ("measured MB", "planned MB", "ratio"):
         shown.add_column(column, justify="right")
@@ -178,7 +179,7 @@ def table(run: dict[str, Any]) -> Table:
 
 
 def write(out: Path, base: Workload, runs: list[dict[str, Any]]) -> None:
-    """Put these runs into the file, which may hold those of other numbers of ranks."""
+    """Write these runs to the file, which may also hold runs with other numbers of ranks."""
     record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     record[f"{base.world_size} ranks"] = {
         "date": date.today().isoformat(),

@@ -1,6 +1,6 @@
-"""Trains with one placement and notes what each rank exchanges and holds: `python placement_worker.py JOB.json`.
+"""Trains with one placement and records each rank's traffic and memory: `python placement_worker.py JOB.json`.
 
-Run as a single process it starts the job's ranks, as `torchrun` does; each of those trains and writes its readings.
+A single process starts the job's ranks, as `torchrun` does. Each rank trains and writes its readings.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 NEVER = 10**9
 TIME_LIMIT = 600
-"""Seconds; a rank that waits for another for ever ends by SIGALRM, and the launcher ends the rest."""
+"""The time limit in seconds. SIGALRM then ends a rank that waits forever, and the launcher ends the others."""
 TCP_INFO_SIZE = 256
 BYTES_ACKED_OFFSET = 120
-"""Of `tcpi_bytes_acked` in `struct tcp_info` (linux/tcp.h); `tcpi_bytes_received` follows it. Both are u64."""
+"""The offset of `tcpi_bytes_acked` in `struct tcp_info` (linux/tcp.h). `tcpi_bytes_received` follows; both are u64."""
 
 
 def tcp_bytes() -> tuple[int, int]:
-    """Bytes that the TCP sockets this process has open have sent and received, as the kernel counts them.
+    """Return the bytes that this process's open TCP sockets have sent and received, as the kernel counts them.
 
-    Only payload counts, and what was sent counts once it is acknowledged, which between processes of one machine is at
-    once. Gloo opens one connection per pair of ranks and group; the launcher's key-value store is in the sum as well.
+    Only payload counts. Sent bytes count when they are acknowledged, which is immediate between processes of one
+    machine. Gloo opens one connection per pair of ranks and group. The connection to the launcher's store is included.
     """
     sent = received = 0
     for number in map(int, os.listdir("/proc/self/fd")):
@@ -36,7 +36,7 @@ def tcp_bytes() -> tuple[int, int]:
                 continue
             with socket.socket(fileno=os.dup(number)) as each:
                 info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
-        except OSError:  # closed meanwhile, or not TCP
+        except OSError:  # the socket has been closed, or is not TCP
             continue
         more_sent, more_received = struct.unpack_from("=QQ", info, BYTES_ACKED_OFFSET)
         sent, received = sent + more_sent, received + more_received
@@ -44,10 +44,10 @@ def tcp_bytes() -> tuple[int, int]:
 
 
 class Meter:
-    """Stands around a placement's `apply` and reads the counters in two of the optimizer steps.
+    """Wraps a placement's `apply`, and reads the counters in two of the optimizer steps.
 
-    Before it the gradients are there, to be held; after it the gradients' exchange is through. Nothing is reported
-    between the two steps, so that what lies between them is training alone.
+    Before `apply` the gradients are in memory; after it their exchange is complete. Nothing is reported between the two
+    steps, so all traffic between them is training.
     """
 
     def __init__(self, placement: Any, first: int, last: int) -> None:
@@ -67,12 +67,12 @@ class Meter:
         if self.step in (self.first, self.last):
             import torch.distributed
 
-            torch.distributed.barrier()  # so that no rank still sends bytes of this step, or sends those of the next
+            torch.distributed.barrier()  # so that no rank still sends bytes of this step, or already of the next
             self.seen[self.step] = tcp_bytes()
             torch.distributed.barrier()
 
     def readings(self) -> dict[str, Any]:
-        """Bytes per optimizer step, bytes held, and the units that this rank trains."""
+        """Return bytes per optimizer step, bytes held, and the units that this rank trains."""
         steps = self.last - self.first
         sent, received = (
             (after - before) / steps for before, after in zip(self.seen[self.first], self.seen[self.last], strict=True)
@@ -81,7 +81,7 @@ class Meter:
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Train on random tokens with a random model, both made here; returns this rank's readings."""
+    """Train with a random model on random tokens, and return this rank's readings."""
     import datasets
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

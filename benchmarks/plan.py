@@ -1,11 +1,11 @@
-"""`saekit plan`'s tokens per second against those of real runs on this machine.
+"""Compares `saekit plan`'s tokens per second with those of real runs on this machine.
 
     saekit plan --calibrate
     python benchmarks/plan.py
 
-Random language models and random tokens; each shape is trained in processes of its own, as `saekit train` starts them,
-and its speed is read from the run's metrics, the first steps left out. The ratio is measured over planned: above 1 a
-run is faster than was planned. Nothing else should run on the machine, neither here nor while it is calibrated.
+Language models and tokens are random. Each shape is trained by `saekit train` in its own processes. Its speed is read
+from the run's metrics without the first steps. The ratio is measured / planned: above 1 a run is faster than planned.
+Nothing else should run on the machine, during this script or during calibration.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ SEVERAL_RANKS = ("pythia-70m's", "expansion 32")
 
 def main(
     quiet_below: Annotated[
-        float, typer.Option(help="Before each run, wait until others use less of the CPU than this share.")
+        float, typer.Option(help="Before each run, wait until other processes use less than this share of the CPU.")
     ] = 0.1,
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "plan.json",
+    out: Annotated[Path, typer.Option(help="File for the results.")] = HERE / "results" / "plan.json",
 ) -> None:
     """Compare plans with runs."""
     results = []
@@ -108,7 +108,7 @@ def main(
 
 
 def prepared(shape: dict[str, Any], folder: Path, ranks: int) -> dict[str, Any]:
-    """A model and tokens for a shape; returns the run's options."""
+    """Make a model and tokens for a shape, and return the run's options."""
     from datasets import Dataset, disable_progress_bars
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -155,20 +155,20 @@ def train(job: dict[str, Any], placement: str, ranks: int) -> float:
         raise RuntimeError(done.stderr[-3000:])
     lines = (Path(job["save_dir"]) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [each["tokens_per_second"] for each in map(json.loads, lines) if "tokens_per_second" in each]
-    return statistics.median(rates[WARM_UP:-1])  # the last step's time has nothing of the checkpoint, but less to do
+    return statistics.median(rates[WARM_UP:-1])  # the last step does not prepare a next one, so it does less work
 
 
 def wait_for_quiet(share: float) -> None:
-    """Until the CPU has been idle for two seconds, or for five minutes at most."""
+    """Wait until the CPU has been idle for two seconds, but at most for five minutes."""
     for _ in range(60):
         if psutil.cpu_percent(2.0) / 100 < share:
             return
         time.sleep(3)
-    console.print("[yellow]Others are using the CPU: what follows is too slow.")
+    console.print("[yellow]Other processes use the CPU: the next measurements will be too slow.")
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    """Planned and measured, and their ratio."""
+    """Make a table of planned and measured rates, and their ratio."""
     shown = Table(title="tokens per second", title_justify="left")
     for head in ("shape", "placement", "planned", "measured", "measured / planned"):
         shown.add_column(head, justify="left" if head in ("shape", "placement") else "right")

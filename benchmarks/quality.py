@@ -1,14 +1,14 @@
-"""Held-out quality: saekit with its defaults, the peers with theirs and with sweeps, everything else being equal.
+"""Compares held-out quality: saekit with its defaults, the peers with their defaults and sweeps, all else equal.
 
     python benchmarks/quality.py                            both models, 1M tokens, all recipes, one seed
     python benchmarks/quality.py --tokens 1M --tokens 10M --seed 0 --seed 1
-    python benchmarks/quality.py --only saekit --again      what was changed, against what is known of the peers
-    python benchmarks/quality.py --kind transcoder          of all MLPs, compared with sparsify's
+    python benchmarks/quality.py --only saekit --again      repeats saekit's runs and keeps the peers'
+    python benchmarks/quality.py --kind transcoder          transcoders of all MLPs, compared with sparsify's
     python benchmarks/quality.py --kind crosscoder          of all layers, compared with a fork of dictionary-learning
-    python benchmarks/quality.py --quick                    few tokens, to see that it works
+    python benchmarks/quality.py --quick                    few tokens, to test this script
 
-The results are written after every run, and a run that is in the file already is not made again: stopping the
-script loses one run. What is compared, and what came out, is in docs/quality.md.
+Results are written after every run, and runs that are already in the file are not repeated. Stopping the script
+therefore loses one run at most. docs/quality.md describes the comparison and its results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and text are on this machine already
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and text are already on this machine
 
 from common import HERE, hardware, versions
 from quality_bench import Bench, prepare, python_of, subjects
@@ -40,7 +40,7 @@ console = Console()
 
 def main(
     model: Annotated[Literal["demo", "bert", "both"], typer.Option(help="Language model.")] = "both",
-    tokens: Annotated[list[str] | None, typer.Option(help="To train on, such as 1M; repeatable.")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="Tokens to train on, such as 1M; repeatable.")] = None,
     kind: Annotated[
         Literal["sae", "transcoder", "crosscoder"],
         typer.Option(help="SAEs of blocks' outputs, transcoders of MLPs, or a crosscoder of all blocks' outputs."),
@@ -49,17 +49,17 @@ def main(
     expansion: Annotated[int | None, typer.Option(help="Latents per dimension; 32 (demo), 8 (bert).")] = None,
     k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
     seed: Annotated[list[int] | None, typer.Option(help="Seed of the initial weights; repeatable.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Recipes whose label starts so; repeatable.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Make runs again that are in the file.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Few tokens and latents: a check of this script.")] = False,
-    sparsify_python: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Recipes whose labels start with this; repeatable.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Repeat runs that are already in the file.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few tokens and latents, to test this script.")] = False,
+    sparsify_python: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
     dictionary_learning_python: Annotated[
-        Path | None, typer.Option(help="A Python that has dictionary-learning.")
+        Path | None, typer.Option(help="Python of an environment with dictionary-learning.")
     ] = None,
     fork_python: Annotated[
-        Path | None, typer.Option(help="A Python that has the fork of dictionary-learning with crosscoders.")
+        Path | None, typer.Option(help="Python of an environment with dictionary-learning's fork for crosscoders.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Compare the held-out quality of the SAEs of saekit and its peers."""
     datasets.disable_progress_bars()
@@ -94,7 +94,7 @@ def compare(
     runs: list[dict[str, Any]],
     out: Path,
 ) -> None:
-    """Make the runs that are missing, one after the other; each is written as soon as it is there."""
+    """Make the missing runs one by one, and write each result at once."""
     for recipe in bench.recipes():
         if only and not any(recipe.label.startswith(start) for start in only):
             continue
@@ -116,13 +116,13 @@ def compare(
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The runs so far."""
+    """Return the runs so far."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return record["runs"] if record.get("format") == FORMAT else []
 
 
 def write(file: Path, runs: list[dict[str, Any]]) -> None:
-    """All runs, in one go, so that a stop leaves the file whole."""
+    """Write all runs at once, so that stopping the script leaves a whole file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1) + "\n", encoding="utf-8")
@@ -130,7 +130,7 @@ def write(file: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Means over layers and runs."""
+    """Return means over layers and runs."""
     layers = [layer for run in runs for layer in run["layers"].values()]
     found: dict[str, float | None] = {}
     for name in ("fvu", "dead", "ce_recovered", "kl"):
@@ -140,7 +140,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def table(about: dict[str, Any], runs: list[dict[str, Any]]) -> Table:
-    """All recipes on one model and budget: means over layers and seeds, FVU's spread between seeds and worst layer."""
+    """Make a table of all recipes for one model and budget.
+
+    It has means over layers and seeds, half of the FVU's range over seeds, and the FVU of the worst layer.
+    """
     title = f"{about['model']}, {about['tokens']:,} tokens, {about['num_latents']:,} latents, k {about['k']}"
     shown = Table("recipe", title=title, title_justify="left")
     for column in ("seeds", "FVU", "±", "worst", "dead %", "CE rec.", "KL"):
@@ -159,7 +162,7 @@ def table(about: dict[str, Any], runs: list[dict[str, Any]]) -> Table:
 
 
 def count(text: str) -> int:
-    """`10M` → 10,000,000."""
+    """Parse a number of tokens, such as `10M` for 10,000,000."""
     units = {"k": 1000, "M": 10**6}
     return int(float(text[:-1]) * units[text[-1]]) if text[-1] in units else int(text)
 

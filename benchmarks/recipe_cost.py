@@ -1,11 +1,11 @@
-"""What recipes cost: the default's step, AuxK's and other kinds of SAEs' against a plain TopK step, in turn.
+"""Compares the cost of recipes: a step of the defaults, of AuxK and of other kinds of SAEs with a plain TopK step.
 
     python benchmarks/recipe_cost.py                   three sizes, a tenth of the latents dead
     python benchmarks/recipe_cost.py --dead 0.5
 
-The first three differ in what happens to dead latents and to long activations, and in the optimizer's rates; the others
-are the default's with another `--activation` or with nested dictionaries. All in one process. Which latents are dead is
-given, so that all do the same work throughout. The learning rate is tiny, for the same reason.
+The first three recipes differ in how they treat dead latents and tokens of large norm, and in the learning rates. The
+others are the defaults with another `--activation` or with nested dictionaries. All steps run in turn in one process.
+The dead latents are given and the learning rate is tiny, so that the work of a step does not change.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ TINY_RATE = 1e-9
 
 
 def make_unit(recipe: dict[str, Any], x_ND: torch.Tensor, num_latents: int, k: int, dead: float) -> OneUnit:
-    """What a recipe trains."""
+    """Make the unit that a recipe trains."""
     cfg = TrainConfig(**{**recipe, "lr": TINY_RATE})
     select = auto_type(f"{x_ND.shape[1]},{num_latents},{k},{len(x_ND)}", x_ND.device)
     return OneUnit(cfg, x_ND, num_latents, k, choose_kernels("auto", select, x_ND.device), dead)
 
 
 def seconds_of(unit: OneUnit, device: torch.device) -> float:
-    """How long one optimizer step takes."""
+    """Return the seconds of one optimizer step."""
     synchronize(device)
     start = time.perf_counter()
     unit.step()
@@ -56,10 +56,10 @@ def seconds_of(unit: OneUnit, device: torch.device) -> float:
 
 def main(
     dead: Annotated[float, typer.Option(help="Share of the latents that are dead.")] = 0.1,
-    repeats: Annotated[int, typer.Option(help="Steps of each that count.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Timed steps of each recipe.")] = 15,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Print the step of each recipe, and its ratio to the plain one's."""
+    """Print the time of each recipe's step, and its ratio to the plain step."""
     shown = Table("D, M, k, N", title=f"{dead:.0%} of the latents dead", title_justify="left")
     for name in RECIPES:
         shown.add_column(name, justify="right")
@@ -70,7 +70,7 @@ def main(
         for turn in range(repeats + 2):
             for name, unit in units.items():
                 taken = seconds_of(unit, x_ND.device)
-                if turn >= 2:  # the first allocate
+                if turn >= 2:  # the first steps allocate memory
                     seconds[name].append(taken)
         plain = seconds["plain TopK"]
         cells = []

@@ -1,4 +1,4 @@
-"""Who takes part in the comparison of quality, and with which settings: defaults, and sweeps for the peers."""
+"""The recipes in the comparison of quality: each toolkit's defaults, and sweeps for the peers."""
 
 from __future__ import annotations
 
@@ -25,26 +25,30 @@ REFERENCE = {
     "auxk_alpha": 0.0,  # sparsify's encoder does not see its gradient
     "max_norm_multiple": 0.0,
 }
-"""saekit's options for what sparsify does; the learning rate and the warm-up are missing."""
+"""saekit's options for what sparsify does, without learning rate and warm-up."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train, except for the model, the data, k, the number of latents and the seed."""
+    """One way to train: everything except the model, the data, k, the number of latents and the seed."""
 
     toolkit: str
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """By the toolkit's own names; what is not here stays at its default. What it counts to the SAE is below `sae`."""
+    """Options by the toolkit's own names; others keep their defaults. Options of the SAE itself are under `sae`."""
 
     @property
     def label(self) -> str:
-        """In tables and in the file of results."""
+        """Return the label in tables and in the file of results."""
         return f"{self.toolkit} {self.name}"
 
 
 def transcoder_recipes(steps: int) -> Iterator[Recipe]:
-    """Those for transcoders: defaults, and sweeps of sparsify's two optimizers, without and with skip connections."""
+    """Yield the recipes for transcoders: defaults, and sweeps of sparsify's two optimizers, each with and without skip.
+
+    Args:
+        steps: Optimizer steps of a run.
+    """
     warmup = max(1, steps // 10)
     for name, sae in (("", {}), ("skip ", {"skip_connection": True})):
         extra = {"sae": sae} if sae else {}
@@ -58,11 +62,11 @@ def transcoder_recipes(steps: int) -> Iterator[Recipe]:
 
 
 def crosscoder_recipes(steps: int) -> Iterator[Recipe]:
-    """Those for crosscoders: both of saekit's ways to select, and a sweep of the fork's BatchTopK crosscoder.
+    """Yield the recipes for crosscoders: two of saekit's selections, and a sweep of the fork's BatchTopK crosscoder.
 
-    As it is, the fork scales all hookpoints by one number, so that those with a large variance are most of the loss.
-    The sweep scales each to the same variance, as saekit does, since a mean of FVUs is compared; the best rate is then
-    tried as the fork has it.
+    By default, the fork scales all hookpoints by one number, so that those with a large variance dominate the loss. The
+    comparison is by the mean of FVUs, so the sweep scales each hookpoint to the same variance, as saekit does. The best
+    learning rate then also runs with the fork's default scaling.
 
     Args:
         steps: Optimizer steps of a run.
@@ -82,11 +86,11 @@ def crosscoder_recipes(steps: int) -> Iterator[Recipe]:
 
 
 def recipes(steps: int) -> Iterator[Recipe]:
-    """All of them, the most telling first.
+    """Yield the recipes for SAEs, the most informative first.
 
-    The peers' warm-up is 1000 steps by default, longer than a short run: a sweep gives them a tenth of the run, as
-    anyone who tunes would. A sweep of dictionary-learning scales its inputs and lets the rate fall over the last fifth,
-    as its own example does.
+    The peers' default warm-up of 1000 steps is longer than a short run. A sweep therefore sets it to a tenth of the
+    run, as a careful user would. Sweeps of dictionary-learning scale its inputs and let the learning rate fall over the
+    last fifth of the run, as in its own example.
 
     Args:
         steps: Optimizer steps of a run.
@@ -102,7 +106,7 @@ def recipes(steps: int) -> Iterator[Recipe]:
         yield Recipe(DICTIONARY_LEARNING, f"{rate:g}", {"lr": rate, "normalize_activations": True, **falling})
     yield Recipe(SPARSIFY, "defaults")
     yield Recipe(SPARSIFY, "adam", {"optimizer": "adam"})
-    # It refuses a warm-up that is longer than the run.
+    # dictionary-learning does not accept a warm-up that is longer than the run.
     yield Recipe(DICTIONARY_LEARNING, "defaults", {"warmup_steps": min(1000, steps - 1)})
     for name, sae in (
         ("batchtopk", {"activation": "batchtopk"}),
@@ -117,9 +121,9 @@ def recipes(steps: int) -> Iterator[Recipe]:
         adam = {"optimizer": "adam", "lr": rate, "lr_warmup_steps": warmup}
         yield Recipe(SPARSIFY, f"groupmax adam {rate:g}", {"sae": {"activation": "groupmax"}, **adam})
     for rate in UNIT_RATES[2:]:
-        # It looks for its threshold from step 1000 on, if a run is that long, and forgets 1000 steps back.
+        # By default the threshold is estimated from step 1000 on, over about 1000 steps: use less in short runs.
         sought = {"threshold_start_step": min(1000, steps // 2), "threshold_beta": 0.999 if steps > 5000 else 0.98}
         settings = {"lr": rate, "normalize_activations": True, **falling, **sought}
         yield Recipe(DICTIONARY_LEARNING, f"batchtopk {rate:g}", {"sae": {"activation": "batchtopk"}, **settings})
-    # The recipe of Gao et al. as sparsify has it, given to saekit: the two should agree with `sparsify adam 0.002`.
+    # sparsify's version of the recipe of Gao et al., in saekit: it should agree with `sparsify adam 0.002`.
     yield Recipe(SAEKIT, "as sparsify adam 0.002", {**REFERENCE, "lr": 2e-3, "lr_warmup_steps": warmup})

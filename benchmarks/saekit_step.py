@@ -1,4 +1,4 @@
-"""Times training steps of one SAE on given activations: `python saekit_step.py JOB.json`, prints a line of JSON."""
+"""Times training steps of one SAE on given activations, and prints a line of JSON: `python saekit_step.py JOB.json`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from saekit import TrainConfig
 from saekit.sae.kernels import choose_kernels
 
 RECIPE = {**REFERENCE, "lr": 2e-4}
-"""The peer's, so that what both reach can be compared."""
+"""The peer's recipe, so that the results can be compared."""
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     device = torch.device(job["device"])
     x_ND = load_file(job["activations"])["x"].to(device, torch.bfloat16 if job["bf16"] else torch.float32)
-    make_unit(job | {"num_latents": 64}, x_ND[:64].clone()).step()  # libraries start up: no part of what a step needs
+    make_unit(job | {"num_latents": 64}, x_ND[:64].clone()).step()  # let libraries allocate their own memory first
     peak = PeakMemory(device)
     unit = make_unit(job, x_ND)
     seconds = time_steps(unit.step, job["steps"], device)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def make_unit(job: dict[str, Any], x_ND: torch.Tensor) -> OneUnit:
-    """What the job says."""
+    """Make the job's unit."""
     cfg = TrainConfig(**RECIPE, moments_dtype=job["moments_dtype"])
     kernels = choose_kernels(job["kernels"], job["select_dtype"], x_ND.device)
     return OneUnit(cfg, x_ND, job["num_latents"], job["k"], kernels)

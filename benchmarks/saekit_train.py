@@ -1,4 +1,4 @@
-"""Trains saekit's SAEs as a job file says: `python saekit_train.py JOB.json`."""
+"""Trains saekit's SAEs for a job: `python saekit_train.py JOB.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEVER = 10**9
 
 
 def where(job: dict[str, Any]) -> dict[str, Any]:
-    """The options that say what coders read and write."""
+    """Return the options that say what coders read and write."""
     if job["crosscode"]:
         return {"crosscode": tuple(job["hookpoints"])}
     if job["reads"] is not None:
@@ -28,7 +28,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     model = AutoModel.from_pretrained(job["model"], dtype="float32").eval()
     out = Path(job["out"])
-    out.rmdir()  # the trainer wants to make its run folder itself
+    out.rmdir()  # the trainer makes its own run folder
     settings = dict(job["settings"])
     cfg = TrainConfig(
         sae=SaeConfig(num_latents=job["num_latents"], k=job["k"], **settings.pop("sae", {})),

@@ -1,13 +1,14 @@
-"""Does a change of the code leave every number as it was? Record short runs before it and after it, and compare.
+"""Checks that a change of the code changes no numbers: record short runs before and after it, and compare them.
 
     python benchmarks/same_numbers.py record before --tree ../saekit-before
     python benchmarks/same_numbers.py record after
     python benchmarks/same_numbers.py compare before after
 
-Every run goes through the command line of the saekit in `--tree`, with one thread, on a model and on tokens that are
-made once per folder from fixed seeds. Runs in one process must agree bit for bit: weights, moments, counters,
-thresholds and every number in `metrics.jsonl` that does not depend on the clock. Runs on several ranks must agree to
-1e-5, relative to the norm of a tensor, and runs with a threshold to 1e-6: its logarithm was libm's and is torch's.
+Every run uses the command line of the saekit in `--tree`, with one thread. The model and the tokens are made once per
+folder from fixed seeds. Runs in one process must agree bit for bit: weights, moments, counters, thresholds and every
+number in `metrics.jsonl` that does not depend on the clock. Runs on several ranks must agree to 1e-5, relative to the
+norm of a tensor. Runs with a threshold must agree to 1e-6, because older versions took its logarithm with libm, newer
+ones with torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# This folder's `kernels.py` is not the package of that name, which transformers looks for.
+# transformers imports a package `kernels`, which must not be this folder's `kernels.py`.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
 CTX_LEN, STEPS, BATCH = 16, 12, 12
 TIMED = {"time", "tokens_per_second", "memory_bytes", "seconds", "time_per_step", "eta"}
@@ -58,7 +59,7 @@ RUNS: dict[str, list[Any]] = {
     "some-layers": ["--layers", "1", "--activation", "groupmax"],
     "eval-every": ["--eval-every", 5, "--eval-tokens", 256, "--eval-dataset", "TOKENS"],
 }
-"""Options of each run in one process, behind `COMMON`."""
+"""Options of each run in one process, in addition to `COMMON`."""
 RANKS: dict[str, list[Any]] = {
     "ddp": ["--placement", "ddp", "--activation", "batchtopk"],
     "ddp-splits": ["--placement", "ddp", "--micro-acc-steps", 2, *AUXK],
@@ -71,7 +72,7 @@ RANKS: dict[str, list[Any]] = {
 
 
 def make_inputs(folder: Path) -> None:
-    """A Llama of three layers with random weights, and tokens."""
+    """Make a Llama of three layers with random weights, a tokenizer, and tokens."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -102,9 +103,9 @@ def make_inputs(folder: Path) -> None:
 
 
 def run(folder: Path, tree: Path, name: str, options: list[Any], ranks: int = 1) -> None:
-    """One run of the command line; stops the script if it fails."""
+    """Run the command line once, and exit if it fails."""
     words = [str(word).replace("TOKENS", str(folder / "held-out")) for word in [*COMMON, *options]]
-    while "DEFAULT" in words:  # the rule's own rate: neither `--lr` of COMMON nor this one
+    while "DEFAULT" in words:  # for the default learning rate, drop this `--lr` and that of COMMON
         at = words.index("DEFAULT")
         del words[at - 1 : at + 1]
         at = words.index("--lr")
@@ -122,7 +123,7 @@ def run(folder: Path, tree: Path, name: str, options: list[Any], ranks: int = 1)
 
 
 def record(folder: Path, tree: Path, only: list[str]) -> None:
-    """All runs, and two that go on from others: resumed half way, and fine-tuned."""
+    """Record all runs, and two that continue others: one is resumed halfway, one is fine-tuned."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").is_dir():
         make_inputs(folder)
@@ -150,7 +151,7 @@ def record(folder: Path, tree: Path, only: list[str]) -> None:
 
 
 def tensors_of(run_dir: Path) -> dict[str, Any]:
-    """Every tensor of a run's last checkpoint, and what its SAEs' `cfg.json` say, by name."""
+    """Return every tensor of a run's last checkpoint and every entry of its SAEs' `cfg.json`, by name."""
     from safetensors.torch import load_file
 
     latest = run_dir / "latest"
@@ -164,7 +165,7 @@ def tensors_of(run_dir: Path) -> dict[str, Any]:
 
 
 def numbers_of(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """All numbers in a record of `metrics.jsonl`, but those that a clock or a meter gave."""
+    """Yield all numbers in a record of `metrics.jsonl`, except measured times, rates and memory."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name not in TIMED:
@@ -177,14 +178,14 @@ def numbers_of(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def metrics_of(run_dir: Path) -> dict[str, Any]:
-    """Of every step and evaluation, by place."""
+    """Return the numbers of every step and evaluation, by their place in `metrics.jsonl`."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [each for each in map(json.loads, lines) if each.get("kind") in (None, "evaluation")]
     return {f"{number}{where}": value for number, each in enumerate(records) for where, value in numbers_of(each)}
 
 
 def difference(one: Any, other: Any) -> float:
-    """Relative to the norm of the other; infinite where they are of different kinds."""
+    """Return the difference relative to the norm of `other`; infinite if the values are of different kinds."""
     import torch
 
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape:
@@ -198,7 +199,7 @@ def difference(one: Any, other: Any) -> float:
 
 
 def compare(before: Path, after: Path) -> int:
-    """A line per run; how many runs differ by more than they may. Runs that were not recorded again are passed over."""
+    """Print a line per run, and return the number of runs that differ too much. Skip runs without a second record."""
     failed = 0
     for run_dir in sorted((before / "runs").iterdir()):
         allowed = 1e-5 if run_dir.name in RANKS else 1e-6 if "batchtopk" in run_dir.name else 0.0
@@ -223,7 +224,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
     recording.add_argument("folder", type=Path)
-    recording.add_argument("--tree", type=Path, default=ROOT, help="whose saekit to run; this one by default")
+    recording.add_argument("--tree", type=Path, default=ROOT, help="the source tree to run; this one by default")
     recording.add_argument("--only", nargs="*", default=[], help="runs whose names contain one of these words")
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)

@@ -1,10 +1,10 @@
-"""Does selecting in low precision cost quality? The demo LM trained with each `--select-dtype` that a CPU can have.
+"""Measures whether selecting in low precision costs quality: trains on the demo LM with each `--select-dtype` of a CPU.
 
     python benchmarks/selection.py
 
-All runs see the same tokens in the same order, from the same initial weights, with the language model in float32. The
-final FVU is the mean over the last tenth of the steps, per layer. Ends with code 1 where a layer's in low precision is
-more than 0.5% above fp32's.
+All runs have the same tokens in the same order, the same initial weights, and the language model in float32. The final
+FVU is the mean over the last tenth of the steps, per layer. Exits with code 1 if a layer's FVU in low precision is more
+than 0.5% above that in fp32.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from saekit.runs.metrics import read_metrics
 from saekit.sae.kernels import SELECT_DTYPES
 
 LIMIT = 1.005
+"""The largest ratio of a layer's FVU to that in fp32."""
 console = Console()
 
 
 def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 1_000_000,
-    out: Annotated[Path, typer.Option(help="Where the numbers go.")] = HERE / "results" / "selection.json",
+    out: Annotated[Path, typer.Option(help="File for the results.")] = HERE / "results" / "selection.json",
 ) -> None:
-    """Train with each."""
+    """Train with each type and compare the FVUs."""
     with tempfile.TemporaryDirectory(prefix="saekit-selection-") as work:
         folder = Path(work)
         text = folder / "stdlib.jsonl"
@@ -63,7 +64,7 @@ def main(
 
 
 def final_fvu(folder: Path, text: Path, select_dtype: str, max_tokens: int) -> dict[str, float]:
-    """By layer, of the last tenth of a run."""
+    """Train, and return the mean FVU over the last tenth of the steps, by layer."""
     command = [sys.executable, "-m", "saekit", "train", MODEL_DIR, text, "--ctx-len", 256, "--max-tokens", max_tokens]
     command += ["--lr", 2e-3, "--dtype", "float32", "--select-dtype", select_dtype, "--save-dir", folder]
     command += ["--run-name", select_dtype]

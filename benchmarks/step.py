@@ -1,18 +1,18 @@
-"""One SAE training step on given activations: ours and eai-sparsify's, side by side.
+"""Compares a training step of one SAE on given activations in saekit and in eai-sparsify.
 
     python benchmarks/step.py                 # two sizes on the CPU
     python benchmarks/step.py --gpu           # one layer of Llama-3-8B at 32×, on a CUDA device
     python benchmarks/step.py --size 512,16384,32,4096
 
-Each repetition starts a process per contestant, one after the other, so that a slow minute of the machine meets all.
-A process warms up, times steps, and reads its own peak memory. Contestants:
+Each repetition starts one process per contestant, one after the other, so that a slow period of the machine affects
+all of them. A process warms up, times steps, and reads its own peak memory. Contestants:
 
 - saekit: as `saekit train` runs it, or with `--select-dtype`.
-- saekit fp32: fp32 selects, too.
-- sparsify: as its Trainer does a step with `optimizer="adam"` where bitsandbytes is missing (Adam of torch).
+- saekit fp32: selects in fp32.
+- sparsify: a step of its Trainer with `optimizer="adam"`, without bitsandbytes (so with torch's Adam).
 - sparsify huge pages: the same with the allocator setting that `saekit train` makes for itself (on a CPU only).
 
-Ends with code 1 where saekit is less than the asked-for times as fast as sparsify, or takes more than half its memory.
+Exits with code 1 if saekit is less than `--at-least` times as fast as sparsify, or takes more than half its memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ CONTESTANTS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "saekit fp32": ({"select_dtype": "fp32"}, {}),
     "sparsify huge pages": ({}, {"THP_MEM_ALLOC_ENABLE": "1"}),
 }
-"""What each changes in the job, and in the environment."""
+"""What each contestant changes in the job and in the environment."""
 MEMORY_LIMIT = 0.5
+"""The largest ratio of saekit's memory to sparsify's."""
 console = Console()
 
 
@@ -50,18 +51,20 @@ def main(
     gpu: Annotated[bool, typer.Option(help="On the CUDA device, with the default sizes for one.")] = False,
     repeats: Annotated[int, typer.Option(help="Processes per contestant and size.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps per process.", min=1)] = 7,
-    at_least: Annotated[float | None, typer.Option(help="Times sparsify's tokens/s; 4 on a CPU, 2 on a GPU.")] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Of the contestants besides saekit and sparsify; repeatable.")
+    at_least: Annotated[
+        float | None, typer.Option(help="Smallest ratio to sparsify's tokens/s; by default 4 on a CPU, 2 on a GPU.")
     ] = None,
-    select_dtype: Annotated[str, typer.Option(help="Of saekit: auto, as it trains, fp32, bf16 or int8.")] = "auto",
-    peer: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Contestants in addition to saekit and sparsify; repeatable.")
+    ] = None,
+    select_dtype: Annotated[str, typer.Option(help="saekit's type of selection: auto, fp32, bf16 or int8.")] = "auto",
+    peer: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure steps."""
     names = only or [name for name in CONTESTANTS if not (gpu and name == "sparsify huge pages")]
     if unknown := set(names) - CONTESTANTS.keys():
-        raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: there are {', '.join(CONTESTANTS)}")
+        raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: choose from {', '.join(CONTESTANTS)}")
     python = peer_python(peer, console.print)
     at_least = at_least or (2.0 if gpu else 4.0)
     out = out or HERE / "results" / ("step_gpu.json" if gpu else "step.json")
@@ -96,7 +99,7 @@ def main(
 
 
 def measure(job: dict[str, Any], tokens: int, peer: Path, repeats: int, names: list[str]) -> dict[str, Any]:
-    """The named contestants in turn, `repeats` times; saekit and sparsify always."""
+    """Run saekit, sparsify and the named contestants in turn, `repeats` times."""
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="saekit-step-") as work:
         folder = Path(work)
@@ -124,7 +127,7 @@ def measure(job: dict[str, Any], tokens: int, peer: Path, repeats: int, names: l
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Ratios to sparsify: median (least to most)."""
+    """Make a table of ratios to sparsify: median (minimum to maximum)."""
     d_in, num_latents, k, tokens = result["size"].split(",")
     shown = Table(title=f"D {d_in}, M {num_latents}, k {k}, N {tokens}", title_justify="left")
     for column in ("", "tokens/s × sparsify's", "memory above weights and moments, MB", "× sparsify's"):

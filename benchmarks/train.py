@@ -1,19 +1,19 @@
-"""The whole trainer, all layers at once: `saekit train` and eai-sparsify's Trainer, side by side.
+"""Compares whole trainers on all layers at once: `saekit train` and eai-sparsify's Trainer.
 
     python benchmarks/train.py
     python benchmarks/train.py --gpu --width 2048 --layers 16
 
-A GPT-NeoX of pythia-70m's shape with random weights and random tokens (neither changes the speed), one SAE per layer.
-Each repetition runs every contestant once, one after the other; rates are medians over the steps after warm-up, from
-the end of one step to the end of the next, so everything between is counted: data, language model, routing, SAEs,
-statistics, reports. Contestants:
+The language model is a GPT-NeoX of pythia-70m's shape, with random weights and random tokens, which do not change the
+speed, and one SAE per layer. Each repetition runs every contestant once, one after the other. Rates are medians over
+the steps after a warm-up, from the end of one step to the end of the next. They therefore include everything: data,
+language model, routing, SAEs, statistics, reports. Contestants:
 
-- saekit: `saekit train MODEL DATA` with nothing else but sizes.
+- saekit: `saekit train MODEL DATA` with no options but sizes.
 - saekit fp32: with the language model and the selection in float32.
-- sparsify: its Trainer on the model in float32, which is what it loads such a model as.
+- sparsify: its Trainer with the model in float32, the type in which it loads such a model.
 - sparsify bf16 LM: the same with the language model in bfloat16.
 
-Ends with code 1 where saekit is less than the asked-for times as fast as sparsify.
+Exits with code 1 if saekit is less than `--at-least` times as fast as sparsify.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ console = Console()
 
 
 def main(
-    layers: Annotated[int, typer.Option(help="Of the language model.")] = 6,
-    width: Annotated[int, typer.Option(help="Of the residual stream.")] = 512,
-    expansion: Annotated[int, typer.Option(help="Latents over width.")] = 8,
-    k: Annotated[int, typer.Option(help="Active latents.")] = 32,
+    layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 6,
+    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 512,
+    expansion: Annotated[int, typer.Option(help="Latents per dimension.")] = 8,
+    k: Annotated[int, typer.Option(help="Active latents per token.")] = 32,
     ctx_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
     steps: Annotated[int, typer.Option(help="Timed steps per run.", min=1)] = 12,
-    warm_up: Annotated[int, typer.Option(help="Steps before them.", min=1)] = 8,
+    warm_up: Annotated[int, typer.Option(help="Steps before the timed ones.", min=1)] = 8,
     repeats: Annotated[int, typer.Option(help="Runs per contestant.", min=1)] = 5,
-    gpu: Annotated[bool, typer.Option(help="On the CUDA device.")] = False,
-    at_least: Annotated[float, typer.Option(help="Times sparsify's tokens/s.")] = 3.0,
-    peer: Annotated[Path | None, typer.Option(help="A Python that has eai-sparsify.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+    gpu: Annotated[bool, typer.Option(help="Run on the CUDA device.")] = False,
+    at_least: Annotated[float, typer.Option(help="Smallest ratio to sparsify's tokens/s.")] = 3.0,
+    peer: Annotated[Path | None, typer.Option(help="Python of an environment with eai-sparsify.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure trainers."""
     python = peer_python(peer, console.print)
@@ -114,7 +114,7 @@ def main(
 
 
 def make_model(layers: int, width: int, ctx_len: int, folder: Path) -> None:
-    """A language model with random weights and without a tokenizer."""
+    """Save a language model with random weights and without a tokenizer."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
@@ -128,7 +128,7 @@ def make_model(layers: int, width: int, ctx_len: int, folder: Path) -> None:
 
 
 def ours(job: dict[str, Any], out: Path, more: tuple[str, ...]) -> dict[str, Any]:
-    """`saekit train`, as it is typed. A step is reported when the GPU has done all that it was given."""
+    """Run `saekit train` and return its rate and memory. A step is reported after the GPU has finished its work."""
     command = [sys.executable, "-m", "saekit", "train", job["model"], job["data"], *more]
     command += ["--expansion-factor", str(job["expansion"]), "--k", str(job["k"])]
     command += [
@@ -155,12 +155,12 @@ def ours(job: dict[str, Any], out: Path, more: tuple[str, ...]) -> dict[str, Any
 
 
 def theirs(python: Path, job: dict[str, Any], folder: Path, lm_dtype: str) -> dict[str, Any]:
-    """Its Trainer."""
+    """Run sparsify's Trainer and return its rate and memory."""
     return json_from(python, "peers/sparsify_rate.py", job | {"lm_dtype": lm_dtype}, folder)
 
 
 def table(contestants: dict[str, Any]) -> Table:
-    """Ratios: median (least to most)."""
+    """Make a table of ratios: median (minimum to maximum)."""
     shown = Table("", title="Whole trainer", title_justify="left")
     for column in ("tokens/s × sparsify's", "× sparsify's with bf16 LM", "peak memory, MB"):
         shown.add_column(column, justify="right")

@@ -1,11 +1,11 @@
-"""Two machines, as far as one can play them: two network namespaces, each with its own name and its own caches.
+"""Tests runs on two simulated machines: two network namespaces, each with its own host name and its own caches.
 
     python benchmarks/two_nodes.py runs       # under each placement: train, SIGTERM, resume to the end
     python benchmarks/two_nodes.py slurm      # the same with examples/slurm_multi_node.sh, as sbatch would run it
-    python benchmarks/two_nodes.py failures   # 20 times: a rank raises while others wait where no signal reaches them
+    python benchmarks/two_nodes.py failures   # 20 times: a rank raises while others block all signal handlers
 
-Needs root, `ip` and `unshare`. The ranks speak gloo over a virtual cable, the only way from one namespace to the other.
-What is found is printed, and written to benchmarks/results/two_nodes.json.
+Needs root, `ip` and `unshare`. The ranks use gloo over a virtual cable, the only link between the namespaces. Results
+are printed and written to benchmarks/results/two_nodes.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PLACEMENTS = ("ddp", "layer-map", "zero3")
 NODES = ("saekit-node0", "saekit-node1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 LIMIT = 30.0
-"""Seconds in which all ranks must have ended after one of them has raised."""
+"""The number of seconds within which all ranks must end after one has raised an error."""
 SIZES = ["--num-latents", "64", "--k", "4", "--ctx-len", "16", "--batch-size", "2", "--log-every", "1"]
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree"]
 ENTER = """#!/bin/bash
@@ -48,8 +48,8 @@ exec ip netns exec saekit-node$node unshare --uts bash -c \
 """
 HOSTS = f"127.0.0.1 localhost\n{ADDRESSES[0]} node0\n{ADDRESSES[1]} node1\n"
 SRUN = """#!/bin/bash
-# One task on each machine. As since SLURM 22.05, its CPUs are one, or those of SRUN_CPUS_PER_TASK. A task that fails
-# ends the others only if that is asked for.
+# Starts one task on each machine. Since SLURM 22.05, a task gets one CPU, or as many as SRUN_CPUS_PER_TASK says. A task
+# that fails ends the others only with --kill-on-bad-exit.
 options=" "
 while [[ $1 == --* ]]; do options+="$1 "; shift; done
 export SLURM_CPUS_PER_TASK=${{SRUN_CPUS_PER_TASK:-1}} SLURM_NTASKS=2 SLURM_LOCALID=0
@@ -70,13 +70,13 @@ SCONTROL = """#!/bin/bash
 
 @contextmanager
 def two_nodes(work: Path) -> Iterator[None]:
-    """Make the namespaces and the cable between them; they are gone afterwards."""
+    """Make the namespaces and the cable between them, and remove them at the end."""
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True)
 
     for node in NODES:
-        ip("netns", "add", node)  # fails if another drill has them, or has left them: `ip netns delete` then
+        ip("netns", "add", node)  # fails if another drill uses or has left them: run `ip netns delete` in that case
     try:
         ip("link", "add", "saekit0", "type", "veth", "peer", "name", "saekit1")
         for number, (node, address) in enumerate(zip(NODES, ADDRESSES, strict=True)):
@@ -95,20 +95,20 @@ def two_nodes(work: Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """Of the launchers: one thread per rank, plain lines, this saekit."""
+    """Return the environment of the launchers: one thread per rank, plain lines, this source tree."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PET_", "TORCHELASTIC"))}
     more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "true", "PYTHONPATH": str(ROOT)}
     return {**kept, **more, "HF_HUB_OFFLINE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "140"}
 
 
 class Job:
-    """A run on both machines, two ranks each, which torchrun starts.
+    """A run on both machines with two ranks each, started by torchrun.
 
     Args:
-        work: Where logs go, and the run.
-        placement: Of the SAEs.
-        options: More options of `saekit train`.
-        variables: More of the environment.
+        work: The folder for logs and for the run.
+        placement: The placement of the SAEs.
+        options: Additional options of `saekit train`.
+        variables: Additional environment variables.
     """
 
     def __init__(self, work: Path, placement: str, options: list[str], variables: dict[str, str]) -> None:
@@ -129,18 +129,18 @@ class Job:
             self.launch(command, self.work / f"node{number}.log", {**environment(), **variables}, self.work)
 
     def launch(self, command: list[str], log: Path, variables: dict[str, str], folder: Path) -> None:
-        """Start a process, with these variables, in a folder; what it says goes to the log."""
+        """Start a process with these environment variables in a folder, and write its stderr to the log."""
         with log.open("w") as file:
             self.launchers.append(subprocess.Popen(command, env=variables, stderr=file, cwd=folder))
         self.logs.append(log)
 
     def signal(self, number: int) -> None:
-        """As a scheduler does: to the launcher of each machine."""
+        """Send a signal to the launcher of each machine, as a scheduler does."""
         for each in self.launchers:
             each.send_signal(number)
 
     def wait(self, seconds: float) -> list[int]:
-        """Return the launchers' exit codes; those that are still there after that many seconds are killed."""
+        """Wait for the launchers, kill those that still run after this number of seconds, and return all exit codes."""
         until = time.monotonic() + seconds
         for each in self.launchers:
             try:
@@ -150,7 +150,7 @@ class Job:
         return [each.returncode for each in self.launchers]
 
     def kill(self) -> None:
-        """End all that is left."""
+        """Kill all processes that still run."""
         for each in self.launchers:
             if each.poll() is None:
                 for process in [*psutil.Process(each.pid).children(recursive=True), each]:
@@ -158,16 +158,16 @@ class Job:
                 each.wait()
 
     def said(self) -> str:
-        """What both machines wrote to stderr."""
+        """Return what both machines have written to stderr."""
         return "\n".join(log.read_text(encoding="utf-8") for log in self.logs)
 
 
 class SlurmJob(Job):
-    """One that SLURM's example starts, with `srun` and `scontrol` of our own."""
+    """A run that the example for SLURM starts, with simulated `srun` and `scontrol`."""
 
     def start(self, train: list[str], variables: dict[str, str]) -> None:
         """Run the script on the first machine, as sbatch does."""
-        # Its launch files are for GPUs; the ranks find none, and speak gloo.
+        # The example's launch files are for GPUs. The ranks find no GPU and use gloo.
         config = "zero3" if train[train.index("--placement") + 1] == "zero3" else "multi_node"
         told = {"SLURM_JOB_ID": str(random.randrange(10**6)), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2"}
         told |= {"SLURM_CPUS_PER_TASK": "2", "GPUS_PER_NODE": "2", "CONFIG": f"accelerate_configs/{config}.yaml"}
@@ -177,13 +177,13 @@ class SlurmJob(Job):
         self.launch(command, self.work / "job.log", kept | told | variables, ROOT)
 
     def signal(self, number: int) -> None:
-        """As SLURM does: to the tasks that srun started."""
+        """Send a signal to the tasks that srun has started, as SLURM does."""
         for task in (0, 1):
             os.kill(int((self.work / f"task{task}").read_text()), number)
 
 
 def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> None:
-    """Look ten times a second."""
+    """Wait until something has happened, and fail if it takes too long or the job ends first."""
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until, job.said()
@@ -192,7 +192,7 @@ def wait_until(happened: Callable[[], Any], job: Job, seconds: float = 120) -> N
 
 
 def stop_and_resume(work: Path, placement: str, kind: type[Job]) -> dict[str, Any]:
-    """Train, send SIGTERM, go on to the end; the figures of it."""
+    """Train, send SIGTERM, resume to the end, and return the results."""
     from saekit.runs.recovery import read_index
 
     options = ["--max-tokens", str(150 * 8 * 16), "--resume", "auto"]
@@ -209,7 +209,7 @@ def stop_and_resume(work: Path, placement: str, kind: type[Job]) -> dict[str, An
         job = kind(work, placement, options, {})
         codes = job.wait(240)
         assert not any(codes), f"{codes}: {job.said()}"
-        assert job.said().count("Going on from ") == 1, job.said()
+        assert job.said().count("Resuming from ") == 1, job.said()
         assert read_index(work / "run" / "latest")["step"] == 150
     finally:
         job.kill()
@@ -217,7 +217,7 @@ def stop_and_resume(work: Path, placement: str, kind: type[Job]) -> dict[str, An
 
 
 def fail_once(work: Path, placement: str, fails: int, stuck: list[int]) -> dict[str, Any]:
-    """One rank raises; the figures of how the run ends."""
+    """Let one rank raise an error while others are stuck, and return how the run ends."""
     (work / "raised").unlink(missing_ok=True)
     options = ["--plugin", str(HERE / "failing_source.py"), "--source", "failing", "--overwrite"]
     told = {"FAILS": str(fails), "STUCK": " ".join(map(str, stuck)), "NOTES": str(work)}
@@ -242,7 +242,7 @@ def fail_once(work: Path, placement: str, fails: int, stuck: list[int]) -> dict[
 
 
 def write(key: str, found: Any) -> None:
-    """Print figures, and put them into the results next to those of other kinds."""
+    """Print results, and add them to the file of results."""
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if isinstance(found, list):
         record[key] = [*record.get(key, []), *found]
@@ -254,14 +254,14 @@ def write(key: str, found: Any) -> None:
 
 
 def main() -> int:
-    """Run one of the drills; the exit code says whether all went well."""
+    """Run one of the drills. The exit code is 0 if all went well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drill", choices=["runs", "slurm", "failures"])
     parser.add_argument("--times", type=int, default=20, help="failures in a row")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first, to go on with an earlier drill")
+    parser.add_argument("--first", type=int, default=0, help="number of the first, to continue an earlier drill")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
     asked = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what takes machines and launchers down
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that machines and launchers are cleaned up
     good = True
     with tempfile.TemporaryDirectory() as folder, two_nodes(Path(folder)):
         work = Path(folder)
@@ -269,7 +269,7 @@ def main() -> int:
         (work / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         if asked.drill == "failures":
             for number in range(asked.first, asked.times):
-                # Each rank in turn, each placement in turn; none to all of the others are stuck, the rest wait for it.
+                # Cycle through ranks and placements. None to all of the other ranks are stuck; the rest wait normally.
                 fails, placement = number % 4, asked.placements[number % len(asked.placements)]
                 others = [rank for rank in range(4) if rank != fails]
                 found = fail_once(work, placement, fails, others[: number % 5])

@@ -1,6 +1,6 @@
-"""AbsTopK: the k latents of largest magnitude, signs kept (arXiv 2510.00404). A plug-in for saekit.
+"""AbsTopK: a selection of the k latents of largest magnitude, with their signs (arXiv 2510.00404). A plug-in.
 
-One latent then stands for a direction and its opposite. Train with
+One latent then represents a direction and its opposite. Train with
 
     saekit train MODEL DATASET --plugin abs_topk.py --activation abs_topk
 
@@ -15,17 +15,17 @@ from saekit.sae.selection import Selection
 
 @SELECTIONS.register("abs_topk")
 class AbsTopK(Selection):
-    """`z = a` for the k latents whose `|a|` is largest, else 0, with `a = W_enc (x − b_dec) + b_enc` and no ReLU."""
+    """`z = a` for the k latents with the largest `|a|`, otherwise 0, where `a = W_enc (x − b_dec) + b_enc`, no ReLU."""
 
     name = "abs_topk"
 
     def encode(self, x_ND, W_enc_MD, b_enc_M, centre_D, kernels):
-        """The k largest of `ReLU(a)` and `ReLU(−a)` together: the kernels' TopK over a dictionary and its opposite."""
+        """Return the k largest of `ReLU(a)` and `ReLU(−a)`: the kernels' TopK over a dictionary and its negative."""
         both = torch.cat([W_enc_MD, -W_enc_MD]), torch.cat([b_enc_M, -b_enc_M])
         sizes_NK, indices_NK = kernels.encode_topk(x_ND, *both, self.k, centre_D=centre_D)
         opposite = indices_NK >= self.num_latents
         return torch.where(opposite, -sizes_NK, sizes_NK), indices_NK - opposite * self.num_latents
 
     def fired(self, acts):
-        """Values of either sign."""
+        """Return whether each value counts as a firing: values of either sign do."""
         return acts != 0

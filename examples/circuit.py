@@ -1,11 +1,11 @@
-"""Find which latents of one layer's transcoder feed a latent of a later layer's, by their weights and on a text.
+"""Find the latents of one layer's transcoder that feed a latent of a later transcoder, by their weights and on a text.
 
     saekit demo --transcode
     python examples/circuit.py saekit-demo/run-1 --early 2 --late 4
 
 A transcoder's latent adds its decoder row to the residual stream, and a later encoder reads the stream through the norm
-before its MLP. So the direct path from one latent to the other is one number, the same on every text. Paths through
-attention and through MLPs in between are left out. Cells are marked by `# %%`.
+before its MLP. The direct path from one latent to the other is therefore one number, the same on every text. Paths
+through attention and through MLPs in between are left out. `# %%` marks cells.
 """
 
 # %%
@@ -22,15 +22,15 @@ import saekit
 
 @torch.no_grad()
 def main(
-    run: Annotated[Path, typer.Argument(help="A run's folder, of transcoders of MLPs.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run with transcoders of MLPs.")],
     early: int = 2,
     late: int = 4,
-    latent: Annotated[int | None, typer.Option(help="Of the late one; by default the most active on the text.")] = None,
+    latent: Annotated[int | None, typer.Option(help="Latent of the late layer; by default the most active.")] = None,
     text: str = "import os\n\n\ndef main(args):\n    for name in args:\n        print(name)\n",
     show: int = 8,
 ) -> None:
-    """Print the latents that feed it most, with their weights and what they do on the text."""
-    # %% The model that the run was trained on, and the two transcoders.
+    """Print the latents that feed a late latent most, with their weights and their contributions on the text."""
+    # %% Load the model that the run was trained on, and the two transcoders.
     name = yaml.safe_load((run / "config.yaml").read_text())["model"]
     model = AutoModelForCausalLM.from_pretrained(name).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -38,7 +38,7 @@ def main(
     first, second = (next(coders[each] for each in coders if f".{layer}." in each) for layer in (early, late))
     (reads_first,), (reads_second,) = first.reads, second.reads  # such as layers.2.mlp:in
 
-    # %% What the two read on the text, and the residual stream before the later one's norm.
+    # %% Read the inputs of both on the text, and the residual stream before the later one's norm.
     norm_name = reads_second.replace("mlp:in", "post_attention_layernorm")
     norm = model.base_model.get_submodule(norm_name)
     ids = tokenizer(text, return_tensors="pt").input_ids
@@ -46,7 +46,7 @@ def main(
         seen = {each: acts[0, 1:] for each, acts in read(ids).items()}  # the first token is an outlier
     rms_N = seen[f"{norm_name}:in"].square().mean(-1).add(norm.variance_epsilon).sqrt()
 
-    # %% Their codes, as dense tensors: tokens × latents. The latent to explain, on the token where it is largest.
+    # %% Encode them as dense tensors, tokens × latents. Choose the latent to explain, and the token where it peaks.
     first_NM, second_NM = (
         torch.zeros(len(rms_N), coder.num_latents).scatter_(1, code.indices, code.acts)
         for coder, code in ((first, first.encode(seen[reads_first])), (second, second.encode(seen[reads_second])))
@@ -54,10 +54,10 @@ def main(
     latent = int(second_NM.amax(0).argmax()) if latent is None else latent
     token = int(second_NM[:, latent].argmax())
 
-    # %% The circuit's weights: decoder rows times the encoder's row, with the norm's own weights in between.
+    # %% Compute the circuit's weights: decoder rows times the encoder's row, with the norm's own weights in between.
     feeds_M = first.W_dec @ (norm.weight * second.W_enc[latent])
 
-    # %% On that token, each latent's part is its activation times the weight; the norm divides by the token's size.
+    # %% On that token, each latent's part is its activation times its weight, divided by the norm's scale.
     parts_M = first_NM[token] * feeds_M / rms_N[token]
     score = second.W_enc[latent] @ seen[reads_second][token] + second.b_enc[latent]
     word = tokenizer.decode(ids[0, 1 + token])

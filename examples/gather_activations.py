@@ -1,9 +1,9 @@
-"""Write a model's residual stream, and its SAEs' codes of it, to a file.
+"""Write a model's residual stream and its SAEs' codes to a file.
 
     saekit demo
     python examples/gather_activations.py saekit-demo/run-1 README.md --out acts.safetensors
 
-Cells are marked by `# %%`, for those who would rather step through it.
+`# %%` marks cells, for stepping through the script.
 """
 
 # %%
@@ -26,18 +26,18 @@ def main(
     ctx_len: int = 256,
     batch_size: int = 8,
 ) -> None:
-    """Gather."""
-    # %% The model that the run was trained on, and its SAEs.
+    """Gather activations and codes."""
+    # %% Load the model that the run was trained on, and its SAEs.
     name = yaml.safe_load((run / "config.yaml").read_text())["model"]
     model = AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     saes = saekit.load_many(run)
 
-    # %% Text to sequences of one length; what is left at the end is dropped.
+    # %% Tokenize the text into sequences of equal length. The rest at the end is dropped.
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), verbose=False).input_ids)
     sequences = ids[: len(ids) // ctx_len * ctx_len].view(-1, ctx_len)
 
-    # %% Activations and codes, batch by batch.
+    # %% Gather activations and codes, batch by batch.
     parts: dict[str, list[torch.Tensor]] = {}
     with torch.inference_mode(), saekit.tap(model, list(saes)) as read:
         for batch in sequences.split(batch_size):
@@ -47,7 +47,7 @@ def main(
                 parts.setdefault(f"{hookpoint}.acts", []).append(code.acts)
                 parts.setdefault(f"{hookpoint}.latents", []).append(code.indices.int())
 
-    # %% One file: resid [S, T, D], acts and latents [S, T, K], and the token ids [S, T].
+    # %% Write one file: resid [S, T, D], acts and latents [S, T, K], and the token ids [S, T].
     tensors = {name: torch.cat(each) for name, each in parts.items()}
     save_file({**tensors, "input_ids": sequences.contiguous()}, out)
     for name, tensor in tensors.items():

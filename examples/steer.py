@@ -1,9 +1,9 @@
-"""Push a language model along one feature of an SAE, and see what it writes.
+"""Steer a language model along one latent of an SAE, and see what it writes.
 
     saekit demo
     python examples/steer.py saekit-demo/run-1 --layer 3 --text "def main("
 
-Cells are marked by `# %%`, for those who would rather step through it.
+`# %%` marks cells, for stepping through the script.
 """
 
 # %%
@@ -21,13 +21,13 @@ import saekit
 def main(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     layer: int = 0,
-    latent: Annotated[int | None, typer.Option(help="By default the one that is most active on the text.")] = None,
-    strength: Annotated[float, typer.Option(help="Times the latent's largest activation on the text.")] = 4.0,
+    latent: Annotated[int | None, typer.Option(help="Latent to steer; by default the most active on the text.")] = None,
+    strength: Annotated[float, typer.Option(help="Factor on the latent's largest activation on the text.")] = 4.0,
     text: str = "import os",
     new_tokens: int = 40,
 ) -> None:
-    """Write with and without the push."""
-    # %% The model that the run was trained on, and the SAE of one layer.
+    """Generate text with and without steering."""
+    # %% Load the model that the run was trained on, and the SAE of one layer.
     name = yaml.safe_load((run / "config.yaml").read_text())["model"]
     model = AutoModelForCausalLM.from_pretrained(name).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -35,7 +35,7 @@ def main(
     hookpoint = next(each for each in saes if each.endswith(f".{layer}"))
     sae = saes[hookpoint]
 
-    # %% Which latents are active on the text? The first token is an outlier in most models, and left out.
+    # %% Find the latents that are active on the text, without the first token, which is an outlier in most models.
     prompt = tokenizer(text, return_tensors="pt")
     with saekit.tap(model, [hookpoint]) as read:
         acts, indices = sae.encode(read(prompt.input_ids)[hookpoint][0, 1:])
@@ -44,7 +44,7 @@ def main(
     push = strength * max(float(dense[:, latent].max()), 1.0) * sae.W_dec[latent].detach()
     typer.echo(f"{hookpoint}, latent {latent}; pushed by {float(push.norm()):.2f}\n")
 
-    # %% Write with and without the push.
+    # %% Generate text with and without steering.
     for title, changes in {"as it is": {}, "pushed": {hookpoint: lambda resid: resid + push}}.items():
         with torch.no_grad(), saekit.splice(model, changes):
             written = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)

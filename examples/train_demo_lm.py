@@ -1,8 +1,8 @@
-"""Train the demo language model which saekit ships: a small Llama over the text of Python's standard library.
+"""Train the demo language model that saekit ships: a small Llama trained on the text of Python's standard library.
 
 The text is the source of the running interpreter's own library, so the script needs no download. It trains a byte-level
-BPE tokenizer and a `LlamaForCausalLM` of 1.2 M parameters on the CPU, measures the loss on files kept out of training,
-and writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load offline:
+BPE tokenizer and a `LlamaForCausalLM` of 1.2 M parameters on the CPU, measures the loss on held-out files, and writes a
+folder that `AutoModelForCausalLM` and `AutoTokenizer` load offline:
 
     python examples/train_demo_lm.py --minutes 25
 
@@ -34,14 +34,14 @@ log = logging.getLogger("train_demo_lm")
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048  # tokens
 CONTEXT = 256  # tokens in a training sequence
-LONG_CONTEXT = 512  # tokens in a sequence of the last stretch, which costs a fifth more per token
-BATCH_TOKENS = 16 * CONTEXT  # tokens in an optimizer step; 32 sequences learn more slowly for the same time
+LONG_CONTEXT = 512  # tokens in a sequence of the last part of training, which costs a fifth more per token
+BATCH_TOKENS = 16 * CONTEXT  # tokens in an optimizer step; with 32 sequences the model learns less in the same time
 WARMUP = 0.02  # fraction of training
 WEIGHT_DECAY = 0.1
-HELD_OUT_PER_MILLE = 30  # share of the files kept out of training
-MADE_WITH = "Made with, in this order:\n"  # the card's last section: a continued model's card carries it over
+HELD_OUT_PER_MILLE = 30  # share of the files that are held out
+MADE_WITH = "Made with, in this order:\n"  # the card's last section, which the card of a continued model keeps
 
-# Tables and generated text rather than code; the build's own settings also hold paths of the machine that built it.
+# Tables and generated text instead of code. The build's settings also contain paths of the machine that built it.
 NOT_CODE = (
     "encodings/",
     "pydoc_data/",
@@ -67,18 +67,18 @@ class Loss(NamedTuple):
     """Cross-entropy of the next token over a stream of packed documents."""
 
     nats_per_token: float
-    """Mean over all predicted tokens, the end-of-text marks between documents included."""
+    """Mean over all predicted tokens, including the end-of-text marks between documents."""
     bits_per_byte: float
     """Total in bits, divided by the UTF-8 bytes of the documents."""
 
 
 class Progress(NamedTuple):
-    """How training went, for the model card."""
+    """The progress of training, for the model card."""
 
     steps: int
     """Optimizer steps."""
     tokens: int
-    """Tokens trained on, repeats included."""
+    """Tokens trained on, including repeats."""
     minutes: float
     """Wall-clock time of training, in minutes."""
 
@@ -114,7 +114,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def wrap_tokenizer(bpe: Tokenizer) -> PreTrainedTokenizerFast:
-    """Return the tokenizer as Transformers knows it, with the end-of-text mark as `bos`, `eos` and `pad`."""
+    """Return the tokenizer for Transformers, with the end-of-text mark as `bos`, `eos` and `pad`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
@@ -139,7 +139,7 @@ def check_round_trip(documents: list[str], tokenizer: PreTrainedTokenizerFast) -
 
 
 def batches(documents: list[torch.Tensor], context: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield batches of packed sequences, (B, T + 1) int64, without end: neighbouring sequences share one token.
+    """Yield endless batches of packed sequences, (B, T + 1) int64, in which neighboring sequences share one token.
 
     Each pass over the documents packs them in a new order from a new offset, so no two passes cut them alike.
     """
@@ -154,7 +154,7 @@ def batches(documents: list[torch.Tensor], context: int, generator: torch.Genera
 
 
 def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Return the cross-entropy in nats, a float32 scalar, of `ids[:, 1:]` given what precedes; `ids` is (B, T + 1)."""
+    """Return the cross-entropy of `ids[:, 1:]` given the previous ids, in nats, float32; `ids` is (B, T + 1)."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction=reduction)
 
@@ -163,8 +163,8 @@ def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor, reduction: str =
 def held_out_loss(model: LlamaForCausalLM, documents: list[torch.Tensor], n_bytes: int, context: int) -> Loss:
     """Return the loss over `documents` packed in order and cut into sequences of `context` tokens.
 
-    `n_bytes` is the UTF-8 size of the documents. The tail that fills no whole sequence is left out of the mean, and
-    the bits per byte are scaled to the whole.
+    `n_bytes` is the UTF-8 size of the documents. The mean leaves out the tail that does not fill a sequence. The bits
+    per byte are scaled to all documents.
     """
     stream_S = torch.cat(documents)
     windows = stream_S.unfold(0, context + 1, context)
@@ -174,7 +174,7 @@ def held_out_loss(model: LlamaForCausalLM, documents: list[torch.Tensor], n_byte
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """Return the rate at fraction `done` of training: a linear warm-up to `peak`, then a cosine down to zero."""
+    """Return the learning rate at fraction `done` of training: a linear warm-up to `peak`, then a cosine to zero."""
     if done < WARMUP:
         return peak * max(done, 1e-3) / WARMUP
     return peak * 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
@@ -216,7 +216,7 @@ def train(
     long_from: float,
     generator: torch.Generator,
 ) -> Iterator[Progress]:
-    """Train `model` in place for `steps` optimizer steps, or else for `minutes`; yield after each step.
+    """Train `model` in place for `steps` optimizer steps, or for `minutes` if `steps` is None; yield after each step.
 
     `peak_lr` is the highest learning rate; `long_from` is the fraction of training after which sequences are long.
     """
@@ -228,7 +228,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, peak_lr)
         ids = next(long if done >= long_from else short)
-        with torch.autocast("cpu", torch.bfloat16):  # 1.6 times as fast as float32 where the CPU has AVX512-BF16
+        with torch.autocast("cpu", torch.bfloat16):  # 1.6 times as fast as float32 on a CPU with AVX512-BF16
             loss = next_token_loss(model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -246,7 +246,7 @@ def train(
 
 
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the model in bfloat16 and the tokenizer to `out`, each file replaced whole so that no reader sees half."""
+    """Write the model in bfloat16 and the tokenizer to `out`. Files are replaced whole, so readers never see a part."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         copy = LlamaForCausalLM(model.config)
@@ -310,14 +310,14 @@ def history_entry(command: str, progress: Progress) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("saekit/demo/model"),
-    minutes: Annotated[float, typer.Option(help="Wall-clock time to train for, in minutes.", min=0.01)] = 25.0,
+    minutes: Annotated[float, typer.Option(help="Wall-clock minutes to train for.", min=0.01)] = 25.0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps to train for, instead of minutes.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of the text.")] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 6e-3,
     long_from: Annotated[float, typer.Option(help="Fraction of training after which sequences are long.")] = 0.85,
     start_from: Annotated[Path | None, typer.Option(help="Folder of a model to train further.", exists=True)] = None,
     save_every: Annotated[float, typer.Option(help="Minutes between checkpoints, written to the same folder.")] = 5.0,
-    threads: Annotated[int, typer.Option(help="CPU threads to compute with.", min=1)] = 2,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.", min=1)] = 2,
 ) -> None:
     """Train the demo language model on the running interpreter's standard library and write it to a folder."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

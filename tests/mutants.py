@@ -167,7 +167,7 @@ LIST: list[tuple[str, ...]] = [
     ),
     ("deferred gradients outlive their step", ADAM, "sums.clear()", "pass"),
     ("a deferred gradient hides NaN and Inf", LOCAL, "each.bound()", "each.bound().nan_to_num(0.0, 0.0, 0.0)"),
-    ("native kernels on some of the ranks", "saekit/training/agreed.py", "if len(set(wanted)) == 1", "if wanted"),
+    ("native kernels on some of the ranks", "saekit/training/agreed.py", "if len(set(names)) == 1", "if names"),
     ("a bias loses what bfloat16 rounds off", SCORES, "(b_M - W_low_ME[:, D]).nan_to_num_(0.0)", "0"),
     ("negative scores are chosen by their bits", TORCH_OPS, "(bits_NK < 0).any(1)", "(bits_NK != bits_NK).any(1)"),
     ("NaN scores are passed over", TORCH_OPS, "by_bits and not scores_nM[0].isnan().any()", "by_bits"),
@@ -417,7 +417,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "a rank with weights that are not finite leaves the others amid a save",
         STATE,
-        "            broken.append(name)  # other ranks still need this one's part of the units that they write\n",
+        "            broken.append(name)  # go on: other ranks need this rank's parts of their units\n",
         "            broken.append(name)\n            break\n",
         "training/test_save_faults",
     ),
@@ -462,7 +462,7 @@ LIST: list[tuple[str, ...]] = [
         "a skipped step moves the counters",
         TRAINER,
         "        placement.skip()\n",
-        "        placement.skip()\n        bank.since_fired_F.copy_(bank._if_it_counts[0])\n",
+        "        placement.skip()\n        bank.since_fired_F.copy_(bank._pending[0])\n",
         "training/test_bad_steps",
     ),
     (
@@ -525,8 +525,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "evaluating moves the global random numbers",
         EVALUATING,
-        "found = self.evaluate(self._look_up)",
-        "found = (__import__('torch').rand(1), self.evaluate(self._look_up))[1]",
+        "found = self.evaluate(self._check_stop)",
+        "found = (__import__('torch').rand(1), self.evaluate(self._check_stop))[1]",
     ),
     (
         "the point is evaluated, not the average that is saved",
@@ -588,8 +588,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "in a short run nothing is ever dead",
         "saekit/training/schedule.py",
-        "min(total_tokens // 50, long, MOST_TOKENS_ASLEEP)",
-        "MOST_TOKENS_ASLEEP",
+        "min(total_tokens // 50, long, MAX_DEAD_THRESHOLD)",
+        "MAX_DEAD_THRESHOLD",
     ),
     (
         "a smaller dictionary learns nothing from its own errors",
@@ -904,7 +904,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "a resumed transcoder goes on from rounded biases",
         STATE,
-        'weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.lost(weights)}',
+        'weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.inexact(weights)}',
         "pass",
         "training/test_resume",
     ),
@@ -1018,7 +1018,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "a save on a signal holds what was begun",
         TRAINER,
-        "        self.source.forget()  # a signal may have come when the next step had been begun\n",
+        "        self.source.forget()  # a signal may have come after the next step was begun\n",
         "",
         "training/test_waiting",
     ),
@@ -1032,7 +1032,7 @@ LIST: list[tuple[str, ...]] = [
     (
         "groups of the engine keep half an hour",
         ZERO3,
-        "        self.world.lengthen_timeouts()  # of the engine's own groups\n",
+        "        self.world.lengthen_timeouts()  # for the engine's own groups\n",
         "",
         "placement/test_zero3::test_collectives_of_the_engine_may_take_an_hour",
     ),

@@ -90,7 +90,7 @@ def test_a_trainer_of_something_else(model, tokenizer, model_dir):
     cfg, data = TrainConfig(), Dataset.from_dict({"input_ids": [[1, 2]]})
     run = RunConfig.from_flat({"model": "m", "dataset": "d"})
     refused(lambda: SaeTrainer(SaeConfig(), data, model), "cfg is a SaeConfig", "TrainConfig")
-    refused(lambda: SaeTrainer(run, data, model), "cfg is a RunConfig", "its part `train` is one")
+    refused(lambda: SaeTrainer(run, data, model), "cfg is a RunConfig", "pass its attribute `train`")
     refused(lambda: SaeTrainer(cfg, data, str(model_dir)), "the model is a str")
     refused(lambda: SaeTrainer(cfg, data, model, tokenizer="gpt2"), "the tokenizer is a str")
     refused(lambda: SaeTrainer(cfg, data), "needs a data set and a language model")

@@ -56,7 +56,7 @@ def page(saekit, model_dir, text_file, tmp_path):  # noqa: F811
 
 def test_a_selection(page, tmp_path):
     trained, evaluated, inspected = page("selection", "--layers", 1, "--ctx-len", 32)[0]
-    assert "Going on from" not in trained.err
+    assert "Resuming from" not in trained.err
     assert "layers.1" in evaluated.out
     assert "abs_topk" in inspected.out
     code = [line for line in ABS_TOPK.read_text().splitlines() if '"""' not in line]

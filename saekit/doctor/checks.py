@@ -1,4 +1,4 @@
-"""All checks, in the order in which their findings are shown."""
+"""Runs all checks of this machine, in the order in which their findings are shown."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from saekit.machine import cpu_model, free_memory, library_versions, usable_core
 Check = Callable[[], Iterable[Finding]]
 
 TRIED = {"gloo": GLOO, "deepspeed": DEEPSPEED, "adam8bit": ADAM8BIT}
+"""The code of each probe, by name."""
 
 
 def diagnose(*, debug: bool = False) -> list[Finding]:
-    """Look at this machine; takes a few seconds, most of them for importing libraries.
+    """Check this machine. Takes a few seconds, mostly to import libraries.
 
     Args:
-        debug: Let out what a check raises, instead of making a finding of it.
+        debug: Raise the error of a failed check instead of turning it into a finding.
     """
-    with Probes(TRIED) as probes:  # they run while the libraries are imported here
+    with Probes(TRIED) as probes:  # they run while this process imports the libraries
         found: list[Finding] = []
         for area, name, check in _libraries():
             found += make_check(area, name, check, debug=debug)
         torch = _torch()
         gpus = _gpus(torch)
         if torch is None:
-            remedy = "fix torch first, see above"
+            remedy = "fix torch first (see above)"
             found.append(Finding(DEVICES, "devices", "note", "not checked: torch cannot be imported", remedy))
             rest = [*_hub(), *_resources(gpus)]
         else:
@@ -52,12 +53,12 @@ def diagnose(*, debug: bool = False) -> list[Finding]:
 
 
 def can_train(findings: Iterable[Finding]) -> bool:
-    """Tell whether `saekit train` can run on this machine in some way."""
+    """Tell whether `saekit train` can run on this machine at all."""
     return not any(finding.blocks for finding in findings)
 
 
 def findings_to_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Everything as plain values, for a bug report."""
+    """Return the findings and a summary as plain values, for a bug report."""
     return {
         "saekit": __version__,
         "can_train": can_train(findings),
@@ -81,20 +82,20 @@ def _library(name: str) -> Iterator[Finding]:
 
 
 def _torch() -> Any:
-    """Return the module; None if it cannot be imported, which `libraries` has found out already."""
+    """Return the module torch; None if it cannot be imported, which `libraries` reports."""
     try:
         return importlib.import_module("torch")
-    except Exception:  # noqa: BLE001  # the same as there
+    except Exception:  # noqa: BLE001  # a broken library can raise anything
         return None
 
 
 def _gpus(torch: Any) -> int:
-    """Count the GPUs that torch can use; `devices.cuda` finds out why there are none."""
+    """Count the GPUs that torch can use. If there are none, `devices.cuda` reports why."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.cuda.device_count() if torch.cuda.is_available() else 0
-        except Exception:  # noqa: BLE001  # the same as there
+        except Exception:  # noqa: BLE001  # a broken driver can raise anything
             return 0
 
 
@@ -118,7 +119,7 @@ def _ranks(torch: Any, gpus: int, outcome: Callable[[str], Outcome]) -> Iterator
     yield RANKS, "gloo", lambda: ranks.gloo(outcome("gloo"), os.environ)
     if gpus:
         yield RANKS, "NCCL", lambda: ranks.nccl(torch.cuda.nccl.version, gpus)
-    if _has("deepspeed"):  # else `libraries` says so
+    if _has("deepspeed"):  # if not, `libraries` reports it
         yield RANKS, "DeepSpeed", lambda: ranks.deepspeed(outcome("deepspeed"))
     yield RANKS, "compiler", lambda: ranks.compilers(shutil.which, os.environ, triton=triton)
     if triton:
@@ -141,24 +142,24 @@ def _hub() -> Iterator[tuple[str, str, Check]]:
 
 
 def _hub_path(constant: str) -> Path:
-    """One of the paths that huggingface_hub has made of the environment."""
+    """Return a path that huggingface_hub has derived from the environment."""
     return Path(getattr(importlib.import_module("huggingface_hub.constants"), constant)).expanduser()
 
 
 def datasets_folder() -> Path:
-    """Return the folder in which `datasets` stores what was downloaded and tokenized."""
+    """Return the folder in which `datasets` stores downloaded and tokenized data."""
     said = os.environ.get("HF_DATASETS_CACHE")
     return Path(said).expanduser() if said else _hub_path("HF_HOME") / "datasets"
 
 
 def _elsewhere(variable: str) -> str:
-    """Say how to move a cache, by the variable that sets it now."""
-    return f"export {variable if variable in os.environ else 'HF_HOME'}=FOLDER, one that can be written and has room"
+    """Say how to move a cache: with the variable that sets it now, or with HF_HOME."""
+    return f"export {variable if variable in os.environ else 'HF_HOME'}=FOLDER, a writable folder with free space"
 
 
 def _resources(gpus: int) -> Iterator[tuple[str, str, Check]]:
     saves = TrainConfig().save_dir
-    move = "use --save-dir FOLDER, one that can be written and has room"
+    move = "use --save-dir FOLDER, a writable folder with free space"
     yield RESOURCES, "memory", lambda: limits.memory(*free_memory())
     yield RESOURCES, "swap", lambda: limits.swap(psutil.swap_memory().total, psutil.swap_memory().used)
     yield RESOURCES, "save-dir", lambda: limits.folder(RESOURCES, "save-dir", saves, move)

@@ -1,4 +1,4 @@
-"""Findings of checks; a check that raises an error becomes a finding as well."""
+"""Findings of checks. An error in a check becomes a finding, too."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Literal
 SAEKIT, LIBRARIES, DEVICES, RANKS = "saekit", "libraries", "devices", "ranks"
 EIGHT_BITS, HUB, RESOURCES = "8 bits", "hub", "resources"
 AREAS = (SAEKIT, LIBRARIES, DEVICES, RANKS, EIGHT_BITS, HUB, RESOURCES)
-"""Of a machine, in the order in which they are shown."""
+"""The areas of a machine's findings, in the order in which they are shown."""
 COLLECTIVES, NODES = "collectives", "nodes"
 TOGETHER = (RANKS, COLLECTIVES, NODES)
-"""Of ranks that a launcher has started."""
+"""The areas of the findings of ranks that a launcher has started."""
 
 GIB = 2**30
 
@@ -27,29 +27,29 @@ class Finding:
     """One of `AREAS` or `TOGETHER`."""
     name: str
     state: Literal["ok", "note", "problem"]
-    """`note`: good to know, and most of saekit works; `problem`: something does not work until it is fixed."""
+    """`note`: good to know, but nearly all of saekit works. `problem`: something does not work until it is fixed."""
     found: str
-    """One short phrase."""
+    """What the check found, in one short phrase."""
     remedy: str | None = None
-    """The command to type or the thing to install; None if all is well."""
+    """What to do: a command to type or something to install. None if the state is `ok`."""
     blocks: bool = False
     """Whether `saekit train` cannot run at all until this is fixed."""
 
 
 def make_check(area: str, name: str, check: Callable[[], Iterable[Finding]], *, debug: bool = False) -> list[Finding]:
-    """Make one check; what it raises is a problem of its own, so that the other checks still get their turn.
+    """Run one check. An error in it becomes a finding, so that the other checks still run.
 
     Args:
-        area: Where it belongs.
-        name: What the finding is called if the check fails.
+        area: The area of that finding.
+        name: The name of that finding.
         check: The check.
-        debug: Let an exception out, so that its traceback is seen.
+        debug: Raise the error instead, to show its traceback.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a library has to say is no part of the report
+            warnings.simplefilter("ignore")  # the warnings of libraries are not part of the report
             return list(check())
-    except Exception as error:  # whatever a broken library or an odd machine makes a check raise is what is looked for
+    except Exception as error:  # a broken library or an unusual machine can raise anything, and that is a finding
         if debug:
             raise
         found = f"could not be checked ({describe_error(error)})"
@@ -57,13 +57,13 @@ def make_check(area: str, name: str, check: Callable[[], Iterable[Finding]], *, 
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an exception's type and the first line of what it says."""
+    """Return an exception's type and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def shown(path: Path) -> str:
-    """Return a path as it can be shown to others: with `~` for the home folder, which names its owner."""
+    """Return a path to show in a report, with `~` for the home folder, whose name would reveal its owner."""
     try:
         home = Path.home()
     except RuntimeError:  # a user without a home

@@ -1,4 +1,4 @@
-"""The hub: what is cached, whether there is a token, whether it may be asked. Nothing here uses the network."""
+"""Checks of the hub: the cache, the token, and offline mode. Nothing here uses the network."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from saekit.doctor.findings import HUB, Finding
 from saekit.units import size
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Environment variables that hold a token; the first that is set counts."""
+"""Environment variables that hold a token; the first one that is set is used."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+"""Environment variables that forbid access to the hub."""
 MOST_FILES = 20_000
-"""A cache of more is not measured: looking at each takes a while on a network's disk."""
+"""A cache with more files is not measured, since that takes long on a network file system."""
 
 
 def token(environment: Mapping[str, str], file: Path) -> Iterator[Finding]:
-    """Check whether there is a token, and where; it is neither stored nor read from its file.
+    """Check whether and where a token is set. The token itself is neither stored nor read from its file.
 
     Args:
-        environment: In which it may be set.
-        file: Where `hf auth login` puts it.
+        environment: Environment variables, which may hold the token.
+        file: The file to which `hf auth login` writes it.
     """
     variable = next((name for name in TOKENS if environment.get(name, "").strip()), None)
     if variable is not None:
@@ -31,28 +32,28 @@ def token(environment: Mapping[str, str], file: Path) -> Iterator[Finding]:
     else:
         found = "none: public repositories only"
     if _on(environment, "HF_HUB_DISABLE_IMPLICIT_TOKEN") and not found.startswith("none"):
-        found += ", but HF_HUB_DISABLE_IMPLICIT_TOKEN keeps it from being sent"
-        yield Finding(HUB, "token", "note", found, "unset HF_HUB_DISABLE_IMPLICIT_TOKEN, or give --hf-token")
+        found += ", but HF_HUB_DISABLE_IMPLICIT_TOKEN prevents its use"
+        yield Finding(HUB, "token", "note", found, "unset HF_HUB_DISABLE_IMPLICIT_TOKEN, or use --hf-token")
     else:
         yield Finding(HUB, "token", "ok", found)
 
 
 def offline(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Check whether a variable keeps the libraries from asking the hub."""
+    """Check whether an environment variable forbids access to the hub."""
     said = [f"{name}={environment[name]}" for name in OFFLINE if _on(environment, name)]
     if said:
         remedy = f"unset {' '.join(each.partition('=')[0] for each in said)}"
         found = f"{', '.join(said)}: only local and cached models and data sets can be used"
         yield Finding(HUB, "access", "note", found, remedy)
     else:
-        yield Finding(HUB, "access", "ok", "not switched off (the network was not tried)")
+        yield Finding(HUB, "access", "ok", "allowed (the network was not tried)")
 
 
 def contents(cache: Path) -> Iterator[Finding]:
-    """Measure the cache.
+    """Report the size of the cache.
 
     Args:
-        cache: The hub's cache, with a folder per repository.
+        cache: The hub's cache, with one folder per repository.
     """
     if not cache.is_dir():
         yield Finding(HUB, "cached", "ok", "nothing yet")
@@ -66,7 +67,7 @@ def contents(cache: Path) -> Iterator[Finding]:
 
 
 def blob_bytes(repositories: list[Path], most: int = MOST_FILES) -> int | None:
-    """Return the size of what was downloaded, each file once; None if there are more files than `most`."""
+    """Return the bytes of downloaded files, each counted once; None if there are more than `most` files."""
     total = files = 0
     for repository in repositories:
         if not (repository / "blobs").is_dir():

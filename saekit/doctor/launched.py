@@ -1,4 +1,4 @@
-"""Checks of ranks that a launcher has started: made on every rank, told by rank 0."""
+"""Checks of ranks that a launcher has started. Every rank runs them, and rank 0 reports."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from saekit.placement.trial import About, Seen
 
 LATE_CLOCK = 1.0
-"""Seconds by which clocks may differ."""
+"""Seconds by which clocks may differ without a note."""
 SLOW = 100e6
-"""Bytes per second below which ranks wait for each other most of the time."""
+"""Bytes per second below which ranks would mostly wait for each other."""
 JOINING = "join"
 MEETING = ("start", JOINING, "introductions")
 FOLDERS = ("save-dir", "data sets")
@@ -29,12 +29,12 @@ Result = TypeVar("Result")
 
 
 class Diagnosis:
-    """The checks of one rank, in an order that is the same on all.
+    """The checks of one rank, in the same order on all ranks.
 
     Args:
         save_dir: Where runs would be saved.
-        limit_s: Seconds that the checks may take together.
-        tell: Told the findings by rank 0; not at all by the other ranks.
+        limit_s: Seconds that all checks together may take.
+        tell: Receives the findings on rank 0. The other ranks do not call it.
     """
 
     def __init__(self, save_dir: Path, limit_s: float, tell: Callable[[list[Finding]], None]) -> None:
@@ -45,11 +45,11 @@ class Diagnosis:
         self._watch = Watch(self._rank, self._ranks, limit_s, self._ended)
 
     def run(self) -> bool:
-        """Make all checks; leaves the process if one cannot be made.
+        """Run all checks. Ends the process if a check fails on any rank or the limit has passed.
 
         Returns:
-            False on rank 0 if there is a problem. The other ranks end well: one that did not could have the launcher
-            stop rank 0 before it has told what was found.
+            False on rank 0 if there is a problem. Always True on the other ranks: if one failed, the launcher could
+            stop rank 0 before it has reported.
         """
         from saekit.placement import connect, trial
 
@@ -79,40 +79,40 @@ class Diagnosis:
         try:
             self._watch.at(name)
             return work()
-        except Exception as error:  # whatever a broken cluster raises is what is looked for
+        except Exception as error:  # a broken cluster can raise anything, and that is the finding
             self._watch.fail(describe_error(error))
             raise
 
     def _ended(self, late: bool, places: list[Place | None]) -> None:
-        limit = f"no answer within {self._limit_s:g} s" if late else "failed"
+        limit = f"did not finish within {self._limit_s:g} s" if late else "failed"
         stage = places[self._rank].stage if places[self._rank] else JOINING  # type: ignore[union-attr]
         area = RANKS if stage in MEETING else NODES if stage in (*FOLDERS, "clocks") else COLLECTIVES
         errors = [f"rank {rank}: {place.error}" for rank, place in enumerate(places) if place and place.error]
         silent = [] if late else ["a rank has ended without an error message"]
         found = "; ".join([limit, *(errors or [*silent, *waiting(places)])])
-        remedy = f"if that does not say what to do: {self._hint(stage)}" if errors else self._hint(stage)
+        remedy = f"if the error does not help: {self._hint(stage)}" if errors else self._hint(stage)
         self._tell([*self._found, Finding(area, stage, "problem", found, remedy)])
 
     def _hint(self, stage: str) -> str:
-        """What helps where ranks do not get past a stage, or are slow in it."""
+        """Return a remedy for ranks that hang or are slow in a stage."""
         if stage in MEETING:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            return f"start all ranks, see that each machine reaches {where} (firewall), and {INTERFACE}"
+            return f"start all ranks, check that each machine can reach {where} (firewall), and {INTERFACE}"
         if stage in FOLDERS:
-            return "see on each machine whether the disk answers: ls the folder"
+            return "check on each machine that the disk responds: ls the folder"
         if self._on_gpu:
             return (
-                f"{INTERFACE}; NCCL_DEBUG=INFO shows what NCCL uses; without a link between GPUs or InfiniBand try "
-                "NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1"
+                f"{INTERFACE}; NCCL_DEBUG=INFO shows what NCCL uses; if the link between GPUs or InfiniBand is broken, "
+                "try NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
             )
         return INTERFACE
 
 
 def waiting(places: Sequence[Place | None]) -> Iterator[str]:
-    """Say which ranks are where."""
+    """Say at which stage each rank is."""
     at: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
-        at.setdefault("not heard of" if place is None else f"at {place.stage}", []).append(rank)
+        at.setdefault("not connected" if place is None else f"at {place.stage}", []).append(rank)
     for where, ranks in at.items():
         yield f"{named(ranks)} {'is' if len(ranks) == 1 else 'are'} {where}"
 
@@ -130,7 +130,7 @@ def named(ranks: Sequence[int]) -> str:
 
 
 def by(about: Sequence[About], key: Callable[[About], str]) -> dict[str, list[int]]:
-    """Return the ranks of which something is the same."""
+    """Group ranks by a property: return the ranks by its value."""
     groups: dict[str, list[int]] = {}
     for each in about:
         groups.setdefault(key(each), []).append(each.rank)
@@ -138,19 +138,19 @@ def by(about: Sequence[About], key: Callable[[About], str]) -> dict[str, list[in
 
 
 def differing(groups: Mapping[str, Sequence[int]]) -> str:
-    """Say which ranks have what."""
+    """List the values of a property, each with its ranks."""
     return "; ".join(f"{value}: {named(ranks)}" for value, ranks in groups.items())
 
 
 def joined(about: Sequence[About], placement: str) -> Iterator[Finding]:
-    """Say which ranks have met, and under which placement."""
+    """Report how many ranks have met, and under which placement."""
     hosts = by(about, lambda each: each.host)
     found = f"{plural(len(about), 'rank')} on {plural(len(hosts), 'machine')}, --placement {placement}"
     yield Finding(RANKS, JOINING, "ok", found)
 
 
 def devices(about: Sequence[About]) -> Iterator[Finding]:
-    """Check that each rank has a device of its own, of the same kind."""
+    """Check that each rank has its own device, and that all are of one kind."""
     kinds = by(about, lambda each: each.device.split()[0])
     models = by(about, lambda each: each.device)
     twice = {
@@ -160,31 +160,33 @@ def devices(about: Sequence[About]) -> Iterator[Finding]:
         if gpu != "None" and len(ranks) > 1
     }
     if len(kinds) > 1:
-        remedy = "hide no GPU from some ranks only (CUDA_VISIBLE_DEVICES), or use a launch file whose name ends in cpu"
+        remedy = "show GPUs to all ranks (CUDA_VISIBLE_DEVICES), or use a launch file whose name ends in cpu"
         yield Finding(RANKS, "devices", "problem", differing(models), remedy)
     elif twice:
-        remedy = "one rank per GPU: lower --num-processes, or ask the scheduler for as many GPUs as ranks"
+        remedy = "use one rank per GPU: lower --num-processes, or request as many GPUs as ranks"
         yield Finding(RANKS, "devices", "problem", f"shared: {differing(twice)}", remedy)
     elif len(models) > 1:
-        remedy = "nothing, or GPUs of one kind: the slowest decides, and ddp saves nothing if they round differently"
+        remedy = (
+            "nothing, or use GPUs of one kind: the slowest sets the pace, and ddp cannot save if they round differently"
+        )
         yield Finding(RANKS, "devices", "note", differing(models), remedy)
     else:
         yield Finding(RANKS, "devices", "ok", differing(models))
 
 
 def backends(about: Sequence[About]) -> Iterator[Finding]:
-    """Check what ranks speak: NCCL between GPUs, gloo between CPUs and for small values."""
+    """Check the backends: NCCL between GPUs, gloo between CPUs and for small values."""
     spoken = by(about, lambda each: f"{each.backend} for tensors, {each.control} for small values")
     wrong = [each.rank for each in about if (each.backend == "nccl") != each.device.startswith("cuda")]
     if wrong or len(spoken) > 1:
-        remedy = "use a launch file of saekit (accelerate_configs/), which leaves the choice to saekit"
+        remedy = "use a launch file from accelerate_configs/: these leave the choice to saekit"
         yield Finding(RANKS, "backends", "problem", differing(spoken), remedy)
     else:
         yield Finding(RANKS, "backends", "ok", next(iter(spoken)))
 
 
 def cores(about: Sequence[About]) -> Iterator[Finding]:
-    """Check that the ranks of a machine do not have to share cores."""
+    """Check that each machine has enough cores for the threads of its ranks."""
     for host, ranks in by(about, lambda each: each.host).items():
         here = [about[rank] for rank in ranks]
         there = len(frozenset().union(*(each.cores for each in here)))
@@ -200,18 +202,18 @@ def cores(about: Sequence[About]) -> Iterator[Finding]:
 
 
 def collective(name: str, wrong: Sequence[str | None]) -> Iterator[Finding]:
-    """Say whether a collective gave each rank what it should."""
+    """Check that a collective gave every rank the right result."""
     said = [f"rank {rank}: {each}" for rank, each in enumerate(wrong) if each is not None]
     if said:
-        remedy = "do not train here: other versions of torch, the driver or NCCL may be right"
-        yield Finding(COLLECTIVES, name, "problem", f"wrong: {'; '.join(said[:3])}", remedy)
+        remedy = "do not train here: try other versions of torch, the driver or NCCL"
+        yield Finding(COLLECTIVES, name, "problem", f"wrong result: {'; '.join(said[:3])}", remedy)
     else:
-        yield Finding(COLLECTIVES, name, "ok", "right on every rank")
+        yield Finding(COLLECTIVES, name, "ok", "correct on every rank")
 
 
 def fast(name: str, speed: float, hint: str) -> Iterator[Finding]:
-    """Say how fast a collective was."""
-    found = f"{size(speed)}/s that each rank sends"
+    """Report the speed of a collective."""
+    found = f"each rank sends {size(speed)}/s"
     if speed < SLOW:
         yield Finding(COLLECTIVES, f"{name} speed", "note", f"{found}, which is slow", hint)
     else:
@@ -219,7 +221,7 @@ def fast(name: str, speed: float, hint: str) -> Iterator[Finding]:
 
 
 def shared(name: str, about: Sequence[About], seen: Sequence[Seen]) -> Iterator[Finding]:
-    """Check that a folder is the same for all ranks, and that all can write in it."""
+    """Check that all ranks see the same folder and can write to it."""
     apart = [rank for rank, each in enumerate(seen) if not each.shared]
     refused = {f"{each.path} ({each.refused})": [rank] for rank, each in enumerate(seen) if each.refused}
     if refused:
@@ -231,19 +233,19 @@ def shared(name: str, about: Sequence[About], seen: Sequence[Seen]) -> Iterator[
             remedy = "use --save-dir FOLDER, an absolute path on a disk that all machines see"
             yield Finding(NODES, name, "problem", found, remedy)
         else:
-            remedy = "nothing, or export HF_HOME=FOLDER on a disk that all machines see: now each tokenizes for itself"
+            remedy = "nothing, or export HF_HOME=FOLDER on a shared disk, so that only one machine tokenizes"
             yield Finding(NODES, name, "note", found, remedy)
     else:
-        yield Finding(NODES, name, "ok", f"{seen[0].path}: the same for all, and all can write")
+        yield Finding(NODES, name, "ok", f"{seen[0].path}: shared and writable on every rank")
 
 
 def clocks(about: Sequence[About], ahead: Sequence[float]) -> Iterator[Finding]:
-    """Check that clocks agree, by which files and logs of several machines are put in order."""
+    """Check that the machines' clocks agree, since they order files and logs."""
     spread = max(ahead) - min(ahead)
     if spread > LATE_CLOCK:
         worst = max(range(len(ahead)), key=lambda rank: abs(ahead[rank]))
-        found = f"{about[worst].host} (rank {worst}) is {ahead[worst]:+.1f} s off rank 0's"
-        yield Finding(NODES, "clocks", "note", found, "set them by the network: timedatectl set-ntp true")
+        found = f"{about[worst].host} (rank {worst}) differs from rank 0 by {ahead[worst]:+.1f} s"
+        yield Finding(NODES, "clocks", "note", found, "synchronize the clocks: timedatectl set-ntp true")
     else:
         yield Finding(NODES, "clocks", "ok", f"within {spread:.2f} s")
 
@@ -253,15 +255,15 @@ def _version(name: str, of: About) -> str:
 
 
 def versions(about: Sequence[About]) -> Iterator[Finding]:
-    """Check that all ranks have the same software."""
+    """Check that all ranks have the same versions of libraries."""
     names = list(dict.fromkeys(name for each in about for name in each.versions))
-    unlike = False
+    differ = False
     for name in names:
         groups = by(about, partial(_version, name))
         if len(groups) > 1:
-            unlike = True
-            remedy = "use one environment on all machines, on a disk that all see or in one container image"
+            differ = True
+            remedy = "use one environment on all machines, on a shared disk or in a container image"
             yield Finding(NODES, name, "problem", differing(groups), remedy)
-    if not unlike:
+    if not differ:
         shown = ", ".join(f"{name} {about[0].versions[name]}" for name in names)
-        yield Finding(NODES, "versions", "ok", f"the same everywhere: {shown}")
+        yield Finding(NODES, "versions", "ok", f"the same on every rank: {shown}")

@@ -1,4 +1,4 @@
-"""Checks of saekit, Python, and the versions of libraries compared with what saekit requires."""
+"""Checks of saekit, Python, and the libraries that saekit requires."""
 
 from __future__ import annotations
 
@@ -30,42 +30,43 @@ NAMES = (
     "numpy",
 )
 INDISPENSABLE = frozenset(NAMES) - {"deepspeed", "bitsandbytes", "triton"}
-"""Without one of these no SAE is trained. The others are tried elsewhere: see `ranks` and `devices`."""
+"""Libraries without which saekit cannot train. `ranks` and `devices` check the others."""
 UNKNOWN = "of unknown version"
 BOUND_BY = {"tokenizers": "transformers", "triton": "torch"}
-"""Libraries that saekit does not ask for itself, and whose bounds it takes instead."""
+"""Libraries that saekit does not require itself, and the library whose requirement is checked instead."""
 SERVES = {"deepspeed": "--placement zero3", "bitsandbytes": "--load-in-8bit and --optimizer adam8bit"}
+"""The options that need a library."""
 
 
 def about() -> Iterator[Finding]:
-    """Check the version of saekit, and whether its bounds are known."""
+    """Report the version of saekit, and check whether its requirements are known."""
     try:
         version("saekit")
     except PackageNotFoundError:
-        found = f"{__version__}, run from a folder and not installed: its libraries' bounds are not known"
+        found = f"{__version__}, run from a folder without installation: the versions it requires are unknown"
         yield Finding(SAEKIT, "version", "note", found, "pip install -e . in that folder")
     else:
         yield Finding(SAEKIT, "version", "ok", __version__)
 
 
 def python(running: str, bounds: str | None) -> Iterator[Finding]:
-    """Python's version, held to `Requires-Python`."""
+    """Check Python's version against `Requires-Python`."""
     from packaging.specifiers import SpecifierSet
 
     if bounds and not SpecifierSet(bounds).contains(running, prereleases=True):
-        remedy = f"make an environment with Python {bounds}"
+        remedy = f"create an environment with Python {bounds}"
         yield Finding(SAEKIT, "Python", "problem", f"{running}; saekit needs {bounds}", remedy)
     else:
         yield Finding(SAEKIT, "Python", "ok", running)
 
 
 def system() -> Iterator[Finding]:
-    """Check the operating system, as a bug report needs it."""
+    """Report the operating system, for bug reports."""
     yield Finding(SAEKIT, "system", "ok", platform.platform())
 
 
 def python_bounds() -> str | None:
-    """`Requires-Python` of the saekit that is installed."""
+    """Return `Requires-Python` of the installed saekit; None if it is not installed."""
     try:
         return metadata("saekit")["Requires-Python"]
     except (PackageNotFoundError, KeyError):
@@ -73,7 +74,7 @@ def python_bounds() -> str | None:
 
 
 def requirements(distribution: str) -> dict[str, Requirement]:
-    """Return the requirements of an installed distribution here, without extras; none if it is not installed."""
+    """Return the requirements of an installed distribution on this system, without extras; empty if not installed."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -86,11 +87,11 @@ def requirements(distribution: str) -> dict[str, Requirement]:
 
 
 def library(name: str, asked: Mapping[str, Requirement]) -> Iterator[Finding]:
-    """One library: there, within its bounds, and fit to be imported.
+    """Check that a library is installed, within its bounds, and importable.
 
     Args:
-        name: Its name, which is the distribution's and the module's.
-        asked: What saekit asks for on this system, by name.
+        name: The name of the distribution and of the module.
+        asked: What saekit requires on this system, by name.
     """
     requirement = (requirements(BOUND_BY[name]) if name in BOUND_BY else asked).get(name)
     bounds = _bounds(requirement)
@@ -101,14 +102,14 @@ def library(name: str, asked: Mapping[str, Requirement]) -> Iterator[Finding]:
         found = f"{installed} cannot be imported ({error})"
         yield Finding(LIBRARIES, name, "problem", found, _pip(name, bounds, "--force-reinstall"), blocks=True)
     elif requirement is not None and not _within(installed, requirement):
-        found = f"{installed}, and {BOUND_BY.get(name, 'saekit')} needs {bounds}"
+        found = f"{installed}, but {BOUND_BY.get(name, 'saekit')} needs {bounds}"
         yield Finding(LIBRARIES, name, "problem", found, _pip(name, bounds))
     else:
         yield Finding(LIBRARIES, name, "ok", f"{installed} ({bounds})" if bounds else installed)
 
 
 def install(name: str, *flags: str) -> str:
-    """Return the command that installs a library as saekit needs it."""
+    """Return the command that installs a version of a library that saekit supports."""
     return _pip(name, _bounds(requirements("saekit").get(name)), *flags)
 
 
@@ -122,39 +123,39 @@ def _within(installed: str, requirement: Requirement) -> bool:
 
 def _missing(name: str, bounds: str, *, asked_for: bool) -> Finding:
     remedy = _pip(name, bounds)
-    if name == "triton":  # whether it is missed depends on the device: see `devices.kernels`
-        return Finding(LIBRARIES, name, "ok", "not installed; it is for GPUs only")
+    if name == "triton":  # only GPUs need it, see `devices.kernels`
+        return Finding(LIBRARIES, name, "ok", "not installed; only GPUs need it")
     if name in INDISPENSABLE:
         return Finding(LIBRARIES, name, "problem", "not installed", remedy, blocks=True)
-    found = f"not installed: no {SERVES[name]}"
+    found = f"not installed: {SERVES[name]} cannot be used"
     if not asked_for:
-        return Finding(LIBRARIES, name, "note", f"{found}; saekit does not ask for it on this system", remedy)
+        return Finding(LIBRARIES, name, "note", f"{found}; saekit does not require it on this system", remedy)
     return Finding(LIBRARIES, name, "problem", found, remedy)
 
 
 def _bounds(requirement: Requirement | None) -> str:
-    """Return the bounds of a requirement as they are written by hand, the lower one first: `>=2.6,<2.14`."""
+    """Return the bounds of a requirement with the lower bound first: `>=2.6,<2.14`."""
     if requirement is None:
         return ""
     return ",".join(sorted(str(requirement.specifier).split(","), key=lambda bound: not bound.startswith(">")))
 
 
 def installed_version(name: str) -> str | None:
-    """Return the version of a library, None if there is none."""
+    """Return the version of a library; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
         pass
     try:
-        # Some builds go by another name: ROCm's Triton is pytorch-triton-rocm.
+        # Some builds have another name: ROCm's Triton is pytorch-triton-rocm.
         return UNKNOWN if find_spec(name) is not None else None
-    except ValueError:  # what stands for it is no module from a file
+    except ValueError:  # a module without a file has taken the name
         return None
 
 
 def _import_error(name: str) -> str | None:
     try:
         importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001  # a library that was built for another one raises whatever it likes
+    except Exception as error:  # noqa: BLE001  # a library that is built for another torch can raise anything
         return describe_error(error)
     return None

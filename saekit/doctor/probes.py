@@ -1,4 +1,4 @@
-"""Probes run in processes of their own: they change a process for good, may hang, and may crash."""
+"""Probes: trials that run in their own processes, because they change a process for good, may hang, and may crash."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 from saekit.doctor.findings import describe_error
 
 LIMIT_S = 60.0
-"""Seconds that they may take together; most go into importing libraries, which can be slow on a network's disk."""
+"""Seconds that all probes together may take. Most of it is for imports, which can be slow on a network file system."""
 
 RUN = """
 import json, os, signal, sys
-import torch  # once for all of them: it is what takes longest
+import torch  # once for all probes, since it takes longest
 
 def tell(name, said):
-    os.write(1, f"\\n{json.dumps([name, said])}\\n".encode())  # in one piece, so that lines do not mix
+    os.write(1, f"\\n{json.dumps([name, said])}\\n".encode())  # one write, so that lines do not mix
 
 def run(name, code):
     said = {}
@@ -47,7 +47,7 @@ for child, name in children.items():
     if os.WIFSIGNALED(status):
         tell(name, {"error": f"ended by {signal.Signals(os.WTERMSIG(status)).name}"})
 """
-"""Runs each probe, on Linux in a process of its own; what it leaves in `said` is told in a line."""
+"""Runs each probe, on Linux in its own process, and writes what it has put into `said` as one line of JSON."""
 
 GLOO = """
 import os, socket, sys, time
@@ -58,7 +58,7 @@ import torch.distributed as dist
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-# Two ranks, because a single one connects to none.
+# Two ranks, because a single one does not connect.
 size = 2 if sys.platform == "linux" else 1
 child = os.fork() if size > 1 else None
 rank = 1 if child == 0 else 0
@@ -82,9 +82,9 @@ try:
     with socket.socket() as own:
         own.bind((said["address"], 0))
 except OSError:
-    said["address"] = None  # then gloo falls back to loopback
+    said["address"] = None  # gloo then falls back to loopback
 """
-"""Two ranks meet over gloo and add up their ones."""
+"""Two ranks meet over gloo and sum their ones."""
 
 DEEPSPEED = """
 import os
@@ -109,7 +109,7 @@ weights.grad = torch.ones_like(weights)
 bitsandbytes.optim.Adam8bit([weights], lr=0.5).step()
 said["moved"] = weights.mean().item() < 0.9
 """
-"""One step of the optimizer behind `--optimizer adam8bit`."""
+"""Takes one step of the optimizer of `--optimizer adam8bit`."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,17 @@ class Outcome:
     """The outcome of a probe."""
 
     said: Mapping[str, Any] = field(default_factory=dict)
-    """Its findings, up to where it failed if it did."""
+    """What the probe found, up to its failure if it failed."""
     failed: str | None = None
-    """Why it failed; None if it did not."""
+    """Why it failed; None if it succeeded."""
 
 
 class Probes:
-    """Probes that run side by side while something else is done; ends them where its block ends.
+    """Runs probes in parallel in the background, and ends them when the context ends.
 
     Args:
-        codes: What each of them runs, by name; see `RUN`.
-        limit_s: Seconds that they may take together, from when the first of them is waited for.
+        codes: The code of each probe, by name; see `RUN`.
+        limit_s: Seconds that all together may take, from the first call of `outcome`.
     """
 
     def __init__(self, codes: Mapping[str, str], limit_s: float = LIMIT_S) -> None:
@@ -137,7 +137,7 @@ class Probes:
         self._process = self._start([sys.executable, "-c", RUN, json.dumps(dict(codes))])
 
     def _start(self, command: list[str]) -> subprocess.Popen[str] | None:
-        # Else a file of the user's that is called like a module would be imported from the current folder.
+        # Otherwise Python would import a file in the current folder that has the name of a module.
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         try:
             return subprocess.Popen(
@@ -148,9 +148,9 @@ class Probes:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # what it forks can be ended together with it
+                start_new_session=True,  # so that its forks can be ended together with it
             )
-        except OSError as error:  # no memory, or too many processes: the rest of the report is wanted all the more
+        except OSError as error:  # no memory or too many processes: the other checks must still run
             self._silence = describe_error(error)
             return None
 
@@ -162,7 +162,7 @@ class Probes:
             self._end(self._process)
 
     def outcome(self, name: str) -> Outcome:
-        """Return the outcome of one of them; waits for all."""
+        """Wait for all probes and return the outcome of one."""
         if self._answers is None:
             self._answers = self._wait()
         said = dict(self._answers.get(name, {"error": self._silence}))
@@ -177,12 +177,12 @@ class Probes:
         except subprocess.TimeoutExpired:
             out = self._end(self._process)
             self._silence = f"no answer within {self._limit_s:g} s"
-        # What libraries print when they are imported is in between.
+        # Other lines are printed by libraries when they are imported.
         return dict(json.loads(line) for line in out.splitlines() if line.startswith('["'))
 
     @staticmethod
     def _end(process: subprocess.Popen[str]) -> str:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has already ended
             if hasattr(os, "killpg"):
                 os.killpg(process.pid, signal.SIGKILL)
             else:

@@ -1,4 +1,4 @@
-"""Where SAE parameters live. The only room that may know of ranks.
+"""Where coders and their optimizers are. Only this room may know about ranks.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

@@ -24,57 +24,57 @@ class LayerOptimizer(Protocol):
     """Updates one unit's parameters."""
 
     optimizers: list[torch.optim.Optimizer]
-    """The torch optimizers behind it."""
+    """The torch optimizers that it uses."""
     averages: bool
-    """Whether `export` gives other weights than those that are trained, made of them and of the state."""
+    """Whether `export` returns averages, computed from the trained weights and the state, instead of those weights."""
 
     def prepare(self, lr_scale: float) -> None:
-        """Prepare the next step, at `lr_scale` times the base learning rate: the host's part, before each `step`."""
+        """Prepare the next step at `lr_scale` times the base learning rates. The host's part, before each `step`."""
 
     def step(self) -> None:
-        """Take the prepared step, from the SAE's gradients: the device's part.
+        """Take the prepared step with the SAE's gradients. The device's part.
 
-        Where the decoder's rows are kept at norm 1, the gradient is projected before and the rows are scaled after it.
+        If the decoder's rows are kept at norm 1, projects the gradient before the step and scales the rows after it.
         """
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
 
     def defer_gradients(self) -> None:
-        """Leave gradients of matrices to the step, if that saves memory: for units whose gradient one rank has.
+        """Defer the gradients of matrices to the step, if that saves memory: for units whose gradient one rank has.
 
-        They are not in `.grad` then, but in `deferred`.
+        Deferred gradients are in `deferred` instead of `.grad`.
         """
 
     def deferred(self) -> list[RowSums]:
-        """Return the rows whose sums are the gradients that have been left to the step."""
+        """Return the rows whose sums are the deferred gradients."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that an exact continuation needs, as whole tensors by name."""
+        """Return everything that is needed to resume exactly, as whole tensors by name."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
 
     def average(self) -> dict[str, Tensor]:
-        """Return what `export` makes of each element alone, by parameter name: decoder rows have any norm yet."""
+        """Return what `export` returns before it scales decoder rows, by parameter name."""
 
     def export(self) -> dict[str, Tensor]:
-        """Return the weights to save, by parameter name; an averaging optimizer trains others than it delivers."""
+        """Return the weights to save, by parameter name. An averaging optimizer trains other weights than these."""
 
 
 class SaeFactory(Protocol):
     """Makes a unit's SAE with its initial weights, on the CPU.
 
-    They are the same on every rank up to rounding: CPUs differ, and numbers of threads. A placement that has replicas
-    of a unit gives all of them the weights of one rank.
+    The weights are the same on every rank up to rounding, because CPUs and numbers of threads differ. A placement with
+    replicas of a unit copies one rank's weights to all of them.
     """
 
     def __call__(self, hookpoint: str, /, *, blank: bool = False) -> Sae:
-        """Make it.
+        """Make the SAE of a unit.
 
         Args:
-            hookpoint: Whose SAE it is.
-            blank: Leave its weights and the selection's state open, which takes no time: the caller fills them.
+            hookpoint: The unit's name.
+            blank: Leave the weights and the selection's state uninitialized to save time: the caller fills them.
         """
 
 
@@ -82,19 +82,19 @@ OptimizerFactory = Callable[[Sae], LayerOptimizer]
 
 
 class Placement(Questions, ABC):
-    """Holds the SAEs of a bank, brings activations to them and their gradients together.
+    """Holds the SAEs of a bank, brings activations to them, and brings their gradients together.
 
-    The training loop runs the same lines under every placement; nothing else knows of ranks. All ranks call every
-    method that a docstring calls *collective*, in the same order. Methods that are not abstract do what one process
-    does.
+    The training loop runs the same lines under every placement; nothing else knows about ranks. All ranks must call the
+    methods whose docstrings say *collective*, in the same order. Methods that are not abstract are implemented for one
+    process.
     """
 
     device: torch.device
     """Where this rank computes."""
     rank: int = 0
-    """Which slice of the data this process takes, over all machines. Rank 0 reports and makes the run's folder."""
+    """This process's rank over all machines. It chooses the slice of the data; rank 0 reports and makes the folder."""
     world_size: int = 1
-    """The number of slices."""
+    """The number of ranks."""
 
     @classmethod
     @abstractmethod
@@ -102,29 +102,31 @@ class Placement(Questions, ABC):
         """Join the other processes of this run, if there are any.
 
         Args:
-            layer_map: `--layer-map`; None except where `takes_layer_map`.
+            layer_map: `--layer-map`. Always None unless `takes_layer_map`.
         """
 
     @abstractmethod
     def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make the SAEs trainable where they belong; no rank makes more of them at a time than it must. Collective.
+        """Make the SAEs and their optimizers on the ranks that hold them. Collective.
+
+        No rank makes more SAEs at a time than it must.
 
         Args:
-            hookpoints: The units in model order, with what a step of each costs relative to the others.
+            hookpoints: The units in model order, with the relative cost of a step of each.
             make_sae: Makes a unit's SAE.
-            make_optimizer: Makes its optimizer.
+            make_optimizer: Makes an SAE's optimizer.
         """
 
     @abstractmethod
     def layers(self) -> tuple[str, ...]:
-        """Return the hookpoints of the units that this rank has a part in, in model order."""
+        """Return the hookpoints of the units that this rank holds, whole or in part, in model order."""
 
     def leads(self, hookpoint: str) -> bool:
         """Tell whether this rank leads a unit: exactly one does, and writes its files."""
         return True
 
     def owners(self) -> dict[str, int]:
-        """Return the rank that holds each unit, if each is on one of several ranks; else nothing."""
+        """Return each unit's owner, if each unit is on one of several ranks; otherwise an empty dictionary."""
         return {}
 
     @abstractmethod
@@ -132,28 +134,35 @@ class Placement(Questions, ABC):
         """Return the module to call for a unit of this rank."""
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """Bring each unit's activations `[N, D]` to where it trains; yields what this rank trains on. Collective.
+        """Bring each unit's activations to the rank that trains it, and yield this rank's. Collective.
 
-        Entries of `acts` are removed as they are consumed, so that their memory is free again. A unit's gradient is
-        complete when the loop comes back after it; with `last`, the step's last micro-batch, it may then travel.
+        A unit's gradient is complete when the caller asks for the next unit. After the last micro-batch it may then
+        travel.
+
+        Args:
+            acts: By hookpoint, `[N, D]`. Entries are removed as they are consumed, to free their memory.
+            last: Whether this is the step's last micro-batch.
+
+        Yields:
+            The hookpoint and the activations, `[N, D]`, of each unit that this rank trains.
         """
         for hookpoint in list(acts):
             yield hookpoint, acts.pop(hookpoint)
 
     def counted(self, mask_N: Tensor) -> Tensor:
-        """Tell which of the rows that arrive from `route` are counted, the same for all units of this rank. Collective.
+        """Return the mask of counted rows for what `route` yields, the same for all units of this rank. Collective.
 
         Args:
-            mask_N: Bool; which of the rows are counted that this rank gives to `route`. All ranks give equally many.
+            mask_N: Bool `[N]`, the mask of the rows that this rank passes to `route`. N is the same on all ranks.
         """
         return mask_N
 
     @abstractmethod
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """Add the gradient of one chunk's loss to the unit's. Collective if units are sharded."""
+        """Add the gradient of one chunk's loss to the unit's gradients. Collective if units are sharded."""
 
     def travelling(self) -> bool:
-        """Tell whether gradients are on their way, so that the device has time for other work before `collect`."""
+        """Tell whether gradients are travelling, so that the device has time for other work before `collect`."""
         return False
 
     @abstractmethod
@@ -161,35 +170,41 @@ class Placement(Questions, ABC):
         """End the step's backward passes: bring gradients together. Collective.
 
         Returns:
-            For each unit of this rank a scalar, the sum of its gradient as far as this rank holds it, or a bound of
-            what is deferred; it shows NaN or Inf in the gradient.
+            For each unit of this rank a scalar that is not finite if the gradient has NaN or Inf: the sum of the
+            gradient's elements on this rank, or a bound for deferred gradients.
         """
 
     @abstractmethod
     def apply(self, lr_scale: float) -> None:
-        """After `collect`: project, step the optimizers, renormalize decoders, drop the gradients. Collective."""
+        """Project gradients, step the optimizers, renormalize decoders, drop the gradients. Collective.
+
+        Called after `collect`.
+
+        Args:
+            lr_scale: Factor on the base learning rates.
+        """
 
     @abstractmethod
     def skip(self) -> None:
-        """After `collect`, instead of `apply`: drop the gradients, and leave everything as it is. Collective."""
+        """Drop the gradients and change nothing else. Called after `collect`, instead of `apply`. Collective."""
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum a tensor over all ranks. Collective."""
         return value
 
     def share(self, counts: Tensor) -> Tensor:
-        """Whole numbers about this rank's units, summed over the ranks that train the same units. Collective."""
+        """Sum whole numbers about this rank's units over the ranks that train the same units. Collective."""
         return counts
 
     def gather(self, value: Any) -> list[Any]:
-        """Return a small plain value of every rank, in rank order; also the point where all ranks wait. Collective."""
+        """Return a small plain value of every rank, in rank order. All ranks wait for each other. Collective."""
         return [value]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Run a block on rank 0 first, then on the first rank of each other machine, then on all others. Collective.
 
-        For what is left in a cache, and found there by the next: machines may share one, or each may have its own.
+        For work whose result is cached: later ranks find it in the cache, which machines may share or not.
         """
         hosts = self.gather(socket.gethostname())
         turn = 0 if self.rank == 0 else 1 if hosts.index(hosts[self.rank]) == self.rank else 2
@@ -200,23 +215,23 @@ class Placement(Questions, ABC):
             self.gather(None)
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Return whole numbers of every rank, in rank order; all ranks give equally many. Collective.
+        """Return the whole numbers of every rank, in rank order. All ranks pass equally many. Collective.
 
-        As `gather` without its second round of messages: for what ranks tell each other in every step.
+        Faster than `gather`, since it needs one round of messages instead of two: for use in every step.
         """
         return [list(numbers)]
 
     @abstractmethod
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Return the unit's whole tensors to save, by name: weights and optimizer state. None on ranks that don't lead.
+        """Return a unit's whole tensors to save, by name: weights, and optimizer state.
 
-        Collective among the unit's ranks; at most one unit is gathered at a time.
+        Returns None on ranks that do not lead the unit. Collective among the unit's ranks; gathers only this unit.
         """
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
-        """Yield `whole` of every unit that this rank leads, with its hookpoint, one at a time. Collective.
+        """Yield the hookpoint and `whole` of every unit that this rank leads, one at a time. Collective.
 
-        Ranks get theirs at the same time if possible, so that they can write at the same time.
+        If possible, all ranks get a unit at the same time, so that they write at the same time.
         """
         for hookpoint in self.layers():
             if (whole := self.whole(hookpoint)) is not None:
@@ -224,16 +239,16 @@ class Placement(Questions, ABC):
 
     @abstractmethod
     def whole_sae(self, hookpoint: str) -> Sae:
-        """Return the unit's SAE as a checkpoint would hold it now, whole, on every rank, without changing the training.
+        """Return a unit's whole SAE on every rank, as a checkpoint would hold it, without changing the training.
 
-        Callers only read it, and drop it before they ask for the next one, so no rank has more than one that it does
-        not hold anyway. Collective.
+        Callers must only read it, and drop it before they ask for the next one, so that a rank has at most one SAE in
+        addition to those that it holds. Collective.
         """
 
     def strays(self) -> dict[str, list[int]]:
-        """Return the ranks whose replica of a unit is not that of most ranks, by hookpoint; empty if all are alike.
+        """Return, by hookpoint, the ranks whose replica differs from that of most ranks; empty if all are equal.
 
-        Every bit of the weights and of the selection's state counts. Collective.
+        Compares every bit of the weights and of the selection's state. Collective.
         """
         return {}
 
@@ -252,21 +267,21 @@ class Placement(Questions, ABC):
 
     @abstractmethod
     def held_bytes(self) -> int:
-        """Return the bytes of parameters, gradients and optimizer state on this rank at this moment."""
+        """Return the bytes of parameters, gradients and optimizer state that this rank holds now."""
 
     def watch(self) -> None:  # one process has no others to watch
-        """End this process when another rank has failed, from now on until `close`."""
+        """Start to watch the other ranks: until `close`, this process ends when another rank fails."""
 
-    def closing(self, error: BaseException) -> None:  # nobody waits for one process
-        """Note that training has raised an error, before anything is closed: that may take long, and others wait."""
+    def closing(self, error: BaseException) -> None:  # no other rank waits
+        """Note an error of the training before anything is closed: closing may take long, and other ranks wait."""
 
     def first_to_fail(self) -> bool:
-        """Tell a rank that ends with an error whether it is the first, whose error is the one to show."""
+        """Tell a failing rank whether it is the first to fail. Only the first rank's error is shown."""
         return True
 
     def close(self) -> None:  # one process has no others to leave
-        """Leave the other ranks at the end of a run that went well. Collective."""
+        """Leave the other ranks at the end of a successful run. Collective."""
 
     def shard_bytes(self) -> int | None:
-        """Return the bytes of one unit's parameters on this rank, if they are sharded; else None."""
+        """Return the bytes of one unit's parameters on this rank if they are sharded; otherwise None."""
         return None

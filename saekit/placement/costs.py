@@ -1,6 +1,7 @@
-"""The quantities that a placement's traffic and memory depend on; each placement has its own formulas.
+"""The quantities that a placement's traffic and memory depend on. Each placement has its own formulas.
 
-`benchmarks/placement.py` compares the formulas with what the kernel counts on the sockets and with the tensors held.
+`benchmarks/placement.py` compares the formulas with the bytes that the kernel counts on sockets and with the tensors
+that ranks hold.
 """
 
 from __future__ import annotations
@@ -12,42 +13,41 @@ from typing import Literal, NamedTuple
 Backend = Literal["gloo", "nccl"]
 
 Costs = Mapping[str, float]
-"""What a step of each unit costs, relative to the others, by hookpoint in model order: the same number if all are of
-one size."""
+"""The relative cost of a step of each unit, by hookpoint in model order. Units of equal size have equal costs."""
 
 FLOAT32 = 4
-"""Bytes of a parameter, a gradient, and a latent's fired count (int32)."""
+"""Bytes of a parameter, of a gradient, and of a latent's fired count (int32)."""
 ADAM = 8
 """Bytes of optimizer state per parameter: two float32 moments."""
 
 
 class Size(NamedTuple):
-    """The size of a coder, and of what travels to it."""
+    """The size of a coder and of the activations that travel to it."""
 
     num_latents: int
     """M."""
     d_in: int
-    """D, numbers per token that it reads."""
+    """D, the width that it reads."""
     d_out: int
-    """D_out, numbers per token that it writes; for an SAE the same."""
+    """D_out, the width that it writes. For an SAE it equals D."""
     transcodes: bool = False
-    """Whether what it writes is something else than what it reads, and so travels as well."""
+    """Whether it is a transcoder, whose targets travel in addition to its inputs."""
     joins: bool = False
-    """Whether it is an autoencoder of several hookpoints, a crosscoder."""
+    """Whether it is a crosscoder, an autoencoder of several hookpoints."""
 
     @property
     def width(self) -> int:
-        """Return the numbers per token that travel to it."""
+        """Return the numbers per token that travel to the coder."""
         return self.d_in + self.d_out if self.transcodes else self.d_in
 
     def text(self) -> str:
-        """Return it in words, for messages."""
+        """Return the size in words, for messages."""
         to = " of several hookpoints" if self.joins else ""
         to = f", to be transcoded to width {self.d_out}" if self.transcodes else to
         return f"{self.num_latents} latents for width {self.d_in}{to}"
 
     def params(self, skip: bool = False) -> int:
-        """Return the parameters: two matrices, their biases, and a transcoder's skip connection if it has one."""
+        """Return the number of parameters: two matrices, two biases, and a transcoder's skip connection with `skip`."""
         both = self.num_latents * (self.d_in + self.d_out) + self.num_latents + self.d_out
         return both + (self.d_in * self.d_out if skip and self.transcodes else 0)
 
@@ -57,13 +57,13 @@ class Workload:
     """The quantities that traffic and memory of one optimizer step depend on."""
 
     layers: int
-    """Coders that are trained (L)."""
+    """Coders in training (L)."""
     size: Size
-    """Of each of them."""
+    """The size of each coder."""
     world_size: int
     """Ranks (W)."""
     tokens: int
-    """Tokens per rank and optimizer step that train the SAEs, before activations are routed (N)."""
+    """Counted tokens per rank and optimizer step, before activations are routed (N)."""
     micro_batches: int = 1
     """Forward passes of the language model per optimizer step (`--grad-acc-steps`)."""
     chunks: int = 1
@@ -76,25 +76,25 @@ class Workload:
 
     @property
     def params(self) -> int:
-        """Parameters of one coder."""
+        """Return the parameters of one coder."""
         return self.size.params(self.skip)
 
     def all_gather(self, size: float) -> float:
-        """Bytes each rank sends, and as many receives, when all get a whole of `size` bytes: all parts but one."""
+        """Return the bytes that each rank sends (and receives) in an all-gather of `size` bytes: all parts but one."""
         return size * (self.world_size - 1) / self.world_size
 
     def all_reduce(self, size: float) -> float:
-        """The same for a sum of `size` bytes that all get, around a ring: a reduce-scatter, then an all-gather."""
+        """Return the same for an all-reduce of `size` bytes around a ring: a reduce-scatter, then an all-gather."""
         return 2 * self.all_gather(size)
 
     def reduce_scatter(self, size: float) -> float:
-        """The same where each rank gets its part of the sum only. Torch's gloo runs a whole all-reduce for it."""
+        """Return the same for a reduce-scatter of `size` bytes. Torch's gloo runs a whole all-reduce for it."""
         return self.all_reduce(size) if self.backend == "gloo" else self.all_gather(size)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of payload that one rank exchanges with all others in one optimizer step."""
+    """Payload that one rank exchanges with all others in one optimizer step, in bytes."""
 
     sent: int
     received: int

@@ -1,4 +1,4 @@
-"""Every rank holds every SAE; gradients are summed over the ranks."""
+"""The placement ddp: every rank holds every SAE, and gradients are summed over the ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from saekit.sae import Sae
 
 
 class Ddp(Ranked, LocalBank):
-    """Replicated parameters, gradients and optimizer states.
+    """Replicates parameters, gradients and optimizer states on every rank.
 
-    A layer's gradients lie in one flat tensor, of which the parameters' `.grad` are views: they are summed in one
-    call, without a copy, while the next layer computes, and only after the step's last micro-batch.
+    A layer's gradients are in one flat tensor, and the parameters' `.grad` are views of it. One call sums them over
+    ranks without a copy, while the next layer computes. This happens once per step, after its last micro-batch.
     """
 
     name = "ddp"
@@ -42,15 +42,15 @@ class Ddp(Ranked, LocalBank):
 
     @classmethod
     def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
-        """Gradients, 4·P·L bytes, are all-reduced once, and so are the fired counts, int32 `[L, M]`."""
+        """Count one all-reduce of the gradients, 4·P·L bytes, and one of the fired counts, int32 `[L, M]`."""
         each_layer = load.all_reduce(FLOAT32 * load.size.num_latents) + load.all_reduce(FLOAT32 * load.params)
         total = round(load.layers * each_layer)
         return Traffic(total, total)
 
     def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make each SAE on one rank, which sends it to the others; make the optimizers and the flat gradients.
+        """Make each SAE on one rank and broadcast it, then make the optimizers and the flat gradients.
 
-        Ranks fit initial weights at the same time, each those of its share of the layers.
+        Each rank fits the initial weights of its share of the layers, at the same time as the others.
         """
         made = {}
         for number, hookpoint in enumerate(hookpoints):
@@ -61,36 +61,36 @@ class Ddp(Ranked, LocalBank):
         self._gradients = {hookpoint: flat_gradient(sae) for hookpoint, sae in self._saes.items()}
 
     def strays(self) -> dict[str, list[int]]:
-        """Compare checksums of the replicas: they take equal steps from equal weights, and should stay equal."""
+        """Compare checksums of the replicas, which start equal and take equal steps, so they should stay equal."""
         sums = torch.stack([checksum(tensors_of(sae)) for sae in self._saes.values()])
         of_ranks = zip(*self.gather(sums.tolist()), strict=True)
         return strays(dict(zip(self._saes, of_ranks, strict=True)))
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """Leave tokens where they are; after a layer's last backward pass its gradient begins to travel."""
+        """Yield the tokens as they are. After a layer's last backward pass, start to sum its gradient over ranks."""
         for hookpoint in list(acts):
-            yield hookpoint, acts.pop(hookpoint)  # no reference stays here, so that the caller can free it
+            yield hookpoint, acts.pop(hookpoint)  # keeps no reference, so the caller can free the tensor
             if last:
                 self._travelling[hookpoint] = dist.all_reduce(self._gradients[hookpoint], async_op=True)
 
     def travelling(self) -> bool:
-        """Tell whether `route` has sent any: over several machines that can take longer than the backward passes."""
+        """Tell whether gradients travel. Over several machines this can take longer than the backward passes."""
         return bool(self._travelling)
 
     def collect(self) -> dict[str, Tensor]:
-        """Wait for the gradients that travel."""
+        """Wait for the sums of the gradients."""
         for hookpoint in self._gradients:
             self._travelling.pop(hookpoint).wait()
         return {hookpoint: gradient.sum() for hookpoint, gradient in self._gradients.items()}
 
     def skip(self) -> None:
-        """Fill the flat gradients with zeros; the parameters' `.grad` stay, being views."""
+        """Fill the flat gradients with zeros. The parameters' `.grad` stay views of them."""
         for gradient in self._gradients.values():
             gradient.zero_()
 
 
 def flat_gradient(sae: Sae) -> Tensor:
-    """One flat tensor of zeros that the gradients of all parameters are views of; autograd adds into it in place."""
+    """Make a flat tensor of zeros and set all parameters' `.grad` to views of it. Autograd adds to them in place."""
     parameters = list(sae.parameters())
     flat = torch.zeros(sum(parameter.numel() for parameter in parameters), device=sae.device, dtype=sae.dtype)
     for parameter, piece in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):

@@ -1,7 +1,7 @@
-"""When a rank fails, all ranks end: the first error is shown, and no rank waits for one that is gone.
+"""When a rank fails, all ranks end. Only the first error is shown, and no rank waits for one that is gone.
 
-Under NCCL a rank waits for others in its device's queue, where no signal handler of Python's runs, and nothing there
-tells it that another rank has failed. So a thread of each rank asks the launcher's store, and ends the process.
+Under NCCL a rank waits for others in its device's queue. No Python signal handler runs there, and nothing tells the
+rank that another one has failed. Therefore a thread of each rank polls the launcher's store and ends the process.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from saekit.placement.base import Placement
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-ASKS = 0.5
-"""Seconds between two questions whether a rank has failed."""
-HEARD = 2.0
-"""Seconds for which the first rank that fails waits until all others know; less than `SILENCE`."""
-CLEANS_UP = 15.0
-"""Seconds that the rank with the error has to show it and to leave by itself; the others leave after `SILENCE`."""
+POLL_SECONDS = 0.5
+"""Seconds between two looks at the store for a failed rank."""
+NOTICE_SECONDS = 2.0
+"""Seconds for which the first failed rank waits until all others have noticed; less than `SILENCE`."""
+CLEANUP_SECONDS = 15.0
+"""Seconds that the failed rank has to show its error and exit by itself. The others exit after `SILENCE`."""
 GONE = ("gloo", "remote process")
-"""What the errors of gloo and NCCL say if another rank has ended."""
+"""Words in the errors of gloo and NCCL when another rank has ended."""
 
 
 class FailureWatch:
-    """Knows whether a rank has failed, and ends this process if one has.
+    """Watches for a failed rank, and ends this process if there is one.
 
-    The ranks tell each other in the launcher's store: they have met there, so every machine reaches it. (A file in the
-    run's folder could be of an earlier start, and a network file system may show it minutes later.)
+    The ranks tell each other through the launcher's store. They have met there, so every machine can reach it. (A file
+    in the run's folder could be left from an earlier start, and a network file system may show it minutes later.)
 
     Args:
         store: A connection to the store.
-        start: What no other start of these ranks has: a launcher that starts them again keeps its store.
-        ranks: How many there are.
+        start: An id of this start. A launcher that restarts the ranks keeps its store.
+        ranks: The number of ranks.
     """
 
     def __init__(self, store: Store, start: str, ranks: int) -> None:
@@ -53,32 +53,32 @@ class FailureWatch:
         self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
 
     def begin(self) -> None:
-        """Watch from now on, until `end`."""
+        """Start to watch, until `end`."""
         if not self._thread.is_alive():
             self._thread.start()
 
     def claim(self) -> bool:
-        """Tell all ranks that this one has failed, and return whether it is the first. It leaves soon, in any case."""
+        """Tell all ranks that this one has failed, and return whether it is the first. Its process ends soon after."""
         if self._claimed is None:
             if self._thread.is_alive():
-                # Else Python would take the process groups down at its end, and wait for those who will not answer.
+                # At exit, Python would otherwise tear down the process groups and wait for ranks that do not answer.
                 atexit.register(leave_at_once, 1)
-            self._claimed = not self._seen  # unless the store says otherwise: it may be gone, or out of reach
+            self._claimed = not self._seen  # the best guess, in case the store is gone or out of reach
             asking = threading.Thread(target=self._tell, name="claim", daemon=True)
             asking.start()
             asking.join(SILENCE)
         return self._claimed
 
     def _tell(self) -> None:
-        with suppress(RuntimeError):  # the store is gone with the rank or the launcher that had it
+        with suppress(RuntimeError):  # the store ends with the rank or the launcher that hosts it
             self._claimed = self.store.add(self._key, 1) == 1
-            # The launcher that has the store may end as soon as this rank has.
-            until = time.monotonic() + HEARD
+            # The launcher that hosts the store may end as soon as this rank has ended.
+            until = time.monotonic() + NOTICE_SECONDS
             while self._claimed and self.store.add(self._heard, 0) < self._ranks - 1 and time.monotonic() < until:
                 time.sleep(0.05)
 
     def closing(self, error: BaseException) -> None:
-        """Show an error and leave if what is being closed on its way up (a tracker, a lock) takes too long."""
+        """Start a timer that shows the error and ends the process if closing (a tracker, a lock) takes too long."""
 
         def give_up() -> None:
             if self._claimed is None:
@@ -88,12 +88,12 @@ class FailureWatch:
 
         if not self._thread.is_alive():
             return
-        timer = threading.Timer(CLEANS_UP, give_up)
+        timer = threading.Timer(CLEANUP_SECONDS, give_up)
         timer.daemon = True
         timer.start()
 
     def leave(self) -> None:
-        """All is done: from now on the store may go, because ranks that have nothing to wait for end."""
+        """Note that the run is complete. From now on the store may go away, because other ranks end."""
         self._leaving = True
 
     def end(self) -> None:
@@ -104,7 +104,7 @@ class FailureWatch:
 
     def _watch(self) -> None:
         failed = lost = False
-        while not (failed or lost or self._ended.wait(ASKS)):
+        while not (failed or lost or self._ended.wait(POLL_SECONDS)):
             try:
                 failed = self._seen = self.store.check([self._key])
                 if failed and not self._claimed:
@@ -113,8 +113,8 @@ class FailureWatch:
                 lost = not (failed or self._leaving)
         if not (failed or lost) or self._ended.wait(SILENCE):
             return
-        if lost or self._claimed is not None:  # the main thread may have an error, and show it
-            self._ended.wait(CLEANS_UP - SILENCE)
+        if lost or self._claimed is not None:  # give the main thread time to show its error
+            self._ended.wait(CLEANUP_SECONDS - SILENCE)
         if sys.stderr.isatty():
             os.write(2, b"\x1b[?25h")  # a live view hides the cursor
         if lost and self._claimed is None:
@@ -124,14 +124,17 @@ class FailureWatch:
 
 @contextmanager
 def one_error(placement: Placement, way_on: Callable[[], str]) -> Iterator[None]:
-    """What all ranks do together; an error on one rank ends them all. Only the first is shown, by the rank that had it.
+    """End all ranks if one raises an error inside the context, and show only the first error.
 
-    The others wait a moment, so that the launcher, which stops all ranks when the first has ended, does not stop that
-    one before it has spoken, and leave in silence.
+    A launcher stops all ranks as soon as one has ended. Therefore the other ranks wait a moment, so that the first one
+    can show its error, and then end without a message.
 
     Args:
         placement: The ranks.
-        way_on: What can be done if another rank has ended without an error message.
+        way_on: Says how to continue if another rank has ended without an error message.
+
+    Raises:
+        UserError: If another rank has ended without an error message.
     """
     placement.watch()
     try:
@@ -139,7 +142,7 @@ def one_error(placement: Placement, way_on: Callable[[], str]) -> Iterator[None]
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        placement.first_to_fail()  # ranks on other machines have no terminal
+        placement.first_to_fail()  # ends ranks on other machines, which have no terminal
         raise
     except Exception as error:
         if not placement.first_to_fail():
@@ -155,8 +158,8 @@ def one_error(placement: Placement, way_on: Callable[[], str]) -> Iterator[None]
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End the process without taking anything down."""
+    """Flush the streams and end the process without any other cleanup."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+        with suppress(OSError, ValueError):  # the stream is closed, or a pipe without a reader
             stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Each unit is on one rank; activations travel to it."""
+"""The placement layer-map: each unit is on one rank, and activations travel to it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from saekit.sae.model import around, without_memory
 from saekit.sae.storage import layer_number
 
 Wave = dict[int, str]
-"""At most one hookpoint for each owner."""
+"""At most one hookpoint per owner, by rank."""
 
 
 class LayerMap(Ranked, LocalBank):
-    """A layer's tokens of all ranks go to its owner, and only there.
+    """Sends a layer's tokens from all ranks to the layer's owner, and only there.
 
-    Layers travel in waves of one layer per owner, so that owners work at the same time; a wave is on its way while
-    the one before it computes, and at most two are in memory.
+    Layers travel in waves of one layer per owner, so that all owners compute at the same time. A wave travels while
+    the previous one computes, and at most two waves are in memory.
 
     Args:
         world: The ranks.
-        layer_map: As in `--layer-map`; None balances the layers.
+        layer_map: `--layer-map`; None balances the layers.
     """
 
     name = "layer-map"
@@ -53,18 +53,18 @@ class LayerMap(Ranked, LocalBank):
 
     @classmethod
     def holds(cls, rank: int, hookpoints: Costs, world_size: int, layer_map: str | None = None) -> tuple[str, ...]:
-        """Hookpoints that the rank owns, by the map or balanced."""
+        """Return the hookpoints that a rank owns, by the map or balanced."""
         owners = resolve_map(layer_map, hookpoints, world_size)
         return tuple(name for name in hookpoints if owners[name] == rank)
 
     @classmethod
     def rows(cls, tokens: int, world_size: int) -> int:
-        """Return the tokens of all ranks, which an owner sees."""
+        """Return the tokens of all ranks, since an owner sees all of them."""
         return tokens * world_size
 
     @classmethod
     def in_flight(cls, number: int, owned: int, layers: int, world_size: int) -> tuple[int, ...]:
-        """Return what has arrived for this wave, the next wave in both directions, and the layers still to be sent."""
+        """Return what has arrived for this wave, the next wave (received and sent), and the layers still to be sent."""
         left = layers - (number + 1) * world_size
         if number + 1 >= owned or left <= 0:
             return (world_size,)
@@ -72,9 +72,9 @@ class LayerMap(Ranked, LocalBank):
 
     @classmethod
     def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
-        """Activations: N·D for every layer of other owners, and those of the other W - 1 ranks for each of its own.
+        """Count activations: N·D sent for every layer of other owners, (W - 1)·N·D received for each own layer.
 
-        An owner sees every token, so nothing needs to be counted together.
+        An owner sees every token, so statistics need not be summed over ranks.
         """
         activations = load.tokens * load.size.width * load.act_bytes
         own = load.layers if owned is None else owned
@@ -95,11 +95,11 @@ class LayerMap(Ranked, LocalBank):
         return self._owners[hookpoint]
 
     def owners(self) -> dict[str, int]:
-        """Return all ranks' layers, as `place` has mapped them."""
+        """Return the owner of every layer, as mapped by `place`."""
         return dict(self._owners)
 
     def route(self, acts: dict[str, Tensor], last: bool) -> Iterator[tuple[str, Tensor]]:
-        """Send each wave to its owners while they train on the one before it."""
+        """Send each wave to its owners while they train on the previous wave."""
         # Ranks drop different numbers of excluded tokens, so each says how many rows it sends.
         tokens = next(iter(acts.values())).shape[0]
         rows = [count for (count,) in self.exchange([tokens])]
@@ -108,17 +108,18 @@ class LayerMap(Ranked, LocalBank):
         for number, wave in enumerate(self._waves):
             arrived, work = coming.pop()
             work.wait()
-            del work  # which holds what was sent
+            del work  # it holds the tensors that were sent
             if number + 1 < len(self._waves):
                 coming.append(self._send(acts, self._waves[number + 1], tokens, rows))
             if self.rank in wave:
                 yield wave[self.rank], arrived
 
     def _send(self, acts: dict[str, Tensor], wave: Wave, tokens: int, rows: list[int]) -> tuple[Tensor, dist.Work]:
-        """Start one wave.
+        """Start to send one wave. D may differ within a wave, and there may be no rows at all.
 
-        What arrives once the work is done is this rank's unit, `[sum(rows), D]` in rank order, or `[0]` where it has
-        none in this wave. D may differ in a wave, and there may be no rows at all.
+        Returns:
+            The tensor that has arrived once the work is done: the activations of this rank's unit, `[sum(rows), D]` in
+            rank order, or `[0]` if this rank has no unit in the wave.
         """
         widths = {owner: acts[wave[owner]].shape[1] for owner in sorted(wave)}
         leaving = torch.cat([acts.pop(wave[owner]).flatten() for owner in widths])
@@ -129,14 +130,14 @@ class LayerMap(Ranked, LocalBank):
         return (arrived.view(sum(rows), widths[self.rank]) if self.rank in wave else arrived), work
 
     def counted(self, mask_N: Tensor) -> Tensor:
-        """Return all ranks' masks in rank order, as their rows arrive: `[W · N]`."""
+        """Return all ranks' masks in rank order, the order in which rows arrive: `[W · N]`."""
         together = mask_N.new_empty(self.world_size, len(mask_N))
         dist.all_gather(list(together), mask_N)
         return together.view(-1)
 
     @torch.no_grad()
     def whole_sae(self, hookpoint: str) -> Sae:
-        """Broadcast it from the owner."""
+        """Broadcast the SAE from its owner."""
         owner = self._owners[hookpoint]
         mine = super().whole_sae(hookpoint) if owner == self.rank else None
         sizes = self.gather(mine.sizes() if mine is not None else None)[owner]
@@ -150,29 +151,36 @@ class LayerMap(Ranked, LocalBank):
         return around(tensors, **sizes).eval()
 
     def share(self, counts: Tensor) -> Tensor:
-        """Return them as they are: the owner has seen every token."""
+        """Return the counts as they are, since the owner has seen every token."""
         return counts
 
 
 def balanced_map(hookpoints: Costs, world_size: int) -> dict[str, int]:
-    """Owner rank of every hookpoint, such that the busiest rank has little to do.
+    """Assign an owner to every hookpoint, so that the busiest rank has as little to do as possible.
 
-    Equal costs give contiguous blocks whose sizes differ by at most one, the larger first. Otherwise the most
-    expensive layer goes first to the rank with the least so far (Graham 1969: at most 4/3 of the optimum).
+    Equal costs give contiguous blocks whose sizes differ by at most one, larger blocks first. Otherwise layers are
+    assigned in order of decreasing cost, each to the rank with the least cost so far. The busiest rank then has at most
+    4/3 of the optimum (Graham 1969, longest processing time first).
 
     Args:
-        hookpoints: In model order, with what each costs.
-        world_size: Ranks; those beyond the number of hookpoints get none.
+        hookpoints: The cost of each, in model order.
+        world_size: The number of ranks. If there are fewer hookpoints, the last ranks get none.
+
+    Returns:
+        The owner's rank by hookpoint, in model order.
+
+    Raises:
+        ValueError: If `world_size` is below 1.
     """
     if world_size < 1:
-        raise ValueError(f"world_size is {world_size}: there is at least one rank")
+        raise ValueError(f"world_size is {world_size}, but there must be at least one rank")
     if len(set(hookpoints.values())) < 2:
         size, longer = divmod(len(hookpoints), world_size)
         owners = [rank for rank in range(world_size) for _ in range(size + (rank < longer))]
         return dict(zip(hookpoints, owners, strict=True))
     load = [0.0] * world_size
     owner = {}
-    for name in sorted(hookpoints, key=lambda each: -hookpoints[each]):  # stable: equal ones stay in model order
+    for name in sorted(hookpoints, key=lambda each: -hookpoints[each]):  # stable: equal costs stay in model order
         rank = load.index(min(load))
         owner[name] = rank
         load[rank] += hookpoints[name]
@@ -180,10 +188,10 @@ def balanced_map(hookpoints: Costs, world_size: int) -> dict[str, int]:
 
 
 def parse_map(text: str) -> dict[int, int]:
-    """`"0-5:0,6-11:1"` → rank by layer number; ranges include their end.
+    """Parse a layer map such as `0-5:0,6-11:1` into ranks by layer number. Ranges include their end.
 
     Raises:
-        UserError: If the text is not of that form, or names a layer twice.
+        UserError: If the text does not have this form, or names a layer twice.
     """
     owner: dict[int, int] = {}
     for part in text.split(","):
@@ -195,20 +203,20 @@ def parse_map(text: str) -> dict[int, int]:
             raise UserError(f"--layer-map {text!r}: the range of {part.strip()!r} is empty; write {last}-{first}")
         for layer in range(first, last + 1):
             if layer in owner:
-                raise UserError(f"--layer-map {text!r}: layer {layer} is there twice")
+                raise UserError(f"--layer-map {text!r} names layer {layer} twice: give each layer one rank")
             owner[layer] = int(found[3])
     return owner
 
 
 def resolve_map(text: str | None, hookpoints: Costs, world_size: int) -> dict[str, int]:
-    """Owner rank of every hookpoint: as `--layer-map` says, or balanced where it says nothing.
+    """Return the owner of every hookpoint: as `--layer-map` says, or balanced without it.
 
-    Hookpoints of one layer have the same owner under `--layer-map`.
+    Under `--layer-map`, all hookpoints of a layer have the same owner.
 
     Args:
-        text: What `--layer-map` was given.
-        hookpoints: What is trained, in model order, with what each costs.
-        world_size: Number of ranks.
+        text: The value of `--layer-map`; None if it was not given.
+        hookpoints: The cost of each trained hookpoint, in model order.
+        world_size: The number of ranks.
 
     Raises:
         UserError: If the text cannot be read or does not fit the hookpoints or the ranks.
@@ -220,16 +228,16 @@ def resolve_map(text: str | None, hookpoints: Costs, world_size: int) -> dict[st
     for name in hookpoints:
         if (number := layer_number(name)) is None:
             raise UserError(
-                f"--layer-map {text!r} goes by layers' numbers, and {name} has none: leave it out for an even map"
+                f"--layer-map {text!r} maps layer numbers, but {name} has none: leave it out for a balanced map"
             )
         layers[name] = number
     if missing := sorted(set(layers.values()) - set(owner)):
         raise UserError(f"--layer-map {text!r} gives no rank for {_layers(missing)}: every trained layer needs one")
     if surplus := sorted(set(owner) - set(layers.values())):
-        raise UserError(f"--layer-map {text!r} names {_layers(surplus)}, not trained here: see --layers")
+        raise UserError(f"--layer-map {text!r} names {_layers(surplus)}, not trained in this run: see --layers")
     if (highest := max(owner.values())) >= world_size:
         raise UserError(
-            f"--layer-map {text!r}: there is no rank {highest}; the last of {world_size} is {world_size - 1}"
+            f"--layer-map {text!r} names rank {highest}, but the last of {world_size} ranks is {world_size - 1}"
         )
     return {name: owner[layer] for name, layer in layers.items()}
 

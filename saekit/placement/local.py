@@ -1,4 +1,4 @@
-"""Coders that are whole on their rank, each with an optimizer of its own; and the placement of one process."""
+"""Coders that are whole on their rank, each with its own optimizer; and the placement single, of one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saekit.sae.model import around
 
 
 class LocalBank(Placement):
-    """The part that `single`, `ddp` and `layer-map` share: whole parameters and whole optimizer states."""
+    """Holds whole parameters and whole optimizer states: what `single`, `ddp` and `layer-map` share."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,7 +22,7 @@ class LocalBank(Placement):
         self._optimizers: dict[str, LayerOptimizer] = {}
 
     def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make each SAE on this rank's device, with its optimizer; gradients of one rank alone may be deferred."""
+        """Make each SAE and its optimizer on this rank's device. Gradients of one rank alone may be deferred."""
         for hookpoint in hookpoints:
             sae = make_sae(hookpoint).train()
             if sae.device != self.device:
@@ -33,7 +33,7 @@ class LocalBank(Placement):
                 self._optimizers[hookpoint].defer_gradients()
 
     def layers(self) -> tuple[str, ...]:
-        """Those that `place` was given."""
+        """Return the hookpoints that `place` was given."""
         return tuple(self._saes)
 
     def sae(self, hookpoint: str) -> Sae:
@@ -41,11 +41,11 @@ class LocalBank(Placement):
         return self._saes[hookpoint]
 
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """Leave it to autograd."""
+        """Run autograd's backward pass."""
         loss.backward()
 
     def collect(self) -> dict[str, Tensor]:
-        """Sum each layer's gradients, and bound those that are deferred; nothing travels."""
+        """Sum each layer's gradients, and bound deferred ones. Nothing travels."""
         sums = {}
         for hookpoint, sae in self._saes.items():
             parts = [each.grad.sum() for each in sae.parameters() if each.grad is not None]
@@ -54,7 +54,7 @@ class LocalBank(Placement):
         return sums
 
     def apply(self, lr_scale: float) -> None:
-        """Step each layer's optimizer, which projects and renormalizes, and drop the gradients."""
+        """Step each layer's optimizer (which projects and renormalizes) and drop the gradients."""
         for optimizer in self._optimizers.values():
             optimizer.prepare(lr_scale)
         for optimizer in self._optimizers.values():
@@ -67,21 +67,21 @@ class LocalBank(Placement):
             optimizer.zero_grad()
 
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Export what this rank holds, if it leads the layer."""
+        """Return the exported weights and the optimizer's state, if this rank leads the layer."""
         optimizer = self._optimizers[hookpoint]
         return (optimizer.export(), optimizer.state()) if self.leads(hookpoint) else None
 
     def whole_sae(self, hookpoint: str) -> Sae:
-        """Wrap the exported weights: their memory is the trained ones', unless the optimizer averages."""
+        """Wrap the exported weights. They share memory with the trained weights, unless the optimizer averages."""
         return around(self._optimizers[hookpoint].export(), **self._saes[hookpoint].sizes()).eval()
 
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Copy into the parameters and the optimizer."""
+        """Copy the weights into the parameters, and the state into the optimizer."""
         self._saes[hookpoint].load_state_dict(dict(weights))
         self._optimizers[hookpoint].load_state(state)
 
     def held_bytes(self) -> int:
-        """Count each tensor once: some optimizers' state has the parameters in it."""
+        """Count each tensor once, since the state of some optimizers contains the parameters."""
         parameters = [parameter for sae in self._saes.values() for parameter in sae.parameters()]
         gradients = [each.grad for each in parameters if each.grad is not None]
         deferred = [tensor for each in self._optimizers.values() for sums in each.deferred() for tensor in sums]
@@ -91,7 +91,7 @@ class LocalBank(Placement):
 
 
 class Single(LocalBank):
-    """Everything on one device of one process; routing and reducing are the identity."""
+    """Holds everything on one device of one process. Routing and reducing do nothing."""
 
     name = "single"
     title = "one process holds all SAEs"
@@ -99,14 +99,14 @@ class Single(LocalBank):
 
     @classmethod
     def join(cls, layer_map: str | None = None) -> Single:
-        """Take the device that accelerate chooses; no other process is asked."""
+        """Take the device that accelerate chooses. There are no other processes to join."""
         from accelerate import Accelerator
 
         device = Accelerator().device
-        # Apple's GPU has no float64 for the statistics.
+        # Apple GPUs (mps) lack the float64 that statistics need.
         return cls(torch.device("cpu") if device.type == "mps" else device)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Return bytes of several tensors."""
+    """Return the total bytes of several tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Measures the speed between ranks on this machine, with ranks of its own: `python -m saekit.placement.network`."""
+"""Measures the speed between ranks on this machine, with ranks that it starts: `python -m saekit.placement.network`."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from torch import Tensor
 from saekit.errors import UserError
 
 SIZE = 2**25
-"""Bytes of a tensor that travels: about a gradient of a middling SAE, and more than a cache's share of a rank."""
+"""Bytes of the tensor that travels: about the gradient of a medium SAE, and more than a rank's share of the caches."""
 ROUNDS = 8
-"""The fastest counts: whatever else the machine does only slows it down."""
+"""The number of timed rounds. The fastest one counts, since other work on the machine only slows a round down."""
 LIMIT = timedelta(seconds=60)
+"""Timeout for the ranks to meet, and for each collective."""
 
 
 def measure_network(ranks: int) -> tuple[float, float]:
-    """Start ranks, over NCCL if each can have a GPU of its own, else over gloo, and let them exchange tensors.
+    """Start ranks on this machine and measure how fast they exchange tensors.
 
-    On a CPU they share its cores, as training does under `saekit train --launch`.
+    The ranks use NCCL if there is a GPU for each, otherwise gloo. On a CPU they share its cores, as ranks of
+    `saekit train --launch` do.
 
     Args:
-        ranks: How many, at least 2.
+        ranks: The number of ranks, at least 2.
 
     Returns:
-        Bytes per second that a rank sends in an all-reduce, and from one rank to another while all do so.
+        Bytes per second that a rank sends in an all-reduce, and to one other rank while all ranks send.
 
     Raises:
-        UserError: If they cannot meet.
+        UserError: If the ranks cannot meet or cannot exchange tensors.
     """
     threads = str(max(1, torch.get_num_threads() // ranks))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as folder:
         meet, rates = Path(folder, "meet"), Path(folder, "rates")
-        # To files: a rank that says much (NCCL_DEBUG=INFO) would fill a pipe, and wait until somebody reads it.
+        # Output goes to files: a rank with much output (NCCL_DEBUG=INFO) would fill a pipe and block.
         said = [Path(folder, f"said{rank}") for rank in range(ranks)]
         processes = [_start([meet, rates, ranks, rank], environment, log) for rank, log in enumerate(said)]
         until = time.monotonic() + 2 * LIMIT.total_seconds()
         try:
             while None in [process.poll() for process in processes] and not any(each.returncode for each in processes):
                 if time.monotonic() > until:
-                    raise UserError(f"{ranks} ranks did not find each other: see saekit doctor")
+                    seconds = 2 * LIMIT.total_seconds()
+                    raise UserError(f"{ranks} ranks did not meet within {seconds:g} seconds: see saekit doctor")
                 time.sleep(0.02)
             failed = [log for process, log in zip(processes, said, strict=True) if process.returncode]
         finally:
@@ -58,14 +61,15 @@ def measure_network(ranks: int) -> tuple[float, float]:
                 process.kill()
                 process.wait()
         if failed:
-            *_, reason = ["no word why", *failed[0].read_text(encoding="utf-8", errors="replace").strip().splitlines()]
+            errors = failed[0].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            reason = errors[-1] if errors else "no error message"
             raise UserError(f"{ranks} ranks cannot exchange tensors ({reason}): see saekit doctor")
         all_reduce, point_to_point = json.loads(rates.read_text(encoding="utf-8"))
     return all_reduce, point_to_point
 
 
 def _start(arguments: Sequence[object], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a rank whose output goes to a file: its last line is the error that ended it, if one did."""
+    """Start a rank that writes stderr to a file. If the rank fails, the file's last line is its error."""
     command = [sys.executable, "-m", __name__, *map(str, arguments)]
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -74,12 +78,12 @@ def _start(arguments: Sequence[object], environment: Mapping[str, str], log: Pat
 
 
 def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]:
-    """Measure what `measure_network` returns, on every rank. Collective."""
+    """Measure what `measure_network` returns. All ranks return the same. Collective."""
     tensor = torch.ones(SIZE // 4, device=device)
     arrived = torch.empty_like(tensor)
 
     def exchange() -> None:
-        """To the next rank, as activations travel under layer-map."""
+        """Send to the next rank, as activations travel under layer-map."""
         after, before = (rank + 1) % ranks, (rank - 1) % ranks
         send = [tensor.numel() if other == after else 0 for other in range(ranks)]
         receive = [tensor.numel() if other == before else 0 for other in range(ranks)]
@@ -90,7 +94,7 @@ def rates_of(rank: int, ranks: int, device: torch.device) -> tuple[float, float]
 
 
 def _fastest(work: Callable[[], object], on: Tensor) -> float:
-    """Return seconds of the fastest of several rounds, the slowest rank's in each."""
+    """Return the seconds of the fastest round; a round takes as long as its slowest rank."""
     rounds = []
     for _ in range(ROUNDS + 2):
         dist.barrier()
@@ -101,11 +105,18 @@ def _fastest(work: Callable[[], object], on: Tensor) -> float:
         seconds = torch.tensor(time.perf_counter() - start, device=on.device)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         rounds.append(float(seconds))
-    return min(rounds[2:])  # the first ones set up connections
+    return min(rounds[2:])  # the first two set up connections
 
 
 def main(meet: str, result: str, ranks: int, rank: int) -> None:
-    """One of the ranks; the first writes down what was measured."""
+    """Run one of the ranks. Rank 0 writes the result to a file.
+
+    Args:
+        meet: The file through which ranks meet.
+        result: The file for the result.
+        ranks: The number of ranks.
+        rank: This rank.
+    """
     on_gpu = torch.cuda.device_count() >= ranks
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:

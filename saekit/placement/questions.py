@@ -1,4 +1,4 @@
-"""A placement's answers before it runs: the planner, the wizard and the command line ask classes, not names."""
+"""What a placement class says about itself before it runs: the planner, the wizard and the CLI ask it."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from saekit.errors import UserError
 from saekit.placement.costs import ADAM, FLOAT32, NO_TRAFFIC, Costs, Traffic, Workload
 
 Travels = Literal["nothing", "activations", "gradients", "weights"]
-"""The largest of what moves between ranks; gradients move with the weights."""
+"""The largest thing that travels between ranks. With `weights`, gradients travel too."""
 
 
 class Questions:
-    """The answers of a placement that holds every coder whole on every rank; other placements override them."""
+    """The answers of a placement that holds every coder whole on every rank. Other placements override them."""
 
     name: ClassVar[str]
-    """As in `--placement` and in `saekit.registry.PLACEMENTS`."""
+    """The name in `--placement` and in `saekit.registry.PLACEMENTS`."""
     title: ClassVar[str]
-    """A few words for the wizard: what the placement does."""
+    """What the placement does, in a few words for the wizard."""
     ranked: ClassVar[bool] = True
-    """Whether a launcher starts its processes; if not, it is one process."""
+    """Whether a launcher starts its processes. If not, it has one process."""
     travels: ClassVar[Travels] = "nothing"
+    """The largest thing that travels between ranks."""
     owns_gradient: ClassVar[bool] = True
-    """Whether the rank that steps a coder has its whole gradient without other ranks: it may be left to the step."""
+    """Whether the rank that steps a coder has its whole gradient without other ranks, so that it may be deferred."""
     keeps_gradients: ClassVar[bool] = False
-    """Whether the memory of gradients is kept from step to step; if not, each step allocates it."""
+    """Whether the memory of gradients is kept between steps. If not, each step allocates it."""
     gathers: ClassVar[bool] = False
-    """Whether a sharded coder is gathered, on every rank, while it computes."""
+    """Whether every rank gathers a sharded coder while it computes."""
     buffer_bytes: ClassVar[int] = 0
-    """Bytes of buffers for what is travelling, in addition to the coder that computes."""
+    """Bytes of communication buffers, in addition to the coder that computes."""
     deepspeed: ClassVar[bool] = False
-    """Whether it trains with DeepSpeed; then a launch file that says DeepSpeed means it."""
+    """Whether it trains with DeepSpeed. A launch file that enables DeepSpeed then chooses this placement."""
     offloads: ClassVar[bool] = False
     """Whether it can keep parameters and optimizer state in the machine's memory instead of the GPU's."""
     shards_lm: ClassVar[bool] = False
     """Whether it can shard the language model over the ranks (`--shard-lm`)."""
     takes_layer_map: ClassVar[bool] = False
-    """Whether `--layer-map` means something to it."""
+    """Whether it supports `--layer-map`."""
 
     @classmethod
     def supports(cls, train: TrainConfig) -> str | None:
-        """Say why these options cannot be trained under this placement, as an error message; None if they can."""
+        """Return an error message if this placement does not support the options; None if it does."""
         if train.shard_lm and not cls.shards_lm:
-            return f"--shard-lm, but the placement is {cls.name}, which does not shard the language model: zero3 does"
+            return f"--shard-lm is not supported by --placement {cls.name}: use zero3, or leave it out"
         if train.layer_map is not None and cls.ranked and not cls.takes_layer_map:
-            return f"--layer-map {train.layer_map} has no meaning under --placement {cls.name}"
+            return f"--layer-map {train.layer_map} has no meaning under --placement {cls.name}: leave it out"
         return None
 
     @classmethod
     def check(cls, train: TrainConfig) -> None:
-        """Refuse options that this placement does not support, before anything is loaded.
+        """Check that this placement supports the options, before anything is loaded.
 
         Raises:
-            UserError: If it does not support them.
+            UserError: If it does not.
         """
         if (reason := cls.supports(train)) is not None:
             raise UserError(reason)
@@ -64,8 +65,8 @@ class Questions:
 
         Args:
             rank: The rank.
-            hookpoints: All of the run's, in model order, with what a step of each costs relative to the others.
-            world_size: Ranks.
+            hookpoints: All hookpoints of the run in model order, with the relative cost of a step of each.
+            world_size: The number of ranks.
             layer_map: `--layer-map`.
 
         Raises:
@@ -75,26 +76,26 @@ class Questions:
 
     @classmethod
     def parts(cls, world_size: int) -> int:
-        """Return the number of parts into which each coder is cut; a rank holds one of them."""
+        """Return the number of parts into which each coder is cut. Each rank holds one part."""
         return 1
 
     @classmethod
     def rows(cls, tokens: int, world_size: int) -> int:
-        """Return the number of tokens that a coder trains on at a time, if each rank reads `tokens`."""
+        """Return the number of tokens that a coder trains on at a time if each rank reads `tokens`."""
         return tokens
 
     @classmethod
     def in_flight(cls, number: int, owned: int, layers: int, world_size: int) -> tuple[int, ...]:
-        """Return the tensors of activations on a rank while it trains one of its coders, as multiples of one layer's.
+        """Return the sizes of the tensors of activations on a rank while it trains one of its coders.
 
         Args:
-            number: Which of its coders, from 0.
-            owned: How many it trains.
-            layers: How many all ranks train.
-            world_size: Ranks.
+            number: The number of that coder among the rank's, from 0.
+            owned: The number of coders that the rank trains.
+            layers: The number of coders that all ranks train.
+            world_size: The number of ranks.
 
         Returns:
-            For each tensor how many times a layer's activations of this rank's micro-batch it holds.
+            The size of each tensor, as a multiple of one layer's activations of this rank's micro-batch.
         """
         return (1,) * (layers - number)
 
@@ -102,11 +103,11 @@ class Questions:
     def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
         """Return the bytes that one rank sends and receives per optimizer step.
 
-        They do not include what does not grow with the SAEs: token counts, statistics at reports.
+        They do not include messages whose size does not grow with the SAEs: token counts and statistics.
 
         Args:
-            load: The step; its tokens are taken as the same on every rank.
-            owned: Layers that this rank holds; all of them by default.
+            load: The step. Every rank is assumed to have the same number of tokens.
+            owned: Layers that this rank holds. By default, all of them.
         """
         return NO_TRAFFIC
 
@@ -114,11 +115,11 @@ class Questions:
     def memory(cls, load: Workload, owned: int | None = None, state: int = ADAM) -> int:
         """Return the bytes of parameters, gradients and optimizer state that one rank holds when the optimizer steps.
 
-        Less where gradients are left to the step; a coder that is gathered while it computes is not counted.
+        Deferred gradients take less than this. A coder that is gathered while it computes takes additional memory.
 
         Args:
             load: The run.
-            owned: Layers that this rank holds; all of them by default.
+            owned: Layers that this rank holds. By default, all of them.
             state: Bytes of optimizer state per parameter.
         """
         held = load.layers if owned is None else owned

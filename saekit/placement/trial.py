@@ -1,4 +1,4 @@
-"""What ranks find out about each other before a run, for `saekit doctor --launch`: every function is collective."""
+"""Checks between ranks before a run, for `saekit doctor --launch`. Functions that take a placement are collective."""
 
 from __future__ import annotations
 
@@ -20,29 +20,32 @@ from saekit.placement.base import Placement
 from saekit.placement.network import rates_of
 from saekit.placement.world import Ranked, connect_to_store
 
-SEES_WITHIN = 5.0
-"""Seconds in which a file of another machine should be seen: network disks remember for a while what was not there."""
+VISIBLE_WITHIN = 5.0
+"""Seconds within which a file from another machine must be visible: network file systems cache missing files."""
 CLOCK_ROUNDS = 3
+"""The number of times that clocks are compared; the smallest difference counts."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a rank says of itself."""
+    """A rank's description of itself."""
 
     rank: int
     host: str
     device: str
     """Its kind and name: `cuda NVIDIA H100`, `cpu`."""
     device_id: str | None
-    """What no other GPU has; None for a CPU."""
+    """The GPU's unique id; None for a CPU."""
     backend: str
-    """Of the group that exchanges tensors."""
+    """The backend of the group that exchanges tensors."""
     control: str
-    """Of the group that exchanges small values."""
+    """The backend of the group that exchanges small values."""
     threads: int
+    """The number of torch's threads."""
     cores: frozenset[int]
-    """That the system lets it use; empty where the system does not tell."""
+    """The CPU cores that it may use; empty if the system does not say."""
     versions: Mapping[str, str]
+    """The versions of libraries, by name."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,27 @@ class Seen:
     """What a rank sees of a folder."""
 
     path: str
+    """The folder's absolute path on this rank."""
     shared: bool
-    """Whether it is rank 0's."""
+    """Whether it is the same folder as rank 0's."""
     refused: str | None
     """Why the rank cannot write there; None if it can."""
 
 
 def agent_store() -> Any | None:
-    """Return the launcher's store, which answers before ranks have met; None if rank 0 makes one when they meet."""
+    """Return the launcher's store, which exists before ranks meet; None if rank 0 makes one when they meet."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return connect_to_store()
 
 
 def store_of(placement: Placement) -> Any | None:
-    """Return the store that all ranks share once they have met."""
+    """Return the store that all ranks share after they have met; None for one process."""
     return placement.world.failures.store if isinstance(placement, Ranked) else None
 
 
 def introduce(placement: Placement) -> list[About]:
-    """Tell all ranks what each of them is."""
+    """Return the descriptions of all ranks, in rank order. Collective."""
     device = placement.device
     versions, device_id, name = library_versions(), None, "cpu"
     if device.type == "cuda":
@@ -96,9 +100,10 @@ def introduce(placement: Placement) -> list[About]:
 
 
 def collectives(placement: Placement) -> dict[str, Callable[[], str | None]]:
-    """Return a trial of each kind of collective that saekit or DeepSpeed uses: what was wrong with its result, if any.
+    """Return a trial of each collective that saekit or DeepSpeed uses, by name.
 
-    All but the last go over the group that exchanges tensors; the last goes over the one for small values.
+    A trial is collective and returns what is wrong with the result, or None. The last trial, `all_gather_object`, uses
+    the group for small values, the others the group for tensors.
     """
     rank, ranks, device = placement.rank, placement.world_size, placement.device
 
@@ -140,7 +145,7 @@ def collectives(placement: Placement) -> dict[str, Callable[[], str | None]]:
         return _compare(mine, vector(rank * ranks))
 
     def all_to_all_single() -> str | None:
-        """Every rank sends as many rows as the receiver's number is: none to rank 0, for one."""
+        """Send r rows to rank r, so none to rank 0."""
         send, receive = list(range(ranks)), [rank] * ranks
         arrived = vector(0, torch.bfloat16, rank * ranks)
         dist.all_to_all_single(arrived, vector(rank, torch.bfloat16, sum(send)), receive, send)
@@ -161,7 +166,7 @@ def _compare(found: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 
 def speeds(placement: Placement) -> dict[str, float]:
-    """Measure bytes per second that a rank sends, by collective; empty for a single rank."""
+    """Measure the bytes per second that a rank sends, by collective; empty for one rank. Collective."""
     if placement.world_size < 2:
         return {}
     all_reduce, all_to_all = rates_of(placement.rank, placement.world_size, placement.device)
@@ -169,7 +174,7 @@ def speeds(placement: Placement) -> dict[str, float]:
 
 
 def look_at(folder: Path, placement: Placement) -> list[Seen]:
-    """Find out which ranks see rank 0's folder under the path that they have for it, and which can write there."""
+    """Find out which ranks see rank 0's folder under their own path for it, and which can write there. Collective."""
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
     token = placement.gather(uuid.uuid4().hex)[0]
     own = there / f".saekit-doctor-{token}-{placement.rank}"
@@ -179,22 +184,25 @@ def look_at(folder: Path, placement: Placement) -> list[Seen]:
     except OSError as error:
         refused = error.strerror or type(error).__name__
     placement.gather(None)  # rank 0 has written its file
-    mark, until, shared = there / f".saekit-doctor-{token}-0", time.monotonic() + SEES_WITHIN, False
+    mark, until, shared = there / f".saekit-doctor-{token}-0", time.monotonic() + VISIBLE_WITHIN, False
     while not shared and time.monotonic() < until:
-        with suppress(OSError):  # it is not there, or not yet
+        with suppress(OSError):  # the file is not visible, or not yet
             shared = mark.read_text(encoding="utf-8") == token
         time.sleep(0 if shared else 0.2)
     seen = placement.gather(Seen(str(folder.absolute()), shared, refused))
-    with suppress(OSError):  # it was not written
+    with suppress(OSError):  # the file was not written
         own.unlink()
     return seen
 
 
 def clocks(placement: Placement) -> list[float]:
-    """Measure how many seconds each rank's clock is ahead of rank 0's; it is off by what a message takes at most."""
+    """Measure by how many seconds each rank's clock is ahead of rank 0's. Collective.
+
+    The error is at most the time that a message takes.
+    """
     rounds = []
     for _ in range(CLOCK_ROUNDS):
-        placement.gather(None)  # they go on at about the same moment
+        placement.gather(None)  # all ranks continue at about the same time
         now = placement.gather(time.time())
         rounds.append([each - now[0] for each in now])
     return [min(of_rank, key=abs) for of_rank in zip(*rounds, strict=True)]

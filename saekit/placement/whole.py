@@ -1,4 +1,4 @@
-"""Whole units from the ranks' pieces of them, for checkpoints and evaluations, and pieces from whole ones."""
+"""Assembles whole units from the ranks' pieces, for checkpoints and evaluations, and cuts whole units into pieces."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from saekit.sae import Sae
 from saekit.sae.model import around, without_memory
 
 SLICE = 2**24
-"""Elements of a tensor that travel to the ranks that save it at a time, from one rank to all of them together."""
+"""Elements that one rank sends at a time, in total over the ranks that it sends to."""
 Bring = Callable[[str, Callable[[Piece], Tensor]], Any]
-"""Makes a tensor whole, from a parameter's name and from what is laid out like a piece's flat tensor. Collective."""
+"""Assembles a whole tensor, given a parameter's name and a function from a piece to a tensor with its flat tensor's
+layout. Collective."""
 
 
 def bring_all(
@@ -25,12 +26,12 @@ def bring_all(
     state: Mapping[Tensor, Mapping[str, Any]],
     bring: Bring,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Make a unit's weights and its optimizer's state whole. Collective.
+    """Assemble a unit's whole weights and its whole optimizer state. Collective.
 
     Args:
-        pieces: By parameter name.
-        state: The optimizer's, by flat tensor; without an entry there is none.
-        bring: Makes each of them whole.
+        pieces: The unit's pieces by parameter name.
+        state: The optimizer's state by flat tensor. A flat tensor without an entry has no state yet.
+        bring: Assembles each tensor.
 
     Returns:
         Weights by parameter name, and states by parameter name and key.
@@ -45,14 +46,15 @@ def bring_all(
 
 
 def bring_to_leaders(pieces: Mapping[int, tuple[Piece, Tensor]], device: torch.device) -> Tensor | None:
-    """Put one tensor of several units together, each on the CPU of the rank that leads the unit. Collective.
+    """Assemble one tensor of each of several units, on the CPU of the rank that leads the unit. Collective.
 
-    The pieces travel in slices: on the device no rank holds more of them than twice `SLICE`, however large the tensors.
+    The pieces travel in slices. On the device, a rank never holds more than twice `SLICE` elements of them, however
+    large the tensors are.
 
     Args:
-        pieces: By leading rank this rank's piece of the unit's tensor, and what is laid out like the piece's flat one;
-            all of one type.
-        device: Where ranks exchange tensors.
+        pieces: By leading rank, this rank's piece of the unit's tensor, and a tensor with the layout of the piece's
+            flat tensor. All have one type.
+        device: The device on which ranks exchange tensors.
 
     Returns:
         The whole tensor of the unit that this rank leads; None if it leads none of them.
@@ -80,7 +82,7 @@ def bring_to_leaders(pieces: Mapping[int, tuple[Piece, Tensor]], device: torch.d
 def whole_optimizer(
     sae: Sae, tensors: Mapping[str, Tensor], states: Mapping[str, dict[str, Any]], make_optimizer: OptimizerFactory
 ) -> LayerOptimizer:
-    """Return the optimizer that a unit would have on one rank, from what `bring_all` returned."""
+    """Make the optimizer that a unit would have on one rank, from what `bring_all` returned."""
     copy = around(tensors, **sae.sizes())
     optimizer = make_optimizer(copy)
     for each in optimizer.optimizers:
@@ -91,13 +93,13 @@ def whole_optimizer(
 def optimizer_of_pieces(
     sae: Sae, pieces: Mapping[str, Piece], state: Mapping[Tensor, Mapping[str, Any]], make_optimizer: OptimizerFactory
 ) -> LayerOptimizer:
-    """Return an optimizer of this rank's pieces of a unit; weights and state are those that are trained, not copies.
+    """Make an optimizer of this rank's pieces of a unit. It shares the trained weights and state, without copies.
 
     Args:
-        sae: The unit.
-        pieces: By parameter name.
-        state: The optimizer's, by flat tensor; without an entry there is none.
-        make_optimizer: Makes one that treats every element alike, so that it takes pieces as well.
+        sae: The unit's SAE.
+        pieces: The unit's pieces by parameter name.
+        state: The optimizer's state by flat tensor. A flat tensor without an entry has no state yet.
+        make_optimizer: Makes an elementwise optimizer, which also works on pieces.
     """
     parts = without_memory(**sae.sizes())
     states: dict[Tensor, dict[str, Any]] = {}
@@ -119,16 +121,16 @@ def optimizer_of_parts(
     state: Mapping[str, Tensor],
     make_optimizer: OptimizerFactory,
 ) -> tuple[nn.Module, LayerOptimizer]:
-    """Return this rank's parts of a unit's weights, as parameters, and an optimizer with these parts of its state.
+    """Return this rank's parts of a unit's whole weights, as parameters, and an optimizer with its parts of the state.
 
-    The whole tensors may be in files that are mapped into memory: what belongs to other ranks is not read.
+    The whole tensors may be in files that are mapped into memory. The parts of other ranks are not read.
 
     Args:
-        sae: The unit.
-        pieces: By parameter name.
-        weights: Whole, by parameter name.
-        state: Whole, as `LayerOptimizer.state` returned it.
-        make_optimizer: Makes one that treats every element alike, so that it takes parts as well.
+        sae: The unit's SAE.
+        pieces: The unit's pieces by parameter name.
+        weights: Whole weights by parameter name.
+        state: The whole state, as `LayerOptimizer.state` returned it.
+        make_optimizer: Makes an elementwise optimizer, which also works on parts.
     """
     parts = without_memory(**sae.sizes())
     for name, piece in pieces.items():

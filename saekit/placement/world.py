@@ -1,4 +1,4 @@
-"""The processes that train together, and what any placement over several of them needs."""
+"""The processes that train together, and what every placement with several ranks needs."""
 
 from __future__ import annotations
 
@@ -22,59 +22,60 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
-CONNECTS = timedelta(minutes=10)
-"""Time for which ranks wait for one another when they meet: one that is not there by then does not come."""
-AT_WORK = timedelta(hours=1)
-"""Time that a collective of the training may take."""
-PATIENCE = timedelta(days=1)
-"""Time for which ranks wait for one another outside the training: one of them may be tokenizing a large data set."""
+CONNECT_TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for each other when they meet."""
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""How long a collective on tensors may take."""
+CONTROL_TIMEOUT = timedelta(days=1)
+"""How long ranks wait for each other in exchanges of small values: one may be tokenizing a large data set."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of a run, and where this one stands."""
+    """All ranks of a run, as seen from this one."""
 
     rank: int
-    """Over all machines: chooses the slice of the data."""
+    """This rank over all machines. It chooses the slice of the data."""
     size: int
+    """The number of ranks."""
     device: torch.device
-    """Chosen by the rank on this machine, not by the one over all machines."""
+    """This rank's device, chosen by its rank on this machine."""
     control: dist.ProcessGroup
-    """For small plain values, over TCP, so that no GPU is involved."""
+    """The group for small plain values. It uses TCP, so no GPU is involved."""
     failures: FailureWatch
-    """Knows of ranks that have failed; it still does when a rank is gone."""
+    """Watches for failed ranks; it also works when a rank is gone."""
     accelerator: Accelerator
 
     def lengthen_timeouts(self) -> None:
-        """Let collectives of all groups that there are now take their time: groups start with 10 or 30 minutes.
+        """Lengthen the timeouts of all existing groups, which start with 10 or 30 minutes.
 
-        The libraries that make them can be told otherwise in part only: accelerate passes nothing on that equals its
-        own default, and DeepSpeed copies the group of all ranks without its timeout.
+        The libraries that make the groups do not take all timeouts: accelerate drops a timeout that equals its own
+        default, and DeepSpeed copies the group of all ranks without its timeout.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Set timeout is now only supported", UserWarning)
             for group in list(c10d._world.pg_map):
-                c10d._set_pg_timeout(PATIENCE if group == self.control else AT_WORK, group)
+                c10d._set_pg_timeout(CONTROL_TIMEOUT if group == self.control else COLLECTIVE_TIMEOUT, group)
 
 
 def start_world(zero: DeepSpeedPlugin | None = None) -> World:
     """Join the processes that a launcher started.
 
-    On machines without a GPU (or under a launch file that hides it) they speak gloo, else NCCL.
+    They use NCCL, or gloo on machines without a GPU or if the launch file says CPU. Collective.
 
     Args:
-        zero: How DeepSpeed is to shard, if it is.
+        zero: DeepSpeed's plugin, if DeepSpeed shards the SAEs.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=CONNECTS)
-    # Told that it is on a CPU, accelerate would not look at the plugin.
+    backend = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=CONNECT_TIMEOUT)
+    # With `cpu=True`, accelerate would ignore the plugin.
     accelerator = Accelerator(
         cpu=on_cpu and zero is None, mixed_precision="no", deepspeed_plugin=zero, kwargs_handlers=[backend]
     )
-    control = dist.new_group(backend="gloo", timeout=CONNECTS)
+    control = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
     start = [uuid.uuid4().hex]
     dist.broadcast_object_list(start, src=0, group=control)
     failures = FailureWatch(connect_to_store(), start[0], accelerator.num_processes)
@@ -85,12 +86,12 @@ def start_world(zero: DeepSpeedPlugin | None = None) -> World:
 
 
 def connect_to_store() -> Any:
-    """Return a connection of our own to the store where ranks meet: the group's is busy while a collective waits."""
+    """Open a second connection to the store where ranks meet: the group's is busy while a collective waits."""
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
 
 
 class Ranked(Placement):
-    """Sums and small values over all ranks; the other half of a placement is how it holds parameters."""
+    """Sums tensors and exchanges small values over all ranks. Subclasses add how parameters are held."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -99,7 +100,7 @@ class Ranked(Placement):
         self.world_size = world.size
 
     def leader(self, hookpoint: str) -> int:
-        """Return the rank that leads a layer: layers that all ranks have a part in are shared out among them."""
+        """Return the rank that leads a layer. By default, layers are dealt to the ranks in turn."""
         return self.layers().index(hookpoint) % self.world_size
 
     def leads(self, hookpoint: str) -> bool:
@@ -113,43 +114,43 @@ class Ranked(Placement):
         return total
 
     def share(self, counts: Tensor) -> Tensor:
-        """Sum counts in one call, as int32: a step has fewer than 2³¹ tokens."""
+        """Sum counts in one call, as int32, since a step has fewer than 2³¹ tokens."""
         together = counts.to(torch.int32)
         dist.all_reduce(together)
         return together
 
     def gather(self, value: Any) -> list[Any]:
-        """Exchange values over TCP, pickled between processes of one run."""
+        """Exchange values over TCP. They are pickled, but only between the processes of one run."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.world.control)
         return values
 
     def watch(self) -> None:
-        """Ask the launcher's store twice a second."""
+        """Start to poll the launcher's store for failed ranks."""
         self.world.failures.begin()
 
     def closing(self, error: BaseException) -> None:
-        """Give what is closed some seconds."""
+        """Start the timer that ends this process if closing takes too long."""
         self.world.failures.closing(error)
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Exchange them over TCP in one round, since their size is known."""
+        """Exchange the numbers over TCP in one round, since their size is known."""
         mine = torch.tensor(numbers, dtype=torch.int64)
         everywhere = mine.new_empty(self.world_size, len(mine))
         dist.all_gather(list(everywhere), mine, group=self.world.control)
         return everywhere.tolist()
 
     def first_to_fail(self) -> bool:
-        """Ask the launcher's store, which counts."""
+        """Return whether this rank's failure is the first in the launcher's store."""
         return self.world.failures.claim()
 
     def close(self) -> None:
-        """Wait for the others and end the process groups."""
+        """Wait for the other ranks and end the process groups."""
         self.world.failures.leave()
-        # A rank that simply ends tears its connections out of those who are still at work: gloo aborts them.
+        # If a rank ended without waiting, gloo would abort the ranks that still work.
         self.gather(None)
         self.world.failures.end()
         dist.destroy_process_group()
-        # The last reference to the groups: their threads end here. One that still holds a tensor of the last collective
-        # while Python is being taken down would abort the process.
+        # This drops the last reference to the groups, which ends their threads. A thread that still holds a tensor of
+        # the last collective at Python's exit would abort the process.
         del self.world

@@ -1,4 +1,4 @@
-"""Every rank holds a part of every SAE: DeepSpeed's ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.02054)."""
+"""The placement zero3: SAEs are sharded by DeepSpeed's ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.02054)."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ELEMENTWISE = ("adam", "signum")
-"""Optimizers that treat every element alike, and so can work on any piece of a tensor."""
+"""Elementwise optimizers, which can work on any piece of a tensor."""
 
 
 class Zero3(Ranked):
-    """Sharded parameters, gradients and optimizer states.
+    """Shards parameters, gradients and optimizer states over the ranks.
 
-    One engine holds the bank. A layer's tensors are whole only while it computes: its forward and its backward pass
-    gather them, and what each rank keeps of the gradient is summed over the ranks after every backward pass.
+    One engine holds the bank. A layer's tensors are whole only while it computes: its forward and backward passes
+    gather them. After every backward pass, the gradient is summed over the ranks, and each rank keeps its shard.
 
-    The decoder's gradient is projected and its rows are renormalized on each rank's own piece, in hooks of the
-    optimizer, which see master weights and gradients, wherever they are offloaded to.
+    Each rank projects the decoder's gradient and renormalizes its rows on its own shard, in hooks of the optimizer. The
+    hooks see master weights and gradients on the device that they are offloaded to.
 
     Args:
-        world: The ranks; its accelerator was made with a plugin for stage 3.
+        world: The ranks. Its accelerator must have a plugin for stage 3.
     """
 
     name = "zero3"
@@ -52,7 +52,7 @@ class Zero3(Ranked):
     owns_gradient = False
     keeps_gradients = True
     gathers = True
-    buffer_bytes = 4_000_000  # for gradients on their way: see `saekit.placement.deepspeed.settings`
+    buffer_bytes = 4_000_000  # the bucket for travelling gradients, see `saekit.placement.deepspeed.settings`
     deepspeed = True
     offloads = True
     shards_lm = True
@@ -66,7 +66,7 @@ class Zero3(Ranked):
 
     @classmethod
     def join(cls, layer_map: str | None = None) -> Zero3:
-        """Meet the other ranks with a plugin for stage 3."""
+        """Meet the other ranks with accelerate's plugin for ZeRO stage 3."""
         from saekit.placement.deepspeed import start_zero3
 
         return cls(start_zero3())
@@ -83,16 +83,16 @@ class Zero3(Ranked):
 
     @classmethod
     def parts(cls, world_size: int) -> int:
-        """One for each rank."""
+        """Return one part per rank."""
         return world_size
 
     @classmethod
     def traffic(cls, load: Workload, owned: int | None = None) -> Traffic:
-        """Parameters before every forward and every backward pass, gradients after it, and fired counts as under ddp.
+        """Count parameters before every forward and backward pass, gradients after it, and fired counts as under ddp.
 
-        Every chunk gathers each layer's parameters twice and reduce-scatters its gradients. Decoder rows are whole
-        within a shard if W divides M; if not, the dot products with the gradient, and the norms before and after the
-        step are all-reduced, float32 `[3, M]` per layer.
+        Every chunk gathers each layer's parameters twice and reduce-scatters its gradients. If W divides M, shards hold
+        whole decoder rows. If not, the rows' dot products with the gradient and their norms before and after the step
+        are all-reduced: float32 `[3, M]` per layer.
         """
         vector, weights = FLOAT32 * load.size.num_latents, FLOAT32 * load.params
         passes = load.micro_batches * load.chunks
@@ -104,10 +104,10 @@ class Zero3(Ranked):
         return Traffic(total, total)
 
     def place(self, hookpoints: Costs, make_sae: SaeFactory, make_optimizer: OptimizerFactory) -> None:
-        """Make one SAE after another and cut it up at once, so that at most one is ever whole."""
-        import deepspeed  # it must be told a few things first: see `start_zero3`
+        """Make the SAEs one by one and shard each at once, so that at most one is whole at a time."""
+        import deepspeed  # needs the settings that `start_zero3` makes first
 
-        from saekit.placement.deepspeed import merged, without_waits
+        from saekit.placement.deepspeed import avoid_syncs, merge_groups
 
         self._make_optimizer = make_optimizer
         config = self.world.accelerator.deepspeed_plugin.deepspeed_config
@@ -116,17 +116,17 @@ class Zero3(Ranked):
             sae = make_sae(hookpoint).to(self.device).train()
             optimizer = make_optimizer(sae)
             torch_optimizers += optimizer.optimizers
-            # It sends the weights of rank 0 before it cuts them up; what the selection moves is none of its parameters.
+            # DeepSpeed broadcasts rank 0's weights before it shards them, but not the selection's state.
             deepspeed.zero.Init(module=sae, config_dict_or_path=config, mem_efficient_linear=False)
             send(sae.selection.state().values(), 0)
             self._saes[hookpoint] = sae
-        self._torch_optimizer: Any = merged(torch_optimizers)  # one of training's that have `prepare`
+        self._torch_optimizer: Any = merge_groups(torch_optimizers)  # a `PreparedOptimizer` of saekit.training
         self._base_rates = [group["lr"] for group in self._torch_optimizer.param_groups]
 
         bank = nn.ModuleList(self._saes.values())
         self._engine, _ = self.world.accelerator.prepare(bank, self._torch_optimizer)
-        self.world.lengthen_timeouts()  # of the engine's own groups
-        without_waits(self._engine.optimizer)
+        self.world.lengthen_timeouts()  # for the engine's own groups
+        avoid_syncs(self._engine.optimizer)
         share_masters(self._engine.optimizer)
         self._pieces = find_pieces(self._engine.optimizer)
         decoders = [self._pieces[sae.W_dec] for sae in self._saes.values() if sae.normalize_decoder]
@@ -135,36 +135,36 @@ class Zero3(Ranked):
         self._torch_optimizer.register_step_post_hook(rows.normalize)
 
     def layers(self) -> tuple[str, ...]:
-        """Return all of them: each rank has a part in each."""
+        """Return all hookpoints, since each rank holds a part of each unit."""
         return tuple(self._saes)
 
     def sae(self, hookpoint: str) -> Sae:
-        """Return the module with its hooks: calling it gathers its parameters, and only those."""
+        """Return the module with DeepSpeed's hooks. Calling it gathers its parameters, and only those."""
         return self._saes[hookpoint]
 
     def backward(self, hookpoint: str, loss: Tensor) -> None:
-        """Let DeepSpeed gather the layer, and sum the gradient over the ranks."""
-        # DeepSpeed counts backward passes of the whole bank, to know whether a gradient overwrites the last step's or
-        # adds to this step's. Ours are of one layer at a time, so the layer's own count is what it must be told.
+        """Run DeepSpeed's backward pass, which gathers the layer and sums the gradient over the ranks."""
+        # DeepSpeed counts backward passes of the whole bank, to decide whether a gradient replaces that of the last
+        # step or adds to that of this step. Here a pass is of one layer, so DeepSpeed gets the layer's own count.
         zero = self._engine.optimizer
         zero.clear_backward_seen_flag()
         zero.micro_step_id = self._backwards[hookpoint]
         zero.set_gradient_accumulation_boundary(False)  # a step ends in `collect`, which offloads its gradients
         self._backwards[hookpoint] += 1
-        # It averages over the ranks, where the loss is already a part of the global one.
+        # DeepSpeed averages over ranks, but the loss is already this rank's part of the global loss, so undo that.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """Sum this rank's pieces: DeepSpeed has brought them together in the backward passes.
+        """Sum this rank's pieces of the gradients, which DeepSpeed has summed over ranks in the backward passes.
 
-        Where they are offloaded, they are summed on the device, which starts to copy them to the CPU's optimizer. When
-        the host has read what comes of these sums, the copies are there.
+        Offloaded gradients are summed on the device, which then starts to copy them to the optimizer on the CPU. The
+        copies are complete when the host has read the sums.
         """
         zero = self._engine.optimizer
         if zero.offload_optimizer:
             zero.finalize_gradient_accumulation_boundary()
-            zero._offload_boundary_param_ids.clear()  # else `engine.step` would copy them again
+            zero._offload_boundary_param_ids.clear()  # otherwise `engine.step` would copy them again
         return {
             hookpoint: torch.stack([self._piece_sum(parameter) for parameter in sae.parameters()]).sum()
             for hookpoint, sae in self._saes.items()
@@ -174,13 +174,13 @@ class Zero3(Ranked):
         zero = self._engine.optimizer
         if not zero.offload_optimizer:
             return zero.get_local_fp32_grad_for_param(parameter).sum()
-        # See `without_waits`. A rank beyond the last element has nothing but padding.
+        # `avoid_syncs` puts the sum there. A rank past the last element has only padding.
         found = zero.norm_for_param_grads.get(zero.get_param_id(parameter))
         return torch.zeros((), device=self.device) if found is None else found
 
     def skip(self) -> None:
-        """Drop the gradients as DeepSpeed itself does when float16 overflows."""
-        # It has no public name for it.
+        """Drop the gradients as DeepSpeed does after an overflow in float16."""
+        # There is no public function for it.
         self._engine.optimizer._overflow_clean_up(None)
         self._backwards.clear()
 
@@ -188,7 +188,7 @@ class Zero3(Ranked):
         """Step the engine, whose optimizer projects and renormalizes in hooks."""
         for group, rate in zip(self._torch_optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * lr_scale
-        # DeepSpeed empties the groups, and hands the optimizer one flat tensor at a time in its own step.
+        # DeepSpeed keeps the groups empty and passes the optimizer one flat tensor at a time in its own step.
         self._engine.optimizer._set_fp32_optimizer_param_groups()
         self._torch_optimizer.prepare()
         self._engine.optimizer._clear_fp32_optimizer_param_groups()
@@ -199,14 +199,14 @@ class Zero3(Ranked):
         return self.sum(partial.to(self.device)).to(partial.device)
 
     def whole(self, hookpoint: str) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Put the layer together on the rank that leads it, as it would be on one rank."""
+        """Assemble the layer on the rank that leads it, as it would be on one rank."""
         return self._led([hookpoint])
 
     @torch.no_grad()
     def _led(self, hookpoints: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Put layers together that have different leaders; returns the one that this rank leads. Collective.
+        """Assemble layers with different leaders, and return the one that this rank leads. Collective.
 
-        All of it goes straight to the CPU: on a GPU it would take three times the layer's weights.
+        The tensors go straight to the CPU. On a GPU they would take three times the memory of the layer's weights.
         """
         saes = {self.leader(hookpoint): self._saes[hookpoint] for hookpoint in hookpoints}
 
@@ -214,7 +214,8 @@ class Zero3(Ranked):
             pieces = {leader: self._pieces[sae.get_parameter(name)] for leader, sae in saes.items()}
             return bring_to_leaders({leader: (each, part(each)) for leader, each in pieces.items()}, self.device)
 
-        # All layers have taken the same steps, so their states are alike: a rank that leads none goes by any of them.
+        # All layers have taken the same steps, so their states have the same entries. A rank that leads none can use
+        # those of any layer.
         sae = saes.get(self.rank, next(iter(saes.values())))
         tensors, states = bring_all(self._pieces_of(sae), self._torch_optimizer.state, bring)
         if self.rank not in saes:
@@ -224,7 +225,7 @@ class Zero3(Ranked):
 
     @torch.no_grad()
     def whole_sae(self, hookpoint: str) -> Sae:
-        """Gather the weights to save on every rank; where they are averages, each rank makes its part of them."""
+        """Gather the weights to save on every rank. If they are averages, each rank computes its part first."""
         sae = self._saes[hookpoint]
         pieces = self._pieces_of(sae)
         optimizer = optimizer_of_pieces(sae, pieces, self._torch_optimizer.state, self._make_optimizer)
@@ -238,19 +239,19 @@ class Zero3(Ranked):
         return {name: self._pieces[parameter] for name, parameter in sae.named_parameters()}
 
     def each_whole(self) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
-        """Take as many layers in a row as there are ranks: each rank leads one."""
+        """Assemble as many consecutive layers at a time as there are ranks, so that each rank leads one."""
         hookpoints = self.layers()
         for start in range(0, len(hookpoints), self.world_size):
-            # A rank may still be writing its layer of the last wave, for longer than a collective may take.
+            # Wait here: a rank may still be writing its last layer, for longer than a collective may take.
             self.gather(None)
             wave = hookpoints[start : start + self.world_size]
             if (whole := self._led(wave)) is not None:
                 yield (wave[self.rank], *whole)
-            del whole  # not kept here while the next wave is gathered
+            del whole  # free it before the next layers are assembled
 
     @torch.no_grad()
     def load(self, hookpoint: str, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Copy this rank's part of each tensor, and of the state that an optimizer of whole tensors reads."""
+        """Copy this rank's parts of the whole weights and of the whole optimizer state."""
         pieces = self._pieces_of(self._saes[hookpoint])
         parts, optimizer = optimizer_of_parts(self._saes[hookpoint], pieces, weights, state, self._make_optimizer)
         for name, part in parts.named_parameters():
@@ -268,15 +269,15 @@ class Zero3(Ranked):
                         flat_state[key] = value
 
     def load_sharded(self, load: Callable[[], PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
-        """Shard it by DeepSpeed: each of its modules is gathered while it runs."""
+        """Shard the model with DeepSpeed: each of its modules is gathered while it runs."""
         from saekit.placement.deepspeed import load_sharded
 
         model = load_sharded(load, dtype)
-        self.world.lengthen_timeouts()  # of DeepSpeed's own groups
+        self.world.lengthen_timeouts()  # for DeepSpeed's own groups
         return model
 
     def held_bytes(self) -> int:
-        """Count shards, master weights where they are not the shards, gradients and state."""
+        """Count shards, gradients, optimizer state, and master weights unless they are the shards."""
         shards = [piece.shard for piece in self._pieces.values()]
         flats = {id(piece.flat): piece.flat for piece in self._pieces.values()}.values()
         states = [value for flat in flats for value in self._torch_optimizer.state[flat].values()]
@@ -285,14 +286,14 @@ class Zero3(Ranked):
         return size_of([*shards, *masters, gradients, *(value for value in states if isinstance(value, Tensor))])
 
     def close(self) -> None:
-        """End the engine, which has process groups of its own."""
+        """End the engine, which has its own process groups, and leave the other ranks."""
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
-        self.world.accelerator.free_memory()  # it holds the engine, which holds process groups of its own
+        self.world.accelerator.free_memory()  # it still refers to the engine
         super().close()
 
     def shard_bytes(self) -> int | None:
-        """Count the first layer's shards."""
+        """Return the bytes of the first layer's shards."""
         first = next(iter(self._saes.values()))
         return size_of(self._pieces[parameter].shard for parameter in first.parameters())

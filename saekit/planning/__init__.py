@@ -1,4 +1,4 @@
-"""Plans a run before it starts, by placement: memory, traffic, time, from the model's config alone.
+"""Plans a run before it starts: memory, traffic and time under each placement, from the model's config alone.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

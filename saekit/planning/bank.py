@@ -1,4 +1,4 @@
-"""The cost of one layer's SAE: the training's own code runs for a step on the meta device under a meter."""
+"""The memory of training one layer's SAE: runs the training's own step on the meta device under a meter."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.sparse import Ops, Sparse
 
 ADAM_8BIT_STATE = 2 + 2 * 4 / 256
-"""Bytes per parameter of bitsandbytes' Adam: two moments in 8 bits, and a float32 scale for each block of 256."""
+"""Bytes of state per parameter in bitsandbytes' Adam: two 8-bit moments, with a float32 scale per block of 256."""
 TRITON_CHUNK_BYTES, TRITON_GROUP, TRITON_SLICE, TRITON_PARTIAL_BYTES = 2**30, 32, 64, 2**28
-"""As in `saekit.sae.kernels.triton_ops`, which can only be imported where Triton is; a test compares them."""
+"""As in `saekit.sae.kernels.triton_ops`, which can be imported only with Triton. A test compares the values."""
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's training; tensors are whole, whatever the placement does with them."""
+    """The memory of training one layer, with whole tensors, even if a placement shards them."""
 
     parameters: Bytes
     gradients: Bytes
-    """Or what they are the sums of, where they are left to the step."""
+    """Gradients, or the rows of deferred gradients."""
     state: Bytes
-    """The optimizer's."""
+    """The optimizer's state."""
     counters: Bytes
     first_chunk: Bytes
-    """The most that forward and backward pass of a chunk hold besides parameters, state and gradients, when the
-    gradients are made by it."""
+    """The peak of the forward and backward pass of a chunk that makes the gradients, without parameters, state and
+    gradients."""
     later_chunk: Bytes
-    """The same when there are gradients already that its own are added to."""
+    """The same for a chunk whose gradients are added to existing ones."""
     update: Bytes
-    """The most that the optimizer's step holds besides all of those."""
+    """The peak of the optimizer's step, without all of the above."""
 
 
 KNOWN: dict[tuple[object, ...], LayerCost] = {}
-"""Results so far: placements and advice meter the same layer many times."""
+"""A cache of results, since placements and advice meter the same layer many times."""
 
 
 def layer_cost(
@@ -58,17 +58,17 @@ def layer_cost(
     dead: int = 0,
     owns_gradient: bool = False,
 ) -> LayerCost:
-    """Meter a step of one layer.
+    """Meter a training step of one layer.
 
     Args:
-        cfg: The run's.
-        size: Of the coder.
-        tokens: Tokens per chunk, those of a micro-batch over `micro_acc_steps`.
-        act_dtype: Of the language model's activations.
+        cfg: The training's configuration.
+        size: The size of the coder.
+        tokens: Tokens per chunk: those of a micro-batch divided by `micro_acc_steps`.
+        act_dtype: The type of the language model's activations.
         kernels: From `on_meta`.
-        on_gpu: Whether it is a GPU's memory.
-        dead: Dead latents, which the losses that revive them look at.
-        owns_gradient: Whether the placement has a layer's gradient on one rank, where it may be left to the step.
+        on_gpu: Whether the memory is a GPU's.
+        dead: Dead latents, for the losses that revive them.
+        owns_gradient: Whether gradients may be deferred to the step, see `Placement.owns_gradient`.
     """
     settings = (cfg.sae, cfg.optimizer, cfg.moments_dtype, cfg.auxk_alpha, cfg.revive_alpha, cfg.max_norm_multiple > 0)
     shape = (size, tokens, cfg.grad_acc_steps, cfg.micro_acc_steps, dead)
@@ -85,7 +85,7 @@ def layer_cost(
         gradients = meter.live
         first = later = meter.peak - gradients
         meter.restart()
-        if not layer.optimizer.deferred():  # what is deferred is of one pass
+        if not layer.optimizer.deferred():  # deferred gradients come from a single pass
             layer.passes(chunk, dead_latents)
             later = meter.peak - gradients
             meter.restart()
@@ -106,11 +106,11 @@ def layer_cost(
 
 
 def on_meta(backend: str, select_dtype: torch.dtype | None) -> Kernels:
-    """Kernels that compute nothing and allocate what those of a backend do.
+    """Return kernels that compute nothing but allocate what those of a backend allocate.
 
     Args:
         backend: One of `saekit.sae.kernels.BACKENDS`.
-        select_dtype: As in `Kernels.select_dtype`.
+        select_dtype: The type in which candidates are selected, see `Kernels.select_dtype`.
     """
     if backend == "eager":
         return Eager()
@@ -119,7 +119,7 @@ def on_meta(backend: str, select_dtype: torch.dtype | None) -> Kernels:
 
 
 class _CpuOps:
-    """`torch_ops`, less what has no implementation on the meta device."""
+    """Allocates what `torch_ops` allocates, with stand-ins for what the meta device does not implement."""
 
     topk = staticmethod(torch_ops.topk)
     best_of = staticmethod(torch_ops.best_of)
@@ -128,7 +128,7 @@ class _CpuOps:
     sort_pairs = staticmethod(torch_ops.sort_pairs)
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-        """Its pattern and its result."""
+        """Allocate the sparse pattern and the result, `[N, K]`."""
         N, K = indices_NK.shape
         starts = x_ND.new_empty(N + 1, dtype=torch.int64)
         zeros, out = x_ND.new_empty(N * K), x_ND.new_empty(N, K)
@@ -144,7 +144,7 @@ class _CpuOps:
 
 
 class _TritonOps:
-    """Allocate what `triton_ops` allocates."""
+    """Allocates what `triton_ops` allocates."""
 
     best_of = staticmethod(torch_ops.best_of)
     sort_pairs = staticmethod(torch_ops.sort_pairs)
@@ -152,7 +152,7 @@ class _TritonOps:
     def topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Inputs in `dtype`, a chunk's scores, maxima and candidates."""
+        """Allocate inputs in `dtype`, and a chunk's scores, maxima and candidates."""
         N, M = x_ND.shape[0], W_MD.shape[0]
         x_ND, W_MD, b_M = x_ND.to(dtype), W_MD.to(dtype), b_M.to(dtype)
         groups = -(-M // TRITON_GROUP)
@@ -175,7 +175,7 @@ class _TritonOps:
         return values_NK, indices_NK
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-        """Its slices' products, and their sums."""
+        """Allocate the products of slices of D, and their sums, `[N, K]`."""
         (N, K), slices = indices_NK.shape, -(-x_ND.shape[1] // TRITON_SLICE)
         rows = min(N, max(1, TRITON_PARTIAL_BYTES // (4 * slices * max(1, K))))
         out_NK = x_ND.new_empty(N, K)
@@ -183,14 +183,14 @@ class _TritonOps:
         return out_NK
 
     def gather_sum(self, weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-        """`[N, D]`."""
+        """Allocate the result, `[N, D]`."""
         return W_MD.new_empty(indices_NK.shape[0], W_MD.shape[1])
 
     def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-        """`[M, D]`."""
+        """Allocate the result, `[M, D]`."""
         return rows_ND.new_empty(len(starts_M) - 1, rows_ND.shape[1])
 
     def adam_(self, param: Tensor, grad: Tensor | RowSums, *_: Tensor, **__: object) -> None:
-        """In place, of a gradient that is there."""
+        """Allocate the gradient if it was deferred. The update itself is in place."""
         if isinstance(grad, RowSums):
             self.segment_sum(*grad)

@@ -1,4 +1,4 @@
-"""Measure what this machine does, in well under a minute: real layers and blocks, small ones, and the fastest round."""
+"""Measures this machine's rates in less than a minute, with small SAEs and model blocks; the fastest round counts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from saekit.planning.speed import DENSE_PASSES, MUON_WIDTH
 from saekit.sae.kernels import auto_backend, choose_kernels, has_fast_bf16, has_fast_int8
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""In which the language model may run."""
+"""The types in which the language model may run."""
 ROUNDS = 5
-"""Of which the fastest counts."""
+"""The number of timed rounds; the fastest counts."""
 LATENTS = 16384
-"""Of the layer that the optimizers update."""
+"""Latents of the SAE on which optimizers are timed."""
 OPTIMIZERS = (
     TrainConfig(),
     TrainConfig(moments_dtype="bf16"),
@@ -37,26 +37,26 @@ OPTIMIZERS = (
     TrainConfig(optimizer="muon"),
 )
 Shape = tuple[int, int, int, int]
-"""N, D, M, k of a pass."""
+"""N, D, M and k of a pass."""
 
 
 class MeasuredRates(NamedTuple):
-    """The measured rates."""
+    """The result of `measure_rates`."""
 
     found: dict[str, Rates]
-    """By the name of each kind of device."""
+    """The rates by name of each kind of device."""
     file: Path
-    """Where it is kept."""
+    """The file that stores them."""
     busy: float
-    """Share of the CPU that others used just before: their work makes rates too low."""
+    """The share of the CPU that was in use just before the measurement. Other work makes rates too low."""
 
 
 def measure_rates(machine: Machine, say: Callable[[str], None]) -> MeasuredRates:
-    """Measure this machine and keep what was found.
+    """Measure this machine's rates and store them in the user's cache.
 
     Args:
-        machine: From `detect`; the network is measured between as many ranks as it has, on a CPU at least 2.
-        say: Told what is being measured.
+        machine: From `detect`. The network is measured between its number of ranks, on a CPU at least 2.
+        say: Receives progress messages.
 
     Raises:
         UserError: If ranks cannot meet, or the file cannot be written.
@@ -64,7 +64,7 @@ def measure_rates(machine: Machine, say: Callable[[str], None]) -> MeasuredRates
     busy = psutil.cpu_percent(1.0) / 100
     devices = {machine.model: torch.device("cpu")}
     if machine.on_gpu:
-        numbers = reversed(range(torch.cuda.device_count()))  # the first of each kind stays
+        numbers = reversed(range(torch.cuda.device_count()))  # the first GPU of each kind is measured
         devices = {torch.cuda.get_device_name(number): torch.device("cuda", number) for number in numbers}
     ranks = machine.count if machine.on_gpu else max(2, machine.count)
     network = {}
@@ -77,8 +77,14 @@ def measure_rates(machine: Machine, say: Callable[[str], None]) -> MeasuredRates
 
 
 def measure(device: torch.device, network: Mapping[int, Network], say: Callable[[str], None]) -> Rates:
-    """Return the rates of one device, this process's, with all of its threads."""
-    scale = 4 if device.type == "cuda" else 1  # of widths, so that a GPU is busy
+    """Measure the rates of one device, on a CPU with all threads of this process.
+
+    Args:
+        device: The device.
+        network: The rates between ranks, by number of ranks.
+        say: Receives progress messages.
+    """
+    scale = 4 if device.type == "cuda" else 1  # a factor on widths, to keep a GPU busy
     say("Measuring matmuls and memory")
     types = [*TYPES, *(["int8"] if has_fast_int8(device) else [])]
     matmul = {name: _matmul(name, device, scale) for name in types}
@@ -94,7 +100,7 @@ def measure(device: torch.device, network: Mapping[int, Network], say: Callable[
 
 
 def fastest(work: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Return seconds of the fastest round after a warm-up: whatever else the machine does only adds to it."""
+    """Return the seconds of the fastest round after a warm-up, since other work on the machine only adds time."""
     seconds = []
     for _ in range(rounds + 1):
         _wait(device)
@@ -111,7 +117,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _matmul(name: str, device: torch.device, scale: int) -> float:
-    """Operations per second at the encoder's usual proportions."""
+    """Return operations per second of a matmul with the encoder's usual proportions."""
     N, D, M = 1024, 512 * scale, 8192 * scale
     if name == "int8":
         left, right = (torch.randint(-99, 99, shape, dtype=torch.int8, device=device) for shape in ((N, D), (M, D)))
@@ -123,14 +129,14 @@ def _matmul(name: str, device: torch.device, scale: int) -> float:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Return bytes per second of a copy, read and written."""
+    """Return the bytes per second that a copy reads and writes."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / fastest(lambda: target.copy_(source), device)
 
 
 def _block(dtype: torch.dtype, rate: float, device: torch.device, scale: int) -> float:
-    """Return seconds per token, dimension and block besides the matmuls, of a small Llama with random weights."""
+    """Return seconds per token, dimension and block of a small Llama with random weights, without its matmuls."""
     from transformers import LlamaConfig, LlamaModel
 
     width, blocks, batch, ctx_len = 512 * scale, 2, 4, 256
@@ -154,7 +160,7 @@ def _block(dtype: torch.dtype, rate: float, device: torch.device, scale: int) ->
 
 
 def _kernels(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Backends and types of selection that training may use on a device."""
+    """Yield the kernels and types of selection that training may use on a device."""
     backend = auto_backend(device)
     yield "eager", "fp32"
     yield backend, "fp32"
@@ -165,7 +171,7 @@ def _kernels(device: torch.device) -> Iterator[tuple[str, str]]:
 
 
 def shapes(scale: int) -> list[Shape]:
-    """Shapes of passes that tell the kinds of work apart: each is much of the whole in one of them."""
+    """Return shapes of passes that tell the kinds of work apart: each kind dominates in one of them."""
     few = [
         (128, 128, 512, 4),
         (1024, 256, 1024, 64),
@@ -179,18 +185,18 @@ def shapes(scale: int) -> list[Shape]:
 
 
 def _passes(backend: str, select: str, rate: float, device: torch.device, scale: int) -> PassCost:
-    """Fit what is left of real passes when the encoder's matmul is taken off."""
+    """Fit a `PassCost` to the time of real passes without the encoder's matmul."""
     rows, left = [], []
     for N, D, M, k in shapes(scale):
         dense = 2 * N * M * D * DENSE_PASSES.get(backend, 1) / rate
         seconds = _pass((N, D, M, k), backend, select, device)
         rows.append([N * M / seconds, N * k * D / seconds, M * D / seconds, 1 / seconds])
         left.append((seconds - dense) / seconds)  # relative, so that small shapes count as much as large ones
-    return PassCost(*not_negative(rows, left))
+    return PassCost(*nonnegative_least_squares(rows, left))
 
 
 def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> float:
-    """Return seconds of a layer's forward and backward pass over a chunk of tokens."""
+    """Return the seconds of a layer's forward and backward pass over a chunk of tokens."""
     N, D, M, k = shape
     cfg = TrainConfig(sae=SaeConfig(num_latents=M, k=k))
     layer = Layer(cfg, Size(M, D, D), choose_kernels(backend, select, device), device)
@@ -204,8 +210,8 @@ def _pass(shape: Shape, backend: str, select: str, device: torch.device) -> floa
 
 
 def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
-    """Measure seconds per parameter of each optimizer that works here."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it lacks for 4 bits is of no interest here
+    """Measure the seconds per parameter of each optimizer that works on this device."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its warnings about 4 bits do not matter here
     for cfg in OPTIMIZERS:
         kernels = choose_kernels("auto", "fp32", device)
         try:
@@ -214,7 +220,7 @@ def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
             for parameter in parameters:
                 parameter.grad = torch.full_like(parameter, 1e-3)
             seconds = fastest(layer.update, device, 1 if cfg.optimizer == "muon" else ROUNDS)
-        except (UserError, RuntimeError):  # a library is missing, or does not run on this device: it stays unknown
+        except (UserError, RuntimeError):  # the library is missing or does not run here: the rate stays unknown
             continue
         yield (
             optimizer_key(cfg.optimizer, cfg.moments_dtype),
@@ -222,12 +228,14 @@ def _updates(device: torch.device) -> Iterator[tuple[str, float]]:
         )
 
 
-def not_negative(rows: list[list[float]], wanted: list[float]) -> list[float]:
-    """Least squares with coefficients of at least 0: the best of all sets of columns whose solution is.
+def nonnegative_least_squares(rows: list[list[float]], wanted: list[float]) -> list[float]:
+    """Solve least squares with coefficients of at least 0.
+
+    Tries every set of columns, and takes the best solution without a negative coefficient. For few columns only.
 
     Args:
-        rows: A row per equation, a column per coefficient.
-        wanted: What each row should give.
+        rows: One row per equation, one column per coefficient.
+        wanted: The right-hand side of each equation.
     """
     A, b = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
     scale = A.norm(dim=0)

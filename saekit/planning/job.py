@@ -1,4 +1,4 @@
-"""A run, resolved as far as its cost goes."""
+"""Resolves what the cost of a run depends on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from saekit.activations.sites import Site, common
 from saekit.config import RunConfig
 from saekit.errors import UserError
 from saekit.placement.costs import Size
-from saekit.planning.language_model import LmCost, language_model_cost, of_both
+from saekit.planning.language_model import LmCost, language_model_cost, of_two_models
 from saekit.planning.machine import Machine
 from saekit.planning.meter import all_of, sized
 from saekit.sae.kernels import auto_backend, check_select_dtype, likely_type
@@ -38,7 +38,7 @@ class UnitSize(NamedTuple):
 
     @property
     def size(self) -> Size:
-        """Return its size."""
+        """Return the coder's size."""
         return size_at(self.site, self.num_latents)
 
 
@@ -52,10 +52,11 @@ class Job:
     """In model order."""
     ctx_len: int
     dtype: torch.dtype
-    """Of the language model."""
+    """The type of the language model's weights and activations."""
     backend: str
-    """Kernels."""
+    """The name of the kernels."""
     select_dtype: str
+    """The type in which candidates are selected."""
     machine: Machine
     lm: LmCost
 
@@ -66,27 +67,27 @@ class Job:
 
     @property
     def sizes(self) -> dict[str, Size]:
-        """Return each unit's, by name in model order."""
+        """Return the size of each unit, by name in model order."""
         return {each.site.name: each.size for each in self.units}
 
     @property
     def coder(self) -> str:
-        """Return what its coders are called: SAE, transcoder or crosscoder."""
+        """Return the kind of the run's coders: SAE, transcoder or crosscoder."""
         return common(each.site.kind for each in self.units)
 
     @property
     def costs(self) -> dict[str, float]:
-        """What a step of each unit costs relative to the others, by hookpoint."""
+        """Return the relative cost of a step of each unit, by hookpoint."""
         return costs_of(self.sizes)
 
     @property
     def tokens(self) -> int:
-        """Per rank and micro-batch."""
+        """Return the tokens per rank and micro-batch."""
         return self.cfg.train.batch_size * self.ctx_len
 
     @property
     def mixed(self) -> int:
-        """Bytes of a rank's activations that `--mix` keeps, of every hookpoint once; 0 without it."""
+        """Return the bytes of a rank's activations that `--mix` keeps, once per hookpoint; 0 without the option."""
         train = self.cfg.train
         widths = {part.name: part.width for each in self.units for part in each.site.parts}
         rows = self.tokens * train.grad_acc_steps * train.mix
@@ -94,12 +95,16 @@ class Job:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Return the tokens per optimizer step, over all ranks."""
         return self.tokens * self.cfg.train.grad_acc_steps * self.machine.count
 
 
 def make_job(cfg: RunConfig, machine: Machine) -> Job:
-    """Resolve what the cost depends on.
+    """Resolve a run for planning.
+
+    Args:
+        cfg: The run.
+        machine: Where it will run.
 
     Raises:
         UserError: As `make_plan`.
@@ -118,7 +123,7 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         raise UserError(str(error)) from None
     shapes = [shape] if other is None else [shape, other]
     ctx_len = resolve_ctx_len(cfg.train.ctx_len, *(each.max_ctx_len for each in shapes))
-    if machine.on_gpu:  # any that is sold today is fast at bfloat16; the machine need not be this one
+    if machine.on_gpu:  # the GPU need not be in this machine, and all current GPUs are fast at bfloat16
         dtype = torch.bfloat16 if cfg.model.dtype == "auto" else getattr(torch, cfg.model.dtype)
         fast = "bf16"
     else:
@@ -150,5 +155,5 @@ def make_job(cfg: RunConfig, machine: Machine) -> Job:
         tokens = train.batch_size * ctx_len
         widths = [each.width for each in found.hookpoints if not each.name.startswith(OTHER)]
         kept = all_of(sized(tokens * width * dtype.itemsize, machine.on_gpu) for width in widths)
-        lm = of_both(lm, cost_of(other, OTHER, found.other_depth), kept)
+        lm = of_two_models(lm, cost_of(other, OTHER, found.other_depth), kept)
     return Job(cfg, shape, units, ctx_len, dtype, backend, select_dtype, machine, lm)

@@ -1,4 +1,4 @@
-"""The cost of the language model: its weights, its forward pass up to the last hookpoint. Nothing is loaded."""
+"""The cost of the language model: its weights, and its forward pass up to the last hookpoint. Loads no weights."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from saekit.activations.on_device import PLAIN_ATTENTION_UP_TO
 from saekit.planning.meter import Bytes, Meter, StandIn, all_of, sized
 
 WHOLE_UP_TO = 10_000
-"""Elements of a tensor up to which `saekit.placement.deepspeed.load_sharded` leaves it whole."""
+"""Tensors with at most this many elements stay whole in `saekit.placement.deepspeed.load_sharded`."""
 SCALE_BYTES = 4
-"""Of an output of a matrix in 8 bits (float32)."""
+"""Bytes of the float32 scale of each output of an 8-bit matrix."""
 
 
 @dataclass(frozen=True)
 class LmCost:
-    """The language model, cut off after the last block that is needed, or whole, as it is loaded."""
+    """The cost of a language model as it is loaded: whole, or cut off after the last block that is needed."""
 
     weights: Bytes
     forward: Bytes
-    """The most that a forward pass of one micro-batch holds besides the weights, the tapped activations included."""
+    """The peak of a forward pass of one micro-batch without the weights, including the tapped activations."""
     flops_per_token: float
-    """Of that forward pass, 2 per multiply-add."""
+    """Operations of that forward pass per token, 2 per multiply-add."""
     small: Bytes
-    """Of the weights, those in tensors that stay whole when it is cut among ranks."""
+    """The weights in tensors that stay whole if the model is sharded."""
     largest_module: int
-    """Bytes of the module with the largest tensors of its own."""
+    """Bytes of the module whose own tensors are the largest."""
     blocks: int
+    """The number of blocks."""
     element: int
-    """Bytes of a number of its type."""
+    """Bytes per number."""
 
 
 KNOWN: dict[tuple[object, ...], LmCost] = {}
-"""Results so far: advice plans the same model many times."""
+"""A cache of results, since advice plans the same model many times."""
 
 
 def language_model_cost(
@@ -58,13 +59,13 @@ def language_model_cost(
 
     Args:
         shape: From the model's config.
-        hookpoints: Names of what is read.
-        depth: The number of blocks that have to be there for that.
+        hookpoints: The names of the hookpoints to read.
+        depth: The number of blocks that are needed for them.
         batch_size: Sequences per micro-batch.
         ctx_len: Tokens per sequence.
-        dtype: Of its weights and activations.
+        dtype: The type of weights and activations.
         in_8_bits: Whether its matrices are int8 (`--load-in-8bit`).
-        on_gpu: Whether it runs on a GPU; on a CPU short sequences take another attention.
+        on_gpu: Whether it runs on a GPU. On a CPU, short sequences use another attention.
         whole: Whether all its blocks and its head are loaded, for `--eval-every`.
     """
     from transformers import AutoModel
@@ -98,7 +99,8 @@ def language_model_cost(
         taken = read_residual(input_ids)
         del taken
     in_blocks = sum(parameter.numel() for parameter in blocks.modules.parameters() if parameter.ndim == 2)
-    # Scores and their use cost a multiply-add per pair of tokens and dimension each; causal masks save half of them.
+    # Attention scores and weighted sums each cost a multiply-add per pair of tokens and dimension. A causal mask halves
+    # the pairs.
     attention = 2 * 2 * ctx_len * shape.d_in * len(blocks.modules) / 2
     KNOWN[asked] = LmCost(
         weights=bytes_of([*loaded.parameters(), *loaded.buffers()]),
@@ -112,17 +114,17 @@ def language_model_cost(
     return KNOWN[asked]
 
 
-def of_both(first: LmCost, second: LmCost, kept: Bytes) -> LmCost:
+def of_two_models(first: LmCost, second: LmCost, kept: Bytes) -> LmCost:
     """Return the cost of two models that read the same tokens one after the other.
 
     Args:
-        first: Of the one that runs first.
-        second: Of the other.
-        kept: The first's activations, which are there while the second runs.
+        first: The cost of the model that runs first.
+        second: The cost of the other model.
+        kept: The first model's activations, which are in memory while the second runs.
     """
     return LmCost(
         weights=first.weights + second.weights,
-        forward=first.forward.most(second.forward + kept),
+        forward=first.forward.maximum(second.forward + kept),
         flops_per_token=first.flops_per_token + second.flops_per_token,
         small=first.small + second.small,
         largest_module=max(first.largest_module, second.largest_module),

@@ -1,4 +1,4 @@
-"""The machine of a plan: this one, or one that is described."""
+"""The machine of a plan: this machine, or one that the user describes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from saekit.planning.rates import Rates, device_key, read_rates
 from saekit.units import parse_size
 
 LIBRARIES = {"cpu": 600_000_000, "cuda": 2**30}
-"""Bytes of a process besides its tensors: on a CPU what the libraries take (measured 0.56 GB); on a GPU an allowance
-for CUDA's context, the libraries' workspaces and the allocator's gaps (not measured)."""
+"""Bytes of a process in addition to its tensors. On a CPU: the libraries (measured: 0.56 GB). On a GPU: an estimate for
+CUDA's context, the libraries' workspaces and the allocator's fragmentation (not measured)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices of one kind; on a CPU any number of processes share its memory."""
+    """One or more devices of one kind. Processes on a CPU share its memory."""
 
     kind: Literal["cpu", "cuda"]
     count: int
@@ -28,13 +28,13 @@ class Machine:
     memory: int
     """Bytes of each GPU, or of the whole machine for a CPU."""
     name: str
-    """To be shown."""
+    """The name to show."""
     model: str = ""
-    """As its maker calls a device, for a machine that is here."""
+    """The manufacturer's name of the device; empty for a described machine."""
     rates: Rates | None = None
-    """The device's rates, if it is here and has been measured."""
+    """The device's rates, if it is in this machine and has been measured."""
     note: str | None = None
-    """Why there are no rates though there is a file of them."""
+    """Why the file of rates cannot be used, if there is one."""
 
     @property
     def on_gpu(self) -> bool:
@@ -43,12 +43,12 @@ class Machine:
 
     @property
     def capacity(self) -> int:
-        """Return bytes that a rank can have."""
+        """Return the bytes that a rank can use."""
         return self.memory if self.on_gpu else self.memory // self.count
 
     @property
     def libraries(self) -> int:
-        """Return bytes of a rank that are not its tensors'."""
+        """Return the bytes that a rank needs in addition to its tensors."""
         return LIBRARIES[self.kind]
 
     @property
@@ -58,15 +58,15 @@ class Machine:
 
 
 def detect(processes: int | None = None) -> Machine:
-    """This machine: its GPUs if it has any (the one with the least memory stands for all), else its CPU.
+    """Return this machine: its GPUs (as if all had the memory of the smallest), or its CPU if it has none.
 
-    Its rates are read from the user's cache.
+    Reads its rates from the user's cache.
 
     Args:
-        processes: How many ranks; all GPUs, or one process on a CPU, if None.
+        processes: The number of ranks. None for all GPUs, or for one process on a CPU.
 
     Raises:
-        UserError: If there are fewer GPUs.
+        UserError: If there are fewer GPUs than `processes`.
     """
     gpus = torch.cuda.device_count()
     if not gpus:
@@ -74,14 +74,20 @@ def detect(processes: int | None = None) -> Machine:
         rates, note = read_rates(device_key(model))
         return Machine("cpu", processes or 1, usable_memory(), f"CPU with {cores} cores", model, rates, note)
     if processes is not None and processes > gpus:
-        raise UserError(f"{processes} processes, but this machine has {gpus} GPUs: describe others with --gpu-memory")
+        raise UserError(
+            f"{processes} processes need as many GPUs, but this machine has {gpus}: describe others with --gpu-memory"
+        )
     least = min(map(torch.cuda.get_device_properties, range(gpus)), key=lambda each: each.total_memory)
     rates, note = read_rates(device_key(least.name))
     return Machine("cuda", processes or gpus, least.total_memory, least.name, least.name, rates, note)
 
 
 def describe(gpus: int, gpu_memory: str) -> Machine:
-    """Return a machine by what the user says of it.
+    """Return a machine that the user describes.
+
+    Args:
+        gpus: The number of GPUs.
+        gpu_memory: The memory of each, such as `80GB`.
 
     Raises:
         UserError: If the size cannot be read.

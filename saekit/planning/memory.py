@@ -1,4 +1,4 @@
-"""The most memory that a rank needs at any moment of a run, under each placement: the sum of what is alive then."""
+"""The peak memory of a rank under each placement: the largest sum of live tensors over the moments of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Offload(NamedTuple):
     """The tensors that an offloading placement keeps in the machine's memory instead of the GPU's."""
 
     optimizer: bool = False
-    """The optimizer's state, the gradients, and the weights that it steps."""
+    """The optimizer's state, the gradients, and the master weights."""
     parameters: bool = False
 
 
@@ -29,24 +29,23 @@ NO_OFFLOAD = Offload()
 
 @dataclass(frozen=True)
 class Demand:
-    """The quantities that a run's memory depends on, besides the placement."""
+    """The quantities that a run's memory depends on, in addition to the placement."""
 
     activations: tuple[int, ...]
-    """By unit, in model order: bytes of its activations of a rank's micro-batch, tokens · D · bytes of the language
-    model's type."""
+    """By unit, in model order: bytes of its activations in a rank's micro-batch (tokens · D · bytes per number)."""
     grad_acc_steps: int
     micro_acc_steps: int
     mixed: int
     """Bytes of activations that wait for their step (`--mix`)."""
     mixed_away: bool
-    """Whether those are in the machine's memory though there is a GPU."""
+    """Whether these are in the machine's memory although there is a GPU."""
     lm: LmCost
     banks: tuple[LayerCost, ...]
-    """By unit, for chunks of the tokens that it trains on under this placement."""
+    """By unit, the cost for a chunk of the tokens that it trains on under this placement."""
     on_gpu: bool
     shard_lm: bool = False
     offload: Offload = NO_OFFLOAD
-    """`NO_OFFLOAD` where the placement cannot offload."""
+    """`NO_OFFLOAD` if the placement cannot offload."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Moment:
 
     @property
     def parts(self) -> dict[str, Bytes]:
-        """By what they are for."""
+        """Return the bytes by purpose."""
         return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
 
     @property
@@ -75,16 +74,16 @@ class Moment:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A rank's memory at the moment at which it needs most."""
+    """A rank's memory over the moments of a step."""
 
     moments: tuple[Moment, ...]
-    """The moments that were compared."""
+    """The moments that are compared."""
     host: int = 0
-    """Bytes in the machine's memory though there is a GPU: offloaded, or mixed."""
+    """Bytes in the machine's memory although there is a GPU: offloaded tensors, or mixed activations."""
 
     @property
     def heap(self) -> int:
-        """Return the most that the C library's heap has held at any moment, which it keeps."""
+        """Return the size of the C library's heap: the most that it has held at any moment, since it never shrinks."""
         return max(moment.total.kept for moment in self.moments)
 
     @property
@@ -94,12 +93,12 @@ class RankMemory:
 
     @property
     def freed(self) -> int:
-        """Unused bytes at the peak, which the heap keeps."""
+        """Return the unused bytes of the heap at the peak."""
         return self.heap - self.peak.total.kept
 
     @property
     def total(self) -> int:
-        """Return bytes at the peak."""
+        """Return the bytes at the peak."""
         return self.peak.total.returned + self.heap
 
 
@@ -107,10 +106,10 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: S
     """Return the memory of one rank.
 
     Args:
-        kind: Where SAEs live.
-        demand: The run; its `banks` are for chunks of as many tokens as `kind.rows` says.
-        world_size: Ranks (W).
-        owned: Numbers of the units whose SAEs the rank holds, whole or in part, in model order.
+        kind: The placement.
+        demand: The run. Its `banks` are for chunks of the tokens that `kind.rows` returns.
+        world_size: The number of ranks (W).
+        owned: The numbers of the units that the rank holds, whole or in part, in model order.
     """
     banks, share = [demand.banks[number] for number in owned], 1 / kind.parts(world_size)
     held = Moment(
@@ -127,11 +126,11 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: S
     host = demand.mixed if demand.mixed_away else 0
     update = _most(bank.update for bank in banks)
     if demand.offload.optimizer:
-        gradients = gradients.times(2)  # DeepSpeed keeps those that it sums up and those that the optimizer reads
-    if demand.on_gpu:  # on a CPU what is offloaded stays where it was
+        gradients = gradients.times(2)  # DeepSpeed keeps one copy to sum into and one for the optimizer
+    if demand.on_gpu:  # on a CPU, offloading moves nothing
         offload, shards, state = demand.offload, held.parameters, held.optimizer_state
         host += shards.total if any(offload) else 0
-        if all(offload):  # if only parameters were offloaded, the optimizer would have a copy on the GPU
+        if all(offload):  # with only parameters offloaded, the optimizer keeps a copy on the GPU
             held = replace(held, parameters=NOTHING)
         if offload.optimizer:
             host += gradients.total + state.total
@@ -147,9 +146,9 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: S
 
 
 def _sharded(demand: Demand, world_size: int) -> Bytes:
-    """Return a language model that is cut among the ranks, at the moment at which most of it is whole.
+    """Return the bytes of a sharded language model at the moment when most of it is gathered.
 
-    A module's tensors are gathered before it runs, and those of the modules after it up to `PREFETCH` elements.
+    DeepSpeed gathers a module's tensors before it runs, and up to `PREFETCH` elements of the modules after it.
     """
     lm = demand.lm
     large = lm.weights - lm.small
@@ -158,13 +157,14 @@ def _sharded(demand: Demand, world_size: int) -> Bytes:
 
 
 def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
-    """The language model runs; its activations of all layers are there at its end, and one is copied after another.
+    """Return the moment of the language model's forward pass.
 
-    On a GPU the next step's forward pass is begun before the optimizer steps, when the gradients are still there.
+    At its end, the activations of all layers are in memory, and they are copied one by one. On a GPU, the next step's
+    forward pass starts before the optimizer's step, while the gradients are still in memory.
     """
     sizes = [sized(each, demand.on_gpu) for each in demand.activations]
     captured, one = all_of(sizes), _most(sizes)
-    working = demand.lm.forward.most(captured + one) - captured
+    working = demand.lm.forward.maximum(captured + one) - captured
     if demand.on_gpu or demand.grad_acc_steps > 1:
         held = replace(held, gradients=gradients)
     return _with(held, "the language model's forward pass", activations=captured, working=working)
@@ -173,19 +173,22 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
 def _passes(
     kind: type[Placement], demand: Demand, held: Moment, owned: Sequence[int], world_size: int
 ) -> Iterator[Moment]:
-    """Yield the first, the largest and the last unit of a micro-batch: activations go as gradients come."""
+    """Yield the passes of the first, the largest and the last unit of a micro-batch.
+
+    From unit to unit, activations are freed and gradients are added.
+    """
     banks = [demand.banks[number] for number in owned]
-    made_anew, trained = not kind.keeps_gradients, len(owned)
+    allocated_each_step, trained = not kind.keeps_gradients, len(owned)
     largest = max(range(trained), key=lambda number: banks[number].later_chunk.total, default=0)
     for number in sorted({0, largest, trained - 1} if trained else ()):
         there, bank = held, banks[number]
-        if demand.grad_acc_steps > 1 and made_anew:  # of another micro-batch
+        if demand.grad_acc_steps > 1 and allocated_each_step:  # gradients of an earlier micro-batch
             there = replace(held, gradients=all_of(each.gradients for each in banks))
-        later = not made_anew or demand.grad_acc_steps > 1 or demand.micro_acc_steps > 1
+        later = not allocated_each_step or demand.grad_acc_steps > 1 or demand.micro_acc_steps > 1
         working = bank.later_chunk if later else bank.first_chunk
-        if made_anew and demand.grad_acc_steps == 1:
+        if allocated_each_step and demand.grad_acc_steps == 1:
             there = replace(held, gradients=all_of(each.gradients for each in banks[: number + 1]))
-        if kind.gathers:  # the layer at work is whole
+        if kind.gathers:  # the layer that computes is whole
             working = working + bank.parameters + bank.gradients
         if kind.buffer_bytes:
             working = working + sized(kind.buffer_bytes, demand.on_gpu)
@@ -196,11 +199,11 @@ def _passes(
 def _in_flight(tensors: Sequence[int], demand: Demand) -> Bytes:
     """Return the bytes of activations that a rank holds while it trains a unit.
 
-    Tensors of one unit's size belong to the units that come next. Larger ones can belong to any unit: they are counted
-    at the widest unit's size.
+    Tensors of one unit's size belong to the last units, which are still to come. Larger ones can belong to any unit, so
+    they are counted with the widest unit's size.
 
     Args:
-        tensors: What `Questions.in_flight` says.
+        tensors: What `Questions.in_flight` returned.
         demand: The run.
     """
     waiting = [times for times in tensors if times == 1]
@@ -210,8 +213,8 @@ def _in_flight(tensors: Sequence[int], demand: Demand) -> Bytes:
 
 
 def _most(sizes: Iterable[Bytes]) -> Bytes:
-    """Return the largest of each kind."""
-    return reduce(Bytes.most, sizes, NOTHING)
+    """Return the maximum of each kind of bytes."""
+    return reduce(Bytes.maximum, sizes, NOTHING)
 
 
 def _with(held: Moment, name: str, activations: Bytes = NOTHING, working: Bytes = NOTHING) -> Moment:

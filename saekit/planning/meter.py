@@ -1,4 +1,4 @@
-"""Counting the bytes of live tensors while code runs, on the meta device as well, where no tensor takes memory."""
+"""Counts the bytes of live tensors while code runs, also on the meta device, where tensors take no memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from saekit.activations.observed import run_without_numbers
 
 HEAP_BELOW = 32 * 2**20
-"""Bytes of a tensor below which glibc takes it from its heap (the most that it allows, see `saekit.machine`)."""
+"""glibc allocates smaller tensors, in bytes, from its heap. This is its largest threshold, see `saekit.machine`."""
 
 
 class Bytes(NamedTuple):
-    """A number of bytes, apart for tensors whose memory is handed back when they are freed, and for those whose is not.
+    """Bytes of tensors, split by whether the memory returns to the system when they are freed.
 
-    On a CPU `saekit` keeps the C library's heap, from which smaller tensors come, for the next step. On a GPU all bytes
+    On a CPU, smaller tensors come from the C library's heap, which saekit keeps for the next step. On a GPU, all bytes
     count as `returned`.
     """
 
@@ -30,7 +30,7 @@ class Bytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Return the sum of both."""
         return self.returned + self.kept
 
     def __add__(self, other: Bytes) -> Bytes:  # type: ignore[override]
@@ -40,11 +40,11 @@ class Bytes(NamedTuple):
         return Bytes(self.returned - other.returned, self.kept - other.kept)
 
     def times(self, factor: float) -> Bytes:
-        """Scaled, to whole bytes."""
+        """Return the bytes multiplied by a factor, rounded to whole bytes."""
         return Bytes(round(self.returned * factor), round(self.kept * factor))
 
-    def most(self, other: Bytes) -> Bytes:
-        """Return the larger of each."""
+    def maximum(self, other: Bytes) -> Bytes:
+        """Return the maximum of each kind."""
         return Bytes(max(self.returned, other.returned), max(self.kept, other.kept))
 
 
@@ -52,47 +52,47 @@ NOTHING = Bytes()
 
 
 def sized(count: int, on_gpu: bool) -> Bytes:
-    """Count one tensor."""
+    """Return the `Bytes` of one tensor."""
     return Bytes(count) if on_gpu or count >= HEAP_BELOW else Bytes(0, count)
 
 
 def all_of(sizes: Iterable[Bytes]) -> Bytes:
-    """Their sum."""
+    """Return the sum of several."""
     return sum(sizes, NOTHING)
 
 
 class Meter(TorchDispatchMode):
-    """Counts the storages that operations make, and notices when they are gone.
+    """Counts the storages that operations allocate, until they are freed.
 
-    What an operation allocates and frees inside itself is not seen, nor is what existed before.
+    It does not see temporary memory inside an operation, or tensors that existed before.
 
     Args:
-        on_gpu: Whether memory is a GPU's; see `Bytes`.
+        on_gpu: Whether the memory is a GPU's, see `Bytes`.
     """
 
     def __init__(self, on_gpu: bool) -> None:
         super().__init__()
         self.on_gpu = on_gpu
         self.live = Bytes()
-        """Now."""
+        """Bytes that are allocated now."""
         self.peak = Bytes()
-        """The most at any time, of each kind."""
+        """The maximum of `live` so far, of each kind."""
         self._sizes: dict[int, Bytes] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what is new in its results: views and in-place results are not."""
+        """Run an operation and count new storages in its results. Views and in-place results are not new."""
         known = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             if (key := storage._cdata) not in known and key not in self._sizes:
                 self._sizes[key] = sized(storage.nbytes(), self.on_gpu)
                 self.live += self._sizes[key]
-                self.peak = self.peak.most(self.live)
+                self.peak = self.peak.maximum(self.live)
                 weakref.finalize(storage, self._forget, key)
         return out
 
     def restart(self) -> None:
-        """Forget the highest level so far."""
+        """Reset the peak to the current bytes."""
         self.peak = self.live
 
     def _forget(self, key: int) -> None:
@@ -100,7 +100,7 @@ class Meter(TorchDispatchMode):
 
 
 class StandIn(TorchFunctionMode):
-    """On the meta device, operations that take the memory that they take where they really run.
+    """Makes operations on the meta device allocate what they allocate on real devices.
 
     See also `run_without_numbers`.
 
@@ -113,7 +113,7 @@ class StandIn(TorchFunctionMode):
         self.linear_in_8_bits = linear_in_8_bits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Stand in for an operation, or run it."""
+        """Run an operation or its stand-in."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear and self.linear_in_8_bits:
             x, weight = args[0], args[1]

@@ -1,4 +1,4 @@
-"""A run's plan: what each placement would need, which of them fit, and the one of those to take."""
+"""Plans a run: what each placement needs, which placements fit, and which one to use."""
 
 from __future__ import annotations
 
@@ -23,57 +23,59 @@ from saekit.sae.kernels import SELECT_DTYPES
 
 @dataclass(frozen=True)
 class Choice:
-    """One placement of a job, seen from the rank that needs most."""
+    """A job under one placement, as seen from the busiest rank."""
 
     placement: str
-    """Its name."""
+    """The placement's name."""
     ranks: int
+    """The number of ranks."""
     memory: RankMemory
+    """The memory of the rank's tensors."""
     capacity: int
-    """Bytes that the rank can have."""
+    """Bytes that the rank can use."""
     libraries: int
-    """Bytes that it needs besides its tensors."""
+    """Bytes that the rank needs in addition to its tensors."""
     sent: int
-    """Bytes that a rank sends or receives per optimizer step: the more of the two, on the rank where it is most."""
+    """The larger of the bytes that a rank sends and receives per optimizer step, on the rank where it is largest."""
     layers_of_busiest: int
     """SAEs that the rank trains."""
     tokens_per_step: int
-    """Of all ranks."""
+    """Tokens per optimizer step, over all ranks."""
     time: StepTime | None = None
-    """Of an optimizer step; None where the machine's rates are not known."""
+    """The time of an optimizer step; None if the machine's rates are not known."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all ranks, if it is known."""
+        """Return the tokens per second over all ranks; None if unknown."""
         return self.tokens_per_step / self.time.total if self.time else None
 
     @property
     def total(self) -> int:
-        """Return bytes at the peak."""
+        """Return the rank's bytes at the peak."""
         return self.memory.total + self.libraries
 
     @property
     def fits(self) -> bool:
-        """Tell whether the rank has this much memory."""
+        """Tell whether the rank has enough memory."""
         return self.total <= self.capacity
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every placement of a job."""
+    """A job under every placement."""
 
     job: Job
     choices: tuple[Choice, ...]
     offload: Offload = NO_OFFLOAD
-    """Under placements that can offload."""
+    """What placements that can offload keep in the machine's memory."""
     asked: str | None = None
-    """The placement that the run will have, if that is decided."""
+    """The placement of the run, if it is decided."""
 
     @property
     def recommended(self) -> Choice | None:
-        """Of those that fit the fastest, or where speeds are not known the one with the least traffic.
+        """Return the fastest placement that fits, or the one with the least traffic if speeds are unknown.
 
-        The simplest of equals; None if none fits.
+        Of equals, the simplest. None if no placement fits.
         """
         fitting = [choice for choice in self.choices if choice.fits]
         if all(choice.time for choice in fitting):
@@ -82,35 +84,37 @@ class Plan:
 
     @property
     def considered(self) -> tuple[Choice, ...]:
-        """Return the choices that there are: all of them, or the one that was asked for."""
+        """Return the requested placement, or all of them if none was requested."""
         return tuple(choice for choice in self.choices if self.asked in (None, choice.placement)) or self.choices
 
     @property
     def fits(self) -> bool:
-        """Tell whether one of them does."""
+        """Tell whether any of the considered placements fits."""
         return any(choice.fits for choice in self.considered)
 
     def choice(self, placement: str) -> Choice:
-        """Return the one with that placement.
+        """Return the choice with that placement.
 
         Raises:
-            UserError: If this job has none such.
+            UserError: If the job cannot run under that placement.
         """
         for choice in self.choices:
             if choice.placement == placement:
                 return choice
         names = ", ".join(choice.placement for choice in self.choices)
-        raise UserError(f"--placement {placement}: with {self.job.machine.count} ranks there is {names}")
+        raise UserError(
+            f"--placement {placement} is not possible with {self.job.machine.count} ranks: choose one of {names}"
+        )
 
 
 def make_plan(cfg: RunConfig, machine: Machine, *, offload: Offload = NO_OFFLOAD, asked: str | None = None) -> Plan:
-    """Plan a run from the model's config alone; no weight and no data is read.
+    """Plan a run from the model's config alone, without reading weights or data.
 
     Args:
-        cfg: The run; its data set is not read.
-        machine: Where it is to run, and how fast that is, if it is known.
+        cfg: The run.
+        machine: The machine of the run, with its rates if they are known.
         offload: What placements that can offload keep in the machine's memory.
-        asked: The placement that the run will have; by default what `cfg` says, if it says one.
+        asked: The placement of the run. By default, the placement in `cfg`, if it names one.
 
     Raises:
         UserError: If the model's config cannot be read, or the configuration does not fit it.
@@ -154,7 +158,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         shard_lm=train.shard_lm,
         offload=offload if kind.offloads else NO_OFFLOAD,
     )
-    # Where widths differ, the rank with the most to compute need not be the one with the most to send or to receive.
+    # If widths differ, the rank that computes most need not be the rank that sends or receives most.
     sent = max(_sent(job, kind, [job.sizes[name] for name in held]) for held in everywhere)
     return Choice(
         placement=kind.name,
@@ -170,7 +174,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
 
 
 def _time(job: Job, kind: type[Placement], owned: Sequence[int], sent: int) -> StepTime | None:
-    """Compute the time of a step, if this machine's rates are known; offloading is not included."""
+    """Compute the time of a step without offloading; None if the machine's rates are not known."""
     sizes = [job.units[number].size for number in owned]
     parts = [_time_of(job, kind, size, sizes.count(size), sent) for size in dict.fromkeys(sizes)]
     if not parts or None in parts:
@@ -185,7 +189,7 @@ def _time(job: Job, kind: type[Placement], owned: Sequence[int], sent: int) -> S
 
 
 def _time_of(job: Job, kind: type[Placement], size: Size, count: int, sent: int) -> StepTime | None:
-    """Compute it for the language model and as many units of one size."""
+    """Compute the time of a step for the language model and `count` units of one size."""
     train, ranks = job.cfg.train, job.machine.count
     if job.machine.rates is None:
         return None
@@ -217,7 +221,7 @@ def _time_of(job: Job, kind: type[Placement], size: Size, count: int, sent: int)
 
 
 def _width_of_codes(sae: SaeConfig, num_latents: int) -> int:
-    """Pairs of a token and a latent per token, over the codes that are made of it: Multi-TopK has two."""
+    """Return K summed over the codes of a token: Multi-TopK makes two codes."""
     selection = sae.kind(sae.k, num_latents)
     return selection.max_active + (selection.wider().max_active if sae.multi_topk else 0)
 

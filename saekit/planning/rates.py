@@ -1,4 +1,4 @@
-"""The speed of this machine: `saekit plan --calibrate` measures it, the user's cache stores it, every plan uses it."""
+"""This machine's rates: `saekit plan --calibrate` measures them, and the user's cache stores them for every plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saekit.errors import UserError
 from saekit.runs.files import write_at_once
 
 VERSION = 1
-"""Of the file. One of another version counts as unreadable."""
+"""The version of the file. A file of another version cannot be read."""
 FORMAT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -26,17 +26,17 @@ NotNegative = Annotated[float, Field(ge=0)]
 class PassCost:
     """Seconds of a layer's forward and backward pass over a chunk of tokens, without the encoder's matmul.
 
-    Fitted to passes of several shapes, so that each number stands for all that grows with its unit.
+    The coefficients are fitted to passes of several shapes, so each includes all work that grows with its unit.
     """
 
     score: NotNegative
-    """Per token and latent (N·M): the search for the largest."""
+    """Seconds per token and latent (N·M): the search for the largest scores."""
     term: NotNegative
-    """Per token, active latent and dimension (N·k·D): exact values, decoder, gradients."""
+    """Seconds per token, active latent and dimension (N·k·D): exact values, decoder, gradients."""
     weight: NotNegative
-    """Per weight of the encoder (M·D): its copy in low precision, the gradients of both matrices."""
+    """Seconds per weight of the encoder (M·D): its copy in low precision, the gradients of both matrices."""
     call: NotNegative
-    """Once."""
+    """Seconds per call."""
 
 
 @dataclass(frozen=True, config=FORMAT)
@@ -49,66 +49,68 @@ class Network:
 
 @dataclass(frozen=True, config=FORMAT)
 class Rates:
-    """Measured rates of one kind of device, with all of the process's threads on a CPU."""
+    """Measured rates of one kind of device, on a CPU with all threads of the process."""
 
     measured: str
-    """Date."""
+    """The date of the measurement."""
     matmul: Mapping[str, Positive]
     """Operations per second, 2 per multiply-add, by type: fp32, bf16, int8."""
     bandwidth: Positive
     """Bytes read and written per second by a copy."""
     block: Mapping[str, NotNegative]
-    """Seconds per token, dimension and block of a language model, besides its matmuls, by type."""
+    """Seconds per token, dimension and block of a language model, without its matmuls, by type."""
     passes: Mapping[str, PassCost]
     """By kernels and type of selection, such as `cpu int8`."""
     update: Mapping[str, Positive]
-    """Seconds per parameter of an optimizer's step, by `optimizer_key`; muon's at `MUON_WIDTH`."""
+    """Seconds per parameter of an optimizer's step, by `optimizer_key`; for muon at `MUON_WIDTH`."""
     network: Mapping[int, Network] = Field(default_factory=dict)
-    """By number of ranks."""
+    """Speeds between ranks, by number of ranks."""
 
 
 @dataclass(frozen=True, config=FORMAT)
 class Kept:
-    """The file."""
+    """The content of the file."""
 
     version: int
     devices: Mapping[str, Rates]
-    """By `device_key`."""
+    """Rates by `device_key`."""
 
 
 FILE = TypeAdapter(Kept)
 
 
 def cache_file() -> Path:
-    """Return where rates are kept: `$XDG_CACHE_HOME/saekit/rates.json`, by default below `~/.cache`."""
+    """Return the file of rates: `$XDG_CACHE_HOME/saekit/rates.json`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit" / "rates.json"
 
 
 def device_key(device: str) -> str:
-    """Return the key of rates: a device's name, the threads that work on a CPU's side, and torch's version."""
+    """Return the key of a device's rates: its name, the number of CPU threads, and torch's version."""
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def optimizer_key(optimizer: str, moments_dtype: str) -> str:
-    """`adam`, `adam bf16`, `signum`, ..."""
+    """Return the key of an optimizer's rate, such as `adam`, `adam bf16` or `signum`."""
     return f"{optimizer} {moments_dtype}" if moments_dtype != "fp32" else optimizer
 
 
 def read_rates(key: str) -> tuple[Rates | None, str | None]:
-    """Return the rates of a device, if they have been measured; and what is wrong with the file, if something is."""
+    """Return a device's rates, if they have been measured, and the problem with the file, if there is one."""
     try:
         return _read().get(key), None
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError) as error:
-        return None, f"{cache_file()} cannot be read ({_reason(error)}): --calibrate replaces it"
+        return None, f"{cache_file()} cannot be read ({_reason(error)}): replace it with --calibrate"
 
 
 def keep_rates(found: Mapping[str, Rates]) -> Path:
-    """Put rates into the cache, in place of older ones of the same devices; networks of other sizes stay.
+    """Store rates in the cache, where they replace older ones of the same devices.
+
+    The network rates for other numbers of ranks stay.
 
     Args:
-        found: By `device_key`.
+        found: Rates by `device_key`.
 
     Raises:
         UserError: If the file cannot be written.
@@ -116,7 +118,7 @@ def keep_rates(found: Mapping[str, Rates]) -> Path:
     file = cache_file()
     try:
         devices = dict(_read())
-    except (OSError, ValueError):  # there is none, or it cannot be used
+    except (OSError, ValueError):  # there is no file, or it cannot be used
         devices = {}
     for key, rates in found.items():
         older = devices[key].network if key in devices else {}
@@ -125,16 +127,14 @@ def keep_rates(found: Mapping[str, Rates]) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_at_once(file, FILE.dump_json(Kept(VERSION, devices), indent=1).decode() + "\n")
     except OSError as error:
-        raise UserError(
-            f"the rates cannot be kept in {file} ({_reason(error)}): name another folder in XDG_CACHE_HOME"
-        ) from None
+        raise UserError(f"{file} cannot be written ({_reason(error)}): set XDG_CACHE_HOME to another folder") from None
     return file
 
 
 def _read() -> Mapping[str, Rates]:
     kept = FILE.validate_json(cache_file().read_bytes())
     if kept.version != VERSION:
-        raise ValueError(f"it has version {kept.version}, this saekit's is {VERSION}")
+        raise ValueError(f"it has version {kept.version}, this saekit reads version {VERSION}")
     return kept.devices
 
 

@@ -1,4 +1,4 @@
-"""Adam for SAEs: with the decoder's projection and renormalization in the same pass, and moments in 32 or 16 bits."""
+"""Adam for SAEs: projects and renormalizes decoder rows in the same pass, with moments in 32 or 16 bits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ EPS = 1e-8
 
 
 class SaeAdam(PreparedOptimizer):
-    """Adam (Kingma and Ba 2015), whose update is one of the SAE's kernels.
+    """Adam (Kingma and Ba 2015) that updates parameters with an SAE's kernels.
 
     Args:
-        params: What to train.
+        params: The parameters to train.
         lr: Learning rate.
         betas: Decay per step of the first and the second moment.
-        kernels: Whose `adam_` does the work, where they can work on the parameter's device (`update_kernels`).
-        unit_rows: Those of the parameters that are matrices with rows of norm 1: their gradients are projected before
-            the step, and their rows scaled to norm 1 after it.
-        moments_dtype: Type of the moments at rest; they are updated in float32.
+        kernels: Their `adam_` updates the parameters on devices that they support (`update_kernels`).
+        unit_rows: The matrices among `params` whose rows have norm 1. Their gradients are projected before the step,
+            and their rows are scaled to norm 1 after it.
+        moments_dtype: Type in which the moments are stored; they are updated in float32.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class SaeAdam(PreparedOptimizer):
         self.moments_dtype = moments_dtype
         self._unit_rows = {id(parameter) for parameter in unit_rows}
         self.deferred: dict[nn.Parameter, list[RowSums]] = {}
-        """The rows whose sums are the deferred gradients of matrices."""
+        """Rows by matrix; their sum is the matrix's deferred gradient."""
 
     def defer_gradients(self) -> None:
-        """Have the gradients of all matrices left to the step, where the kernels can (`saekit.sae.kernels.row_sums`).
+        """Defer the gradients of all matrices to the step, if the kernels can (`saekit.sae.kernels.row_sums`).
 
-        From then on a matrix's gradient is its `.grad`, if there is one, and all that is in `deferred`.
+        A matrix's gradient is then the sum of its `.grad`, if it has one, and of its rows in `deferred`.
         """
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self.deferred = {each: defer_gradient(each) for each in parameters if each.ndim == 2}
@@ -58,7 +58,7 @@ class SaeAdam(PreparedOptimizer):
     def _advance(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[float, ...]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # on the CPU: reading it waits for no GPU
+            state["step"] = torch.zeros(())  # on the CPU, so reading it does not wait for a GPU
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments_dtype)
         state["step"] += 1
@@ -66,7 +66,7 @@ class SaeAdam(PreparedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, which is used up, with the numbers that `prepare` left."""
+        """Update every parameter that has a gradient, with the numbers of `prepare`. The gradients are consumed."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -87,13 +87,13 @@ class SaeAdam(PreparedOptimizer):
                 )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what is deferred goes, too."""
+        """Drop all gradients, deferred ones too."""
         super().zero_grad(set_to_none)
         for sums in self.deferred.values():
             sums.clear()
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | RowSums | None:
-        """Return the whole gradient; as it was deferred where that is all of it."""
+        """Return the whole gradient: its deferred rows if they are all of it, otherwise one dense tensor."""
         deferred = self.deferred.get(parameter, [])
         if len(deferred) == 1 and parameter.grad is None:
             return deferred[0]
@@ -104,8 +104,8 @@ class SaeAdam(PreparedOptimizer):
         return parameter.grad
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which makes every state the parameter's type; the moments keep theirs."""
+        """Load the state as torch does, but keep `moments_dtype`: torch casts all state to the parameter's type."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for key in {"exp_avg", "exp_avg_sq"} & state.keys():  # none before the first step that counted
+            for key in {"exp_avg", "exp_avg_sq"} & state.keys():  # no moments before the first counted step
                 state[key] = state[key].to(self.moments_dtype)

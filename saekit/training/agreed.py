@@ -1,4 +1,4 @@
-"""The kernels of a run: what `auto` comes to, the same on all ranks and for as long as the run goes on."""
+"""Choose the kernels of a run: `auto` gives the same on all ranks, and again when the run is resumed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from saekit.sae.kernels.fastest import Work, fastest, seconds_by_type, types
 def agreed_kernels(cfg: TrainConfig, works: Sequence[Work], placement: Placement, run_dir: Path) -> Kernels:
     """Return the kernels of all units on all ranks. Collective.
 
-    A resumed run keeps what it began with, where this machine has it.
+    A resumed run keeps the kernels and the type that it began with, if this machine supports them.
 
     Args:
-        cfg: Says which, or `auto`.
-        works: What the units encode at a time; the largest decides.
+        cfg: Names the kernels and the type in which candidates are selected; either may be `auto`.
+        works: What each unit encodes in one call. The largest decides.
         placement: The ranks.
         run_dir: The run's folder.
 
     Raises:
-        ValueError: If what the configuration asks for cannot run here.
+        ValueError: If the kernels or the type that the configuration names cannot run here.
     """
     began = began_with(cfg, run_dir, placement)
     backend = one_backend(placement, began.get("kernels")) if cfg.kernels == "auto" else cfg.kernels
@@ -43,7 +43,7 @@ def agreed_kernels(cfg: TrainConfig, works: Sequence[Work], placement: Placement
 def began_with(cfg: TrainConfig, run_dir: Path, placement: Placement) -> Mapping[str, Any]:
     """Return the resolved options in the newest checkpoint of a resumed run; empty for a new run. Collective.
 
-    Also empty if the checkpoint cannot be read: restoring it raises the error.
+    Also empty if the checkpoint cannot be read, since restoring it will raise the error.
     """
     found: dict[str, Any] = {}
     if placement.rank == 0 and goes_on(cfg, run_dir):
@@ -55,29 +55,29 @@ def began_with(cfg: TrainConfig, run_dir: Path, placement: Placement) -> Mapping
 
 
 def one_backend(placement: Placement, before: str | None = None) -> str:
-    """Return the kernels of all ranks, which step replicas of the same SAEs. Collective.
+    """Return one name of kernels for all ranks, since they step replicas of the same SAEs. Collective.
 
     Args:
-        placement: The ranks. Where one of them has no compiler, all take torch's operations.
-        before: The kernels that the run began with: kept on a CPU.
+        placement: The ranks. If one of them has no compiler, all use torch's operations (`cpu`).
+        before: The kernels that the run began with. `cpu` is kept on a CPU.
     """
     auto = auto_backend(placement.device)
-    keeps = before == "cpu" and placement.device.type == "cpu"
-    return _one_of(placement.gather("cpu" if keeps else auto), otherwise="cpu")
+    keeps_cpu = before == "cpu" and placement.device.type == "cpu"
+    return _common(placement.gather("cpu" if keeps_cpu else auto), otherwise="cpu")
 
 
 def _one_type(backend: str, work: Work, placement: Placement, before: str | None) -> str:
-    """Return the type in which all ranks select: that in which the slowest of them is fastest. Collective."""
+    """Return the type in which all ranks select: the one that is fastest on the slowest rank. Collective."""
     here = types(placement.device)
     if all(placement.gather(before in here)):
         return str(before)
     if not (placement.device.type == "cpu" and work.is_measured):
-        return _one_of(placement.gather(likely_type(placement.device)), otherwise="fp32")
+        return _common(placement.gather(likely_type(placement.device)), otherwise="fp32")
     everywhere = placement.gather(seconds_by_type(backend, work))
     names = [name for name in everywhere[0] if all(name in each for each in everywhere)]
     return fastest({name: max(each[name] for each in everywhere) for name in names})
 
 
-def _one_of(wanted: Sequence[str], otherwise: str) -> str:
-    """Return what all ranks want, or else what all of them have."""
-    return wanted[0] if len(set(wanted)) == 1 else otherwise
+def _common(names: Sequence[str], otherwise: str) -> str:
+    """Return the name that all ranks gave, or `otherwise`, which all of them support."""
+    return names[0] if len(set(names)) == 1 else otherwise

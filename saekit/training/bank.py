@@ -1,6 +1,6 @@
-"""The bank: all units of a run, and what is counted of them, stacked over units.
+"""The bank: all units of a run, with their counters and statistics stacked in a few tensors.
 
-The number of operations in a step that are not a unit's own does not grow with the number of units
+In a step, the number of operations outside the units' own passes does not grow with the number of units
 (`tests/training/test_fixed_step.py` counts them).
 """
 
@@ -28,17 +28,17 @@ from saekit.training.statistics import Segments, Tally
 from saekit.training.unit import Calibration, Scales, Unit, dead_numbers
 
 ONLY_UNIT = "layers.0"
-"""The name of a bank's only unit."""
+"""The name of the unit in a bank of one."""
 
 
 class Bank:
     """All units that this rank has a part in.
 
     Args:
-        cfg: How to train.
-        placement: Where the units are; their SAEs are placed already.
+        cfg: The training's configuration.
+        placement: Where the units are. Their SAEs must be placed already.
         units: All units of the run, in model order.
-        calibration: By hookpoint, of the units of this rank at least.
+        calibration: By hookpoint, at least for the units of this rank.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Bank:
     ) -> None:
         self.cfg, self.placement, device = cfg, placement, placement.device
         self.sites = [each.site for each in units]
-        """Of all units of the run."""
+        """The sites of all units of the run."""
         self.names = placement.layers()
         self._reader = MessageReader(units, self.names, cfg.sae.multi_topk)
         plans, everywhere = {each.name: each for each in units}, [each.name for each in units]
@@ -75,9 +75,9 @@ class Bank:
         self._dead_F = torch.zeros(self.latents.total, dtype=torch.bool, device=device)
         self._dead_U = self._variance_U.new_zeros(len(self.names))
         self.num_dead = dict.fromkeys(self.names, 0)
-        """Of each unit, when the step began."""
+        """Dead latents of each unit when the step began."""
         self.error_U = self._variance_U.clone()
-        """Mean squared error per token in the last step that counted, over all ranks: the variance before the first."""
+        """Mean squared error per token in the last counted step, over all ranks; the variance before the first."""
         widths = [plans[name].site.d_out for name in self.names]
         self._tally, self._window = Tally(widths, device), Tally(widths, device)
         self._places = self._tally.places(at, self._reader.widths).to(device)
@@ -88,24 +88,29 @@ class Bank:
         self._selection_US = torch.zeros(len(self.names), kind.num_sums, dtype=torch.int64, device=device)
         self._selections = stacked([sae.selection for sae in saes], device) if kind.moves else []
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._if_it_counts: tuple[Tensor, Tensor] | None = None
+        self._pending: tuple[Tensor, Tensor] | None = None
         self._step_tokens = 0
 
+        self.units = self._make_units(saes, own)
+
+    def _make_units(self, saes: Sequence[Sae], calibrations: Sequence[Calibration]) -> dict[str, Unit]:
+        """Make the units of this rank, with views of the stacked tensors."""
+        cfg, placement, device = self.cfg, self.placement, self.placement.device
         fired, dead = self.latents.views(self._fired_F), self.latents.views(self._dead_F)
-        self.units = {
+        return {
             name: Unit(
                 name=name,
                 sae=sae,
                 cfg=cfg,
                 backward=partial(placement.backward, name),
-                centre_D=own[number].mean_D.to(device),
+                centre_D=calibrations[number].mean_D.to(device),
                 scales=Scales(self._scales_3U[0, number], self._auxk(number), self._scales_3U[2, number]),
                 sums_7=self._tally.sums_U7[number],
                 mean_D=self._tally.means[number],
                 selection_sums=self._selection_US[number],
                 fired_M=fired[number],
-                may_ask=device.type == "cpu",
-                frame=None if (frame := own[number].frame) is None else frame.to(device),
+                may_sync=device.type == "cpu",
+                frame=None if (frame := calibrations[number].frame) is None else frame.to(device),
                 dead_M=dead[number] if cfg.revive_alpha > 0 else None,
             )
             for number, (name, sae) in enumerate(zip(self.names, saes, strict=True))
@@ -115,7 +120,7 @@ class Bank:
         return self._auxk_U[number] if self.cfg.auxk_relative_to == "residual" else self._scales_3U[1, number]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """Return views of the counters of a unit that a checkpoint keeps."""
+        """Return views of a unit's counters that go into a checkpoint."""
         number = self.names.index(name)
         return {
             "tokens_since_fired": self.latents.views(self.since_fired_F)[number],
@@ -124,7 +129,7 @@ class Bank:
         }
 
     def load_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_of`; `count_dead` must be called when all units have theirs."""
+        """Load what `state_of` returned. Call `count_dead` after the states of all units are loaded."""
         for key, view in self.state_of(name).items():
             view.copy_(state[key])
 
@@ -138,9 +143,13 @@ class Bank:
         """Begin an optimizer step: fix its scales and its dead latents, and set its sums to zero.
 
         A loss is a sum over tokens divided by numbers that are fixed here, before any backward pass. With
-        `auxk_relative_to residual`, AuxK's loss is divided by the error of the step before: what dead latents are to
-        predict shrinks as the SAE gets better, and their gradient with it, while Adam remembers the gradients of the
-        time when they were alive. So the AuxK loss begins near 1 in every step, as in the code of Gao et al. 2024.
+        `auxk_relative_to residual`, AuxK's loss is divided by the error of the previous step. What dead latents are to
+        predict shrinks as the SAE improves, and so does their gradient, while Adam's moments remember the gradients
+        from when they were alive. The division keeps the AuxK loss near 1 at the start of every step, as in the code
+        of Gao et al. 2024.
+
+        Args:
+            tokens: Tokens of the step that train, over all ranks.
         """
         self._step_tokens = tokens
         self._tokens.fill_(tokens)
@@ -151,7 +160,7 @@ class Bank:
         self._scales_3U[1].copy_(self._scales_3U[0])
         torch.reciprocal(counted * self._rms_U, out=self._scales_3U[2])
         if self.cfg.auxk_relative_to == "residual":
-            # A perfect reconstruction leaves nothing to divide by, and nothing to predict.
+            # A perfect reconstruction has no error to divide by, so the divisor has a lower bound.
             self._auxk_U.copy_(1 / (counted * self.error_U.clamp_min(1e-9 * self._variance_U)))
         if self.cfg.revives:
             self._dead_F.copy_(self.latents.at_least(self.since_fired_F, self._threshold_U))
@@ -160,18 +169,18 @@ class Bank:
                 unit.aux_latents = dead_numbers(dead_M, self.num_dead[name])
 
     def finish(self, gradients: Mapping[str, Tensor], *, report: bool = False) -> Callable[[], StepMessage]:
-        """End a step's passes: bring what was counted together, and start its message to the host. Collective.
+        """End a step's passes: sum its statistics over ranks and start its message to the host. Collective.
 
         Args:
             gradients: What `Placement.collect` returned.
-            report: Whether the message is to have a report.
+            report: Whether the message contains a report.
 
         Returns:
-            What gives the message. It waits until that has arrived, not for anything that is enqueued in between.
+            A function that returns the message. It waits for the message to arrive, not for work enqueued after it.
         """
         fired_F = self.placement.share(self._fired_F)
         since_F = (self.since_fired_F + self._tokens).masked_fill_(fired_F > 0, 0)
-        self._if_it_counts = since_F, fired_F
+        self._pending = since_F, fired_F
         dead_U = self.latents.counts(self.latents.at_least(since_F, self._threshold_U)).double()
         self._dead_after_U = dead_U
         gradient_U = torch.stack([gradients[name] for name in self.names]) if self.names else dead_U
@@ -196,12 +205,12 @@ class Bank:
         return lambda: self._reader.read(read(), C, tokens, self._since, report=report)
 
     def advance_(self, message: StepMessage) -> None:
-        """Let a step count whose message shows no fault: counters, thresholds, errors and the window."""
-        assert self._if_it_counts is not None, "a step is finished before it counts"
-        since_F, fired_F = self._if_it_counts
+        """Add a step without faults to the counters and the window, and move the selections' thresholds."""
+        assert self._pending is not None, "`finish` comes before `advance_`"
+        since_F, fired_F = self._pending
         self.since_fired_F.copy_(since_F)
         self.fire_count_F += fired_F
-        self._if_it_counts = None
+        self._pending = None
         self._window.flat += self._tally.flat
         self._dead_U.copy_(self._dead_after_U)
         self._since = Since(self._since.steps + 1, self._since.tokens + message.tokens)
@@ -213,12 +222,12 @@ class Bank:
             selection.move_(counts[:, 0], counts[:, 1], counts[:, 2:], self._rms_U[at_G])
 
     def clear_window(self) -> None:
-        """Set the sums of the next report to zero."""
+        """Set the sums of the window to zero."""
         self._window.flat.zero_()
         self._since = Since()
 
     def report(self) -> dict[str, LayerStats]:
-        """Make a report of the steps that have counted already. Collective; waits for the device."""
+        """Return a report of the counted steps in the window. Collective; waits for the device."""
         dead_L = self._leads_U.new_zeros(len(self._reader.units))
         dead_L.index_copy_(0, self._at_U, self._dead_U * self._leads_U)
         mine = [dead_L, self._reader.everywhere(self._window, self._places)]
@@ -235,18 +244,18 @@ def bank_of_one(
     dead_threshold: int = 1,
     optimizer: Callable[[Sae], LayerOptimizer] | None = None,
 ) -> Bank:
-    """Make a bank of a single unit in this process, for plans to meter and benchmarks to time.
+    """Make a bank of one unit in this process, for the planner to meter and benchmarks to time.
 
     Args:
-        cfg: How to train.
-        sae: Fresh, on the device where it is to be trained.
-        calibration: What is known of its activations.
-        owns_gradient: Whether gradients may be left to the step, see `Placement.owns_gradient`.
+        cfg: The training's configuration.
+        sae: A fresh coder on the device where it will be trained.
+        calibration: The measurements of its activations.
+        owns_gradient: Whether gradients may be deferred to the step, see `Placement.owns_gradient`.
         dead_threshold: Tokens without firing after which a latent is dead.
-        optimizer: Makes the optimizer; by default the configured one.
+        optimizer: Makes the optimizer. By default, the configured one.
     """
     placement = Single(sae.device)
-    placement.owns_gradient = owns_gradient  # type: ignore[misc]  # of this instance only
+    placement.owns_gradient = owns_gradient  # type: ignore[misc]  # set on this instance only
     scale = calibration.rms if cfg.scale_biases else 1.0
     placement.place(
         {ONLY_UNIT: 1.0}, lambda _, *, blank=False: sae, optimizer or (lambda sae: make_optimizer(cfg, sae, scale))
@@ -258,10 +267,11 @@ def bank_of_one(
 
 
 def stacked(selections: Sequence[Selection], device: torch.device) -> list[tuple[Selection, Tensor]]:
-    """Stack the state of selections that are alike, so that those of many units move at once.
+    """Stack the state of selections of equal shape, so that one operation moves the thresholds of many units.
 
     Returns:
-        For each group one selection that moves them all (`Selection.stack_`), and their numbers, int64 `[G]`.
+        For each group, one selection that moves all G of them (`Selection.stack_`), and their unit numbers, int64
+        `[G]`.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, each in enumerate(selections):

@@ -1,4 +1,4 @@
-"""Writing a cache of activations: the language model runs once over the data, and every hookpoint goes to disk."""
+"""Writes a cache of activations: runs the language model once over the data, and writes every hookpoint to disk."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ Say = Callable[[str], None]
 def write_cache(
     cfg: RunConfig, out: Path, store: str, compressed: bool, shard_bytes: int, placement: Placement, say: Say
 ) -> Index:
-    """Run the language model over the data and write its activations. Collective: every rank writes shards of its own.
+    """Run the language model over the data and write its activations. Collective: every rank writes its own shards.
 
-    A cache that is there already is continued: the shards that are missing are written.
+    An existing cache is continued: only missing shards are written.
 
     Args:
-        cfg: Model, data, hookpoints, context, batch size and order of the sequences; of the training's options only
-            these matter.
+        cfg: The run. Only the model, the data, the hookpoints, the context, the batch size and the order of the
+            sequences matter.
         out: The folder of the cache.
         store: See `saekit.cache.index.STORES`.
         compressed: Whether shards are compressed (zstd).
         shard_bytes: About how large a shard is, before compression; a rank has several in memory.
         placement: The ranks.
-        say: Told what is done.
+        say: Receives progress messages.
 
     Returns:
-        What the cache is of.
+        The index of the cache.
 
     Raises:
-        UserError: If the folder holds another cache or something else, or the disk has no room for it.
+        UserError: If the folder holds another cache or something else, or the disk does not have enough space.
     """
     if cfg.train.crosscode_models is not None:
         raise UserError("--crosscode-models: a cache is of one language model")
-    # Every token is stored: which of them are excluded is said when training.
+    # Every token is stored. Training decides which of them are excluded.
     train = replace(
         cfg.train, exclude_tokens=(), exclude_special_tokens=False, eval_every=None, grad_acc_steps=1, mix=1
     )
@@ -113,13 +113,13 @@ def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool, shard_
 
 
 OF_DATA = ("split", "text_column", "data_args", "max_examples")
-"""Options of a data set that decide which tokens there are."""
+"""Options of a data set that decide which tokens it has."""
 MAY_DIFFER = ("saekit_version",)
-"""Between the saekit that began a cache and the one that continues it."""
+"""Entries of the index that may differ between the saekit that began a cache and the one that continues it."""
 
 
 def _begin(out: Path, index: Index, model: ModelConfig, say: Say) -> None:
-    """Make the folder with its index, or see that what is there is the same cache."""
+    """Make the folder with its index, or check that an existing folder holds the same cache."""
     if (out / INDEX).exists():
         there = read_index(out)
         names = [name for name in vars(index) if name not in MAY_DIFFER and vars(index)[name] != vars(there)[name]]
@@ -146,7 +146,7 @@ def _begin(out: Path, index: Index, model: ModelConfig, say: Say) -> None:
 
 
 def _write(out: Path, index: Index, live: LiveModel, mine: Sequence[int], say: Say) -> None:
-    """Make one shard after the other; a thread writes each while the language model makes the next."""
+    """Make the shards one by one. A thread writes each shard while the language model makes the next one."""
     began = said = time.monotonic()
     with live.open(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache") as disk:
         writing: Future[None] | None = None
@@ -181,7 +181,7 @@ def _finish(writing: Future[None] | None, out: Path) -> None:
 def weights_checksum(model: PreTrainedModel, depth: int) -> str:
     """Return a checksum of the weights of a language model's first `depth` blocks and of its token embeddings.
 
-    It does not depend on what else is loaded: later blocks, a head.
+    It does not depend on other loaded weights, such as later blocks or a head.
     """
     blocks = find_blocks(model)
     counted = tuple(f"{blocks.hookpoint(layer)}." for layer in range(depth))

@@ -1,4 +1,4 @@
-"""What a run would fail on only after its data are tokenized or its model is loaded, found before that."""
+"""Early checks: find what would fail a run later, before data is tokenized or the model is loaded."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 def check_early(cfg: TrainConfig, run_dir: Path, placement: Placement) -> None:
-    """Check what needs neither the model nor the data: the run's folder, and the libraries that it names.
+    """Check what needs neither the model nor the data: the run's folder, libraries, kernels and `finetune`.
 
     Raises:
         UserError: If the folder may not be used, a tracker or optimizer is not installed, the kernels
-            cannot run on this device, or there is nothing to start from where `finetune` says.
+            cannot run on this device, or the folder of `finetune` holds no coder.
     """
     if placement.rank == 0:
         check_run_folder(cfg, run_dir)
@@ -50,15 +50,15 @@ def check_early(cfg: TrainConfig, run_dir: Path, placement: Placement) -> None:
 
 
 def check_inputs(cfg: RunConfig, device: torch.device, have: InMemory) -> None:
-    """Check what the names of model and data, and a model's files, already show.
+    """Check the names of the model and the data, and the files of a local model.
 
     Args:
         cfg: The run.
         device: Where the model will be.
-        have: What the caller has loaded already, whose names lead nowhere.
+        have: What the caller has loaded already. Its names need not be paths or on the hub.
 
     Raises:
-        UserError: If a path or a file is missing or damaged, or 8 bits are not possible.
+        UserError: If a path or a file is missing or damaged, or the model cannot be loaded in 8 bits.
     """
     check_device(cfg.model, device)
     for model, loaded in ((cfg.model, have.model), (cfg.other_model, have.other_model)):
@@ -76,7 +76,7 @@ def check_model(cfg: ModelConfig) -> None:
     """Check a model's name and, if it is a folder, its files.
 
     Raises:
-        UserError: If there is nothing of that name, or something is missing or damaged.
+        UserError: If there is no model of that name, or one of its files is missing or damaged.
     """
     check_model_name(cfg.model, cfg.revision)
     if is_path(cfg.model):
@@ -84,35 +84,35 @@ def check_model(cfg: ModelConfig) -> None:
 
 
 def check_writable(run_dir: Path) -> None:
-    """Check that the folder of a run can be made, or written into if it is there.
+    """Check that the folder of a run can be made, or written to if it exists.
 
     Raises:
-        UserError: Naming the folder that does not allow it.
+        UserError: If it cannot. The message names the folder that prevents it.
     """
     there = Path(os.path.abspath(run_dir))
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise UserError(f"the run folder {run_dir} cannot be made: {there} is a file; see --save-dir")
+        raise UserError(f"cannot make the run folder {run_dir}, because {there} is a file: choose another --save-dir")
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(
-            f"the run folder {run_dir} cannot be written ({error.strerror}: {there}): see --save-dir"
+            f"cannot write to the run folder {run_dir} ({error.strerror}: {there}): choose another --save-dir"
         ) from error
 
 
 def check_units(cfg: RunConfig, placement: Placement, sites: Sequence[Site]) -> None:
-    """Check what is said of single SAEs: their sizes, where they start from, and which rank they are on.
+    """Check each coder: its sizes, what it starts from, and the rank that it is on.
 
     Args:
         cfg: The run.
         placement: The ranks.
-        sites: What coders read and write.
+        sites: What the coders read and write.
 
     Raises:
-        UserError: If a width contradicts the sizes that were asked for, `layer_map` does not fit, or an SAE to start
-            from is missing, damaged, or of another size or kind.
+        UserError: If the requested sizes do not fit a width, `layer_map` does not fit the sites, or a coder of
+            `finetune` is missing, damaged, or of another size or kind.
     """
     train = cfg.train
     try:

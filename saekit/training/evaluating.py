@@ -1,4 +1,4 @@
-"""Evaluating the SAEs between two optimizer steps, on data that trains nothing."""
+"""Evaluates the SAEs between two optimizer steps, on data that is not trained on."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from saekit.report import EvalStats, Reporter
 from saekit.sae import Sae
 from saekit.sae.model import around, without_memory
 from saekit.training.frame import Frame
-from saekit.training.interrupt import NOT_ASKED, Interruption
+from saekit.training.interrupt import NO_STOP, Interruption
 from saekit.training.plan import RunPlan
 from saekit.training.state import RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REMEDY = "Name other data with --eval-dataset or --eval-split, read less with --max-tokens, or leave out --eval-every"
+REMEDY = "Name other data with --eval-dataset or --eval-split, lower --max-tokens, or leave out --eval-every"
 
 
 def load_eval_data(
     cfg: RunConfig, data: Sequences, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int
 ) -> Sequences | None:
-    """Load what `--eval-every` evaluates on: other data, or documents that the run never reads; None without it.
+    """Load the data for `--eval-every`: other data, or documents that the run never reads. None without the option.
 
     Args:
         cfg: The run.
-        data: What it trains on.
-        tokenizer: The language model's; None if it has none, for data that is tokenized already.
+        data: The data that it trains on.
+        tokenizer: The language model's; None if it has none, for data that is already tokenized.
         ctx_len: Tokens per sequence.
 
     Raises:
-        UserError: If the run reads everything there is, or the other data cannot be read.
+        UserError: If the run reads all documents, so that none is held out, or the other data cannot be read.
     """
     if cfg.train.eval_every is None:
         return None
@@ -60,10 +60,10 @@ def subject_of(
     plan: RunPlan,
     placement: Placement,
 ) -> Subject | None:
-    """Describe what is evaluated every `eval_every` steps, and on what; None without that option.
+    """Return what is evaluated every `eval_every` steps, and the data for it; None without that option.
 
-    A batch has as many tokens as training gives an SAE at a time, so that the SAEs need no more memory than there. The
-    SAEs have sizes only: `Evaluating` gets each whole from the placement for as long as it is used.
+    A batch has as many tokens as training gives an SAE at a time, so the SAEs need no more memory than in training.
+    The SAEs here hold no weights: `Evaluating` gets each whole one from the placement while it is in use.
 
     Args:
         plan: The run; its source has the language model and the data.
@@ -71,17 +71,19 @@ def subject_of(
 
     Raises:
         UserError: If there is data without the option or the option without data, the data does not suit the model, or
-            the activations are not a live model's.
+            the source is not a live model.
     """
     cfg, source = plan.cfg, plan.source.language_model
     data = None if source is None else source.eval_data
     if cfg.eval_every is not None and source is None:
-        name = plan.source.name
-        raise UserError(f"eval_every needs the language model itself, and {name} gives its activations only")
+        raise UserError(
+            f"eval_every needs the language model, but the source {plan.source.name} only gives its activations: "
+            "leave out eval_every"
+        )
     if (cfg.eval_every is None) != (data is None):
         given, missing = ("eval_data", "eval_every") if cfg.eval_every is None else ("eval_every", "eval_data")
         raise UserError(
-            f"{given} is given without {missing}: they belong together, and eval_data is text that trains no SAE"
+            f"{given} is given without {missing}: give both or neither (eval_data is text that no SAE trains on)"
         )
     if cfg.eval_every is None or source is None:
         return None
@@ -94,7 +96,7 @@ def subject_of(
     check_tokens(chosen, source.vocabulary, what=what)
     check_ids(input_ids, source.vocabulary, what)
     if not source.counted(input_ids).any():
-        raise UserError("of the data to evaluate on every token is excluded (special tokens, --exclude-tokens)")
+        raise UserError("every token of the data to evaluate on is excluded: see special tokens and --exclude-tokens")
     no_head = "--shard-lm loads the language model without its head" if cfg.shard_lm else NO_HEAD
     mask_id = None if tokenizer is None else tokenizer.mask_token_id
     objective, name = choose_objective(predicts(model), mask_id, source.excluded, no_head)
@@ -118,27 +120,27 @@ class Pause(NamedTuple):
     """The outcome of the moment between two optimizer steps."""
 
     stop: int
-    """Who asked for a stop, over all ranks: a code of `saekit.training.interrupt`."""
+    """Who requested a stop, over all ranks: a code of `saekit.training.interrupt`."""
     seconds: float = 0.0
-    """The time that an evaluation took, which belongs to no step."""
+    """Seconds that the evaluation took; they belong to no step."""
 
 
-class _StopAsked(Exception):  # noqa: N818
-    """Ends an evaluation, on all ranks at the same pass."""
+class _StopRequested(Exception):  # noqa: N818
+    """Ends an evaluation after the same pass on all ranks."""
 
 
 class Evaluating:
-    """Evaluates every `eval_every` optimizer steps and after the last one.
+    """Evaluates the SAEs every `eval_every` optimizer steps and after the last one.
 
-    It reads the SAEs as a checkpoint would hold them, and nothing of the training is moved by it: neither its random
-    numbers, its batches and counters, nor its gradients and optimizers.
+    It reads the SAEs as a checkpoint would hold them and changes nothing in the training: random numbers, batches,
+    counters, gradients and optimizers stay as they are.
 
     Args:
         subject: From `subject_of`; None evaluates nothing.
         plan: The run.
         placement: The ranks.
-        report: Told what was found.
-        interruption: A stop ends an evaluation; the resumed run makes up for it.
+        report: Receives the results.
+        interruption: A requested stop ends an evaluation. The resumed run then evaluates first.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Evaluating:
         self.plan = plan
         self.placement = placement
         self.frames: dict[str, Frame] = {}
-        """Of transcoders and crosscoders, which the placement lends in the units that they are trained in."""
+        """The frames of transcoders and crosscoders: the placement returns these coders in their frames."""
         self.evaluate = None if subject is None else Evaluator(replace(subject, whole=self._whole))
         self.report = report
         self.interruption = interruption
@@ -165,38 +167,38 @@ class Evaluating:
                 report.status(f"Warning: {few}")
 
     def due(self, run: RunState) -> bool:
-        """Tell whether the SAEs should be evaluated after the step that was just done, and have not been yet."""
+        """Tell whether an evaluation is due after the last step and has not been made yet."""
         every = self.plan.cfg.eval_every
         if every is None or run.step == run.evaluated:
             return False
         return run.step % every == 0 or run.step == self.plan.total_steps
 
     def __call__(self, run: RunState) -> Pause:
-        """Evaluate if that is due, and find out, once for all ranks, whether a stop was asked for. Collective."""
+        """Evaluate if it is due, and find out for all ranks together whether a stop was requested. Collective."""
         if self.evaluate is None or not self.due(run):
-            return Pause(self._asked())
+            return Pause(self._stop_requested())
         began = time.perf_counter()
-        with suppress(_StopAsked):
+        with suppress(_StopRequested):
             for name, sizes in self.evaluate.subject.saes.items():
                 known = run.calibration[name]
                 sizes.max_norm, sizes.max_norm_out = known.max_norm, known.max_norm_out
                 if known.frame is not None:
                     self.frames[name] = known.frame
-            found = self.evaluate(self._look_up)
+            found = self.evaluate(self._check_stop)
             run.evaluated = run.step
             record = {**found.to_json(), "warnings": found.warnings()}
             self.report.evaluated(EvalStats(run.step, time.perf_counter() - began, record))
-        return Pause(self._asked(), time.perf_counter() - began)
+        return Pause(self._stop_requested(), time.perf_counter() - began)
 
     def _whole(self, name: str) -> Sae:
-        """Return a coder as a checkpoint would hold it, for activations as they are."""
+        """Return a coder as a checkpoint would hold it, with weights for the activations as they are."""
         sae = self.placement.whole_sae(name)
         frame = self.frames.get(name)
         return sae if frame is None else around(frame.fold(sae.state_dict()), **sae.sizes()).eval()
 
-    def _look_up(self, done: int, of: int) -> None:
-        if self._asked() != NOT_ASKED:
-            raise _StopAsked
+    def _check_stop(self, done: int, of: int) -> None:
+        if self._stop_requested() != NO_STOP:
+            raise _StopRequested
 
-    def _asked(self) -> int:
+    def _stop_requested(self) -> int:
         return max(request for (request,) in self.placement.exchange([self.interruption.request]))

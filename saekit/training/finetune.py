@@ -1,4 +1,4 @@
-"""What a run starts from: whether earlier coders are of its own kind and size, and their weights as it trains them."""
+"""Start a run from earlier coders: check that they fit it, and load their weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saekit.training.plan import size_at
 
 
 class Shape(NamedTuple):
-    """What two coders must have in common for one to go on from the other."""
+    """What two coders must have in common for one to start from the other."""
 
     site: Site
     num_latents: int
@@ -38,7 +38,11 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, name: str, sae: Sae) -> Shape:
-        """Return that of a coder by the name that it goes by.
+        """Return the shape of a coder.
+
+        Args:
+            name: The coder's name in the run.
+            sae: The coder.
 
         Raises:
             ValueError: See `site_at`.
@@ -47,11 +51,15 @@ class Shape(NamedTuple):
 
     @classmethod
     def read(cls, name: str, folder: Path) -> Shape:
-        """Read that of a saved coder, without its weights.
+        """Read the shape of a saved coder, without its weights.
+
+        Args:
+            name: The coder's name in the run.
+            folder: Where it is saved.
 
         Raises:
             FileNotFoundError: If there is no `cfg.json`.
-            ValueError: If that describes no coder that saekit can compute.
+            ValueError: If `cfg.json` describes no coder that saekit can compute.
         """
         config = read_config(folder / CONFIG_FILE)
         num_latents, d_in, d_out = read_sizes(folder)
@@ -59,22 +67,23 @@ class Shape(NamedTuple):
         return cls(site, num_latents, bool(config.get("skip_connection")))
 
     def differs(self, wanted: Shape, *, by_name: bool) -> str | None:
-        """Say why a coder that has another shape cannot go on from this one; None if it can.
+        """Say why a coder of the wanted shape cannot start from a coder of this shape; None if it can.
 
         Args:
-            wanted: The other's.
-            by_name: Whether hookpoints must have the same names, too: not where the user named one coder's folder.
+            wanted: The shape of the run's coder.
+            by_name: Whether hookpoints must have the same names, too. They need not if the user named the folder of a
+                single coder.
         """
         if self.size != wanted.size:
-            return f"has {self.size.text()}, this run's {wanted.size.text()}"
+            return f"has {self.size.text()}, this run's has {wanted.size.text()}"
         for does, here, there in (
             ("reads", self.site.reads, wanted.site.reads),
             ("writes", self.site.writes, wanted.site.writes),
         ):
             if here != there if by_name else _widths(here) != _widths(there):
-                return f"{does} {_listed(here)}, this run's {_listed(there)}"
+                return f"{does} {_listed(here)}, this run's {does} {_listed(there)}"
         if self.skip and not wanted.skip:
-            return "has a skip connection, this run's has none: give --skip-connection"
+            return "has a skip connection, this run's has none: add --skip-connection"
         return None
 
 
@@ -87,14 +96,14 @@ def _listed(hookpoints: Sequence[Hookpoint]) -> str:
 
 
 def check_finetune(path: Path, shapes: Mapping[str, Shape]) -> None:
-    """Check that the coders to start from are there and are like the run's, without reading their weights.
+    """Check that the coders to start from exist and fit the run's, without reading their weights.
 
     Args:
         path: `--finetune`.
-        shapes: Of the run's coders by name.
+        shapes: The shapes of the run's coders, by name.
 
     Raises:
-        UserError: If one is missing, damaged, of another size or of another kind.
+        UserError: If one is missing, damaged, or of another size or kind.
     """
     for name, wanted in shapes.items():
         folder, by_name = folder_of(path, name, only_unit=len(shapes) == 1)
@@ -109,11 +118,11 @@ def check_finetune(path: Path, shapes: Mapping[str, Shape]) -> None:
 
 
 def folder_of(path: Path, name: str, *, only_unit: bool) -> tuple[Path, bool]:
-    """Find the folder of a coder to start from, and tell whether it was found by its name.
+    """Return the folder of a coder to start from, and whether it was found by its name.
 
     Args:
-        path: A run or a checkpoint with coders of the same names, or, for a bank of one unit, one coder's folder.
-        name: The coder's.
+        path: A run or a checkpoint with coders of the same names. For a bank of one unit also one coder's folder.
+        name: The coder's name.
         only_unit: Whether the bank has no other unit.
 
     Raises:
@@ -123,7 +132,7 @@ def folder_of(path: Path, name: str, *, only_unit: bool) -> tuple[Path, bool]:
         return path, False
     folders = sae_folders(path)
     if name not in folders:
-        raise UserError(f"--finetune {path}: it has no coder for {name}, only for {', '.join(folders)}")
+        raise UserError(f"--finetune {path} has no coder for {name}, only for {', '.join(folders)}")
     return folders[name], True
 
 
@@ -134,7 +143,7 @@ def sae_folders(path: Path) -> dict[str, Path]:
         UserError: If there is none.
     """
     if not path.is_dir():
-        hint = "" if path.exists() else " (SAEs on the hub have to be downloaded first, with `hf download`)"
+        hint = "" if path.exists() else ": SAEs on the hub must be downloaded first, with `hf download`"
         raise UserError(f"--finetune {path}: there is no such folder{hint}")
     try:
         return find_sae_folders(path)
@@ -145,18 +154,19 @@ def sae_folders(path: Path) -> dict[str, Path]:
 def load_finetune(path: Path, name: str, sae: Sae, frame: Frame | None, *, only_unit: bool) -> Sae:
     """Replace the weights of a fresh coder by those of an earlier one, in place.
 
-    Where decoder rows are kept at norm 1 and the earlier one's are not, the encoder takes their lengths: what a chosen
-    latent adds to the reconstruction then stays the same until the first optimizer step.
+    If the run keeps decoder rows at norm 1 and the earlier coder's rows have other norms, the encoder's rows are
+    multiplied by those norms. What an active latent adds to the reconstruction then stays the same until the first
+    optimizer step.
 
     Args:
-        path: A run or a checkpoint with coders of the same names, or, for a bank of one unit, one coder's folder.
-        name: The coder's.
-        sae: The fresh one.
-        frame: In which it is trained.
+        path: A run or a checkpoint with coders of the same names. For a bank of one unit also one coder's folder.
+        name: The coder's name.
+        sae: The fresh coder.
+        frame: The frame in which it is trained; None for an SAE.
         only_unit: Whether the bank has no other unit.
 
     Returns:
-        The earlier one, as it is in its file.
+        The earlier coder, as it is in its file.
 
     Raises:
         UserError: If the coder is missing there, is damaged or has another size or kind.
@@ -169,7 +179,7 @@ def load_finetune(path: Path, name: str, sae: Sae, frame: Frame | None, *, only_
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--finetune {path}: {error}") from error
     weights = source.state_dict()
-    if sae.W_skip is not None:  # one that had none goes on as it was
+    if sae.W_skip is not None:  # zeros leave the predictions of an earlier coder without W_skip unchanged
         weights.setdefault("W_skip", torch.zeros_like(sae.W_skip))
     sae.load_state_dict(weights if frame is None else frame.unfold(weights))
     if sae.normalize_decoder:

@@ -1,4 +1,4 @@
-"""Frames: the units in which a transcoder or a crosscoder is trained, and its weights in the activations' own."""
+"""Frames: the units in which transcoders and crosscoders are trained, and the conversion of their weights."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from saekit.activations.sites import Site
 
 @dataclass(frozen=True)
 class Frame:
-    """How a unit in training sees its activations.
+    """Maps activations to what a unit in training sees.
 
-    A transcoder's input is centred, and scaled so that it is about as large as the target: all rates and the
-    biases then have the sizes that they have for an SAE. The scale is a power of two, so that weights can be brought
-    from one unit to the other and back without rounding. Of a crosscoder each hookpoint is scaled to the same variance.
+    A transcoder's input is centred and scaled to about the size of the target, so that learning rates and biases have
+    the sizes that they have for an SAE. The scale is a power of two, so weights are converted there and back without
+    rounding. A crosscoder's hookpoints are each scaled to the same variance.
 
-    `fold` turns weights that were trained in this frame into weights for activations as they are.
+    `fold` converts weights that were trained in this frame to weights for activations as they are.
     """
 
     scale_D: Tensor
-    """`[D]`, by which the input is multiplied; a crosscoder's target, which is its input, too."""
+    """`[D]`: the factor on the input. A crosscoder's target is its input, so it has the same factor."""
     rms: float
-    """Root mean square of the input as the unit sees it: the biases' unit."""
+    """Root mean square of the input as the unit sees it. The biases have this unit."""
     shift_D: Tensor | None = None
-    """`[D]`, what is subtracted from a transcoder's input before; None for a crosscoder, which subtracts `b_dec`."""
+    """`[D]`: subtracted from a transcoder's input before scaling. None for a crosscoder, which subtracts `b_dec`."""
 
     def split(self, chunk_NW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the input, `[N, D]`, and a transcoder's target, `[N, D_out]`, of what has come."""
+        """Split a chunk `[N, W]` into the input, `[N, D]`, and a transcoder's target, `[N, D_out]`, or None."""
         d_in = len(self.scale_D)
         return (chunk_NW, None) if self.shift_D is None else (chunk_NW[:, :d_in], chunk_NW[:, d_in:])
 
@@ -40,12 +40,12 @@ class Frame:
         return (x_ND if self.shift_D is None else x_ND - self.shift_D) * self.scale_D
 
     def to(self, device: torch.device) -> Frame:
-        """Return the same on a device."""
+        """Return the frame with its tensors on a device."""
         shift_D = None if self.shift_D is None else self.shift_D.to(device)
         return replace(self, scale_D=self.scale_D.to(device), shift_D=shift_D)
 
     def fold(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights for activations as they are, by parameter name; those that are the same are not copied."""
+        """Return weights for activations as they are, by parameter name. Unchanged tensors are not copied."""
         folded = dict(weights)
         scale_D = self.scale_D.to(weights["W_enc"].device)
         folded["W_enc"] = weights["W_enc"] * scale_D
@@ -59,7 +59,7 @@ class Frame:
         return folded
 
     def unfold(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inverse of `fold`, up to rounding."""
+        """Return weights for this frame from weights for activations as they are: inverts `fold` up to rounding."""
         own = dict(weights)
         scale_D = self.scale_D.to(weights["W_enc"].device)
         own["W_enc"] = weights["W_enc"] / scale_D
@@ -72,8 +72,8 @@ class Frame:
             own["b_dec"] = weights["b_dec"] + weights["W_skip"] @ shift_D
         return own
 
-    def lost(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights that `unfold` would round: an exact continuation needs them next to the folded ones."""
+    def inexact(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that `unfold` would round. To resume exactly, a checkpoint keeps them with the folded."""
         if self.shift_D is None:
             names = ["W_enc", "W_dec", "b_dec"]
         else:
@@ -81,13 +81,13 @@ class Frame:
         return {name: weights[name] for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps of it."""
+        """Return the tensors that a checkpoint keeps of the frame."""
         kept = {"scale": self.scale_D, "rms": torch.tensor(self.rms, dtype=torch.float64)}
         return kept if self.shift_D is None else {**kept, "shift": self.shift_D}
 
 
 def frame_of(site: Site, tensors: Mapping[str, Tensor]) -> Frame | None:
-    """Return the frame of which a checkpoint kept these tensors; None for an SAE."""
+    """Return the frame that a checkpoint kept as these tensors; None for an SAE."""
     if not needs_frame(site):
         return None
     return Frame(tensors["scale"], float(tensors["rms"]), tensors.get("shift"))
@@ -107,25 +107,25 @@ def framed(rows_NW: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor | None]
 
 
 def needs_frame(site: Site) -> bool:
-    """Tell whether a site's coder is trained in another frame than the activations' own: all but an SAE are."""
+    """Tell whether a site's coder is trained in a frame: transcoders and crosscoders are, SAEs are not."""
     return site.transcodes or len(site.reads) > 1
 
 
-def transcoders(d_in: int, mean_D: Tensor, variance: float, rms_out: float) -> Frame:
+def transcoder_frame(d_in: int, mean_D: Tensor, variance: float, rms_out: float) -> Frame:
     """Return a transcoder's frame.
 
     Args:
         d_in: D.
-        mean_D: `[D]`, the mean of what it reads.
-        variance: The total variance of that.
-        rms_out: Root mean square of its target, centred.
+        mean_D: `[D]`, the mean of its input.
+        variance: The total variance of its input.
+        rms_out: Root mean square of its centred target.
     """
     rms = (variance / d_in) ** 0.5
     scale = 2.0 ** round(math.log2(rms_out / rms))
     return Frame(torch.full((d_in,), scale), rms * scale, mean_D)
 
 
-def crosscoders(widths: Sequence[int], variances: Sequence[float]) -> Frame:
+def crosscoder_frame(widths: Sequence[int], variances: Sequence[float]) -> Frame:
     """Return a crosscoder's frame.
 
     Args:

@@ -1,4 +1,4 @@
-"""How the coders of a run begin: initial weights, fitted to the first batch, or those of earlier coders."""
+"""Initial coders of a run: weights fitted to the first batch, or those of earlier coders."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Fresh:
     Args:
         plan: The run.
         calibration: By site.
-        sample: By site `[R, W]`, what it is fitted to; used up. Empty for a run that goes on.
-        resumes: Whether the run goes on from a checkpoint, whose weights come later.
+        sample: By site `[R, W]`, the activations that its coder is fitted to. Entries are removed as they are used.
+            Empty for a resumed run.
+        resumes: Whether the run resumes from a checkpoint, whose weights are loaded later.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Fresh:
         self.plan, self._calibration, self._sample, self._resumes = plan, calibration, sample, resumes
         self._scales: dict[Sae, float] = {}
         self.earlier: set[str] = set()
-        """How the coders of `--finetune` choose their latents, in words."""
+        """The selections of the coders of `--finetune`, in words."""
 
     def __call__(self, name: str, /, *, blank: bool = False) -> Sae:
         """Make a unit's coder on the CPU."""
@@ -57,6 +58,7 @@ class Fresh:
     def optimizer(self, sae: Sae) -> TorchOptimizer:
         """Make a coder's optimizer.
 
-        What a placement makes later, to put a sharded unit together, takes no step: its rate does not matter.
+        A placement also makes optimizers later, to assemble a sharded unit. Those take no step, so their learning rate
+        does not matter.
         """
         return make_optimizer(self.plan.cfg, sae, self._scales.get(sae, 1.0))

@@ -1,6 +1,7 @@
-"""Requests to stop: by Ctrl-C, or by a scheduler that wants the machine back.
+"""Requests to stop: by Ctrl-C, or by a scheduler's signal.
 
-Ctrl-C once, SIGTERM and SIGUSR1 (what SLURM sends): finish the step, save, stop. Ctrl-C twice: stop now.
+After one Ctrl-C, a SIGTERM or a SIGUSR1 (SLURM sends these), the run finishes the step, saves and stops. A second
+Ctrl-C stops it at once.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-NOT_ASKED, BY_SCHEDULER, BY_USER = 0, 1, 2
-"""Codes for who asked for a stop; over several ranks the highest counts."""
+NO_STOP, BY_SCHEDULER, BY_USER = 0, 1, 2
+"""Codes for who requested a stop. The highest code over all ranks decides."""
 
 SCHEDULER_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Windows has no SIGUSR1."""
 
 
 class Interruption:
-    """Knows whether the user or a scheduler has asked the run to stop."""
+    """Holds the request to stop, if the user or a scheduler has made one."""
 
     def __init__(self) -> None:
-        self.request = NOT_ASKED
+        self.request = NO_STOP
 
 
 @contextmanager
 def graceful_interrupt(grace: float, last_words: Callable[[str], None]) -> Iterator[Interruption]:
     """Turn the first Ctrl-C and a scheduler's signals into a request; a second Ctrl-C interrupts as usual.
 
-    Outside the main thread, where Python allows no signal handlers, nothing is requested.
+    Python allows signal handlers in the main thread only. In other threads, signals make no request.
 
     Args:
-        grace: Seconds after a scheduler's signal within which the context must end; if it does not, the process does.
-        last_words: Told why, just before that.
+        grace: Seconds that the context has to end after a scheduler's signal. If it does not, the process ends.
+        last_words: Called with the reason just before the process ends.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -63,10 +64,10 @@ def graceful_interrupt(grace: float, last_words: Callable[[str], None]) -> Itera
 
 @contextmanager
 def _deadline(grace: float, last_words: Callable[[str], None]) -> Iterator[None]:
-    """End the process `grace` seconds after a scheduler's signal, whatever it is doing.
+    """End the process `grace` seconds after a scheduler's signal, even if it hangs in a library.
 
-    Python's handlers run between two bytecodes of the main thread, which can be waiting for another rank inside a
-    library. The numbers of signals arrive at this socket at once, where a thread of its own reads them.
+    Python runs signal handlers between two bytecodes of the main thread, which may be waiting for another rank inside
+    a library. The wakeup socket receives the signals' numbers at once, and a separate thread reads them.
     """
     numbers, writer = socket.socketpair()
     writer.setblocking(False)
@@ -81,11 +82,11 @@ def _deadline(grace: float, last_words: Callable[[str], None]) -> Iterator[None]
         end = time.monotonic() + grace
         try:
             numbers.settimeout(grace)
-            while numbers.recv(1):  # more signals; nothing when the context has ended
+            while numbers.recv(1):  # further signals; empty once the context has ended
                 numbers.settimeout(max(0.001, end - time.monotonic()))
         except TimeoutError:
             name = signal.Signals(number[0]).name
-            last_words(f"{name} came, and the step was not done and saved within --grace {grace:g} seconds")
+            last_words(f"{name} arrived, and the step was not finished and saved within --grace {grace:g} seconds")
             os._exit(128 + number[0])
 
     watcher = threading.Thread(target=watch, name="deadline", daemon=True)

@@ -1,4 +1,4 @@
-"""A run from its configuration: check, load, train."""
+"""Start a run from its configuration: check, load, train."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ from saekit.training.trainer import SaeTrainer
 
 
 def train_from_config(cfg: RunConfig, reporter: Reporter | None = None, have: InMemory | None = None) -> Path:
-    """Load what the configuration names, unless the caller has it, and train; returns the last checkpoint's folder.
+    """Load what the configuration names, train, and return the folder of the last checkpoint. Collective.
 
-    Cheap checks come first: the run's folder, trackers, the optimizer's library and `finetune`; then the model's files
-    and config (layers, context), then the data, and then the weights.
+    Cheap checks come first: the run's folder, trackers, the optimizer's library and `finetune`. Then come the model's
+    files and config (layers, context), the data, and last the weights.
+
+    Args:
+        cfg: The run.
+        reporter: Shows the progress of the run. By default, the live view or plain lines.
+        have: What the caller has loaded already.
 
     Raises:
-        UserError: If something in the configuration cannot be used.
+        UserError: If the configuration, the model or the data cannot be used; see `SaeTrainer.fit`.
+        SaveError: If a checkpoint cannot be written.
+        Interrupted: If the run was asked to stop, once it has saved a checkpoint.
     """
     have = have or InMemory()
     placement = connect(cfg.train.placement, cfg.train.layer_map)

@@ -1,4 +1,4 @@
-"""The live model of a run, from its configuration: check, read the data, and only then load the weights."""
+"""Open a run's live model from its configuration: check, read the data, then load the weights."""
 
 from __future__ import annotations
 
@@ -37,39 +37,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Objects that the caller has loaded already; the configuration then has only names for them."""
+    """Objects that the caller has loaded already. The configuration holds only names for them."""
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Of that model; None takes it from where the model was loaded from."""
+    """That model's tokenizer. None: loaded from where the model was loaded from."""
     rows: Any = None
-    """To train on: see `saekit.data.load.rows_in_memory`."""
+    """The data to train on, see `saekit.data.load.rows_in_memory`."""
     eval_rows: Any = None
-    """To evaluate on every `eval_every` steps."""
+    """The data to evaluate on every `eval_every` steps."""
     other_model: PreTrainedModel | None = None
-    """The second model, if crosscoders of two are trained."""
+    """The second model, for crosscoders of two models."""
     other_tokenizer: PreTrainedTokenizerBase | None = None
-    """Of that; None as for the first."""
+    """The second model's tokenizer. None: as for the first model."""
 
 
 def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], have: InMemory) -> LiveModel:
-    """Load what the configuration names, unless the caller has it. Collective.
+    """Load the model and the data that the configuration names, unless the caller has loaded them. Collective.
 
-    The cheapest comes first: what the model's config says of layers and context, then the data, then the weights.
+    Cheap steps come first: the model's config (layers, context), then the data, then the weights.
 
     Args:
         cfg: The run.
-        placement: The ranks; one of each machine tokenizes, the others read what it left in the cache.
-        say: Told what is done.
-        have: What is loaded already.
+        placement: The ranks. One rank per machine tokenizes; the others read its cache.
+        say: Receives progress messages.
+        have: What the caller has loaded already.
 
     Raises:
-        UserError: If something in the configuration cannot be used.
+        UserError: If the model, the data or an option cannot be used.
     """
     train = cfg.train
     check_inputs(cfg, placement.device, have)
     if train.shard_lm and cfg.model.load_in_8bit:
-        raise UserError("--shard-lm and --load-in-8bit contradict each other: eight-bit weights cannot be sharded")
+        raise UserError("--shard-lm cannot shard the 8-bit weights of --load-in-8bit: leave out one of the two")
     models = [_Model(cfg.model, have.model, have.tokenizer)]
     if cfg.other_model is not None:
         models.append(_Model(cfg.other_model, have.other_model, have.other_tokenizer))
@@ -82,7 +82,7 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
     for each in models:
         each.find_tokenizer()
         if each.tokenizer is None:
-            say(f"{each.cfg.model} has no tokenizer: its config says which tokens are special")
+            say(f"{each.cfg.model} has no tokenizer: taking the special tokens from its config")
     if len(models) == 2:
         one, other = models
         sizes = one.vocabulary, other.vocabulary
@@ -97,8 +97,8 @@ def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], 
     loaded = []
     for each, depth in zip(models, depths, strict=True):
         if each.loaded is None:
-            part = "whole" if train.loads_whole_model else f"up to layer {depth - 1} of {each.shape.num_layers}"
-            say(f"Loading {each.cfg.model} {part}")
+            part = "all layers" if train.loads_whole_model else f"up to layer {depth - 1} of {each.shape.num_layers}"
+            say(f"Loading {each.cfg.model} ({part})")
             loaded.append(_load(each.cfg, train, placement, each.shape, depth))
             choose_attention(loaded[-1], ctx_len)
         else:
@@ -121,9 +121,9 @@ class _Model:
     """One language model of a run, before its weights are loaded.
 
     Args:
-        cfg: Which it is, and how it is loaded.
-        loaded: The model, if the caller has it.
-        tokenizer: Its tokenizer, if the caller has that.
+        cfg: Its name and how to load it.
+        loaded: The model, if the caller has loaded it.
+        tokenizer: Its tokenizer, if the caller has loaded that.
     """
 
     def __init__(
@@ -132,22 +132,22 @@ class _Model:
         self.cfg, self.loaded, self.tokenizer = cfg, loaded, tokenizer
 
     def read(self) -> None:
-        """Read its config."""
+        """Read the model's config."""
         self.shape = model_shape(self.cfg) if self.loaded is None else shape_of(self.loaded.config)
 
     def find_tokenizer(self) -> None:
-        """Find its tokenizer; none if it has none, or does not say where it was loaded from."""
+        """Find the model's tokenizer. There is none if the model has none, or does not know where it came from."""
         if self.tokenizer is None and (self.loaded is None or self.loaded.name_or_path):
             self.tokenizer = find_tokenizer(self.cfg)
 
     @cached_property
     def vocabulary(self) -> int:
-        """Return how many tokens it knows."""
+        """Return the size of the model's vocabulary, in tokens."""
         return vocabulary_of(self.shape.config) if self.loaded is None else vocabulary(self.loaded)
 
 
 def _chosen(cfg: RunConfig, models: Sequence[_Model]) -> tuple[Any, ...]:
-    """Return the sites, and for each model the number of blocks that have to be loaded for them."""
+    """Return the sites, and for each model the number of blocks to load for them."""
     loaded = [each.loaded for each in models if each.loaded is not None]
     if len(loaded) == len(models):
         return chosen_in(cfg.train, *loaded), *(0 for _ in models)
@@ -169,7 +169,7 @@ def _load_data(
 def _load(cfg: ModelConfig, train: TrainConfig, placement: Placement, shape: ModelShape, depth: int) -> PreTrainedModel:
     device, sharded = placement.device, train.shard_lm
     model = agreed_type(cfg, device, placement.gather)
-    if train.loads_whole_model:  # the tap stops it after the last tapped layer all the same
+    if train.loads_whole_model:  # the tap still stops it after the last tapped layer
         return load_with_head(model, shape, device).model
 
     def load() -> PreTrainedModel:
@@ -177,6 +177,6 @@ def _load(cfg: ModelConfig, train: TrainConfig, placement: Placement, shape: Mod
 
     if not sharded:
         return load()
-    # Ranks of another machine, with a cache of its own, may still be tokenizing: for longer than a collective may take.
+    # Ranks on another machine have their own cache and may still be tokenizing, for longer than a collective may take.
     placement.gather(None)
     return placement.load_sharded(load, resolve_dtype(model.dtype, device))

@@ -1,4 +1,4 @@
-"""The message to the host: one tensor per optimizer step, read into fields with names."""
+"""The message to the host: one tensor per optimizer step, read into named fields."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from saekit.training.statistics import SUMS, Tally, read_tally
 FAULTS = ("activations", "loss", "gradient")
 """Where NaN or Inf can appear in an optimizer step, causes before effects."""
 CHECKS = (*FAULTS, "dead", "dead_before", "error", "firings", "counted")
-"""The numbers of each unit in every message, summed over ranks: on how many ranks each fault is; dead latents if the
-step counts, and if it does not; squared error; firings; counted tokens. The selection's own sums come behind them."""
+"""The numbers of each unit in every message, summed over ranks: ranks with each fault; dead latents if the step counts,
+and if it does not; squared error; firings; counted tokens. The selection's own sums follow them."""
 DEAD, DEAD_BEFORE, ERROR, COUNTS = (CHECKS.index(name) for name in ("dead", "dead_before", "error", "firings"))
 
 
 @dataclass(frozen=True)
 class StepMessage:
-    """All that the host reads of an optimizer step."""
+    """What the host reads of an optimizer step."""
 
     tokens: int
     """Tokens that trained the units, over all ranks."""
     faults: dict[str, str]
-    """By hookpoint, where NaN or Inf was on any rank: one of `FAULTS`. Not empty: the step must not count."""
+    """By hookpoint, where any rank had NaN or Inf: one of `FAULTS`. A step with faults must not count."""
     num_dead: dict[str, int]
-    """Of each unit of this rank: its dead latents, if the step counts."""
+    """Dead latents of each unit of this rank, if the step counts."""
     report: dict[str, LayerStats] | None = None
-    """By hookpoint, in model order, since the last report, this step included if it counts; None if not asked for."""
+    """By hookpoint, in model order, since the last report, with this step if it counts. None if not requested."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Since:
     """The host's own counts of the steps since the last report."""
 
     steps: int = 0
-    """Those that counted."""
+    """Counted steps."""
     tokens: int = 0
-    """Theirs, over all ranks."""
+    """Tokens of the counted steps, over all ranks."""
 
 
 @dataclass(frozen=True)
 class MessageReader:
-    """Reads messages and reports, which are plain tensors on the CPU, summed over ranks."""
+    """Reads messages and reports from plain tensors on the CPU that are summed over ranks."""
 
     units: Sequence[UnitPlan]
     """All L units of the run."""
@@ -61,23 +61,23 @@ class MessageReader:
 
     @property
     def tally_size(self) -> int:
-        """Numbers in the tally of all units."""
+        """Return the size of the tally of all units."""
         return len(self.units) * len(SUMS) + sum(self.widths)
 
     def everywhere(self, tally: Tally, places: Tensor) -> Tensor:
-        """Lay this rank's tally out as a part of all units': zeros where a unit is elsewhere."""
+        """Copy this rank's tally into a tally of all units, with zeros for the units of other ranks."""
         return tally.flat.new_zeros(self.tally_size).index_copy_(0, places, tally.flat)
 
     def read(self, numbers: Tensor, columns: int, tokens: int, since: Since, *, report: bool) -> StepMessage:
-        """The fields of a message.
+        """Read a message.
 
         Args:
-            numbers: Dead latents of this rank's units; `[L, columns]` of `CHECKS` and the selections' sums; and with a
-                report the tally of the steps before, and this step's.
-            columns: See there.
-            tokens: Of the step, over all ranks.
-            since: Without the step.
-            report: Whether there is one.
+            numbers: Dead latents of this rank's units, then `[L, columns]` numbers: `CHECKS` and the selections' sums.
+                With a report, two tallies follow: that of the earlier steps in the window, and this step's.
+            columns: Numbers per unit.
+            tokens: Tokens of the step, over all ranks.
+            since: The window's counts without this step.
+            report: Whether the message contains a report.
         """
         L, mine = len(self.units), len(self.names)
         checks_LC = numbers[mine : mine + L * columns].view(L, columns)
@@ -89,7 +89,7 @@ class MessageReader:
         told = None
         if report:
             before, now = numbers[mine + L * columns :].split(self.tally_size)
-            if faults:  # there NaN may be
+            if faults:  # this step's tally may hold NaN
                 told = self.report(before, checks_LC[:, DEAD_BEFORE], since)
             else:
                 with_it = Since(since.steps + 1, since.tokens + tokens)
@@ -98,7 +98,7 @@ class MessageReader:
         return StepMessage(tokens, faults, num_dead, told)
 
     def report(self, tally: Tensor, dead_L: Tensor, since: Since) -> dict[str, LayerStats]:
-        """Make a report from the tally of all units, `Tally.flat`."""
+        """Return a report from the tally of all units, `Tally.flat`."""
         return {
             unit.name: read_tally(
                 tally,
@@ -115,10 +115,10 @@ class MessageReader:
 
 
 def read_later(value: Tensor) -> Callable[[], Tensor]:
-    """Start to bring a tensor to the host.
+    """Start to copy a tensor to the host.
 
     Returns:
-        A function that gives it, on the CPU. It waits for the tensor, not for anything that is enqueued in between.
+        A function that returns the tensor on the CPU. It waits for the copy, not for work enqueued after it.
     """
     host = value.to("cpu", non_blocking=True)  # from a GPU into pinned memory
     arrived = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None

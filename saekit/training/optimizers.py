@@ -1,4 +1,4 @@
-"""The optimizers a layer can be trained with, behind `LayerOptimizer`."""
+"""The optimizers of coders, which implement the protocol `LayerOptimizer`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,28 @@ from saekit.training.prepared import PreparedOptimizer
 from saekit.training.signum import ScheduleFreeSignum
 
 REFERENCE_LATENTS = 2**14
-"""The dictionary size at which the default learning rates are quoted."""
+"""The number of latents for which the default learning rates are given."""
 REFERENCE_WIDTH = 128
-"""The width of the residual stream at which Adam's are."""
+"""The width D for which Adam's default learning rate is given."""
 TRANSCODERS = 4.0
-"""Factor on Adam's for transcoders."""
+"""Factor on Adam's default learning rate for transcoders."""
 TRAINED_WEIGHTS = "trained"
-"""Under this name the state holds the weights that gradients are taken at, where others are exported."""
+"""The state's entry for the weights that gradients are taken at, if the optimizer exports averaged weights instead."""
 
 
 def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
-    """`--lr`, or the optimizer's default for a dictionary of this size.
+    """Return `--lr`, or the optimizer's default for a dictionary of this size.
 
     The rate falls with the square root of the number of latents (Gao et al. 2024, appendix A.3). Adam moves each number
-    by about the rate, which turns a row of norm 1 by the rate times √D: so that it turns as far whatever the width,
-    Adam's rate falls with the square root of D, too. BatchTopK's is twice TopK's, and a transcoder's four times an
-    SAE's: its encoder and decoder do not begin as a pair, and have further to go. All four are measured in
-    docs/quality-defaults.md and docs/quality.md (transcoders).
+    by about the rate, which turns a row of norm 1 by the rate times √D. Adam's rate therefore also falls with the
+    square root of D, so that rows turn equally far at every width. BatchTopK's rate is twice TopK's. A transcoder's is
+    four times an SAE's, because its encoder and decoder do not begin as a pair and have further to go. All four are
+    measured in docs/quality-defaults.md and docs/quality.md (transcoders).
+
+    Args:
+        cfg: The training's configuration.
+        num_latents: M.
+        d_in: D.
     """
     if cfg.lr is not None:
         return cfg.lr
@@ -46,10 +51,10 @@ def base_lr(cfg: TrainConfig, num_latents: int, d_in: int) -> float:
 
 
 def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
-    """The learning rates of the decoder and of `b_enc` over that of the encoder's matrix: as asked, or by default.
+    """Return the learning rates of the decoder and of `b_enc`, divided by that of `W_enc`: as configured or by default.
 
-    The defaults are measured for Adam alone (docs/quality-defaults.md). A bias is one number, so its rate does not
-    fall with D.
+    The defaults other than 1 are for Adam only, as measured in docs/quality-defaults.md. A bias is one number, so its
+    rate does not fall with D.
     """
     adam = cfg.optimizer in ("adam", "adam8bit")
     default = 6 * (d_in / REFERENCE_WIDTH) ** 0.5 if adam else 1.0
@@ -58,22 +63,22 @@ def rate_ratios(cfg: TrainConfig, d_in: int) -> tuple[float, float]:
 
 
 def decays(cfg: TrainConfig) -> bool:
-    """Tell whether the learning rate falls to zero over the run; a schedule-free optimizer averages instead."""
+    """Tell whether the learning rate falls to zero over the run. A schedule-free optimizer averages instead."""
     return cfg.optimizer != "signum"
 
 
 def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> TorchOptimizer:
     """Return the configured optimizer for one SAE.
 
-    Biases have the unit of the activations, and Adam's steps have no unit: with one rate for all, the biases of a layer
-    whose activations are of size 100 hardly move, and those of one of size 0.01 jump about. With the activations' root
-    mean square as `input_scale`, Adam trains the same SAE on `s · x` as on `x`, except for its biases, which are `s`
-    times as large: as if the activations had been normalized, and the weights that saekit saves take them as they are.
+    Biases have the unit of the activations, but Adam's steps have no unit. With one learning rate for all layers, the
+    biases hardly move if the activations are of size 100, and jump about if they are of size 0.01. With the
+    activations' root mean square as `input_scale`, Adam trains the same SAE on `s · x` as on `x`, with biases `s` times
+    as large. This has the effect of normalizing the activations, but the saved weights apply to them as they are.
 
     Args:
-        cfg: How to train.
+        cfg: The training's configuration.
         sae: The SAE.
-        input_scale: By which the biases' learning rate is multiplied, and Adam's ε divided.
+        input_scale: Factor on the biases' learning rates, and divisor of Adam's ε.
 
     Raises:
         UserError: If the optimizer's library is missing or too old.
@@ -102,8 +107,8 @@ def make_optimizer(cfg: TrainConfig, sae: Sae, input_scale: float = 1.0) -> Torc
     if cfg.optimizer == "signum":
         return TorchOptimizer(sae, [ScheduleFreeSignum(groups, lr=lr)])
     check_optimizer(cfg)
-    # Muon is for matrices; its step is scaled to the size of Adam's, so that one rate serves both.
-    # No weight decay, as in the others: it would pull on the encoder only, the decoder being renormalized.
+    # Muon is for matrices. Its step is scaled to the size of Adam's, so that both can use one learning rate.
+    # No weight decay, as for the others: the decoder is renormalized, so it would shrink the encoder only.
     muon = torch.optim.Muon(groups[:-2], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return TorchOptimizer(sae, [muon, torch.optim.Adam(groups[-2:], lr=lr, betas=betas, fused=True)])
 
@@ -117,7 +122,7 @@ class TorchOptimizer:
     Args:
         sae: The SAE.
         optimizers: Its optimizers.
-        one_sum: Whether a step adds to the gradient of a matrix once only.
+        one_sum: Whether a step adds to the gradient of a matrix only once.
     """
 
     def __init__(self, sae: Sae, optimizers: list[torch.optim.Optimizer], one_sum: bool = False) -> None:
@@ -125,12 +130,12 @@ class TorchOptimizer:
         self.optimizers = optimizers
         self.one_sum = one_sum
         self.averages = any(isinstance(each, ScheduleFreeSignum) for each in optimizers)
-        # SaeAdam projects and renormalizes while it has the rows in hand.
-        self._rows_apart = sae.normalize_decoder and not any(isinstance(each, SaeAdam) for each in optimizers)
+        # SaeAdam projects and renormalizes rows while it updates them.
+        self._normalizes = sae.normalize_decoder and not any(isinstance(each, SaeAdam) for each in optimizers)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     def prepare(self, lr_scale: float) -> None:
-        """Get the next step ready, at `lr_scale` times the base learning rates, without waiting for the device."""
+        """Prepare the next step at `lr_scale` times the base learning rates, without waiting for the device."""
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * lr_scale
@@ -138,12 +143,12 @@ class TorchOptimizer:
                 optimizer.prepare()
 
     def step(self) -> None:
-        """Take the prepared step, from the SAE's gradients."""
-        if self._rows_apart:
+        """Take the prepared step with the SAE's gradients."""
+        if self._normalizes:
             project_decoder_gradient_(self.sae)
         for optimizer in self.optimizers:
             optimizer.step()
-        if self._rows_apart:
+        if self._normalizes:
             normalize_decoder_(self.sae)
 
     def zero_grad(self) -> None:
@@ -152,7 +157,7 @@ class TorchOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def defer_gradients(self) -> None:
-        """Leave gradients of matrices to the step, unless one is a sum of several, which would take as much memory."""
+        """Defer the gradients of matrices to the step, unless they are sums of several: those would save no memory."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, SaeAdam) and self.one_sum:
                 optimizer.defer_gradients()
@@ -163,7 +168,7 @@ class TorchOptimizer:
         return [sums for deferred in of_adam for each in deferred.values() for sums in each]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly: `W_enc.exp_avg` and so on; plain numbers get the ending `.number`."""
+        """Return all state needed to resume exactly, such as `W_enc.exp_avg`; plain numbers' names end in `.number`."""
         found: dict[str, Tensor] = {}
         for name, optimizer, parameter, _ in self._parameters():
             for key, value in optimizer.state[parameter].items():
@@ -171,13 +176,13 @@ class TorchOptimizer:
                     found[f"{name}.{key}"] = value.detach()
                 else:
                     found[f"{name}.{key}.number"] = torch.tensor(value, dtype=torch.float64)
-            if isinstance(optimizer, ScheduleFreeSignum):  # what is exported is the average, not these weights
+            if isinstance(optimizer, ScheduleFreeSignum):  # `export` gives the average, not these weights
                 found[f"{name}.{TRAINED_WEIGHTS}"] = parameter.detach()
         return found
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` returned. Tensors move: a recorded graph has to be recorded again."""
+        """Load what `state` returned. Tensors get new addresses, so a recorded graph must be recorded again."""
         loaded: dict[torch.optim.Optimizer, dict[int, dict[str, object]]] = {each: {} for each in self.optimizers}
         for name, optimizer, parameter, number in self._parameters():
             own: dict[str, object] = {}
@@ -190,20 +195,20 @@ class TorchOptimizer:
                 elif key.endswith(".number"):
                     own[key.removesuffix(".number")] = _plain_number(value)
                 else:
-                    own[key] = value.clone()  # of a file that is mapped, which may go
+                    own[key] = value.clone()  # the value may be mapped from a file that is deleted later
             loaded[optimizer][number] = own
         for optimizer, values in loaded.items():
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def average(self) -> dict[str, Tensor]:
-        """The parameters by name, under Signum their averages: also of parts of an SAE's tensors."""
+        """Return the parameters by name, or their averages under Signum. Works on shards of the tensors, too."""
         return {
             name: optimizer.average(parameter) if isinstance(optimizer, ScheduleFreeSignum) else parameter.detach()
             for name, optimizer, parameter, _ in self._parameters()
         }
 
     def export(self) -> dict[str, Tensor]:
-        """The weights to keep, by parameter name: under Signum the average, its decoder rows scaled to norm 1."""
+        """Return the weights to save, by parameter name. Under Signum: the average, with decoder rows of norm 1."""
         weights = self.average()
         if self.averages and self.sae.normalize_decoder:
             weights["W_dec"] = unit_rows(weights["W_dec"])  # the mean of unit rows is shorter than one
@@ -224,7 +229,7 @@ def _plain_number(value: Tensor) -> int | float:
 
 
 def check_optimizer(cfg: TrainConfig) -> None:
-    """Check that the optimizer's library is there.
+    """Check that the optimizer's library is installed.
 
     Raises:
         UserError: If it is missing or too old.
@@ -236,20 +241,20 @@ def check_optimizer(cfg: TrainConfig) -> None:
 
 
 def import_bitsandbytes(option: str, instead: str) -> Any:
-    """Return the library bitsandbytes.
+    """Import bitsandbytes.
 
     Args:
-        option: What needs it.
-        instead: What to do without it.
+        option: The option that needs it, for the error message.
+        instead: What to do without it, for the error message.
 
     Raises:
         UserError: If it cannot be imported.
     """
     try:
         return importlib.import_module("bitsandbytes")
-    except Exception as error:  # importing it looks for CUDA's libraries, and may find others
+    except Exception as error:  # its import searches for CUDA libraries and can fail in any way
         raise UserError(
-            f"{option} needs bitsandbytes, which cannot be imported here ({first_line(error)}): {instead}"
+            f"{option} needs bitsandbytes, which cannot be imported ({first_line(error)}): {instead}"
         ) from error
 
 

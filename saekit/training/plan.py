@@ -1,4 +1,4 @@
-"""Resolves a run from the configuration, the source and the ranks, before anything is computed."""
+"""Resolve a run from the configuration, the source and the ranks, before anything is computed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """One unit, resolved."""
+    """The resolved plan of one unit."""
 
     site: Site
     num_latents: int
@@ -38,19 +38,19 @@ class UnitPlan:
     lr: float
     """The learning rate that warm-up rises to."""
     rate_ratios: tuple[float, float]
-    """Of the decoder's learning rate, and of `b_enc`'s, to that."""
+    """The learning rates of the decoder and of `b_enc`, divided by `lr`."""
     dead_threshold: int
     """Tokens without firing after which a latent is dead."""
 
     @classmethod
     def of(cls, cfg: TrainConfig, site: Site, source: Source) -> UnitPlan:
-        """Return the plan of a unit in a run.
+        """Resolve one unit of a run.
 
         Raises:
             ValueError: If the configuration does not fit the hookpoint's width.
         """
         num_latents = cfg.sae.resolve_num_latents(site.d_in)
-        asleep = dead_threshold(
+        dead_after = dead_threshold(
             cfg.dead_feature_threshold,
             total_tokens=source.num_sequences * source.ctx_len,
             step_tokens=source.global_batch * source.ctx_len,
@@ -58,30 +58,30 @@ class UnitPlan:
             k=cfg.sae.k,
         )
         rate = base_lr(cfg, num_latents, site.d_in)
-        return cls(site, num_latents, rate, rate_ratios(cfg, site.d_in), asleep)
+        return cls(site, num_latents, rate, rate_ratios(cfg, site.d_in), dead_after)
 
     @property
     def name(self) -> str:
-        """Return the site's."""
+        """Return the name of the site."""
         return self.site.name
 
     @property
     def size(self) -> Size:
-        """Return its size."""
+        """Return the size of the unit's coder."""
         return size_at(self.site, self.num_latents)
 
     def sizes(self, cfg: TrainConfig) -> dict[str, Any]:
-        """Return the arguments of a fresh `Sae`."""
+        """Return the arguments for a fresh `Sae`."""
         return sizes_at(cfg, self.site, self.num_latents)
 
     def work(self, cfg: TrainConfig, tokens: int) -> Work:
-        """Return the size of one call of the unit's encoder, for this many tokens."""
+        """Return the size of one call of the unit's encoder with `tokens` tokens."""
         return Work(tokens, self.site.d_in, self.num_latents, cfg.sae.kind(cfg.sae.k, self.num_latents).max_active)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run, resolved: every default filled in, every contradiction found."""
+    """The resolved plan of a run: all defaults are filled in and all contradictions found."""
 
     cfg: TrainConfig
     units: tuple[UnitPlan, ...]
@@ -91,11 +91,11 @@ class RunPlan:
     """The kernels of all units."""
     run_dir: Path
     run: RunConfig | None
-    """The whole run's configuration, where there is one."""
+    """The whole run's configuration, if there is one."""
 
     @property
     def hookpoints(self) -> tuple[str, ...]:
-        """Names of the units, in model order."""
+        """Return the names of the units, in model order."""
         return tuple(each.name for each in self.units)
 
     @property
@@ -105,12 +105,12 @@ class RunPlan:
 
     @property
     def coder(self) -> str:
-        """Return what its coders are called: SAE, transcoder or crosscoder."""
+        """Return the kind of the run's coders: SAE, transcoder or crosscoder."""
         return common(each.kind for each in self.sites)
 
     @property
     def costs(self) -> dict[str, float]:
-        """What a step of each unit costs, see `costs_of`."""
+        """Return what a step of each unit costs, see `costs_of`."""
         return costs_of({each.name: each.size for each in self.units})
 
     def unit(self, name: str) -> UnitPlan:
@@ -119,31 +119,31 @@ class RunPlan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the optimizer steps of the whole run."""
         return self.source.num_steps
 
     @cached_property
     def warmup(self) -> int:
-        """Optimizer steps of warm-up."""
+        """Return the optimizer steps of warm-up."""
         return warmup_steps(self.cfg.lr_warmup_steps, self.total_steps, decay=decays(self.cfg))
 
     def lr_scale(self, step: int) -> float:
-        """Factor on every learning rate in optimizer step `step`, which counts from 0."""
+        """Return the factor on every learning rate in optimizer step `step`, counted from 0."""
         return lr_scale(step, warmup=self.warmup, total_steps=self.total_steps, decay=decays(self.cfg))
 
     def config(self) -> dict[str, Any]:
-        """The whole configuration as plain values, without secrets; as `run.yaml` it starts the same run again."""
+        """Return the configuration as plain values without secrets. As `run.yaml` it starts the same run again."""
         source = self.source
         known = self.run.to_flat() if self.run else {"model": source.name, "dataset": source.data_name}
         values = {**known, **to_flat(self.cfg), "ctx_len": source.ctx_len, "run_name": self.run_dir.name}
-        # What to do with an existing folder was said for this time only.
+        # These two say what to do with an existing folder, for one start only.
         return {name: value for name, value in values.items() if name not in ("overwrite", "resume")}
 
     def resolved(self) -> dict[str, Any]:
-        """Return resolved defaults that depend on something else: a number, or one by hookpoint if they differ.
+        """Return the resolved options: for each one value, or values by hookpoint if units differ.
 
-        Kept apart from `config`: written there, a learning rate for one dictionary would look like the user's wish
-        for the next.
+        They are not part of `config`. There, a default learning rate would look as if the user had chosen it, and would
+        also apply to other dictionary sizes.
         """
         return {
             "lr": self._of_units(lambda unit: unit.lr),
@@ -165,11 +165,11 @@ class RunPlan:
 
     @property
     def select_dtype(self) -> str:
-        """In what precision candidates are found, as `--select-dtype` names it."""
+        """Return the precision in which candidates are selected, as `--select-dtype` names it."""
         return next(name for name, dtype in SELECT_DTYPES.items() if dtype == self.kernels.select_dtype)
 
     def place(self, step: int) -> dict[str, Any]:
-        """Return where a run stands after `step` optimizer steps, in the data and in the schedule."""
+        """Return the position in the data and the schedule after `step` optimizer steps, for a checkpoint's index."""
         source, lr = self.source, self.resolved()["lr"]
         scale = self.lr_scale(step - 1)
         return {
@@ -188,13 +188,13 @@ class RunPlan:
         }
 
     def about(self) -> dict[str, Any]:
-        """Return the origin that a checkpoint names."""
+        """Return what a checkpoint says about its origin: model, data set and context length."""
         source = self.source
         other = {} if source.other_name is None else {OTHER_MODEL: source.other_name}
         return {"model": source.name, **other, "dataset": source.data_name, "ctx_len": source.ctx_len}
 
     def info(self, placement: Placement, start_step: int) -> RunInfo:
-        """Return what reporters are told before the first step."""
+        """Return what reporters receive before the first step."""
         source = self.source
         return RunInfo(
             run_dir=self.run_dir,
@@ -226,28 +226,28 @@ class RunPlan:
 
 
 def costs_of(sizes: Mapping[str, Size]) -> dict[str, float]:
-    """Return what a step of each unit costs, relative to the others: the mean elements of its two matrices.
+    """Return the relative cost of a step of each unit: the mean number of elements of its two matrices.
 
     Args:
-        sizes: By name, in model order.
+        sizes: The units' sizes by name, in model order.
     """
     return {name: each.num_latents * (each.d_in + each.d_out) / 2 for name, each in sizes.items()}
 
 
 def checked(cfg: Any) -> TrainConfig:
-    """Return the configuration of a training.
+    """Return `cfg` if it is a `TrainConfig`.
 
     Raises:
-        UserError: If it is something else.
+        UserError: If it is not.
     """
     if not isinstance(cfg, TrainConfig):
-        hint = ": its part `train` is one" if isinstance(cfg, RunConfig) else ""
-        raise UserError(f"cfg is a {type(cfg).__name__}, and SaeTrainer takes a TrainConfig{hint}")
+        hint = ": pass its attribute `train`" if isinstance(cfg, RunConfig) else ""
+        raise UserError(f"cfg is a {type(cfg).__name__}, but SaeTrainer takes a TrainConfig{hint}")
     return cfg
 
 
 def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement: Placement) -> RunPlan:
-    """Resolve a run; the arguments are `SaeTrainer`'s. Collective.
+    """Resolve a run from `SaeTrainer`'s arguments. Collective.
 
     Raises:
         UserError: If the configuration does not fit the source.
@@ -264,15 +264,15 @@ def plan_run(cfg: TrainConfig, source: Source, run: RunConfig | None, placement:
 
 
 def sites_of(cfg: TrainConfig, source: Source) -> tuple[Site, ...]:
-    """Return what coders read and write of a source's hookpoints: what it says, or an SAE of each.
+    """Return the sites of a source: its own `sites`, or one SAE per hookpoint.
 
     Raises:
-        UserError: If the configuration asks for something else, and the source does not say.
+        UserError: If the configuration asks for other coders than SAEs and the source has no `sites`.
     """
     if source.sites is not None:
         return source.sites
     if cfg.coder != "SAE":
-        raise UserError(f"{cfg.asked[0]}: the source {type(source).__name__} gives no `sites`, so it is for SAEs only")
+        raise UserError(f"{cfg.asked[0]} needs a source with `sites`, and {type(source).__name__} has none: train SAEs")
     return tuple(map(autoencoder, source.hookpoints))
 
 
@@ -282,7 +282,7 @@ def size_at(site: Site, num_latents: int) -> Size:
 
 
 def sizes_at(cfg: TrainConfig, site: Site, num_latents: int) -> dict[str, Any]:
-    """Return the arguments of a fresh `Sae` at a site."""
+    """Return the arguments for a fresh `Sae` at a site."""
     sizes = cfg.sae.sizes(site.d_in, num_latents, site.d_out if site.transcodes else None)
     if needs_frame(site):
         sizes |= {"reads": widths_of(site.reads), "writes": widths_of(site.writes)}
@@ -290,7 +290,7 @@ def sizes_at(cfg: TrainConfig, site: Site, num_latents: int) -> dict[str, Any]:
 
 
 def default_run_name(model_name: str, run: RunConfig | None) -> str:
-    """Return a folder name such as `pythia-70m-fineweb`, made of the models' and the data set's."""
+    """Return a folder name made of the names of the models and the data set, such as `pythia-70m-fineweb`."""
     parts = [Path(model_name).name]
     if run is not None:
         parts += [Path(name).name for name in (run.train.crosscode_models,) if name is not None]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 class PreparedOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer that takes a step in two parts: `prepare()` on the host, then `step()` on the device.
 
-    `prepare` counts the step and computes every number that changes from step to step. It leaves them in one tensor
-    that stays at its place in memory. `step` reads tensors only: no number of Python's that changes, no value that the
-    host waits for, no shape that depends on data. A GPU may therefore record `step` once and replay it.
+    `prepare` counts the step and computes every number that changes from step to step. It writes them to one tensor
+    with a fixed address. `step` reads tensors only: it uses no changing Python number, no value that the host waits
+    for, and no shape that depends on data. A GPU may therefore record `step` once and replay it.
 
-    `prepare` expects that each parameter has a gradient when `step` runs: it counts the step for all of them.
+    `prepare` counts the step for all parameters, so each must have a gradient when `step` runs.
     """
 
     _static: Tensor | None = None
@@ -25,12 +25,12 @@ class PreparedOptimizer(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Get everything ready for the next `step`, at the learning rates of the groups, without waiting for a GPU."""
+        """Prepare the next `step` at the learning rates of the groups, without waiting for a GPU."""
         pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         if not pairs:
             return
         rows, device = [self._advance(*each) for each in pairs], pairs[0][0].device
-        # The allocator of pinned memory keeps it until the copy is done, so the next step may not overwrite it.
+        # The pinned memory's allocator does not reuse it before the copy is done, so the next step cannot overwrite it.
         numbers = torch.tensor(rows, dtype=torch.float64, pin_memory=device.type == "cuda")
         ids = [id(parameter) for parameter, _ in pairs]
         if self._static is None or self._static.device != device or list(self._rows) != ids:
@@ -40,9 +40,9 @@ class PreparedOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _advance(self, parameter: nn.Parameter, group: dict[str, Any]) -> Sequence[float]:
-        """Move what the host knows of a parameter on by a step; returns the step's numbers."""
+        """Advance a parameter's state on the host by one step, and return the numbers of that step."""
 
     def _numbers(self, parameter: nn.Parameter) -> Tensor:
-        """Put what `_advance` returned on the parameter's device, as float64."""
+        """Return what `_advance` returned for a parameter, as float64 on its device."""
         assert self._static is not None, "`prepare` comes before `step`"
         return self._rows[id(parameter)]

@@ -1,4 +1,4 @@
-"""A run's folder as all ranks see it: the right to write in it, and the checkpoint to go on from."""
+"""A run's folder on all ranks: its lock, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from saekit.training.saving import refuse_other_run
 def one_writer(
     cfg: TrainConfig, run_dir: Path, placement: Placement, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Hold the lock of a run's folder for all ranks; rank 0 takes it. Collective, at the beginning.
+    """Hold the lock of a run's folder for all ranks; rank 0 takes it. Collective on entry.
 
-    `--resume auto` waits for up to `--grace` seconds for another process to give it back: the job that was there before
-    may still be saving.
+    `--resume auto` waits up to `--grace` seconds for another process to release it, because the previous job may still
+    be saving.
+
+    Args:
+        cfg: The training's configuration.
+        run_dir: The run's folder.
+        placement: The ranks.
+        say: Receives messages about the wait.
 
     Yields:
-        What to call before each save, on all ranks. It raises a `UserError` if another process has taken the folder
-        over meanwhile.
+        A function to call before each save, on all ranks. It raises a `UserError` if another process has taken over
+        the folder.
 
     Raises:
         UserError: On all ranks, if another process trains in the folder, or if it cannot be made.
@@ -53,25 +59,25 @@ def one_writer(
         def check() -> None:
             if not placement.gather(lock is None or lock.renew())[0]:
                 raise UserError(
-                    f"another process has taken the run folder {run_dir} over, because this one has not renewed its "
-                    f"lock for {EXPIRES:g} seconds (was it stopped?): nothing more is written here"
+                    f"another process has taken over the run folder {run_dir}, because this process has not renewed "
+                    f"its lock for {EXPIRES:g} seconds (was it suspended?): this process stops and saves nothing more"
                 )
 
         yield check
 
 
 def checkpoint_to_go_on_from(plan: RunPlan, placement: Placement, say: Callable[[str], None]) -> Found | None:
-    """Find the checkpoint to continue from, if the run continues. One rank looks, so that all take the same.
+    """Return the checkpoint to resume from; None for a new run. Rank 0 looks, so all take the same. Collective.
 
     Raises:
-        UserError: On the rank that looks, if there is none, or if the run would be another training.
+        UserError: On rank 0, if there is no whole checkpoint, or if the run would continue another training.
     """
     found, resume = None, plan.cfg.resume
     if placement.rank == 0 and goes_on(plan.cfg, plan.run_dir):
-        say("Looking for a whole checkpoint")
+        say("Looking for a checkpoint to resume from")
         found = find_checkpoint(resume if isinstance(resume, Path) else plan.run_dir)
         refuse_other_run(found.index, plan)
         for damage in found.passed_over:
             say(f"Warning: {damage}")
-        say(f"Going on from {found.folder}")
+        say(f"Resuming from {found.folder}")
     return placement.gather(found)[0]

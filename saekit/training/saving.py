@@ -1,4 +1,4 @@
-"""When a run saves: the checkpoint, `latest`, `best`, and what is deleted."""
+"""Saves a run: the checkpoint, the links `latest` and `best`, and the deletion of old checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from saekit.training.state import RunState, records
 Part = TypeVar("Part")
 
 PATIENCE, PAUSE = 3600.0, 30.0
-"""Seconds for which the last save of a run is tried again while the disk refuses it, and seconds between two tries."""
+"""Seconds for which the last save of a run is tried again if the disk refuses it, and seconds between two tries."""
 
 HARMLESS = frozenset(
     {"save_every", "save_dir", "keep_last", "save_best", "overwrite", "resume", "log_every", "log_with", "num_proc"}
@@ -36,19 +36,19 @@ HARMLESS = frozenset(
 )
 """Options that a resumed run may change, because the training does not depend on them.
 
-Of the batch only its size over all ranks and micro-batches matters, which `RunPlan.resolved` holds."""
+How the global batch is split does not matter; `RunPlan.resolved` holds its size."""
 
 
 NOT_YET = {"mix": 1, "activations": None}
-"""What checkpoints did that are older than the option."""
+"""The values of options in checkpoints that are older than the options."""
 DERIVED = frozenset(
     {"lr", "lr_warmup_steps", "decoder_lr_ratio", "encoder_bias_lr_ratio", "dead_feature_threshold", "num_latents"}
 )
-"""Options whose defaults follow from other options and the data."""
+"""Options whose defaults depend on other options and on the data."""
 
 
 class Saver:
-    """Writes the checkpoints of one run and knows which was the best."""
+    """Writes the checkpoints of one run and keeps track of the best."""
 
     def __init__(self, plan: RunPlan, bank: Bank, run: RunState, warn: Callable[[str], None]) -> None:
         self.plan = plan
@@ -57,22 +57,22 @@ class Saver:
         self.placement = bank.placement
         self.run = run
         self.fvu: dict[str, float] = {}
-        """By hookpoint, of the last report."""
+        """The FVUs of the last report, by hookpoint."""
         self.mean_fvus: list[float] = []
-        """Means over layers, of the reports since the last checkpoint."""
+        """The mean FVU over layers of each report since the last checkpoint."""
 
     def note(self, stats: StepStats) -> None:
-        """Take in a report: `best` is chosen by the FVU between two checkpoints."""
-        if math.isfinite(stats.mean_fvu):  # else every step since the last report was skipped
+        """Record the FVUs of a report: the mean since the last checkpoint decides which checkpoint is `best`."""
+        if math.isfinite(stats.mean_fvu):  # not finite if every step since the last report was skipped
             self.fvu = {name: layer.fvu for name, layer in stats.layers.items()}
             self.mean_fvus.append(stats.mean_fvu)
 
     def save(self) -> Path:
-        """Write a checkpoint of the step that was just finished and return its folder. Collective.
+        """Write a checkpoint of the last step and return its folder. Collective.
 
         Raises:
-            SaveError: On all ranks, if one of them cannot write; the checkpoints there were are as they were.
-            UserError: On all ranks, if weights are not finite on one of them, or replicas differ.
+            SaveError: On all ranks, if one of them cannot write. Earlier checkpoints are unchanged.
+            UserError: On all ranks, if one of them has weights that are not finite, or if replicas differ.
         """
         run, plan = self.run, self.plan
         self._compare_replicas()
@@ -98,7 +98,7 @@ class Saver:
             "resolved": resolved,
         }
         layers = records(run, self.bank, plan, about, self.fvu)
-        # Each rank writes the layers it speaks for; the first begins and ends.
+        # Each rank writes the units that it leads; rank 0 begins and finishes the checkpoint.
         self._on_first(lambda: checkpoint.begin_checkpoint(plan.run_dir, run.step))
         written = self._on_all(lambda: checkpoint.write_layers(plan.run_dir, run.step, layers))
         files = {name: each for part in written if part is not None for name, each in part.items()}
@@ -109,10 +109,12 @@ class Saver:
         return run.checkpoint
 
     def save_last(self) -> Path:
-        """As `save`, at the end of a run: try again for an hour while the disk is full, for example. Collective.
+        """Save at the end of a run: like `save`, but try again for up to an hour, if the disk is full for example.
+
+        Collective.
 
         Raises:
-            SaveError: On all ranks, if that failed as well, or cannot succeed.
+            SaveError: On all ranks, if all tries failed, or the error is one that time does not fix.
             UserError: As `save`.
         """
         until, told = time.monotonic() + PATIENCE, False
@@ -120,7 +122,7 @@ class Saver:
             try:
                 return self.save()
             except SaveError as error:
-                left = self.placement.gather(until - time.monotonic())[0]  # all ranks end at the same try
+                left = self.placement.gather(until - time.monotonic())[0]  # all ranks give up at the same try
                 if error.lasting or left <= 0:
                     raise
                 if not told:
@@ -135,10 +137,9 @@ class Saver:
         for hookpoint, ranks in self.placement.strays().items():
             whose = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
             raise UserError(
-                f"{hookpoint}: the {self.plan.coder} of {whose} is not that of the other ranks at step "
-                f"{self.run.step}, so nothing is saved: processors of different kinds round differently, or one is "
-                "broken; "
-                f"{way_on(self.plan.run_dir)}, on processors of one kind or with --placement layer-map"
+                f"{hookpoint}: the {self.plan.coder} of {whose} differs from that of the other ranks at step "
+                f"{self.run.step}, so nothing is saved (processors of different kinds round differently, or one is "
+                f"broken). Use processors of one kind or --placement layer-map; {way_on(self.plan.run_dir)}"
             )
 
     def _finish(self, files: checkpoint.Fingerprints, index: dict[str, Any], improved: bool) -> None:
@@ -146,18 +147,18 @@ class Saver:
         folder = checkpoint.finish_checkpoint(plan.run_dir, self.run.step, files, index)
         if plan.cfg.save_best and improved:
             point(plan.run_dir / BEST, folder)
-        if self.run.bad_in_row:  # NaN or Inf just now: an older checkpoint may be the last good one
+        if self.run.bad_in_row:  # the last step was skipped, so an older checkpoint may be the last good one
             return
         try:
             checkpoint.prune(plan.run_dir, plan.cfg.keep_last)
-        except OSError as error:  # the new checkpoint is whole, and the next save tries again
+        except OSError as error:  # the new checkpoint is whole; the next save tries to delete again
             self.warn(f"Warning: an old checkpoint could not be deleted ({_words(error)})")
 
     def _on_first(self, work: Callable[[], None]) -> None:
         self._on_all(work if self.placement.rank == 0 else lambda: None)
 
     def _on_all(self, work: Callable[[], Part]) -> list[Part | None]:
-        """One part of the save, on every rank; where one cannot write, or must not, all give up together."""
+        """Do one part of a save on every rank. If one rank fails or refuses, all raise the same error. Collective."""
         result: Part | None = None
         problem: tuple[str, bool] | None = None
         refusal: str | None = None
@@ -176,25 +177,29 @@ class Saver:
             raise UserError(refusals[0])
         if problems:
             before = self.run.checkpoint
-            last = f"the one before it, {before}, is whole (--resume)" if before else "there is none before it"
+            last = f"the previous one, {before}, is whole (--resume)" if before else "there is no earlier one"
             message = f"the checkpoint of step {self.run.step} could not be written ({problems[0][0]}); {last}"
             raise SaveError(message, lasting=any(lasting for _, lasting in problems))
         return [part for part, _, _ in outcomes]
 
     def _clean_up(self) -> None:
-        """Give back the disk space of a save that failed, unless all that failed was what comes after it."""
+        """Delete the files of a failed save, unless its index is written and only a later part failed."""
         partial = checkpoint_folders(self.plan.run_dir, self.run.step)[1]
         if self.placement.rank == 0 and not (partial / INDEX_FILE).exists():
-            with suppress(OSError):  # the disk that is the trouble
+            with suppress(OSError):  # the disk may be what failed
                 discard(partial)
 
 
 def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     """Check that a resumed run continues the same training.
 
+    Args:
+        index: The checkpoint's index.
+        plan: The resumed run.
+
     Raises:
-        UserError: If an option or data that the training depends on have changed. The message lists all options that
-            did, but no default that follows from them.
+        UserError: If an option or data that the training depends on has changed. The message lists all options that
+            have changed, but no defaults that follow from them.
     """
     config, resolved = plan.config(), plan.resolved()
     known = NOT_YET | index["config"]
@@ -213,16 +218,16 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
         changed.append("the excluded tokens differ")
     steps = index["schedule"]["total_steps"]
     if not changed and steps != plan.total_steps:
-        changed.append(f"the data made {steps} steps and makes {plan.total_steps}")
+        changed.append(f"the data gave {steps} steps and now gives {plan.total_steps}")
     if not changed and index["data"]["checksum_of_last_step"] != plan.source.checksum(index["step"] - 1):
-        changed.append(f"the data set has other tokens in step {index['step']} than it had then")
+        changed.append(f"the data set has other tokens in step {index['step']} than before")
     changed = changed or differences(DERIVED)
     if changed:
         same_shape = all(before.get(name) == now.get(name) for name in ("num_latents", "d_in", "model"))
         start = f" from its {plan.coder}s with --finetune {plan.run_dir}" if same_shape else ""
         raise UserError(
-            f"--resume would go on with another training: {'; '.join(changed)}. To train so, leave out --resume and "
-            f"start a run of another --run-name{start}"
+            f"--resume would continue a different training: {'; '.join(changed)}. To train with these options, leave "
+            f"out --resume and start a run with another --run-name{start}"
         )
 
 
@@ -237,7 +242,7 @@ NAMES = {
     "model": "MODEL",
     "dataset": "DATASET",
 }
-"""How messages name entries that are not options of the command line."""
+"""Names in messages for entries that are not command-line options."""
 
 
 def _named(option: str) -> str:

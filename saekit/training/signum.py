@@ -13,26 +13,27 @@ from saekit.training.prepared import PreparedOptimizer
 class ScheduleFreeSignum(PreparedOptimizer):
     """Schedule-free sign descent (Defazio et al. 2024, "The Road Less Scheduled", arXiv 2405.15682, equations 3-5).
 
-    Three sequences: `z` takes the steps, `x` is their weighted mean, and gradients are taken at `y` between them:
+    It has three sequences: `z` takes the steps, `x` is the weighted mean of `z`, and gradients are taken at `y` between
+    the two:
 
         z' = z − lr · sign(∇f(y))
         x' = (1 − c) x + c z'        c = lr² / Σ lr²
         y' = (1 − β) z' + β x'
 
-    The parameters hold `y`; `x`, which is what should be used and saved, follows from `y` and `z`: see `average`.
-    Momentum is the averaging itself, which is why no decay of the learning rate is needed.
+    The parameters hold `y`. `average` computes `x`, the weights to use and to save, from `y` and `z`. The averaging
+    replaces momentum and makes a decay of the learning rate unnecessary.
 
     Args:
         params: Parameters of float type, or groups of them, as torch takes them.
         lr: Learning rate.
-        beta: β, how near the mean the gradients are taken.
+        beta: β, the weight of the mean `x` in `y`.
     """
 
     def __init__(self, params: Any, lr: float, beta: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "beta": beta})
 
     def _advance(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[float, ...]:
-        """Return the learning rate, and `c`."""
+        """Advance `Σ lr²` and return the learning rate and `c`."""
         lr, state = float(group["lr"]), self.state[parameter]
         if not state:
             state["z"] = parameter.clone()
@@ -42,7 +43,7 @@ class ScheduleFreeSignum(PreparedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take the step that `prepare` prepared; parameters without a gradient stay."""
+        """Take the prepared step. Parameters without a gradient do not move."""
         for group in self.param_groups:
             beta = group["beta"]
             for y in group["params"]:
@@ -56,7 +57,7 @@ class ScheduleFreeSignum(PreparedOptimizer):
                 torch.lerp(z, x, beta, out=y)
 
     def average(self, parameter: nn.Parameter) -> Tensor:
-        """`x`, the weights to use, for a parameter that holds `y`."""
+        """Return `x`, the weights to use, for a parameter that holds `y`."""
         state = self.state[parameter]
         if not state:
             return parameter.detach()
@@ -65,5 +66,5 @@ class ScheduleFreeSignum(PreparedOptimizer):
 
     @staticmethod
     def _mean(y: Tensor, z: Tensor, beta: float) -> Tensor:
-        """`x = z + (y − z) / β`."""
+        """Return `x = z + (y − z) / β`."""
         return torch.lerp(z, y, 1 / beta)

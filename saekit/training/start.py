@@ -1,4 +1,4 @@
-"""Calibration on the first global batch, and initial weights that fit it."""
+"""Calibrates on the first global batch, and fits initial weights to a sample of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saekit.training.unit import Calibration
 from saekit.units import percent
 
 ROWS = 512
-"""Tokens in the sample; each rank holds this many activations of every unit for a moment, on the CPU."""
+"""Tokens in the sample. Each rank holds this many activations of every unit on the CPU for a short time."""
 
 
 def calibrate(
@@ -32,27 +32,27 @@ def calibrate(
     placement: Placement,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Calibration], dict[str, Tensor]]:
-    """Measure each site's means and variances over the first global batch, and take a sample of it. Collective.
+    """Measure each site's mean and variance over the first global batch, and take a sample of it. Collective.
 
     If the norm of some tokens exceeds `max_norm_multiple` times the median, a second pass measures mean and variance
-    without them. Attention sinks, a few nearly equal tokens with a hundred times the norm of the others, would
-    otherwise be all of the variance (Sun et al. 2024, arXiv 2402.17762).
+    without them. Otherwise attention sinks, a few nearly equal tokens with about a hundred times the norm of the
+    others, would account for almost all of the variance (Sun et al. 2024, arXiv 2402.17762).
 
     Args:
         batches: This rank's micro-batches of the first step.
         plan: The run; its source gives the activations.
         placement: The ranks.
-        say: Told whether tokens are excluded.
+        say: Receives a message if tokens are excluded by their norm.
 
     Returns:
-        Both by site. The sample `[R, W]`, without excluded tokens, is empty unless initial weights, thresholds or the
-        norm limit need it.
+        The calibration and the sample, both by site. The sample, float32 `[R, W]` without excluded tokens, is empty
+        unless initial weights, thresholds or norm limits need it.
 
     Raises:
-        UserError: If no token of the batch trains an SAE, or activations are not finite or do not vary.
+        UserError: If every token of the batch is excluded, or activations are not finite or do not vary.
     """
     if count_tokens(plan.source, batches, placement) == 0:
-        raise UserError("--exclude-tokens leaves no token of the first batch to train on")
+        raise UserError("every token of the first batch is excluded: see --exclude-tokens and special tokens")
     cfg = plan.cfg
     sample, rows = None, {}
     if cfg.init == "fit" or cfg.sae.kind.fits or cfg.max_norm_multiple > 0:
@@ -62,10 +62,7 @@ def calibrate(
     if sample is not None:
         rows = sample.complete()
     if cfg.max_norm_multiple > 0:
-        for site in plan.sites:
-            norms_2R = _norms(site, rows[site.name])
-            limits[site.name] = [cfg.max_norm_multiple * float(norms_R.median()) for norms_R in norms_2R]
-            rows[site.name] = rows[site.name][_within(norms_2R, limits[site.name])]
+        limits = _limit_norms_(plan.sites, rows, cfg.max_norm_multiple)
     finite = all(bool(torch.isfinite(each.sum_squares)) for parts in moments.values() for each in parts)
     pairs = [pair for name, most in limits.items() for pair in zip(longest[name], most, strict=True)]
     if finite and any(norm > most for norm, most in pairs):
@@ -74,23 +71,40 @@ def calibrate(
         worst = max(shares, key=lambda name: shares[name])
         say(
             f"Tokens whose activation norm exceeds {cfg.max_norm_multiple:g} times the median are excluded "
-            f"(--max-norm-multiple): {percent(shares[worst])} of the tokens of {worst}, and some of "
-            f"{sum(share > 0 for share in shares.values())} of {len(shares)} layers"
+            f"(--max-norm-multiple), in {sum(share > 0 for share in shares.values())} of {len(shares)} layers: "
+            f"at most {percent(shares[worst])} of a layer's tokens ({worst})"
         )
-    # They scale losses and rates, in which replicas must not differ, as numbers made on different devices may.
+    # All ranks take rank 0's numbers: they scale losses and learning rates, in which replicas must not differ, but
+    # sums made on different devices may.
     measured = {site.name: calibration(site, moments[site.name], limits.get(site.name, [])) for site in plan.sites}
     numbers = placement.gather({name: each.numbers() for name, each in measured.items()})[0]
     return {name: replace(each, **numbers[name]) for name, each in measured.items()}, rows
 
 
+def _limit_norms_(sites: Sequence[Site], rows: dict[str, Tensor], multiple: float) -> dict[str, list[float]]:
+    """Return each site's norm limits, and remove the rows that exceed them from the sample, in place.
+
+    Args:
+        sites: The sites.
+        rows: The sample by site, `[R, W]`.
+        multiple: The limit as a multiple of the median norm.
+    """
+    limits: dict[str, list[float]] = {}
+    for site in sites:
+        norms_2R = _norms(site, rows[site.name])
+        limits[site.name] = [multiple * float(norms_R.median()) for norms_R in norms_2R]
+        rows[site.name] = rows[site.name][_within(norms_2R, limits[site.name])]
+    return limits
+
+
 def count_tokens(source: Source, batches: Sequence[Batch], placement: Placement) -> int:
-    """Count an optimizer step's tokens over all ranks. Collective."""
-    # Ranks tell each other plain numbers: a tensor's sum would wait for everything that a GPU still has to do.
+    """Count an optimizer step's counted tokens over all ranks. Collective."""
+    # Ranks exchange plain numbers: summing a tensor would wait for all work that is queued on the GPU.
     return sum(count for (count,) in placement.exchange([sum(source.count(batch) for batch in batches)]))
 
 
 def _counted(plan: RunPlan, batch: Batch) -> Iterator[tuple[Site, Tensor]]:
-    """Give what travels to each site, `[N, W]`, of counted tokens."""
+    """Yield each site with its joined activations, `[N, W]`, of counted tokens."""
     acts = plan.source(batch)
     joined = join(acts.of, plan.sites)
     for site in plan.sites:
@@ -99,13 +113,13 @@ def _counted(plan: RunPlan, batch: Batch) -> Iterator[tuple[Site, Tensor]]:
 
 
 def _norms(site: Site, x_NW: Tensor) -> Tensor:
-    """Return the norms of the input, `[1, N]`; of a transcoder also those of its target, `[2, N]`."""
+    """Return the norms of the input, `[1, N]`; for a transcoder also those of its target, `[2, N]`."""
     read_and_written = [site.d_in, site.d_out] if site.transcodes else [site.d_in]
     return torch.stack([part.float().norm(dim=1) for part in x_NW.split(read_and_written, 1)])
 
 
 def _within(norms_2N: Tensor, limits: Sequence[float]) -> Tensor:
-    """Tell which tokens have no norm above its limit: bool `[N]`. NaN has none."""
+    """Tell which tokens have no norm above its limit: bool `[N]`. NaN is not above any limit."""
     return ~(norms_2N > norms_2N.new_tensor(limits)[:, None]).any(0)
 
 
@@ -116,7 +130,18 @@ def _moments(
     limits: Mapping[str, Sequence[float]] | None = None,
     sample: Sample | None = None,
 ) -> tuple[dict[str, list[Moments]], dict[str, list[float]]]:
-    """Sum each part's moments up to the norm limits over a global batch; find the largest norms. Collective."""
+    """Sum the moments of each part of each site over a global batch, and find the largest norms. Collective.
+
+    Args:
+        batches: This rank's micro-batches.
+        plan: The run.
+        placement: The ranks.
+        limits: By site, norms above which tokens are left out of the moments; None for no limit.
+        sample: Receives the sampled tokens, if given.
+
+    Returns:
+        By site, the moments of each of its parts, and the largest norms (of the input, and of a transcoder's target).
+    """
     device = placement.device
     moments = {site.name: [Moments.zero(part.width, device) for part in site.parts] for site in plan.sites}
     longest = {site.name: torch.zeros(2 if site.transcodes else 1, device=device) for site in plan.sites}
@@ -140,18 +165,18 @@ def _moments(
 
 
 class Sample:
-    """Activations of some tokens of the first global batch: the same tokens for all units and on all ranks.
+    """A sample of the first global batch's activations, of the same tokens for all units and on all ranks.
 
     Args:
-        counted: Counted tokens in each of this rank's micro-batches of the step.
-        seed: Of the choice.
+        counted: The number of counted tokens in each of this rank's micro-batches of the step.
+        seed: The seed of the random choice of tokens.
         placement: The ranks. Making a sample is collective.
     """
 
     def __init__(self, counted: Sequence[int], seed: int, placement: Placement) -> None:
         self._placement = placement
         everywhere = placement.gather(list(counted))
-        # Micro-batches are dealt out first, then ranks: so a token's number does not depend on how many there are.
+        # Tokens are numbered by micro-batch, then by rank, so a token's number does not depend on the number of ranks.
         starts, total = [], 0
         for micro in range(len(counted)):
             before = sum(of_rank[micro] for of_rank in everywhere[: placement.rank])
@@ -171,7 +196,7 @@ class Sample:
         rows_RD[here_R] = x_ND[(self._numbers[here_R] - start).to(x_ND.device)].float().cpu()
 
     def complete(self) -> dict[str, Tensor]:
-        """Put together what the ranks have taken: by hookpoint `[R, D]`, float32, on the CPU. Collective."""
+        """Sum the ranks' parts and return the sample: by hookpoint `[R, D]`, float32, on the CPU. Collective."""
         for name, rows_RD in self.rows.items():  # one layer at a time
             self.rows[name] = self._placement.sum(rows_RD.to(self._placement.device)).cpu()
         return self.rows
@@ -179,19 +204,20 @@ class Sample:
 
 @torch.no_grad()
 def fit_(sae: Sae, rows_RD: Tensor, targets_RD: Tensor | None = None) -> None:
-    """Fit a fresh coder's weights, in place, so that the first reconstructions fit best.
+    """Scale a fresh coder's encoder, in place, so that its first predictions have the least squared error.
 
         W_enc = s · W        s = Σ_t (y_t − b_dec) · p_t / Σ_t ‖p_t‖²
 
-    where p is the prediction of y with s = 1, without `b_dec`. For an autoencoder y is x and W is `W_dec`: the k active
-    latents all point roughly in the direction of x, so together they overshoot several times. One that starts like that
-    unlearns it by pushing latents away from the data, where some of them die. Of a transcoder W is `W_enc` with rows of
-    norm 1, and the rows of `W_dec` point to where a linear map of the sample leads them (`linear_map`).
+    Here p is the prediction of y with s = 1, without `b_dec`. For an autoencoder y is x and W is `W_dec`. Without the
+    scale, its k active latents all point roughly in the direction of x, so their sum is several times too long.
+    Training would correct this by pushing latents away from the data, and some of them would die. For a transcoder W is
+    `W_enc` with rows of norm 1, and the rows of `W_dec` are the images of those rows under a linear map that is fitted
+    to the sample (`linear_map`), scaled to norm 1.
 
     Args:
         sae: A fresh coder on the CPU whose `b_dec` is the mean of its target.
-        rows_RD: `[R, D]`, float32: the input for R tokens; a transcoder's is centred.
-        targets_RD: `[R, D_out]`, a transcoder's target.
+        rows_RD: `[R, D]`, float32: the input for R tokens, centred for a transcoder.
+        targets_RD: `[R, D_out]`, float32: a transcoder's target; None for others.
     """
     W_MD: Tensor = sae.W_dec
     if targets_RD is None:
@@ -207,9 +233,9 @@ def fit_(sae: Sae, rows_RD: Tensor, targets_RD: Tensor | None = None) -> None:
 
 
 def linear_map(x_RD: Tensor, y_RD: Tensor) -> Tensor:
-    """Return A `[D, D_out]` with `y ≈ x A` on a sample: ridge regression, as strong as a tenth of the mean variance.
+    """Fit a linear map by ridge regression: return A, float32 `[D, D_out]`, with `y ≈ x A` on the sample.
 
-    A sample may have fewer tokens than dimensions.
+    The ridge is a tenth of the Gram matrix's mean diagonal element. A sample may have fewer tokens than dimensions.
     """
     x_RD, y_RD = x_RD.double(), y_RD.double()
     gram_DD = x_RD.T @ x_RD

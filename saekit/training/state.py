@@ -1,4 +1,4 @@
-"""The state of a run between two optimizer steps, how its SAEs begin, and what a checkpoint keeps of each unit."""
+"""The state of a run between two optimizer steps, fresh SAEs, and what a checkpoint keeps of each unit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from saekit.sae.model import without_memory
 from saekit.sae.selection.base import make_selection
 from saekit.sae.storage import folder_name
 from saekit.training.bank import Bank
-from saekit.training.frame import crosscoders, frame_of, needs_frame, transcoders
+from saekit.training.frame import crosscoder_frame, frame_of, needs_frame, transcoder_frame
 from saekit.training.plan import RunPlan
 from saekit.training.statistics import Moments
 from saekit.training.unit import Calibration
 
 FRAME = "frame."
-"""Begins the names of what a checkpoint keeps of a unit's frame, and of its weights in that."""
+"""Prefix in a checkpoint for a unit's frame and for its weights in that frame."""
 
 
 class Fault(NamedTuple):
@@ -39,7 +39,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class RunState:
-    """Where a run stands."""
+    """The state of a run."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -48,18 +48,19 @@ class RunState:
     skipped: int = 0
     """Optimizer steps skipped because of NaN or Inf."""
     bad_in_row: int = 0
-    """The number of skipped steps in a row, up to now."""
+    """Skipped steps in a row, up to the current step."""
     last_fault: Fault | None = None
-    """Of the step that was skipped last."""
+    """The fault of the last skipped step."""
     lowest: dict[str, Lowest] = field(default_factory=dict)
-    """By hookpoint, the lowest FVU that a report had so far."""
+    """By hookpoint, the lowest FVU of all reports so far."""
     calibration: dict[str, Calibration] = field(default_factory=dict)
+    """By site."""
     evaluated: int = 0
-    """The step after which the SAEs were evaluated last; 0 before the first time."""
+    """The step after which the SAEs were last evaluated; 0 before the first evaluation."""
     best_fvu: float = float("inf")
     """The lowest mean FVU between two checkpoints so far."""
     checkpoint: Path | None = None
-    """The checkpoint that was written last, or that the run continued from."""
+    """The last written checkpoint, or the one that the run resumed from."""
 
 
 def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
@@ -68,7 +69,7 @@ def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
     Args:
         plan: The run.
         name: The hookpoint.
-        blank: Leave the weights open instead of drawing them.
+        blank: Leave the weights uninitialized, since the caller fills them.
     """
     unit = plan.unit(name)
     sizes = unit.sizes(plan.cfg)
@@ -83,12 +84,12 @@ def new_sae(plan: RunPlan, name: str, *, blank: bool = False) -> Sae:
 
 
 def calibration(site: Site, moments: Sequence[Moments], limits: Sequence[float] = ()) -> Calibration:
-    """Compute a site's mean, variance and frame from sums over the first global batch's counted activations.
+    """Compute a site's calibration from sums over the first global batch's counted activations.
 
     Args:
-        site: Its inputs and targets.
-        moments: Of each of its parts.
-        limits: The largest norms of counted activations: of the input, and of a transcoder's target.
+        site: The site.
+        moments: The moments of each of its parts.
+        limits: The norm limits of the input and of a transcoder's target; empty for none.
 
     Raises:
         UserError: If the activations hold NaN or Inf, or do not vary.
@@ -99,13 +100,13 @@ def calibration(site: Site, moments: Sequence[Moments], limits: Sequence[float] 
     if site.transcodes:
         read = len(site.reads)
         mean_D, variance = torch.cat(means[read:]), sum(variances[read:])
-        frame = transcoders(
+        frame = transcoder_frame(
             site.d_in, torch.cat(means[:read]).cpu(), sum(variances[:read]), (variance / site.d_out) ** 0.5
         )
         return Calibration(mean_D, variance, limit, limit_out, frame)
     if not needs_frame(site):
         return Calibration(means[0], variances[0], limit)
-    frame = crosscoders([each.width for each in site.parts], variances)
+    frame = crosscoder_frame([each.width for each in site.parts], variances)
     return Calibration(torch.cat(means) * frame.scale_D.to(means[0].device), float(site.d_in), limit, None, frame)
 
 
@@ -116,37 +117,47 @@ def _variance(name: str, moments: Moments) -> float:
             "try --dtype bfloat16 or float32"
         )
     variance = float(moments.total_variance())
-    # Rounding leaves a little of a variance that is zero.
+    # Because of rounding, a variance of zero may come out as slightly more.
     if not variance > 1e-12 * float(moments.sum_squares / moments.count):
-        raise UserError(f"{name}: its activations on the first batch do not vary, so there is nothing to learn")
+        raise UserError(
+            f"{name}: the activations of the first batch do not vary, so there is nothing to learn: "
+            "leave out this hookpoint, or check the data"
+        )
     return variance
 
 
 def are_finite(weights: dict[str, Tensor]) -> bool:
-    """Tell whether weights are without NaN and Inf."""
-    # A sum needs no memory, unlike isfinite of each element.
+    """Tell whether weights are free of NaN and Inf."""
+    # A sum needs no memory; isfinite of each element would.
     return all(bool(torch.isfinite(tensor.sum())) for tensor in weights.values())
 
 
 def records(
     run: RunState, bank: Bank, plan: RunPlan, about: dict[str, Any], fvu: dict[str, float]
 ) -> Iterator[tuple[str, LayerRecord]]:
-    """Make a checkpoint's content of each unit that this rank leads, one unit at a time. Collective.
+    """Yield a checkpoint's content for each unit that this rank leads, one unit at a time. Collective.
+
+    Args:
+        run: The state of the run.
+        bank: The units.
+        plan: The run.
+        about: Entries about the run for each unit's `cfg.json`.
+        fvu: The units' FVUs in the last report, by hookpoint.
 
     Raises:
-        UserError: At the end, if weights have NaN or Inf, which no run could continue from.
+        UserError: After the last unit, if weights have NaN or Inf: no run could resume from them.
     """
     placement = bank.placement
     broken: list[str] = []
     for name, weights, optimizer_state in placement.each_whole():
         if broken or not are_finite(weights):
-            broken.append(name)  # other ranks still need this one's part of the units that they write
+            broken.append(name)  # go on: other ranks need this rank's parts of their units
             continue
         known = run.calibration[name]
         tensors = {
             **bank.state_of(name),
             **calibration_tensors(known),
-            **{f"{FRAME}{key}": value for key, value in (known.frame.lost(weights) if known.frame else {}).items()},
+            **{f"{FRAME}{key}": value for key, value in (known.frame.inexact(weights) if known.frame else {}).items()},
             **{f"optim.{key}": value for key, value in optimizer_state.items()},
         }
         unit_about = {
@@ -159,16 +170,16 @@ def records(
         }
         delivered = weights if known.frame is None else known.frame.fold(weights)
         yield name, LayerRecord(placement.sae(name), delivered, tensors, unit_about)
-        del delivered, weights, optimizer_state, tensors  # before the next unit is made
+        del delivered, weights, optimizer_state, tensors  # free them before the next unit is assembled
     if broken:
         raise UserError(
-            f"{broken[0]}: NaN or Inf in the {plan.coder}'s weights at step {run.step}, which is not saved; try a "
-            "smaller --lr"
+            f"{broken[0]}: NaN or Inf in the {plan.coder}'s weights at step {run.step}, so this step is not saved: "
+            "try a smaller --lr"
         )
 
 
 def calibration_tensors(known: Calibration) -> dict[str, Tensor]:
-    """Return what a checkpoint keeps of a calibration."""
+    """Return the tensors that a checkpoint keeps of a calibration."""
     numbers = {"variance": known.variance, "max_norm": known.max_norm, "max_norm_out": known.max_norm_out}
     kept = {name: torch.tensor(each, dtype=torch.float64) for name, each in numbers.items() if each is not None}
     frame = {} if known.frame is None else known.frame.tensors()
@@ -176,7 +187,7 @@ def calibration_tensors(known: Calibration) -> dict[str, Tensor]:
 
 
 def read_calibration(checkpoint: Path, sites: Iterable[Site]) -> dict[str, Calibration]:
-    """Read the calibration from a checkpoint, on the CPU.
+    """Read the calibration of each site from a checkpoint, on the CPU.
 
     Raises:
         UserError: If a file is missing or damaged.
@@ -193,7 +204,13 @@ def read_calibration(checkpoint: Path, sites: Iterable[Site]) -> dict[str, Calib
 
 
 def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) -> None:
-    """Restore a run from a checkpoint; `index` is what `read_index` returned, and its calibration is read already.
+    """Restore a run from a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+        index: What `read_index` returned.
+        run: The state to fill in. Its calibration must be read already.
+        bank: The units to load.
 
     Raises:
         UserError: If a file is missing or damaged.
@@ -201,7 +218,7 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
     run.checkpoint = checkpoint
     run.step, run.tokens = index["step"], index["tokens"]
     run.skipped, run.bad_in_row = index["skipped_steps"], index["bad_steps_in_row"]
-    run.last_fault = Fault(*index["last_fault"]) if index.get("last_fault") else None  # an older index has none
+    run.last_fault = Fault(*index["last_fault"]) if index.get("last_fault") else None  # older checkpoints have none
     run.lowest = {name: Lowest(*each) for name, each in index.get("lowest_fvu", {}).items()}
     run.evaluated = index["evaluated_step"]
     run.best_fvu = float("inf") if index["best_fvu"] is None else index["best_fvu"]
@@ -214,7 +231,7 @@ def restore(checkpoint: Path, index: dict[str, Any], run: RunState, bank: Bank) 
         weights = saved.state_dict()
         if (frame := run.calibration[name].frame) is not None:
             weights = frame.unfold(weights)
-            weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.lost(weights)}
+            weights |= {key: tensors[f"{FRAME}{key}"] for key in frame.inexact(weights)}
         bank.placement.load(name, weights, optimizer)
         bank.placement.sae(name).selection.load_(saved.selection)
     bank.count_dead()

@@ -1,4 +1,4 @@
-"""Sums over tokens, which become means when they are read; those of all units are in one tensor."""
+"""Sums over tokens, stacked over units in one tensor. Reading them makes means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from saekit.sae import Losses, Sae, SaeOutput
 
 @dataclass
 class Moments:
-    """First and second moments of one hookpoint's activations, in float64, so that large means do no harm."""
+    """First and second moments of one hookpoint's activations, in float64, so that large means do not cancel."""
 
     sum_D: Tensor
     """`Σ_t x_t`, `[D]`."""
@@ -25,22 +25,27 @@ class Moments:
 
     @classmethod
     def zero(cls, d_in: int, device: torch.device) -> Moments:
-        """Of no token."""
+        """Return the moments of no tokens."""
         zeros = torch.zeros(d_in + 2, dtype=torch.float64, device=device)
         return cls(zeros[:d_in], zeros[d_in], zeros[d_in + 1])
 
     def add(self, x_ND: Tensor) -> None:
-        """Count a chunk of tokens."""
+        """Add a chunk of tokens, `[N, D]`."""
         x_ND = x_ND.to(torch.float64)
         self.sum_D += x_ND.sum(0)
         self.sum_squares += x_ND.square().sum()
         self.count += x_ND.shape[0]
 
     def add_centred(self, x_ND: Tensor, centre_D: Tensor, counted_N1: Tensor | None = None) -> None:
-        """Count the `counted` tokens of a chunk (None for all), as seen from a fixed point near their mean.
+        """Add the counted tokens of a chunk, after subtracting a fixed point near their mean.
 
-        Within the chunk float32 is enough then: nothing large cancels. On a CPU it is some 20 times as fast. Variance
-        and deviation do not depend on the point; the mean is the mean's distance from it.
+        No large numbers cancel then, so float32 is enough within the chunk. On a CPU it is about 20 times as fast as
+        float64. Variance and deviation do not depend on the point. `mean_D` becomes relative to it.
+
+        Args:
+            x_ND: `[N, D]`.
+            centre_D: `[D]`, the point.
+            counted_N1: bool `[N, 1]`; None if all tokens are counted.
         """
         x_ND = x_ND - centre_D
         if counted_N1 is not None:
@@ -50,20 +55,20 @@ class Moments:
         self.count += x_ND.shape[0] if counted_N1 is None else counted_N1.sum()
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Moments:
-        """Return the same over all ranks, in one reduction."""
+        """Return the moments over all ranks, with one call of `reduce`, which sums a tensor over ranks."""
         together = reduce(torch.cat([self.sum_D, self.sum_squares.view(1), self.count.view(1)]))
         return Moments(together[:-2], together[-2], together[-1])
 
     def mean_D(self) -> Tensor:
-        """`[D]`, float64."""
+        """Return the mean, float64 `[D]`."""
         return self.sum_D / self.count
 
     def deviation(self) -> Tensor:
-        """`Σ_t ‖x_t − mean‖²`, a float64 scalar."""
+        """Return `Σ_t ‖x_t − mean‖²`, a float64 scalar."""
         return self.sum_squares - self.sum_D.square().sum() / self.count
 
     def total_variance(self) -> Tensor:
-        """σ², the trace of the covariance, a float64 scalar."""
+        """Return σ², the trace of the covariance, a float64 scalar."""
         return self.deviation() / self.count
 
 
@@ -73,35 +78,35 @@ def without_excluded(
     counted_N1: Tensor | None = None,
     *,
     y_ND: Tensor | None = None,
-    may_ask: bool = False,
+    may_sync: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Put zeros in place of excluded tokens' activations; the number of rows stays the same.
+    """Mask excluded tokens: put zeros in place of their activations, and keep the number of rows.
 
-    The host then need not wait for a GPU to count them, and NaN stays NaN, so that it is noticed.
+    The host therefore need not wait for a GPU to count the tokens. NaN stays NaN, so that it is noticed.
 
     Args:
-        sae: Its `max_norm` and `max_norm_out` exclude tokens with activations whose norm is larger.
-        x_ND: `[N, D]`.
+        sae: Its `max_norm` and `max_norm_out` exclude tokens whose activations have a larger norm.
+        x_ND: `[N, D]`, the input.
+        counted_N1: bool `[N, 1]`, False for tokens that are excluded by their id; None if there are none.
         y_ND: `[N, D_out]`, a transcoder's target.
-        counted_N1: bool `[N, 1]`, False for tokens that are excluded already, by their id; None if there is none.
-        may_ask: Whether the host may read whether any norm is too large; almost always none is.
+        may_sync: Whether the host may read from the device whether any norm is too large, which is rare.
 
     Returns:
-        The activations, and bool `[N, 1]` for `SaeOutput.masked`: which tokens are counted. None if none is excluded.
+        The activations, and bool `[N, 1]` for `SaeOutput.masked`: which tokens are counted; None if all are.
     """
     if sae.max_norm is not None or sae.max_norm_out is not None:
         short_N1 = sae.counted(x_ND, y_ND).unsqueeze(1)
-        if not (may_ask and bool(short_N1.all())):
+        if not (may_sync and bool(short_N1.all())):
             counted_N1 = short_N1 if counted_N1 is None else short_N1 & counted_N1
     return (x_ND, None) if counted_N1 is None else (x_ND * counted_N1, counted_N1)
 
 
 class Segments:
-    """The places of all units' latents (or dimensions) in one flat tensor.
+    """The segments of U units' latents in one flat tensor.
 
     Args:
-        sizes: Of each of U units.
-        device: Of the tensors.
+        sizes: Latents of each unit.
+        device: The device of the flat tensors.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
@@ -129,16 +134,16 @@ class Segments:
 
 
 SUMS = ("squared_error", "multi_error", "firings", "loss", "auxk_loss", "sum_squares", "counted")
-"""The sums over each unit's tokens: squared error and that at 4k, values above zero, loss and AuxK's loss (both
-divided by the step's tokens already, so that their mean is over steps), and the moments of the target."""
+"""The sums over each unit's tokens: squared error, squared error at 4k, firings, loss and AuxK's loss (both already
+divided by the step's tokens, so their means are over steps), squared norms of the target, and counted tokens."""
 
 
 class Tally:
-    """The sums of U units over some optimizer steps, float64, all in one tensor: `[U · 7]`, then `Σ_t x_t` of each.
+    """The sums of U units over some optimizer steps, in one float64 tensor: `[U · 7]`, then `Σ_t x_t` of each unit.
 
     Args:
-        widths: D of each unit.
-        device: Where.
+        widths: D_out of each unit.
+        device: The tensor's device.
     """
 
     def __init__(self, widths: Sequence[int], device: torch.device) -> None:
@@ -146,21 +151,21 @@ class Tally:
         self.flat = torch.zeros(U * len(SUMS) + sum(widths), dtype=torch.float64, device=device)
         self.sums_U7 = self.flat[: U * len(SUMS)].view(U, len(SUMS))
         self.means = self.flat[U * len(SUMS) :].split(self.widths)
-        """`Σ_t (x_t − centre)` of each unit, `[D]`."""
+        """`Σ_t (x_t − centre)` of each unit, `[D_out]`."""
 
     def finite(self) -> Tensor:
         """Tell whether each unit's target and its losses are finite: bool `[U, 2]`.
 
-        A float64 sum of squares of float32 values is finite if they all are.
+        The float64 sum of squares of float32 values is finite exactly if all values are.
         """
         return torch.stack([self.sums_U7[:, 5].isfinite(), self.sums_U7[:, :5].isfinite().all(1)], 1)
 
     def places(self, among: Sequence[int], widths: Sequence[int]) -> Tensor:
-        """Return where the numbers of these units are in the tally of more units: int64, as long as `flat`.
+        """Return the places of this tally's numbers in a tally of all units: int64, as long as `flat`.
 
         Args:
-            among: The number of each of these units among all of them.
-            widths: D of all of them.
+            among: For each unit of this tally, its number among all units.
+            widths: D_out of all units.
         """
         starts = [len(widths) * len(SUMS) + sum(widths[:number]) for number in among]
         rows = [torch.arange(len(SUMS)) + number * len(SUMS) for number in among]
@@ -171,16 +176,16 @@ class Tally:
 def observe_(
     sums_7: Tensor, mean_D: Tensor, x_ND: Tensor, out: SaeOutput, losses: Losses, scale: Tensor, centre_D: Tensor
 ) -> None:
-    """Add a chunk of tokens to one unit's part of a tally. Only numbers that exist already are read.
+    """Add a chunk of tokens to one unit's part of a tally. Reuses what the passes have computed.
 
     Args:
         sums_7: The unit's row of `Tally.sums_U7`.
-        mean_D: Its part of `Tally.means`.
+        mean_D: The unit's part of `Tally.means`.
         x_ND: `[N, D_out]`, the target.
         out: The prediction.
-        losses: Of the chunk.
-        scale: By which the squared errors were multiplied, a scalar.
-        centre_D: The mean of the first batch, the same in all tallies of a run.
+        losses: The losses of the chunk.
+        scale: The factor on the squared errors in the losses, a scalar.
+        centre_D: `[D_out]`, the mean of the first batch, the same in all tallies of a run.
     """
     zero = losses.total.new_zeros(())
     sums_7[:5] += torch.stack(
@@ -206,17 +211,17 @@ def read_tally(
     num_latents: int,
     with_multi_topk: bool,
 ) -> LayerStats:
-    """Return the finished numbers of one unit.
+    """Compute one unit's statistics from a tally.
 
     Args:
-        flat: On the CPU, `Tally.flat` of all units, summed over ranks.
-        number: The unit's.
-        widths: D of all units.
-        tokens: Of the steps that are summed, over all ranks.
-        steps: How many steps those are.
-        dead: Latents that are dead after the last of them.
-        num_latents: All latents.
-        with_multi_topk: Whether the loss has a part from 4k latents.
+        flat: `Tally.flat` of all units, summed over ranks, on the CPU.
+        number: The unit's number.
+        widths: D_out of all units.
+        tokens: Tokens of the summed steps, over all ranks.
+        steps: The number of summed steps.
+        dead: Dead latents after the last of these steps.
+        num_latents: M.
+        with_multi_topk: Whether the loss has a Multi-TopK term (at 4k latents).
     """
     row = flat[number * len(SUMS) : (number + 1) * len(SUMS)]
     start = len(widths) * len(SUMS) + sum(widths[:number])
@@ -235,5 +240,5 @@ def read_tally(
 
 
 def _ratio(part: float, whole: float) -> float:
-    """`part / whole`, NaN where there is no whole (a window without a token)."""
+    """Return `part / whole`, or NaN if `whole` is 0 (a window without counted tokens)."""
     return part / whole if whole else float("nan")

@@ -57,14 +57,14 @@ def train_step(
 
     Args:
         bank: The units.
-        source: Gives their activations.
+        source: The source of their activations.
         batches: This rank's micro-batches.
         lr_scale: Factor on the learning rates.
-        report: Whether the message is to have a report.
-        meanwhile: Work to put behind the step's passes before the host waits for its message.
+        report: Whether the message contains a report.
+        meanwhile: Enqueues work after the step's passes, before the host waits for the message.
 
     Returns:
-        What the host learns of the step. If it shows a fault, nothing has changed but the number of steps.
+        The message about the step. If it shows a fault, the step has changed no weights, counters or optimizers.
     """
     placement = bank.placement
     bank.begin_(count_tokens(source, batches, placement))
@@ -75,11 +75,11 @@ def train_step(
         for name, x_NW in placement.route(travelling, last=micro == len(batches)):
             for chunk_NW, counted_N1 in chunks(x_NW, counted_N, bank.cfg.micro_acc_steps):
                 bank.units[name].run_(chunk_NW, counted_N1)
-            del x_NW, chunk_NW  # else the last unit's would stay through the rest of the step
-    # All that the host must know of the step is in one message, requested before the language model's next batch is
-    # queued: the GPU has work while the host reads the message and queues the rest. But where gradients travel, the GPU
-    # would wait for them with nothing to do. So it gets that batch first, which needs no more memory here than below;
-    # the message comes later then, and the GPU waits for the host to queue the optimizers' first kernels.
+            del x_NW, chunk_NW  # the last unit's tensors would otherwise live through the rest of the step
+    # The host requests the step's message before it queues the language model's next batch, so that the GPU has work
+    # while the host reads the message and queues the rest. If gradients travel, the GPU would be idle until they have
+    # arrived. In that case the batch is queued first, which needs no more memory here than below. The message then
+    # arrives later, and the GPU waits for the host to queue the optimizers' first kernels.
     if meanwhile is not None and placement.travelling():
         meanwhile()
         meanwhile = None
@@ -96,7 +96,7 @@ def train_step(
 
 
 def chunks(x_NW: Tensor, counted_N: Tensor | None, count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Split a micro-batch into `count` chunks of tokens, each with its counted tokens, `[n, 1]`; None for all."""
+    """Split a micro-batch into `count` chunks of tokens, each with its mask of counted tokens, `[n, 1]`, or None."""
     counted: Sequence[Tensor | None] = [None] * count
     if counted_N is not None:
         counted = counted_N[:, None].tensor_split(count)
@@ -104,21 +104,21 @@ def chunks(x_NW: Tensor, counted_N: Tensor | None, count: int) -> list[tuple[Ten
 
 
 class SaeTrainer:
-    """Trains one SAE per chosen hookpoint of a language model, all at once.
+    """Trains one coder per site of a language model, all at once: SAEs at the chosen hookpoints by default.
 
     Args:
-        cfg: How to train.
+        cfg: The training's configuration.
         dataset: A data set with a column `input_ids`, as `saekit.data.chunk_and_tokenize` makes it.
-        model: Any HuggingFace causal language model or encoder; it is only read, and left as it was.
-        tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
-        source: Where the activations come from, instead of what `dataset`, `model`, `tokenizer` and `eval_data` say.
-        run: The whole run's configuration where there is one (the command line's); it is saved with the run.
-        reporter: Shows the run's progress; by default the live view, or plain lines if there is no terminal.
-        placement: Where the SAEs live; by default all on the model's device, in this process. Under a launcher,
-            `saekit.placement.connect()` gives the others.
-        eval_data: What `eval_every` evaluates on, a data set as `dataset` is: text that the SAEs are not trained on.
-        other_model: The second language model, if `cfg.crosscode_models` names one. The tokens of `dataset` must mean
-            the same to it: `saekit.train` compares tokenizers, this does not.
+        model: Any HuggingFace causal language model or encoder. Training does not change it.
+        tokenizer: Defines the special tokens to exclude. Without it, the model's config does.
+        source: The source of the activations, instead of `dataset`, `model`, `tokenizer` and `eval_data`.
+        run: The whole run's configuration, if there is one (from the command line). It is saved with the run.
+        reporter: Shows the run's progress. By default, the live view, or plain lines if there is no terminal.
+        placement: Where the coders are. By default, all are in this process, on the model's device. Under a launcher,
+            `saekit.placement.connect()` returns the other placements.
+        eval_data: The data set that `eval_every` evaluates on, with a column `input_ids`: text that is not trained on.
+        other_model: The second language model, if `cfg.crosscode_models` names one. It must have the same vocabulary:
+            `saekit.train` compares tokenizers, `SaeTrainer` does not.
 
     Raises:
         UserError: If the configuration does not fit the model or the data, or the run folder is in use.
@@ -152,14 +152,16 @@ class SaeTrainer:
             )
         self.placement: Placement = placement or Single(model.device if model is not None else torch.device("cpu"))
         if self.placement.device.type == "mps":
-            raise UserError("the model is on Apple's GPU, which has no float64 for the statistics: move it to the CPU")
+            raise UserError(
+                "the model is on an Apple GPU (mps), which lacks the float64 that statistics need: move it to the CPU"
+            )
         self.placement.check(cfg)
         self.source = source if cfg.mix == 1 else Mixed(source, cfg.mix, cfg.mix_in, Path(cfg.save_dir))
         self.plan: RunPlan = plan_run(cfg, self.source, run, self.placement)
         self.subject = subject_of(self.plan, self.placement)
         self.report = Reporters()
         self._has_checkpoint = goes_on(cfg, self.plan.run_dir)
-        if self.placement.rank == 0:  # the others train in silence: the numbers are global
+        if self.placement.rank == 0:  # the numbers are global, so the other ranks report nothing
             check_run_folder(cfg, self.plan.run_dir)
             watchers = [reporter or terminal_reporter(), self._metrics()]
             if cfg.log_with is not None:
@@ -174,10 +176,11 @@ class SaeTrainer:
         """Train to the end of the data and return the folder of the last checkpoint.
 
         Raises:
-            UserError: If `max_bad_steps` in a row or the last step hold NaN or Inf, the tokens are not the model's, a
-                checkpoint to start from cannot be used, or another process trains in the run's folder.
+            UserError: If `max_bad_steps` steps in a row or the last step have NaN or Inf, token ids are not in the
+                model's vocabulary, the checkpoint to resume or start from cannot be used, or another process trains in
+                the run's folder.
             SaveError: If a checkpoint cannot be written.
-            Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and the checkpoint is in place.
+            Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and the checkpoint is saved.
         """
         cfg, plan, source, report = self.cfg, self.plan, self.source, self.report
         with (
@@ -195,12 +198,13 @@ class SaeTrainer:
             steps = opened.enter_context(Steps(source, run.step, plan.total_steps).open())
             opened.push(self._closing)  # closing the steps can wait for a disk
 
-            stop = evaluate(run).stop if evaluate.due(run) else 0  # makes up for one that a stop has prevented
+            stop = evaluate(run).stop if evaluate.due(run) else 0  # an evaluation that a stop has prevented
             for step, batches in steps if not stop else ():
                 run.step = step + 1
                 save = run.step == plan.total_steps or run.step % cfg.save_every == 0
                 due = save or run.step % cfg.log_every == 0
-                # A step that saves does it before bad data of the next can end the run; evaluations need the memory.
+                # No overlap before a save, which bad data of the next step must not prevent, or before an evaluation,
+                # which needs the memory.
                 overlap = source.runs_behind and not save and not evaluate.due(run)
                 meanwhile = steps.begin_next if overlap else None
                 message = train_step(bank, source, batches, plan.lr_scale(step), report=due, meanwhile=meanwhile)
@@ -210,11 +214,11 @@ class SaeTrainer:
                     run.tokens += message.tokens
                     run.bad_in_row = 0
 
-                # Read once: a Ctrl-C from here on ends the run after the next step. All ranks end at the same step.
+                # Read once, so all ranks stop at the same step: a later Ctrl-C stops the run after the next step.
                 stop, seconds = evaluate(run)
                 clock += seconds
                 if due or stop:
-                    now = time.perf_counter()  # once: what the report waits for belongs to the next interval
+                    now = time.perf_counter()  # read once: the wait for the report counts in the next interval
                     rate = (run.tokens - tokens_at_report) / (now - clock)
                     stats = step_stats(run, plan, self.placement, message.report or bank.report(), rate)
                     clock, tokens_at_report = now, run.tokens
@@ -234,7 +238,7 @@ class SaeTrainer:
         return (plan.run_dir / LATEST).resolve()
 
     def _start(self) -> tuple[state.RunState, Bank]:
-        """Make and place the units, calibrate or restore them, and only then make the run's folder."""
+        """Make, calibrate or restore, and place the units; only then make the run's folder."""
         cfg, plan, placement = self.cfg, self.plan, self.placement
         run = state.RunState()
         found = checkpoint_to_go_on_from(plan, placement, self.report.status)
@@ -251,7 +255,7 @@ class SaeTrainer:
             fresh.earlier.update(*placement.gather(fresh.earlier))
         if fresh.earlier - {own}:
             before = ", ".join(sorted(fresh.earlier))
-            self.report.status(f"Warning: the {plan.coder}s of --finetune have k {before}, this run k {own}")
+            self.report.status(f"Warning: the {plan.coder}s of --finetune have k {before}, this run has k {own}")
         bank = Bank(cfg, placement, plan.units, run.calibration)
         if found is not None:
             state.restore(found.folder, found.index, run, bank)
@@ -272,15 +276,15 @@ class SaeTrainer:
             self.placement.closing(error)
 
     def _last_words(self, message: str) -> None:
-        # Ranks on another machine, where no signal may have come, end as well.
-        if self.placement.first_to_fail():  # straight to the terminal: a lock on it may be what the run waits for
+        # `first_to_fail` also ends the ranks on other machines, which may have received no signal.
+        if self.placement.first_to_fail():  # write to the file descriptor: the run may be waiting for stderr's lock
             cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
             way = f"--resume {self.plan.run_dir} continues from the last checkpoint"
             way = way if self._has_checkpoint else "it has not saved a checkpoint yet"  # the disk may be the trouble
             os.write(2, f"{cursor}\nError: {message}; {way}\n".encode())
 
     def _save(self, saver: Saver, last: bool) -> None:
-        self.source.forget()  # a signal may have come when the next step had been begun
+        self.source.forget()  # a signal may have come after the next step was begun
         try:
             folder = saver.save_last() if last else saver.save()
         except SaveError as error:

@@ -1,4 +1,4 @@
-"""A unit: one coder in training. The loop, the planner and the benchmarks all run this definition of its step."""
+"""A unit is one coder in training. The loop, the planner and the benchmarks all run this definition of its step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from saekit.training.statistics import observe_, without_excluded
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measurements of a site on the first global batch; fixed for the run."""
+    """Measurements of a site on the counted tokens of the first global batch; fixed for the run."""
 
     mean_D: Tensor
-    """`[D_out]`, float32: the mean of the target in the unit's frame: the initial `b_dec`."""
+    """`[D_out]`, float32: the mean of the target in the unit's frame. It is the initial `b_dec`."""
     variance: float
-    """σ², the total variance (trace of the covariance) of the same, by which the loss is divided."""
+    """σ², the total variance (trace of the covariance) of the target in the unit's frame. The loss is divided by it."""
     max_norm: float | None = None
-    """The largest norm of counted activations; None for any. Mean and variance are of counted ones."""
+    """Tokens whose input has a larger norm are excluded; None excludes none."""
     max_norm_out: float | None = None
     """The same for a transcoder's target."""
     frame: Frame | None = None
-    """Of a transcoder or a crosscoder; an SAE sees activations as they are."""
+    """The frame of a transcoder or a crosscoder; None for an SAE, which sees activations as they are."""
 
     def numbers(self) -> dict[str, Any]:
-        """Return the arguments of it that all ranks must have alike to the last bit."""
+        """Return the fields that must be equal to the bit on all ranks, as arguments."""
         return {
             "variance": self.variance,
             "max_norm": self.max_norm,
@@ -41,68 +41,70 @@ class Calibration:
 
     @property
     def rms(self) -> float:
-        """Root mean square of the centred activations that are read, for an SAE `σ / √D`: the unit of the biases."""
+        """Return the root mean square of the centred input, for an SAE `σ / √D`. The biases have this unit."""
         return float((self.variance / len(self.mean_D)) ** 0.5) if self.frame is None else self.frame.rms
 
 
 class Scales(NamedTuple):
-    """Factors of a unit's losses in one step of N tokens: scalars, fixed before its backward passes."""
+    """Factors on a unit's losses in one step of N tokens: scalars that are fixed before its backward passes."""
 
     main: Tensor
-    """`1 / (N σ²)`, of the reconstruction's loss, float64."""
+    """Factor on the main loss: `1 / (N σ²)`, float64."""
     auxk: Tensor
-    """Of AuxK's: the same; or `1 / (N e)` with the mean squared error e of the step before, rounded to float32."""
+    """Factor on AuxK's loss: `main`, or `1 / (N e)` with the mean squared error e of the last step, as float32."""
     revive: Tensor
-    """`1 / (N σ₁)`, of the loss that raises dead latents' biases, float64."""
+    """Factor on the loss that revives dead latents: `1 / (N r)` with `Calibration.rms` r, float64."""
 
 
 @dataclass
 class Unit:
     """One coder in training.
 
-    Its step is a fixed graph: `run_` for every chunk of tokens, then the optimizer's step. In it no number is read by
-    the host, no shape depends on data, and no Python number changes from step to step: what does change (scales, dead
-    latents, counts) is in tensors that `Bank` fills for all units at once. Two things are outside: AuxK, which gathers
-    as many latents as are dead (`aux_latents`), and the last batch of a run, which may be shorter than the others.
+    Its step is a fixed graph: `run_` for every chunk of tokens, then the optimizer's step. The host reads no number
+    from it, no shape depends on data, and no Python number changes from step to step. What changes (scales, dead
+    latents, counts) is in tensors that `Bank` fills for all units at once. Two things are outside of the fixed graph:
+    AuxK, which gathers the dead latents (`aux_latents`), and the last batch of a run, which may be shorter than the
+    others.
     """
 
     name: str
-    """The hookpoint's, and of the folder that it is saved in."""
+    """The name of its site, and of the folder that it is saved in."""
     sae: Sae
     cfg: TrainConfig
     backward: Callable[[Tensor], None]
-    """Adds the gradient of a loss to the unit's."""
+    """Adds the gradient of a loss to the unit's gradients."""
     centre_D: Tensor
-    """`[D_out]`: the mean of the first batch."""
+    """`[D_out]`: the mean of the target in the first batch."""
     scales: Scales
     sums_7: Tensor
     """The unit's row of the step's `Tally`, float64."""
     mean_D: Tensor
-    """Its part of that tally's means, float64 `[D_out]`."""
+    """The unit's part of that tally's means, float64 `[D_out]`."""
     selection_sums: Tensor
-    """int64 `[S]`: what its selection is moved by (`SaeOutput.sums`), over the step."""
+    """int64 `[S]`: sums over the step by which the selection is moved (`SaeOutput.sums`)."""
     fired_M: Tensor
     """int64 `[M]`: tokens of the step on which each latent fired."""
     frame: Frame | None = None
-    """Of a transcoder or a crosscoder."""
+    """The frame of a transcoder or a crosscoder; None for an SAE."""
     dead_M: Tensor | None = None
-    """bool `[M]`: latents that were dead when the step began; None where their biases are not raised."""
-    may_ask: bool = False
-    """Whether the host may read whether any norm is too large: free on a CPU, where it usually saves the masking."""
+    """bool `[M]`: latents that were dead when the step began; None if dead latents are not revived."""
+    may_sync: bool = False
+    """Whether the host may read whether any norm is too large. On a CPU this is free and usually saves the masking."""
     aux_latents: Tensor | None = None
-    """int64 `[dead]`: their numbers, for AuxK; None without."""
+    """int64 `[dead]`: the numbers of the dead latents, for AuxK; None without AuxK."""
 
     def run_(self, chunk_NW: Tensor, counted_N1: Tensor | None = None) -> None:
-        """Forward and backward pass over a chunk of tokens; gradients, sums and counters are added to.
+        """Run the forward and backward pass over a chunk of tokens, and add to gradients, sums and counters.
+
+        No tensor of the passes outlives the call.
 
         Args:
-            chunk_NW: `[N, W]`, the input, followed by the target for a transcoder, in any float type. What the passes
-                make of them is gone at the end.
-            counted_N1: bool `[N, 1]`: False for excluded tokens; None if there is none.
+            chunk_NW: `[N, W]`, the input, followed by the target for a transcoder, in any float type.
+            counted_N1: bool `[N, 1]`, False for excluded tokens; None if there are none.
         """
         tokens = None if counted_N1 is None else counted_N1.sum()
         x_ND, y_ND = (chunk_NW.float(), None) if self.frame is None else self.frame.split(chunk_NW.float())
-        x_ND, counted_N1 = without_excluded(self.sae, x_ND, counted_N1, y_ND=y_ND, may_ask=self.may_ask)
+        x_ND, counted_N1 = without_excluded(self.sae, x_ND, counted_N1, y_ND=y_ND, may_sync=self.may_sync)
         if self.frame is not None:
             x_ND = self.frame(x_ND)
         if y_ND is None:
@@ -129,5 +131,5 @@ class Unit:
 
 
 def dead_numbers(dead_M: Tensor, count: int) -> Tensor:
-    """Numbers of the dead latents, int64 `[count]`; a caller that knows the count need not wait for a GPU."""
+    """Return the numbers of the dead latents, int64 `[count]`. The known count saves a wait for the GPU."""
     return torch.nonzero_static(dead_M, size=count).squeeze(1)

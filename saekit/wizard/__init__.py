@@ -1,4 +1,4 @@
-"""`saekit config`: questions about a run, its plan, and the files that start it.
+"""`saekit config`: asks about a run, plans it, and writes the files that start it.
 
 Internal: may change in any release; the API is what `saekit` names.
 """

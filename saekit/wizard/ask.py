@@ -1,4 +1,4 @@
-"""The two answerers: a person at a terminal, or the defaults."""
+"""The two kinds of `Asker`: a user at a terminal, or the defaults."""
 
 from __future__ import annotations
 
@@ -15,55 +15,63 @@ from saekit.wizard.draft import Draft
 from saekit.wizard.walk import QUOTE, Back, Fact, Planned, Question, Refused
 
 INDENT = 13
-"""Columns that the names of the answers take."""
-KEYS = "Enter takes it · → edits it · Esc or < goes back · Ctrl-C quits and writes nothing"
-KEYS_AGAIN = "Enter tries it · Ctrl-U clears it · Esc goes back · Ctrl-C quits and writes nothing"
-"""For an answer that was refused, and stands there to be edited."""
+"""The width of the column with the labels of the answers."""
+KEYS = "Enter accepts · → edits · Esc or < goes back · Ctrl-C quits without writing"
+KEYS_AGAIN = "Enter tries again · Ctrl-U clears · Esc goes back · Ctrl-C quits without writing"
+"""The keys to correct a refused answer, which stays in the input line."""
 
 
 class Defaults:
-    """Takes every default; the first that cannot be used ends it.
+    """Takes every default. The first default that cannot be used is an error.
 
     Args:
-        console: Where to show what was taken.
+        console: Where to show the answers.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
-        """Take the default; raise what was wrong with it where it was refused."""
+        """Return the default.
+
+        Raises:
+            UserError: If the default was refused.
+        """
         if refused is not None:
             raise UserError(refused.problem)
         return default
 
     def went_back(self, question: Question) -> None:
-        """Nothing: this one never goes back."""
+        """Do nothing, since this asker never goes back."""
 
     def working(self, text: str) -> AbstractContextManager[object]:
-        """Show nothing while something takes time."""
+        """Show nothing during the work."""
         return nullcontext()
 
     def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
-        """Show what was taken."""
+        """Show the answer."""
         show(self.console, question, answer, told)
 
 
 class Terminal:
-    """Somebody who types.
+    """Asks a user at a terminal.
 
-    A question takes a few lines while it is open and leaves one with its answer, so that what stays on the screen is
-    the list of answers.
+    An open question takes a few lines. After the answer, one line with the answer remains, so that the screen shows the
+    list of answers.
 
     Args:
-        console: Where everything is shown; stderr, as stdout carries the result.
+        console: Where everything is shown. It should be stderr, since stdout is for the result.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
-        """Ask at the prompt; Esc or `<` raises `Back`."""
+        """Ask at the prompt.
+
+        Raises:
+            Back: For Esc or `<`.
+        """
         from saekit.wizard import prompt
 
         choices = question.choices(draft)
@@ -85,24 +93,24 @@ class Terminal:
         return typed
 
     def went_back(self, question: Question) -> None:
-        """Say which question comes again."""
+        """Show which question is asked again."""
         self.console.print(Text(f"↩ back to {question.label}", style="dim"))
 
     def working(self, text: str) -> AbstractContextManager[object]:
-        """Show a spinner while something takes time."""
+        """Show a spinner during the work."""
         return self.console.status(text) if text else nullcontext()
 
     def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
-        """Leave a line with the answer."""
+        """Show a line with the answer."""
         show(self.console, question, answer, told)
 
     def _wrapped(self, text: str) -> str:
-        """Broken between words, which the prompt would not do."""
+        """Wrap text between words, which the prompt does not do."""
         return wrap(text, self.console.width - 2)
 
 
 def show(console: Console, question: Question, answer: str, told: Sequence[Fact]) -> None:
-    """The answer behind the question's name, and below it what there is to say about it."""
+    """Show the question's label and the answer, and below them the facts about it."""
     margin = " " * INDENT
     console.print(Text(f"{question.label:{INDENT}}", style="dim"), Text(answer, style="bold"), sep="", soft_wrap=True)
     for fact in told:

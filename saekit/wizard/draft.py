@@ -1,4 +1,4 @@
-"""The draft of a run while questions are asked, and the files that start the run: read as defaults, then written."""
+"""The draft of a run during the questions, and the files that start the run: read as defaults, written at the end."""
 
 from __future__ import annotations
 
@@ -41,17 +41,19 @@ FIRST = (
     "save_dir",
     "run_name",
 )
-"""The order in `run.yaml`, which is that of the questions; what was not asked follows."""
+"""The first options in `run.yaml`, in the order of the questions. Options without a question follow."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Where the files go."""
+    """The files to write."""
 
     run: Path
+    """The run's configuration (`run.yaml`)."""
     launch: Path
+    """The launch file."""
     templates: Mapping[str, Path]
-    """The launch files that come with saekit, by name: `ddp`, `zero3_cpu`, ..."""
+    """The launch files that are included in saekit, by name: `ddp`, `zero3_cpu`, ..."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Launch:
 
 
 def run_text(values: Mapping[str, Any], cfg: RunConfig) -> str:
-    """`run.yaml`: what was answered, typed or kept, as plain values; secrets are left out."""
+    """Return the text of `run.yaml`: answers, options of the command line and kept values, without secrets."""
     plain = cfg.to_flat()
     plain = {name: plain[name] for name in (*FIRST, *plain) if name in values and name in plain}
     if isinstance(values.get("layers"), str):
@@ -73,19 +75,19 @@ def run_text(values: Mapping[str, Any], cfg: RunConfig) -> str:
 
 
 def secrets_in(values: Mapping[str, Any]) -> list[str]:
-    """Options that will not be written."""
+    """Return the options that are secrets, which are not written."""
     return sorted(SECRETS & set(values))
 
 
 def launch_text(template: Path, processes: int) -> str:
-    """Make accelerate's launch file: one that comes with saekit, with this number of processes."""
+    """Return the text of a launch file: one that is included in saekit, with this number of processes."""
     said = yaml.safe_load(template.read_text(encoding="utf-8"))
     said["num_processes"] = processes
     return yaml.safe_dump(said, sort_keys=False)
 
 
 def template_for(targets: Targets, placement: str, *, on_gpu: bool) -> Path:
-    """Return the launch file of a placement that comes with saekit."""
+    """Return the launch file of a placement that is included in saekit."""
     return targets.templates[placement.replace("-", "_") + ("" if on_gpu else "_cpu")]
 
 
@@ -93,7 +95,7 @@ def read_launch(path: Path) -> Launch:
     """Read an earlier launch file; an empty `Launch` if there is none, or if the wizard did not write it."""
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
-        processes, _ = int(said["num_processes"]), said["distributed_type"]  # accelerate's files have both
+        processes, _ = int(said["num_processes"]), said["distributed_type"]  # every file of accelerate has both
         placement = launched_as(said)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return Launch()
@@ -101,10 +103,13 @@ def read_launch(path: Path) -> Launch:
 
 
 def write_files(files: Mapping[Path, str]) -> None:
-    """Write all of them or none: each is complete under another name before the first is renamed.
+    """Write all files or none: all are complete under other names before the first is renamed.
+
+    Args:
+        files: The text of each file, by path.
 
     Raises:
-        UserError: If one cannot be written.
+        UserError: If a file cannot be written.
     """
     ready = {path: path.with_name(f".{path.name}.partial") for path in files}
     try:
@@ -115,7 +120,7 @@ def write_files(files: Mapping[Path, str]) -> None:
             os.replace(partial, path)
     except OSError as error:
         for partial in ready.values():
-            with suppress(OSError):  # it was not written, or cannot be taken away either
+            with suppress(OSError):  # it was not written, or cannot be deleted either
                 partial.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
@@ -128,68 +133,74 @@ EITHER_OR = (
     *(("crosscode", part, other) for part in ("reads", "writes") for other in ("hookpoints", "transcode")),
     *(("crosscode_models", "crosscode_revision", other) for other in ("crosscode", "reads", "writes", "transcode")),
 )
-"""Options that say the same in two ways: giving one takes the other out."""
+"""Groups of options that exclude each other: an option on the command line removes the others from earlier values."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The answers so far. Each makes a new one, so that going back is taking an older one.
+    """The answers so far. Each answer makes a new draft, so going back means returning to an older draft.
 
-    Findings of checks are stored with the answers, for the questions that follow.
+    Results of checks are stored with the answers, for the questions that follow.
     """
 
     values: Mapping[str, Any]
-    """Options by name, as in `run.yaml`. Where SAEs live is not among them: the launch file says it."""
+    """Options by name, as in `run.yaml`. The placement is not one of them, since the launch file names it."""
     typed: frozenset[str]
-    """Those that stood on the command line."""
+    """The options that were given on the command line."""
     targets: Targets
     earlier: Launch = field(default_factory=Launch)
     """The values of the launch file that will be replaced."""
     processes: str = ""
-    """As they were asked for on the command line."""
+    """The number of processes on the command line; empty if it was not given."""
     placement: str = ""
-    """Chosen, or asked for on the command line; empty for neither."""
+    """The placement, as answered or given on the command line; empty if neither."""
 
     machine: Machine | None = None
     shape: ModelShape | None = None
     other: ModelShape | None = None
-    """Of the second model, if the options name one."""
+    """The shape of the second model, if the options name one."""
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Also None if the model has none."""
+    """The model's tokenizer; also None if the model has none."""
     peek: Peek | None = None
-    in_the_way: str = ""
-    """The error when the data set was opened under its name, if another answer can fix it."""
+    """The first rows of the data set."""
+    open_error: str = ""
+    """The error from opening the data set, if the answer to a later question can fix it."""
     plan: Plan | None = None
     advice: tuple[Advice, ...] = ()
     """Changes that would make the plan fit, if it does not."""
 
     @property
     def max_ctx_len(self) -> int | None:
-        """Return the most tokens that the model can read, or both can; None without a limit."""
+        """Return the largest context, in tokens, that the model (or both models) can read; None without a limit."""
         return shared_limit(known(self.shape).max_ctx_len, None if self.other is None else self.other.max_ctx_len)
 
     def setting(self, **values: Any) -> Draft:
-        """Return the same with other values; None takes one out."""
+        """Return a draft with these values changed; None removes a value."""
         changed = {**self.values, **values}
         return replace(self, values={name: value for name, value in changed.items() if value is not None})
 
     def config(self) -> RunConfig:
-        """Return all values, validated, with defaults for those that are missing.
+        """Return the validated configuration, with defaults for missing values.
 
         Raises:
-            UserError: As `saekit train` would raise it.
+            UserError: As `saekit train` raises it.
         """
         return RunConfig.from_flat({"model": "", "dataset": "", **self.values})
 
 
 def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Draft:
-    """Make the draft before the first question: an existing `run.yaml`, updated with what was typed.
+    """Make the draft before the first question: an existing `run.yaml`, updated by the command line's options.
+
+    Args:
+        typed: The options of the command line.
+        targets: The files to write.
+        processes: The number of processes on the command line; empty if it was not given.
 
     Raises:
-        UserError: If one of them cannot be used.
+        UserError: If the file or an option cannot be used.
     """
     if targets.run.resolve() == targets.launch.resolve():
-        raise UserError(f"--output and --launch-file are both {targets.run}: give two files")
+        raise UserError(f"--output and --launch-file both name {targets.run}: give two different files")
     kept = read_yaml(targets.run) if targets.run.exists() else {}
     kept.pop("placement", None)
     load_plugins(kept)
@@ -202,7 +213,7 @@ def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Dr
     try:
         Draft(kept, frozenset(), targets).config()
     except UserError as error:
-        raise UserError(f"{targets.run}: {error} (fix it, or write to another file: --output)") from None
+        raise UserError(f"{targets.run}: {error} (fix it, or choose another file with --output)") from None
     draft = Draft(
         values={**kept, **values},
         typed=frozenset(typed),
@@ -216,6 +227,6 @@ def start(typed: Mapping[str, Any], targets: Targets, processes: str = "") -> Dr
 
 
 def known(value: Known | None) -> Known:
-    """Return a finding of an earlier question."""
+    """Return the result of an earlier question, which must be there."""
     assert value is not None
     return value

@@ -1,4 +1,4 @@
-"""Questions: where SAEs live, where they are saved, and whether all is right; and all questions in their order."""
+"""The last questions (placement, folder, confirmation), and all questions in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _explain_placement(draft: Draft) -> str:
 
 
 def _placement(draft: Draft) -> str:
-    """Return the requested placement; else the previous one if it still fits; else the plan's recommendation."""
+    """Return the requested placement, or the previous one if it still fits, or the plan's recommendation."""
     plan = known(draft.plan)
     fitting = {each.placement for each in plan.choices if each.fits}
     earlier = draft.earlier.placement if draft.earlier.placement in fitting else ""
@@ -43,11 +43,11 @@ def _take_placement(draft: Draft, text: str) -> Draft:
 
 def _tell_placement(draft: Draft) -> Sequence[str]:
     chosen = known(draft.plan).choice(draft.placement)
-    return () if chosen.fits else ("By the plan it does not fit.",)
+    return () if chosen.fits else ("The plan says that it does not fit.",)
 
 
 def _run(draft: Draft) -> str:
-    """Return the run's folder; one that is not taken, unless the name was asked for."""
+    """Return the run's folder: a new one, unless the command line names the run, --overwrite or --resume."""
     cfg = draft.config()
     name = cfg.train.run_name or default_run_name(cfg.model.model, cfg)
     if "run_name" in draft.typed or cfg.train.overwrite or cfg.train.resume:
@@ -79,7 +79,7 @@ def _replaces(path: Path) -> str:
     if not path.is_file():
         return "new"
     comments = "#" in path.read_text(encoding="utf-8", errors="replace")
-    return "replaces the one that is there" + (", whose comments go" if comments else "")
+    return "replaces the existing file" + (" and removes its comments" if comments else "")
 
 
 def _run_text(draft: Draft) -> str:
@@ -107,7 +107,7 @@ def _take_confirmation(draft: Draft, text: str) -> Draft:
     if text.lower() in ("n", "no"):
         raise KeyboardInterrupt
     if text.lower() not in ("y", "yes"):
-        raise UserError(f"{text!r}: yes writes, no leaves everything as it was")
+        raise UserError(f"{text!r} is not an answer: yes writes the files, no leaves everything as it was")
     return draft
 
 
@@ -124,7 +124,7 @@ PLACEMENT = Question(
 RUN = Question(
     "run",
     "Save in",
-    lambda draft: "Folder of the run: checkpoints, metrics and its configuration.",
+    lambda draft: "Folder of the run, for checkpoints, metrics and its configuration.",
     _run,
     _take_run,
     _tell_run,

@@ -1,4 +1,4 @@
-"""Questions: on what machine, which language model, which text."""
+"""The first questions: machine, language model, and data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from saekit.wizard.walk import QUOTE, Question
 
 def _take_model(draft: Draft, text: str) -> Draft:
     if not text:
-        raise UserError("MODEL is missing: a hub id such as EleutherAI/pythia-160m, or a folder")
+        raise UserError("MODEL is missing: give a hub id such as EleutherAI/pythia-160m, or a folder")
     draft = draft.setting(model=text)
     cfg, second = draft.config().model, draft.config().other_model
     check_device(cfg, known(draft.machine).device)
@@ -38,7 +38,7 @@ def _tell_model(draft: Draft) -> Sequence[str]:
 
 
 def _described(shape: ModelShape) -> str:
-    limit = f"reads up to {shape.max_ctx_len:,} tokens" if shape.max_ctx_len else "no limit to its context"
+    limit = f"reads up to {shape.max_ctx_len:,} tokens" if shape.max_ctx_len else "no context limit"
     kind = type(shape.config).__name__.removesuffix("Config")
     return f"{kind}: {shape.num_layers} layers of width {shape.d_in:,}, {limit}"
 
@@ -46,7 +46,7 @@ def _described(shape: ModelShape) -> str:
 MODEL = Question(
     "model",
     "Model",
-    lambda draft: "The language model to look into: a hub id or a local folder. Only its config is read now.",
+    lambda draft: "The language model to train on: a hub id or a local folder. Only its config is read now.",
     lambda draft: draft.values.get("model", "EleutherAI/pythia-160m"),
     _take_model,
     _tell_model,
@@ -58,8 +58,8 @@ MODEL = Question(
 def _explain_machine(draft: Draft) -> str:
     here = detect()
     has = _several(here.count, here) if here.on_gpu else f"a {_named(here)}"
-    each = "one per GPU" if here.on_gpu else "one is best on a CPU; more share its memory"
-    return f"This machine has {has}: {each}. 8x80GiB describes GPUs elsewhere."
+    each = "use one process per GPU" if here.on_gpu else "one process is best on a CPU, since more share its memory"
+    return f"This machine has {has}: {each}. 8x80GiB describes the GPUs of another machine."
 
 
 def _default_machine(draft: Draft) -> str:
@@ -75,13 +75,17 @@ def _take_machine(draft: Draft, text: str) -> Draft:
     elif text.isdecimal() and int(text) > 0:
         machine = detect(int(text))
     else:
-        raise UserError(f"--num-processes {text!r}: expected a number such as 2, or 8x80GiB for GPUs elsewhere")
+        raise UserError(
+            f"--num-processes {text!r}: expected a number such as 2, or 8x80GiB for the GPUs of another machine"
+        )
     if machine.count == 1:
         for name in ("layer_map", "shard_lm"):
             if draft.values.get(name):
-                raise UserError(f"--{name.replace('_', '-')} has no meaning with one process: ask for more, or drop it")
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no meaning with one process: use more, or leave it out"
+                )
         if draft.placement:
-            raise UserError(f"--placement {draft.placement} needs several processes, not 1")
+            raise UserError(f"--placement {draft.placement} needs several processes, not 1: use more, or leave it out")
     return replace(draft, machine=machine)
 
 
@@ -104,37 +108,37 @@ MACHINE = Question("machine", "Processes", _explain_machine, _default_machine, _
 
 
 SHOWN = 64
-"""Characters of a row in the sample."""
+"""The number of characters of a row to show."""
 SAMPLE = 2
-"""Rows in it."""
+"""The number of rows to show."""
 
 OF_THE_DATASET = ("split", "data_args", "text_column")
-"""Options that belong to one data set, and mean nothing for another."""
+"""Options that belong to one data set, and have no meaning for another."""
 WHICH_CONFIG = re.compile(r"Config name is missing|BuilderConfig .* not found")
 WHICH_SPLIT = re.compile(r"no such split|Unknown split|Bad split")
-"""Errors of `datasets` about a data set that has several of them: the name is right, another answer fixes it."""
+"""Errors of `datasets` if a data set has several configurations or splits. The next questions ask for these."""
 
 
 def _take_dataset(draft: Draft, text: str) -> Draft:
     if not text:
-        raise UserError("DATASET is missing: a hub id such as NeelNanda/pile-10k, a folder, a file or a glob")
+        raise UserError("DATASET is missing: give a hub id such as NeelNanda/pile-10k, a folder, a file or a glob")
     if text != draft.values.get("dataset"):
         draft = draft.setting(**{name: None for name in OF_THE_DATASET if name not in draft.typed})
     return _open(draft.setting(dataset=text), WHICH_CONFIG, WHICH_SPLIT)
 
 
 def _open(draft: Draft, *fixable: re.Pattern[str]) -> Draft:
-    """Read the first rows; an error that one of the next questions can fix is stored for them."""
+    """Read the first rows of the data set. An error that a later question can fix is stored in the draft."""
     cfg = draft.config()
     token = cfg.model.token
     try:
         found = peek(cfg.data, draft.tokenizer, token, _vocabulary(draft))
     except UserError as error:
         if any(pattern.search(str(error)) for pattern in fixable):
-            return replace(draft, peek=None, in_the_way=str(error))
+            return replace(draft, peek=None, open_error=str(error))
         raise
     _check(draft, found)
-    draft = replace(draft, peek=found, in_the_way="")
+    draft = replace(draft, peek=found, open_error="")
     only = found.text_columns[0] if len(found.text_columns) == 1 else cfg.data.text_column
     if found.tokenized or "text_column" in draft.values or only == cfg.data.text_column:
         return draft
@@ -144,19 +148,22 @@ def _open(draft: Draft, *fixable: re.Pattern[str]) -> Draft:
 def _check(draft: Draft, found: Peek) -> None:
     if not found.tokenized:
         if not found.text_columns:
-            raise UserError(f"no column has text or is called input_ids; there are {', '.join(found.columns)}")
+            raise UserError(
+                f"no column has text or the name input_ids, only {', '.join(found.columns)}: give other data"
+            )
         needed(draft.tokenizer)
         return
     vocabulary = _vocabulary(draft)
     highest = max((_highest(row["input_ids"]) for row in found.first), default=0)
     if vocabulary is not None and highest >= vocabulary:
         raise UserError(
-            f"the data set has token id {highest:,}, but the model knows {vocabulary:,} tokens: it was made for another"
+            f"the data set has token id {highest:,}, but the model knows {vocabulary:,} tokens: use data that is "
+            "tokenized for this model"
         )
 
 
 def _vocabulary(draft: Draft) -> int | None:
-    """Return the number of tokens that the model knows, if its config says it."""
+    """Return the size of the model's vocabulary; None if its config does not say."""
     return getattr(known(draft.shape).config.get_text_config(decoder=True), "vocab_size", None)
 
 
@@ -172,7 +179,7 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
     columns = f"olumns {', '.join(found.columns)}"
     told = [f"C{columns}" if found.count is None else f"{found.count:,} rows, c{columns}"]
     if found.tokenized:
-        told[0] += ": tokenized already"
+        told[0] += ": already tokenized"
         texts = [_tokens(draft, row["input_ids"]) for row in found.first[:SAMPLE]]
     elif (column := draft.config().data.text_column) in found.text_columns:
         told[0] += f"; the text is in {column}"
@@ -183,7 +190,7 @@ def _tell_dataset(draft: Draft) -> Sequence[str]:
 
 
 def _tokens(draft: Draft, ids: Sequence[int]) -> str:
-    """Return the first ids, and the text that they stand for, if the model has a tokenizer."""
+    """Return the first token ids, and their text if the model has a tokenizer."""
     numbers = " ".join(str(each) for each in ids[:8])
     return f"{numbers} …" if draft.tokenizer is None else f"{numbers} … = {draft.tokenizer.decode(ids[:32])!r}"
 
@@ -198,7 +205,7 @@ def _arguments(draft: Draft) -> str:
 
 
 def _longest(draft: Draft) -> str:
-    """Return the column that was named, or else the one with the most text in the first rows."""
+    """Return the column that was named, or the one with the most text in the first rows."""
     found = known(draft.peek)
     letters = {name: sum(len(row[name] or "") for row in found.first) for name in found.text_columns}
     return draft.values.get("text_column") or max(letters, key=lambda name: letters[name])
@@ -214,7 +221,7 @@ def _take_column(draft: Draft, text: str) -> Draft:
 DATASET = Question(
     "dataset",
     "Data",
-    lambda draft: "Text, or token ids: a hub id, a folder, a file or glob (.jsonl .parquet .csv .txt .md .bin).",
+    lambda draft: "Text or token ids: a hub id, a folder, a file or a glob (.jsonl .parquet .csv .txt .md .bin).",
     lambda draft: draft.values.get("dataset", "NeelNanda/pile-10k"),
     _take_dataset,
     _tell_dataset,
@@ -224,27 +231,27 @@ DATASET = Question(
 ARGUMENTS = Question(
     "data_args",
     "Part of it",
-    lambda draft: f"Which one, as name=...: {draft.in_the_way}",
+    lambda draft: f"Which configuration, as name=...: {draft.open_error}",
     _arguments,
     lambda draft, text: _open(draft.setting(data_args=text), WHICH_SPLIT),
     _tell_dataset,
-    needed=lambda draft: bool(WHICH_CONFIG.search(draft.in_the_way)),
+    needed=lambda draft: bool(WHICH_CONFIG.search(draft.open_error)),
     working="Opening the data set",
 )
 SPLIT = Question(
     "split",
     "Split",
-    lambda draft: f"Which one, such as test or test[:10%]: {draft.in_the_way}",
+    lambda draft: f"Which split, such as test or test[:10%]: {draft.open_error}",
     lambda draft: draft.config().data.split,
     lambda draft, text: _open(draft.setting(split=text)),
     _tell_dataset,
-    needed=lambda draft: bool(WHICH_SPLIT.search(draft.in_the_way)),
+    needed=lambda draft: bool(WHICH_SPLIT.search(draft.open_error)),
     working="Opening the data set",
 )
 COLUMN = Question(
     "text_column",
     "Text column",
-    lambda draft: "Several columns have text: which one is to be read?",
+    lambda draft: "Several columns have text. Which one should be read?",
     _longest,
     _take_column,
     _tell_dataset,

@@ -1,4 +1,4 @@
-"""Questions: what coders read and write, and in which layers."""
+"""The questions about sites: what coders read and write, and in which layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _kind(draft: Draft) -> str:
 
 
 def _can_be_an_answer(draft: Draft) -> bool:
-    """Tell whether what the options say can be typed here: --reads, --writes and --crosscode cannot."""
+    """Tell whether the options can be given as an answer here: --reads, --writes and --crosscode cannot."""
     train = draft.config().train
     return train.reads is None and train.crosscode is None and not (train.transcode and train.hookpoints)
 
@@ -79,10 +79,10 @@ def _selected(draft: Draft) -> list[int]:
 
 def _tell_layers(draft: Draft) -> Sequence[str]:
     selected, depth = _selected(draft), known(draft.shape).num_layers
-    loaded = "" if selected[-1] == depth - 1 else f"; what is above layer {selected[-1]} is neither loaded nor run"
+    loaded = "" if selected[-1] == depth - 1 else f"; layers above {selected[-1]} are neither loaded nor run"
     number = len(sites(draft))
     coder = draft.config().train.coder
-    what = f"one {coder} for each" if number == len(selected) else plural(number, coder)
+    what = f"one {coder} per layer" if number == len(selected) else plural(number, coder)
     return (f"{len(selected)} of {depth}, {what}{loaded}",)
 
 
@@ -91,7 +91,7 @@ KIND = Question(
     "Hookpoints",
     lambda draft: (
         "What to train on: resid (outputs of blocks), mlp, attn, paths such as layers.*.mlp:in"
-        + ("; or transcoders, which read the input of each MLP and predict its output." if draft.other is None else ".")
+        + (", or transcoders, which read the input of each MLP and predict its output." if draft.other is None else ".")
     ),
     _kind,
     _take_kind,
@@ -103,7 +103,7 @@ KIND = Question(
 LAYERS = Question(
     "layers",
     "Layers",
-    lambda draft: "In which layers: all, even, numbers from 0 such as 3,7, or ranges such as 0-11:2.",
+    lambda draft: "Which layers: all, even, numbers from 0 such as 3,7, or ranges such as 0-11:2.",
     _layers,
     _take_layers,
     _tell_layers,

@@ -1,4 +1,4 @@
-"""One question on a terminal: drawn, edited, wiped away again."""
+"""Asks one question on a terminal: draws it, edits the answer, and erases it again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
 SECONDS_FOR_ESCAPE = 0.05
-"""Arrows and the like begin as Esc does: so long it takes to see that nothing follows."""
+"""How long to wait after Esc, since arrows and other keys begin with the same character."""
 STYLE = Style.from_dict({"quiet": "ansibrightblack", "mark": "ansicyan", "problem": "ansired"})
 
 
@@ -34,12 +34,12 @@ class Prompt:
     label: str
     explanation: str
     default: str
-    """Shown until something is typed; Enter takes it."""
+    """Shown until the user types something. Enter accepts it."""
     hint: str
     problem: str = ""
     """The problem with the previous answer."""
     rejected: str = ""
-    """The previous answer, which stands there for the user to correct."""
+    """The previous answer, which the user can correct."""
     choices: Sequence[str] = field(default=())
     is_path: bool = False
 
@@ -48,12 +48,12 @@ def ask(prompt: Prompt) -> str | None:
     """Return the answer, or None for Esc.
 
     Raises:
-        KeyboardInterrupt: For Ctrl-C, and Ctrl-D where nothing was typed.
+        KeyboardInterrupt: For Ctrl-C, and for Ctrl-D if nothing was typed.
     """
     buffer = Buffer(document=Document(prompt.rejected), multiline=False)
     output = create_output(stdout=sys.stderr)
     if hasattr(output, "enable_cpr"):
-        output.enable_cpr = False  # nothing is placed by where the cursor is, and not every terminal would tell
+        output.enable_cpr = False  # not every terminal reports the cursor's position, and it is not needed
     app: Application[str | None] = Application(
         layout=_layout(prompt, buffer),
         key_bindings=_keys(prompt, buffer),

@@ -1,4 +1,4 @@
-"""Questions: how large the coders are, how many tokens, and in what portions."""
+"""The questions about sizes: latents, k, context, tokens, and batch size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _take_dictionary(draft: Draft, text: str) -> Draft:
     draft = draft.setting(
         expansion_factor=number if per_dimension else None, num_latents=None if per_dimension else number
     )
-    # A k that was only suggested may be too large for it; the next question asks for another.
+    # A default k may be too large for this dictionary; the next question asks for k.
     (draft if "k" in draft.typed else draft.setting(k=1)).config()
     return draft
 
@@ -59,7 +59,7 @@ def _take_k(draft: Draft, text: str) -> Draft:
             draft.config().train.sae.resolve_num_latents(width)
     except UserError:
         raise
-    except ValueError as error:  # the configuration's own, which does not know of the command line
+    except ValueError as error:  # raised by the configuration, which knows nothing of the command line
         raise UserError(str(error)) from None
     return draft.setting(k=draft.config().train.sae.k)
 
@@ -68,8 +68,8 @@ DICTIONARY = Question(
     "dictionary",
     "Dictionary",
     lambda draft: (
-        f"Latents of each {draft.config().train.coder}, per dimension of what it reads (32x) or in total (16384); more "
-        "find finer features."
+        f"Latents of each {draft.config().train.coder}, per dimension of its input (32x) or in total (16384). More "
+        "latents find finer features."
     ),
     _dictionary,
     _take_dictionary,
@@ -78,7 +78,7 @@ DICTIONARY = Question(
 K = Question(
     "k",
     "Active (k)",
-    lambda draft: "Latents that are active for each token; more reconstruct better and are harder to read.",
+    lambda draft: "Active latents per token. More reconstruct better but are harder to interpret.",
     _k,
     _take_k,
 )
@@ -98,7 +98,7 @@ def _take_context(draft: Draft, text: str) -> Draft:
 def _explain_context(draft: Draft) -> str:
     limit = draft.max_ctx_len
     upto = f"up to {limit:,}, the model's limit" if limit else "the model has no limit"
-    return f"Tokens per sequence ({upto}); documents are joined and cut to this length."
+    return f"Tokens per sequence ({upto}). Documents are joined and cut to this length."
 
 
 def _tokens(draft: Draft) -> str:
@@ -123,11 +123,13 @@ def _take_batch(draft: Draft, text: str) -> Draft:
     if most is not None and most // length < per_step:
         raise UserError(
             f"--max-tokens {most} is {most // length} sequences of {length}, fewer than one optimizer step of "
-            f"{per_step}: give a smaller batch, or go back for more tokens"
+            f"{per_step}: give a smaller batch, or go back and give more tokens"
         )
     plan = make_plan(cfg, machine)
     if not plan.choices:
-        raise UserError(f"no placement on {machine.count} ranks goes with the other options of {draft.targets.run}")
+        raise UserError(
+            f"no placement on {machine.count} ranks supports the other options: change them in {draft.targets.run}"
+        )
     return replace(draft, plan=plan, advice=tuple(advise(plan)))
 
 
@@ -142,7 +144,7 @@ CONTEXT = Question("ctx_len", "Context", _explain_context, _context, _take_conte
 TOKENS = Question(
     "max_tokens",
     "Tokens",
-    lambda draft: "How many to train on, such as 100M or 1e9; all is the data set once.",
+    lambda draft: "How many tokens to train on, such as 100M or 1e9. all reads the data set once.",
     _tokens,
     _take_tokens,
     choices=lambda draft: ("all",),
@@ -150,7 +152,7 @@ TOKENS = Question(
 BATCH = Question(
     "batch_size",
     "Batch size",
-    lambda draft: "Sequences per process and step; more are faster and need more memory. The plan follows.",
+    lambda draft: "Sequences per process and step. More are faster but need more memory. The plan follows.",
     lambda draft: str(draft.config().train.batch_size),
     _take_batch,
     _tell_batch,

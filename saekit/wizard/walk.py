@@ -1,4 +1,4 @@
-"""The way through the questions, forwards and back, for any kind of answerer."""
+"""Walks through the questions, forwards and back, with any `Asker`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saekit.wizard.draft import Draft
 
 
 class Planned(NamedTuple):
-    """A plan, and what to change where it does not fit."""
+    """A plan, and changes to make if it does not fit."""
 
     plan: Plan
     advice: Sequence[Advice]
@@ -23,73 +23,87 @@ Fact = str | Planned
 """A message about an answer: a line, or a whole plan."""
 
 QUOTE = "│ "
-"""Begins a line that shows a piece of a file."""
+"""The prefix of a line that shows a part of a file."""
 
 
 class Back(Exception):  # noqa: N818  # not an error
-    """The question before this one is wanted again."""
+    """Asks for the previous question again."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question, and what becomes of its answer."""
+    """One question, and what to do with its answer."""
 
     key: str
     label: str
-    """Names the answer, in a word or two."""
+    """The name of the answer, in one or two words."""
     explain: Callable[[Draft], str]
-    """One line on what is asked."""
+    """Returns one line that explains the question."""
     default: Callable[[Draft], str]
+    """Returns the default answer."""
     take: Callable[[Draft, str], Draft]
-    """The draft with the answer in it; raises `UserError` if it cannot be used."""
+    """Returns the draft with the answer in it. Raises `UserError` if the answer cannot be used."""
     tell: Callable[[Draft], Sequence[Fact]] = lambda draft: ()
-    """The messages to show once it is answered."""
+    """Returns the messages to show after the answer."""
     needed: Callable[[Draft], bool] = lambda draft: True
-    """Whether it has to be asked, given the answers before."""
+    """Tells whether to ask the question, given the earlier answers."""
     choices: Callable[[Draft], Sequence[str]] = lambda draft: ()
-    """Answers to offer, where they can be listed."""
+    """Returns the answers to offer, if they can be listed."""
     is_path: bool = False
+    """Whether Tab completes paths."""
     working: str = ""
-    """The status while the answer is being checked, if that takes time."""
+    """The status to show while the answer is checked, if that takes time."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An answer that could not be used."""
+    """An answer that cannot be used."""
 
     answer: str
     problem: str
+    """The error message."""
 
 
 class Asker(Protocol):
-    """Answers questions: a person at a terminal, or the defaults."""
+    """Gets answers to questions: from a user at a terminal, or from the defaults."""
 
     def ask(self, question: Question, draft: Draft, default: str, refused: Refused | None) -> str:
-        """One answer, after one to the same question that was refused if there was one.
+        """Return an answer.
+
+        Args:
+            question: The question.
+            draft: The answers so far.
+            default: The default answer.
+            refused: The last answer to the same question, if it was refused.
 
         Raises:
-            Back: If the question before is wanted.
-            KeyboardInterrupt: If no more is to be asked.
+            Back: To ask the previous question again.
+            KeyboardInterrupt: To quit.
         """
 
     def went_back(self, question: Question) -> None:
-        """This one is asked again next."""
+        """Note that this question is asked again next."""
 
     def working(self, text: str) -> AbstractContextManager[object]:
-        """While inside, something takes time."""
+        """Return a context for work that takes time, with a status text."""
 
     def answered(self, question: Question, answer: str, told: Sequence[Fact]) -> None:
-        """The answer was taken."""
+        """Note that an answer was accepted, with the messages about it."""
 
 
 def walk(questions: Sequence[Question], draft: Draft, asker: Asker) -> Draft:
-    """Ask them one by one; returns the draft with all answers in it.
+    """Ask the questions one by one, and return the draft with all answers.
 
-    Going back restores the draft of that time, so that nothing of a withdrawn answer is left. What had been typed is
-    offered again.
+    Going back restores the earlier draft, so that nothing of a withdrawn answer remains. The earlier answer is offered
+    as the default.
+
+    Args:
+        questions: All questions, in order.
+        draft: The draft before the first question.
+        asker: Gets the answers.
 
     Raises:
-        KeyboardInterrupt: When the asker has had enough.
+        KeyboardInterrupt: If the asker quits.
     """
     passed: list[tuple[int, Draft]] = []
     said: dict[str, str] = {}
@@ -102,7 +116,7 @@ def walk(questions: Sequence[Question], draft: Draft, asker: Asker) -> Draft:
                 passed.append((number, before))
             number += 1
         except Back:
-            if passed:  # there is nothing before the first
+            if passed:  # the first question has no previous one
                 number, draft = passed.pop()
                 asker.went_back(questions[number])
     return draft

@@ -108,7 +108,7 @@ def test_only_a_live_model_is_evaluated_in_training(plugin, saekit, tmp_path):  
     command = ("train", "directions", "none", "--plugin", plugin, "--source", "directions", "--save-dir", tmp_path)
     done = saekit(*command, "--num-latents", 64, "--eval-every", 2)
     assert done.code == 2
-    assert "eval_every needs the language model itself, and directions gives its activations only" in done.err
+    assert "eval_every needs the language model, but the source directions only gives its activations" in done.err
 
 
 def test_what_was_begun_is_forgotten_when_reading_ends(tiny_llama, tokens):  # noqa: F811

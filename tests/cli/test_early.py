@@ -86,8 +86,8 @@ def test_a_layer_map_that_does_not_fit(model_dir, text_file, placed):
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (None, ["--layers", "0,1"], "it has no coder for layers.0, only for layers.1"),
-        (None, ["--num-latents", "32"], "its coder for layers.1 has 64 latents for width 16, this run's 32"),
+        (None, ["--layers", "0,1"], "has no coder for layers.0, only for layers.1"),
+        (None, ["--num-latents", "32"], "its coder for layers.1 has 64 latents for width 16, this run's has 32"),
         (-10, [], "layers.1/sae.safetensors is truncated"),
     ],
     ids=["another layer", "another size", "truncated"],

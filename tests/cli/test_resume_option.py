@@ -20,7 +20,7 @@ def three_checkpoints(train, tmp_path):
 def test_a_path_brings_the_options_along(saekit, three_checkpoints, tmp_path):
     result = saekit("train", "--resume", three_checkpoints / "step_00000010")
     assert result.code == 0, result.err
-    assert f"Going on from {three_checkpoints / 'step_00000010'}" in result.err
+    assert f"Resuming from {three_checkpoints / 'step_00000010'}" in result.err
     assert_same_tensors(tensors_of(three_checkpoints / "latest"), tensors_of(tmp_path / "before" / "latest"))
     assert metrics_of(three_checkpoints) == metrics_of(tmp_path / "before")
     assert saekit("train", "--resume", three_checkpoints, "--log-every", "4").code == 0
@@ -51,14 +51,14 @@ def test_an_option_is_named_and_not_what_follows_from_it(train, three_checkpoint
     result = train("--run-name", "r", "--resume", "--max-tokens", "8192")
     assert result.code == 2
     assert (
-        "--resume would go on with another training: --max-tokens was 2048 and is 8192. To train so, leave out "
-        "--resume and start a run of another --run-name from its SAEs with --finetune checkpoints/r"
+        "--resume would continue a different training: --max-tokens was 2048 and is 8192. To train with these options, "
+        "leave out --resume and start a run with another --run-name from its SAEs with --finetune checkpoints/r"
     ) in result.err
     result = train("--run-name", "r", "--resume", "--num-latents", "32")
-    assert "another training: --num-latents was 64 and is 32." in result.err
+    assert "a different training: --num-latents was 64 and is 32." in result.err
     assert "--finetune" not in result.err
     result = train("--run-name", "r", "--resume", "--lr-warmup-steps", "3")
-    assert "another training: --lr-warmup-steps was 4 and is 3." in result.err
+    assert "a different training: --lr-warmup-steps was 4 and is 3." in result.err
     assert train("--run-name", "other", "--max-tokens", "4096", "--finetune", "checkpoints/r").code == 0
 
 
@@ -70,7 +70,7 @@ def test_more_data_in_the_same_place_are_named(train, three_checkpoints, text_fi
     (tmp_path / "t.jsonl").write_text("".join(lines[:90]))
     result = train(*options, "--resume", data=tmp_path / "t.jsonl")
     assert result.code == 2
-    assert "another training: the data made " in result.err
+    assert "a different training: the data gave " in result.err
     assert "--lr-warmup-steps" not in result.err
 
 
@@ -82,21 +82,21 @@ def test_other_data_in_the_same_place_is_refused(train, three_checkpoints, text_
     finally:
         text_file.write_text(content)
     assert result.code == 2
-    assert "the data set has other tokens in step 16 than it had then" in result.err
+    assert "the data set has other tokens in step 16 than before" in result.err
 
 
 def test_links_mean_what_they_say(saekit, three_checkpoints, tmp_path, monkeypatch):
     """`latest` is the run, which may have a newer one; `best` and a step are that checkpoint, from wherever named."""
     (three_checkpoints / "best").symlink_to("step_00000010")
     result = saekit("train", "--resume", f"{three_checkpoints}/best/")
-    assert f"Going on from {three_checkpoints / 'step_00000010'}" in result.err
+    assert f"Resuming from {three_checkpoints / 'step_00000010'}" in result.err
     (three_checkpoints / "latest").unlink()
     (three_checkpoints / "latest").symlink_to("step_00000010")
     result = saekit("train", "--resume", three_checkpoints / "latest")
-    assert f"Going on from {three_checkpoints / 'step_00000016'}" in result.err
+    assert f"Resuming from {three_checkpoints / 'step_00000016'}" in result.err
     monkeypatch.chdir(three_checkpoints / "step_00000015")
     result = saekit("train", "--resume", ".")
-    assert "Going on from ." in result.err
+    assert "Resuming from ." in result.err
     assert metrics_of(three_checkpoints) == metrics_of(tmp_path / "before")
     result = saekit("train", "--resume", three_checkpoints / "step_00000099")
     assert result.code == 2
@@ -110,7 +110,7 @@ def test_auto_starts_and_goes_on(train, tmp_path):
     shutil.rmtree(run / "step_00000016")
     result = train("--run-name", "r", "--resume", "auto", "--save-every", "5", "--keep-last", "2")
     assert result.code == 0
-    assert "Going on from checkpoints/r/step_00000015" in result.err
+    assert "Resuming from checkpoints/r/step_00000015" in result.err
     assert_same_tensors(tensors_of(run / "latest"), whole)
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(saekit, thr
     result = saekit("train", "--resume", three_checkpoints)
     assert result.code == 0
     assert "step_00000016 is damaged: layers.1/state.safetensors has changed" in result.err
-    assert f"Going on from {three_checkpoints / 'step_00000015'}" in result.err
+    assert f"Resuming from {three_checkpoints / 'step_00000015'}" in result.err
     assert_same_tensors(tensors_of(three_checkpoints / "latest"), tensors_of(tmp_path / "before" / "latest"))
 
 
@@ -167,7 +167,7 @@ def test_the_hint_can_be_typed_as_it_stands(train, three_checkpoints):
     hint = train("--run-name", "r", "--resume", "nowhere").err.partition("write ")[2].partition(")")[0]
     result = train("--run-name", "r", *hint.split())
     assert result.code == 0, result.err
-    assert "Going on from checkpoints/r/step_00000016" in result.err
+    assert "Resuming from checkpoints/r/step_00000016" in result.err
 
 
 def test_a_path_and_another_name_contradict_each_other(train, three_checkpoints):

@@ -90,7 +90,7 @@ def test_a_model_without_a_tokenizer(train, saekit, tmp_path, files, ids, bare, 
     assert train("--dry-run", model=bare, data=data).code == 0
     result = train("--run-name", "r", "--eval-every", 10, "--eval-tokens", 320, model=bare, data=data)
     assert result.code == 0, result.err
-    assert "has no tokenizer: its config says which tokens are special" in result.err + result.out
+    assert "has no tokenizer: taking the special tokens from its config" in result.err + result.out
     result = saekit("eval", "checkpoints/r", "--max-tokens", 320)
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "checkpoints" / "r" / "latest" / EVAL_FILE).read_text("utf-8"))

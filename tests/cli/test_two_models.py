@@ -37,7 +37,7 @@ def run(train, other_dir, tmp_path):
 
 def test_files_name_both_models(run, train, model_dir, other_dir, tmp_path):
     folder, done = run
-    assert f"Loading {other_dir} up to layer 1 of 2" in done.err
+    assert f"Loading {other_dir} (up to layer 1 of 2)" in done.err
     index = json.loads((folder / "latest" / "checkpoint.json").read_text())
     assert (index["model"], index["other_model"]) == (str(model_dir), str(other_dir))
     assert index["hookpoints"] == ["layers.0", "layers.1"]
@@ -138,7 +138,7 @@ def test_evaluating_while_training(train, saekit, other_dir, text_file, tmp_path
         256,
     )
     assert done.code == 0, done.err
-    assert f"Loading {other_dir} whole" in done.err
+    assert f"Loading {other_dir} (all layers)" in done.err
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [each["evaluation"] for each in records if each.get("kind") == "evaluation"]
     assert found

@@ -101,7 +101,7 @@ def test_a_library_within_its_bounds(installed):
 def test_a_library_out_of_bounds(installed, version):
     installed(torch=version)
     found = fixes(library("torch"), "problem", 'pip install "torch>=2.6,<2.14"')
-    assert found.found == f"{version}, and saekit needs >=2.6,<2.14"
+    assert found.found == f"{version}, but saekit needs >=2.6,<2.14"
     assert not found.blocks
 
 
@@ -208,7 +208,7 @@ def test_a_gpu_and_a_torch_without_cuda():
 def test_a_gpu_and_an_old_driver():
     error = "The NVIDIA driver on your system is too old (found version 11040). Please update it from the URL: http://"
     found = fixes(
-        only(devices.cuda(fake_torch(error=error), ["V100"], {})), "problem", "update NVIDIA's driver", "CUDA 12.8"
+        only(devices.cuda(fake_torch(error=error), ["V100"], {})), "problem", "update the NVIDIA driver", "CUDA 12.8"
     )
     assert "too old (found version 11040)" in found.found
     assert "http" not in found.found
@@ -389,7 +389,7 @@ def test_ranks_that_cannot_meet():
     failed = Outcome(failed="RuntimeError: [enforce fail at /src/device.cc:84] ifa != nullptr. Unable to find address")
     found = fixes(gloo(failed), "problem", "export GLOO_SOCKET_IFNAME=lo", "/etc/hosts")
     assert "(RuntimeError: Unable to find address)" in found.found
-    fixes(gloo(failed, GLOO_SOCKET_IFNAME="nope0"), "problem", "unset GLOO_SOCKET_IFNAME, which is nope0")
+    fixes(gloo(failed, GLOO_SOCKET_IFNAME="nope0"), "problem", "unset GLOO_SOCKET_IFNAME (now nope0)")
 
 
 def no_nccl():

@@ -63,7 +63,7 @@ def test_ranks_that_share_a_core():
 def test_a_collective_that_gives_wrong_numbers():
     assert only(launched.collective("all_reduce", [None, None])).state == "ok"
     found = only(launched.collective("all_reduce", [None, "got [1.0], expected [3.0]"]))
-    assert (found.state, found.found) == ("problem", "wrong: rank 1: got [1.0], expected [3.0]")
+    assert (found.state, found.found) == ("problem", "wrong result: rank 1: got [1.0], expected [3.0]")
 
 
 def test_speed():
@@ -86,11 +86,11 @@ def test_folders():
 def test_clocks():
     assert only(launched.clocks(ranks(), [0.0, -0.2])).state == "ok"
     found = only(launched.clocks(ranks({}, {"host": "b"}), [0.0, -7.0]))
-    assert (found.state, found.found) == ("note", "b (rank 1) is -7.0 s off rank 0's")
+    assert (found.state, found.found) == ("note", "b (rank 1) differs from rank 0 by -7.0 s")
 
 
 def test_versions():
-    assert only(launched.versions(ranks())).found == "the same everywhere: torch 2.13.0"
+    assert only(launched.versions(ranks())).found == "the same on every rank: torch 2.13.0"
     found = only(launched.versions(ranks({}, {"versions": {"torch": "2.13.0", "deepspeed": "0.19"}})))
     assert (found.name, found.found) == ("deepspeed", "none: rank 0; 0.19: rank 1")
 
@@ -99,7 +99,7 @@ def test_who_waits_where():
     places = [Place("all_reduce", None), None, Place("all_reduce", None), Place("join", None)]
     assert list(launched.waiting(places)) == [
         "ranks 0, 2 are at all_reduce",
-        "rank 1 is not heard of",
+        "rank 1 is not connected",
         "rank 3 is at join",
     ]
     assert launched.named([5, 0, 1, 2]) == "ranks 0-2, 5"

@@ -66,7 +66,7 @@ def apart():
         placement.gather = gather
         return found
 
-    trial.introduce, trial.time.time, trial.SEES_WITHIN = introduced, lambda: now() + 90, 0.5
+    trial.introduce, trial.time.time, trial.VISIBLE_WITHIN = introduced, lambda: now() + 90, 0.5
 
 
 if __name__ == "__main__":

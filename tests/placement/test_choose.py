@@ -72,8 +72,8 @@ def test_a_layer_map_for_one_process_is_refused():
         ("zero3", {"optimizer": "muon"}, "zero3 cannot train with --optimizer muon"),
         ("zero3", {"optimizer": "adam"}, None),
         ("ddp", {"optimizer": "muon"}, None),
-        ("ddp", {"shard_lm": True}, "--shard-lm, but the placement is ddp"),
-        ("single", {"shard_lm": True}, "--shard-lm, but the placement is single"),
+        ("ddp", {"shard_lm": True}, "--shard-lm is not supported by --placement ddp"),
+        ("single", {"shard_lm": True}, "--shard-lm is not supported by --placement single"),
         ("zero3", {"shard_lm": True}, None),
         ("ddp", {"layer_map": "0:0"}, "--layer-map 0:0 has no meaning under --placement ddp"),
         ("layer-map", {"layer_map": "0:0"}, None),
@@ -140,7 +140,7 @@ def test_deepspeeds_own_file_says_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZeRO stage 2, but saekit trains with stage 3 only"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZeRO stage 2, but saekit supports stage 3 only"),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device: nvme"),
     ],
 )

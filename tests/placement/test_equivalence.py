@@ -180,7 +180,7 @@ def test_a_run_goes_on_under_another_placement(train, gpt2_dir, kind, before, ra
     place = ["--placement", after] if after else []
     again = [*options, *place, "--resume", "auto"]
     found = train(gpt2_dir, *again, ranks=ranks, name=run.name, devices=before == "ddp")
-    assert f"Going on from {run / f'step_{STEPS // 2:08}'}" in (found / "stderr.txt").read_text()
+    assert f"Resuming from {run / f'step_{STEPS // 2:08}'}" in (found / "stderr.txt").read_text()
     alone = train(gpt2_dir, *options)
     assert_same_run(found, alone)
     if kind == "skip":

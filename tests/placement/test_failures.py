@@ -166,7 +166,7 @@ import time
 import torch.distributed as dist
 from saekit.placement import failure
 
-failure.CLEANS_UP = 0.2
+failure.CLEANUP_SECONDS = 0.2
 watch = failure.FailureWatch(dist.HashStore(), "only", 1)
 watch.begin()
 watch.closing(ValueError("the cause"))

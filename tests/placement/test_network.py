@@ -51,5 +51,5 @@ def test_a_rank_that_fails_is_quoted_and_the_other_is_not_waited_for(ranks, monk
 def test_ranks_that_do_not_meet_are_given_up(ranks, monkeypatch):
     monkeypatch.setattr(network, "LIMIT", network.timedelta(seconds=0.2))
     ranks(WAITS_FOR_THE_OTHER, "")
-    with pytest.raises(UserError, match="did not find each other"):
+    with pytest.raises(UserError, match=r"2 ranks did not meet within 0\.4 seconds"):
         network.measure_network(2)

@@ -76,8 +76,8 @@ def test_maps_are_read():
         ("0:0 1:1", "should be layers and their rank"),
         ("0-99999999:0", "should be layers and their rank"),
         ("5-0:1", "empty; write 0-5"),
-        ("0-3:0,3-5:0", "layer 3 is there twice"),
-        ("4:0,4:1", "layer 4 is there twice"),
+        ("0-3:0,3-5:0", "names layer 3 twice"),
+        ("4:0,4:1", "names layer 4 twice"),
     ],
 )
 def test_maps_that_cannot_be_read(text, complaint):
@@ -98,7 +98,7 @@ def test_hookpoints_of_one_layer_share_its_rank_and_those_of_none_are_refused():
         "layers.0.mlp": 1,
         "layers.1": 0,
     }
-    with pytest.raises(UserError, match="goes by layers' numbers, and embed_tokens has none"):
+    with pytest.raises(UserError, match="maps layer numbers, but embed_tokens has none"):
         resolve_map("0:0", {"embed_tokens": 1, "layers.0": 1}, 2)
     assert resolve_map(None, {"embed_tokens": 1, "layers.0": 1}, 2) == {"embed_tokens": 0, "layers.0": 1}
 
@@ -109,7 +109,7 @@ def test_hookpoints_of_one_layer_share_its_rank_and_those_of_none_are_refused():
         ("0:0", "gives no rank for layers 1, 2: every"),
         ("0-1:0", "gives no rank for layer 2: every"),
         ("0-5:0", "names layers 3, 4, 5, not trained"),
-        ("0-2:2", "there is no rank 2; the last of 2 is 1"),
+        ("0-2:2", "names rank 2, but the last of 2 ranks is 1"),
         ("nonsense", "should be layers"),
     ],
 )

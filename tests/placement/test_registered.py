@@ -79,7 +79,7 @@ def test_it_is_planned_and_launched_and_asked_what_it_supports(plugin, saekit, m
 
 def test_its_name_has_to_be_that_which_it_is_registered_under(plugin):
     PLACEMENTS.register("other")(type("Other", (kind_of("single"),), {}))
-    with pytest.raises(UserError, match="placement 'other' calls itself 'single': set `name` of Other"):
+    with pytest.raises(UserError, match="placement 'other' has the name 'single': set `name` of Other"):
         kind_of("other")
 
 

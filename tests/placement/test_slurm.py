@@ -136,7 +136,7 @@ def test_a_job_that_is_signalled_saves_and_the_next_one_goes_on(tmp_path, sbatch
     stopped_at = read_index(tmp_path / "run" / "latest")["step"]
 
     job = sbatch("multi_node", "--log-every", "2", data=many_tokens(tmp_path))
-    assert any(line.startswith("Going on from ") for line in job.stderr)
+    assert any(line.startswith("Resuming from ") for line in job.stderr)
     for line in job.stderr:
         if line.startswith("step "):
             assert int(line.split()[1].split("/")[0].replace(",", "")) > stopped_at

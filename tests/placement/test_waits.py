@@ -28,7 +28,7 @@ from saekit.placement import world
 from saekit.runs import checkpoint
 from saekit.training import live
 
-world.AT_WORK = timedelta(seconds=5)
+world.COLLECTIVE_TIMEOUT = timedelta(seconds=5)
 load, write = live._load_data, checkpoint._write_layer
 
 

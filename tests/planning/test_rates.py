@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_read_is_said_and_replaced(cache, text):
 
 def test_a_file_that_cannot_be_written_is_an_error_of_one_line(cache):
     cache.parent.parent.write_text("in the way", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot be kept in .*: name another folder in XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"rates.json cannot be written .*: set XDG_CACHE_HOME to another folder"):
         keep_rates({"one": RATES})
 
 

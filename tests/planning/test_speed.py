@@ -6,7 +6,7 @@ import pytest
 
 from saekit.config import RunConfig
 from saekit.planning import Machine, make_plan
-from saekit.planning.calibration import not_negative, shapes
+from saekit.planning.calibration import nonnegative_least_squares, shapes
 from saekit.planning.rates import Network, PassCost, Rates
 from saekit.planning.speed import StepWork, step_time
 
@@ -92,11 +92,11 @@ def test_the_fit_finds_what_passes_were_made_of():
     wanted = [2e-9, 0.0, 3e-9, 1e-3]
     rows = [[N * M, N * k * D, M * D, 1.0] for N, D, M, k in shapes(1)]
     made = [sum(each * cost for each, cost in zip(row, wanted, strict=True)) for row in rows]
-    assert not_negative(rows, made) == pytest.approx(wanted, rel=1e-6, abs=1e-15)
+    assert nonnegative_least_squares(rows, made) == pytest.approx(wanted, rel=1e-6, abs=1e-15)
 
 
 def test_nothing_takes_less_than_no_time():
-    assert not_negative([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]], [3.0, 2.0, 1.0]) == pytest.approx([2.0, 0.0])
+    assert nonnegative_least_squares([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]], [3.0, 2.0, 1.0]) == pytest.approx([2.0, 0.0])
 
 
 @pytest.fixture

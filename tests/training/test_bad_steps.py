@@ -154,8 +154,8 @@ def test_a_bad_last_step_is_a_failure(make_trainer, tmp_path, bad, when):
     explodes(trainer, spoiler, "b_enc")
     good = min(bad) - 1
     message = (
-        rf"layers\.1: NaN or Inf in the gradient {when}, its lowest FVU was 0\.\d+ at step \d; "
-        rf".*step_00000007 holds the SAEs as they were after step {good}, .*--lr"
+        rf"layers\.1: NaN or Inf in the gradient {when} \(lowest FVU: 0\.\d+ at step \d\): .*--lr .*"
+        rf"step_00000007 holds the SAEs as they were after step {good}, and older checkpoints are kept$"
     )
     with pytest.raises(UserError, match=message):
         trainer.fit()
@@ -175,7 +175,7 @@ def test_a_run_of_bad_steps_only_keeps_the_saes_as_they_began(make_trainer, tmp_
     spoiler = Spoiler(set(range(1, 8)))
     trainer = make_trainer(reporter=spoiler)
     explodes(trainer, spoiler, "b_enc")
-    with pytest.raises(UserError, match=r"in each of the last 7 steps; .* as they were at the beginning"):
+    with pytest.raises(UserError, match=r"in each of the last 7 steps: .* as they were at the beginning"):
         trainer.fit()
     assert not any(stats.diverged for stats in spoiler.steps)  # there was nothing to compare
 

@@ -23,7 +23,7 @@ def test_a_diverged_sae_is_named_with_its_fvu_then_and_now(make_trainer):
     *_, last = recorder.steps
     (warning,) = warnings_of(recorder)
     assert set(last.diverged) == set(last.layers)
-    assert warning.startswith("Warning: 3 of 3 SAEs have an FVU above 1, ")
+    assert warning.startswith("Warning: 3 of 3 SAEs have an FVU above 1 (worse than ")
     assert warning.endswith("try a smaller --lr or more --lr-warmup-steps")
     for name, lowest in last.diverged.items():
         history = [stats.layers[name].fvu for stats in recorder.steps]

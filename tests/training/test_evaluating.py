@@ -240,7 +240,10 @@ def test_option_and_data_belong_together(make_trainer, tiny_llama, tokens, unrea
         SaeTrainer(TrainConfig(save_dir=tmp_path), tokens, tiny_llama, reporter=Reporters(), eval_data=unread)
 
 
-@pytest.mark.parametrize(("token", "message"), [(1, "every token is excluded"), (64, "the data to evaluate on has")])
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(1, "every token of the data to evaluate on is excluded"), (64, "the data to evaluate on has")],
+)
 def test_data_that_will_not_do_is_refused_at_the_start(train, token, message):
     with pytest.raises(UserError, match=message):
         train(eval_every=3, data=Dataset.from_dict({"input_ids": [[token] * CTX_LEN] * 4}))

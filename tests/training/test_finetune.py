@@ -91,11 +91,11 @@ def test_finetune_says_where_latents_were_chosen_otherwise(make_trainer, tmp_pat
     make_trainer("earlier").fit()
     for run_name, sae, warned in (
         ("same", SaeConfig(num_latents=64, k=4), []),
-        ("k", SaeConfig(num_latents=64, k=5), ["Warning: the SAEs of --finetune have k 4, this run k 5"]),
+        ("k", SaeConfig(num_latents=64, k=5), ["Warning: the SAEs of --finetune have k 4, this run has k 5"]),
         (
             "kind",
             SaeConfig(num_latents=64, k=4, activation="groupmax"),
-            ["Warning: the SAEs of --finetune have k 4, this run k 4 (groupmax)"],
+            ["Warning: the SAEs of --finetune have k 4, this run has k 4 (groupmax)"],
         ),
     ):
         watcher = Recorder()
@@ -105,7 +105,7 @@ def test_finetune_says_where_latents_were_chosen_otherwise(make_trainer, tmp_pat
 
 def test_finetune_of_another_size_is_refused(make_trainer, tmp_path):
     make_trainer("earlier").fit()
-    with pytest.raises(UserError, match="has 64 latents for width 16, this run's 32"):
+    with pytest.raises(UserError, match="has 64 latents for width 16, this run's has 32"):
         make_trainer("later", finetune=tmp_path / "earlier", sae=SaeConfig(num_latents=32, k=4)).fit()
     assert not (tmp_path / "later").exists()
 
@@ -123,17 +123,17 @@ SITES = {
     [
         ("transcoder", SITES["sae"], False, "for width 16, to be transcoded to width 16, this run's .* width 16$"),
         ("sae", SITES["transcoder"], False, "for width 16, this run's .* width 16, to be transcoded to width 16$"),
-        ("transcoder", transcoder(Hookpoint("layers.1:in", 16), OUT), False, "reads layers.0 .*, this run's layers.1:"),
-        ("skip", SITES["transcoder"], False, "has a skip connection, this run's has none: give --skip-connection$"),
+        ("transcoder", transcoder(Hookpoint("layers.1:in", 16), OUT), False, "this run's reads layers.1:"),
+        ("skip", SITES["transcoder"], False, "has a skip connection, this run's has none: add --skip-connection$"),
         ("transcoder", SITES["transcoder"], True, None),
         (
             "crosscoder",
             crosscoder([OUT, IN]),
             False,
-            r"reads layers.0 \(16\), layers.1.* this run's layers.1.mlp",
+            r"reads layers.0 \(16\), layers.1.* this run's reads layers.1.mlp",
         ),
         ("crosscoder", SITES["crosscoder"], False, None),
-        ("sae", SITES["crosscoder"], False, "it has no coder for crosscoder, only for layers.1.mlp$"),
+        ("sae", SITES["crosscoder"], False, "has no coder for crosscoder, only for layers.1.mlp$"),
     ],
 )
 def test_coders_of_another_kind_are_refused_early(tmp_path, earlier, wanted, skip, said):
@@ -157,6 +157,6 @@ def test_coders_of_another_kind_are_refused_early(tmp_path, earlier, wanted, ski
 def test_an_sae_of_one_hookpoint_is_no_crosscoder_of_the_same_width(tmp_path):
     """Where the user names its folder, names of hookpoints may differ, as from model to model; kinds may not."""
     Sae(32, 64, 4).save_to_disk(tmp_path)
-    with pytest.raises(UserError, match=r"for width 32, this run's 64 latents for width 32 of several hookpoints$"):
+    with pytest.raises(UserError, match=r"for width 32, this run's has 64 latents for width 32 of several hookpoints$"):
         check_finetune(tmp_path, {"crosscoder": Shape(SITES["crosscoder"], 64, False)})
     check_finetune(tmp_path, {"layers.0": Shape(autoencoder(Hookpoint("layers.0", 32)), 64, False)})

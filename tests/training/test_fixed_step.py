@@ -53,7 +53,7 @@ def make_bank(units=1, kernels=None, sae=None, **options):
     plans = [UnitPlan(autoencoder(Hookpoint(name, D)), M, 0.0, (1.0, 1.0), dead_threshold=40) for name in widths]
     bank = Bank(cfg, placement, plans, known)
     for unit in bank.units.values():
-        unit.may_ask = False
+        unit.may_sync = False
     return bank
 
 
@@ -101,7 +101,7 @@ def test_a_step_asks_for_no_number_and_no_shape(kind, kernels):
 
 def test_fake_tensors_notice_a_host_read():
     bank = make_bank()
-    bank.units["layers.0"].may_ask = True  # whether a norm is too long, as on a CPU
+    bank.units["layers.0"].may_sync = True  # whether a norm is too long, as on a CPU
     step = Step(bank, 20, [torch.randn(N, D)])
     step.begin()
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException):

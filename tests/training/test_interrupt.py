@@ -52,7 +52,7 @@ with graceful_interrupt(0.5, say):
     {waiting}
 """)
     assert code == 128 + signal.SIGTERM
-    assert said == "SIGTERM came, and the step was not done and saved within --grace 0.5 seconds\n"
+    assert said == "SIGTERM arrived, and the step was not finished and saved within --grace 0.5 seconds\n"
 
 
 def test_ctrl_c_twice(run):

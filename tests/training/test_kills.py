@@ -35,7 +35,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, model_dir, forked, kind, 
     again = [*command, "--run-name", "r", "--resume", "auto"]
     killed = Killer(forked, tmp_path / "r", again, random.Random(seed)).until_done(kills)
     assert all(killed[amid] >= times for amid, times in kills.items()), f"it was done too early: {killed}"
-    resumed_at = re.findall(r"Going on from .*step_0*(\d+)", (tmp_path / "r.log").read_text())
+    resumed_at = re.findall(r"Resuming from .*step_0*(\d+)", (tmp_path / "r.log").read_text())
     assert len(set(resumed_at)) >= sum(kills.values()) / 3, resumed_at
     for link in ("latest", "best"):
         found, expected = (tmp_path / run / link for run in ("r", "whole"))

@@ -177,7 +177,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(make_trainer, tmp
             if stats.step == 4:
                 write_lease(tmp_path / "run" / ".lock", replace(Writer.here(), host="node7"))
 
-    with pytest.raises(UserError, match=r"another process has taken the run folder .*run over"):
+    with pytest.raises(UserError, match=r"another process has taken over the run folder .*run,"):
         make_trainer(save_every=2, reporter=IsTakenForDead()).fit()
     assert [folder.name for folder in (tmp_path / "run").glob("*step*")] == ["step_00000002"]
 

@@ -58,7 +58,7 @@ def test_the_one_that_trains_is_not_disturbed(came, first, then):
     assert found["codes"]["auto"] == 0, said
     assert f"for up to 90 seconds (--grace): process {found['pid']} on" in said
     # One that was killed before its first checkpoint is started again.
-    assert ("Going on from" in said) == (found["saved"] or then == "goes on")
+    assert ("Resuming from" in said) == (found["saved"] or then == "goes on")
     assert_one_run(root, found["run"])
 
 

@@ -245,7 +245,7 @@ def test_weights_that_are_not_finite_on_one_rank_end_the_save_on_all(saver, brok
         ended = [each.exception() for each in [ranks.submit(each.save) for each in savers]]
     assert [type(each) for each in ended] == [UserError] * 2, ended
     assert {str(each) for each in ended} == {
-        f"{broken}: NaN or Inf in the SAE's weights at step 5, which is not saved; try a smaller --lr"
+        f"{broken}: NaN or Inf in the SAE's weights at step 5, so this step is not saved: try a smaller --lr"
     }
     assert all(each.placement.taken == list(saver.placement.layers()) for each in savers)
     assert not list(run.glob(".step_*.partial"))

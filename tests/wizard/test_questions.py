@@ -44,7 +44,7 @@ def test_a_run_in_one_process(answer, model_dir, text_file, targets):
     assert rows[0] == "Columns text, id; the text is in text"
     assert len(rows) == 3
     assert rows[1].startswith("│ a")
-    assert asker.told["layers"] == ["2 of 3, one SAE for each"]
+    assert asker.told["layers"] == ["2 of 3, one SAE per layer"]
     assert asker.told["hookpoints"] == ["3 SAEs of width 16: layers.{0-2}"]
     files = files_of(draft)
     assert list(files) == [targets.run]
@@ -60,10 +60,10 @@ def test_a_run_in_one_process(answer, model_dir, text_file, targets):
 @pytest.mark.parametrize(
     ("options", "coders", "latents"),
     [
-        ({"transcode": True}, "one transcoder for each", "32 latents in each transcoder"),
-        ({"hookpoints": "mlp", "transcode": True}, "one transcoder for each", "32 latents in each transcoder"),
+        ({"transcode": True}, "one transcoder per layer", "32 latents in each transcoder"),
+        ({"hookpoints": "mlp", "transcode": True}, "one transcoder per layer", "32 latents in each transcoder"),
         ({"crosscode": "resid"}, "1 crosscoder", "96 latents in each crosscoder"),
-        ({"crosscode_models": ""}, "one crosscoder for each", "64 latents in each crosscoder"),
+        ({"crosscode_models": ""}, "one crosscoder per layer", "64 latents in each crosscoder"),
     ],
 )
 def test_other_coders_are_called_by_their_names(answer, model_dir, text_file, options, coders, latents):
@@ -140,7 +140,7 @@ def test_several_processes_get_a_launch_file_and_a_placement(answer, model_dir, 
     for placement, kind in (("ddp", "MULTI_GPU"), ("layer-map", "MULTI_GPU"), ("zero3", "DEEPSPEED")):
         draft, asker = answer("3", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2", "ddp2", placement)
         assert asker.problems == [
-            ("placement", "ddp2", "--placement ddp2: with 3 ranks there is ddp, layer-map, zero3")
+            ("placement", "ddp2", "--placement ddp2 is not possible with 3 ranks: choose one of ddp, layer-map, zero3")
         ]
         said = yaml.safe_load(files_of(draft)[targets.launch])
         assert (said["num_processes"], said["distributed_type"]) == (3, kind)
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_marked_and_not_offered_first(answer, model_dir, te
     fits = {each.placement: each.fits for each in draft.plan.choices}
     assert fits["ddp"] is False
     assert dict(asker.asked)["placement"] != "ddp"
-    assert asker.told["placement"] == ["By the plan it does not fit."]
+    assert asker.told["placement"] == ["The plan says that it does not fit."]
     assert "ddp (does not fit): every process holds all SAEs; " in asker.explained["placement"]
     assert f"{dict(asker.asked)['placement']} (recommended): each holds" in asker.explained["placement"]
 
@@ -185,8 +185,8 @@ def test_an_earlier_run_yaml_gives_the_defaults_and_keeps_what_is_not_asked(answ
         **yaml.safe_load(files_of(first)[targets.run]), "lr": 0.003, "save_every": 7,
     }  # fmt: skip
     assert files_of(again)[targets.launch] == files_of(first)[targets.launch]
-    assert f"{targets.run} (replaces the one that is there, whose comments go)" in asker.told["run"]
-    assert f"{targets.launch} (replaces the one that is there): zero3 on 2 processes" in asker.told["run"]
+    assert f"{targets.run} (replaces the existing file and removes its comments)" in asker.told["run"]
+    assert f"{targets.launch} (replaces the existing file): zero3 on 2 processes" in asker.told["run"]
 
 
 def test_what_was_typed_goes_over_the_file_and_is_written(answer, model_dir, text_file, targets):
@@ -228,7 +228,7 @@ def test_the_column_is_asked_for_only_where_there_is_a_choice(answer, model_dir,
     none = tmp_path / "none.jsonl"
     none.write_text('{"n": 1}\n')
     _, asker = answer(*start_of_it, str(none), str(one), *ALL, *SIZES, "all", "1")
-    assert asker.problems[0][2] == "no column has text or is called input_ids; there are n"
+    assert asker.problems[0][2] == "no column has text or the name input_ids, only n: give other data"
 
 
 def test_the_split_is_asked_for_only_where_there_is_no_train(answer, model_dir, tmp_path):
@@ -251,7 +251,7 @@ def test_token_ids_are_shown_as_text_and_held_against_the_vocabulary(answer, mod
         *(*ALL, *SIZES, "all", "1"),
     )
     assert "token id 50,000, but the model knows 257 tokens" in asker.problems[0][2]
-    assert asker.told["dataset"][0] == "Columns input_ids: tokenized already"
+    assert asker.told["dataset"][0] == "Columns input_ids: already tokenized"
     assert asker.told["dataset"][1].startswith("│ 60 61 62 63 64 65 66 67 … = '")
 
 
@@ -295,7 +295,7 @@ def test_kept_options_that_fit_no_placement_are_named(answer, model_dir, text_fi
     _, asker = answer("1", "2", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     assert "--layer-map has no meaning with one process" in asker.problems[0][2]
     targets.run.write_text("optimizer: muon\nshard_lm: true\n")
-    with pytest.raises(AssertionError, match="no placement on 2 ranks goes with the other options"):
+    with pytest.raises(AssertionError, match="no placement on 2 ranks supports the other options"):
         answer("2", str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
 
 
@@ -366,16 +366,16 @@ def test_where_nothing_fits_there_is_advice_and_the_smallest_is_offered(answer, 
 def test_gpus_that_are_found_set_the_number_of_processes(answer, model_dir, text_file, targets, monkeypatch):
     def two_gpus(processes=None):
         if (processes or 0) > 2:
-            raise UserError(f"{processes} processes, but this machine has 2 GPUs")
+            raise UserError(f"{processes} processes need as many GPUs, but this machine has 2")
         return Machine("cuda", processes or 2, 80 * 2**30, "GPU of a kind")
 
     monkeypatch.setattr("saekit.wizard.inputs.detect", two_gpus)
     beginning = (str(model_dir), str(text_file), *ALL, *SIZES, "all", "2")
     draft, asker = answer("3", ENTER, *beginning, "ddp")
     assert asker.asked[0] == ("machine", "2")
-    assert "has 2 × GPU of a kind, 80.0 GiB each: one per GPU" in asker.explained["machine"]
+    assert "has 2 × GPU of a kind, 80.0 GiB each: use one process per GPU" in asker.explained["machine"]
     assert asker.told["machine"] == ["2 × GPU of a kind, 80.0 GiB each"]
-    assert "but this machine has 2 GPUs" in asker.problems[0][2]
+    assert "but this machine has 2" in asker.problems[0][2]
     write_files(files_of(draft))
     assert yaml.safe_load(targets.launch.read_text())["use_cpu"] is False
     monkeypatch.undo()  # the same files on a machine without: its number, not theirs

@@ -23,14 +23,14 @@ CLEAR, BACKSPACE = "\x15", "\x7f"
 
 ASKS = {
     "machine": "This machine has",
-    "model": "The language model to look into",
-    "dataset": "Text, or token ids",
+    "model": "The language model to train on",
+    "dataset": "Text or token ids",
     "hookpoints": "What to train on",
-    "layers": "In which layers",
+    "layers": "Which layers",
     "dictionary": "Latents of each SAE",
-    "k": "Latents that are active for each token",
+    "k": "Active latents per token",
     "ctx_len": "Tokens per sequence",
-    "max_tokens": "How many to train on",
+    "max_tokens": "How many tokens to train on",
     "batch_size": "Sequences per process and step",
     "placement": "every process holds all SAEs",
     "run": "Folder of the run",
@@ -145,7 +145,7 @@ def test_answers_typed_and_asked_again_with_them_as_defaults(wizard, small, tmp_
         ("placement", "zero3", ""),
         ("run", "runs/mine", ""),
     )
-    assert "run.yaml (replaces the one that is there)" in again.asks("confirm", "yes")
+    assert "run.yaml (replaces the existing file)" in again.asks("confirm", "yes")
     assert (tmp_path / "run.yaml").read_text() == before[0]
     again.send("\r")
     again.ends(0)
@@ -175,11 +175,11 @@ def test_wrong_answers_then_right_ones(wizard, small, tmp_path):
         running.expect_exact(ASKS[question])  # the same question, and below it the answer, for the user to edit
         running.expect_exact(problem)
         assert f"› {answer}" in plain(running.before)
-        running.expect_exact("Ctrl-U clears it")
+        running.expect_exact("Ctrl-U clears")
         running.expect_exact("Ctrl-C quits")
         running.send(f"{edits.get(question, f'{CLEAR}{right or default}')}\r")
     running.answer(("run", "checkpoints/", ""), ("confirm", "yes", "maybe"))
-    running.expect_exact("'maybe': yes writes, no leaves everything as it was")
+    running.expect_exact("'maybe' is not an answer: yes writes the files, no leaves everything as it was")
     assert left_in(tmp_path) == []
     running.send(f"{CLEAR}yes\r")
     assert running.ends(0).splitlines()[-1] == "saekit train --config run.yaml"
@@ -244,10 +244,13 @@ def test_options_are_offered_as_defaults(wizard, tmp_path, model_dir, text_file)
 
 def test_on_a_narrow_terminal_lines_break_between_words(wizard):
     running = wizard(size=(24, 50))
-    running.expect_exact("writes nothing")
+    running.expect_exact("without writing")
     lines = re.split(r"[\r\n]+", plain(running.before + running.after))
     assert max(map(len, lines)) <= 50
-    for text in ("one is best on a CPU; more share its memory", "Esc or < goes back · Ctrl-C quits and writes nothing"):
+    for text in (
+        "one process is best on a CPU, since more share its memory",
+        "Esc or < goes back · Ctrl-C quits without writing",
+    ):
         assert text in " ".join(lines)
         assert text not in lines
     running.send(CTRL_C)
@@ -308,7 +311,7 @@ def test_yes_asks_nothing_and_prints_the_command_alone(config, tmp_path, model_d
         (("M", "D", "--text-column", "id"), "--text-column 'id'"),
         (("M", "D", "--placement", "ddp"), "--placement ddp needs several processes"),
         (("M", "D", "--gpus", "2"), "give both, or neither"),
-        (("M", "D", "--output", "launch.yaml"), "--output and --launch-file are both launch.yaml"),
+        (("M", "D", "--output", "launch.yaml"), "--output and --launch-file both name launch.yaml"),
     ],
 )
 def test_yes_refuses_what_train_would_refuse(
