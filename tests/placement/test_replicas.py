@@ -74,7 +74,7 @@ def test_replicas_that_differ_are_not_saved(tmp_path, forked, token_dir):
     assert 0 not in codes, said
     differs = "layers.4: the SAE of rank 1 differs from that of the other ranks at step 4"
     assert said.count("Error: ") == said.count(differs) == 1
-    assert f"--resume {tmp_path / 'run'} goes on" in said
+    assert f"--resume {tmp_path / 'run'} continues" in said
     assert (tmp_path / "run" / "latest").resolve().name == "step_00000002"
     assert not list((tmp_path / "run").glob(".step*"))
 
