@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types mutants bench notebooks docs man release-check clean
+.PHONY: demo test quick check lint format types mutants bench notebooks docs docs-check man release-check clean
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ notebooks: $(STAMP)  ## run the tutorials, and keep what they print
 
 docs: $(STAMP)  ## these documents as a site, in site/; a broken link, or a page that needs a network, fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-check: docs  ## accessibility of five pages of that site, in Chromium; needs npm
+	npm install --silent --no-save --prefix build/axe axe-core@4
+	$(BIN)/python docs/tools/axe.py build/axe/node_modules/axe-core/axe.min.js
 
 man: $(STAMP)  ## a man page of each command, in man/man1: `man -M man saekit-train`
 	$(BIN)/saekit man man/man1

@@ -99,6 +99,8 @@ def _sources(title: str, folder: Path, said: str) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links that are right in the repository into ones that are right on the site."""
+    if page.file.src_uri.startswith("tutorials/"):
+        return markdown  # they are below docs/ in both
     outside = page.file.src_uri in ("index.md", "CHANGELOG.md", "CONTRIBUTING.md")
     return re.sub(
         r"(\]\()(?!https?:)([^)\s]+)(\))", lambda found: found[1] + _on_site(found[2], outside) + found[3], markdown
@@ -106,6 +108,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _on_site(target: str, outside: bool) -> str:
+    target = re.sub(r"\.ipynb$", ".md", target)
     if outside:
         return target.removeprefix("docs/")
     if not target.startswith("../"):
