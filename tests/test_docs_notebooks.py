@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ assert [*early.reads, *early.writes, *late.reads, *late.writes] == [
 ]
 predicted = part_M[strongest]
 assert torch.corrcoef(torch.stack([predicted, torch.tensor(measured)]))[0, 1] > 0.3
-assert abs(float(part_M.sum())) < 0.5 * float(late_TM[token, latent]), "small next to the activation"
+assert part_M.sum() > 0 and torch.isclose(part_M.sum(), fed_TM[token, latent], atol=1e-3)
 """,
     "ranks": """
 assert difference("ddp") < 1e-5 and difference("layer-map") < 1e-5, "agree up to rounding"
@@ -68,19 +69,15 @@ def test_all_of_them_are_here():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", notebooks.ORDER)
 def test_a_notebook_runs_and_its_text_is_true(name, folder, forked):
-    nbformat = pytest.importorskip("nbformat")
-    notebook = nbformat.from_dict(committed(name))
-    shown = [[line.split(" ")[0] for line in said(cell)[:1]] for cell in notebook.cells]
+    notebook = nbformat.read(notebooks.FOLDER / f"{name}.ipynb", as_version=4)
+    kept = [bool(said(cell)) for cell in notebook.cells]
     notebook.cells.append(nbformat.v4.new_code_cell(CLAIMS[name]))
     environment = forked.environment(PATH=f"{forked.commands}{os.pathsep}{os.environ['PATH']}")
     notebooks.execute(notebook, folder, [str(forked.python)], environment)
-    errors = [
-        output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
-    ]
-    assert errors == [], "warnings are no part of a tutorial"
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == [], "no warning"
     notebooks.trim(notebook)
-    now = [[line.split(" ")[0] for line in said(cell)[:1]] for cell in notebook.cells[:-1]]
-    assert [bool(each) for each in now] == [bool(each) for each in shown], "the same cells print something"
+    assert all(said(cell) for cell, printed in zip(notebook.cells, kept, strict=False) if printed)
 
 
 def said(cell):

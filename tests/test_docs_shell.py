@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ NOT_HERE = {
     r"benchmarks/": "hours, or a GPU",
     r"sbatch |srun ": "needs SLURM; tests/placement/test_slurm.py runs the script",
     r"saekit demo": "tests/demo/test_demo.py runs it",
-    r"saekit doctor --launch|saekit doctor$|saekit plan --calibrate": "measures the machine; tests/doctor runs it",
+    r"saekit doctor|saekit plan --calibrate": "measures the machine; tests/doctor and tests/planning",
     r"python examples/train_demo_lm.py": "25 minutes",
     r".* --plugin (abs_topk|stored|timed).py": "tests/test_docs_extending.py runs it with the page's plug-ins",
 }
@@ -47,7 +48,7 @@ CHANGED = {
 """Patterns in commands, and what stands there here."""
 FAST = "--num-latents 64 --k 4 --ctx-len 16 --batch-size 2 --max-tokens 128"
 SMALL = {
-    r"saekit train --(resume checkpoints|config checkpoints|.*--dry-run)": "",
+    r"saekit train --(resume|config) checkpoints": "",
     r"saekit train .*--resume": f"{FAST} --layers 0-5 --run-name RUN",
     r"saekit train .*--eval-every": f"{FAST} --eval-tokens 64",
     r".*saekit train ": FAST,
@@ -90,12 +91,13 @@ def run(tmp_path_factory, model_dir, text_file, forked):
     """`run(line)` has a shell run a line in a folder in which there is what the commands name."""
     folder = tmp_path_factory.mktemp("shell")
     config = LlamaConfig.from_pretrained(model_dir, num_hidden_layers=12)
+    torch.manual_seed(0)
     for model in ("MODEL", "OTHER", "BASE", "TUNED", "EleutherAI/pythia-160m"):
         LlamaForCausalLM(config).save_pretrained(folder / model)
         for file in model_dir.glob("tokenizer*"):
             shutil.copy(file, folder / model)
     LlamaConfig(num_hidden_layers=32).save_pretrained(folder / "llama-3-8b")
-    for text in ("DATASET/text.jsonl", "my_text.jsonl", "other_text.jsonl"):
+    for text in ("DATASET/text.jsonl", "data/text.jsonl", "my_text.jsonl", "other_text.jsonl"):
         (folder / text).parent.mkdir(exist_ok=True)
         (folder / text).symlink_to(text_file)
     for ours in ("saekit", "examples", "accelerate_configs", "README.md"):
