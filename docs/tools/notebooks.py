@@ -38,20 +38,21 @@ def execute(
     Raises:
         CellExecutionError: If a cell fails.
     """
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
 
     command = [*python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
-    class OnlyThis(KernelSpecManager):
-        """Finds this kernel, whatever is installed."""
+    class OnlyThis(AsyncKernelManager):
+        """Starts this kernel, whatever is installed."""
 
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        @property
+        def kernel_spec(self) -> KernelSpec:
             return KernelSpec(argv=command, display_name="Python 3", language="python")
 
-    manager = AsyncKernelManager(kernel_spec_manager=OnlyThis())
-    client = NotebookClient(notebook, km=manager, timeout=SECONDS, resources={"metadata": {"path": str(folder)}})
+    place = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, kernel_manager_class=OnlyThis, timeout=SECONDS, resources=place)
     # Neither a bar nor tqdm's advice to install widgets is worth keeping.
     quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
     client.execute(env={**(os.environ if environment is None else environment), **quiet})
