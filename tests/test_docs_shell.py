@@ -33,6 +33,7 @@ NOT_HERE = {
     r"sbatch |srun ": "needs SLURM; tests/placement/test_slurm.py runs the script",
     r"saekit demo": "tests/demo/test_demo.py runs it",
     r"saekit doctor|saekit plan --calibrate": "measures the machine; tests/doctor and tests/planning",
+    r"saekit watch|saekit report .* --serve": "runs until it is stopped; tests/cli and tests/views run it",
     r"python examples/train_demo_lm.py": "25 minutes",
     r".* --plugin (abs_topk|stored|timed).py": "tests/test_docs_extending.py runs it with the page's plug-ins",
 }
@@ -49,6 +50,8 @@ CHANGED = {
 FAST = "--num-latents 64 --k 4 --ctx-len 16 --batch-size 2 --max-tokens 128"
 SMALL = {
     r"saekit train --(resume|config) checkpoints": "",
+    r"saekit cache ": "--ctx-len 16 --batch-size 2 --max-tokens 128",
+    r"saekit train --activations": "--num-latents 64 --batch-size 2",
     r"saekit train .*--resume": f"{FAST} --layers 0-5 --run-name RUN",
     r"saekit train .*--eval-every": f"{FAST} --eval-tokens 64",
     r".*saekit train ": FAST,
