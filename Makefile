@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check lint format types mutants bench docs man release-check clean
+.PHONY: demo test quick check lint format types mutants bench notebooks docs docs-check man release-check clean
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,9 +42,15 @@ bench: $(STAMP)  ## speed and memory beside eai-sparsify's, half an hour; tables
 	missed=0; for each in kernels step train memory selection; do \
 		$(BIN)/python benchmarks/$$each.py || missed=1; done; exit $$missed
 
+notebooks: $(STAMP)  ## run the tutorials, and keep what they print
+	$(BIN)/python docs/tools/notebooks.py
+
 docs: $(STAMP)  ## these documents as a site, in site/; a broken link, or a page that needs a network, fails
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-check: docs  ## accessibility of five pages of that site, in Chromium; needs npm
+	npm install --silent --no-save --prefix build/axe axe-core@4
+	$(BIN)/python docs/tools/axe.py build/axe/node_modules/axe-core/axe.min.js
 
 man: $(STAMP)  ## a man page of each command, in man/man1: `man -M man saekit-train`
 	$(BIN)/saekit man man/man1

@@ -52,7 +52,7 @@ class Forked:
 
     Attributes:
         python: Path of what can be started in place of `python`.
-        commands: A folder with `python`, `saekit` and `accelerate`, for a PATH.
+        commands: A folder with `python`, `saekit`, `accelerate` and `torchrun`, for a PATH.
     """
 
     def __init__(self) -> None:
@@ -62,6 +62,7 @@ class Forked:
         started = {"python": shlex.join([sys.executable, "-IS", str(ROOT / "tests" / "copies.py")])}
         started["saekit"] = f"{self.python} -m saekit"
         started["accelerate"] = f"{self.python} -m accelerate.commands.accelerate_cli"
+        started["torchrun"] = f"{self.python} -m torch.distributed.run"
         for name, command in started.items():
             (self.commands / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             (self.commands / name).chmod(0o755)

@@ -68,6 +68,13 @@ def test_training_by_names(checkpoint):
     assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == STEPS
 
 
+def test_training_where_gradients_are_off(checkpoint, model_dir, text_file, tmp_path):
+    with torch.no_grad():
+        run = saekit.train(model_dir, str(text_file), save_dir=tmp_path, reporter=Reporters(), **NAMED)
+        assert not torch.is_grad_enabled()
+    assert same(weights_of(run), weights_of(checkpoint))
+
+
 def test_a_list_of_texts_trains_the_same_saes_as_their_file(checkpoint, model_dir, documents, small):
     again = saekit.train(model_dir, documents, **small)
     assert same(weights_of(again), weights_of(checkpoint))

@@ -1,5 +1,6 @@
 """Every relative link in the documents leads to a file that is there, and to a heading that is there."""
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -8,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    path for pattern in ("*.md", "docs/**/*.md", "saekit/demo/model/*.md") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("*.md", "docs/**/*.md", "docs/**/*.ipynb", "saekit/demo/model/*.md")
+    for path in ROOT.glob(pattern)
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|<(?:img|a)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"")
 CODE = re.compile(
@@ -16,8 +19,15 @@ CODE = re.compile(
 )
 
 
+def text_of(document):
+    text = document.read_text(encoding="utf-8")
+    if document.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+
+
 def links(document):
-    for found in LINK.finditer(CODE.sub("", document.read_text(encoding="utf-8"))):
+    for found in LINK.finditer(CODE.sub("", text_of(document))):
         target = found[1] or found[2]
         if not re.match(r"[a-z]+:", target):
             yield target
@@ -25,7 +35,7 @@ def links(document):
 
 def anchors(document):
     """As GitHub makes them of headings; mkdocs.yml says the same to the site."""
-    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
     found = set()
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", text, re.MULTILINE):
         shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")

@@ -43,6 +43,7 @@ TEXTS = [
     *(ROOT / "saekit").rglob("*.py"),
     *(ROOT / "saekit").rglob("*.j2"),
     *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs" / "tutorials").glob("*.ipynb"),
     *(ROOT / "examples").glob("*.py"),
     *(ROOT / "benchmarks").rglob("*.py"),
     *ROOT.glob("*.md"),

@@ -2,6 +2,7 @@
 
 - README.md is the front page; CHANGELOG.md and CONTRIBUTING.md become pages.
 - Pages that are made from the code: commands and options, the Python API, the examples, the launch files.
+- The notebooks of docs/tutorials become pages; the files can be downloaded there.
 - Equations in blocks called `math` become MathML, which browsers show without a script.
 - A page that would fetch anything from a network fails the build.
 """
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -25,7 +27,8 @@ import saekit
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
-import options  # noqa: E402  # docs/tools is no package
+import notebooks  # noqa: E402  # docs/tools is no package
+import options  # noqa: E402
 
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml"}
 FETCHED = re.compile(
@@ -57,9 +60,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             "Launch files", ROOT / "accelerate_configs", "`saekit train --launch NAME` takes these by their names."
         ),
     }
+    pages |= {f"tutorials/{file.stem}.md": _notebook(file) for file in notebooks.FOLDER.glob("*.ipynb")}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
+
+
+def _notebook(file: Path) -> str:
+    page = notebooks.markdown(json.loads(file.read_text(encoding="utf-8")))
+    page = re.sub(r"(\]\([\w-]+)\.ipynb\)", r"\1.md)", page)
+    return f"{page}\n---\n\n[Download this notebook]({file.name})\n"
 
 
 def _api() -> str:
@@ -89,6 +99,8 @@ def _sources(title: str, folder: Path, said: str) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links that are right in the repository into ones that are right on the site."""
+    if page.file.src_uri.startswith("tutorials/"):
+        return markdown  # they are below docs/ in both
     outside = page.file.src_uri in ("index.md", "CHANGELOG.md", "CONTRIBUTING.md")
     return re.sub(
         r"(\]\()(?!https?:)([^)\s]+)(\))", lambda found: found[1] + _on_site(found[2], outside) + found[3], markdown
@@ -96,6 +108,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _on_site(target: str, outside: bool) -> str:
+    target = re.sub(r"\.ipynb$", ".md", target)
     if outside:
         return target.removeprefix("docs/")
     if not target.startswith("../"):

@@ -54,7 +54,7 @@ def _plain(text: str) -> str:
 
 
 def _table(head: str, entries: Iterable[Entry]) -> str:
-    return "\n".join([f"| {head} | |", "|---|---|", *map(_row, entries)]) + "\n"
+    return "\n".join([f"| {head} | meaning |", "|---|---|", *map(_row, entries)]) + "\n"
 
 
 def _row(entry: Entry) -> str:

@@ -38,7 +38,8 @@ def results() -> Console:
 
 def messages() -> Console:
     """Return where progress, hints and errors go."""
-    return Console(stderr=True)
+    # FORCE_COLOR, which Jupyter sets, would let rich draw its spinner into a pipe.
+    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
 
 
 def run(app: Callable[..., Any]) -> None:

@@ -172,6 +172,7 @@ class SaeTrainer:
         file = self.plan.run_dir / METRICS_FILE
         return JsonlReporter(file, self.report.status if self.cfg.save_best_effort else None)
 
+    @torch.enable_grad()  # a notebook may have turned gradients off
     def fit(self) -> Path:
         """Train to the end of the data and return the folder of the last checkpoint.
 

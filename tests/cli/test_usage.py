@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
+from saekit.cli.output import messages
 from tests.cli.test_bad_input import assert_refused
+
+
+def test_a_pipe_gets_no_spinner_where_jupyter_forces_colors(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with messages().status("Loading libraries"):
+        messages().print("A message")
+    assert capsys.readouterr().err == "A message\n"
 
 
 @pytest.mark.parametrize(
