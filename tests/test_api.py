@@ -121,7 +121,7 @@ def test_evaluating_while_training_on_data_in_memory(model_dir, documents, small
         ({"laers": 1}, ["no option 'laers'", "did you mean layers"]),
         ({"learning_rate": 1}, ["no option 'learning_rate'"]),
         ({"k": 0, "lr": "fast"}, ["--k 0", "--lr 'fast'"]),
-        ({"tokenizer": object()}, ["a tokenizer is for a loaded model"]),
+        ({"tokenizer": object()}, ["a tokenizer needs a loaded model"]),
         ({"dataset": 3}, ["the data set is a int"]),
         ({"model": 3}, ["model is a int"]),
         ({"model": None}, ["model is missing"]),
@@ -138,7 +138,7 @@ def test_what_cannot_be_used_is_refused(model_dir, documents, small, options, pa
 
 def test_options_of_loading_are_refused_for_a_loaded_model(model_dir, documents, for_loaded):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    with pytest.raises(UserError, match="dtype='bfloat16' is about loading the model"):
+    with pytest.raises(UserError, match="dtype='bfloat16' is for loading the model"):
         saekit.train(model, documents, dtype="bfloat16", **for_loaded)
 
 

@@ -61,9 +61,9 @@ def test_loaded_models_train_the_same(run, model_dir, other_dir, text_file, tmp_
         torch.testing.assert_close(coder.W_dec, expected[name].W_dec, rtol=0.05, atol=0.01)
     for given, problem in (
         ({"other_model": str(other_dir)}, "other_model is a name"),
-        ({"other_model": models[1], "crosscode_models": "b"}, "both say which model"),
-        ({"other_tokenizer": AutoTokenizer.from_pretrained(other_dir)}, "a tokenizer is for a loaded model"),
-        ({"other_model": models[1], "dtype": "float32"}, "is about loading the model"),
+        ({"other_model": models[1], "crosscode_models": "b"}, "both name the second model"),
+        ({"other_tokenizer": AutoTokenizer.from_pretrained(other_dir)}, "a tokenizer needs a loaded model"),
+        ({"other_model": models[1], "dtype": "float32"}, "is for loading the model"),
     ):
         with pytest.raises(UserError, match=problem):
             package.train(models[0], str(text_file), **small, **given)
