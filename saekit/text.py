@@ -16,21 +16,21 @@ def tail(name: str, width: int) -> str:
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
-def _common(texts: Sequence[str]) -> int:
+def _prefix_length(texts: Sequence[str]) -> int:
     """Return the length of the texts' common prefix, which is that of the alphabetically first and last text."""
     first, last = min(texts), max(texts)
     return next((place for place, letter in enumerate(first) if letter != last[place]), len(first))
 
 
-def _alike(names: Sequence[str]) -> tuple[int, int]:
+def _common_ends(names: Sequence[str]) -> tuple[int, int]:
     """Return the lengths of the names' common prefix and common suffix, neither of which splits a number."""
     if len(set(names)) < 2:
         return 0, 0
-    start = _common(names)
+    start = _prefix_length(names)
     while start and names[0][start - 1].isdigit():
         start -= 1
     rest = [name[start:] for name in names]
-    end = _common([each[::-1] for each in rest])
+    end = _prefix_length([each[::-1] for each in rest])
     while end and rest[0][-end].isdigit():
         end -= 1
     return start, end
@@ -38,7 +38,7 @@ def _alike(names: Sequence[str]) -> tuple[int, int]:
 
 def least_width(names: Sequence[str]) -> int:
     """Return the smallest width at which `shorten` keeps everything that tells the names apart."""
-    start, end = _alike(names)
+    start, end = _common_ends(names)
     return min(max(map(len, names)), max(len(name) - start - end for name in names) + bool(start) + bool(end))
 
 
@@ -47,7 +47,7 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
 
     Cuts the common prefix first, then the common suffix. Below `least_width` it also cuts what tells the names apart.
     """
-    start, end = _alike(names)
+    start, end = _common_ends(names)
     return [_shorten(name, width, start, end) for name in names]
 
 

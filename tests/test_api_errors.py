@@ -41,11 +41,15 @@ def refused(call, *parts):
 )
 def test_activations_of_another_width(selection, call, x, got):
     sae = Sae(32, 128, 4, selection=selection)
-    refused(lambda: getattr(sae, call)(x), "expected activations [..., 32] for this SAE", f"got {got}")
+    refused(lambda: getattr(sae, call)(x), "this SAE needs activations of shape [..., 32]", f"got {got}")
 
 
 def test_activations_that_are_no_tensor():
-    refused(lambda: Sae(4, 8, 2).encode([[1.0, 2.0, 3.0, 4.0]]), "expected activations [..., 4]", "got a list")
+    refused(
+        lambda: Sae(4, 8, 2).encode([[1.0, 2.0, 3.0, 4.0]]),
+        "this SAE needs activations of shape [..., 4]",
+        "got a list",
+    )
 
 
 def test_activations_without_a_token_are_fine():
