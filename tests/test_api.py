@@ -102,7 +102,7 @@ def test_a_loaded_model_is_used_as_it_is_and_left_so(checkpoint, model_dir, text
 def test_a_loaded_model_from_nowhere_needs_a_tokenizer_for_text(model_dir, documents, for_loaded):
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     loaded.config.name_or_path = loaded.name_or_path = ""
-    with pytest.raises(UserError, match="give its tokenizer"):
+    with pytest.raises(UserError, match="add its tokenizer"):
         saekit.train(loaded, documents, **for_loaded)
     saekit.train(loaded, documents, tokenizer=AutoTokenizer.from_pretrained(model_dir), **for_loaded)
 

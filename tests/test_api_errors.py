@@ -80,7 +80,7 @@ def test_codes_that_cannot_be_decoded(acts, indices, says):
         ("text.jsonl", ["the data set is a str"]),
         (DatasetDict(train=Dataset.from_dict({"input_ids": [[1, 2]]})), ["the data set is a DatasetDict"]),
         (Dataset.from_dict({"input_ids": [[1, 2]]}).to_iterable_dataset(), ["the data set is a IterableDataset"]),
-        (Dataset.from_dict({"text": ["a"]}), ["not tokenized", "no column input_ids but text"]),
+        (Dataset.from_dict({"text": ["a"]}), ["not tokenized", "columns text, but no input_ids"]),
     ],
     ids=["numbers", "name", "splits", "stream", "text"],
 )

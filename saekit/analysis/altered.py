@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations import splice, start_behind
+from saekit.activations import splice, start_after
 from saekit.activations.hookpoints import Hookpoint, find_blocks
 from saekit.activations.pair import names_in
 from saekit.activations.splice import Predict, Replace
@@ -47,7 +47,7 @@ class Altered:
         starts = starts_of(model, own) if start_anywhere else {}
         self._starts = {f"{prefix}{name}": f"{prefix}{start}" for name, start in starts.items()}
         self._no_cache = without_cache(model)
-        self._can_start_behind: dict[str, bool] = {}
+        self._can_start_after: dict[str, bool] = {}
         """By block: whether the model can be run from its output on only."""
 
     def clean(self, inputs: Tensor) -> tuple[Clean, dict[str, Tensor]]:
@@ -89,7 +89,7 @@ class Altered:
         acts, rest = clean.starts[start], dict(new)
         if start == first:
             acts = rest.pop(first)(acts).to(acts)
-        with start_behind(self.model, start.removeprefix(self.prefix), acts):
+        with start_after(self.model, start.removeprefix(self.prefix), acts):
             return self.logits(inputs, rest)
 
     def _starts_alike(self, start: str, clean: Clean, inputs: Tensor) -> bool:
@@ -97,14 +97,14 @@ class Altered:
 
         It may miss something that the idle blocks would have left.
         """
-        if start not in self._can_start_behind:
+        if start not in self._can_start_after:
             try:
-                with start_behind(self.model, start.removeprefix(self.prefix), clean.starts[start]):
+                with start_after(self.model, start.removeprefix(self.prefix), clean.starts[start]):
                     same = torch.equal(self.logits(inputs, {}), clean.logits)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 same = False
-            self._can_start_behind[start] = same
-        return self._can_start_behind[start]
+            self._can_start_after[start] = same
+        return self._can_start_after[start]
 
 
 def starts_of(model: PreTrainedModel, hookpoints: Iterable[str]) -> dict[str, str]:

@@ -251,12 +251,12 @@ def test_a_warning_where_few_sequences_were_evaluated():
         ([("toy", "layers.0"), ("some/toy", "layers.1/seed1")], []),
         ([("toy", "layers.0"), ("Toy", None)], []),
         ([(None, "layers.1"), (None, "layers.1")], ["the SAE that is evaluated at layers.0 was trained at layers.1"]),
-        ([("gpt2", None), ("gpt2", None)], ["the SAEs were trained on gpt2, and this model is toy"]),
+        ([("gpt2", None), ("gpt2", None)], ["the SAEs were trained on gpt2, but this model is toy"]),
         (
             [("gpt2", "layers.0"), ("toy", "layers.1.mlp")],
             [
                 "the SAE that is evaluated at layers.1 was trained at layers.1.mlp",
-                "the SAEs were trained on gpt2, and this model is toy",
+                "the SAEs were trained on gpt2, but this model is toy",
             ],
         ),
     ],
@@ -277,7 +277,7 @@ def test_a_warning_where_saes_were_trained_on_something_else(trained_on, warning
             {"layers.7": Scaling(1.0)},
             r"layers\.7 does not belong to this model, whose layers are layers\.0 to",
         ),
-        ({"layers.0": Sae(3, 8, 2)}, "for a width of 3, and this model's is 2"),
+        ({"layers.0": Sae(3, 8, 2)}, "for a width of 3, but this model's is 2"),
     ],
 )
 def test_saes_of_another_model(saes, message):

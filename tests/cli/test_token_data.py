@@ -116,10 +116,10 @@ def test_the_tokenizer_changes_nothing_else(train, files, ids, bare, model_dir, 
 
 
 def test_text_needs_a_tokenizer(train, saekit, tmp_path, files, ids, bare, text_file):
-    assert_refused(train(model=bare), "is text, and the model has no tokenizer", folder=tmp_path)
+    assert_refused(train(model=bare), "is text, but the model has no tokenizer", folder=tmp_path)
     ids.astype("uint16").tofile(files / "ids.bin")
     assert train("--run-name", "r", model=bare, data=files / "ids.bin").code == 0
-    assert_refused(saekit("eval", "checkpoints/r", text_file), "is text, and the model has no tokenizer")
+    assert_refused(saekit("eval", "checkpoints/r", text_file), "is text, but the model has no tokenizer")
 
 
 def test_a_plan_of_a_model_without_a_tokenizer(saekit, bare):

@@ -76,7 +76,7 @@ def test_another_tokenizer_is_refused_before_anything_is_read(train, other_dir, 
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (folder / "tokenizer.json").write_text(json.dumps(said))
     done = train("--crosscode-models", folder, "--save-dir", tmp_path / "runs")
-    assert_refused(done, "its tokenizer is another than the first model's")
+    assert_refused(done, "its tokenizer differs from the first model's")
     assert "tokenizing" not in done.err
     nowhere = train("--crosscode-models", tmp_path / "nowhere", "--save-dir", tmp_path / "runs")
     assert_refused(nowhere, f"model '{tmp_path / 'nowhere'}'")
