@@ -196,7 +196,7 @@ def test_progress_comes_to_its_end_and_batches_do_not_matter(model, kind, object
         ),
         (
             {"layers.1/seed0": coder(), "layers.1/seed1": coder()},
-            "layers.1/seed0 and layers.1/seed1 both write layers.1, and all are to be spliced in together",
+            "layers.1/seed0 and layers.1/seed1 both write layers.1, so they cannot be spliced in together",
         ),
     ],
 )

@@ -149,4 +149,4 @@ def test_evaluating_while_training(train, saekit, other_dir, text_file, tmp_path
 def test_another_kind_of_run_has_no_second_model(train, saekit, other_dir, text_file, tmp_path):
     assert train("--save-dir", tmp_path, "--run-name", "run").code == 0
     refused = saekit("eval", tmp_path / "run", text_file, "--other-model", other_dir)
-    assert_refused(refused, "layers.1 is no crosscoder of two models: leave out --other-model")
+    assert_refused(refused, "layers.1 is not a crosscoder of two models: leave out --other-model")
