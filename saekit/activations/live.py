@@ -28,7 +28,7 @@ class Micro(NamedTuple):
     """A rank's micro-batch of token ids."""
 
     places: range
-    """Of its sequences in the run's order."""
+    """The positions of its sequences in the run's order."""
     ids: Tensor
     """int64 `[sequences, tokens]`, on the CPU. Without sequences if the rank has no share of the step."""
     whole: bool
@@ -162,7 +162,7 @@ class LiveModel(Source):
         return self
 
     def tokens(self, batch: Micro) -> Tokens:
-        """Tell which tokens have rows: those that are not excluded, or all where they are masked."""
+        """Return which tokens have rows: the counted ones, or all if excluded tokens are masked."""
         counted = self.counted(batch.ids)
         if self.fixed_rows and batch.whole:
             return Tokens(batch.places, torch.ones_like(counted), counted)
