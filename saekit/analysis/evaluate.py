@@ -25,6 +25,7 @@ from saekit.analysis.results import (
 from saekit.analysis.subject import IGNORED, Subject, compare_answers, misplaced
 from saekit.analysis.sums import CHANGES, SKIP, AnswerSums, ErrorSums, GraftSums, ReconstructionSums
 from saekit.errors import UserError
+from saekit.sae import SaeOutput
 
 Progress = Callable[[int, int], None]
 """Called with the number of passes over a batch that are done, and their total."""
@@ -96,10 +97,10 @@ class Evaluator:
         steps, of = iter(range(1, runs * subject.num_batches + 1)), runs * subject.num_batches
         self._done = lambda: progress(next(steps), of)
         if self._means is None:
-            self._means = self._find_means()
-        return self._rest(self._means, changes)
+            self._means = self._first_pass()
+        return self._second_pass(self._means, changes)
 
-    def _find_means(self) -> dict[str, Tensor]:
+    def _first_pass(self) -> dict[str, Tensor]:
         """Compute the mean of each coder's target over the counted tokens of all ranks, float32 `[D_out]`."""
         subject = self.subject
         sums = {
@@ -139,7 +140,7 @@ class Evaluator:
                 seen.pop(part.name, None)
         return x, y
 
-    def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
+    def _second_pass(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
         subject, device, count = self.subject, self.subject.device, len(self.subject.data)
         widths = {name: [part.width for part in site.writes] for name, site in self.sites.items()}
         recons = {
@@ -153,20 +154,26 @@ class Evaluator:
         silent = dict(list(subject.models.items())[len(self.asked) :])
         scored_S = torch.zeros(count, dtype=torch.float64, device=device)
         counted_S = torch.zeros_like(scored_S)
+
+        def add_errors(
+            name: str, rows: Tensor, target: Tensor, out: SaeOutput, skip: Tensor | None, counted: Tensor
+        ) -> None:
+            recons[name].add(rows, target, out, counted)
+            if skip is not None:
+                linear[name].add(rows, target, skip, counted)
+
         for numbers, input_ids, counted in subject.batches():
             rows, counted = numbers.to(device), counted.to(device)
             counted_S[rows] = counted.sum(1).double()[: len(rows)]
-            asked = numbers if len(numbers) else numbers.new_zeros(1)
-            question = None if subject.objective is None else subject.objective(input_ids, asked)
-            as_it_is = question is not None and question.input_ids is input_ids
-            if not as_it_is:  # SAEs were not trained on mask tokens, so measure reconstruction on the unmasked text
+            known = numbers if len(numbers) else numbers.new_zeros(1)
+            question = None if subject.objective is None else subject.objective(input_ids, known)
+            unmasked = question is not None and question.input_ids is input_ids
+            if not unmasked:  # SAEs were not trained on mask tokens, so measure reconstruction on the unmasked text
                 seen = self._read(subject.models, input_ids.to(device))
                 for name in self.names:
                     (x, y), sae = self._ends(name, seen), subject.sae(name)
-                    target, own = x if y is None else y, counted & sae.counted(x, y)
-                    recons[name].add(rows, target, sae(x), own)
-                    if name in linear:
-                        linear[name].add(rows, target, sae.without_latents(x), own)
+                    skip = sae.without_latents(x) if name in linear else None
+                    add_errors(name, rows, x if y is None else y, sae(x), skip, counted & sae.counted(x, y))
             if question is None:
                 self._done()
                 continue
@@ -188,15 +195,13 @@ class Evaluator:
                 out, own = sae(x), counted & sae.counted(x, y)
                 skip = sae.without_latents(x) if name in linear else None
                 del sae
-                if as_it_is:
-                    recons[name].add(rows, x if y is None else y, out, own)
-                    if skip is not None:
-                        linear[name].add(rows, x if y is None else y, skip, own)
+                if unmasked:
+                    add_errors(name, rows, x if y is None else y, out, skip, own)
                 ways = changes_of(written, out.recon, means[name], skip)
                 for model, as_is, sums_of in zip(self.asked, answered, grafts, strict=True):
-                    there = [hookpoint for hookpoint in written if hookpoint in model.hookpoints]
+                    own_hookpoints = [hookpoint for hookpoint in written if hookpoint in model.hookpoints]
                     for change in (*changes, *([SKIP] if skip is not None else [])):
-                        new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in there}
+                        new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in own_hookpoints}
                         changed = model.logits_from(as_is, new, inputs)
                         sums_of[name].answers[change].add(rows, compare_answers(as_is.logits, changed, targets))
                         self._done()
