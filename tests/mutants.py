@@ -481,8 +481,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in there}",
-        "{hookpoint: ways[hookpoint][change] for hookpoint in there}",
+        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in own_hookpoints}",
+        "{hookpoint: ways[hookpoint][change] for hookpoint in own_hookpoints}",
     ),
     (
         "a block does not run although something inside it is replaced",
