@@ -126,7 +126,7 @@ def test_text_that_cannot_be_tokenized(tokenizer):
     refused(lambda: cut(rows, "gpt2"), "the tokenizer is a str")
     refused(lambda: cut(rows, tokenizer, max_seq_len=0), "max_seq_len is 0: expected at least 1")
     refused(lambda: cut(rows, tokenizer, num_proc=-1), "num_proc is -1: expected at least 1")
-    refused(lambda: cut(rows, tokenizer, text_key="body"), "'body'", "it has text")
+    refused(lambda: cut(rows, tokenizer, text_key="body"), "'body'", "the data set has text")
 
 
 def test_evaluating_something_else(model, tmp_path):

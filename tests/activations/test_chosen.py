@@ -54,7 +54,7 @@ def test_short_names_are_found_by_structure(name):
     assert choose(found, ["resid"]).hookpoints == chosen(TrainConfig(), shape_of(CONFIGS[name])).hookpoints
     for short, (prefix, path) in (("mlp", MLP[name]), ("attn", ATTENTION[name])):
         assert found.prefix == prefix
-        if "one module" in path:
+        if "single module" in path:
             with pytest.raises(UserError, match=path.replace("{", r"\{")):
                 matched(found, short)
         else:
@@ -85,9 +85,13 @@ def test_widths_and_order_are_those_of_a_run(name):
         (
             "qwen3-moe",
             "layers.*.mlp.experts",
-            r"layers.\{0-2\}.mlp.experts cannot be read: .* gives \[batch·tokens, 32\]",
+            r"layers.\{0-2\}.mlp.experts cannot be read: .* outputs \[batch·tokens, 32\]",
         ),
-        ("qwen3", "layers.*.self_attn.q_norm", r"q_norm gives \[batch, tokens, 4, 16\], not \[batch, tokens, width\]"),
+        (
+            "qwen3",
+            "layers.*.self_attn.q_norm",
+            r"q_norm outputs \[batch, tokens, 4, 16\], not \[batch, tokens, width\]",
+        ),
         ("gemma-3", "vision_tower.*", "does not run for text"),
         ("llama", "layers", "layers cannot be read: layers is a list of modules"),
         ("llama", "embed_tokens:in", "embed_tokens:in reads integers"),

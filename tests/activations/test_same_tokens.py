@@ -69,5 +69,5 @@ def test_without_tokenizers_sizes_are_compared(known):
     assert said == [
         f"There is no tokenizer of {whose}, so saekit cannot check that token ids mean the same to both models"
     ]
-    with pytest.raises(UserError, match="and the vocabularies differ: 9 and 8 tokens"):
+    with pytest.raises(UserError, match="and the vocabularies differ in size: 9 and 8 tokens"):
         check_same_tokens(tokenizers, (9, 8), "b", said.append)

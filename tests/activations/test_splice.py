@@ -158,7 +158,10 @@ def test_gradients_flow_through(llama):
 def test_the_model_is_restored_whatever_happens(llama):
     with pytest.raises(RuntimeError, match="boom"), splice(llama, {"layers.0": torch.zeros_like}):
         raise RuntimeError("boom")
-    with pytest.raises(ValueError, match="no module"), splice(llama, {"layers.0": torch.zeros_like, "layers.9": abs}):
+    with (
+        pytest.raises(ValueError, match="not a module"),
+        splice(llama, {"layers.0": torch.zeros_like, "layers.9": abs}),
+    ):
         pass
     assert hooks(llama) == 0
 
@@ -199,8 +202,11 @@ def test_the_model_is_restored_whatever_happens(llama):
             },
             "crosscoder: a crosscoder reads later layers than it writes, .* Use saekit.evaluate, ",
         ),
-        ({"layers.1": lambda acts: acts[..., :3]}, r"layers.1: expected \[1, 2, 32\] .* of shape \[1, 2, 3\]"),
-        ({"layers.1": lambda acts: None}, "layers.1: expected .* got a NoneType"),
+        (
+            {"layers.1": lambda acts: acts[..., :3]},
+            r"layers.1: the replacement must have shape \[1, 2, 32\], .* of shape \[1, 2, 3\]",
+        ),
+        ({"layers.1": lambda acts: None}, "layers.1: the replacement must have .* got a NoneType"),
         (["layers.1"], "replacements is a list: pass a dict from modules' names"),
     ],
 )

@@ -177,7 +177,7 @@ def test_transcoders_and_crosscoders_from_training_to_the_page(model_dir, text_f
     [
         ("layers.0.mlp@in", "is for a width of 32, but this model's is 16"),
         ("layers.7", "does not belong to this model, whose layers are layers.0 to layers.2"),
-        ("rotary_emb", "rotary_emb gives .1, tokens, 8., not .batch, tokens, width."),
+        ("rotary_emb", "rotary_emb outputs .1, tokens, 8., not .batch, tokens, width."),
     ],
 )
 def test_saes_that_do_not_fit_are_refused(run, subject, tmp_path, name, says):

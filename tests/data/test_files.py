@@ -108,7 +108,7 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         (["a.jsonl.gz", "b.parquet"], r"a\.jsonl\.gz and b\.parquet have different formats"),
         (["a.txt", "a.txt.gz"], r"a\.txt and a\.txt\.gz are the same file, plain and compressed"),
         (["a.txt.gz", "a.txt.zst"], "are the same file, plain and compressed"),
-        (["a.txt", "b.bin"], r"b\.bin has an unknown format .*or one \.bin file, not compressed"),
+        (["a.txt", "b.bin"], r"b\.bin has an unknown format: .*or one \.bin file, not compressed"),
     ],
 )
 def test_what_does_not_belong_together_is_named(tmp_path, names, says):
@@ -148,7 +148,7 @@ def test_splits_are_those_of_the_library(tmp_path, names):
     [
         (["a.txt", "the-test.txt"], r"by its name, a\.txt belongs to none of the splits \(test\)"),
         (["a.txt", "train of thought.txt"], r"a\.txt belongs to none .*\(train\).*pass the files to read as a glob"),
-        (["train-test.txt", "train-1.txt"], r"train-test\.txt is of several"),
+        (["train-test.txt", "train-1.txt"], r"train-test\.txt belongs to several"),
     ],
 )
 def test_names_that_leave_the_split_open(tmp_path, names, says):

@@ -47,7 +47,7 @@ def test_every_type_read_as_every_other(file, vocabulary, really, said):
 
 @pytest.mark.parametrize("really", ["uint32", "int64"])
 def test_the_usual_type_is_not_taken_for_granted(file, really):
-    with pytest.raises(UserError, match=f"looks like {really} read as uint16"):
+    with pytest.raises(UserError, match=f"looks like {really}, but is read as uint16"):
         opened(file, 50_257, random_ids(50_257), really)
 
 
@@ -100,7 +100,9 @@ def test_a_user_who_knows_better(file):
 def test_the_first_foreign_id_is_named(file):
     ids = random_ids(50_000)
     ids[[777, 2000]] = 50_500, 51_000
-    with pytest.raises(UserError, match=r"token id 50,500 at token 9 of sequence 48 .*knows 50,257 tokens: it was"):
+    with pytest.raises(
+        UserError, match=r"token id 50,500 at token 9 of sequence 48 .*vocabulary has 50,257 tokens: it was"
+    ):
         opened(file, 50_257, ids)
     with pytest.raises(UserError, match=r"token id -7 at token 3 of sequence 0 "):
         opened(file, 50_257, np.where(np.arange(4000) == 3, -7, ids), "int32", dtype="int32")
@@ -133,7 +135,7 @@ def test_without_a_tokenizer_the_model_says_that_the_type_must_be_told(file):
 @pytest.mark.parametrize(
     ("size", "said", "part"),
     [
-        (66, "uint32", "66 bytes is not a whole number of uint32 token ids, but of uint16: give .*dtype=uint16"),
+        (66, "uint32", "66 bytes is not a whole number of uint32 token ids, but of uint16: use .*dtype=uint16"),
         (68, "int64", "not a whole number of int64 token ids, but of uint32 or uint16"),
         (67, "uint16", "not a whole number of uint16 token ids: it is cut off"),
         (64, "uint8", "dtype=uint8: expected one of uint16, uint32, int32, int64"),
@@ -181,7 +183,7 @@ def zip_file(file, ids):
 )
 def test_other_content_is_named(file, write, part):
     write(file, random_ids(50_257).astype("<u2"))
-    with pytest.raises(UserError, match=rf"{file.name} holds .*{part}"):
+    with pytest.raises(UserError, match=rf"{file.name} contains .*{part}"):
         opened(file, 50_257)
 
 

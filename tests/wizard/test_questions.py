@@ -265,7 +265,7 @@ def test_token_ids_of_another_type_and_a_model_without_a_tokenizer(answer, model
     ways = [str(text_file), str(tmp_path / "uint32.bin"), str(tmp_path / "uint16.bin")]
     _, asker = answer("1", str(bare), *ways, *ALL, *SIZES, "all", "1")
     assert "is text, but the model has no tokenizer" in asker.problems[0][2]
-    assert "looks like uint32 read as uint16" in asker.problems[1][2]
+    assert "looks like uint32, but is read as uint16" in asker.problems[1][2]
     shown = " ".join(str(each) for each in ids[:8])
     assert asker.told["dataset"][1] == f"│ {shown} …"
 
