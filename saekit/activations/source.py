@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
     rows: Tensor
     """bool `[sequences, tokens]`, on the CPU: which tokens have a row."""
     counted: Tensor | None
-    """bool, likewise: which tokens are counted. None if all tokens with a row are."""
+    """bool, of the same shape: which tokens are counted. None if all tokens with a row are."""
 
 
 class Source(ABC):

@@ -27,7 +27,7 @@ class Density:
     """The distribution of firing densities over latents. A firing density is a share of tokens, from 0 to 1."""
 
     p5: float
-    """5% of all latents, including those that never fired, have a lower density. Likewise for the other percentiles."""
+    """5% of all latents, including those that never fired, have a lower density. The others are percentiles too."""
     p25: float
     p50: float
     p75: float

@@ -55,7 +55,7 @@ class MemmapSequences:
         file: The file.
         dtype: One of `TYPES`.
         ctx_len: Tokens per sequence.
-        check_type: Whether to refuse a file that evidently does not contain ids of this type.
+        check_type: Whether to refuse a file that clearly does not contain ids of this type.
         assumed: Whether `dtype` is the default rather than the user's choice.
 
     Raises:
@@ -91,7 +91,7 @@ class MemmapSequences:
         return torch.from_numpy(self.rows[numbers].astype(np.int64))
 
     def check(self, vocabulary: int) -> None:
-        """Check that the file does not evidently have ids of a wider type than `dtype`.
+        """Check that the file does not clearly have ids of a wider type than `dtype`.
 
         This is fast for a file of the right type, because its first ids show it.
 
@@ -143,7 +143,7 @@ def say_type(name: str, vocabulary: int) -> str:
 
 
 def wider_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | None:
-    """Return the wider type that a file evidently has, if any.
+    """Return the wider type that a file clearly has, if any.
 
     If an id of a wider type is read as several ids of a narrower type, its upper parts become ids: zeros, or numbers up
     to `vocabulary / 2**16`. So if every group of ids in the file, read as one wide id, is in the vocabulary, all ids
@@ -195,7 +195,7 @@ def narrower_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | Non
 
 
 def other_content(file: Path, size: int) -> str | None:
-    """Describe what a file contains if it is evidently not token ids, and otherwise return None.
+    """Describe what a file contains if it is clearly not token ids, and otherwise return None.
 
     The checks are strict enough that token ids do not pass them by chance.
 

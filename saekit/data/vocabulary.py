@@ -29,7 +29,7 @@ def check_tokens(
         what: The name of the data in messages.
 
     Raises:
-        UserError: If an id is not in the vocabulary, or if a file evidently has another type.
+        UserError: If an id is not in the vocabulary, or if a file clearly has another type.
     """
     numbers = np.arange(len(data)) if numbers is None else np.sort(numbers)
     while isinstance(data, Chosen):

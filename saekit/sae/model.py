@@ -48,7 +48,7 @@ class Sae(Coder):
         max_norm_out: Like `max_norm`, for a transcoder's target.
         reads: The width of each hookpoint that it reads, by name, in the order of the input's columns. Empty if it
             reads the hookpoint that its folder is named after (for a transcoder, the input of that module).
-        writes: The width of each hookpoint that it predicts, likewise.
+        writes: The width of each hookpoint that it predicts, in the same way.
         generator: Draws the initial weights, on the CPU, so that they do not depend on `device`.
         device: Where the parameters go.
 
