@@ -240,7 +240,7 @@ def test_a_warning_where_an_sae_is_worse_than_the_mean():
 def test_a_warning_where_few_sequences_were_evaluated():
     (warning,) = evaluate(subject(0.5, MANY[1:])).warnings()
     assert warning.startswith("only 49 sequences evaluated: with fewer than 50 the intervals are rough. ")
-    assert "evaluate 200 tokens or more (--max-tokens)" in warning
+    assert "Evaluate 200 tokens or more (--max-tokens)" in warning
     assert "only 1 sequence evaluated" in evaluate(subject(0.5, MANY[:1])).warnings()[0]
 
 
