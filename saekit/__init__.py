@@ -1,6 +1,7 @@
 """Train k-sparse autoencoders on every layer of a language model, all layers at once.
 
-What this module names is the API; docs/api.md describes it. All else is internal and may change in any release.
+The names in this module are the API, which docs/api.md describes. Everything else is internal and may change in any
+release.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         # torch and transformers take seconds to import: `saekit --help` must not wait for them.
@@ -70,7 +71,7 @@ if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
         import sys
         import warnings
 
-        if "ipykernel" in sys.modules:  # tqdm would miss widgets for its bars in a notebook, and we show none of them
+        if "ipykernel" in sys.modules:  # tqdm warns if a notebook has no widgets for its bars; we show no such bars
             warnings.filterwarnings("ignore", message="IProgress not found")
         return getattr(importlib.import_module(_HOMES[name]), name)
 

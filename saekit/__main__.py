@@ -1,4 +1,4 @@
-"""`python -m saekit`, and with it `accelerate launch -m saekit`."""
+"""Run saekit with `python -m saekit` or `accelerate launch -m saekit`."""
 
 from saekit.cli import main
 

@@ -1,3 +1,3 @@
-"""The one place that holds the version."""
+"""The version; nothing else defines it."""
 
 __version__ = "0.1.0"

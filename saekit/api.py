@@ -1,6 +1,6 @@
 """The functions of the API: train, evaluate and load SAEs from Python, as the command line does.
 
-torch and the other heavy libraries are imported by the functions that need them: `import saekit` takes no time.
+Each function imports torch and the other heavy libraries itself, so that `import saekit` stays fast.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     Data: TypeAlias = "str | Path | Dataset | DatasetDict | IterableDataset | Sequence[str]"
 
 IN_MEMORY = "data in memory"
-"""The name of a data set that has none; no data set on the hub can be called so."""
+"""Stands for the name of a data set in memory. No data set on the hub can have this name."""
 EVAL_IN_MEMORY = "evaluation data in memory"
 OF_LOADING = ("revision", "dtype", "load_in_8bit", "shard_lm")
-"""Options about how the language model is loaded: they mean nothing for one that is loaded."""
+"""Options that say how to load the language model. They do not apply to a model that is already loaded."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _with_options(function: Function) -> Function:
-    """Show the options of the configuration in a function's signature and docstring, in place of its `**options`."""
+    """Replace `**options` in a function's signature and docstring by the options of the configuration."""
     own = [each for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
     names = {parameter.name for parameter in own}
     options = [option for part in PARTS for option in options_of(part) if option.name not in names]
@@ -70,45 +70,45 @@ def train(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> Path:
-    """Train one SAE per layer of a language model, with everything that `saekit train` does.
+    """Train one SAE per layer of a language model, as `saekit train` does.
 
-    In a plain script there is one process. In a script that `accelerate launch` or `torchrun` started, every rank makes
-    the same call, and the ranks train together under the placement that the launch file or `placement` says.
+    A plain script trains in one process. In a script started by `accelerate launch` or `torchrun`, every rank makes the
+    same call, and the ranks train together under the placement that the launch file or `placement` names.
 
     Args:
-        model: The language model: a hub id, a local folder, or a loaded model. A loaded model is only read; it stays
-            on its device, and under a launcher it moves to the rank's device. May be left out if `config` names it, or
-            with `resume`.
-        dataset: The text: a hub id, a local folder or file, or data in memory: a `datasets.Dataset` (also a stream, or
-            a `DatasetDict`) with a column of text or a column `input_ids`, or a list of texts. May be left out like
-            `model`.
+        model: The language model: a hub id, a local folder, or a loaded model. A loaded model is not modified. It stays
+            on its device; under a launcher it moves to the rank's device. Optional if `config` names it, and with
+            `resume`.
+        dataset: The text: a hub id, a local folder or file, or data in memory. Data in memory is a list of texts, or a
+            `datasets.Dataset`, `IterableDataset` or `DatasetDict` with a column of text or a column `input_ids`.
+            Optional like `model`.
         config: A YAML file of options, as for `saekit train --config`. Arguments take precedence over it.
-        eval_dataset: What `eval_every` evaluates on, in the same forms as `dataset`. By default documents of `dataset`
-            that the run does not read; for data in memory it must be given.
-        tokenizer: For a loaded model; by default the tokenizer of the folder or hub id that it was loaded from.
-        other_model: A loaded model for crosscoders of two models, instead of one that `crosscode_models` names. It is
-            only read, and moved to the device of `model`.
-        other_tokenizer: For that, as `tokenizer`; the two must give the same token ids.
-        reporter: What shows the progress; by default the live view, or plain lines if there is no terminal.
-        options: The options of `saekit train`, by the same names with underscores (`batch_size=8`, `ctx_len=1024`,
-            `layers="0-10:2"` or `layers=[0, 2]`). None stands for the default.
+        eval_dataset: The data that `eval_every` evaluates on, in the same forms as `dataset`. By default, documents of
+            `dataset` that the run does not train on. Required if `dataset` is data in memory.
+        tokenizer: The tokenizer of a loaded model. By default, that of the folder or hub id it was loaded from.
+        other_model: A loaded second model for crosscoders of two models, in place of the name in `crosscode_models`. It
+            is not modified, and moves to the device of `model`.
+        other_tokenizer: The tokenizer of `other_model`. Both tokenizers must give the same token ids.
+        reporter: Shows the progress. By default the live view, or plain lines without a terminal.
+        options: The options of `saekit train`, with underscores in their names (`batch_size=8`, `ctx_len=1024`,
+            `layers="0-10:2"` or `layers=[0, 2]`). None means the default.
 
     Returns:
-        The folder of the last checkpoint, on every rank. `load_many` and `evaluate` read it.
+        The folder of the last checkpoint, on every rank. Pass it to `load_many` or `evaluate`.
 
     Raises:
-        UserError: If there is no option of a name, a value cannot be used, a file, model or data set cannot be read, or
-            NaN or Inf ends the run (`SaeTrainer.fit`).
+        UserError: If an option does not exist or has an invalid value, if a file, model or data set cannot be read, or
+            if NaN or Inf ends the run (`SaeTrainer.fit`).
         SaveError: If a checkpoint cannot be written.
-        Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, when the step is finished and its checkpoint is written.
+        Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once the step is finished and its checkpoint is written.
     """
     loaded, model_name = _loaded_model(model)
     if other_model is not None:
         if "crosscode_models" in options:
-            raise UserError("crosscode_models and other_model both say which model to compare with: give one of them")
+            raise UserError("crosscode_models and other_model both name the second model: give only one of them")
         other_model, options["crosscode_models"] = _loaded_model(other_model)
         if other_model is None:
-            raise UserError("other_model is a name: give a loaded model, or the name as crosscode_models")
+            raise UserError("other_model is a name: pass a loaded model, or pass the name as crosscode_models")
     rows, dataset_name = _rows(dataset, IN_MEMORY)
     eval_rows, eval_name = _rows(eval_dataset, EVAL_IN_MEMORY)
     given = {"model": model_name, "dataset": dataset_name, "eval_dataset": eval_name, **options}
@@ -118,17 +118,17 @@ def train(
     values = all_options(given, None if config is None else Path(config))
     for name in ("model", "dataset"):
         if name not in values:
-            raise UserError(f"{name} is missing: give it, or a config that names it")
+            raise UserError(f"{name} is missing: pass it, or a config that names it")
     cfg = RunConfig.from_flat(values)
     by_name = loaded is None or (cfg.train.crosscode_models is not None and other_model is None)
     if not by_name and (useless := [name for name in OF_LOADING if name in given]):
         raise UserError(
-            f"{useless[0]}={given[useless[0]]!r} is about loading the model, and the model is loaded already"
+            f"{useless[0]}={given[useless[0]]!r} is for loading the model, but the model is loaded: leave it out"
         )
     if (loaded is None and tokenizer is not None) or (other_model is None and other_tokenizer is not None):
-        raise UserError("a tokenizer is for a loaded model: leave it out, or give the model loaded as well")
+        raise UserError("a tokenizer needs a loaded model: leave the tokenizer out, or pass the model loaded as well")
     if rows is not None and cfg.train.eval_every is not None and cfg.data.eval_dataset in (None, cfg.data.dataset):
-        raise UserError("eval_every needs an eval_dataset: of data in memory, no part is held out")
+        raise UserError("eval_every needs an eval_dataset: saekit holds out no part of data in memory")
 
     from saekit.training.launch import train_from_config
     from saekit.training.live import InMemory
@@ -148,30 +148,30 @@ def evaluate(
     include_training_data: bool = False,
     verify: bool = True,
 ) -> Evaluation:
-    """Evaluate SAEs as `saekit eval` does: reconstruction, and what splicing it in costs the language model.
+    """Evaluate SAEs as `saekit eval` does: reconstruction error, and the language model's loss with it spliced in.
 
-    The results are also written to `eval.json` in the checkpoint. Ranks that a launcher started share the work.
+    Also writes the results to `eval.json` in the checkpoint. Ranks started by a launcher share the work.
 
     Args:
         checkpoint: The folder of a run (its latest checkpoint), of a checkpoint, or of one SAE.
-        dataset: A hub id, a local folder or a file; by default the documents of the run's own data set that the run
-            did not read.
-        split: The split of the data set; by default the run's.
-        model: The language model's hub id or folder; by default the one that the run was trained on.
-        other_model: The same of the second model, of crosscoders of two.
-        max_tokens: How much to evaluate on, in tokens.
+        dataset: A hub id, a local folder or a file. By default, documents of the run's data set that it did not train
+            on.
+        split: The split of the data set. By default the run's.
+        model: The language model's hub id or folder. By default the model that the run was trained on.
+        other_model: The second model's hub id or folder, for crosscoders of two models.
+        max_tokens: Number of tokens to evaluate on.
         batch_size: Sequences per forward pass of the language model, on each rank.
-        include_training_data: Whether to evaluate also on documents that the run was trained on.
-        verify: Whether the SAEs' files must have the checksums that their checkpoint lists.
+        include_training_data: Whether to also evaluate on documents that the run was trained on.
+        verify: Whether to compare the SAEs' files with the checksums of their checkpoint.
 
     Returns:
-        The results of every layer, each number with its confidence interval; `to_json()` gives plain values.
+        The results of every layer, each number with its confidence interval. `to_json()` gives plain values.
 
     Raises:
-        UserError: If something is missing, damaged or cannot be read, or if no held-out data is left.
+        UserError: If something is missing, damaged or unreadable, or if no held-out data is left.
 
     Warns:
-        UserWarning: If results look wrong: for SAEs of another model or another hookpoint, or from few sequences.
+        UserWarning: If results look wrong, as for SAEs of another model or hookpoint, or come from few sequences.
     """
     for name, value, optional in (
         ("checkpoint", checkpoint, False),
@@ -180,7 +180,7 @@ def evaluate(
         ("other_model", other_model, True),
     ):
         if not isinstance(value, (str, Path)) and not (optional and value is None):
-            raise UserError(f"{name} is a {type(value).__name__}: give a path or a name, as for saekit eval")
+            raise UserError(f"{name} is a {type(value).__name__}: pass a path or a name, as for saekit eval")
     for name, number in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if number < 1:
             raise UserError(f"{name} is {number}: expected at least 1")
@@ -205,22 +205,22 @@ def load(
     verify: bool = True,
     **hub_options: Any,
 ) -> Sae:
-    """Load one SAE. Its format is recognized by its files: saekit's own, which is sparsify's; SAELens'; a plug-in's.
+    """Load one SAE, in any format: saekit's own (which is sparsify's), SAELens', or a plug-in's.
 
-    If it lies in a checkpoint, its files are compared with the checkpoint's checksums.
+    The files in the folder tell the format. Files in a checkpoint are compared with the checkpoint's checksums.
 
     Args:
-        path: The folder of an SAE, a run (its latest checkpoint) or a checkpoint; or a hub id such as
+        path: The folder of an SAE, a run (its latest checkpoint) or a checkpoint, or a hub id such as
             `EleutherAI/sae-llama-3-8b-32x`.
-        hookpoint: Which SAE of a folder or repository with several, such as `layers.3`.
+        hookpoint: Which SAE to load from a folder or repository with several, such as `layers.3`.
         device: Where the parameters go.
-        format: The name of the format to look for, where a folder could be read in several.
-        verify: Whether the files must have the checksums that the checkpoint lists.
+        format: The name of the format, for folders that several formats recognize.
+        verify: Whether to compare the files with the checkpoint's checksums.
         hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
 
     Raises:
-        UserError: If there is no such SAE, if several are there and `hookpoint` is not given, if several formats
-            recognize a folder, or if a file is damaged, has changed, or describes what saekit cannot compute.
+        UserError: If there is no such SAE, if there are several and `hookpoint` is not given, if several formats
+            recognize the folder, or if a file is damaged, was changed, or describes an SAE that saekit cannot compute.
     """
     from saekit.runs.named import Opening
 
@@ -235,12 +235,12 @@ def load_many(
     verify: bool = True,
     **hub_options: Any,
 ) -> dict[str, Sae]:
-    """Load all SAEs of a run (its latest checkpoint), of a folder with several, or of a repository on the hub.
+    """Load all SAEs of a run (its latest checkpoint), of a folder, or of a repository on the hub.
 
     Args:
         path: A folder or a hub id.
         device: Where the parameters go.
-        format: The name of the format to look for, where folders could be read in several.
+        format: The name of the format, for folders that several formats recognize.
         verify: See `load`.
         hub_options: Passed to `huggingface_hub.snapshot_download` (`revision`, `token`, `cache_dir`, ...).
 
@@ -260,37 +260,37 @@ def save(sae: Sae, folder: str | Path, format: str = "sparsify", metadata: Mappi
 
     Args:
         sae: The SAE.
-        folder: Where the files go; it is made if necessary.
-        format: `sparsify`, which is saekit's own; `saelens`; or the name of a plug-in's.
-        metadata: What readers should know besides, such as the language model's name, where the format has a place
-            for it; `saekit.save_as_saelens` says what SAELens expects.
+        folder: Where the files go. Created if it does not exist.
+        format: `sparsify`, which is saekit's own, `saelens`, or the name of a plug-in's format.
+        metadata: Further information for readers, such as the language model's name, if the format has a place for it.
+            `saekit.save_as_saelens` says what SAELens expects.
 
     Raises:
-        UserError: If there is no such format, if it cannot say something about this SAE (nothing is written then), or
-            if the files cannot be written.
+        UserError: If there is no such format, if the format cannot express this SAE (nothing is written then), or if
+            the files cannot be written.
     """
     from saekit.runs.opening import user_errors
     from saekit.sae import Sae
     from saekit.sae.formats.base import formats
 
     if not isinstance(sae, Sae):
-        raise UserError(f"sae is a {type(sae).__name__}: give an Sae, such as saekit.load returns")
+        raise UserError(f"sae is a {type(sae).__name__}: pass an Sae, such as saekit.load returns")
     with user_errors():
         (chosen,) = formats(format)
         chosen.write(sae, Path(folder).expanduser(), metadata)
 
 
 def _loaded_model(model: str | Path | PreTrainedModel | None) -> tuple[PreTrainedModel | None, str | None]:
-    """Return a model that is loaded already, if it is, and its name."""
+    """Split a model argument into the loaded model, or None, and its name."""
     if model is None or isinstance(model, (str, Path)):
         return None, None if model is None else str(model)
     if not hasattr(model, "base_model") or not hasattr(model, "config"):
-        raise UserError(f"model is a {type(model).__name__}: give a hub id, a folder, or a model of transformers")
+        raise UserError(f"model is a {type(model).__name__}: pass a hub id, a folder, or a transformers model")
     return model, model.name_or_path or type(model).__name__
 
 
 def _rows(data: Data | None, name: str) -> tuple[Any, str | None]:
-    """Data that is in memory, if it is, and its name."""
+    """Split a data argument into data in memory, or None, and its name."""
     if data is None or isinstance(data, (str, Path)):
         return None, None if data is None else str(data)
     return data, name

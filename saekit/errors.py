@@ -1,27 +1,27 @@
-"""Errors that can end a run, other than faults of saekit."""
+"""Errors that can end a run and are not bugs in saekit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SILENCE = 3.0
-"""Seconds that a rank waits before it follows one that had an error, so that the launcher lets that one speak."""
+"""Seconds that a rank waits before it ends because another one failed. The launcher then shows that rank's error."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used.
+    """Raised if an option, path, file, model or data set that the user gave cannot be used.
 
-    The message is one sentence that names the option or path, the value it had, and what to do. The command line
-    prints it without a traceback and exits with code 2; a Python caller catches it as a `ValueError`.
+    The message names the option or path, its value, and what to do. The command line prints the message without a
+    traceback and exits with code 2. Python code can catch it as a `ValueError`.
     """
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; those there were are as they were.
+    """Raised if a checkpoint cannot be written. Earlier checkpoints are unchanged.
 
     Args:
         message: See `UserError`.
-        lasting: Whether it would fail again, whatever becomes of the disk.
+        lasting: Whether saving would fail again, whatever the state of the disk.
     """
 
     def __init__(self, message: str, *, lasting: bool = False) -> None:
@@ -30,21 +30,21 @@ class SaveError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped after a whole optimizer step, and its checkpoint is in place.
+    """Raised after a run was stopped at the end of an optimizer step and its checkpoint was written.
 
     Args:
-        step: Optimizer steps done.
+        step: Number of optimizer steps done.
         run_dir: The run's folder.
-        by_user: By Ctrl-C, and not by a scheduler's SIGTERM or SIGUSR1.
+        by_user: Whether Ctrl-C stopped it, and not a scheduler's SIGTERM or SIGUSR1.
     """
 
     def __init__(self, step: int, run_dir: Path, *, by_user: bool) -> None:
-        super().__init__(f"stopped after step {step}; `resume` goes on from {run_dir}")
+        super().__init__(f"stopped after step {step}; `resume` continues from {run_dir}")
         self.step = step
         self.run_dir = run_dir
         self.by_user = by_user
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, for a message of one line; its type if it says nothing."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

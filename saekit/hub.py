@@ -1,7 +1,7 @@
-"""What the name of a model or a data set means, a path or a repository on the hub, and whether the hub answers.
+"""Decide whether the name of a model or data set is a path or a hub repository, and whether the hub answers.
 
-The libraries ask the hub for every file, and when it does not answer they try again for up to a minute each. So it is
-asked once here, for a few seconds, and where it does not answer the libraries only look into their cache.
+The libraries ask the hub for every file, and retry for up to a minute each if it does not answer. saekit therefore asks
+the hub once, for a few seconds. If it does not answer, the libraries only look in their cache.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 from saekit.errors import UserError, first_line
 
 ASK = 2.5
-"""Seconds within which the hub has to answer; the libraries' own variable, HF_HUB_ETAG_TIMEOUT, takes precedence."""
+"""Seconds that the hub has to answer. The libraries' own variable, HF_HUB_ETAG_TIMEOUT, takes precedence."""
 REMEMBER = 60.0
-"""Seconds for which it is not asked again."""
+"""Seconds until the hub is asked again."""
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -37,24 +37,24 @@ _FILE_ENDINGS = frozenset(
 
 
 def may_be_repository(name: str) -> bool:
-    """Tell whether the hub could have a repository of that name: `name` or `owner/name`."""
+    """Return whether the hub allows a repository of this name: `name` or `owner/name`."""
     fits = _REPOSITORY.fullmatch(name) is not None and len(name) <= _LONGEST
     return fits and "--" not in name and ".." not in name and not name.endswith(".git")
 
 
 def path_of(name: str) -> Path:
-    """Return the path that a name is, with `~` resolved."""
-    return Path(os.path.expanduser(name))  # unlike Path.expanduser, no error for a user that does not exist
+    """Return a name as a path, with `~` resolved."""
+    return Path(os.path.expanduser(name))  # unlike Path.expanduser, raises nothing if the user does not exist
 
 
 def is_path(name: str) -> bool:
-    """Tell whether a name means a path: something is there, it ends as files do, or the hub could not call it so."""
+    """Return whether a name is a path: the path exists, it has a file's suffix, or the hub does not allow the name."""
     path = path_of(name)
     return os.path.exists(path) or not may_be_repository(name) or path.suffix.lower() in _FILE_ENDINGS
 
 
 def nothing_at(name: str, what: str = "file or folder") -> str:
-    """Say that there is nothing at a path, and which path that exists is similar.
+    """Return a message that nothing is at a path, with a similar path that exists.
 
     Args:
         name: The path as the user wrote it.
@@ -73,10 +73,10 @@ def nothing_at(name: str, what: str = "file or folder") -> str:
 
 
 def unreachable() -> str | None:
-    """Ask the hub for a sign of life, unless it has been asked a moment ago.
+    """Check that the hub answers; the result is kept for `REMEMBER` seconds.
 
     Returns:
-        Why it does not answer; None if it does, or if the libraries are told not to ask it (HF_HUB_OFFLINE).
+        Why it does not answer. None if it does, or if HF_HUB_OFFLINE tells the libraries not to ask.
     """
     from huggingface_hub import constants
 
@@ -89,23 +89,23 @@ def unreachable() -> str | None:
 
 
 _answers: dict[str, tuple[float, str | None]] = {}
-"""By endpoint: when it was asked, and what `unreachable` found."""
+"""By endpoint: when it was last asked, and the result of `unreachable`."""
 
 
 def _ask(endpoint: str) -> str | None:
     from huggingface_hub import constants, get_session
 
     seconds = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get("HF_HUB_ETAG_TIMEOUT") else ASK
-    problem: list[str | None] = [f"no answer within {seconds:g} s; HF_HUB_ETAG_TIMEOUT can be longer"]
+    problem: list[str | None] = [f"no answer within {seconds:g} s; set HF_HUB_ETAG_TIMEOUT to wait longer"]
 
     def request() -> None:
         try:
             get_session().head(endpoint, timeout=2 * seconds, follow_redirects=False)
-            problem[0] = None  # whatever it says
-        except Exception as error:  # noqa: BLE001  # of the HTTP library that huggingface_hub has chosen, which changes
+            problem[0] = None  # any answer will do
+        except Exception as error:  # noqa: BLE001  # huggingface_hub's HTTP library, and so its errors, can change
             problem[0] = first_line(error)
 
-    # In a thread, because looking up a name in a broken network has no time limit of its own.
+    # In a thread, because a DNS lookup in a broken network has no timeout of its own.
     thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -114,10 +114,10 @@ def _ask(endpoint: str) -> str | None:
 
 @contextmanager
 def asking_hub(name: str) -> Iterator[None]:
-    """Let what is inside ask the hub for a repository, if it answers, and otherwise only use the hub's cache.
+    """Let the code inside download from the hub if the hub answers, and otherwise only use the cache.
 
     Args:
-        name: What it loads. For a path, the hub is never asked.
+        name: The model or data set that the code loads. For a path, the hub is never asked.
     """
     problem = None if (local := is_path(name)) else unreachable()
     if not local and problem is None:
@@ -126,22 +126,22 @@ def asking_hub(name: str) -> Iterator[None]:
     with _offline():
         yield
     if problem is not None and os.environ.get("RANK", "0") == "0":
-        logging.getLogger(__name__).warning("%s is taken from the cache on this machine: %s", name, problem)
+        logging.getLogger(__name__).warning("using %s from the cache on this machine: %s", name, problem)
 
 
 def why_not_found(name: str) -> str:
-    """Say where a repository was looked for without success."""
+    """Return where a repository was searched for and not found, for a message."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "it is not in the hub's cache on this machine, and HF_HUB_OFFLINE forbids to ask the hub"
+        return "it is not in the hub's cache on this machine, and HF_HUB_OFFLINE is set"
     if (problem := unreachable()) is not None:
         return f"it is not in the hub's cache on this machine, and {problem}"
     return "it is neither on this machine nor on the hub"
 
 
 def check_names(model: str | None = None, *data: str | None, revision: str | None = None) -> None:
-    """Check the names of a model and of data sets, as far as they are given: `check_model_name`, `check_data_name`."""
+    """Check the names that are given with `check_model_name` and `check_data_name`."""
     for name in data:
         if name is not None:
             check_data_name(name)
@@ -150,16 +150,16 @@ def check_names(model: str | None = None, *data: str | None, revision: str | Non
 
 
 def check_model_name(name: str, revision: str | None = None) -> None:
-    """Refuse a model's name, without loading a library, where that is enough to see that it leads nowhere.
+    """Reject a model's name early, before heavy libraries are loaded, if it clearly leads nowhere.
 
     Raises:
-        UserError: If it is a path with nothing there, or a repository that is not in the cache while the hub does not
+        UserError: If it is a path that does not exist, or a repository that is not in the cache while the hub does not
             answer.
     """
     if is_path(name):
         path = path_of(name)
         if os.path.isfile(path):
-            raise UserError(f"model {name!r} is a file: give the folder that it is in, {path.parent}")
+            raise UserError(f"model {name!r} is a file: pass the folder that contains it, {path.parent}")
         if not os.path.isdir(path):
             raise UserError(f"model {name!r}: {nothing_at(name, 'folder')}")
     elif unreachable() is not None:
@@ -170,10 +170,10 @@ def check_model_name(name: str, revision: str | None = None) -> None:
 
 
 def check_data_name(name: str) -> None:
-    """Refuse a data set's name, without loading a library, if it is a path or pattern with nothing there.
+    """Reject a data set's name early, before heavy libraries are loaded, if it is a path or pattern of no file.
 
     Raises:
-        UserError: If so.
+        UserError: If the path does not exist or the pattern matches no file.
     """
     if is_path(name) and not os.path.exists(path_of(name)) and not glob.glob(str(path_of(name)), recursive=True):
         raise UserError(f"data set {name!r}: {nothing_at(name)}")
@@ -181,7 +181,7 @@ def check_data_name(name: str) -> None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Tell the libraries that are loaded not to use the network, as HF_HUB_OFFLINE does before they are loaded."""
+    """Stop libraries that are already loaded from using the network; HF_HUB_OFFLINE only works before that."""
     from huggingface_hub import constants
 
     modules: list[Any] = [constants]

@@ -1,4 +1,4 @@
-"""Measures what a process can use on this machine, within its container's limits: memory, cores, libraries."""
+"""Find out what this process can use, within its container's limits: memory, cores, libraries."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     import torch
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Where control groups are mounted, and the list of those that this process is in."""
+"""Where control groups are mounted, and the file that lists this process's groups."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's `mallopt`."""
+"""Parameters of glibc's `mallopt`."""
 MMAP_FROM = 32 * 2**20
-"""The most that glibc allows."""
+"""Bytes from which malloc uses mmap: the largest threshold that glibc allows."""
 NEVER = 2**31 - 1
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what a result can depend on."""
+    """Return the versions of Python, saekit and the libraries that results can depend on."""
     return {"python": platform.python_version(), "saekit": __version__, **_installed()}
 
 
 @cache
 def _installed() -> Mapping[str, str]:
-    """Read each package's metadata once: every save states the versions, and one package's take milliseconds."""
+    """Read each package's metadata once: every save records the versions, and reading takes milliseconds each."""
     found = {}
     for name in ("torch", "transformers", "datasets", "accelerate", "safetensors", "deepspeed", "bitsandbytes"):
         with suppress(PackageNotFoundError):
@@ -48,7 +48,7 @@ def _installed() -> Mapping[str, str]:
 
 
 def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the CPU's name where the system tells it, else its architecture. Two kinds of CPU can share a name."""
+    """Return the CPU's name, or its architecture if the system gives no name. Different CPUs can share a name."""
     try:
         named = re.search(r"^model name\s*:\s*(.+)$", listing.read_text("utf-8", errors="replace"), re.MULTILINE)
     except OSError:  # not Linux
@@ -57,16 +57,16 @@ def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what saekit can make again: `$XDG_CACHE_HOME/saekit`, by default below `~/.cache`.
+    """Return saekit's cache folder: `$XDG_CACHE_HOME/saekit`, by default `~/.cache/saekit`.
 
-    Where that cannot be written, it is a folder of this process only.
+    If that is not writable, return a temporary folder of this process.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saekit"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):  # the second: nobody's home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         pass
     return _folder_of_this_process()
 
@@ -77,18 +77,18 @@ def _folder_of_this_process() -> Path:
 
 
 def usable_memory(root: Path = GROUPS, own: Path = OWN_GROUPS) -> int:
-    """Return how many bytes this process may have: the machine's memory, or less in a container or a job.
+    """Return how many bytes this process may use: the machine's memory, or less in a container or a job.
 
     Args:
         root: Where control groups are mounted.
-        own: The list of those that this process is in.
+        own: The file that lists this process's groups.
     """
     total = psutil.virtual_memory().total
     return min((limit for _, limit in _memory_limits(total, root, own)), default=total)
 
 
 def free_memory() -> tuple[int, int, int | None]:
-    """Return the bytes that are free for this process, the machine's, and the limit that it runs under, if any."""
+    """Return, in bytes, the memory free for this process, the machine's memory, and this process's limit or None."""
     machine = psutil.virtual_memory()
     capped = memory_limit(machine.total)
     if capped is None:
@@ -98,21 +98,21 @@ def free_memory() -> tuple[int, int, int | None]:
 
 
 def memory_limit(total: int, root: Path = GROUPS, own: Path = OWN_GROUPS) -> tuple[int, int] | None:
-    """Return the limit that this process meets first, and what is left of it, in bytes; None if there is none.
+    """Return the memory limit that leaves this process the least, and what is left of it, in bytes; None without one.
 
     Args:
-        total: The machine's memory: limits above it are none.
+        total: The machine's memory, in bytes. Limits at or above it are ignored.
         root: Where control groups are mounted.
-        own: The list of those that this process is in.
+        own: The file that lists this process's groups.
     """
     left, limit = min(_memory_limits(total, root, own), default=(0, None))
     return None if limit is None else (limit, left)
 
 
 def usable_cores(root: Path = GROUPS, own: Path = OWN_GROUPS) -> tuple[int, int]:
-    """Return how many cores this process may use, and how many threads they run at once.
+    """Return how many cores this process may use, and how many hardware threads they have.
 
-    Affinity and the quotas of control groups are taken into account.
+    Takes CPU affinity and the quotas of control groups into account.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _groups("cpu", root, own):
@@ -123,11 +123,12 @@ def usable_cores(root: Path = GROUPS, own: Path = OWN_GROUPS) -> tuple[int, int]
 
 
 def keep_memory() -> None:
-    """Ask for large pages, and keep what was freed for the next step instead of handing it back.
+    """Make the allocator use large pages and keep freed memory for the next step.
 
-    Every step makes and frees the same tensors. A page that is handed back comes again by a page fault and full of
-    zeros, which cost up to a third of a step on a CPU (docs/performance-kernels.md). Torch reads its setting once,
-    before the first large tensor. Where the C library is another than glibc, only torch's setting is made.
+    Every step allocates and frees the same tensors. Memory returned to the operating system comes back by page faults
+    and must be zeroed, which took up to a third of a step on a CPU (docs/performance-kernels.md). Call this before the
+    first large tensor: torch reads its setting only once. With a C library other than glibc, only torch's setting
+    changes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -137,17 +138,17 @@ def keep_memory() -> None:
 
 
 def _memory_limits(total: int, root: Path, own: Path) -> Iterator[tuple[int, int]]:
-    """Yield what is left of each control group's limit, and the limit: a process is bound by all that it is in."""
+    """Yield for each of this process's control groups what is left of its memory limit, and the limit, in bytes."""
     for folder in _groups("memory", root, own):
         limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
         used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
         if limit is not None and limit < total:
-            # What has been read from files counts as used, and is given up when it is needed.
+            # The page cache counts as used, but the kernel frees it when memory is needed.
             yield max(0, limit - used + _file_pages(folder / "memory.stat")), limit
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """Yield the folders of the control groups that this process is in, of both versions, and of those above them."""
+    """Yield the folders of this process's control groups and their parents, for cgroup versions 1 and 2."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -164,7 +165,7 @@ def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
 def _number(file: Path) -> int | None:
     try:
         return int(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it says `max`
+    except (OSError, ValueError):  # no such file, or it contains `max`
         return None
 
 
@@ -177,7 +178,7 @@ def _file_pages(stat: Path) -> int:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Return how many cores' time a control group may use; None if there is no limit."""
+    """Return a control group's CPU quota in cores; None if it has no quota."""
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         return None if quota == "max" else int(quota) / int(period)
@@ -187,7 +188,7 @@ def _cpu_quota(folder: Path) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On a GPU the most that its allocator has held, elsewhere the process's resident set now."""
+    """Return a GPU allocator's peak in bytes, or on other devices the process's current resident set."""
     if device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""Checks a language model's folder for missing or broken files. Only names, sizes and headers are read."""
+"""Check a language model's folder for missing or broken files. Reads only names, sizes and headers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from saekit.errors import UserError
 CONFIG = "config.json"
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 POINTER = b"version https://git-lfs"
-"""How a file begins that git put in place of a large one."""
+"""The first bytes of a Git LFS pointer, the small file that git stores in place of a large one."""
 SHOWN = 6
-"""Files that a message lists."""
+"""The most files that a message lists."""
 
 
 def check_model_folder(name: str, folder: Path, *, weights: bool) -> None:
@@ -21,11 +21,11 @@ def check_model_folder(name: str, folder: Path, *, weights: bool) -> None:
 
     Args:
         name: The folder as the user wrote it.
-        folder: It exists.
-        weights: Whether the weights will be read; a plan needs the config only.
+        folder: The existing folder that the name means.
+        weights: Whether to check the weights too. A plan needs only the config.
 
     Raises:
-        UserError: Naming the file that is missing, truncated or not what its name says.
+        UserError: If a file is missing, truncated or damaged, or is a Git LFS pointer.
     """
     try:
         problem = _config_problem(folder) or (_weights_problem(folder) if weights else None)
@@ -36,7 +36,7 @@ def check_model_folder(name: str, folder: Path, *, weights: bool) -> None:
 
 
 def safetensors_problem(file: Path) -> str | None:
-    """Say what is wrong with a safetensors file, as far as its size and header show it; None if nothing is."""
+    """Return what is wrong with a safetensors file, judging by its size and header; None if nothing is."""
     if (problem := _file_problem(file)) is not None:
         return problem
     size = file.stat().st_size
@@ -44,7 +44,7 @@ def safetensors_problem(file: Path) -> str | None:
         start = opened.read(9)
         length = int.from_bytes(start[:8], "little")
         if size > 8 and start[8:] != b"{":
-            return f"{file.name} is damaged: it does not begin as a safetensors file does"
+            return f"{file.name} is damaged: it does not start like a safetensors file"
         if length + 8 > size:
             return f"{file.name} is truncated: it ends after {size:,} bytes, inside its header"
         opened.seek(8)
@@ -57,7 +57,7 @@ def safetensors_problem(file: Path) -> str | None:
     if size < whole:
         return f"{file.name} is truncated: it has {size:,} of {whole:,} bytes"
     if size > whole:
-        return f"{file.name} is damaged: it has {size:,} bytes, and its header says {whole:,}"
+        return f"{file.name} is damaged: it has {size:,} bytes, but its header says {whole:,}"
     return None
 
 
@@ -65,7 +65,7 @@ def _config_problem(folder: Path) -> str | None:
     file = folder / CONFIG
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            return "the folder holds an adapter (adapter_config.json): merge it into its model, and give that"
+            return "the folder holds an adapter (adapter_config.json): merge it into its model, and pass the result"
         deeper = sorted((*folder.glob(f"*/{CONFIG}"), *folder.glob(f"snapshots/*/{CONFIG}")))
         hint = f"; did you mean {deeper[0].parent}?" if deeper else f"; {_content(folder)}"
         return f"there is no {CONFIG} in the folder{hint}"
@@ -76,7 +76,7 @@ def _config_problem(folder: Path) -> str | None:
 
 
 def _weights_problem(folder: Path) -> str | None:
-    """Look at the files that transformers would read, in the order in which it looks for them."""
+    """Check the file that transformers would read: the first that exists, in its order of search."""
     if isinstance(named := _read_json(folder / CONFIG)[0].get("transformers_weights"), str):
         files = [named]
     else:
@@ -88,7 +88,7 @@ def _weights_problem(folder: Path) -> str | None:
 
 
 def _index_problem(file: Path) -> str | None:
-    """Look at the files that an index names."""
+    """Check the files that an index names."""
     index, problem = _read_json(file)
     if problem is not None:
         return problem
@@ -97,7 +97,7 @@ def _index_problem(file: Path) -> str | None:
         return f"{file.name} is damaged: it has no weight_map"
     for part in sorted(set(named.values())):
         if not (file.parent / part).exists():
-            return f"{part} is missing, which {file.name} names"
+            return f"{part} is missing, but {file.name} names it"
         if (problem := _whole(file.parent / part)) is not None:
             return problem
     return None
@@ -116,7 +116,7 @@ def _file_problem(file: Path) -> str | None:
     if not start:
         return f"{file.name} is empty"
     if start == POINTER:
-        return f"{file.name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {file.parent}"
+        return f"{file.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}"
     return None
 
 
@@ -130,7 +130,7 @@ def _read_json(file: Path) -> tuple[Any, str | None]:
 
 
 def _content(folder: Path) -> str:
-    """Say what is in a folder."""
+    """List what a folder contains, for a message."""
     names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     if not names:
         return "it is empty"

@@ -1,8 +1,8 @@
-"""Kinds by name: how a file adds a selection, a source, a placement or a format, from inside the package or outside.
+"""Registries of selections, sources, placements and formats by name, for built-in kinds and plug-ins.
 
-A built-in kind is a line in the tables at the end of this file. The line says where the kind is; `get` imports it, and
-listing the names imports nothing. Another package declares an entry point in the table's group (`saekit.selections`,
-...); a plug-in file calls `register`.
+A built-in kind is a line in the tables at the end of this file, which says where to import it from. Listing the names
+imports nothing. Another package registers a kind with an entry point in the table's group (`saekit.selections`, ...). A
+plug-in file calls `register`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Kind = TypeVar("Kind")
 
 
 class Registry:
-    """Kinds of one sort, by name.
+    """Looks up kinds of one sort by name.
 
     Args:
         group: The entry points' group, such as `saekit.selections`.
-        noun: What a kind is called in messages, such as `selection`.
-        built_in: Where each built-in kind is, as `package.module:Name`.
+        noun: The word for a kind in messages, such as `selection`.
+        built_in: The location of each built-in kind, as `package.module:Name`.
     """
 
     def __init__(self, group: str, noun: str, built_in: dict[str, str]) -> None:
@@ -44,17 +44,17 @@ class Registry:
         return {each.name: each for each in entry_points(group=self.group)}
 
     def names(self) -> tuple[str, ...]:
-        """Return all names: built-in ones first, then those of installed packages and plug-ins."""
+        """Return all names: built-in kinds first, then those of installed packages, then those of plug-ins."""
         return tuple(dict.fromkeys((*self._built_in, *self._installed, *self._registered)))
 
     def __contains__(self, name: object) -> bool:
         return name in self._built_in or name in self._registered or name in self._installed
 
     def get(self, name: str) -> Any:
-        """Return the kind of that name, imported if necessary.
+        """Return the kind of this name, importing it if necessary.
 
         Raises:
-            UserError: If there is none of that name, or an installed package's cannot be imported.
+            UserError: If there is no kind of this name, or if the package that provides it cannot be imported.
         """
         if name in self._built_in:
             module, _, attribute = self._built_in[name].partition(":")
@@ -67,7 +67,7 @@ class Registry:
             except Exception as error:  # somebody else's code
                 raise UserError(f"{self.noun} {name!r} of an installed package cannot be imported: {error}") from error
         raise UserError(
-            f"there is no {self.noun} {name!r}: choose one of {', '.join(self.names())}, or name the file that "
+            f"there is no {self.noun} {name!r}: choose one of {', '.join(self.names())}, or pass the file that "
             "registers it with --plugin"
         )
 
@@ -75,12 +75,12 @@ class Registry:
         """Return a decorator that adds a class under a name.
 
         Raises:
-            ValueError: If the name is taken by a built-in kind or by another plug-in.
+            ValueError: If a built-in kind or another plug-in has this name.
         """
 
         def add(kind: type[Kind]) -> type[Kind]:
             if name in self._built_in or self._registered.get(name, kind).__qualname__ != kind.__qualname__:
-                raise ValueError(f"there is a {self.noun} {name!r} already")
+                raise ValueError(f"there is already a {self.noun} {name!r}: choose another name")
             self._registered[name] = kind
             self._origin[name] = str(getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__)
             return kind
@@ -88,7 +88,7 @@ class Registry:
         return add
 
     def origin(self, name: str) -> str | None:
-        """Return where a kind comes from: a plug-in's file or an installed package; None for a built-in one."""
+        """Return where a kind comes from: a plug-in's file or an installed package; None if it is built in."""
         if name in self._registered:
             return self._origin[name]
         found = self._installed.get(name)
@@ -127,12 +127,12 @@ FORMATS = Registry(
 
 
 def load_plugin(file: Path) -> None:
-    """Run a plug-in: a Python file that registers kinds. A second call with the same file does nothing.
+    """Run a plug-in, a Python file that registers kinds. A second call with the same file does nothing.
 
     Raises:
-        UserError: If there is no such file, or it raises an error.
+        UserError: If the file does not exist, is not a Python file, or raises an error.
     """
-    path = Path(os.path.expanduser(file))  # unlike Path's own, no error for a user that does not exist
+    path = Path(os.path.expanduser(file))  # unlike Path.expanduser, raises nothing if the user does not exist
     if not os.path.isfile(path):
         raise UserError(f"--plugin {file}: there is no such file")
     path = path.resolve()

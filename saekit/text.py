@@ -1,4 +1,4 @@
-"""Text that fits: names, lines and commands for a terminal of few columns."""
+"""Fit names, lines and commands into the columns of a terminal."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ if TYPE_CHECKING:
 
 
 def tail(name: str, width: int) -> str:
-    """A hookpoint's name in at most `width` characters; what is cut off is its beginning, as its number is its end."""
+    """Cut a hookpoint's name to at most `width` characters, from the start: its number is at the end."""
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
 
 
-def _common(texts: Sequence[str]) -> int:
-    """Count the characters that all texts begin with: those that the first and the last in the alphabet do."""
+def _prefix_length(texts: Sequence[str]) -> int:
+    """Return the length of the texts' common prefix, which is that of the alphabetically first and last text."""
     first, last = min(texts), max(texts)
     return next((place for place, letter in enumerate(first) if letter != last[place]), len(first))
 
 
-def _alike(names: Sequence[str]) -> tuple[int, int]:
-    """Count the characters that all names have alike at their beginning and their end, without parts of numbers."""
+def _common_ends(names: Sequence[str]) -> tuple[int, int]:
+    """Return the lengths of the names' common prefix and common suffix, neither of which splits a number."""
     if len(set(names)) < 2:
         return 0, 0
-    start = _common(names)
+    start = _prefix_length(names)
     while start and names[0][start - 1].isdigit():
         start -= 1
     rest = [name[start:] for name in names]
-    end = _common([each[::-1] for each in rest])
+    end = _prefix_length([each[::-1] for each in rest])
     while end and rest[0][-end].isdigit():
         end -= 1
     return start, end
 
 
 def least_width(names: Sequence[str]) -> int:
-    """Return the least width at which `shorten` leaves all that tells the names apart."""
-    start, end = _alike(names)
+    """Return the smallest width at which `shorten` keeps everything that tells the names apart."""
+    start, end = _common_ends(names)
     return min(max(map(len, names)), max(len(name) - start - end for name in names) + bool(start) + bool(end))
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
-    """Shorten names to `width` characters that stay different: `….mlp:in` says nothing, `…10.mlp…` does.
+    """Shorten names to `width` characters and keep them distinct: `…10.mlp…`, not `….mlp:in` for every layer.
 
-    The beginning is cut off first, and then the end. Below `least_width`, what is in the middle suffers, too.
+    Cuts the common prefix first, then the common suffix. Below `least_width` it also cuts what tells the names apart.
     """
-    start, end = _alike(names)
+    start, end = _common_ends(names)
     return [_shorten(name, width, start, end) for name in names]
 
 
@@ -66,12 +66,12 @@ def that_fits(texts: Sequence[str], width: int) -> str:
 
 
 def wrap(text: str, width: int, indent: str = "") -> str:
-    """Break lines between words. A word longer than a line stays whole: the terminal breaks it where it must.
+    """Break lines between words. A word longer than a line stays whole, so that the terminal breaks it.
 
     Args:
-        text: Its own line breaks stay.
+        text: The text. Its own line breaks stay.
         width: Columns of the terminal.
-        indent: What the lines that follow a break begin with.
+        indent: The start of each line after a break.
     """
     wrapper = textwrap.TextWrapper(
         max(20, width),
@@ -85,17 +85,17 @@ def wrap(text: str, width: int, indent: str = "") -> str:
 
 
 def for_screen(text: str, console: Console, indent: str = "") -> str:
-    """Break lines between words where a person looks at them, and leave them whole in a pipe or a file."""
+    """Break lines between words on a terminal, and leave them whole in a pipe or a file."""
     return wrap(text, console.width, indent) if console.file.isatty() else text
 
 
 def command(words: Sequence[str], console: Console, indent: str = "") -> str:
-    """Return a command line that can be pasted into a shell: in several lines where a terminal would break a word.
+    """Return a command that can be pasted into a shell, continued on further lines if the terminal is too narrow.
 
     Args:
-        words: Not quoted yet.
-        console: Where it is shown.
-        indent: What each line begins with.
+        words: The words of the command, not quoted.
+        console: Where the command is shown.
+        indent: The start of each line.
     """
     quoted = [shlex.quote(word) for word in words]
     if not console.file.isatty():

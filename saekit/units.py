@@ -1,4 +1,7 @@
-"""Numbers as people read and type them. What shows a number takes None or NaN, too, and shows a dash."""
+"""Format numbers for people to read, and parse numbers that people type.
+
+Most functions that format a number show None and NaN as a dash.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from collections.abc import Collection
 from saekit.errors import UserError
 
 UNKNOWN = "–"
-"""Stands for a number that is not known."""
+"""Shown in place of an unknown number."""
 SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def unknown(value: float | None) -> bool:
-    """Tell whether there is no number to show: None, or a float that is not finite."""
+    """Return whether there is no number to show: it is None, NaN or infinite."""
     return value is None or not math.isfinite(value)
 
 
 def short_count(value: float | None) -> str:
-    """Return a count with three significant digits: `950`, `12.3k`, `4.56M`, `1.20B`."""
+    """Format a count with three significant digits: `950`, `12.3k`, `4.56M`, `1.20B`."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        # 999 950 is shown as 1.00M, not as 1000k.
+        # Show 999 950 as 1.00M, not as 1000k.
         if abs(value) >= size * 0.9995:
             scaled = value / size
             return f"{scaled:.{max(0, 2 - int(math.log10(max(abs(scaled), 1))))}f}{unit}"
@@ -32,12 +35,12 @@ def short_count(value: float | None) -> str:
 
 
 def count(value: int | None) -> str:
-    """Return a whole count with thousands separators: `16,384`."""
+    """Format a whole number with thousands separators: `16,384`."""
     return UNKNOWN if value is None else f"{value:,}"
 
 
 def percent(fraction: float | None) -> str:
-    """Return a fraction from 0 to 1 as a percentage; a small one that is not zero stays visible as `<0.1%`."""
+    """Format a fraction from 0 to 1 as a percentage. A small nonzero one is shown as `<0.1%`."""
     if fraction is None or not math.isfinite(fraction):
         return UNKNOWN
     if 0 < fraction < 0.0005:
@@ -46,7 +49,7 @@ def percent(fraction: float | None) -> str:
 
 
 def decimal(value: float | None, digits: int = 4) -> str:
-    """A number near 1 with fixed `digits`; a large one (10 000 and more) in exponent form, so that columns keep."""
+    """Format a number with fixed `digits`, or in exponent form from 10 000 on, so that it fits its column."""
     if value is None:
         return UNKNOWN
     if not math.isfinite(value):
@@ -55,12 +58,12 @@ def decimal(value: float | None, digits: int = 4) -> str:
 
 
 def scientific(value: float | None) -> str:
-    """Two significant digits and an exponent: `2.0e-04`."""
+    """Format a number with two significant digits and an exponent: `2.0e-04`."""
     return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.1e}"
 
 
 def size(n_bytes: float | None) -> str:
-    """Return bytes in binary units: `3.2 GiB`."""
+    """Format a number of bytes in binary units: `3.2 GiB`."""
     if n_bytes is None or not math.isfinite(n_bytes):
         return UNKNOWN
     value = float(n_bytes)
@@ -72,7 +75,7 @@ def size(n_bytes: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as the two largest units: `42s`, `3m 05s`, `2h 07m`, `4d 11h`."""
+    """Format seconds in their two largest units: `42s`, `3m 05s`, `2h 07m`, `4d 11h`."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     whole = max(0, round(seconds))
@@ -86,15 +89,15 @@ def duration(seconds: float | None) -> str:
 
 
 def active(k: int | None, activation: str | None) -> str:
-    """Format k, with the selection unless it is TopK: `32`, `32 (batchtopk)`."""
+    """Format k, and the selection unless it is TopK: `32`, `32 (batchtopk)`."""
     return count(k) if activation in (None, "topk") else f"{count(k)} ({activation})"
 
 
 def parse_count(option: str, text: str) -> int:
-    """`"100M"`, `"1e8"`, `"100,000,000"` or `"100_000_000"` → 100000000.
+    """Parse a count: `"100M"`, `"1e8"`, `"100,000,000"` and `"100_000_000"` all give 100000000.
 
     Raises:
-        UserError: If it is not a whole number above zero; `option` is named in it.
+        UserError: If it is not a whole number above zero. The message names `option`.
     """
     plain = re.sub(r"(?<=\d)[,_ ](?=\d{3})", "", text.strip().upper())
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:E\+?\d{1,2})?) ?([KMBT]?)", plain)
@@ -105,7 +108,7 @@ def parse_count(option: str, text: str) -> int:
 
 
 def show_count(number: int) -> str:
-    """Return the shortest of these that is exact: `100M`, `1500`, `1234`."""
+    """Format a count exactly, with a unit if it is a multiple of it: `100M`, `1500`, `1234`."""
     for unit in ("T", "B", "M"):
         if number % COUNTS[unit] == 0:
             return f"{number // COUNTS[unit]}{unit}"
@@ -113,15 +116,15 @@ def show_count(number: int) -> str:
 
 
 def plural(number: int, word: str) -> str:
-    """Return a count with its noun: `1 GPU`, `2 GPUs`."""
+    """Format a count with its noun: `1 GPU`, `2 GPUs`."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def parse_size(option: str, text: str) -> int:
-    """`"80GiB"`, `"80 GB"` or `"80G"` → bytes; without a unit GiB are meant if the number is small.
+    """Parse a size such as `"80GiB"`, `"80 GB"` or `"80G"` into bytes. A number below 10 000 without a unit is in GiB.
 
     Raises:
-        UserError: If it is not a positive size; `option` is named in it.
+        UserError: If it is not a positive size. The message names `option`.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if found is None or not float(found[1]) or found[2] == "I":
@@ -133,6 +136,6 @@ def parse_size(option: str, text: str) -> int:
 
 
 def span(numbers: Collection[int]) -> str:
-    """Format whole numbers as one: `4,096`, or `48 to 4,096` where they differ."""
+    """Format whole numbers as one number or a range: `4,096`, or `48 to 4,096` if they differ."""
     least, most = min(numbers), max(numbers)
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"

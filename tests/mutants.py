@@ -119,14 +119,14 @@ LIST: list[tuple[str, ...]] = [
     (
         "Multi-TopK's gradient is lost",
         MODEL,
-        "self.W_dec) + apart, recon_ND\n",
-        "self.W_dec) + apart, recon_ND.detach()\n",
+        "self.W_dec) + rest, recon_ND\n",
+        "self.W_dec) + rest, recon_ND.detach()\n",
     ),
     (
         "Triton: maxima without the bias",
         TRITON_OPS,
-        "    scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)\n    # Of",
-        "    # Of",
+        "    scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)\n    # Round",
+        "    # Round",
     ),
     (
         "Triton: members without the bias",
@@ -481,8 +481,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "excluded tokens are ablated, too",
         EVALUATE,
-        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in there}",
-        "{hookpoint: ways[hookpoint][change] for hookpoint in there}",
+        "{hookpoint: where(own, ways[hookpoint][change]) for hookpoint in own_hookpoints}",
+        "{hookpoint: ways[hookpoint][change] for hookpoint in own_hookpoints}",
     ),
     (
         "a block does not run although something inside it is replaced",
@@ -594,8 +594,8 @@ LIST: list[tuple[str, ...]] = [
     (
         "a smaller dictionary learns nothing from its own errors",
         SPARSE,
-        "told_GND = grad_GND.flip(0)",
-        "told_GND = 0 * grad_GND.flip(0)",
+        "grads_GND = grad_GND.flip(0)",
+        "grads_GND = 0 * grad_GND.flip(0)",
     ),
     (
         "a latent hears its own dictionary's error only",

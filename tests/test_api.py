@@ -109,7 +109,7 @@ def test_a_loaded_model_is_used_as_it_is_and_left_so(checkpoint, model_dir, text
 def test_a_loaded_model_from_nowhere_needs_a_tokenizer_for_text(model_dir, documents, for_loaded):
     loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     loaded.config.name_or_path = loaded.name_or_path = ""
-    with pytest.raises(UserError, match="give its tokenizer"):
+    with pytest.raises(UserError, match="add its tokenizer"):
         saekit.train(loaded, documents, **for_loaded)
     saekit.train(loaded, documents, tokenizer=AutoTokenizer.from_pretrained(model_dir), **for_loaded)
 
@@ -128,7 +128,7 @@ def test_evaluating_while_training_on_data_in_memory(model_dir, documents, small
         ({"laers": 1}, ["no option 'laers'", "did you mean layers"]),
         ({"learning_rate": 1}, ["no option 'learning_rate'"]),
         ({"k": 0, "lr": "fast"}, ["--k 0", "--lr 'fast'"]),
-        ({"tokenizer": object()}, ["a tokenizer is for a loaded model"]),
+        ({"tokenizer": object()}, ["a tokenizer needs a loaded model"]),
         ({"dataset": 3}, ["the data set is a int"]),
         ({"model": 3}, ["model is a int"]),
         ({"model": None}, ["model is missing"]),
@@ -145,7 +145,7 @@ def test_what_cannot_be_used_is_refused(model_dir, documents, small, options, pa
 
 def test_options_of_loading_are_refused_for_a_loaded_model(model_dir, documents, for_loaded):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    with pytest.raises(UserError, match="dtype='bfloat16' is about loading the model"):
+    with pytest.raises(UserError, match="dtype='bfloat16' is for loading the model"):
         saekit.train(model, documents, dtype="bfloat16", **for_loaded)
 
 

@@ -41,11 +41,15 @@ def refused(call, *parts):
 )
 def test_activations_of_another_width(selection, call, x, got):
     sae = Sae(32, 128, 4, selection=selection)
-    refused(lambda: getattr(sae, call)(x), "expected activations [..., 32] for this SAE", f"got {got}")
+    refused(lambda: getattr(sae, call)(x), "this SAE needs activations of shape [..., 32]", f"got {got}")
 
 
 def test_activations_that_are_no_tensor():
-    refused(lambda: Sae(4, 8, 2).encode([[1.0, 2.0, 3.0, 4.0]]), "expected activations [..., 4]", "got a list")
+    refused(
+        lambda: Sae(4, 8, 2).encode([[1.0, 2.0, 3.0, 4.0]]),
+        "this SAE needs activations of shape [..., 4]",
+        "got a list",
+    )
 
 
 def test_activations_without_a_token_are_fine():
@@ -76,7 +80,7 @@ def test_codes_that_cannot_be_decoded(acts, indices, says):
         ("text.jsonl", ["the data set is a str"]),
         (DatasetDict(train=Dataset.from_dict({"input_ids": [[1, 2]]})), ["the data set is a DatasetDict"]),
         (Dataset.from_dict({"input_ids": [[1, 2]]}).to_iterable_dataset(), ["the data set is a IterableDataset"]),
-        (Dataset.from_dict({"text": ["a"]}), ["not tokenized", "no column input_ids but text"]),
+        (Dataset.from_dict({"text": ["a"]}), ["not tokenized", "columns text, but no input_ids"]),
     ],
     ids=["numbers", "name", "splits", "stream", "text"],
 )
@@ -122,7 +126,7 @@ def test_text_that_cannot_be_tokenized(tokenizer):
     refused(lambda: cut(rows, "gpt2"), "the tokenizer is a str")
     refused(lambda: cut(rows, tokenizer, max_seq_len=0), "max_seq_len is 0: expected at least 1")
     refused(lambda: cut(rows, tokenizer, num_proc=-1), "num_proc is -1: expected at least 1")
-    refused(lambda: cut(rows, tokenizer, text_key="body"), "'body'", "it has text")
+    refused(lambda: cut(rows, tokenizer, text_key="body"), "'body'", "the data set has text")
 
 
 def test_evaluating_something_else(model, tmp_path):

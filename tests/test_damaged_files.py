@@ -186,7 +186,7 @@ def without(*keys):
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
-        ("sparsify", without("skip_connection"), "has a tensor 'W_skip', which the coder that cfg.json describes"),
+        ("sparsify", without("skip_connection"), "has a tensor 'W_skip', but the coder described by cfg.json"),
         ("sparsify", without("transcode"), "describes an autoencoder with a skip connection"),
         ("sparsify", lambda config: {**config, "d_out": 5}, r"W_dec has shape \[24, 8\], but cfg.json says \[24, 5\]"),
         ("transcoder", without("transcode", "skip_connection"), "an autoencoder with d_out"),
@@ -194,9 +194,9 @@ def without(*keys):
         ("transcoder", lambda config: {**config, "d_out": 8, **SAME},
          "describes a transcoder that reads and writes the same hookpoints"),
         ("crosscoder", without("writes"), "only one of 'reads' and 'writes'"),
-        ("crosscoder", lambda config: {**config, "writes": {"layers.1": 6, "layers.0": 2}}, "writes other hookpoints"),
-        ("crosscoder", lambda config: {**config, "reads": {"layers.0": 8.0}}, "to name hookpoints with their widths"),
-        ("crosscoder", lambda config: {**config, "reads": {"layers.0": 7}}, "the widths of 'reads' make 7, not 8"),
+        ("crosscoder", lambda config: {**config, "writes": {"layers.1": 6, "layers.0": 2}}, "different hookpoints"),
+        ("crosscoder", lambda config: {**config, "reads": {"layers.0": 8.0}}, "must map hookpoints to their widths"),
+        ("crosscoder", lambda config: {**config, "reads": {"layers.0": 7}}, "the widths of 'reads' add up to 7, not 8"),
     ],
 )  # fmt: skip
 def test_a_kind_of_coder_is_not_taken_for_another(tmp_path, kind, change, says):

@@ -35,11 +35,11 @@ def test_a_whole_one(folder):
     [
         (b"", "model.safetensors is empty"),
         (b"abc", "model.safetensors is truncated"),
-        (b"\xff" * 40, "model.safetensors is damaged: it does not begin"),
-        (POINTER.encode(), "model.safetensors is a pointer of Git LFS"),
+        (b"\xff" * 40, "model.safetensors is damaged: it does not start"),
+        (POINTER.encode(), "model.safetensors is a Git LFS pointer"),
         (-100, "model.safetensors is truncated: it has"),
         (500, "model.safetensors is truncated: it ends after 500 bytes, inside its header"),
-        (b"\x02\0\0\0\0\0\0\0{}x", "model.safetensors is damaged: it has 11 bytes, and its header says 10"),
+        (b"\x02\0\0\0\0\0\0\0{}x", "model.safetensors is damaged: it has 11 bytes, but its header says 10"),
         (b"\x02\0\0\0\0\0\0\0{x", "model.safetensors is damaged: its header cannot be read"),
         (b'\x05\0\0\0\0\0\0\0{"a":', "model.safetensors is damaged: its header cannot be read"),
     ],
@@ -76,7 +76,7 @@ def test_parts(folder):
     (folder / "b.safetensors").write_bytes((folder / "b.safetensors").read_bytes()[:-1])
     assert refused(folder).startswith("b.safetensors is truncated")
     (folder / "b.safetensors").unlink()
-    assert refused(folder) == "b.safetensors is missing, which model.safetensors.index.json names"
+    assert refused(folder) == "b.safetensors is missing, but model.safetensors.index.json names it"
     for text, says in (
         ("{", "is damaged ("),
         ("[]", "has no weight_map"),

@@ -19,14 +19,14 @@ class Theirs:
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "groupmax"])
 def test_no_plug_in_takes_the_name_of_a_built_in_kind(name):
-    with pytest.raises(ValueError, match=f"there is a selection '{name}' already"):
+    with pytest.raises(ValueError, match=f"there is already a selection '{name}'"):
         SELECTIONS.register(name)(Theirs)
     assert SELECTIONS.origin(name) is None
 
 
 def test_no_plug_in_takes_the_name_of_another(registry):
     registry.register("theirs")(Theirs)
-    with pytest.raises(ValueError, match="there is a thing 'theirs' already"):
+    with pytest.raises(ValueError, match="there is already a thing 'theirs'"):
         registry.register("theirs")(TopK)
     registry.register("theirs")(Theirs)  # as when its file is read again
     assert registry.get("theirs") is Theirs
@@ -47,5 +47,5 @@ def test_no_installed_package_takes_the_name_of_a_built_in_kind(registry, tmp_pa
 def test_the_names_are_told_where_there_is_none(registry):
     registry.register("theirs")(Theirs)
     assert "other" not in registry
-    with pytest.raises(UserError, match="there is no thing 'other': choose one of own, theirs, or name the file"):
+    with pytest.raises(UserError, match="there is no thing 'other': choose one of own, theirs, or pass the file"):
         registry.get("other")

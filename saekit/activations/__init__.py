@@ -1,6 +1,6 @@
-"""The language model: load it, find its blocks, tap their outputs.
+"""Load a language model, find its blocks, tap them, and splice something into them.
 
-Internal: may change in any release; the API is what `saekit` names.
+Internal: may change in any release. The API is the names in `saekit`.
 """
 
 from saekit.activations.head import ObjectiveName, WithHead, auto_with_head, load_with_head, objective_of, predicts
@@ -21,7 +21,7 @@ from saekit.activations.lm import (
     vocabulary_of,
 )
 from saekit.activations.on_device import agreed_type, check_device, choose_attention, resolve_dtype
-from saekit.activations.splice import splice, start_behind
+from saekit.activations.splice import splice, start_after
 from saekit.activations.tap import tap
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
     "select_layers",
     "shape_of",
     "splice",
-    "start_behind",
+    "start_after",
     "tap",
     "vocabulary",
     "vocabulary_of",

@@ -1,4 +1,4 @@
-"""The sites of a run: what `--hookpoints`, `--transcode`, `--layers` and so on mean in a language model."""
+"""Choose the sites of a run: what `--hookpoints`, `--transcode`, `--layers` and so on mean in a language model."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 
 class Chosen(NamedTuple):
-    """The coders of a run."""
+    """The sites of a run."""
 
     sites: tuple[Site, ...]
-    """In the order in which a forward pass comes to what they write."""
+    """The sites, in the order in which a forward pass reaches what they write."""
     depth: int
-    """The number of blocks that have to be there for that."""
+    """The number of blocks that they need."""
     other_depth: int = 0
-    """The same of the second of two models."""
+    """The number of blocks that they need of a second model."""
 
     @property
     def hookpoints(self) -> tuple[Hookpoint, ...]:
-        """Return the hookpoints that they need."""
+        """Return the hookpoints of the sites."""
         return hookpoints_of(self.sites)
 
 
@@ -49,14 +49,14 @@ def chosen(cfg: CodersConfig, shape: ModelShape, other: ModelShape | None = None
     """Choose a run's sites from the model's config alone.
 
     Args:
-        cfg: The run's.
-        shape: The model's.
-        other: The second model's, for crosscoders of two.
+        cfg: The run's configuration.
+        shape: The model's shape.
+        other: The second model's shape, for crosscoders of two models.
 
     Raises:
-        UserError: If a pattern cannot be read, means nothing in this model, or means what cannot be read; if a layer is
-            out of range, or what is to be read and to be written do not make pairs in the right order; if the second
-            model has nothing of that name.
+        UserError: If a pattern is invalid, matches nothing in this model, or matches something that cannot be read; if
+            a layer is out of range; if hookpoints to read and to write do not form pairs in the right order; or if the
+            second model has no such hookpoint.
     """
     found = _chosen(cfg, shape)
     if other is None:
@@ -82,15 +82,15 @@ def _chosen(cfg: CodersConfig, shape: ModelShape) -> Chosen:
 
 
 def chosen_in(cfg: CodersConfig, model: PreTrainedModel, other: PreTrainedModel | None = None) -> tuple[Site, ...]:
-    """Choose a run's sites in a model that is loaded, at least as far as the last of them.
+    """Choose a run's sites in a model that is loaded, at least up to the last of them.
 
     Args:
-        cfg: The run's.
+        cfg: The run's configuration.
         model: The model.
-        other: The second one, for crosscoders of two.
+        other: The second model, for crosscoders of two models.
 
     Raises:
-        UserError: As `chosen`.
+        UserError: See `chosen`.
     """
     if names_none(cfg):
         sites = tuple(map(autoencoder, block_outputs(model, cfg.layers, cfg.layer_stride)))
@@ -103,9 +103,9 @@ def chosen_in(cfg: CodersConfig, model: PreTrainedModel, other: PreTrainedModel 
 
 
 def readings_in(model: PreTrainedModel, hookpoints: Iterable[Hookpoint]) -> dict[str, Reading]:
-    """Return what can be read in a model that is loaded; only blocks' outputs, if the hookpoints are all such.
+    """Return the readings of a loaded model, by hookpoint.
 
-    Then no structure has to be measured.
+    If all hookpoints are block outputs, return only those, which saves measuring the model's structure.
     """
     readings = _outputs(_blocks(model), width(text_config_of(model.config)))
     if all(each.is_block for each in hookpoints):
@@ -123,15 +123,15 @@ def _outputs(blocks: Sequence[str], wide: int) -> dict[str, Reading]:
 
 
 def names_none(cfg: CodersConfig) -> bool:
-    """Tell whether SAEs of blocks' outputs are meant, for which no structure has to be measured."""
+    """Return whether the run trains SAEs on block outputs, for which the model's structure need not be measured."""
     return cfg.hookpoints is None and cfg.crosscode is None and not cfg.transcodes
 
 
 def choose_sites(structure: Structure, cfg: CodersConfig) -> Chosen:
-    """Choose the sites of a run.
+    """Choose the sites of a run in a measured model.
 
     Raises:
-        UserError: As `chosen`.
+        UserError: See `chosen`.
     """
 
     def named(patterns: Sequence[str], option: str) -> Matched:
@@ -152,8 +152,8 @@ def choose_sites(structure: Structure, cfg: CodersConfig) -> Chosen:
     patterns = cfg.hookpoints or ("mlp",)
     if inputs := [pattern for pattern in patterns if pattern.endswith(IN) or pattern == "resid_pre"]:
         raise UserError(
-            f"--transcode --hookpoints {inputs[0]}: a transcoder reads a module's input and predicts its output: name "
-            "the modules, or use --reads and --writes"
+            f"--transcode --hookpoints {inputs[0]}: --transcode trains from a module's input to its output. Name "
+            "the modules without :in, or use --reads and --writes"
         )
     found = named(patterns, "--hookpoints")
     read = named([f"{pattern}{IN}" for pattern in patterns], "--hookpoints")
@@ -165,24 +165,24 @@ def _pairs(structure: Structure, read: Sequence[Hookpoint], written: Sequence[Ho
     if len(read) != len(written):
         raise UserError(
             f"--reads names {plural(len(read), 'hookpoint')} ({', '.join(fold([each.name for each in read]))}) and "
-            f"--writes {len(written)} ({', '.join(fold([each.name for each in written]))}): they make pairs"
+            f"--writes {len(written)} ({', '.join(fold([each.name for each in written]))}): name as many, to form pairs"
         )
     for one, other in zip(read, written, strict=True):
         if structure.readings[one.name].order >= structure.readings[other.name].order:
             raise UserError(
-                f"--reads {one.name} --writes {other.name}: the input has to come before the target, and the "
-                f"model comes to {other.name} first"
+                f"--reads {one.name} --writes {other.name}: the input must come before the target, but the model "
+                f"computes {other.name} first"
                 if one != other
-                else f"--reads and --writes both name {one.name}: leave them out and use --hookpoints for SAEs"
+                else f"--reads and --writes both name {one.name}: use --hookpoints instead to train SAEs"
             )
     return tuple(transcoder(one, other) for one, other in zip(read, written, strict=True))
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
-    """Measure a model that is loaded, by its class and its config: its weights are not touched.
+    """Measure a loaded model's structure from its class and config, without using its weights.
 
     Raises:
-        UserError: If its class cannot be called with its config alone; see also `find_blocks`.
+        UserError: If its class cannot be called with its config alone. See also `find_blocks`.
     """
     kind = type(model.base_model)
     try:
@@ -191,21 +191,21 @@ def structure_of(model: PreTrainedModel) -> Structure:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{kind.__name__} cannot be made of its config alone ({first_line(error)}), which hookpoints other than "
-            "blocks' outputs need"
+            f"{kind.__name__} cannot be created from its config alone ({first_line(error)}), as is needed for "
+            "hookpoints other than block outputs"
         ) from error
 
 
 def check_widths(models: Models, sites: Iterable[Site]) -> None:
-    """Check that what coders read and write is there in a model that is loaded, in their widths and their order.
+    """Check that a loaded model has the hookpoints of coders, in the right widths and order.
 
     Args:
         models: Any HuggingFace model, or two.
-        sites: Of the coders.
+        sites: The sites of the coders.
 
     Raises:
-        UserError: If there is no such hookpoint, it cannot be read, or it has another width; if a transcoder's input
-            comes after what it predicts.
+        UserError: If a hookpoint does not exist, cannot be read, or has another width, or if a transcoder's input comes
+            after its target.
     """
     sites = tuple(sites)
     readings = {
@@ -230,7 +230,7 @@ def check_widths(models: Models, sites: Iterable[Site]) -> None:
                 raise UserError(f"{what} cannot be used in this model: {reason}")
             if part.width != found.width:
                 has = f"{what}{does or ' is for a width of'}{' has a width of' if does else ''}"
-                raise UserError(f"{has} {part.width}, and this model's is {found.width}")
+                raise UserError(f"{has} {part.width}, but this model's is {found.width}")
         if site.transcodes:
             _check_order(site, readings)
 
@@ -240,15 +240,15 @@ def _check_order(site: Site, readings: Mapping[str, Reading]) -> None:
     first = min(site.writes, key=lambda part: readings[part.name].order)
     if readings[last.name].order >= readings[first.name].order:
         raise UserError(
-            f"the transcoder of {site.name} reads {last.name}, to which this model comes after {first.name}, which it "
-            "predicts"
+            f"the transcoder of {site.name} reads {last.name} and predicts {first.name}, but this model computes "
+            f"{first.name} first"
         )
 
 
 def off_stream(model: PreTrainedModel, hookpoint: str) -> str | None:
-    """Say why activations at a hookpoint are no part of the residual stream; None if they are.
+    """Return why activations at a hookpoint are not part of the residual stream, or None if they are.
 
-    They are if they are a block's output or input, or are added to the stream as they are, or times a number.
+    They are if they are a block's output or input, or if they are added to the stream, possibly times a constant.
     """
     if hookpoint.removesuffix(IN) in _blocks(model):
         return None
@@ -257,5 +257,5 @@ def off_stream(model: PreTrainedModel, hookpoint: str) -> str | None:
         return None
     wide = structure.readings[hookpoint].width
     if wide != structure.width:
-        return f"it is {wide} wide, and the residual stream {structure.width}"
-    return "it is not added to the residual stream as it is"
+        return f"its width is {wide}, but that of the residual stream is {structure.width}"
+    return "it is not added to the residual stream unchanged"

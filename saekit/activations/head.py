@@ -1,4 +1,4 @@
-"""A whole language model with its head, and what it was trained to predict."""
+"""Load a whole language model with its head, and find out what it was trained to predict."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ ObjectiveName = Literal["next token", "masked token"]
 
 
 class WithHead(NamedTuple):
-    """A model that gives logits, if its checkpoint has what that needs."""
+    """A model with its head, if its checkpoint has one."""
 
     model: PreTrainedModel
     objective: ObjectiveName | None
-    """The task of its logits; None if it has no head."""
+    """What its logits predict. None if it has no head."""
 
 
 def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) -> WithHead:
     """Load a model with its head, frozen, in eval mode, on `device`.
 
-    A checkpoint without a head (many encoders') gives the bare model: a head of random weights would give numbers that
-    mean nothing.
+    If the checkpoint has no head, as with many encoders, load the model without one: the results of a head with random
+    weights would be meaningless.
 
     Raises:
-        UserError: As `load_model`.
+        UserError: See `load_model`.
     """
     from transformers import AutoModel
 
@@ -40,7 +40,7 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
     objective: ObjectiveName | None = objective_of(shape.config)
     with quietly():
         model, info = from_pretrained(auto_with_head(shape.config), cfg, weights=True, **asked)
-        if info["missing_keys"]:  # tied weights do not count
+        if info["missing_keys"]:  # tied weights are not in this list
             objective = None
             model, info = from_pretrained(AutoModel, cfg, weights=True, **asked)
     check_loaded(cfg, model, info)
@@ -50,19 +50,19 @@ def load_with_head(cfg: ModelConfig, shape: ModelShape, device: torch.device) ->
 
 
 def auto_with_head(config: PretrainedConfig) -> Any:
-    """Return the Auto class that gives a model of this config its head."""
+    """Return the Auto class that loads a model of this config with its head."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     return AutoModelForCausalLM if objective_of(config) == "next token" else AutoModelForMaskedLM
 
 
 def predicts(model: PreTrainedModel) -> ObjectiveName | None:
-    """Tell what a loaded model's logits predict; None if it has no head."""
+    """Return what a loaded model's logits predict. None if it has no head."""
     return None if model.get_output_embeddings() is None else objective_of(model.config)
 
 
 def objective_of(config: PretrainedConfig) -> ObjectiveName:
-    """Tell what a model with this config predicts: by the class it was saved as, else by whether it has a mask."""
+    """Return what a model with this config predicts, judging by the class it was saved as and by its type."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     saved_as = " ".join(config.architectures or [])

@@ -1,4 +1,4 @@
-"""Activations that are kept for a while: on the device, in the machine's memory, or in a file."""
+"""Buffers that hold activations for some steps: on the device, in the machine's memory, or in a file."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from saekit.machine import free_memory
 from saekit.units import size
 
 SHARE = 0.2
-"""Of a device's memory, up to which `auto` keeps activations there."""
+"""The largest share of a GPU's memory that `auto` uses for activations."""
 HOST_SHARE = 0.5
-"""Of the machine's available memory."""
+"""The largest share of the machine's available memory that `auto` uses for activations."""
 
 
 class Held:
-    """Rows of activations by hookpoint, `[rows, D]` each, in memory that is used again and again.
+    """A reusable buffer for rows of activations, `[rows, D]` for each hookpoint.
 
     Args:
-        tensors: By hookpoint `[rows, D]`: where they are kept.
-        device: Where they are made and used.
+        tensors: The buffers, `[rows, D]` by hookpoint.
+        device: Where activations are computed and used.
     """
 
     block: Any = None
-    """Whose rows these are; for the caller."""
+    """The block that the rows belong to. Set by the caller."""
 
     def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         self._tensors, self._device = tensors, device
         self._away = any(each.device != device for each in tensors.values())
 
     def put(self, name: str, start: int, acts_ND: Tensor, order_N: Tensor) -> None:
-        """Keep rows of activations, in an order, from row `start` on."""
+        """Store the rows `order_N` of activations, from row `start` of the buffer on."""
         rows_ND = self._tensors[name][start : start + len(order_N)]
         if self._away:
             rows_ND.copy_(acts_ND.index_select(0, order_N), non_blocking=True)
@@ -49,7 +49,7 @@ class Held:
             torch.index_select(acts_ND, 0, order_N, out=rows_ND)
 
     def finish(self) -> None:
-        """Wait until everything is there."""
+        """Wait until all rows are stored."""
         if self._device.type == "cuda" and self._away:
             torch.cuda.synchronize(self._device)
 
@@ -59,7 +59,7 @@ class Held:
         return to_device(rows_ND, self._device) if self._away else rows_ND
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._tensors.clear()
 
 
@@ -71,18 +71,18 @@ def hold(
     device: torch.device,
     folder: Path,
 ) -> Held:
-    """Make room for activations.
+    """Allocate a buffer for activations.
 
     Args:
-        where: `device`, `host`, `disk`, or `auto`, which takes the first of them that has room.
-        hookpoints: Of which.
-        dtypes: Of the activations, by hookpoint.
-        rows: At most.
-        device: Where they are made and used.
-        folder: For the file, which has no name there, so that it is gone when the process is, however that ends.
+        where: `device`, `host`, `disk`, or `auto` for the first of them with enough room.
+        hookpoints: The hookpoints of the activations.
+        dtypes: The activations' types, by hookpoint.
+        rows: The largest number of rows.
+        device: Where activations are computed and used.
+        folder: The folder for a file. The file has no name, so it disappears with the process, however that ends.
 
     Raises:
-        UserError: If there is not that much room.
+        UserError: If there is not enough room.
     """
     sizes = {each.name: rows * each.width * dtypes[each.name].itemsize for each in hookpoints}
     if where == "auto":
@@ -95,19 +95,19 @@ def hold(
         place: dict[str, Any] = {"pin_memory": True} if on_gpu and where == "host" else {"device": device}
         try:
             found = {each.name: torch.empty(rows, each.width, dtype=dtypes[each.name], **place) for each in hookpoints}
-        except RuntimeError as error:  # torch has no class of its own for a CPU's memory
+        except RuntimeError as error:  # torch has no separate error for CPU memory
             needed = size(sum(sizes.values()))
-            raise UserError(f"--mix needs {needed} on the {where}, which are not there: mix fewer steps") from error
+            raise UserError(f"--mix needs {needed} on the {where}, but there is less: mix fewer steps") from error
     return Held(found, device)
 
 
 def stays_on_device(where: str, needed: int, memory: int) -> bool:
-    """Tell whether activations are kept on a GPU.
+    """Return whether activations are held on a GPU.
 
     Args:
         where: See `hold`.
-        needed: Bytes.
-        memory: The GPU's, in bytes.
+        needed: The activations' size in bytes.
+        memory: The GPU's memory in bytes.
     """
     return where == "device" or (where == "auto" and needed <= SHARE * memory)
 
@@ -122,7 +122,7 @@ def _room(needed: int, device: torch.device) -> str:
 
 
 def _in_file(sizes: dict[str, int], folder: Path) -> dict[str, Tensor]:
-    """Return uint8 tensors in a file without a name."""
+    """Allocate uint8 tensors in a file without a name."""
     total = sum(sizes.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _in_file(sizes: dict[str, int], folder: Path) -> dict[str, Tensor]:
             raise
         needed = size(total)
         raise UserError(
-            f"--mix-in disk cannot make a file of {needed} in {folder}: {error.strerror}; mix fewer steps"
+            f"--mix-in disk cannot create a file of {needed} in {folder} ({error.strerror}): mix fewer steps"
         ) from error
     found, start = {}, 0
     for name, length in sizes.items():

@@ -1,4 +1,4 @@
-"""Hookpoints: named tensors of a language model. The blocks of any HuggingFace model are found by structure."""
+"""Hookpoints, the named tensors of a language model, and a search for the blocks of any HuggingFace model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 OTHER = "other."
-"""Begins the names of hookpoints in the second of two models (`--crosscode-models`): `other.layers.3`."""
+"""The prefix of hookpoints in the second of two models (`--crosscode-models`): `other.layers.3`."""
 
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A named tensor of the language model: the output of one of its modules, or its input.
+    """A named tensor of the language model: the output or the input of one of its modules.
 
-    Its name is the module's path relative to the base model, and `:in` behind it for the module's input:
-    `layers.3` is a block's output (the residual stream), `layers.3.mlp:in` the input of its MLP. Of the second of two
-    models it begins with `OTHER`.
+    The name is the module's path relative to the base model, followed by `:in` for the module's input. `layers.3` is a
+    block's output (the residual stream), and `layers.3.mlp:in` the input of its MLP. In the second of two models the
+    name begins with `OTHER`.
     """
 
     name: str
     width: int
-    """D: numbers per token."""
+    """D, the numbers per token."""
 
     @property
     def module(self) -> str:
@@ -40,29 +40,29 @@ class Hookpoint:
 
     @property
     def own_name(self) -> str:
-        """Return its name in the model that it belongs to, without `OTHER`."""
+        """Return its name within its own model, without `OTHER`."""
         return self.name.removeprefix(OTHER)
 
     @property
     def side(self) -> Literal["in", "out"]:
-        """Tell whether it is the module's input or its output."""
+        """Return whether it is the module's input or output."""
         return "in" if self.name.endswith(IN) else "out"
 
     @property
     def layer(self) -> int | None:
-        """Return the number of the block that it belongs to; None outside the blocks."""
+        """Return the number of the block that it belongs to. None outside the blocks."""
         return layer_number(self.module)
 
     @property
     def is_block(self) -> bool:
-        """Tell whether it is the output of a whole block."""
+        """Return whether it is the output of a whole block."""
         numbers = [part.isdigit() for part in self.module.split(".")]
-        return self.side == "out" and numbers[-1] and sum(numbers) == 1  # not an expert in a block's list
+        return self.side == "out" and numbers[-1] and sum(numbers) == 1  # two numbers: an expert inside a block
 
     def seed(self, init_seed: int) -> int:
         """Return the seed of a unit's initial weights, which does not depend on the other units.
 
-        A block's output has its layer's number in it, any other hookpoint a checksum of its name.
+        It is derived from the layer's number for a block's output, and from a checksum of the name otherwise.
         """
         number = self.layer if self.is_block else None
         return init_seed * 100_003 + (zlib.crc32(self.name.encode()) if number is None else number)
@@ -70,10 +70,10 @@ class Hookpoint:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The list of transformer blocks of a model, and what it is called."""
+    """A model's list of transformer blocks, and its path."""
 
     prefix: str
-    """Path of the list relative to the base model: `layers`, `h`, `encoder.layer`, `language_model.layers`."""
+    """The list's path relative to the base model: `layers`, `h`, `encoder.layer`, `language_model.layers`."""
     modules: nn.ModuleList
 
     def hookpoint(self, layer: int) -> str:
@@ -94,13 +94,13 @@ def block_outputs(model: PreTrainedModel, layers: Sequence[int] | None, stride: 
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """Find the list of blocks of a model's text part.
+    """Find the list of blocks of a model's text part, for any architecture.
 
-    It is the `ModuleList` with one entry per layer of the text config, owned by the text model itself (a vision tower
-    has a config, and so a width, of its own). No architecture is known by name.
+    It is the `ModuleList` with one entry per layer of the text config that belongs to the text model itself. A vision
+    tower has its own config, and so its own width.
 
     Raises:
-        UserError: If there is none, or more than one (an encoder-decoder).
+        UserError: If there is no such list, or more than one, as in an encoder-decoder.
     """
     base = model.base_model
     text_config = text_config_of(model.config)
@@ -110,13 +110,13 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         for name, module in base.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth and _owned_by_text_model(base, name, text_config)
     ]
-    # A list inside a block (experts, say) can have the same length: keep the outermost.
+    # A list inside a block, such as of experts, can have the same length: keep the outermost.
     outermost = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
     if len(outermost) != 1:
         names = ", ".join(name for name, _ in outermost) or "none"
         raise UserError(
-            f"{type(model).__name__}: expected one list of {depth} blocks, found {names}; "
-            "decoder-only and encoder-only models are supported"
+            f"{type(model).__name__}: expected one list of {depth} blocks, found {names}. "
+            "saekit supports decoder-only and encoder-only models"
         )
     return Blocks(*outermost[0])
 
@@ -125,7 +125,7 @@ def select_layers(depth: int, layers: Sequence[int] | None, stride: int) -> list
     """Choose the layers to train on, in order, without repeats.
 
     Raises:
-        UserError: If one of them is not a layer of the model.
+        UserError: If a layer is out of range.
     """
     if layers is None:
         return list(range(0, depth, stride))
@@ -138,28 +138,36 @@ def select_layers(depth: int, layers: Sequence[int] | None, stride: int) -> list
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the part of a config that describes the text model; the config itself for a text-only model."""
+    """Return the part of a config that describes the text model. For a text-only model this is the config itself."""
     return config.get_text_config(decoder=True)
 
 
 def num_layers(text_config: PretrainedConfig) -> int:
-    """Return the number of blocks in the text model."""
+    """Return the number of blocks in the text model.
+
+    Raises:
+        UserError: If the config does not give it.
+    """
     depth = getattr(text_config, "num_hidden_layers", None)
     if not isinstance(depth, int):
-        raise UserError(f"{type(text_config).__name__} does not say how many layers it has (num_hidden_layers)")
+        raise UserError(f"{type(text_config).__name__} does not give the number of layers (num_hidden_layers)")
     return depth
 
 
 def width(text_config: PretrainedConfig) -> int:
-    """Return D, the width of the residual stream."""
+    """Return D, the width of the residual stream.
+
+    Raises:
+        UserError: If the config does not give it.
+    """
     hidden = getattr(text_config, "hidden_size", None)
     if not isinstance(hidden, int):
-        raise UserError(f"{type(text_config).__name__} does not say how wide it is (hidden_size)")
+        raise UserError(f"{type(text_config).__name__} does not give the width (hidden_size)")
     return hidden
 
 
 def _owned_by_text_model(base: nn.Module, name: str, text_config: PretrainedConfig) -> bool:
-    """Tell whether the innermost module around `name` that has a config is the text model, not a vision tower."""
+    """Return whether the innermost module around `name` that has a config is the text model, not a vision tower."""
     path = name.split(".")
     for end in range(len(path) - 1, -1, -1):
         config = getattr(base.get_submodule(".".join(path[:end])), "config", None)

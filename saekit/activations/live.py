@@ -1,4 +1,4 @@
-"""The live model: activations computed on the fly, and forgotten after their step."""
+"""The live model, a source that computes activations on the fly and drops them after their step."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ if TYPE_CHECKING:
 
 
 class Micro(NamedTuple):
-    """A micro-batch of a rank."""
+    """A rank's micro-batch of token ids."""
 
     places: range
-    """Of its sequences in the run's order."""
+    """The positions of its sequences in the run's order."""
     ids: Tensor
-    """int64 `[sequences, tokens]`, on the CPU; without a sequence where a rank has no share."""
+    """int64 `[sequences, tokens]`, on the CPU. Without sequences if the rank has no share of the step."""
     whole: bool
-    """Whether all ranks have equal shares of its step, as in all steps but possibly the last of a run."""
+    """Whether all ranks have equal shares of the step. Only the last step of a run can have unequal ones."""
 
 
 class LiveModel(Source):
-    """A frozen language model that reads token ids.
+    """Gives the activations of a frozen language model on token ids.
 
-    It does not learn, so nothing that a step finds out about the units is needed for the next step's activations: they
-    can be begun before the step is over.
+    The model does not learn, so the next step's activations do not depend on this step. They can be started before this
+    step is over.
 
     Args:
-        model: The language model; it is only read, and left as it was.
-        dataset: `datasets.Dataset` with a column `input_ids`, or `saekit.data.Sequences`.
-        tokenizer: Where the special tokens to exclude come from; without it, the ids in the model's config.
+        model: The language model. It is not modified.
+        dataset: A `datasets.Dataset` with a column `input_ids`, or `saekit.data.Sequences`.
+        tokenizer: Its special tokens are excluded. Without a tokenizer, those in the model's config are.
         eval_data: The data set that `eval_every` evaluates on, of the same kind as `dataset`.
-        name: The model's; by default what its config says.
-        data_name: The text's.
-        fixed_rows: Whether excluded tokens are masked instead of dropped, so that all steps have the same shapes. A
-            last step that is shorter is the exception.
-        other: The second model, if crosscoders of two are trained (`crosscode_models`). It reads the same token ids,
-            which must mean the same to it: the caller has made sure of that.
+        name: The model's name. By default the name in its config.
+        data_name: The data set's name.
+        fixed_rows: Whether to mask excluded tokens instead of dropping them. All steps then have the same shapes,
+            except the last one if it is shorter.
+        other: The second model, for crosscoders of two models (`crosscode_models`). It reads the same token ids. The
+            caller must make sure that they mean the same to both models.
         other_name: The second model's name.
-        other_tokenizer: Of the second model, whose special tokens are excluded, too.
+        other_tokenizer: The second model's tokenizer. Its special tokens are excluded too.
 
     Raises:
-        UserError: If the model or the tokenizer is none.
+        UserError: If a model or a tokenizer is not one of transformers.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class LiveModel(Source):
         for each in self.models.values():
             if not hasattr(each, "base_model") or not hasattr(each, "config"):
                 raise UserError(
-                    f"the model is a {type(each).__name__}: give a model of transformers that is loaded, or its name "
-                    "to saekit.train"
+                    f"the model is a {type(each).__name__}: pass a loaded transformers model, or pass its name to "
+                    "saekit.train"
                 )
         for each in (tokenizer, other_tokenizer):
             if each is not None and not hasattr(each, "all_special_ids"):
-                raise UserError(f"the tokenizer is a {type(each).__name__}: give one of transformers that is loaded")
+                raise UserError(f"the tokenizer is a {type(each).__name__}: pass a loaded tokenizer of transformers")
         self.model, self.other = model, other
         self.tokenizer = tokenizer
         self._tokenizers = [tokenizer, other_tokenizer][: len(self.models)]
@@ -96,15 +96,16 @@ class LiveModel(Source):
         self._begun: tuple[Micro, Activations] | None = None
 
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
-        """Find the modules to read, cut the data into steps, and look through the ids that will be read.
+        """Find the modules to read, cut the data into steps, and check the token ids that will be read.
 
         Raises:
-            UserError: If there is no such hookpoint, or the data does not suit the model or the run.
+            UserError: If there is no such hookpoint, or if the data does not fit the model or the run.
         """
         self.device, self._rank, self._world_size, self._micro_batches = device, rank, world_size, cfg.grad_acc_steps
         if (cfg.crosscode_models is None) != (self.other is None):
-            given, missing = ("crosscode_models", "a second model")
-            given, missing = (given, missing) if self.other is None else (missing, given)
+            given, missing = "crosscode_models", "a second model"
+            if self.other is not None:
+                given, missing = missing, given
             raise UserError(f"{given} is given without {missing}: crosscoders of two models need both")
         self.sites = chosen_in(cfg, self.model, self.other)
         self.hookpoints = hookpoints_of(self.sites)
@@ -123,12 +124,12 @@ class LiveModel(Source):
 
     @cached_property
     def vocabulary(self) -> int:
-        """Return the number of tokens in the model's vocabulary; of two models the smaller one's."""
+        """Return the number of tokens in the model's vocabulary, or in the smaller one's of two models."""
         return min(map(vocabulary, self.models.values()))
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hook the modules."""
+        """Register the hooks on the modules, and remove them afterwards."""
         with tap_all(self.models, [each.name for each in self.hookpoints]) as self._read_taps:
             try:
                 yield
@@ -148,11 +149,11 @@ class LiveModel(Source):
         return self.batches.checksum(step)
 
     def counted(self, input_ids: Tensor) -> Tensor:
-        """Tell which tokens are counted: bool, of the shape of `input_ids`, on the CPU."""
+        """Return which tokens are counted: bool, of the shape of `input_ids`, on the CPU."""
         return ~torch.isin(input_ids, self.excluded)
 
     def count(self, batch: Micro) -> int:
-        """Count a micro-batch's tokens that are not excluded."""
+        """Return the number of counted tokens in a micro-batch."""
         return int(self.counted(batch.ids).sum())
 
     @property
@@ -161,7 +162,7 @@ class LiveModel(Source):
         return self
 
     def tokens(self, batch: Micro) -> Tokens:
-        """Tell which tokens have rows: those that are not excluded, or all where they are masked."""
+        """Return which tokens have rows: the counted ones, or all if excluded tokens are masked."""
         counted = self.counted(batch.ids)
         if self.fixed_rows and batch.whole:
             return Tokens(batch.places, torch.ones_like(counted), counted)
@@ -169,22 +170,22 @@ class LiveModel(Source):
 
     @property
     def runs_behind(self) -> bool:
-        """True on a GPU."""
+        """Return True on a GPU."""
         return self.device.type == "cuda"
 
     def prefetch(self, batch: Micro) -> None:
-        """Put the forward pass into the device's queue."""
+        """Queue the forward pass on the device."""
         self._begun = (batch, self._run(batch))
 
     def forget(self) -> None:
-        """Drop the activations."""
+        """Drop the activations that `prefetch` began."""
         self._begun = None
 
     def __call__(self, batch: Micro) -> Activations:
-        """Run the model up to the last hookpoint; of two models one after the other.
+        """Run the model up to the last hookpoint. Two models run one after the other.
 
         Raises:
-            UserError: If the token ids are not of the model's vocabulary.
+            UserError: If a token id is not in the model's vocabulary.
         """
         if self._begun is not None and self._begun[0] is batch:
             acts, self._begun = self._begun[1], None
@@ -193,16 +194,16 @@ class LiveModel(Source):
 
     def _run(self, batch: Micro) -> Activations:
         input_ids = batch.ids
-        empty = input_ids.shape[0] == 0  # a rank's share of the run's last step can be
-        if empty:  # its activations must have the type that the other ranks' have: the model tells it
+        empty = input_ids.shape[0] == 0  # possible in the run's last step
+        if empty:  # run the model anyway, since activations must have the same type as the other ranks'
             input_ids = torch.zeros(1, self.ctx_len, dtype=torch.int64)
-        check_ids(input_ids, self.vocabulary)  # of sequences that `check_tokens` cannot look through
+        check_ids(input_ids, self.vocabulary)  # for a caller's own `Sequences`, which `check_tokens` cannot check
         counted_N = (self.counted(input_ids) & (not empty)).flatten()
         masked = self.fixed_rows and batch.whole
-        # Found on the CPU: a GPU would have to be waited for, once a layer, to know how many there are.
+        # Find the rows on the CPU: on a GPU the host would wait, once per layer, to learn how many there are.
         rows = torch.arange(len(counted_N)) if masked else counted_N.nonzero().squeeze(1)
         rows_N = to_device(rows, self.device)
-        # Selecting copies, which makes ordinary tensors of inference tensors.
+        # `index_select` copies, and so turns inference tensors into ordinary ones.
         of = self._read_taps(
             to_device(input_ids, self.device), keep=lambda acts: acts.flatten(0, 1).index_select(0, rows_N)
         )
@@ -219,11 +220,16 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 def check_ids(input_ids: Tensor, vocabulary: int, what: str = "the data") -> None:
     """Check that token ids are in the model's vocabulary.
 
+    Args:
+        input_ids: The token ids, of any shape.
+        vocabulary: Number of tokens in the model's vocabulary.
+        what: The name of the data in the message.
+
     Raises:
-        UserError: If one of them is not; it says of what data.
+        UserError: If one of them is not.
     """
     if int(input_ids.max()) >= vocabulary or int(input_ids.min()) < 0:
         raise UserError(
-            f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model knows "
-            f"{vocabulary}: it was tokenized for another model"
+            f"{what} has token ids from {int(input_ids.min())} to {int(input_ids.max())}, but the model's vocabulary "
+            f"has {vocabulary} tokens: it was tokenized for another model"
         )

@@ -1,4 +1,4 @@
-"""Load a language model, no deeper than its last tapped layer; which of its tokens train no SAE."""
+"""Load a language model up to its last tapped layer, and find the ids of excluded tokens."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 DEFAULT_CTX_LEN = 2048
 TOKENIZER_FILE = re.compile(r"token|vocab|\.model$|^merges\.txt$|^tekken|^bpe\.codes$")
-"""Parts of the names of files in which tokenizers are saved."""
+"""Matches the names of files that tokenizers are saved in."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's sizes according to its config, before any weight is loaded."""
+    """A model's sizes according to its config, known before any weight is loaded."""
 
     config: PretrainedConfig
     num_layers: int
     d_in: int
     """D, the width of the residual stream."""
     max_ctx_len: int | None
-    """The model's limit in tokens, None where it has none."""
+    """The longest sequence that the model can read, in tokens. None without a limit."""
 
 
 def model_shape(cfg: ModelConfig) -> ModelShape:
@@ -59,7 +59,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
 
 
 def hookpoint_names(shape: ModelShape, layers: Sequence[int]) -> list[str]:
-    """Return what the outputs of these blocks are called, before any weight is loaded."""
+    """Return the hookpoint names of these blocks' outputs, without loading any weight."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -68,14 +68,14 @@ def hookpoint_names(shape: ModelShape, layers: Sequence[int]) -> list[str]:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence in tokens that the model's positions allow, None if the config names no limit."""
+    """Return the longest sequence that the model's positions allow, in tokens. None if the config gives no limit."""
     limit = getattr(text_config_of(config), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
     if getattr(config, "pad_token_id", None) is None:
         return limit
-    # RoBERTa and its relatives count positions from the padding's number on, so their tables have rows that no token
-    # reaches. The module says so, the config does not; on the meta device it costs no memory.
+    # RoBERTa and its relatives start counting positions after the padding id, so their tables have rows that no token
+    # uses. Only the module shows this, not the config. On the meta device it takes no memory.
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -87,7 +87,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def vocabulary_of(config: PretrainedConfig) -> int:
-    """Return the number of tokens in the vocabulary of a model with this config, before any weight is loaded."""
+    """Return the number of tokens in the vocabulary of a model with this config, without loading any weight."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -97,49 +97,53 @@ def vocabulary_of(config: PretrainedConfig) -> int:
 def vocabulary(model: PreTrainedModel) -> int:
     """Return the number of tokens in a language model's vocabulary."""
     embeddings = model.get_input_embeddings().weight
-    return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # the whole's, where it is a shard
+    return getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ds_shape: that of the whole tensor, if it is sharded
 
 
 def shared_limit(*limits: int | None) -> int | None:
-    """Return the most tokens per sequence that several models can read; None without a limit."""
+    """Return the longest sequence that all of several models can read, in tokens. None without a limit."""
     return min((each for each in limits if each is not None), default=None)
 
 
 def resolve_ctx_len(asked: int | None, *limits: int | None) -> int:
-    """Return tokens per sequence: what was asked for, or 2048 or the model's limit if that is less.
+    """Return the tokens per sequence: `asked`, or by default 2048 or the model's limit if that is less.
 
     Args:
-        asked: What was asked for.
-        limits: The most that the model can read, or that each of several can; None is no limit.
+        asked: The user's choice, or None.
+        limits: The longest sequence that each model can read, in tokens. None is no limit.
 
     Raises:
-        UserError: If more was asked for than the model can read.
+        UserError: If `asked` is more than a model can read.
     """
     limit = shared_limit(*limits)
     if asked is None:
         return min(DEFAULT_CTX_LEN, limit or DEFAULT_CTX_LEN)
     if limit is not None and asked > limit:
         raise UserError(
-            f"--ctx-len {asked} is more than the {limit} tokens that this model can read: give {limit} or less"
+            f"--ctx-len {asked} is more than the {limit} tokens that this model can read: use {limit} or less"
         )
     return asked
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that belongs to the model."""
+    """Load the model's tokenizer.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     return from_pretrained(AutoTokenizer, cfg)
 
 
 def find_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that belongs to the model; None for a local folder in which none was saved.
+    """Load the model's tokenizer. Return None for a local folder without one.
 
     Raises:
-        UserError: If there is one that cannot be loaded, or the model is neither a local folder nor on the hub.
+        UserError: If the tokenizer cannot be loaded, or if the model is neither a local folder nor on the hub.
     """
     path = path_of(cfg.model)
-    # By its files: transformers would make an empty tokenizer of some folders without any.
+    # Check the files: for some folders without a tokenizer, transformers would create an empty one.
     if path.is_dir() and not any(TOKENIZER_FILE.search(file.name) for file in path.iterdir()):
         return None
     return load_tokenizer(cfg)
@@ -150,25 +154,25 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model's first blocks, frozen, in eval mode, on `device`.
 
-    Other blocks are neither loaded nor run: the config is cut before the weights are read.
+    Later blocks are neither loaded nor run, because the config is cut before the weights are read.
 
     Args:
         cfg: Which model, and in which type.
         shape: Its sizes.
-        depth: How many blocks.
+        depth: The number of blocks to load.
         device: Where it goes.
-        sharded: Whether DeepSpeed cuts it among the ranks while it is loaded.
+        sharded: Whether DeepSpeed shards it over the ranks while it is loaded.
 
     Raises:
-        UserError: If 8 bits are asked for without a device for them, or weights are missing from the checkpoint,
-            damaged, or of another shape than its config says.
+        UserError: If 8-bit weights are requested on a device without them, or if weights are missing from the
+            checkpoint, damaged, or of another shape than the config says.
     """
     from transformers import AutoModel
 
     kwargs = loading_arguments(cfg, device, sharded=sharded)
     config = cut_config(shape.config, depth)
     with quietly():
-        # Other shapes are let through here to be refused by name below.
+        # Let wrong shapes pass here: `check_loaded` names them in its message.
         asked = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
         model, info = from_pretrained(AutoModel, cfg, weights=True, **asked)
     check_loaded(cfg, model, info)
@@ -178,10 +182,14 @@ def load_model(
 
 
 def check_loaded(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Check that the checkpoint had all weights up to the end of the blocks; weights after them do not matter."""
+    """Check that the checkpoint has all weights up to the end of the blocks. Later weights do not matter.
+
+    Raises:
+        UserError: If one of these weights is missing or has a wrong shape.
+    """
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise UserError(
-            f"model {cfg.model!r}: {name!r} has shape {list(found)} in the checkpoint, but by config.json "
+            f"model {cfg.model!r}: {name!r} has shape {list(found)} in the checkpoint, but config.json says "
             f"{list(expected)}"
         )
     outer = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -189,7 +197,7 @@ def check_loaded(cfg: ModelConfig, model: PreTrainedModel, info: dict[str, Any])
     end = 1 + max(number for number, name in enumerate(names) if name.startswith(blocks))
     missing = [name for name in names[:end] if name in info["missing_keys"]]
     if missing:
-        raise UserError(f"model {cfg.model!r}: its checkpoint lacks weights such as {missing[0]!r}")
+        raise UserError(f"model {cfg.model!r}: weights such as {missing[0]!r} are missing from its checkpoint")
 
 
 def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
@@ -198,7 +206,7 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     text = text_config_of(cut)
     full = num_layers(text)
     for name, value in list(vars(text).items()):
-        # Lists with an entry per layer (kinds of attention, say) are validated against the depth.
+        # transformers compares the length of lists with an entry per layer, such as kinds of attention, with the depth.
         per_layer = isinstance(value, (list, tuple)) and len(value) == full and not name.endswith("token_id")
         if per_layer and full != depth:
             setattr(text, name, value[:depth])
@@ -207,15 +215,18 @@ def cut_config(config: PretrainedConfig, depth: int) -> PretrainedConfig:
 
 
 def from_pretrained(auto: Any, cfg: ModelConfig, *, weights: bool = False, **kwargs: Any) -> Any:
-    """Call an Auto class and say in one line what went wrong, if something did.
+    """Call `from_pretrained` of an Auto class, and turn its errors into messages of one line.
 
     Code from the model's repository never runs: by default transformers would ask for that on the terminal.
 
     Args:
         auto: The class.
         cfg: Which model.
-        weights: Whether weights are read, too.
-        kwargs: Passed to the class.
+        weights: Whether weights are read too.
+        kwargs: Passed to `from_pretrained`.
+
+    Raises:
+        UserError: If the model does not exist or cannot be loaded.
     """
     local = is_path(cfg.model)
     if local:
@@ -233,10 +244,10 @@ def from_pretrained(auto: Any, cfg: ModelConfig, *, weights: bool = False, **kwa
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep transformers from listing weights that are not loaded on purpose (cut layers, a head) as unexpected."""
+    """Stop transformers from reporting weights that we leave out on purpose (later layers, a head) as unexpected."""
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
 
-    # A filter and not a level: transformers reads this level to decide on more checks, and warns about those.
+    # A filter, not a level: transformers decides by this level whether to make further checks, which warn as well.
     def errors_only(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
@@ -250,7 +261,7 @@ def quietly() -> Iterator[None]:
 
 
 def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Return the ids of excluded tokens: the user's and, unless switched off, the special ones, ascending."""
+    """Return the ids of excluded tokens, ascending: the user's and, unless switched off, the special tokens."""
     ids = set(cfg.exclude_tokens)
     if cfg.exclude_special_tokens and tokenizer is not None:
         ids |= set(tokenizer.all_special_ids)
@@ -263,7 +274,7 @@ def excluded_tokens(cfg: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
 
 
 def no_bars() -> None:
-    """Switch off the progress bars of the libraries: in a log they are noise, and one rank's are enough."""
+    """Disable the libraries' progress bars, which are noise in a log and on all but one rank."""
     import datasets
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars

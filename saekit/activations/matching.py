@@ -1,4 +1,4 @@
-"""What patterns of `--hookpoints` and its short names mean in a language model's structure."""
+"""Find the hookpoints that patterns and short names of `--hookpoints` mean in a language model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ SHORT = {
 }
 """Names that mean the same in every architecture. `mlp:in` and `attn:in` are the inputs."""
 MOST_CANDIDATES = 8
+"""The most names that a message lists."""
 
 
 class Matched(NamedTuple):
-    """The hookpoints that patterns mean."""
+    """The hookpoints that patterns match."""
 
     hookpoints: tuple[Hookpoint, ...]
-    """In the order in which a forward pass comes to them."""
+    """The hookpoints, in the order in which a forward pass reaches them."""
     depth: int
-    """The number of blocks that have to be there for that."""
+    """The number of blocks that they need."""
 
 
 def choose(
@@ -39,14 +40,14 @@ def choose(
     """Choose hookpoints by patterns and short names.
 
     Args:
-        structure: The model's.
+        structure: The model's structure.
         patterns: As in `--hookpoints`.
-        layers: Numbers of blocks to choose from; None for all of them, and what is outside the blocks.
-        stride: Choose from every Nth block.
+        layers: Numbers of the blocks to choose from. None for all blocks and everything outside them.
+        stride: Choose only from every Nth block.
 
     Raises:
-        UserError: If a pattern cannot be read, means nothing in this model, or means what cannot be read; if a layer is
-            out of range.
+        UserError: If a pattern is invalid, matches nothing in this model, or matches something that cannot be read, or
+            if a layer is out of range.
     """
     blocks = select_layers(structure.depth, layers, stride)
     narrowed = layers is not None or stride > 1
@@ -57,22 +58,22 @@ def choose(
         names |= dict.fromkeys(name for name in own if not narrowed or structure.block_of(name) in blocks)
     if not names:
         where = f" in the blocks {_listed(blocks)}" if narrowed else ""
-        raise UserError(f"--hookpoints {','.join(patterns)} names no hookpoint{where}")
+        raise UserError(f"--hookpoints {','.join(patterns)} matches no hookpoint{where}")
     order = sorted(names, key=lambda name: structure.readings[name].order)
     found = tuple(Hookpoint(name, structure.readings[name].width or 0) for name in order)
     return Matched(found, max(1, *(blocks_for(structure, name) for name in order)))
 
 
 def matched(structure: Structure, pattern: str, blocks: Sequence[int] | None = None) -> list[str]:
-    """Return the names of the hookpoints that a pattern or a short name means, whether they can be read or not.
+    """Return the names of the hookpoints that a pattern or a short name matches, including unreadable ones.
 
     Args:
-        structure: The model's.
-        pattern: One part of `--hookpoints`.
-        blocks: Where short names are looked for; None for all blocks.
+        structure: The model's structure.
+        pattern: One pattern of `--hookpoints`.
+        blocks: The blocks in which short names are looked up. None for all blocks.
 
     Raises:
-        UserError: If it cannot be read, or there is nothing of that name.
+        UserError: If the pattern is invalid or matches nothing.
     """
     path, side = pattern.removesuffix(IN), IN if pattern.endswith(IN) else ""
     if path in SHORT:
@@ -83,8 +84,8 @@ def matched(structure: Structure, pattern: str, blocks: Sequence[int] | None = N
         if not own:
             text = pattern if pattern == alternative else f"{pattern} ({alternative})"
             raise UserError(
-                f"--hookpoints {text}: there is no such module; there are {_near(structure, alternative)}; `saekit "
-                f"hookpoints MODEL` shows all, and the short names are {', '.join(SHORT)}"
+                f"--hookpoints {text}: there is no such module, but there are {_near(structure, alternative)}. Run "
+                f"`saekit hookpoints MODEL` to see all; the short names are {', '.join(SHORT)}"
             )
         names += own
     return names
@@ -92,7 +93,7 @@ def matched(structure: Structure, pattern: str, blocks: Sequence[int] | None = N
 
 def _short(structure: Structure, name: str, side: str, blocks: Sequence[int]) -> list[str]:
     if name == "resid_pre" and side:
-        raise UserError("--hookpoints resid_pre:in: resid_pre is the blocks' input already: leave out :in")
+        raise UserError("--hookpoints resid_pre:in: resid_pre already is the blocks' input: leave out :in")
     if name in ("resid", "resid_pre"):
         return [f"{structure.prefix}.{block}{IN if name == 'resid_pre' else side}" for block in blocks]
     names = []
@@ -101,9 +102,9 @@ def _short(structure: Structure, name: str, side: str, blocks: Sequence[int]) ->
         own = [each.module for each in branches if (each.is_mlp if name == "mlp" else each.attends)]
         if len(own) != 1:
             part = "MLP" if name == "mlp" else "attention"
-            found = f"no one module that is its {part}" if not own else f"several modules that may be its {part}"
+            found = f"no single module that is its {part}" if not own else f"several modules that may be its {part}"
             raise UserError(
-                f"--hookpoints {name}: {structure.prefix}.{block} has {found}; name modules by their paths: "
+                f"--hookpoints {name}: {structure.prefix}.{block} has {found}. Use the modules' paths: "
                 f"{_candidates(structure)}"
             )
         names.append(own[0] + side)
@@ -111,7 +112,7 @@ def _short(structure: Structure, name: str, side: str, blocks: Sequence[int]) ->
 
 
 def _candidates(structure: Structure) -> str:
-    """Name what writes to the residual stream; where nothing does directly, what is as wide as it inside a block."""
+    """List the modules that write to the residual stream, or if none does directly, those in a block with its width."""
     found = [branch.module for branch in structure.branches]
     if not found:
         start = structure.prefix.count(".") + 2
@@ -127,7 +128,7 @@ def _candidates(structure: Structure) -> str:
 
 
 def _near(structure: Structure, alternative: str) -> str:
-    """Name what there is where the path goes wrong."""
+    """List the names that exist at the point where a path goes wrong."""
     parts = alternative.removesuffix(IN).split(".")
     for end in range(len(parts) - 1, -1, -1):
         start = ".".join(parts[:end])
@@ -150,7 +151,7 @@ def _refuse(structure: Structure, pattern: str, names: Iterable[str]) -> None:
 
 
 def blocks_for(structure: Structure, name: str) -> int:
-    """Return the number of blocks that run before a hookpoint, its own included."""
+    """Return the number of blocks that a hookpoint needs: those up to its own."""
     block = structure.block_of(name)
     if block is not None:
         return block + 1

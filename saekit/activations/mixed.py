@@ -1,8 +1,8 @@
 """Mixing (`--mix STEPS`): the tokens of one optimizer step come from STEPS times as many sequences.
 
-The language model reads the sequences of STEPS optimizer steps, a block, before the first of them. Every step of the
-block then trains on a share of the tokens of *every* sequence in it. The shares are drawn with the run's seed, sequence
-by sequence, so no tokens travel between ranks, and a step has the same tokens on any number of them.
+The language model reads the sequences of STEPS optimizer steps, a block, before the first of these steps. Each step
+then trains on a share of the tokens of *every* sequence in the block. The shares are drawn per sequence with the run's
+seed. So no tokens travel between ranks, and a step has the same tokens on any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ MixIn = Literal["auto", "device", "host", "disk"]
 
 @dataclass(frozen=True)
 class Micro:
-    """What a rank's micro-batch of one step contributes to its block."""
+    """A rank's micro-batch of one step, as a part of its block."""
 
     batch: Batch
     order_N: Tensor
     """int64 `[N]`: the rows of its activations, sorted by the step of the block that trains on them."""
     bounds: tuple[int, ...]
-    """Where in that order the rows of each step begin, and N."""
+    """Where in this order the rows of each step begin, followed by N."""
     counted_N: Tensor | None
-    """bool `[N]`, in that order: which rows are counted; None for all."""
+    """bool `[N]`, in this order: which rows are counted. None if all are."""
 
     def share(self, part: int) -> slice:
-        """Return where the rows of one step are in the order."""
+        """Return the slice of this order that has the rows of one step."""
         return slice(self.bounds[part], self.bounds[part + 1])
 
     def count(self, part: int) -> int:
-        """Count the counted rows of one step."""
+        """Return the number of counted rows of one step."""
         share = self.share(part)
         return share.stop - share.start if self.counted_N is None else int(self.counted_N[share].sum())
 
 
 @dataclass(frozen=True)
 class Block:
-    """The sequences of some steps in a row: `micros[i][m]` is micro-batch m of the block's step i."""
+    """The sequences of several consecutive steps. `micros[i][m]` is micro-batch m of the block's step i."""
 
     number: int
     micros: tuple[tuple[Micro, ...], ...]
 
 
 class Share(NamedTuple):
-    """A micro-batch of one step of a block: that share of the tokens in `block.micros[i][micro]` of every i."""
+    """A micro-batch of one step: this step's share of the tokens in `block.micros[i][micro]`, for every i."""
 
     block: Block
     part: int
-    """The step, counted from the block's first."""
+    """The step, counted from the block's first step."""
     micro: int
 
 
@@ -73,11 +73,10 @@ class Mixed(Source):
     """Mixes the tokens of several optimizer steps of another source.
 
     Args:
-        source: Whose activations; it tells which token each row belongs to (`Source.tokens`).
-        steps: Optimizer steps of a block; the last block of a run can have fewer.
-        where: Where the activations of a block are kept until their step; `auto` takes what has room, the fastest
-            first.
-        folder: A folder on a disk, for activations that are kept there.
+        source: The other source. It must say which token each row belongs to (`Source.tokens`).
+        steps: Optimizer steps per block. The last block of a run can have fewer.
+        where: Where to hold a block's activations until their step. `auto` takes the fastest place with enough room.
+        folder: The folder for activations that are held on disk.
     """
 
     def __init__(self, source: Source, steps: int, where: MixIn, folder: Path) -> None:
@@ -88,10 +87,10 @@ class Mixed(Source):
         self._begun: tuple[Share, Activations] | None = None
 
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
-        """Resolve what depends on the run; see `Source.begin`.
+        """Prepare for a run. See `Source.begin`.
 
         Raises:
-            UserError: As the source.
+            UserError: See `Source.begin` of the other source.
         """
         source = self.source
         source.begin(cfg, device, rank, world_size)
@@ -104,12 +103,12 @@ class Mixed(Source):
 
     @property
     def language_model(self) -> LiveModel | None:  # type: ignore[override]
-        """Return the source's."""
+        """Return the other source's live model."""
         return self.source.language_model
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Open the source; the block's memory, or file, is given back at the end."""
+        """Open the source, and free the block's memory or file afterwards."""
         with self.source.open():
             try:
                 yield
@@ -120,7 +119,7 @@ class Mixed(Source):
                 self._held = self._read = None
 
     def read(self, step: int) -> list[Share]:
-        """Read the tokens of the step's block, unless they were read for the step before."""
+        """Read the tokens of the step's block, unless an earlier step has read them."""
         number, part = divmod(step, self._steps)
         if self._read is None or self._read.number != number:
             self._read = self._read_block(number)
@@ -144,17 +143,17 @@ class Mixed(Source):
         return Micro(batch, order_N, (0, *accumulate(counts)), counted_N)
 
     def checksum(self, step: int) -> str:
-        """Return a checksum of the block's data, and of which share of it the step has."""
+        """Return a checksum of the block's data and of the step's share in it."""
         first = step - step % self._steps
         block = [self.source.checksum(each) for each in range(first, min(first + self._steps, self.num_steps))]
         return xxhash.xxh3_128_hexdigest(f"{block} {self._seed} {step - first}".encode())
 
     def count(self, batch: Share) -> int:
-        """Count the tokens of a micro-batch."""
+        """Return the number of counted tokens in a micro-batch."""
         return sum(each.count(batch.part) for each in _column(batch))
 
     def __call__(self, batch: Share) -> Activations:
-        """Give a micro-batch's activations; the block's first call runs the source on all of the block."""
+        """Return a micro-batch's activations. The first call of a block runs the source on the whole block."""
         if self._begun is not None and self._begun[0] is batch:
             acts, self._begun = self._begun[1], None
             return acts
@@ -165,25 +164,25 @@ class Mixed(Source):
 
     @property
     def runs_behind(self) -> bool:
-        """Tell what the source does."""
+        """Return whether the other source runs behind."""
         return self.source.runs_behind
 
     def prefetch(self, batch: Share) -> None:
-        """Copy the next step's activations, if they are there; the next block's have no room before this one ends."""
+        """Copy the next step's activations, if they are in the same block. The buffer holds only one block."""
         if self._held is not None and self._held.block is batch.block:
             self._begun = (batch, self._take(batch))
 
     def forget(self) -> None:
-        """Drop the copy."""
+        """Drop the copy that `prefetch` made."""
         self._begun = None
 
     @cached_property
     def _capacity(self) -> int:
-        """Return the most rows that a block has."""
+        """Return the largest number of rows in a block."""
         return self._rows_per_step * min(self._steps, self.num_steps)
 
     def _fill(self, block: Block) -> None:
-        """Run the source on the whole block. The rows of a micro-batch are sorted by their step as they are copied."""
+        """Run the source on the whole block, and store the rows of each micro-batch sorted by step."""
         if self._held is not None:
             self._held.block = None  # it is being overwritten
         start = 0
@@ -201,7 +200,7 @@ class Mixed(Source):
         self._held.block = block
 
     def _take(self, batch: Share) -> Activations:
-        """Put a micro-batch's activations together."""
+        """Gather a micro-batch's activations from the buffer."""
         assert self._held is not None, "filled"
         spans, start = [], 0
         for micros in batch.block.micros:
@@ -220,20 +219,20 @@ def _column(batch: Share) -> list[Micro]:
 
 
 def shares(places: range, ctx_len: int, sizes: Sequence[int], seed: int) -> Tensor:
-    """Deal out the tokens of each sequence to the steps of a block, in proportion to the steps' sizes.
+    """Distribute the tokens of each sequence over the steps of a block, in proportion to the steps' sizes.
 
-    The order of a sequence's tokens is drawn from the seed and the sequence's place in the run; so is, by less than one
-    token, where each step's share begins, which makes steps equally long on average if a sequence cannot be divided
-    evenly.
+    The order of a sequence's tokens is drawn from the seed and the sequence's position in the run. The start of each
+    step's share is shifted at random by less than one token, so that steps are equally long on average if a sequence
+    cannot be divided evenly.
 
     Args:
-        places: Of the sequences.
-        ctx_len: Tokens per sequence (T).
-        sizes: Sequences that each step would have without mixing.
-        seed: The run's.
+        places: The sequences' positions in the run's order.
+        ctx_len: T, tokens per sequence.
+        sizes: The number of sequences that each step would have without mixing.
+        seed: The run's seed.
 
     Returns:
-        int64 `[sequences, T]`: each token's step, counted from the block's first.
+        int64 `[sequences, T]`: each token's step, counted from the block's first step.
     """
     ends = np.cumsum(sizes)[:-1] * (ctx_len / sum(sizes))
     steps_BT = np.empty((len(places), ctx_len), np.int64)

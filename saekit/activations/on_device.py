@@ -1,4 +1,4 @@
-"""A language model on its device: in which type, how its weights get there, and how it computes attention."""
+"""How a language model is loaded on its device: the type, the path of its weights, and the kind of attention."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAIN_ATTENTION_UP_TO = 256
-"""Tokens per sequence up to which a CPU computes attention by plain matmuls."""
+"""The most tokens per sequence for which a CPU computes attention with plain matmuls."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type of the language model's weights that `--dtype` means on this device."""
+    """Return the type of the language model's weights for a value of `--dtype` on this device."""
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32
 
 
 def agreed_type(cfg: ModelConfig, device: torch.device, gather: Callable[[str], list[str]]) -> ModelConfig:
-    """Return the configuration with one type for all ranks: `auto` may mean different ones on different GPUs.
+    """Return the configuration with one type for all ranks. Collective.
 
-    Then it is float32, which all have. Ranks that exchange activations of different types would read each other's
-    bytes as numbers. Collective.
+    `auto` may mean different types on different GPUs. If so, all ranks use float32. Ranks that exchange activations of
+    different types would misread each other's bytes.
 
     Args:
         cfg: Which model.
@@ -48,27 +48,27 @@ def check_device(cfg: ModelConfig, device: torch.device) -> None:
     """Check that the device can load the model as configured.
 
     Raises:
-        UserError: If 8 bits are asked for without a device for them.
+        UserError: If 8-bit weights are requested on a device other than a CUDA GPU.
     """
     if cfg.load_in_8bit and device.type != "cuda":
         raise UserError(
-            f"--load-in-8bit needs a CUDA GPU, and the device is {device.type}: leave it out, or use --dtype bfloat16"
+            f"--load-in-8bit needs a CUDA GPU, but the device is {device.type}: leave it out, or use --dtype bfloat16"
         )
 
 
 def loading_arguments(cfg: ModelConfig, device: torch.device, *, sharded: bool = False) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say in which type and where a model is loaded.
+    """Return the arguments of `from_pretrained` for the type and device of a model.
 
-    With a device map, each tensor goes to the GPU as soon as it is read. Without one the whole model would be in the
-    machine's memory first, once for each rank. DeepSpeed, which shards, refuses a device map.
+    With a device map, each tensor goes to the GPU as soon as it is read. Without one, every rank would first load the
+    whole model into the machine's memory. DeepSpeed does not accept a device map when it shards.
 
     Args:
         cfg: Which model.
         device: Where it goes.
-        sharded: Whether DeepSpeed cuts it among the ranks while it is loaded.
+        sharded: Whether DeepSpeed shards it over the ranks while it is loaded.
 
     Raises:
-        UserError: As `check_device`.
+        UserError: See `check_device`.
     """
     check_device(cfg, device)
     arguments: dict[str, Any] = {"dtype": resolve_dtype(cfg.dtype, device)}
@@ -82,10 +82,11 @@ def loading_arguments(cfg: ModelConfig, device: torch.device, *, sharded: bool =
 
 
 def choose_attention(model: PreTrainedModel, ctx_len: int) -> None:
-    """Let a model on a CPU compute attention in the way that is fastest for sequences of this length.
+    """Make a model on a CPU compute attention in the fastest way for sequences of this length.
 
-    In bfloat16 torch's fused attention takes longer for short sequences than plain matmuls (measured up to 256 tokens:
-    the whole forward pass 10 to 25% faster). For longer ones the scores of all pairs of tokens would cost more.
+    In bfloat16, torch's fused attention is slower than plain matmuls for short sequences. Up to 256 tokens, plain
+    matmuls made the whole forward pass 10 to 25% faster. For longer sequences, the scores of all pairs of tokens cost
+    more.
     """
     short = ctx_len <= PLAIN_ATTENTION_UP_TO
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and short:

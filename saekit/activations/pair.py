@@ -1,7 +1,6 @@
-"""Two language models over the same tokens (`--crosscode-models`): their common hookpoints, and reading both.
+"""Read two language models over the same tokens (`--crosscode-models`), at the hookpoints that both have.
 
-A hookpoint of the second is named like a path below `OTHER`: `other.layers.3`. Whatever takes hookpoints takes those,
-too, with `Models` in place of a model.
+A hookpoint of the second model has the prefix `OTHER`: `other.layers.3`. Functions that take `Models` accept both.
 """
 
 from __future__ import annotations
@@ -22,35 +21,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Models = Mapping[str, "PreTrainedModel"]
-"""By what begins the names of their hookpoints: "" the first, `OTHER` the second, where there are two."""
+"""Models by the prefix of their hookpoints' names: "" for the first, and `OTHER` for a second."""
 
 
 def models_of(model: PreTrainedModel, other: PreTrainedModel | None) -> Models:
-    """Return one model or two."""
+    """Return one or two models by their prefixes."""
     return {"": model} if other is None else {"": model, OTHER: other}
 
 
 def names_in(prefix: str, hookpoints: Iterable[str]) -> list[str]:
-    """Return those hookpoints that belong to one of the models, by their names in it.
+    """Return the hookpoints that belong to one model, without its prefix.
 
     Args:
         prefix: A key of `Models`.
-        hookpoints: Of both models.
+        hookpoints: Names of hookpoints of both models.
     """
     own = (name for name in hookpoints if name.startswith(OTHER) == (prefix == OTHER))
     return [name.removeprefix(prefix) for name in own]
 
 
 def paired(hookpoints: Sequence[Hookpoint], readings: Mapping[str, Reading], name: str) -> tuple[Site, ...]:
-    """Return the sites of crosscoders that read and write hookpoints in two models.
+    """Return the sites of crosscoders, each of which reads and writes one hookpoint in two models.
 
     Args:
-        hookpoints: Of the first model.
-        readings: What there is in the second, by hookpoint.
-        name: The second model's.
+        hookpoints: Hookpoints of the first model.
+        readings: The second model's readings, by hookpoint.
+        name: The second model's name.
 
     Raises:
-        UserError: If the second has no such hookpoint, or it cannot be read there.
+        UserError: If the second model has no such hookpoint, or if it cannot be read there.
     """
     sites = []
     for each in hookpoints:
@@ -58,8 +57,8 @@ def paired(hookpoints: Sequence[Hookpoint], readings: Mapping[str, Reading], nam
         if found is None:
             blocks = [other for other in readings if Hookpoint(other, 0).is_block]
             raise UserError(
-                f"--crosscode-models {name}: it has no {each.name}, its layers are {blocks[0]} to {blocks[-1]}; name "
-                "what both models have with --hookpoints or --layers"
+                f"--crosscode-models {name}: it has no {each.name}, its layers are {blocks[0]} to {blocks[-1]}. Choose "
+                "hookpoints that both models have with --hookpoints or --layers"
             )
         if found.width is None:
             raise UserError(f"--crosscode-models {name}: {each.name} cannot be read: {each.module} {found.reason}")
@@ -73,12 +72,12 @@ def _as_it_is(acts: Tensor) -> Tensor:
 
 @contextmanager
 def tap_all(models: Models, hookpoints: Sequence[str]) -> Iterator[Callable[..., dict[str, Tensor]]]:
-    """Hook modules of one model or of two; see `tap`.
+    """Hook modules of one or two models. See `tap`.
 
     Yields:
-        A function that runs them on `input_ids` one after the other, each up to its last hookpoint, and returns each
-        hookpoint's activations `[B, T, D]`, all on the device of `input_ids`; or, with `keep=`, what that makes of
-        them: the activations themselves are then dropped, before the next model runs.
+        A function that runs the models on `input_ids` one after the other, each up to its last hookpoint. It returns
+        each hookpoint's activations `[B, T, D]`, on the device of `input_ids`. With `keep=`, it returns the result of
+        this function for each, and frees the activations before the next model runs.
     """
     with ExitStack() as opened:
         own = {prefix: names_in(prefix, hookpoints) for prefix in models}

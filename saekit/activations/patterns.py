@@ -1,9 +1,9 @@
 """Patterns of hookpoints' names: `layers.{0-11:2}.mlp:in`.
 
-A pattern is a module's path relative to the base model. `*` stands for one part of the path or for letters in one,
-`**` for any number of parts, `?` and `[abc]` for one letter, as in file names. Braces hold alternatives: words, numbers
-and ranges, such as `{q,k}_proj`, `{0-11:2}`, `{0,4-7}`. `:in` at the end means the module's input instead of its
-output. A pattern for `fnmatch` such as `layers.*.mlp` means the same here.
+A pattern is a module's path relative to the base model. As in file names, `*` matches one part of the path or any
+characters within one, `**` any number of parts, and `?` and `[abc]` one character. Braces contain alternatives: words,
+numbers and ranges, such as `{q,k}_proj`, `{0-11:2}`, `{0,4-7}`. `:in` at the end means the module's input instead of
+its output. Patterns for `fnmatch` such as `layers.*.mlp` mean the same here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from saekit.sae.storage import IN
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 HOLE = "\0"
-"""Where numbers differ."""
+"""A placeholder for the numbers that differ."""
 
 
 def alternatives(pattern: str) -> list[str]:
-    """Write a pattern's braces out: `layers.{0-2:2}.mlp` is `layers.0.mlp` and `layers.2.mlp`.
+    """Expand a pattern's braces: `layers.{0-2:2}.mlp` gives `layers.0.mlp` and `layers.2.mlp`.
 
     Raises:
-        UserError: If the pattern cannot be read.
+        UserError: If the pattern is invalid.
     """
     found = BRACES.search(pattern)
     if found is None:
@@ -37,16 +37,16 @@ def alternatives(pattern: str) -> list[str]:
 
 
 def matches(alternative: str, name: str) -> bool:
-    """Tell whether a hookpoint's name is what a pattern without braces means: module and side."""
+    """Return whether a pattern without braces matches a hookpoint's name: its module and its side."""
     path, side = _sides(alternative)
     module, own = _sides(name)
     return side == own and _match(path.split("."), module.split("."))
 
 
 def fold(names: Sequence[str]) -> dict[str, list[str]]:
-    """Group names that differ in numbers only; each group's key is the pattern that matches just it.
+    """Group names that differ only in numbers, by a pattern that matches exactly the names of the group.
 
-    `layers.0.mlp` and `layers.1.mlp` are `layers.{0,1}.mlp`. The order is that of the first of each group.
+    `layers.0.mlp` and `layers.1.mlp` become `layers.{0,1}.mlp`. Groups are in the order of their first names.
     """
     groups = {name: [name] for name in names}
     for place in range(max((name.count(".") + 1 for name in names), default=0)):
@@ -98,9 +98,9 @@ def _check(pattern: str) -> None:
     path, _ = _sides(pattern)
     problem = None
     if "{" in path or "}" in path:
-        problem = "a brace has no partner, or braces are inside others: write alternatives as {a,b} and ranges as {0-5}"
+        problem = "braces are unbalanced or nested: write alternatives as {a,b} and ranges as {0-5}"
     elif ":" in path:
-        problem = f"{path[path.index(':') :]!r} is no side of a module: write :in for its input, nothing for its output"
+        problem = f"{path[path.index(':') :]!r} is not valid: write :in for a module's input, nothing for its output"
     elif not all(path.split(".")):
         problem = "a part of the path is empty: write a module's path such as layers.3.mlp"
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Whether token ids mean the same to two language models, by what decides ids in their tokenizers."""
+"""Check that token ids mean the same to two language models, by comparing their tokenizers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def check_same_tokens(
     other_name: str,
     say: Callable[[str], None],
 ) -> None:
-    """Check that the ids of one tokenizer mean the same to the model of another.
+    """Check that token ids mean the same to two models.
 
-    Compared are the regular vocabulary and how text becomes a sequence of it. Tokens that were added to one of them (a
-    chat template's, for example) may be missing in the other; where both have one, its id must be the same.
+    Compares the regular vocabularies, and how the tokenizers turn text into ids. An added token (of a chat template,
+    for example) may be missing in one tokenizer. If both have it, its id must be the same.
 
     Args:
-        tokenizers: Of the first model and of the second; None for a model without.
-        sizes: Tokens in the models' vocabularies, by which they are compared if one has no tokenizer.
-        other_name: The second model's.
-        say: Told if tokenizers could not be compared.
+        tokenizers: The first and the second model's tokenizers. None for a model without one.
+        sizes: The number of tokens in each model's vocabulary. Compared instead if a tokenizer is missing.
+        other_name: The second model's name.
+        say: Called with a line of text if tokenizers could not be compared.
 
     Raises:
         UserError: If they differ.
@@ -41,19 +41,19 @@ def check_same_tokens(
         whose = "either model" if one is other else "the first model" if one is None else other_name
         if sizes[0] != sizes[1]:
             raise UserError(
-                f"{option}: there is no tokenizer of {whose} to compare, and the vocabularies differ: {sizes[0]:,} and "
-                f"{sizes[1]:,} tokens; both models must read the same token ids"
+                f"{option}: there is no tokenizer of {whose} to compare, and the vocabularies differ in size: "
+                f"{sizes[0]:,} and {sizes[1]:,} tokens. Both models must read the same token ids"
             )
-        say(f"There is no tokenizer of {whose}: whether token ids mean the same to both models is not checked")
+        say(f"There is no tokenizer of {whose}, so saekit cannot check that token ids mean the same to both models")
         return
     if (difference := difference_of(one, other)) is not None:
-        raise UserError(f"{option}: its tokenizer is another than the first model's: {difference}")
+        raise UserError(f"{option}: its tokenizer differs from the first model's: {difference}")
 
 
 def difference_of(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """Say in what two tokenizers differ, as far as it changes ids; None if it changes none."""
+    """Return a difference between two tokenizers that changes ids. None if there is none."""
     ids, other_ids = (each.get_vocab() for each in (one, other))
-    added = {**one.get_added_vocab(), **other.get_added_vocab()}  # to the vocabulary, or marked in it as special
+    added = {**one.get_added_vocab(), **other.get_added_vocab()}  # also special tokens in the regular vocabulary
     regular, other_regular = ({text: each[text] for text in each if text not in added} for each in (ids, other_ids))
     if regular != other_regular:
         return _first_difference(regular, other_regular)
@@ -64,7 +64,7 @@ def difference_of(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
     differing = [name for name in parts if parts[name] != other_parts.get(name)]
     if differing:
         did = STAGES.get(differing[0])
-        return f"they {did} text differently" if did else f"they make tokens differently ({differing[0]})"
+        return f"they {did} text differently" if did else f"they tokenize differently ({differing[0]})"
     return None
 
 
@@ -79,12 +79,12 @@ def _first_difference(one: dict[str, int], other: dict[str, int]) -> str:
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what else decides ids: of the tokenizers library all stages, of Python's the class."""
+    """Return what else decides ids: the stages of a fast tokenizer, or the class of a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {"class": type(tokenizer).__name__}
     written = json.loads(backend.to_str())
     model = {name: value for name, value in written["model"].items() if name != "vocab"}
-    if isinstance(written["model"]["vocab"], list):  # with the scores by which Unigram chooses
+    if isinstance(written["model"]["vocab"], list):  # Unigram: includes the scores by which it chooses tokens
         model["scores"] = written["model"]["vocab"]
     return {**{name: written[name] for name in STAGES}, **model}

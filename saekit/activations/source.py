@@ -1,4 +1,4 @@
-"""Where activations come from. The content of a step is a function of its number, the seed and the global batch."""
+"""The protocol of sources. A step's activations depend only on its number, the seed and the global batch."""
 
 from __future__ import annotations
 
@@ -20,56 +20,58 @@ if TYPE_CHECKING:
     from saekit.activations.live import LiveModel
 
 Batch = Any
-"""One micro-batch of a rank, as a source reads it: token ids, or whatever tells it the activations to give."""
+"""One micro-batch of a rank, as a source reads it: token ids, or anything else that identifies the activations."""
 
 
 class Activations(NamedTuple):
     """The activations that a source gives for a micro-batch."""
 
     of: dict[str, Tensor]
-    """`[N, D]` by hookpoint, in order; they belong to the caller, who removes them one by one."""
+    """`[N, D]` by hookpoint, in order. They belong to the caller, which removes them one by one."""
     counted_N: Tensor | None = None
-    """bool `[N]`: which of the rows are counted; None for all, if the source has dropped the others."""
+    """bool `[N]`: which rows are counted. None if all are, because the source dropped excluded tokens."""
 
 
 class Tokens(NamedTuple):
-    """The tokens of a micro-batch: which its activations have rows of, in order."""
+    """The tokens that the rows of a micro-batch's activations belong to, in order."""
 
     places: range
-    """The places of its sequences in the run's order; the same on any number of ranks."""
+    """The positions of its sequences in the run's order, which do not depend on the number of ranks."""
     rows: Tensor
-    """bool `[sequences, tokens]`, on the CPU: which have a row."""
+    """bool `[sequences, tokens]`, on the CPU: which tokens have a row."""
     counted: Tensor | None
-    """The same of those that are counted; None if all that have a row are."""
+    """bool, of the same shape: which tokens are counted. None if all tokens with a row are."""
 
 
 class Source(ABC):
     """Gives every optimizer step its activations.
 
-    A source is made; `begin` tells it the run and this rank's slice of it; it is opened (`with source.open():`); then
-    it is called for activations. A thread that reads ahead calls `read`; the training's own thread calls the rest.
+    The trainer first calls `begin` with the run and this rank's part in it, then opens the source (`with
+    source.open():`), and then calls it for activations. A thread that reads ahead calls `read`. The training's own
+    thread calls everything else.
 
-    One that is registered in `saekit.registry.SOURCES` is chosen by `--source`, and called with the run's configuration
-    (`RunConfig`), its placement, a function that shows a line of text, and what a caller of `saekit.train` has loaded.
+    `--source` chooses among the sources registered in `saekit.registry.SOURCES`. A registered source is called with the
+    run's configuration (`RunConfig`), its placement, a function that shows a line of text, and the objects in memory
+    that were passed to `saekit.train`.
     """
 
     name: str
     """The language model's name, saved with every checkpoint."""
     other_name: str | None = None
-    """The second one's, where the activations are those of two."""
+    """The second model's name, if the activations come from two models."""
     data_name: str
     """The data set's name."""
     dtype: torch.dtype = torch.float32
-    """Of the activations."""
+    """The activations' type."""
     language_model: LiveModel | None = None
-    """The live model behind the activations, which evaluations between steps need; None if there is none."""
+    """The live model behind the activations, which evaluations between steps need. None if there is none."""
     excluded: Tensor = torch.zeros(0, dtype=torch.int64)
-    """int64: ids of excluded tokens, saved with every checkpoint; empty if the source has no token ids."""
+    """int64: ids of excluded tokens, saved with every checkpoint. Empty if the source has no token ids."""
 
     hookpoints: tuple[Hookpoint, ...]
     """The hookpoints of every step. `begin` sets this attribute and those that follow."""
     sites: tuple[Site, ...] | None = None
-    """What coders read and write of these, in model order; None for an SAE of each."""
+    """What coders read and write, in model order. None for one SAE per hookpoint."""
     ctx_len: int
     """Tokens per sequence."""
     global_batch: int
@@ -79,65 +81,65 @@ class Source(ABC):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run; the last may be shorter than the others."""
+        """Return the number of optimizer steps in the whole run. The last step may be shorter than the others."""
         return -(-self.num_sequences // self.global_batch)
 
     @abstractmethod
     def begin(self, cfg: TrainConfig, device: torch.device, rank: int, world_size: int) -> None:
-        """Resolve what depends on the run: hookpoints, batches, and this rank's slice of each.
+        """Prepare for a run: set the hookpoints, the batches, and this rank's slice of each.
 
         Raises:
             UserError: If the configuration does not fit the source.
         """
 
     def open(self) -> AbstractContextManager[None]:
-        """Return a context that holds what is needed while activations are read: hooks, files."""
+        """Return a context for reading activations, which holds hooks or open files."""
         return nullcontext()
 
     @abstractmethod
     def read(self, step: int) -> list[Batch]:
-        """Read this rank's micro-batches of a step, counted from 0: `grad_acc_steps` of them, on the host."""
+        """Read this rank's `grad_acc_steps` micro-batches of a step, counted from 0, on the host."""
 
     @abstractmethod
     def checksum(self, step: int) -> str:
-        """Return a checksum of what all ranks read in a step; other data has another."""
+        """Return a checksum of the data that all ranks read in a step."""
 
     @abstractmethod
     def count(self, batch: Batch) -> int:
-        """Count the tokens of a micro-batch that are not excluded."""
+        """Return the number of counted tokens in a micro-batch."""
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Activations:
-        """Give the activations of a micro-batch, on the device; `[0, D]` for a rank without a share of the step.
+        """Return the activations of a micro-batch, on the device. `[0, D]` for a rank without a share of the step.
 
-        Excluded tokens are dropped, which is cheapest, or masked by all ranks, where shapes must not depend on data.
+        Either drop excluded tokens, which is cheapest, or mask them on all ranks if shapes must not depend on data.
         """
 
     def tokens(self, batch: Batch) -> Tokens:
-        """Tell which tokens the rows of a micro-batch's activations belong to, which `--mix` needs.
+        """Return which tokens the rows of a micro-batch's activations belong to. `--mix` needs this.
 
         Raises:
-            UserError: If the source cannot tell.
+            UserError: If the source does not know.
         """
         raise UserError(f"--mix needs a source that tells tokens apart, and {type(self).__name__} does not")
 
     @property
     def runs_behind(self) -> bool:
-        """Tell whether the device works through a queue, so that work begun early fills the time the host waits."""
+        """Return whether the device works through a queue, so that work started early runs while the host waits."""
         return False
 
-    def prefetch(self, batch: Batch) -> None:  # noqa: B027  # nothing to begin, unless it runs behind
-        """Begin the work for a micro-batch, where the source `runs_behind`; calling with it later gives the result."""
+    def prefetch(self, batch: Batch) -> None:  # noqa: B027  # only a source that `runs_behind` has work to start
+        """Start the work for a micro-batch if the source `runs_behind`. A later call with it returns the result."""
 
-    def forget(self) -> None:  # noqa: B027  # nothing is held, unless it runs behind
-        """Drop what was begun and not asked for: its memory is needed. Calling with it later computes it again."""
+    def forget(self) -> None:  # noqa: B027  # optional: only a source that `runs_behind` holds something
+        """Drop prefetched work that was not used, to free its memory. A later call computes it again."""
 
 
 class Steps:
-    """The steps of a run with their micro-batches, read ahead: an iterator of `(step, batches)`.
+    """Iterates over the steps of a run with their micro-batches, `(step, batches)`, and reads ahead.
 
     Args:
-        source: What reads them.
+        source: The source to read from.
         start: The first step.
         stop: The step after the last one.
     """
@@ -149,12 +151,12 @@ class Steps:
 
     @contextmanager
     def open(self) -> Iterator[Steps]:
-        """Reading ahead ends with the context."""
+        """Read ahead until the context ends."""
         with closing(self._steps):
             yield self
 
     def begin_next(self) -> None:
-        """Let the source begin the next step's activations, if there is a next step."""
+        """Make the source start the next step's activations, if there is a next step."""
         self._begun = next(self._steps, None)
         if self._begun is not None:
             self._source.prefetch(self._begun[1][0])
@@ -163,7 +165,7 @@ class Steps:
         return self
 
     def __next__(self) -> tuple[int, list[Batch]]:
-        """Raises what `Source.read` raised for the step."""
+        """Return the next step and its batches, or raise the error of `Source.read` for it."""
         if self._begun is not None:
             step, self._begun = self._begun, None
             return step

@@ -1,4 +1,4 @@
-"""The language model of an evaluation, as it is and with something in place of activations."""
+"""Run the language model of an evaluation, clean or with replaced activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations import splice, start_behind
+from saekit.activations import splice, start_after
 from saekit.activations.hookpoints import Hookpoint, find_blocks
 from saekit.activations.pair import names_in
 from saekit.activations.splice import Predict, Replace
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
 
 
 class Clean(NamedTuple):
-    """What a language model gives for a batch when nothing is replaced."""
+    """A language model's results for a batch without replacements."""
 
     logits: Tensor
     """`[B, T, V]`."""
     starts: dict[str, Tensor]
-    """Outputs of the blocks behind which the model can be started."""
+    """Outputs of the blocks after which the model can be started."""
 
 
 class Altered:
     """Runs a language model, clean or with replaced activations.
 
     Args:
-        model: With a head.
-        hookpoints: Whose activations are looked at; of two models only its own are.
-        start_anywhere: Whether blocks before what is replaced may be left out, where that was seen to give the same.
-        prefix: What begins the names of its hookpoints, see `saekit.activations.pair.Models`.
+        model: The language model, with its head.
+        hookpoints: The hookpoints to read. Those of another model are ignored.
+        start_anywhere: Whether blocks before a replacement may be skipped, if a check shows that the result is the
+            same.
+        prefix: The prefix of its hookpoints' names. See `saekit.activations.pair.Models`.
     """
 
     def __init__(
@@ -47,16 +48,16 @@ class Altered:
         starts = starts_of(model, own) if start_anywhere else {}
         self._starts = {f"{prefix}{name}": f"{prefix}{start}" for name, start in starts.items()}
         self._no_cache = without_cache(model)
-        self._can_start_behind: dict[str, bool] = {}
-        """By block: whether the model can be run from its output on only."""
+        self._can_start_after: dict[str, bool] = {}
+        """Whether the model can be started after a block, by block."""
 
     def clean(self, inputs: Tensor) -> tuple[Clean, dict[str, Tensor]]:
-        """Run the model as it is; returns also each hookpoint's activations `[B, T, D]`, which the caller can drop."""
+        """Run the model without replacements, and also return each hookpoint's activations, `[B, T, D]`."""
         seen: dict[str, Tensor] = {}
 
         def watch(name: str) -> Replace:
             def look(acts: Tensor) -> Tensor:
-                # A copy, where the model may go on to change the tensor in place.
+                # Copy the tensor if the model may later change it in place.
                 seen[name] = acts if Hookpoint(name, 0).is_block else acts.clone()
                 return acts
 
@@ -69,18 +70,18 @@ class Altered:
     def logits(
         self, inputs: Tensor, replacements: Mapping[str, Replace | Predict], excluded: Tensor | None = None
     ) -> Tensor:
-        """Logits `[B, T, V]` with replaced activations."""
+        """Compute the logits, `[B, T, V]`, with replaced activations."""
         own = {name.removeprefix(self.prefix): replace for name, replace in replacements.items()}
         with splice(self.model, own, excluded):
             return self.model(input_ids=inputs, **self._no_cache).logits
 
     def logits_from(self, clean: Clean, new: Mapping[str, Replace], inputs: Tensor) -> Tensor:
-        """Logits `[B, T, V]` with replaced activations; blocks before them do not run, if that makes no difference.
+        """Compute the logits, `[B, T, V]`, with replaced activations. Skip earlier blocks if the result is the same.
 
         Args:
-            clean: What the model gave for the same inputs.
-            new: By hookpoint, in model order.
-            inputs: Of the model.
+            clean: The clean model's results for the same inputs.
+            new: Replacements by hookpoint, in model order.
+            inputs: The model's input ids.
         """
         first = next(iter(new))
         start = self._starts.get(first)
@@ -89,28 +90,28 @@ class Altered:
         acts, rest = clean.starts[start], dict(new)
         if start == first:
             acts = rest.pop(first)(acts).to(acts)
-        with start_behind(self.model, start.removeprefix(self.prefix), acts):
+        with start_after(self.model, start.removeprefix(self.prefix), acts):
             return self.logits(inputs, rest)
 
     def _starts_alike(self, start: str, clean: Clean, inputs: Tensor) -> bool:
-        """Find out, once, whether the model gives the same from a block's own output on; if not, it is run as a whole.
+        """Check, once per block, that starting the model after a block gives the same logits as the whole model.
 
-        It may miss something that the idle blocks would have left.
+        It does not if later blocks need something else from the skipped blocks.
         """
-        if start not in self._can_start_behind:
+        if start not in self._can_start_after:
             try:
-                with start_behind(self.model, start.removeprefix(self.prefix), clean.starts[start]):
+                with start_after(self.model, start.removeprefix(self.prefix), clean.starts[start]):
                     same = torch.equal(self.logits(inputs, {}), clean.logits)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 same = False
-            self._can_start_behind[start] = same
-        return self._can_start_behind[start]
+            self._can_start_after[start] = same
+        return self._can_start_after[start]
 
 
 def starts_of(model: PreTrainedModel, hookpoints: Iterable[str]) -> dict[str, str]:
-    """Return the block behind whose output a model can be started to replace a hookpoint, where there is one.
+    """Return for each hookpoint the block after which a model can be started to replace it, if there is one.
 
-    That is the block itself for its output, and the one before it for what is inside it.
+    This is the block itself for a block's output, and the previous block for a hookpoint inside a block.
     """
     blocks = find_blocks(model)
     layers = {blocks.hookpoint(layer): layer for layer in range(len(blocks.modules))}
@@ -126,20 +127,20 @@ def starts_of(model: PreTrainedModel, hookpoints: Iterable[str]) -> dict[str, st
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
-    """One hookpoint behind the other, in float32."""
+    """Concatenate the activations of several hookpoints, in float32."""
     each = [part.float() for part in parts]
     return each[0] if len(each) == 1 else torch.cat(each, -1)
 
 
 def where(counted: Tensor, replace: Replace) -> Replace:
-    """Replace only some tokens, bool `[B, T]`; the others keep their activations."""
+    """Restrict a replacement to counted tokens, bool `[B, T]`. The others keep their activations."""
     return lambda acts: torch.where(counted[..., None], replace(acts), acts)
 
 
 def changes_of(
     written: Mapping[str, Tensor], recon: Tensor, mean_D: Tensor, skip: Tensor | None
 ) -> dict[str, dict[str, Replace]]:
-    """By hookpoint and by what is put in its place; the names are `CHANGES`, and `SKIP` where there is one."""
+    """Return replacements by hookpoint and kind. The kinds are `CHANGES`, and `SKIP` with a skip connection."""
     widths = [acts.shape[-1] for acts in written.values()]
     parts = zip(written, recon.split(widths, -1), mean_D.split(widths), strict=True)
     return {name: _ways(part, part_mean_D, skip) for name, part, part_mean_D in parts}

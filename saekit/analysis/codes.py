@@ -1,6 +1,6 @@
-"""Every firing of an SAE over a text, and what can be read off it.
+"""All firings of an SAE over a text, and what they show.
 
-Shapes: P firings, M latents, L of them, S sequences of T tokens. A *place* is a token's number in the text,
+Shapes: P firings, M latents, L chosen latents, S sequences of T tokens. A *place* is a token's index in the text,
 `sequence · T + position`.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Codes:
-    """The firings of one SAE, sorted by latent and, for each, by place."""
+    """The firings of one SAE, sorted by latent, then by place."""
 
     latents_P: np.ndarray
     """int64"""
@@ -25,13 +25,13 @@ class Codes:
     """float32, above zero"""
     num_latents: int
     places: int
-    """S · T: all there are, those of excluded tokens included."""
+    """S · T, the number of places, including those of excluded tokens."""
 
     @classmethod
     def of(
         cls, latents_P: np.ndarray, places_P: np.ndarray, acts_P: np.ndarray, num_latents: int, places: int
     ) -> Codes:
-        """From firings in any order."""
+        """Make it from firings in any order."""
         order = np.argsort(latents_P.astype(np.int64) * places + places_P, kind="stable")
         return cls(
             latents_P[order].astype(np.int64),
@@ -43,7 +43,7 @@ class Codes:
 
     @cached_property
     def counts_M(self) -> np.ndarray:
-        """On how many tokens each latent fired, int64."""
+        """Return the number of tokens on which each latent fired, int64."""
         return np.bincount(self.latents_P, minlength=self.num_latents)
 
     @cached_property
@@ -56,7 +56,7 @@ class Codes:
         return self.latents_P * self.places + self.places_P
 
     def at(self, latents: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Activations of latents at places, two int64 arrays that broadcast; float32, 0 where one did not fire."""
+        """Return activations of latents at places, two int64 arrays that broadcast. float32, 0 without a firing."""
         keys = latents * self.places + places
         if not len(self._keys_P):
             return np.zeros(keys.shape, np.float32)
@@ -64,14 +64,14 @@ class Codes:
         return np.where(self._keys_P[found] == keys, self.acts_P[found], np.float32(0))
 
     def quantiles(self, latents_L: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-        """Quantiles of each latent's activations over the tokens on which it fired.
+        """Compute quantiles of each latent's activations over the tokens on which it fired.
 
         Args:
-            latents_L: Numbers of latents, int64.
-            shares: From 0 to 1. Values of firings are given, the lower one between two; nothing is interpolated.
+            latents_L: Indices of latents, int64.
+            shares: Which quantiles, from 0 to 1. Between two values the lower one is taken, without interpolation.
 
         Returns:
-            float32 `[L, len(shares)]`; NaN for a latent that never fired.
+            float32 `[L, len(shares)]`. NaN for a latent that never fired.
         """
         ascending_P = self.acts_P[np.lexsort((self.acts_P, self.latents_P))]
         counts_L1, starts_L1 = self.counts_M[latents_L, None], self.starts_M[latents_L, None]
@@ -112,13 +112,13 @@ class Codes:
         """Return the tokens on which each latent fires most often.
 
         Args:
-            latents_L: Numbers of latents, int64.
-            ids: The text, token ids by place, int64 `[S · T]`.
-            number: How many tokens per latent.
+            latents_L: Indices of latents, int64.
+            ids: The text's token ids by place, int64 `[S · T]`.
+            number: The number of tokens per latent.
 
         Returns:
-            Token ids, int64 `[L, number]`, most frequent first and -1 where there are no more; and the share of the
-            latent's firings on each, float32.
+            Token ids, int64 `[L, number]`, most frequent first, padded with -1. Then the share of the latent's firings
+            on each, float32.
         """
         ids_P = ids[self.places_P]
         span = int(ids.max(initial=0)) + 1
@@ -146,36 +146,36 @@ class Histograms(NamedTuple):
 
 
 BEFORE, AFTER = 23, 8
-"""Tokens that are shown around the one at which a latent is strongest."""
+"""Tokens shown before and after the one at which a latent is strongest."""
 WINDOW = BEFORE + 1 + AFTER
 LATENTS_AT_ONCE = 4096
 """Whose windows are looked up at a time: looking up takes about 20 KiB for each, and keeping them a tenth of that."""
 STRETCH = 64
-"""Of each stretch of this many tokens only the strongest context is shown: otherwise one passage fills the list."""
+"""At most one context is shown per stretch of this many tokens. Otherwise one passage could fill the list."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Places of L latents, C each: the strongest ones, and behind those some from all over the rest."""
+    """C places for each of L latents: first the strongest, then a sample of all weaker ones."""
 
     places_LC: np.ndarray
-    """int64, strongest first; -1 where there are no more."""
+    """int64, strongest first, padded with -1."""
     acts_LC: np.ndarray
-    """float32: the activation there."""
+    """float32: the activation at the place."""
     acts_LCW: np.ndarray
-    """float32 `[L, C, WINDOW]`: activations of the latent from `BEFORE` tokens before to `AFTER` behind; 0 beyond the
-    sequence's ends."""
+    """float32 `[L, C, WINDOW]`: the latent's activations from `BEFORE` tokens before the place to `AFTER` after it. 0
+    beyond the ends of the sequence."""
 
 
 def find_contexts(codes: Codes, latents_L: np.ndarray, ctx_len: int, top: int, spread: int) -> Contexts:
-    """Find the places to show.
+    """Find the places to show for each latent.
 
     Args:
         codes: The SAE's firings.
-        latents_L: Numbers of latents, int64.
+        latents_L: Indices of latents, int64.
         ctx_len: T, tokens per sequence.
-        top: How many of the strongest.
-        spread: How many more, evenly by rank over all that are weaker.
+        top: How many of the strongest places.
+        spread: How many weaker places, evenly spaced by rank.
     """
     latents_B, places_B, acts_B = _peaks(codes, ctx_len)
     starts_L, ends_L = np.searchsorted(latents_B, latents_L), np.searchsorted(latents_B, latents_L, side="right")
@@ -195,10 +195,10 @@ def find_contexts(codes: Codes, latents_L: np.ndarray, ctx_len: int, top: int, s
 
 
 def _peaks(codes: Codes, ctx_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The strongest place of each latent in each stretch: latents, places, activations, by latent, strongest first."""
+    """Return each latent's strongest place in each stretch: latents, places, activations. Strongest first."""
     per_sequence = -(-ctx_len // STRETCH)
     stretch_P = codes.places_P // ctx_len * per_sequence + codes.places_P % ctx_len // STRETCH
-    # By latent and place already, so a latent's firings of one stretch follow each other.
+    # Firings are sorted by latent and place, so a latent's firings in one stretch are adjacent.
     new_P = np.ones(len(stretch_P), bool)
     new_P[1:] = (np.diff(stretch_P) != 0) | (np.diff(codes.latents_P) != 0)
     group_P = np.cumsum(new_P) - 1
@@ -210,13 +210,13 @@ def _peaks(codes: Codes, ctx_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _first(found_L: np.ndarray, number: int) -> np.ndarray:
-    """Ranks 0, 1, ... as far as there are any, else -1; int64 `[L, number]`."""
+    """Return ranks 0, 1, ..., padded with -1 beyond the number found: int64 `[L, number]`."""
     ranks = np.broadcast_to(np.arange(number), (len(found_L), number))
     return np.where(ranks < found_L[:, None], ranks, -1)
 
 
 def _spread(found_L: np.ndarray, number: int) -> np.ndarray:
-    """Ranks evenly over all, the middle of each of `number` parts; all where there are at most that many."""
+    """Return evenly spaced ranks, the middle of each of `number` equal parts, or all ranks if there are no more."""
     found_L1 = np.maximum(found_L, 0)[:, None]
     parts = ((np.arange(number) + 0.5) / max(number, 1) * found_L1).astype(np.int64)
     return np.where(found_L1 > number, parts, _first(found_L, number))

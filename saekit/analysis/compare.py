@@ -1,4 +1,4 @@
-"""`saekit inspect A B`: two checkpoints side by side, and which features both have learned."""
+"""Compare two checkpoints, and find the features that both have learned (`saekit inspect A B`)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from saekit.sae.kernels.eager import unit_rows
 from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 SHARED_COSINE = 0.9
-"""A decoder row whose nearest row in the other dictionary has at least this cosine counts as the same feature."""
+"""Two decoder rows of different dictionaries count as the same feature from this cosine on."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Decoder rows of one dictionary and the nearest rows of another."""
+    """How close the decoder rows of one dictionary are to the nearest rows of another."""
 
     mean: float
-    """Mean cosine with the nearest one: mean max cosine similarity (Sharkey et al. 2022, "Taking features out of
+    """The mean cosine with the nearest row, or mean max cosine similarity (Sharkey et al. 2022, "Taking features out of
     superposition with sparse autoencoders")."""
     share: float
-    """Rows whose nearest has at least `SHARED_COSINE`."""
+    """The share of rows whose nearest row has a cosine of at least `SHARED_COSINE`."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,29 @@ class LayerComparison:
     first: LayerInspection
     second: LayerInspection
     of_first: Shared | None
-    """The first's rows among the second's; None where they write something else, or other widths."""
+    """The first's rows compared with the second's. None if they write different hookpoints or widths."""
     of_second: Shared | None
+    """The second's rows compared with the first's."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two checkpoints."""
+    """The comparison of two checkpoints."""
 
     first: Inspection
     second: Inspection
     layers: tuple[LayerComparison, ...]
-    """That both have."""
+    """The layers that both have."""
 
     def evaluated(self, which: str, hookpoint: str) -> dict[str, Any] | None:
-        """Return the results of `saekit eval` for a layer of the `first` or the `second`, if there are any."""
+        """Return the results of `saekit eval` for a layer of `first` or `second`, or None."""
         record = getattr(self, which).evaluation
         layers = record["layers"] if record else ()
         return next((layer for layer in layers if layer["hookpoint"] == hookpoint), None)
 
 
 def compare(first: Inspection, second: Inspection) -> Comparison:
-    """Put two inspections side by side.
+    """Compare two inspections, layer by layer.
 
     Raises:
         UserError: If they have no layer in common.
@@ -78,17 +79,17 @@ def compare(first: Inspection, second: Inspection) -> Comparison:
 
 
 def shared_rows(first_MD: Tensor, second_LD: Tensor, budget: int = EXACT_BUDGET) -> tuple[Shared, Shared]:
-    """Count the rows of each dictionary that are in the other, in pieces: the `[M, L]` cosines never exist at once.
+    """Compare the rows of each dictionary with the other's, in pieces: the `[M, L]` cosines never exist all at once.
 
     Args:
         first_MD: `[M, D]`.
         second_LD: `[L, D]`.
-        budget: Multiply-adds to spend on each; if all rows take more, an even sample of them is looked up.
+        budget: Multiply-adds to spend on each. If all rows take more, an even sample of them is compared.
     """
-    return _looked_up(first_MD, second_LD, budget), _looked_up(second_LD, first_MD, budget)
+    return _nearest(first_MD, second_LD, budget), _nearest(second_LD, first_MD, budget)
 
 
-def _looked_up(rows_MD: Tensor, among_LD: Tensor, budget: int) -> Shared:
+def _nearest(rows_MD: Tensor, among_LD: Tensor, budget: int) -> Shared:
     rows_MD, among_LD = unit_rows(rows_MD), unit_rows(among_LD)
     count = max(1, min(len(rows_MD), budget // among_LD.numel()))
     sample = torch.linspace(0, len(rows_MD) - 1, count).long()

@@ -1,6 +1,6 @@
-"""Defaults that `--help` shows, which imports none of the libraries that they are for."""
+"""Defaults that `--help` shows, in a module that imports no heavy library."""
 
 DEFAULT_TOKENS = 200_000
-"""To evaluate on."""
+"""Tokens to evaluate on."""
 DEFAULT_LATENTS = 32_768
 """Latents with contexts on a page, over all layers."""

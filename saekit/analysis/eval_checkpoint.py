@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to its evaluation."""
+"""Load a checkpoint with its model and data, and evaluate it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IN_CHECKPOINTS = "sparsify"
-"""The format of SAEs in checkpoints, sparsify's and ours."""
+"""The format of SAEs in checkpoints."""
 HELD_OUT = "documents of the run's data set that it was not trained on"
 OTHER_SPLIT = "another split of the run's data set, without documents that the run was trained on"
 OTHER = "another data set than the run's"
@@ -56,20 +56,20 @@ SEEN = "the run's data set, what it was trained on included"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The options of an evaluation. None stands for what the run was trained with."""
+    """The options of an evaluation. None means the run's own value."""
 
     dataset: str | None = None
     split: str | None = None
     model: str | None = None
     other_model: str | None = None
-    """The second model, of crosscoders of two."""
+    """The second model, for crosscoders of two models."""
     max_tokens: int | None = None
-    """`DEFAULT_TOKENS` where None."""
+    """The number of tokens to evaluate on. None means `DEFAULT_TOKENS`."""
     batch_size: int = 8
     """Sequences per forward pass of the language model, on each rank."""
     include_training_data: bool = False
     verify: bool = True
-    """Whether the checkpoint's files are compared with its checksums."""
+    """Whether to compare the checkpoint's files with its checksums."""
 
 
 class Evaluated(NamedTuple):
@@ -77,15 +77,15 @@ class Evaluated(NamedTuple):
 
     results: Evaluation
     record: dict[str, Any]
-    """The content of `eval.json`: the results as plain values, and what was evaluated on what."""
+    """The content of `eval.json`: the results as plain values, with the names of the models and data."""
 
 
 @contextmanager
 def joined(quiet: bool) -> Iterator[Placement]:
-    """The ranks of an evaluation, parted from when it went well; an error on one of them ends all. Collective.
+    """Connect the ranks of an evaluation, and disconnect them afterwards. An error on one rank ends all. Collective.
 
     Args:
-        quiet: Whether the libraries are to show no progress bars; only rank 0 ever does.
+        quiet: Whether to disable the libraries' progress bars on rank 0 too.
     """
     placement = connect()
     if quiet or placement.rank > 0:
@@ -97,31 +97,31 @@ def joined(quiet: bool) -> Iterator[Placement]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint with all that an evaluation of it takes."""
+    """A loaded checkpoint with everything that its evaluation needs."""
 
     folder: Path
-    """Where `eval.json` belongs: the checkpoint's, or the one of a lone SAE."""
+    """The folder for `eval.json`: the checkpoint's, or that of a single SAE."""
     cfg: RunConfig
-    """The run's, with what was asked for instead."""
+    """The run's configuration, changed by the evaluation's options."""
     origin: str
     """The kind of data: `HELD_OUT`, `OTHER_SPLIT`, `OTHER` or `SEEN`."""
     tokenizer: PreTrainedTokenizerBase | None
-    """None if the model has none."""
+    """The model's tokenizer. None if it has none."""
     subject: Subject
 
 
 def prepare(
     path: Path, options: EvalOptions, placement: Placement, status: Callable[[str], None] = lambda text: None
 ) -> Prepared:
-    """Load a run's newest checkpoint, a checkpoint, or one SAE's folder, its language model and its data. Collective.
+    """Load a run's latest checkpoint, a checkpoint, or one SAE, with its language model and data. Collective.
 
-    Ranks share out the sequences; each holds all SAEs.
+    The ranks share the sequences. Each rank holds all SAEs.
 
     Args:
         path: The folder.
-        options: How.
+        options: The options of the evaluation.
         placement: The ranks.
-        status: Told what is going on, as a line of text.
+        status: Called with a line of text on progress.
 
     Raises:
         UserError: If something is missing or does not fit, or if no held-out data is left.
@@ -143,7 +143,7 @@ def prepare(
     if len(models) == 2:
         check_same_tokens((tokenizer, tokenizers[1]), (vocabularies[0], vocabularies[1]), models[1].model, status)
     status(f"Reading and tokenizing {cfg.data.dataset}")
-    with placement.in_turn():  # the first tokenizes, the others read what it left in the cache
+    with placement.in_turn():  # the first rank tokenizes, and the others read its result from the cache
         data, origin = _data(run, tokenizer, ctx_len, options)
         data = shuffled(data, DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens)
         check_tokens(data, min(vocabularies), what="the data to evaluate on")
@@ -188,17 +188,17 @@ def evaluate_checkpoint(
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> Evaluated:
-    """Evaluate what `prepare` loads, and write `eval.json` next to it.
+    """Load a checkpoint with `prepare`, evaluate it, and write `eval.json` into its folder. Collective.
 
     Args:
-        path: See `prepare`.
-        options: How.
+        path: The folder. See `prepare`.
+        options: The options of the evaluation.
         placement: The ranks.
-        status: Told what is going on, as a line of text.
-        progress: Told how many of how many passes over a batch are done.
+        status: Called with a line of text on progress.
+        progress: Called with the number of passes over a batch that are done, and their total.
 
     Raises:
-        UserError: See `prepare`, and if the file cannot be written.
+        UserError: See `prepare`. Also if the file cannot be written.
     """
     prepared = prepare(path, options, placement, status)
     return evaluate_prepared(prepared, status, progress)
@@ -209,7 +209,7 @@ def evaluate_prepared(
     status: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda done, of: None,
 ) -> Evaluated:
-    """Do the second half of `evaluate_checkpoint`."""
+    """Evaluate a loaded checkpoint, and write `eval.json`: the second half of `evaluate_checkpoint`. Collective."""
     subject = prepared.subject
     what = of_kinds([site.kind for site in subject.sites.values()])
     status(f"Evaluating {what} on {len(subject.data):,} sequences of {subject.data.ctx_len:,} tokens")
@@ -221,10 +221,10 @@ def evaluate_prepared(
 
 
 def write_evaluation(record: dict[str, Any], file: Path) -> None:
-    """Write `eval.json`, all of it or nothing.
+    """Write `eval.json` atomically.
 
     Raises:
-        UserError: If the folder cannot be written to.
+        UserError: If the folder is not writable.
     """
     try:
         write_at_once(file, json.dumps(record, indent=1) + "\n")
@@ -251,9 +251,9 @@ class _Run(NamedTuple):
     """The models and data of an evaluation."""
 
     cfg: RunConfig
-    """The run's, with what was asked for instead."""
+    """The run's configuration, changed by the evaluation's options."""
     trained: DataConfig | None
-    """The data set that the run read; None if nothing tells, or if another one is evaluated on."""
+    """The data set that the run trained on. None if it is unknown, or if another data set is evaluated."""
 
 
 def _config(checkpoint: Path, options: EvalOptions) -> _Run:
@@ -262,29 +262,30 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
     asked = {name: value for name in ("model", "dataset", "split") if (value := getattr(options, name)) is not None}
     if options.other_model is not None:
         asked["crosscode_models"] = options.other_model
-        values.pop("crosscode_revision", None)  # of the one that it takes the place of
+        values.pop("crosscode_revision", None)  # belongs to the model that it replaces
     for name in ("model", "dataset"):
         if name not in values and name not in asked:
             given = "DATASET" if name == "dataset" else "--model"
-            raise UserError(f"{checkpoint} does not say which {name} it was trained with: name it by {given}")
+            raise UserError(f"{checkpoint} does not say which {name} it was trained with: pass it as {given}")
     if "dataset" in asked and asked["dataset"] != values.get("dataset"):
-        # What says how to read the run's own data set means nothing for another, except for what a token id is.
+        # Options for reading the run's data set do not apply to another one, except the type of token ids in .bin
+        # files.
         own = {"split", "data_args", "max_examples"}
         if all(str(each).endswith(".bin") for each in (asked["dataset"], values.get("dataset"))):
             own.remove("data_args")
         values = {name: value for name, value in values.items() if name not in own}
         return _Run(RunConfig.from_flat({**values, **asked}), None)
-    # The run's model may have been moved: only its data is asked for here.
+    # Options replace only missing values here: the run's own data is needed, and its model may have moved.
     return _Run(RunConfig.from_flat({**values, **asked}), RunConfig.from_flat({**asked, **values}).data)
 
 
 def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
-    """Return the sequences, and what they are."""
+    """Return the sequences to evaluate on, and their kind (`Prepared.origin`)."""
     cfg, trained = run
     token = cfg.model.token
     if trained is None or options.include_training_data:
         return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
-    # The whole run's, not only this checkpoint's: so all checkpoints of a run are evaluated on the same tokens.
+    # The sequences of the whole run, not only up to this checkpoint, so that all its checkpoints get the same tokens.
     seen = numbers_read(cfg.train, load_sequences(trained, tokenizer, ctx_len, token))
     origin = HELD_OUT if cfg.data.split == trained.split else OTHER_SPLIT
     return unread(cfg.data, trained, tokenizer, ctx_len, seen, token), origin

@@ -1,4 +1,4 @@
-"""The passes of an evaluation: what the coders predict, and what grafting that into the language model costs."""
+"""The passes of an evaluation: the coders' predictions, and the language model's loss with them spliced in."""
 
 from __future__ import annotations
 
@@ -25,45 +25,46 @@ from saekit.analysis.results import (
 from saekit.analysis.subject import IGNORED, Subject, compare_answers, misplaced
 from saekit.analysis.sums import CHANGES, SKIP, AnswerSums, ErrorSums, GraftSums, ReconstructionSums
 from saekit.errors import UserError
+from saekit.sae import SaeOutput
 
 Progress = Callable[[int, int], None]
-"""Told how many of how many passes over a batch are done."""
+"""Called with the number of passes over a batch that are done, and their total."""
 
 
 def evaluate(
     subject: Subject, progress: Progress = lambda done, of: None, *, start_anywhere: bool = True
 ) -> Evaluation:
-    """Evaluate coders on a language model's activations, and the language model with their predictions in it.
+    """Evaluate coders on a language model's activations, and the model with their predictions spliced in.
 
-    Two passes over the sequences: one for the targets' means, one for everything else. Each batch runs the
-    clean model once, and with a head once for each coder and once for all together, spliced, mean-ablated and
-    zero-ablated; the blocks before what a coder writes need not run again. A transcoder with a skip
-    connection has a run more, with that alone. What a crosscoder writes is replaced in a second pass, from what the
-    clean one gave. If there are two models, each has all of these runs, with its part of the prediction.
+    Makes two passes over the sequences: one for the targets' means, and one for everything else. For each batch, the
+    clean model runs once. With a head, it also runs spliced, mean-ablated and zero-ablated, once for each coder and
+    once for all coders together. These runs can skip the blocks before what the coder writes. A transcoder with a skip
+    connection gets one more run, with only the skip connection. A crosscoder's outputs are replaced in a second forward
+    pass, computed from the clean one. If there are two models, each has all of these runs, with its part of the
+    prediction.
 
     Args:
-        subject: What is evaluated.
-        progress: Told how far it is.
-        start_anywhere: Whether those blocks may be left out, in a model that was seen to give the same without them;
-            the result is the same either way.
+        subject: The coders, model and data.
+        progress: Called after each pass over a batch.
+        start_anywhere: Whether to skip blocks if a check shows that the result is the same.
 
     Raises:
-        UserError: If a coder does not fit the model, two write the same hookpoint, or every token is excluded.
+        UserError: If a coder does not fit the model, if two write the same hookpoint, or if every token is excluded.
     """
     return Evaluator(subject, start_anywhere)(progress)
 
 
 class Evaluator:
-    """Evaluates a subject as often as it is called, while its coders change.
+    """Evaluates a subject repeatedly, while its coders change.
 
-    What does not depend on them, the means and the ablations, is computed in the first call only.
+    The first call computes what does not depend on the coders: the means and the ablations.
 
     Args:
-        subject: What is evaluated.
+        subject: The coders, model and data.
         start_anywhere: See `evaluate`.
 
     Raises:
-        UserError: If a coder does not fit the model, or two write the same hookpoint.
+        UserError: If a coder does not fit the model, or if two write the same hookpoint.
     """
 
     def __init__(self, subject: Subject, start_anywhere: bool = True) -> None:
@@ -74,17 +75,21 @@ class Evaluator:
         self.hookpoints = [each.name for each in hookpoints_of(sites.values())]
         answering = list(subject.models.items())[: subject.answering]
         self.asked = [Altered(each, self.hookpoints, start_anywhere, prefix) for prefix, each in answering]
-        """Those with a head for the task."""
+        """The models with a head for the task."""
         self._last_use = {part.name: name for name, site in sites.items() for part in site.parts}
         self._skips = [name for name, sae in subject.saes.items() if sae.W_skip is not None]
         self._means: dict[str, Tensor] | None = None
         self._grafts: list[dict[str, GraftSums]] = []
-        """Of the last call, for each model that is asked; "" is all layers together."""
+        """Sums of the last call by coder, for each model in `asked`. "" stands for all coders together."""
         self._done: Callable[[], None] = lambda: None
 
-    @torch.no_grad()  # and not inference mode, in which what is sharded could not be gathered
+    @torch.no_grad()  # not inference mode, in which sharded parameters cannot be gathered
     def __call__(self, progress: Progress = lambda done, of: None) -> Evaluation:
-        """Make both passes over the data, the first one only once in a run."""
+        """Make both passes over the data, the first one only in the first call. Collective.
+
+        Raises:
+            UserError: If every token is excluded.
+        """
         subject = self.subject
         changes = CHANGES[:1] if self._grafts else CHANGES
         grafted = len(changes) * (len(self.names) + 1) + len(self._skips)
@@ -92,11 +97,11 @@ class Evaluator:
         steps, of = iter(range(1, runs * subject.num_batches + 1)), runs * subject.num_batches
         self._done = lambda: progress(next(steps), of)
         if self._means is None:
-            self._means = self._find_means()
-        return self._rest(self._means, changes)
+            self._means = self._first_pass()
+        return self._second_pass(self._means, changes)
 
-    def _find_means(self) -> dict[str, Tensor]:
-        """Compute the mean of what each coder predicts over all counted tokens, float32 `[D_out]`, as on all ranks."""
+    def _first_pass(self) -> dict[str, Tensor]:
+        """Compute the mean of each coder's target over the counted tokens of all ranks, float32 `[D_out]`."""
         subject = self.subject
         sums = {
             name: torch.zeros(site.d_out + 1, dtype=torch.float64, device=subject.device)
@@ -115,17 +120,17 @@ class Evaluator:
         for name, each in sums.items():
             if not each[-1]:
                 raise UserError(
-                    f"{name}: every token is excluded (special tokens, --exclude-tokens, --max-norm-multiple): nothing "
-                    "to evaluate"
+                    f"{name}: every token is excluded, so there is nothing to evaluate. Check --exclude-tokens, "
+                    "--exclude-special-tokens and --max-norm-multiple"
                 )
         return {name: (each[:-1] / each[-1]).float() for name, each in sums.items()}
 
     def _ends(self, name: str, seen: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return a coder's input, `[B, T, D]`, and a transcoder's target, in float32.
+        """Return a coder's input, `[B, T, D]`, and a transcoder's target or None, in float32.
 
         Args:
-            name: The coder's.
-            seen: By hookpoint; what no later coder needs is dropped.
+            name: The coder's name.
+            seen: Activations by hookpoint. Those that no later coder needs are removed.
         """
         site = self.sites[name]
         x = joined([seen[part.name] for part in site.reads])
@@ -135,7 +140,7 @@ class Evaluator:
                 seen.pop(part.name, None)
         return x, y
 
-    def _rest(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
+    def _second_pass(self, means: dict[str, Tensor], changes: Sequence[str]) -> Evaluation:
         subject, device, count = self.subject, self.subject.device, len(self.subject.data)
         widths = {name: [part.width for part in site.writes] for name, site in self.sites.items()}
         recons = {
@@ -143,26 +148,32 @@ class Evaluator:
             for name, sae in subject.saes.items()
         }
         linear = {name: ErrorSums(means[name], widths[name], count) for name in self._skips}
-        # All spliced rows are written again; the others stay.
+        # A later call overwrites all rows of "spliced", and keeps the ablations of the first call.
         grafts = self._grafts or [{name: GraftSums(count, device) for name in (*self.names, "")} for _ in self.asked]
         clean = [AnswerSums(count, device) for _ in self.asked]
         silent = dict(list(subject.models.items())[len(self.asked) :])
         scored_S = torch.zeros(count, dtype=torch.float64, device=device)
         counted_S = torch.zeros_like(scored_S)
+
+        def add_errors(
+            name: str, rows: Tensor, target: Tensor, out: SaeOutput, skip: Tensor | None, counted: Tensor
+        ) -> None:
+            recons[name].add(rows, target, out, counted)
+            if skip is not None:
+                linear[name].add(rows, target, skip, counted)
+
         for numbers, input_ids, counted in subject.batches():
             rows, counted = numbers.to(device), counted.to(device)
             counted_S[rows] = counted.sum(1).double()[: len(rows)]
-            asked = numbers if len(numbers) else numbers.new_zeros(1)
-            question = None if subject.objective is None else subject.objective(input_ids, asked)
-            as_it_is = question is not None and question.input_ids is input_ids
-            if not as_it_is:  # masks are nothing that an SAE was trained on: its reconstruction is of the text
+            known = numbers if len(numbers) else numbers.new_zeros(1)
+            question = None if subject.objective is None else subject.objective(input_ids, known)
+            unmasked = question is not None and question.input_ids is input_ids
+            if not unmasked:  # SAEs were not trained on mask tokens, so measure reconstruction on the unmasked text
                 seen = self._read(subject.models, input_ids.to(device))
                 for name in self.names:
                     (x, y), sae = self._ends(name, seen), subject.sae(name)
-                    target, own = x if y is None else y, counted & sae.counted(x, y)
-                    recons[name].add(rows, target, sae(x), own)
-                    if name in linear:
-                        linear[name].add(rows, target, sae.without_latents(x), own)
+                    skip = sae.without_latents(x) if name in linear else None
+                    add_errors(name, rows, x if y is None else y, sae(x), skip, counted & sae.counted(x, y))
             if question is None:
                 self._done()
                 continue
@@ -173,7 +184,7 @@ class Evaluator:
                 as_is, own_seen = model.clean(inputs)
                 answered.append(as_is)
                 seen |= own_seen
-                del own_seen  # else nothing would be freed before the next batch
+                del own_seen  # otherwise activations would stay in memory until the next batch
                 sums.add(rows, compare_answers(as_is.logits, as_is.logits, targets))
             self._done()
             replacements: dict[str, dict[str, Replace | Predict]] = {change: {} for change in changes}
@@ -184,21 +195,21 @@ class Evaluator:
                 out, own = sae(x), counted & sae.counted(x, y)
                 skip = sae.without_latents(x) if name in linear else None
                 del sae
-                if as_it_is:
-                    recons[name].add(rows, x if y is None else y, out, own)
-                    if skip is not None:
-                        linear[name].add(rows, x if y is None else y, skip, own)
+                if unmasked:
+                    add_errors(name, rows, x if y is None else y, out, skip, own)
                 ways = changes_of(written, out.recon, means[name], skip)
                 for model, as_is, sums_of in zip(self.asked, answered, grafts, strict=True):
-                    there = [hookpoint for hookpoint in written if hookpoint in model.hookpoints]
+                    own_hookpoints = [hookpoint for hookpoint in written if hookpoint in model.hookpoints]
                     for change in (*changes, *([SKIP] if skip is not None else [])):
-                        new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in there}
+                        new = {hookpoint: where(own, ways[hookpoint][change]) for hookpoint in own_hookpoints}
                         changed = model.logits_from(as_is, new, inputs)
                         sums_of[name].answers[change].add(rows, compare_answers(as_is.logits, changed, targets))
                         self._done()
                         if change != SKIP:
                             replacements[change] |= new
-                if len(site.writes) == 1:  # of what it is given, not of x; a crosscoder reads what comes later
+                # Spliced in together, a coder reads what the earlier ones left, not x. A crosscoder cannot: it also
+                # reads later hookpoints.
+                if len(site.writes) == 1:
                     replacements["spliced"][site.writes[0].name] = self._reconstruct(name)
             for model, as_is, sums_of in zip(self.asked, answered, grafts, strict=True):
                 for change, several in replacements.items():
@@ -281,8 +292,8 @@ def _sites(subject: Subject) -> dict[str, Site]:
         for part in site.writes:
             if part.name in writers:
                 raise UserError(
-                    f"{writers[part.name]} and {name} both write {part.name}, and all are to be spliced in together: "
-                    "evaluate each by itself, by the path of its folder"
+                    f"{writers[part.name]} and {name} both write {part.name}, so they cannot be spliced in together: "
+                    "evaluate each by itself, with the path of its folder"
                 )
             writers[part.name] = name
     return sites

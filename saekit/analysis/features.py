@@ -1,4 +1,4 @@
-"""All of a checkpoint's features, over the text that it is evaluated on, and what each makes the model predict."""
+"""Compute a checkpoint's features over a text: firings, contexts, neighbors, and each feature's logit lens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from saekit.analysis.sharing import evened, part_norms, scales_of
 from saekit.analysis.subject import Subject
 
 TOP, SPREAD = 10, 5
-"""Contexts per latent: the strongest, and some of the weaker ones."""
+"""Contexts per latent: the strongest, and a sample of the weaker ones."""
 QUANTILES = (0.1, 0.5, 0.9, 1.0)
 NEIGHBOURS = 8
 LENS_TOKENS = 8
@@ -32,40 +32,40 @@ BINS = 20
 DENSEST = 100
 """The number of densest latents that always have a page."""
 FIRINGS_AT_ONCE = 2**26
-"""Of layers whose codes are read in one pass over the text; about 1 GiB, three times that while they are sorted."""
+"""The most firings that are read in one pass over the text. They take about 1 GiB, and 3 GiB while they are sorted."""
 NOTHING_KNOWN: Mapping[str, Sequence[float]] = {}
 
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One coder: M latents, L of which have a page."""
+    """The features of one coder: M latents, L of which have a page."""
 
     hookpoint: str
     counts_M: np.ndarray
-    """On how many tokens each latent fired, int64."""
+    """int64: the number of tokens on which each latent fired."""
     latents_L: np.ndarray
-    """Their numbers, int64, ascending."""
+    """int64: indices of the latents with a page, ascending."""
     quantiles_L: np.ndarray
-    """float32 `[L, len(QUANTILES)]`: of the activations on the tokens on which a latent fired."""
+    """float32 `[L, len(QUANTILES)]`: quantiles of the activations on the tokens on which a latent fired."""
     histograms: Histograms
-    """Of the same activations, `BINS` bins."""
+    """Histograms of the same activations, with `BINS` bins."""
     contexts: Contexts
     favorites_L: np.ndarray
-    """int64 `[L, FAVORITES]`: ids of the tokens on which it fires most often, -1 where there are no more."""
+    """int64 `[L, FAVORITES]`: ids of the tokens on which a latent fires most often, padded with -1."""
     shares_L: np.ndarray
-    """float32: the share of its firings on each."""
+    """float32: the share of the latent's firings on each of these tokens."""
     neighbours: Neighbours
     lens: Lens | None
-    """None where the model has no head, or where the coder does not write to the residual stream."""
+    """None if the model has no head, or if the coder does not write to the residual stream."""
     no_lens: str | None = None
-    """Why there is none, if the model has a head."""
+    """Why there is no lens, if the model has a head."""
     part_norms_LH: Tensor | None = None
-    """Of a crosscoder: norms of the decoder rows at each of its H hookpoints, on one scale."""
+    """For a crosscoder: norms of the decoder rows at each of its H hookpoints, on one scale."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """All coders of a checkpoint over one text."""
+    """The features of all coders of a checkpoint over one text."""
 
     ids_ST: np.ndarray
     """The text, int64 `[S, T]`."""
@@ -78,12 +78,12 @@ def gather_features(
     progress: Progress = lambda done, of: None,
     scales: Mapping[str, Sequence[float]] = NOTHING_KNOWN,
 ) -> Features:
-    """Return all that `each_layer` gives, together; see there."""
+    """Compute the features of all layers at once. See `each_layer`."""
     return Features(read_text(subject), tuple(each_layer(subject, budget, progress, scales)))
 
 
 def read_text(subject: Subject) -> np.ndarray:
-    """Return the text that features are looked at in, token ids, int64 `[S, T]`."""
+    """Return the text's token ids, int64 `[S, T]`."""
     return subject.data.read(np.arange(len(subject.data))).numpy()
 
 
@@ -93,17 +93,17 @@ def each_layer(
     progress: Progress = lambda done, of: None,
     scales: Mapping[str, Sequence[float]] = NOTHING_KNOWN,
 ) -> Iterator[LayerFeatures]:
-    """Read the codes of every layer over the whole text, and make the features from them, one layer at a time.
+    """Compute the codes of every layer over the whole text, and yield the features of one layer after the other.
 
-    The codes of some layers are in memory together, at most about 3 GiB of them, and the features of one layer, about
-    4 KiB per latent with what is made of them.
+    Codes of several layers are in memory together, at most about 3 GiB, and the features of one layer, at most about
+    4 KiB per latent together with what is made from them.
 
     Args:
-        subject: Coders, model and text; in one process.
-        budget: Latents to look at closely, over all layers, each of which gets the same share; None for all.
-        progress: Told how far it is.
-        scales: Of a crosscoder's hookpoints, by its name, under which its decoder's parts compare (`Sharing`); by
-            default those that make their norms alike.
+        subject: Coders, model and text, in one process.
+        budget: The number of latents with a page, over all layers. Each layer gets the same share. None for all.
+        progress: Called after each batch and each layer.
+        scales: For each crosscoder, by name, the scales under which its hookpoints' decoder parts are compared
+            (`Sharing`). By default those that give the parts the same root mean square norm.
     """
     names, ids_ST = list(subject.saes), read_text(subject)
     groups = list(_groups(subject, names, ids_ST.size))
@@ -126,11 +126,11 @@ def each_layer(
 def read_codes(
     subject: Subject, names: Sequence[str], done: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Codes], Tensor]:
-    """Return the codes of some layers, and the mean output of the model's last block `[D]` over the same tokens.
+    """Compute the codes of some coders, and the mean output of the model's last block, `[D]`, over the same tokens.
 
     Args:
         subject: Coders, model and text.
-        names: Some of the coders.
+        names: The names of these coders.
         done: Called after each batch.
     """
     last, ctx_len = _last_block(subject), subject.data.ctx_len
@@ -163,15 +163,15 @@ def read_codes(
 
 
 def chosen(counts_M: np.ndarray, budget: int, seed: int = 0) -> np.ndarray:
-    """Choose the latents that have a page: all, or the densest and an even sample of the others that fired.
+    """Choose the latents that get a page: all, or the densest and a random sample of the others that fired.
 
     Args:
-        counts_M: How often each fired.
-        budget: How many.
-        seed: Of the sample.
+        counts_M: How often each latent fired.
+        budget: How many to choose.
+        seed: Seed of the sample.
 
     Returns:
-        Their numbers, int64, ascending.
+        Indices of the latents, int64, ascending.
     """
     if len(counts_M) <= budget:
         return np.arange(len(counts_M))
@@ -182,7 +182,7 @@ def chosen(counts_M: np.ndarray, budget: int, seed: int = 0) -> np.ndarray:
 
 
 def _groups(subject: Subject, names: Sequence[str], places: int) -> Iterator[list[str]]:
-    """Layers whose codes fit into memory together."""
+    """Yield groups of layers whose codes fit into memory together."""
     group: list[str] = []
     firings = 0
     for name in names:
@@ -236,7 +236,7 @@ def _features(
 
 
 def _off_stream(subject: Subject, site: Site) -> str | None:
-    """Say why what a coder writes is no part of the residual stream; None if it is."""
+    """Return why a coder does not write to the residual stream, or None if it does."""
     if len(site.writes) > 1:
         return "a crosscoder writes several hookpoints, each with a part of its decoder"
     return off_stream(subject.model, site.writes[0].name)

@@ -1,4 +1,4 @@
-"""Reads a checkpoint for `saekit inspect`: pure functions from its files to numbers, without a language model."""
+"""Read and measure a checkpoint's files for `saekit inspect`, without a language model."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ from saekit.sae.storage import WEIGHTS_FILE as WEIGHTS
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One SAE, transcoder or crosscoder. None stands for what its files do not say."""
+    """The inspection of one SAE, transcoder or crosscoder. None means that its files do not say."""
 
     hookpoint: str
     path: Path
     kind: str
     """"SAE", "transcoder" or "crosscoder"."""
     reads: tuple[str, ...]
-    """Names of hookpoints."""
+    """Names of the hookpoints that it reads."""
     writes: tuple[str, ...]
+    """Names of the hookpoints that it predicts."""
     d_in: int
-    """Width of what it reads."""
+    """The width of its input."""
     d_out: int
-    """Width of what it predicts."""
+    """The width of its prediction."""
     num_latents: int
     k: int | None
     activation: str | None
@@ -56,51 +57,52 @@ class LayerInspection:
     max_norm: float | None
     """The largest norm of counted activations."""
     max_norm_out: float | None
-    """The same for a transcoder's target."""
+    """The largest norm of a counted transcoder's target."""
     fvu: float | None
-    """Fraction of variance unexplained, as last reported while training."""
+    """Fraction of variance unexplained, as last reported in training."""
     trend: tuple[tuple[int, float | None], ...]
-    """Step and FVU of every report up to the checkpoint; empty without the run's `metrics.jsonl`."""
+    """Step and FVU of every report up to the checkpoint. Empty without the run's `metrics.jsonl`."""
     tokens: int | None
-    """Tokens it was trained on."""
+    """The number of tokens that it was trained on."""
     dead_feature_threshold: int | None
-    """Tokens of silence after which a latent is dead."""
+    """A latent is dead if it has not fired in this many tokens."""
     dead: int | None
-    """Latents that fired for none of the last `dead_feature_threshold` tokens."""
+    """The number of dead latents."""
     never_fired: int | None
+    """The number of latents that never fired."""
     density: Density | None
     neighbours: NearestCosines | None
     norms: Norms
     skip_norm: float | None
-    """Frobenius norm of a transcoder's `W_skip`; None without a skip connection."""
+    """The Frobenius norm of a transcoder's `W_skip`. None without a skip connection."""
     sharing: Sharing | None
-    """Of a crosscoder's hookpoints."""
+    """How a crosscoder's hookpoints share latents. None for other coders."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint, or a part of it. None stands for what its files do not say."""
+    """The inspection of a checkpoint or a part of it. None means that its files do not say."""
 
     path: Path
-    """As it was given."""
+    """The path as given."""
     kind: str
     """The kind of `path`: "run", "checkpoint" or "sae"."""
     checkpoint: Path
-    """The checkpoint's folder; for a lone SAE the folder it lies in."""
+    """The checkpoint's folder. For a single SAE, the folder that contains it."""
     model: str | None
     dataset: str | None
     step: int | None
     total_steps: int | None
     tokens: int | None
-    """Tokens trained on."""
+    """The number of tokens trained on."""
     ctx_len: int | None
     """Tokens per sequence."""
     saekit_version: str | None
     layers: tuple[LayerInspection, ...]
     other_model: str | None = None
-    """The second one, if its coders are crosscoders of two."""
+    """The second model, for crosscoders of two models."""
     evaluation: dict[str, Any] | None = None
-    """The results of `saekit eval` for these layers, if there are any: the content of `eval.json`."""
+    """The content of `eval.json` for these layers, if `saekit eval` was run."""
 
 
 def inspect_path(
@@ -110,13 +112,13 @@ def inspect_path(
     *,
     verify: bool = True,
 ) -> Inspection:
-    """Read and measure the SAEs of a run (its newest checkpoint), of a checkpoint, or of one SAE folder.
+    """Read and measure the SAEs of a run (its latest checkpoint), of a checkpoint, or of one SAE folder.
 
     Args:
-        path: The folder; a checkpoint that sparsify wrote will do, too.
-        layer: Only this one: a hookpoint's name, or a layer number.
-        status: Told what is being read, as a line of text: a large SAE takes seconds.
-        verify: Whether the files are compared with the checkpoint's checksums, counters included.
+        path: The folder. It can also be a checkpoint written by sparsify.
+        layer: Inspect only this layer: a hookpoint's name or a layer number.
+        status: Called with a line of text on progress, since a large SAE takes seconds.
+        verify: Whether to compare the files, including counters, with the checkpoint's checksums.
 
     Raises:
         UserError: If there is no SAE or no such layer, or if a file is missing or damaged.
@@ -156,7 +158,7 @@ def inspect_path(
 
 
 def inspection_to_json(inspection: Inspection) -> dict[str, Any]:
-    """Return the same as JSON types: paths as strings, NaN and infinity as None."""
+    """Convert an inspection to JSON types: paths to strings, NaN and infinity to None."""
     data = plain(asdict(inspection))
     for layer in data["layers"]:
         layer |= {name: value for name, value, _ in layer.pop("facts")}
@@ -174,18 +176,21 @@ def _inspect_sae(
     encoder_MD, decoder_MD, b_dec_D, skip = read_weights(folder / WEIGHTS)
     (num_latents, d_in), d_out = encoder_MD.shape, decoder_MD.shape[1]
     if (whole(config, "d_in") or d_in) != d_in:
-        raise UserError(f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: width {d_in}, configured {config['d_in']}")
+        raise UserError(
+            f"{folder / WEIGHTS} does not match {SAE_CONFIG}: the width is {d_in}, but {SAE_CONFIG} says "
+            f"{config['d_in']}"
+        )
     if d_out != (whole(config, "d_out") or d_in) or (skip is not None and skip.shape != (d_out, d_in)):
         raise UserError(
-            f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: it predicts a width of {d_out} from one of {d_in}"
-            f"{'' if skip is None else f' and has a skip connection {list(skip.shape)}'}, configured "
+            f"{folder / WEIGHTS} does not match {SAE_CONFIG}: it predicts a width of {d_out} from one of {d_in}"
+            f"{'' if skip is None else f' and has a skip connection {list(skip.shape)}'}, but {SAE_CONFIG} says "
             f"{whole(config, 'd_out') or d_in} from {d_in}"
         )
     expected = (whole(config, "num_latents") or 0) or (whole(config, "expansion_factor") or 0) * d_in
     if len(decoder_MD) != num_latents or expected not in (0, num_latents):
         raise UserError(
-            f"{folder / WEIGHTS} does not fit {SAE_CONFIG}: encoder of {num_latents:,} latents, decoder of "
-            f"{len(decoder_MD):,}, configured {expected:,}"
+            f"{folder / WEIGHTS} does not match {SAE_CONFIG}: the encoder has {num_latents:,} latents and the decoder "
+            f"{len(decoder_MD):,}, but {SAE_CONFIG} says {expected:,}"
         )
     site = read_site(hookpoint, folder, config, d_in, d_out)
     crossing = site.kind == "crosscoder"
@@ -223,19 +228,19 @@ def _inspect_sae(
 
 
 def _facts(config: dict[str, Any]) -> tuple[tuple[str, float, str], ...]:
-    """Read the selection's numbers; none if no package or plug-in here has the selection."""
+    """Read the selection's numbers. Empty if the selection is not registered."""
     activation = text(config, "activation") or "topk"
     return tuple(SELECTIONS.get(activation).facts(config)) if activation in SELECTIONS else ()
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """Read what training wrote next to the weights; sparsify writes nothing."""
+    """Read the facts that training wrote next to the weights. sparsify writes none."""
     file = folder / ABOUT_FILE
     return read_json(file) if file.exists() else {}
 
 
 def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return tokens since each latent fired, and how often it fired: both `[M]`, int64, None where not recorded."""
+    """Read the tokens since each latent fired, and how often it fired: both `[M]`, int64, or None if not recorded."""
     file = folder / STATE_FILE
     if not file.exists():
         return None, None
@@ -243,14 +248,14 @@ def _counters(folder: Path, num_latents: int) -> tuple[Tensor | None, Tensor | N
     held = read_some_tensors(file, (), optional=names)
     for name, tensor in held.items():
         if tensor.shape != (num_latents,):
-            raise UserError(f"{file} does not fit the weights: {name} is {list(tensor.shape)}, not [{num_latents}]")
+            raise UserError(f"{file} does not match the weights: {name} is {list(tensor.shape)}, not [{num_latents}]")
         if tensor.dtype != torch.int64:
-            raise UserError(f"{file} is damaged: {name} holds {tensor.dtype}, not counts in int64")
+            raise UserError(f"{file} is damaged: {name} is {tensor.dtype}, not int64")
     return held.get(names[0]), held.get(names[1])
 
 
 def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, float | None], ...]]:
-    """FVU by hookpoint from the run's metrics, up to the checkpoint's step."""
+    """Read step and FVU of each report from the run's metrics, by hookpoint, up to the checkpoint's step."""
     file = location.checkpoint.parent / METRICS_FILE
     trends: dict[str, list[tuple[int, float | None]]] = {}
     for record in read_metrics(file) if file.is_file() else ():
@@ -262,7 +267,7 @@ def _trends(location: Location, step: int | None) -> dict[str, tuple[tuple[int, 
 
 
 def _evaluation(location: Location, hookpoints: set[str]) -> dict[str, Any] | None:
-    """Of the checkpoint, or of the lone SAE; only the chosen layers."""
+    """Read the evaluation of the checkpoint, or of a single SAE, for the chosen layers only."""
     folders = [*location.saes.values(), location.checkpoint] if location.kind == "sae" else [location.checkpoint]
     file = next((folder / EVAL_FILE for folder in folders if (folder / EVAL_FILE).is_file()), None)
     if file is None:

@@ -1,4 +1,4 @@
-"""What a latent's decoder row makes the language model predict: the logit lens."""
+"""The logit lens: what a latent's decoder row makes the language model predict."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 2**24
-"""64 MiB of float32."""
+"""Logits that are computed at a time: 64 MiB of float32."""
 
 
 class Lens(NamedTuple):
-    """Of L latents, the N tokens whose logits rise most, and the N whose logits fall most."""
+    """For each of L latents, the N tokens whose logits rise most, and the N whose logits fall most."""
 
     promoted_LN: Tensor
-    """Token ids, int64, the strongest first."""
+    """int64: ids of the tokens whose logits rise, strongest first."""
     rises_LN: Tensor
-    """float32: by how much, relative to the mean over the vocabulary, for an activation of 1."""
+    """float32: the rise per unit of activation, relative to the mean over the vocabulary."""
     suppressed_LN: Tensor
+    """int64: ids of the tokens whose logits fall, strongest first."""
     falls_LN: Tensor
-    """The same for the suppressed tokens; negative."""
+    """float32: the change, which is negative."""
 
 
 @torch.no_grad()
 def logit_lens(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tensor, number: int, ctx_len: int) -> Lens:
-    """Compute how the logits change when a decoder row is added to the residual stream behind the last block.
+    """Compute how the logits change if a decoder row is added to the residual stream after the last block.
 
     The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads a direction of the residual stream
-    through the final norm and the unembedding. Here it is the derivative of the logits along the direction, at the
-    mean output of the last block: for a norm of any kind, a head with more layers (BERT's) or soft-capped logits
-    (Gemma's) alike, whatever the model's architecture.
+    through the final norm and the unembedding. This is the derivative of the logits along the direction, at the mean
+    output of the last block. It works for any architecture: any kind of norm, a head with several layers (BERT), or
+    soft-capped logits (Gemma).
 
     Args:
-        model: With its head.
-        last: Hookpoint of the model's last block.
-        mean_D: That block's mean output.
-        rows_LD: Decoder rows.
+        model: The language model, with its head.
+        last: The hookpoint of the model's last block.
+        mean_D: The mean output of this block, `[D]`.
+        rows_LD: Decoder rows, `[L, D]`.
         number: N.
-        ctx_len: The longest sequence that the model reads.
+        ctx_len: The longest sequence that the model reads, in tokens.
     """
     parts = []
     at_once = max(1, LOGITS_AT_ONCE // text_config_of(model.config).vocab_size)
@@ -58,7 +59,7 @@ def logit_lens(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tenso
 
 
 def _logits_along(model: PreTrainedModel, last: str, mean_D: Tensor, rows_LD: Tensor, ctx_len: int) -> Tensor:
-    """The derivative of the logits, `[L, V]`: one place of made-up sequences for each row, whatever those hold."""
+    """Compute the derivative of the logits, `[L, V]`, with one position of dummy sequences for each row."""
     count, width = rows_LD.shape
     length = min(ctx_len, count)
     sequences = -(-count // length)

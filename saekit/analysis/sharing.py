@@ -1,4 +1,4 @@
-"""Which hookpoints a crosscoder's latents write: decoder norms per hookpoint, on one scale."""
+"""Find which hookpoints a crosscoder's latents write to, from decoder norms per hookpoint on one scale."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from saekit.activations.hookpoints import OTHER
 
 RELATIVE_BINS = 20
-"""Of the histogram of relative decoder norms."""
+"""Bins of the histogram of relative decoder norms."""
 WRITTEN = 0.5
-"""A latent counts as written to a hookpoint if its norm there is at least this part of its largest."""
+"""A latent writes to a hookpoint if its norm there is at least this share of its largest norm."""
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,25 @@ class Part:
     hookpoint: str
     width: int
     scale: float
-    """By which decoder rows are multiplied to be compared over hookpoints."""
+    """The factor on decoder rows that makes them comparable between hookpoints."""
     median: float
-    """Of the rows' norms, scaled."""
+    """The median norm of the scaled rows."""
     own: int
-    """Latents that are written to this hookpoint alone."""
+    """The number of latents that write only to this hookpoint."""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How far a crosscoder's hookpoints share latents."""
+    """How a crosscoder's hookpoints share latents."""
 
     parts: tuple[Part, ...]
     latents: tuple[int, ...]
-    """How many are written to one hookpoint, to two, ... to all; those without a decoder row are left out."""
+    """The number of latents that write to one hookpoint, to two, ... to all. Zero decoder rows are not counted."""
     by_variance: bool
-    """Whether scales are those of training, under which all hookpoints have the same variance; if the files do not say
-    them, each hookpoint's norms are relative to their root mean square."""
+    """Whether the scales are those of training, under which all hookpoints have the same variance. If the files do not
+    have these, each hookpoint's norms are relative to their root mean square."""
     relative: tuple[int, ...] | None = None
-    """Of a crosscoder of two models: how many latents have which relative decoder norm (`relative_norms`), in
+    """For a crosscoder of two models: a histogram of latents by relative decoder norm (`relative_norms`), in
     `RELATIVE_BINS` bins from 0 to 1."""
 
 
@@ -50,8 +50,8 @@ def scales_of(decoder_MD: Tensor, widths: Sequence[int], scale_D: Tensor | None)
 
     Args:
         decoder_MD: `[M, D]`.
-        widths: Of the hookpoints, in the order of the columns.
-        scale_D: `[D]`, from the training's state; None if that is not there.
+        widths: The hookpoints' widths, in the order of the columns.
+        scale_D: `[D]`, from the training's state. None if it is missing.
     """
     if scale_D is not None:
         return [part[0].item() for part in scale_D.split(list(widths))]
@@ -60,13 +60,13 @@ def scales_of(decoder_MD: Tensor, widths: Sequence[int], scale_D: Tensor | None)
 
 
 def part_norms(decoder_MD: Tensor, widths: Sequence[int], scales: Sequence[float]) -> Tensor:
-    """Return the norms of decoder rows per hookpoint, scaled: `[M, H]`."""
+    """Compute the scaled norms of decoder rows at each of H hookpoints, `[M, H]`."""
     parts = zip(decoder_MD.split(list(widths), 1), scales, strict=True)
     return torch.stack([part.norm(dim=1) * scale for part, scale in parts], 1)
 
 
 def evened(decoder_MD: Tensor, widths: Sequence[int], scales: Sequence[float]) -> Tensor:
-    """Return decoder rows with each hookpoint's part scaled, `[M, D]`; as they are for a single one."""
+    """Return decoder rows with each hookpoint's part scaled, `[M, D]`. Rows of a single hookpoint are not changed."""
     if len(widths) < 2:
         return decoder_MD
     parts = zip(decoder_MD.split(list(widths), 1), scales, strict=True)
@@ -74,25 +74,25 @@ def evened(decoder_MD: Tensor, widths: Sequence[int], scales: Sequence[float]) -
 
 
 def relative_norms(norms_M2: Tensor) -> Tensor:
-    """Return how far latents are the second model's own: `r = ‖d_other‖ / (‖d_first‖ + ‖d_other‖)`, `[L]`.
+    """Compute the relative decoder norms of latents, `r = ‖d_other‖ / (‖d_first‖ + ‖d_other‖)`, `[L]`.
 
-    It is 0 where a latent is written to the first model alone, 0.5 where both have the same of it, 1 where it is
-    written to the second alone (Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing").
-    Latents without a decoder row are left out.
+    0 means that a latent writes only to the first model, 0.5 to both equally, and 1 only to the second (Lindsey et al.
+    2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing"). Latents with a zero decoder row are left
+    out.
 
     Args:
-        norms_M2: From `part_norms`, of a crosscoder of two models.
+        norms_M2: `[M, 2]`, from `part_norms` for a crosscoder of two models.
     """
     total_M = norms_M2.sum(1)
     return norms_M2[total_M > 0, 1] / total_M[total_M > 0]
 
 
 def sharing(decoder_MD: Tensor, widths: Mapping[str, int], scale_D: Tensor | None) -> Sharing:
-    """Count which hookpoints latents are written to.
+    """Count which hookpoints latents write to.
 
     Args:
         decoder_MD: `[M, D]`, float32.
-        widths: By hookpoint, in the order of the columns.
+        widths: The width of each hookpoint, in the order of the columns.
         scale_D: See `scales_of`.
     """
     scales = scales_of(decoder_MD, list(widths.values()), scale_D)
@@ -115,7 +115,7 @@ def sharing(decoder_MD: Tensor, widths: Mapping[str, int], scale_D: Tensor | Non
 
 
 def compared(decoder_MD: Tensor, parts: Sharing | None) -> Tensor:
-    """Return decoder rows as they are compared, `[M, D]`: a crosscoder's with each hookpoint on the same scale."""
+    """Return decoder rows for comparison, `[M, D]`: a crosscoder's with all hookpoints on the same scale."""
     if parts is None:
         return decoder_MD
     return evened(decoder_MD, [part.width for part in parts.parts], [part.scale for part in parts.parts])

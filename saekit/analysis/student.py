@@ -1,4 +1,4 @@
-"""The quantile of Student's t distribution on which 95% intervals rest.
+"""The quantile of Student's t distribution for 95% confidence intervals.
 
 Sources: Abramowitz & Stegun 1964, "Handbook of Mathematical Functions", formulas 26.7.3, 26.7.4 and 26.7.5.
 """
@@ -9,17 +9,17 @@ import math
 from functools import cache
 
 Z = 1.959963984540054
-"""The same quantile of the normal distribution, which t has with infinitely many degrees of freedom."""
+"""The same quantile of the normal distribution, the limit for infinitely many degrees of freedom."""
 EXACT_UP_TO = 200
-"""Degrees of freedom from which the expansion is closer than 1e-10."""
+"""Degrees of freedom above which the expansion's error is below 1e-10."""
 
 
 @cache
 def standard_errors(freedom: int) -> float:
-    """Return how many standard errors lie on each side of a mean in its 95% interval: the quantile 0.975 of t.
+    """Return the half width of a mean's 95% interval in standard errors: the 0.975 quantile of t.
 
     Args:
-        freedom: ν, the degrees of freedom, at least 1: one less than there are values.
+        freedom: ν, the degrees of freedom: the number of values minus one, at least 1.
     """
     if freedom > EXACT_UP_TO:
         return _expansion(freedom)
@@ -31,7 +31,7 @@ def standard_errors(freedom: int) -> float:
 
 
 def _within(theta: float, freedom: int) -> float:
-    """P(|t| < √ν tan θ), by the finite sums 26.7.3 (ν odd) and 26.7.4 (ν even)."""
+    """Compute P(|t| < √ν tan θ) by the finite sums 26.7.3 (ν odd) and 26.7.4 (ν even)."""
     cosine, sine = math.cos(theta), math.sin(theta)
     odd = freedom % 2
     term, total = cosine**odd, 0.0
@@ -42,7 +42,7 @@ def _within(theta: float, freedom: int) -> float:
 
 
 def _expansion(freedom: int) -> float:
-    """The first terms of the quantile's series in 1/ν, 26.7.5."""
+    """Sum the first terms of the quantile's series in 1/ν, 26.7.5."""
     z = Z
     terms = (
         (z**3 + z) / 4,

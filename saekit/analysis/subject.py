@@ -1,4 +1,4 @@
-"""The subject of an evaluation: coders, model and data, the model's task, and how far its answers change."""
+"""The subject of an evaluation: coders, model and data, the model's task, and the comparison of its answers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Total = Callable[[Tensor], Tensor]
-"""A tensor summed over all ranks; each has filled in the rows of its own sequences and left the others zero."""
+"""Sums a tensor over all ranks. Each rank has filled in the rows of its own sequences and left the others zero."""
 
 IGNORED = -100
-"""The target of a position that is not scored, as torch's cross-entropy has it."""
+"""The target of a position that is not scored, as in torch's cross-entropy."""
 MASKED_SHARE = 0.15
-"""Of an encoder's tokens; Devlin et al. 2019 (BERT, arXiv 1810.04805, section 3.1) train with as many."""
-NO_HEAD = "the model's checkpoint has no language modelling head"
-"""Why there is no objective, for many encoders."""
+"""The share of an encoder's tokens to mask, as in training BERT (Devlin et al. 2019, arXiv 1810.04805, section 3.1)."""
+NO_HEAD = "the model's checkpoint has no language modeling head"
+"""Why many encoders have no objective."""
 BLOCK = {"cpu": 2**20, "cuda": 2**26}
-"""Logits that are turned to float32 at a time: on a CPU so few that they stay in the cache."""
+"""Logits that are converted to float32 at a time. On a CPU they should stay in the cache."""
 
 
 class ScoredInput(NamedTuple):
@@ -41,36 +41,37 @@ class ScoredInput(NamedTuple):
     input_ids: Tensor
     """int64 `[B, T]`."""
     targets: Tensor
-    """int64 `[B, T]`: the token that the logits of each position should give, `IGNORED` where none is scored."""
+    """int64 `[B, T]`: the token that the logits at each position should predict, or `IGNORED`."""
 
 
 class Objective(Protocol):
-    """From sequences to questions."""
+    """Turns sequences into inputs with targets: the task of a language model."""
 
     def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-        """Return the question of each sequence.
+        """Return the input and the targets for each sequence.
 
         Args:
             input_ids: int64 `[B, T]`, on the CPU.
-            numbers: int64 `[B]`: which sequences of the evaluation they are.
+            numbers: int64 `[B]`: the sequences' numbers in the evaluation.
         """
 
 
 def next_token(input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-    """Predict every token from those before it. Implements `Objective`."""
+    """Ask for every token from those before it. Implements `Objective`."""
     targets = torch.full_like(input_ids, IGNORED)
     targets[:, :-1] = input_ids[:, 1:]
     return ScoredInput(input_ids, targets)
 
 
 class MaskedToken:
-    """Some tokens are masked and predicted from all others. Implements `Objective`.
+    """Masks some tokens and asks for them from all others. Implements `Objective`.
 
-    Which ones depends on the sequence's number alone. All are masked, where training leaves or changes a fifth.
+    The choice depends only on the sequence's number. All chosen tokens are masked. BERT's training leaves or replaces a
+    fifth of them instead.
 
     Args:
-        mask_id: The mask's token.
-        excluded: Ids that are never masked: special tokens, and others that train no SAE.
+        mask_id: The id of the mask token.
+        excluded: Ids that are never masked: those of excluded tokens.
     """
 
     def __init__(self, mask_id: int, excluded: Tensor) -> None:
@@ -78,7 +79,7 @@ class MaskedToken:
         self.excluded = excluded
 
     def __call__(self, input_ids: Tensor, numbers: Tensor) -> ScoredInput:
-        """Mask some tokens of each sequence, and ask for those."""
+        """Mask some tokens of each sequence, and make them the targets."""
         draws = [
             torch.rand(input_ids.shape[1], generator=torch.Generator().manual_seed(number))
             for number in numbers.tolist()
@@ -90,13 +91,13 @@ class MaskedToken:
 def choose_objective(
     predicts: str | None, mask_id: int | None, excluded: Tensor, no_head: str
 ) -> tuple[Objective | None, str]:
-    """Choose a model's task, and a name for it: or why there is none.
+    """Choose a model's task. Return it with its name, or None with the reason why there is none.
 
     Args:
         predicts: "next token", "masked token", or None for a model without a head.
-        mask_id: The mask's token, if the tokenizer has one.
+        mask_id: The id of the mask token, if the tokenizer has one.
         excluded: Ids that are never masked.
-        no_head: Why there is no head, where there is none.
+        no_head: The reason to give if there is no head.
     """
     if predicts is None:
         return None, f"none: {no_head}"
@@ -108,22 +109,22 @@ def choose_objective(
 
 
 class Answer(NamedTuple):
-    """Per sequence, summed over its scored positions, float64 `[B]`."""
+    """Scores of each sequence, summed over its scored positions: float64 `[B]`."""
 
     ce: Tensor
     """Cross-entropy with the true token, in nats."""
     kl: Tensor
     """KL(clean ‖ changed) of the predicted distributions, in nats."""
     agree: Tensor
-    """Positions at which both models think the same token most likely."""
+    """The number of positions at which both models predict the same token as most likely."""
 
 
 def compare_answers(clean: Tensor, changed: Tensor, targets: Tensor) -> Answer:
-    """Score a changed model's logits against the truth and against the clean model's.
+    """Compare a changed model's logits with the targets and with the clean model's logits.
 
     Args:
-        clean: Logits `[B, T, V]` of the model as it is, in any float type.
-        changed: Logits of the same model with something in place of its activations.
+        clean: Logits `[B, T, V]` of the clean model, in any float type.
+        changed: Logits `[B, T, V]` of the same model with replaced activations.
         targets: int64 `[B, T]`.
     """
     rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
@@ -154,10 +155,10 @@ class Subject:
 
     model: PreTrainedModel
     saes: Mapping[str, Sae]
-    """By name, on the model's device; if `whole` is given, only their sizes are read."""
+    """The coders by name, on the model's device. If `whole` is given, only their sizes are used."""
     data: Sequences
     excluded: Tensor
-    """int64: ids of excluded tokens. They keep their true activations, as do those that `Sae.max_norm` excludes."""
+    """int64: ids of excluded tokens. They keep their true activations, as do tokens excluded by `Sae.max_norm`."""
     objective: Objective | None
     """None for a model without a head."""
     objective_name: str
@@ -166,46 +167,46 @@ class Subject:
     world_size: int = 1
     total: Total = _alone
     whole: Callable[[str], Sae] | None = None
-    """Gives an SAE for one use, if no rank holds them all. All ranks ask for the same ones in the same order."""
+    """Returns a coder for one use, if no rank holds them all. All ranks must call it with the same names in order."""
     other: PreTrainedModel | None = None
-    """The second model, if the coders are crosscoders of two."""
+    """The second model, for crosscoders of two models."""
     other_name: str | None = None
 
     @property
     def device(self) -> torch.device:
-        """Return where everything is computed."""
+        """Return the model's device, on which everything is computed."""
         return self.model.device
 
     @property
     def models(self) -> Models:
-        """Return the model, or both."""
+        """Return the model, or both models."""
         return models_of(self.model, self.other)
 
     @property
     def answering(self) -> int:
-        """Return how many of the models have a head for the task, the first of two first."""
+        """Return how many of the models have a head for the task. If only one has, it is the first."""
         if self.objective is None:
             return 0
         return 1 if self.other is None or predicts(self.other) != self.objective_name else 2
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """Return what each coder reads and writes.
+        """Return the site of each coder, by name.
 
         Raises:
-            ValueError: If the files of a transcoder do not say it.
+            ValueError: If a transcoder's files do not say what it reads.
         """
         return {name: site_of(name, sae) for name, sae in self.saes.items()}
 
     def sae(self, hookpoint: str) -> Sae:
-        """One of them, to be used and forgotten."""
+        """Return a coder for one use. Do not keep it."""
         return self.saes[hookpoint] if self.whole is None else self.whole(hookpoint)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Give this rank's sequence numbers `[B]`, their token ids `[B, T]` on the CPU, and which are counted `[B, T]`.
+        """Yield this rank's sequence numbers `[B]`, token ids `[B, T]` on the CPU, and counted tokens, bool `[B, T]`.
 
-        All ranks have the same number of batches, so that they make the same calls. A rank with fewer sequences gets
-        batches of one sequence without a number, in which no token is counted.
+        All ranks get the same number of batches, so that they make the same collective calls. A rank with fewer
+        sequences gets padding batches at the end: one sequence without a number, in which no token is counted.
         """
         mine = np.arange(self.rank, len(self.data), self.world_size)
         for start in range(0, self.num_batches * self.batch_size, self.batch_size):
@@ -216,12 +217,12 @@ class Subject:
 
     @property
     def num_batches(self) -> int:
-        """Return the number of batches of each rank: as many as the first rank's share makes."""
+        """Return the number of batches on each rank, which is that of the first rank's share."""
         return -(-len(range(0, len(self.data), self.world_size)) // self.batch_size)
 
 
 def misplaced(subject: Subject) -> tuple[str, ...]:
-    """Say which coders were trained on another model, or elsewhere in this one, where that is known."""
+    """Return a sentence for each coder that is known to be trained on another model or hookpoint."""
     said = []
     for name, sae in subject.saes.items():
         known = sae.trained_on
@@ -231,14 +232,14 @@ def misplaced(subject: Subject) -> tuple[str, ...]:
     known_all = [sae.trained_on for sae in subject.saes.values() if sae.trained_on is not None]
     others = dict.fromkeys(known.model for known in known_all if not known.is_of(name, type(subject.model).__name__))
     what = common(site.kind for site in subject.sites.values())
-    said += [f"the {what}s were trained on {other}, and this model is {name}" for other in others]
+    said += [f"the {what}s were trained on {other}, but this model is {name}" for other in others]
     if subject.other is not None:
         name, kind = str(subject.other_name), type(subject.other).__name__
         seconds = dict.fromkeys(known.other for known in known_all if not known.is_of_other(name, kind))
-        said += [f"the {what}s were trained on {other} as the second model, and it is {name}" for other in seconds]
+        said += [f"the {what}s were trained on {other} as the second model, but it is {name}" for other in seconds]
     return tuple(said)
 
 
 def of_kinds(kinds: Sequence[str]) -> str:
-    """Count coders of these kinds, in words: 3 SAEs, 1 crosscoder."""
+    """Format the number of coders of these kinds: `3 SAEs`, `1 crosscoder`."""
     return plural(len(kinds), common(kinds))

@@ -1,4 +1,4 @@
-"""Sums of an evaluation, sequence by sequence, from which its results are made."""
+"""Sums of an evaluation per sequence, from which its results are computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saekit.sae import SaeOutput
 
 
 class Fidelity(NamedTuple):
-    """How well something is predicted; see `Reconstruction`."""
+    """The quality of a prediction. See `Reconstruction`."""
 
     fvu: Estimate
     explained_variance: Estimate
@@ -23,12 +23,12 @@ class Fidelity(NamedTuple):
 
 
 class ErrorSums:
-    """Of one prediction; float64, one row per sequence, and a column for each of its H hookpoints.
+    """Sums of one prediction's errors: float64, a row per sequence and a column for each of H hookpoints.
 
     Args:
-        mean_D: The mean of the target over all tokens.
-        widths: How wide each hookpoint is.
-        sequences: How many there are, on all ranks (S).
+        mean_D: The target's mean over all tokens.
+        widths: The width of each hookpoint.
+        sequences: S, the number of sequences on all ranks.
     """
 
     def __init__(self, mean_D: Tensor, widths: Sequence[int], sequences: int) -> None:
@@ -45,12 +45,12 @@ class ErrorSums:
         }
 
     def add(self, rows: Tensor, x: Tensor, recon: Tensor, counted: Tensor) -> None:
-        """A batch.
+        """Add a batch.
 
         Args:
-            rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
-            x: Activations `[B, T, D]`, float32.
-            recon: What was predicted.
+            rows: Numbers of its sequences, int64 `[B]`. Empty for a padding batch.
+            x: The target, `[B, T, D]`, float32.
+            recon: The prediction, of the same shape.
             counted: Which tokens are counted, bool `[B, T]`.
         """
         error = (x - recon) * counted[..., None]
@@ -72,9 +72,9 @@ class ErrorSums:
         return torch.stack([part.square().sum((1, 2), dtype=torch.float64) for part in parts], 1)
 
     def result(self, total: Total) -> tuple[Tensor, Fidelity, tuple[Fidelity, ...]]:
-        """Return the tokens of each sequence, how well all is predicted, and each hookpoint; alike on all ranks.
+        """Compute each sequence's number of tokens, the total quality, and that of each of several hookpoints.
 
-        Collective.
+        The result is the same on all ranks. Collective.
         """
         sums = {name: total(value) for name, value in self.sums.items()}
         tokens_S, error_SH, deviation_SH = sums["tokens"], sums["error"], sums["deviation"]
@@ -92,24 +92,24 @@ class ErrorSums:
         each = torch.eye(len(self.widths), dtype=torch.float64, device=tokens_S.device)
         if len(self.widths) == 1:
             return tokens_S, fidelity(each[0]), ()
-        # Each hookpoint by its own variance.
+        # Scale each hookpoint by its own variance.
         return tokens_S, fidelity(1 / deviation_SH.sum(0)), tuple(map(fidelity, each))
 
 
 def _scattered(bias_SD: Tensor, error_S: Tensor, tokens_S: Tensor) -> Tensor:
-    """Return the squared errors without the mean error, summed over each sequence's tokens."""
+    """Compute the squared deviations of the error from its mean over all tokens, summed over each sequence's tokens."""
     bias_D = bias_SD.sum(0) / tokens_S.sum()
     return error_S - 2 * bias_SD @ bias_D + tokens_S * bias_D.square().sum()
 
 
 class ReconstructionSums:
-    """Of one coder; float64, one row per sequence.
+    """Sums of one coder's reconstruction: errors, L0 and firings, with a row per sequence.
 
     Args:
-        mean_D: The mean over all tokens of what it predicts.
+        mean_D: The target's mean over all tokens.
         widths: See `ErrorSums`.
-        num_latents: Of the coder.
-        sequences: How many there are, on all ranks (S).
+        num_latents: M.
+        sequences: S, the number of sequences on all ranks.
     """
 
     def __init__(self, mean_D: Tensor, widths: Sequence[int], num_latents: int, sequences: int) -> None:
@@ -118,12 +118,12 @@ class ReconstructionSums:
         self.fired_M = torch.zeros(num_latents, dtype=torch.int64, device=mean_D.device)
 
     def add(self, rows: Tensor, x: Tensor, out: SaeOutput, counted: Tensor) -> None:
-        """A batch.
+        """Add a batch.
 
         Args:
-            rows: Numbers of its sequences, int64 `[B]`; none of a batch that only keeps pace.
+            rows: Numbers of its sequences, int64 `[B]`. Empty for a padding batch.
             x: The target, `[B, T, D]`, float32.
-            out: What the coder made of its input.
+            out: The coder's output.
             counted: Which tokens are counted, bool `[B, T]`.
         """
         self.errors.add(rows, x, out.recon, counted)
@@ -132,7 +132,7 @@ class ReconstructionSums:
         self.fired_M += torch.bincount(out.indices[fired], minlength=len(self.fired_M))
 
     def result(self, total: Total) -> tuple[Reconstruction, tuple[Fidelity, ...]]:
-        """Return the numbers, and those of each of several hookpoints, the same on all ranks. Collective."""
+        """Compute the results, and those of each of several hookpoints, the same on all ranks. Collective."""
         tokens_S, whole, parts = self.errors.result(total)
         fired_M, tokens = total(self.fired_M), int(tokens_S.sum())
         found = Reconstruction(
@@ -147,41 +147,41 @@ class ReconstructionSums:
 
 
 class AnswerSums:
-    """Of one model, clean or changed; float64 `[S]` each."""
+    """Sums of one model's answers, clean or changed: float64 `[S]` each."""
 
     def __init__(self, sequences: int, device: torch.device) -> None:
         self.sums = Answer(*(torch.zeros(sequences, dtype=torch.float64, device=device) for _ in Answer._fields))
 
     def add(self, rows: Tensor, answer: Answer) -> None:
-        """A batch; `rows` are its sequences' numbers, none of a batch that only keeps pace."""
+        """Add a batch. `rows` are the numbers of its sequences, empty for a padding batch."""
         for sums_S, value in zip(self.sums, answer, strict=True):
             sums_S[rows] = value[: len(rows)]
 
     def total(self, total: Total) -> Answer:
-        """Over all ranks. Collective."""
+        """Sum over all ranks. Collective."""
         return Answer(*map(total, self.sums))
 
 
 CHANGES = ("spliced", "mean-ablated", "zero-ablated")
 """The replacements of a layer's activations: its reconstruction, its mean, zeros."""
 SKIP = "skip connection"
-"""A further one, of a transcoder: its prediction without its latents."""
+"""One more replacement, for a transcoder with a skip connection: its prediction without its latents."""
 
 
 class GraftSums:
-    """Of one layer, or of all together."""
+    """Sums of the changed model's answers, for one layer or for all together."""
 
     def __init__(self, sequences: int, device: torch.device) -> None:
         self.answers = {change: AnswerSums(sequences, device) for change in (*CHANGES, SKIP)}
 
     def result(self, clean_S: Tensor, scored_S: Tensor, total: Total, spliced_in: str = CHANGES[0]) -> Grafted:
-        """Return the numbers, the same on all ranks. Collective.
+        """Compute the results, the same on all ranks. Collective.
 
         Args:
             clean_S: The clean model's cross-entropy, summed over each sequence's scored tokens, of all ranks.
-            scored_S: How many those are.
-            total: Over all ranks.
-            spliced_in: What was, instead of the reconstruction.
+            scored_S: The number of scored tokens of each sequence.
+            total: Sums a tensor over all ranks.
+            spliced_in: The replacement to compare with the ablations. By default the reconstruction.
         """
         spliced, mean, zero = (self.answers[change].total(total) for change in (spliced_in, *CHANGES[1:]))
 

@@ -1,6 +1,6 @@
-"""Text to token ids to batches.
+"""Turn text into token ids, and token ids into batches.
 
-Internal: may change in any release; the API is what `saekit` names.
+Internal: may change in any release. The API is the names in `saekit`.
 """
 
 from saekit.data.batches import Sequences, StepBatches, numbers_read, read_ahead, sequences

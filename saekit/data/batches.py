@@ -1,4 +1,4 @@
-"""The batch of optimizer step *s*, as a function of *s*, the seed and the global batch size alone; read ahead."""
+"""The batch of optimizer step *s*, which depends only on *s*, the seed and the global batch size, and reading ahead."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from saekit.config import TrainConfig
 
 
-TOKENIZED = "one datasets.Dataset with a column input_ids, such as saekit.chunk_and_tokenize makes"
+TOKENIZED = "a datasets.Dataset with a column input_ids, such as saekit.chunk_and_tokenize returns"
 
 
 class Sequences(Protocol):
-    """Token sequences of one length, by number."""
+    """Token sequences of one length, numbered from 0."""
 
     ctx_len: int
     """Tokens per sequence."""
@@ -33,11 +33,11 @@ class Sequences(Protocol):
         """Return the number of sequences."""
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """Token ids `[len(numbers), ctx_len]`, int64, on the CPU."""
+        """Return token ids `[len(numbers), ctx_len]`, int64, on the CPU."""
 
 
 class DatasetSequences:
-    """Rows of a data set with a column `input_ids` of one length."""
+    """Rows of a data set whose column `input_ids` has one length. Implements `Sequences`."""
 
     def __init__(self, data: Dataset, ctx_len: int) -> None:
         self.data = data.select_columns(["input_ids"]).with_format("numpy")
@@ -54,11 +54,11 @@ class DatasetSequences:
         return torch.from_numpy(rows.astype(np.int64))
 
     def first_foreign(self, vocabulary: int, numbers: np.ndarray) -> Foreign | None:
-        """Find the first token id, in the data set's order, that a vocabulary of this size does not have.
+        """Find the first token id, in the data set's order, that is not in a vocabulary of this size.
 
         Args:
-            vocabulary: Number of tokens that the language model knows.
-            numbers: The sequences to look at, ascending.
+            vocabulary: Number of tokens in the language model's vocabulary.
+            numbers: The sequences to check, ascending.
         """
         import pyarrow.compute as pc
 
@@ -79,7 +79,7 @@ class DatasetSequences:
 
 
 class Chosen:
-    """Some of other sequences, in an order of their own. Implements `Sequences`."""
+    """A selection of other sequences, in a given order. Implements `Sequences`."""
 
     def __init__(self, whole: Sequences, numbers: np.ndarray) -> None:
         self.whole = whole
@@ -95,36 +95,37 @@ class Chosen:
 
 
 def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
-    """Make `Sequences` of a tokenized data set; rows of other lengths than `ctx_len` are joined and cut again.
+    """Make `Sequences` of a tokenized data set. If rows differ from `ctx_len` in length, join and cut them again.
 
     Args:
-        data: A `datasets.Dataset` with a column `input_ids`, or `Sequences` already.
-        ctx_len: Tokens per sequence; by default the length of the first row.
+        data: A `datasets.Dataset` with a column `input_ids`, or `Sequences`, which are returned unchanged.
+        ctx_len: Tokens per sequence. By default the length of the first row.
 
     Raises:
-        UserError: If there is no such column, it holds something else, or there is less than one sequence.
+        UserError: If there is no such column, if it does not contain lists of token ids, if rows are padded, or if
+            there is less than one sequence.
     """
     if not hasattr(data, "column_names"):
         if not hasattr(data, "ctx_len") or not hasattr(data, "read"):
-            raise UserError(f"the data set is a {type(data).__name__}, not {TOKENIZED}")
+            raise UserError(f"the data set is a {type(data).__name__}: pass {TOKENIZED}")
         return data
     if not isinstance(data.column_names, list) or not hasattr(data, "__len__"):
-        raise UserError(f"the data set is a {type(data).__name__}, not {TOKENIZED}")
+        raise UserError(f"the data set is a {type(data).__name__}: pass {TOKENIZED}")
     if "input_ids" not in data.column_names:
         raise UserError(
-            f"the data set is not tokenized: it has no column input_ids but {', '.join(data.column_names)}; "
-            "saekit.chunk_and_tokenize makes one"
+            f"the data set is not tokenized: it has the columns {', '.join(data.column_names)}, but no input_ids. "
+            "Tokenize it with saekit.chunk_and_tokenize"
         )
     if len(data) == 0:
-        raise UserError("the data set is empty")
+        raise UserError("the data set is empty: it has no row")
     column = data.features["input_ids"]
     kind = getattr(getattr(column, "feature", column), "dtype", "lists of lists")
     if not hasattr(column, "feature") or "int" not in kind:
-        raise UserError(f"the column input_ids holds {kind}, not lists of token ids")
+        raise UserError(f"the column input_ids contains {kind}, not lists of token ids")
     if "attention_mask" in data.column_names and _has_padding(data):
         raise UserError(
-            "the data set has padded rows (zeros in attention_mask): give rows without padding; they may differ in "
-            "length, and are joined and cut"
+            "the data set has padded rows (zeros in attention_mask): pass rows without padding. They may differ in "
+            "length, since saekit joins and cuts them"
         )
     from saekit.data.pack import pack
 
@@ -133,7 +134,7 @@ def sequences(data: Any, ctx_len: int | None = None) -> Sequences:
 
 
 def _all_of_length(data: Dataset, length: int) -> bool:
-    """Tell whether every row has `length` tokens, by Arrow's offsets, not by the tokens."""
+    """Return whether every row has `length` tokens. Reads Arrow's offsets, not the tokens."""
     import pyarrow.compute as pc
 
     for batch in data.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=10_000):
@@ -144,7 +145,7 @@ def _all_of_length(data: Dataset, length: int) -> bool:
 
 
 def _has_padding(data: Dataset) -> bool:
-    """Tell whether any token is masked out."""
+    """Return whether the attention mask of any token is zero."""
     import pyarrow.compute as pc
 
     for batch in data.with_format("arrow").select_columns(["attention_mask"]).iter(batch_size=10_000):
@@ -154,13 +155,13 @@ def _has_padding(data: Dataset) -> bool:
 
 
 class StepBatches:
-    """Cuts a seeded order of all sequences into optimizer steps, and a step into ranks and micro-batches.
+    """Splits a seeded order of all sequences into optimizer steps, and each step into ranks and micro-batches.
 
     Args:
         data: The sequences.
         global_batch: Sequences per optimizer step over all ranks.
-        seed: Seed of the order; None keeps the data set's own.
-        max_tokens: Stop after this many tokens, excluded ones included.
+        seed: Seed of the order. None keeps the data set's order.
+        max_tokens: Stop after this many tokens, including excluded ones.
 
     Raises:
         UserError: If there is less than one global batch.
@@ -174,7 +175,7 @@ class StepBatches:
             limit = "" if max_tokens is None else f" (--max-tokens {max_tokens})"
             raise UserError(
                 f"there are {count} sequences of {data.ctx_len} tokens{limit}, fewer than one optimizer step of "
-                f"{global_batch}: give more text, or a smaller --batch-size, --grad-acc-steps or --ctx-len"
+                f"{global_batch}: use more text, or a smaller --batch-size, --grad-acc-steps or --ctx-len"
             )
         self.data = data
         self.global_batch = global_batch
@@ -188,7 +189,7 @@ class StepBatches:
 
     @property
     def num_steps(self) -> int:
-        """Return the number of optimizer steps in a run; the last may have fewer sequences than the others."""
+        """Return the number of optimizer steps in a run. The last step may have fewer sequences than the others."""
         return -(-len(self.order) // self.global_batch)
 
     def checksum(self, step: int) -> str:
@@ -197,15 +198,15 @@ class StepBatches:
         return xxhash.xxh3_128_hexdigest(self.data.read(numbers).numpy().tobytes())
 
     def step(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[Tensor]:
-        """Yield this rank's micro-batches of token ids `[B, T]` of optimizer step `step`, which counts from 0."""
+        """Yield this rank's micro-batches of token ids `[B, T]` of optimizer step `step`, counted from 0."""
         for places in self.shares(step, rank, world_size, micro_batches):
             yield self.data.read(self.order[places.start : places.stop])
 
     def shares(self, step: int, rank: int, world_size: int, micro_batches: int) -> Iterator[range]:
-        """Yield which places in the run's order this rank's micro-batches of a step have.
+        """Yield the positions of this rank's micro-batches of a step in the run's order.
 
-        The step's sequences are dealt out in equal contiguous slices, first to micro-batches, then to ranks, so their
-        union does not depend on either number; in the last step of a run slices can be short or empty.
+        The step's sequences are split into equal contiguous slices, first over micro-batches, then over ranks, so their
+        union does not depend on either number. In a run's last step, slices can be short or empty.
         """
         size = self.global_batch // (world_size * micro_batches)
         for micro in range(micro_batches):
@@ -214,20 +215,20 @@ class StepBatches:
 
 
 def numbers_read(cfg: TrainConfig, data: Sequences) -> np.ndarray:
-    """Return the numbers of the sequences that a run reads, in its order; none twice."""
+    """Return the numbers of the sequences that a run reads, in its order, without repeats."""
     return StepBatches(data, 1, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens).order
 
 
 def read_ahead(read: Callable[[int], list[Tensor]], start: int, stop: int) -> Generator[tuple[int, list[Tensor]]]:
-    """Yield each step's number, from `start` up to but not including `stop`, with its batches; a thread reads ahead.
+    """Yield the number and the batches of each step, from `start` to `stop - 1`, while a thread reads one step ahead.
 
-    What a step reads depends on its number alone, so reading early changes nothing. An error in `read` is raised when
-    its step comes. Close the iterator (or use it up) to end its thread.
+    A step's batches depend only on its number, so reading them early changes nothing. An error in `read` is raised when
+    its step is reached. Close or exhaust the iterator to end its thread.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokens") as worker:
         coming = worker.submit(read, start) if start < stop else None
         for step in range(start, stop):
-            assert coming is not None, "submitted in the round before"
+            assert coming is not None, "submitted in the previous iteration"
             batches = coming.result()
             if step + 1 < stop:
                 coming = worker.submit(read, step + 1)

@@ -1,4 +1,4 @@
-"""Compressed files for `datasets`, which unpacks .gz itself where it can read a file from its start."""
+"""Make compressed files readable for `datasets`, which itself unpacks .gz only in formats that it reads as a stream."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from saekit.errors import UserError
 
 
 def readable(files: Files) -> dict[str, list[str]]:
-    """Return paths by split that `datasets.load_dataset` can read, and see that it can.
+    """Return paths by split that `datasets.load_dataset` can read, after unpacking files if necessary.
 
     Raises:
-        UserError: If nothing that is installed reads .zst files.
-        OSError: If a compressed file is damaged, or there is no room for what is in it.
+        UserError: If no installed library reads .zst files.
+        OSError: If a compressed file is damaged, or the disk is too full to unpack it.
     """
     if "zstd" in files.compressions:
         read_zstd()
@@ -29,7 +29,7 @@ def readable(files: Files) -> dict[str, list[str]]:
 
 
 def _unpacked(file: str) -> str:
-    """Unpack a compressed file of a format that cannot be read from start to end, once, into the library's cache."""
+    """Unpack a compressed file, once, into the cache of `datasets`, for formats that need random access."""
     import pyarrow as pa
     from datasets import config
 
@@ -52,7 +52,7 @@ def _unpacked(file: str) -> str:
 
 
 class ZstdReader(io.RawIOBase):
-    """The unpacked bytes of a stream in zstd, all of its frames: the package `zstandard` ends after the first one."""
+    """Reads all frames of a zstd stream. The package `zstandard` stops after the first frame."""
 
     def __init__(self, stream: Any) -> None:
         import pyarrow as pa
@@ -64,24 +64,24 @@ class ZstdReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as there are bytes, and return how many."""
+        """Read unpacked bytes into the buffer, and return how many."""
         found = self._unpacked.read(len(buffer))
         buffer[: len(found)] = found
         return len(found)
 
 
 def read_zstd() -> None:
-    """Let fsspec, by which `datasets` opens files, read .zst by Arrow.
+    """Make fsspec, which `datasets` uses to open files, read .zst with Arrow.
 
     Raises:
-        UserError: If this build of pyarrow does not know zstd.
+        UserError: If this build of pyarrow does not support zstd.
     """
     import fsspec.compression
     import pyarrow as pa
 
     if not pa.Codec.is_available("zstd"):
         raise UserError(
-            "the data set has .zst files, which this pyarrow cannot read: install one with zstd (pip install "
+            "the data set has .zst files, but this pyarrow cannot read them: install one with zstd (pip install "
             "--force-reinstall pyarrow), or unpack the files"
         )
     write = fsspec.compression.compr.get("zstd")

@@ -1,4 +1,4 @@
-"""The documents of a data set that a run did not read."""
+"""The documents of a data set that a run did not train on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 OTHER_DATA = "Name another data set or --split to evaluate on, or train with --max-tokens"
-"""Advice for a run that has read everything."""
+"""Advice if a run has read everything."""
 
 
 def shuffled(data: Sequences, max_tokens: int, seed: int = 0) -> Sequences:
-    """As many sequences as `max_tokens` has room for, at least one, from everywhere in the data."""
+    """Draw a random sample of sequences, up to `max_tokens` tokens but at least one sequence."""
     order = np.random.default_rng(seed).permutation(len(data))
     return Chosen(data, order[: max(1, max_tokens // data.ctx_len)])
 
@@ -35,13 +35,13 @@ def held_out(
     token: str | None = None,
     remedy: str = OTHER_DATA,
 ) -> Sequences:
-    """Find what a run does not read of its own data set.
+    """Return the part of a run's data set that the run does not train on.
 
-    Of text, or rows of any lengths, those documents none of whose tokens were in a sequence that the run trained on,
-    packed again. A file of token ids, and rows of `ctx_len` tokens each, do not tell where documents begin: of them it
-    is the sequences that were not trained on.
+    For text, or rows of varying lengths, this is every document with no token in a sequence that the run trains on,
+    packed again. A file of token ids, or rows of exactly `ctx_len` tokens, do not show where documents begin. For these
+    it is the sequences that the run does not train on.
 
-    Arguments and errors are those of `unread`; `cfg` is the run's.
+    Arguments and errors are those of `unread`. `cfg` is the run's configuration.
     """
     if cfg.dataset.endswith(".bin"):
         whole = load_sequences(cfg, tokenizer, ctx_len, token)
@@ -59,19 +59,19 @@ def unread(
     token: str | None = None,
     remedy: str = OTHER_DATA,
 ) -> Sequences:
-    """Find what a run does not read of its own data set, or of another split of it.
+    """Return the part of a run's data set, or of another split of it, that the run does not train on.
 
     Args:
-        cfg: The data set as it is to be evaluated on: the run's own, or another split.
-        trained: The data set as the run reads it.
-        tokenizer: The language model's; None if it has none, for data that is tokenized already.
+        cfg: The data set to evaluate on: the run's own, or another split of it.
+        trained: The data set that the run trains on.
+        tokenizer: The language model's tokenizer. None if it has none; the data must then be tokenized.
         ctx_len: Tokens per sequence.
-        seen: Numbers of the sequences that the run trains on, as `load_sequences` counts those of `trained`.
-        token: For a private or gated data set on the hub.
-        remedy: What to do if nothing is left.
+        seen: Numbers of the sequences that the run trains on, in the order of `load_sequences` for `trained`.
+        token: An access token, for a private or gated data set on the hub.
+        remedy: The advice in the error message if nothing is left.
 
     Raises:
-        UserError: If nothing is left, or less than one sequence.
+        UserError: If less than one sequence is left.
     """
     if cfg.split == trained.split:
         return held_out(trained, tokenizer, ctx_len, seen, token, remedy)
@@ -87,10 +87,10 @@ def other_split(
     token: str | None = None,
     remedy: str = OTHER_DATA,
 ) -> Sequences:
-    """Another split of a run's data set, without documents that the run was trained on.
+    """Return another split of a run's data set, without documents that the run was trained on.
 
-    Splits overlap where one is a slice of the other (`train[:50%]` and `train`), and some data sets hold a document
-    more than once. Documents are the same whose token ids are (by a hash of 64 bits).
+    Splits overlap if one is a slice of the other (`train[:50%]` and `train`), and some data sets contain a document
+    more than once. Two documents are the same if their token ids have the same 64-bit hash.
 
     Arguments and errors are those of `unread`.
     """
@@ -102,7 +102,7 @@ def other_split(
 
 
 def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, token: str | None) -> Dataset:
-    """One row of `input_ids` per document, or as the data set has them."""
+    """Return one row of `input_ids` per document, or the data set's own rows if it is tokenized."""
     rows = load_rows(cfg, token)
     if cfg.max_examples is not None:
         rows = rows.select(range(min(cfg.max_examples, len(rows))))
@@ -112,7 +112,7 @@ def _tokenized(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, token
 
 
 def _read(rows: Dataset, ctx_len: int, seen: np.ndarray) -> np.ndarray:
-    """Tell which rows have a token in one of the sequences `seen`; bool, one per row."""
+    """Return which rows have a token in one of the sequences `seen`: bool, one per row."""
     lengths = row_lengths(rows)
     if not (lengths == ctx_len).all():
         return touched(lengths, ctx_len, seen)
@@ -138,11 +138,11 @@ def _chosen(whole: Sequences, numbers: np.ndarray, cfg: DataConfig, remedy: str)
 
 
 def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
-    """Tell which documents have a token in one of the sequences `seen`.
+    """Return which documents have a token in one of the sequences `seen`.
 
     Args:
-        lengths: Tokens of each document, its separator included, int64.
-        ctx_len: Tokens per sequence; the documents, one after the other, are cut into sequences of this length.
+        lengths: Number of tokens of each document, including its separator, int64.
+        ctx_len: Tokens per sequence. The concatenated documents are cut into sequences of this length.
         seen: Numbers of sequences.
 
     Returns:
@@ -157,7 +157,7 @@ def touched(lengths: np.ndarray, ctx_len: int, seen: np.ndarray) -> np.ndarray:
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
-    """Token ids of each row, int64; read from Arrow's offsets, not from the tokens."""
+    """Return the number of token ids in each row, int64. Reads Arrow's offsets, not the tokens."""
     import pyarrow.compute as pc
 
     parts = [
@@ -181,6 +181,6 @@ def fingerprints(rows: Dataset) -> np.ndarray:
 
 def _nothing_left(cfg: DataConfig, what: str, remedy: str) -> UserError:
     return UserError(
-        f"of {cfg.dataset!r} (--split {cfg.split}) the run left unread {what}: what it was trained on would not be "
-        f"held out. {remedy}"
+        f"data set {cfg.dataset!r} (--split {cfg.split}): the run left {what} unread, so too little is held out. "
+        f"{remedy}"
     )

@@ -1,4 +1,4 @@
-"""A data set by name: from the hub, from local files, or pre-tokenized; all of it, or a look at its first rows."""
+"""Load a data set by name, from the hub, local files or files of token ids, or look at its first rows."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 def load_sequences(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int, token: str | None = None, rows: Any = None
 ) -> Sequences:
-    """Find the data set, tokenize it unless it is tokenized already, and cut it into sequences of `ctx_len` tokens.
+    """Load a data set, tokenize it if necessary, and cut it into sequences of `ctx_len` tokens.
 
     Args:
         cfg: Which data set.
-        tokenizer: The language model's; None if there is none, for data that is tokenized already.
+        tokenizer: The language model's tokenizer. None if it has none; the data must then be tokenized.
         ctx_len: Tokens per sequence.
-        token: For a private or gated data set on the hub.
-        rows: The data, if it is in memory: see `rows_in_memory`.
+        token: An access token, for a private or gated data set on the hub.
+        rows: The data, if it is in memory. See `rows_in_memory`.
 
     Raises:
         UserError: If the data set is not found, has no usable column, or is too short for one sequence.
@@ -58,25 +58,25 @@ def load_sequences(
 
 
 def needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, for a data set that is text.
+    """Return the tokenizer, which a data set of text needs.
 
     Raises:
-        UserError: If there is none.
+        UserError: If it is None.
     """
     if tokenizer is None:
         raise UserError(
-            "the data set is text, and the model has no tokenizer: give its tokenizer (in the model's folder, or "
-            "saekit.train(..., tokenizer=...)), or data that is tokenized already (a column input_ids, or a .bin file)"
+            "the data set is text, but the model has no tokenizer: add its tokenizer to the model's folder, pass it "
+            "(saekit.train(..., tokenizer=...)), or use tokenized data (a column input_ids, or a .bin file)"
         )
     return tokenizer
 
 
 def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
-    """Return the rows of data that a caller has loaded.
+    """Return data in memory as a data set with rows.
 
     Args:
-        rows: A data set, a stream of which `cfg.max_examples` rows are taken, splits by name of which `cfg.split` is
-            taken, or a list of texts.
+        rows: A data set, a stream (the first `cfg.max_examples` rows are used), splits by name (`cfg.split` is used),
+            or a list of texts.
         cfg: How to read it.
 
     Raises:
@@ -91,21 +91,25 @@ def rows_in_memory(rows: Any, cfg: DataConfig) -> Dataset:
     if isinstance(rows, (list, tuple)) and all(isinstance(text, str) for text in rows):
         return Dataset.from_dict({cfg.text_column: list(rows)})
     if not isinstance(rows, Dataset):
-        raise UserError(f"the data set is a {type(rows).__name__}: give a datasets.Dataset, a list of texts, or a name")
+        raise UserError(f"the data set is a {type(rows).__name__}: pass a datasets.Dataset, a list of texts, or a name")
     return rows
 
 
 def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: int) -> MemmapSequences:
-    """Return a `.bin` file, as far as what it holds is beyond doubt."""
+    """Open a `.bin` file of token ids.
+
+    Raises:
+        UserError: If the type of its ids is unclear, if an option does not apply to it, or if it is not such a file.
+    """
     if cfg.max_examples is not None:
-        raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows; use --max-tokens")
+        raise UserError(f"--max-examples {cfg.max_examples}: a .bin file has no rows. Use --max-tokens")
     size = 0 if tokenizer is None else len(tokenizer)
     if "dtype" not in cfg.data_args and size > 2**16:
         raise UserError(say_type(cfg.dataset, size))
     options = {"dtype": "uint16", "check_type": True, **cfg.data_args}
     unknown = set(options) - {"dtype", "check_type"}
     if unknown:
-        raise UserError(f"--data-args {min(unknown)}=...: a .bin file takes dtype and check_type only")
+        raise UserError(f"--data-args {min(unknown)}=...: a .bin file takes only dtype and check_type")
     return MemmapSequences(
         _existing(cfg.dataset),
         str(options["dtype"]),
@@ -116,7 +120,7 @@ def memmap(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase | None, ctx_len: 
 
 
 def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
-    """Return the rows of a data set as they are, before any tokenizing."""
+    """Load the rows of a data set, without tokenizing them."""
     from datasets import IterableDataset
 
     rows = open_rows(cfg, token)
@@ -124,13 +128,13 @@ def load_rows(cfg: DataConfig, token: str | None = None) -> Dataset:
 
 
 def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDataset:
-    """Return the same, where a streamed data set is left a stream."""
+    """Load the rows of a data set, without tokenizing them. A streamed data set stays a stream."""
     from datasets import load_dataset, load_from_disk
 
     check_data_name(cfg.dataset)
     path = path_of(cfg.dataset)
     if (path / "state.json").is_file():
-        # One split, whose name the folder does not tell: it is the one that was asked for.
+        # The folder contains one split, but not its name. Assume that it is the requested one.
         return _one_split({cfg.split.partition("[")[0]: attempt(load_from_disk, cfg, str(path))}, cfg.split)
     if (path / "dataset_dict.json").is_file():
         return _one_split(attempt(load_from_disk, cfg, str(path)), cfg.split)
@@ -144,7 +148,7 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
     if found.format == "text":
         # A text file is one document, not one per line.
         arguments.setdefault("sample_by", "document")
-    # The library takes each name for a pattern again.
+    # Escape the names, because the library treats each as a pattern again.
     data_files = {
         split: [glob.escape(file) for file in files] for split, files in attempt(readable, cfg, found).items()
     }
@@ -152,7 +156,11 @@ def open_rows(cfg: DataConfig, token: str | None = None) -> Dataset | IterableDa
 
 
 def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
-    """Call what loads a data set, or reads of it, and say in one line what went wrong, if something did."""
+    """Call a function that loads or reads a data set, and turn its errors into messages of one line.
+
+    Raises:
+        UserError: If the function fails.
+    """
     from datasets.exceptions import DatasetGenerationError
 
     elsewhere = any("://" in str(value) for value in cfg.data_args.values())  # data files on another server
@@ -164,9 +172,9 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
             where = why_not_found(cfg.dataset)
             raise UserError(f"data set {cfg.dataset!r} was not found: {where} ({first_line(error)})") from error
         raise UserError(f"data set {cfg.dataset!r} cannot be read: {first_line(error)}") from error
-    except (KeyError, AttributeError) as error:  # from `load_from_disk`, whose files of JSON lack something
+    except (KeyError, AttributeError) as error:  # from `load_from_disk`, if entries are missing in its JSON files
         raise UserError(f"data set {cfg.dataset!r} is damaged ({type(error).__name__}: {error})") from error
-    except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl, where there is no row
+    except (IndexError, StopIteration) as error:  # from `load_from_disk` and .jsonl without rows
         raise UserError(f"data set {cfg.dataset!r} is empty: it has no row") from error
     except UserError:
         raise
@@ -176,11 +184,11 @@ def attempt(load: Any, cfg: DataConfig, *args: Any, **kwargs: Any) -> Any:
 
 
 def _materialize(stream: Any, cfg: DataConfig) -> Dataset:
-    """Take as much of a streamed data set as the run needs, so that every step can be read again by its number."""
+    """Store the rows of a stream that a run needs, so that any step can be read again by its number."""
     from datasets import Dataset
 
     if cfg.max_examples is None:
-        raise UserError("a streamed data set needs --max-examples, to know how many rows to take")
+        raise UserError("a streamed data set needs --max-examples, the number of rows to read")
     return Dataset.from_generator(_rows, gen_kwargs={"stream": stream.take(cfg.max_examples)})
 
 
@@ -189,7 +197,7 @@ def _rows(stream: Any) -> Any:
 
 
 def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
-    """Take a split of a `save_to_disk` folder: a name, a slice, or several joined by `+`."""
+    """Return a split of a `save_to_disk` folder, given as a name, a slice, or several joined by `+`."""
     from datasets import ReadInstruction, concatenate_datasets
 
     if split in splits:
@@ -197,14 +205,14 @@ def _one_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
     try:
         spans = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError:
-        raise UserError(f"--split {split!r}: the data set has no such split; it has {', '.join(splits)}") from None
+        raise UserError(f"--split {split!r}: there is no such split; the data set has {', '.join(splits)}") from None
     return concatenate_datasets([splits[span.splitname].select(range(span.from_, span.to)) for span in spans])
 
 
 def _existing(name: str) -> Path:
     file = path_of(name)
     if not os.path.isfile(file):
-        several = "a .bin file is named alone, not by a glob"
+        several = "pass one .bin file, not a glob"
         raise UserError(f"data set {name!r}: {several if glob.has_magic(name) else nothing_at(name, 'file')}")
     return file
 
@@ -212,24 +220,24 @@ def _existing(name: str) -> Path:
 ROWS = 20
 """Rows that `peek` reads."""
 IDS = 1024
-"""Token ids that `peek` reads of a file without rows."""
+"""Token ids that `peek` reads from a file without rows."""
 
 
 @dataclass(frozen=True)
 class Peek:
-    """The first rows of a data set, and what they show."""
+    """The first rows of a data set, and its columns."""
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
-    """Those with text in one of the first rows."""
+    """Columns that have text in one of the first rows."""
     first: tuple[dict[str, Any], ...]
-    """At most `ROWS` rows."""
+    """The first rows, at most `ROWS`."""
     count: int | None
-    """Total number of rows; None if only reading everything would tell."""
+    """Total number of rows. None if it is not known without reading everything."""
 
     @property
     def tokenized(self) -> bool:
-        """Tell whether it holds token ids rather than text."""
+        """Return whether the data set contains token ids rather than text."""
         return "input_ids" in self.columns
 
 
@@ -239,13 +247,14 @@ def peek(
     token: str | None = None,
     vocabulary: int | None = None,
 ) -> Peek:
-    """Look at the first rows; files and data sets on the hub are streamed, so that size does not matter.
+    """Read the first rows of a data set. Files and data sets on the hub are streamed, so their size does not matter.
 
     Args:
         cfg: Which data set.
-        tokenizer: The language model's, if it has one.
-        token: For a private or gated data set on the hub.
-        vocabulary: Number of tokens that the language model knows, if its config says it: shows the type of a `.bin`.
+        tokenizer: The language model's tokenizer, if it has one.
+        token: An access token, for a private or gated data set on the hub.
+        vocabulary: Number of tokens in the language model's vocabulary, if known. Used to check the type of a `.bin`
+            file.
 
     Raises:
         UserError: If the data set is not found, cannot be read, or is empty.
@@ -257,19 +266,19 @@ def peek(
         first = ids.read(np.arange(min(IDS, len(ids))))
         return Peek(("input_ids",), (), ({"input_ids": first.flatten().tolist()},), None)
     try:
-        # A slice of a split has no meaning for a stream.
+        # A stream cannot be a slice of a split.
         split = cfg.split.partition("+")[0].partition("[")[0]
-        # Processes are for reading everything; datasets refuses them for a stream.
+        # `datasets` does not accept num_proc for a stream.
         arguments = {name: value for name, value in cfg.data_args.items() if name != "num_proc"}
         return _look(dataclasses.replace(cfg, split=split, data_args={**arguments, "streaming": True}), token)
-    except NotImplementedError:  # of datasets: some archives cannot be streamed, online or not
+    except NotImplementedError:  # from `datasets`: some archives cannot be streamed
         return _look(cfg, token)
     except UserError:
         from datasets.config import HF_HUB_OFFLINE
 
         if not HF_HUB_OFFLINE and (is_path(cfg.dataset) or unreachable() is None):
             raise
-        return _look(cfg, token)  # what lies in the hub's cache cannot be streamed
+        return _look(cfg, token)  # data in the hub's cache cannot be streamed
 
 
 def _look(cfg: DataConfig, token: str | None) -> Peek:

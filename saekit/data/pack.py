@@ -1,4 +1,4 @@
-"""Documents to chunks of exactly `ctx_len` token ids, with nothing lost in between."""
+"""Tokenize documents, and pack them into sequences of exactly `ctx_len` token ids without gaps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXT_TYPES = ("string", "large_string", "null")
-"""Types of a column with text; null is one without any."""
+"""Types of a text column. A column without any text has type null."""
 
 DOCUMENTS_PER_PROCESS = 2000
-"""Documents below which another process costs more to start than it saves."""
+"""The least number of documents per process. For fewer, starting a process costs more than it saves."""
 
 
 def chunk_and_tokenize(
@@ -32,26 +32,26 @@ def chunk_and_tokenize(
     num_proc: int | None = None,
     load_from_cache_file: bool = True,
 ) -> Dataset:
-    """Tokenize documents and pack them, one after the other, into chunks of one length.
+    """Tokenize documents and pack them, one after the other, into sequences of one length.
 
-    The stream is `EOS doc EOS doc EOS ...`: an end-of-text token before every document, the first included. It is cut
-    into chunks without a gap, across the borders of `map`'s batches too; only what is left at the very end of the
-    data set, less than one chunk, is dropped. Both stages are cached by `datasets`.
+    The stream is `EOS doc EOS doc EOS ...`, with an end-of-text token before every document, including the first. It is
+    cut into sequences without gaps, also across the batches of `map`. Only the rest at the end of the data set, less
+    than one sequence, is dropped. `datasets` caches both stages.
 
     Args:
         data: Rows with text.
-        tokenizer: Its EOS token (for an encoder without one, its separator) is put between documents.
+        tokenizer: A loaded tokenizer. Its EOS token, or an encoder's separator, goes between documents.
         text_key: The column with the text.
-        max_seq_len: Tokens per chunk; by default 2048, or the tokenizer's limit if that is less.
-        num_proc: Processes that tokenize; by default one per core, as far as there are documents for them.
-        load_from_cache_file: Whether a cached result may be used.
+        max_seq_len: Tokens per sequence. By default 2048, or the tokenizer's limit if that is less.
+        num_proc: Number of processes that tokenize. By default one per core, if there are enough documents.
+        load_from_cache_file: Whether to use a cached result.
 
     Returns:
-        A data set of one column, `input_ids`, each row `max_seq_len` token ids, in torch format.
+        A data set in torch format with one column, `input_ids`, of `max_seq_len` token ids per row.
 
     Raises:
-        UserError: If there is no such column, no token to put between documents, no row, or less text than one chunk,
-            or if an argument is of another kind.
+        UserError: If there is no such column, no token to put between documents, no row, or less text than one
+            sequence, or if an argument has the wrong type.
     """
     _check_arguments(data, tokenizer, max_seq_len=max_seq_len, num_proc=num_proc)
     ctx_len = max_seq_len or min(2048, tokenizer.model_max_length)
@@ -62,10 +62,10 @@ def chunk_and_tokenize(
 def _check_arguments(data: Any, tokenizer: Any, **numbers: int | None) -> None:
     if not isinstance(getattr(data, "column_names", None), list) or not hasattr(data, "__len__"):
         raise UserError(
-            f"the data set is a {type(data).__name__}: give one datasets.Dataset (of several splits, one of them)"
+            f"the data set is a {type(data).__name__}: pass a datasets.Dataset (of several splits, one of them)"
         )
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
-        raise UserError(f"the tokenizer is a {type(tokenizer).__name__}: give one of transformers that is loaded")
+        raise UserError(f"the tokenizer is a {type(tokenizer).__name__}: pass a loaded tokenizer of transformers")
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}: expected at least 1")
@@ -79,21 +79,21 @@ def tokenize(
     num_proc: int | None = None,
     load_from_cache_file: bool = True,
 ) -> Dataset:
-    """Tokenize documents, each behind a separator, one row per document; the arguments are `chunk_and_tokenize`'s.
+    """Tokenize documents into one row each, with a separator first. See `chunk_and_tokenize` for the arguments.
 
     Raises:
         UserError: If there is no such column, no token to put between documents, or no row.
     """
     if text_key not in data.column_names:
         raise UserError(
-            f"--text-column {text_key!r}: the data set has no such column; it has {', '.join(data.column_names)}"
+            f"--text-column {text_key!r}: there is no such column; the data set has {', '.join(data.column_names)}"
         )
     if len(data) == 0:
         raise UserError("the data set is empty: it has no row")
     kind = getattr(data.features[text_key], "dtype", "")
     if kind not in TEXT_TYPES:
         raise UserError(
-            f"--text-column {text_key!r} holds {kind or 'no single values'}, not text; "
+            f"--text-column {text_key!r} contains {kind or 'no single values'}, not text; "
             f"the data set has {', '.join(data.column_names)}"
         )
     separator = separator_id(tokenizer)
@@ -113,10 +113,10 @@ def tokenize(
 
 
 def pack(tokens: Dataset, ctx_len: int, *, load_from_cache_file: bool = True) -> Dataset:
-    """Join the rows of `input_ids`, of any lengths, into one stream and cut it into rows of `ctx_len`.
+    """Join rows of `input_ids` of any lengths into one stream, and cut it into rows of `ctx_len` tokens.
 
     Raises:
-        UserError: If all rows together are shorter than one chunk.
+        UserError: If all rows together are shorter than one sequence.
     """
     packed = (
         tokens.select_columns(["input_ids"])
@@ -132,18 +132,22 @@ def pack(tokens: Dataset, ctx_len: int, *, load_from_cache_file: bool = True) ->
         have = sum(len(row) for row in tokens.with_format(None)["input_ids"])
         raise UserError(
             f"the data set has {have} tokens, less than one sequence of --ctx-len {ctx_len}: "
-            "give more text or a smaller --ctx-len"
+            "use more text or a smaller --ctx-len"
         )
     return packed.with_format("torch")
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that stands before each document: EOS, or an encoder's separator."""
+    """Return the token that goes before each document: EOS, or an encoder's separator.
+
+    Raises:
+        UserError: If the tokenizer has no such token.
+    """
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
         if token_id is not None:
             return int(token_id)
     raise UserError(
-        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenize the data set yourself and give "
+        "the tokenizer has no EOS, SEP or BOS token to put between documents: tokenize the data set yourself and pass "
         "it with a column input_ids"
     )
 
@@ -151,16 +155,18 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _tokenize(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text_key: str, separator: int
 ) -> dict[str, Any]:
-    # A module-level function of plain arguments, so that its hash, the cache's key, is the same in every process.
+    # A module-level function with plain arguments, so that its hash, the key of the cache, is the same in every
+    # process.
     texts = [text or "" for text in batch[text_key]]
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return {"input_ids": [np.asarray([separator, *ids], dtype=np.int32) for ids in encoded["input_ids"]]}
 
 
 class _Packer:
-    """Cuts batches of token rows into chunks and carries what is left over into the next batch.
+    """Cuts batches of token rows into sequences, and carries the rest over to the next batch.
 
-    It is mapped in one process, in order; a fresh one has nothing carried, so the cache's key does not depend on use.
+    `map` calls it in one process and in order. It is always new when `map` hashes it, so the key of the cache does not
+    depend on carried tokens.
     """
 
     def __init__(self, ctx_len: int) -> None:
@@ -181,7 +187,7 @@ class _Packer:
 
 @contextmanager
 def _one_kind_of_parallelism(processes: int) -> Iterator[None]:
-    """Either the tokenizer's own threads or several processes: forking a process that has such threads can hang."""
+    """Use either the tokenizer's own threads or several processes: forking a process with such threads can hang."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true" if processes == 1 else "false"

@@ -1,4 +1,4 @@
-"""Flat files of token ids: mapped into memory, and compared with the type that they are said to have."""
+"""Memory-mapped flat files of token ids, and checks that their content fits their type."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor
 from saekit.errors import UserError
 
 TYPES = {"uint16": "<u2", "uint32": "<u4", "int32": "<i4", "int64": "<i8"}
-"""Types of the ids in a `.bin` file, by the names that `--data-args dtype=...` takes."""
+"""Types of the ids in a `.bin` file, by their names in `--data-args dtype=...`."""
 UNSIGNED = {"uint16": "<u2", "uint32": "<u4", "int64": "<u8"}
-"""Those that differ where no id is negative."""
+"""The types that differ if no id is negative."""
 
 CHUNK = 2**20
-"""Ids that are looked at together; a multiple of how many ids of the narrowest type one of the widest has room for."""
+"""Ids that are checked at a time: a multiple of the number of narrowest ids per widest id."""
 EVIDENT, DIFFERENT = 64, 8
-"""Ids that must show that a file is of a wider type before it is refused, and how many of them must differ."""
+"""How many ids must indicate a wider type before a file is refused, and how many of them must differ."""
 NO_VOCABULARY = 2**22
-"""No language model knows as many tokens: larger ids are several ids of a narrower type, read as one."""
+"""No language model has this many tokens. Larger ids are several ids of a narrower type, read as one."""
 HEAD = 2**16
-"""Bytes at a file's start that tell what else it may be."""
+"""Bytes at a file's start that are checked for other content."""
 LEAST_TEXT, LEAST_LETTERS = 512, 12
-"""Bytes of a file that can be taken for text, and how many of them must differ."""
+"""The least number of bytes to recognize a file as text, and how many of them must differ."""
 LLM_C, LLM_C_HEADER = (20240520, 20240801), 1024
-"""First number and size in bytes of the header that llm.c puts before token ids."""
+"""First numbers, and size in bytes, of the header that llm.c writes before token ids."""
 
 
 MISSING = np.iinfo(np.int64).min
-"""Stands for a token id that a data set does not have."""
+"""Stands for a missing token id (null)."""
 
 
 class Foreign(NamedTuple):
@@ -43,28 +43,28 @@ class Foreign(NamedTuple):
     token_id: int
     sequence: int
     offset: int
-    """The token's number in its sequence; both count from 0."""
+    """The token's position in its sequence. Both count from 0."""
     hint: str = ""
     """A likely reason, as the end of a sentence."""
 
 
 class MemmapSequences:
-    """A flat file of token ids, cut into sequences; it is never read as a whole.
+    """A memory-mapped flat file of token ids, cut into sequences. Implements `Sequences`.
 
     Args:
         file: The file.
         dtype: One of `TYPES`.
         ctx_len: Tokens per sequence.
-        check_type: Whether a file that is clearly something else than ids of this type is refused.
-        assumed: Whether nobody has said `dtype`.
+        check_type: Whether to refuse a file that clearly does not contain ids of this type.
+        assumed: Whether `dtype` is the default rather than the user's choice.
 
     Raises:
-        UserError: If the file cannot be read, holds something else, or less than one sequence.
+        UserError: If the file cannot be read, contains something else, or has less than one sequence.
     """
 
     def __init__(self, file: Path, dtype: str, ctx_len: int, *, check_type: bool = True, assumed: bool = False) -> None:
         if dtype not in TYPES:
-            raise UserError(f"--data-args dtype={dtype}: a .bin file holds {', '.join(TYPES)}")
+            raise UserError(f"--data-args dtype={dtype}: expected one of {', '.join(TYPES)}")
         self.file, self.dtype, self.ctx_len = file, dtype, ctx_len
         self.check_type, self.assumed = check_type, assumed
         try:
@@ -74,13 +74,13 @@ class MemmapSequences:
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
         if other is not None:
-            raise UserError(f"{file} holds {other}, not plain token ids")
+            raise UserError(f"{file} contains {other}, not plain token ids")
         if size % np.dtype(TYPES[dtype]).itemsize:
             raise UserError(f"{file}: {size} bytes is not a whole number of {dtype} token ids{_whole_number_of(size)}")
         ids = self.bytes.view(TYPES[dtype])
         count = len(ids) // ctx_len
         if count == 0:
-            raise UserError(f"{file} holds less than one sequence of --ctx-len {ctx_len}: give a smaller one")
+            raise UserError(f"{file} has less than one sequence of --ctx-len {ctx_len}: use a smaller --ctx-len")
         self.rows = ids[: count * ctx_len].reshape(count, ctx_len)
 
     def __len__(self) -> int:
@@ -91,32 +91,32 @@ class MemmapSequences:
         return torch.from_numpy(self.rows[numbers].astype(np.int64))
 
     def check(self, vocabulary: int) -> None:
-        """Check that the file is not clearly of a wider type than it is said to be.
+        """Check that the file does not clearly have ids of a wider type than `dtype`.
 
-        This takes no time for a file that has its type: the first ids show it.
+        This is fast for a file of the right type, because its first ids show it.
 
         Args:
-            vocabulary: Number of tokens that the language model knows.
+            vocabulary: Number of tokens in the language model's vocabulary.
 
         Raises:
-            UserError: If it is; it says which type the file looks like.
+            UserError: If the file looks like a wider type, or if `dtype` was assumed and cannot hold all ids.
         """
         if self.assumed and vocabulary > 2**16:
             raise UserError(say_type(str(self.file), vocabulary))
         looks = wider_type(self.bytes, self.dtype, vocabulary) if self.check_type else None
         if looks is not None:
             raise UserError(
-                f"{self.file} looks like {looks} read as {self.dtype} (the upper parts of its ids, all "
-                f"{'zero' if vocabulary <= 2**16 else 'small'}, would be ids of their own): give --data-args "
-                f"dtype={looks}, or dtype={self.dtype},check_type=false if it is {self.dtype} all the same"
+                f"{self.file} looks like {looks}, but is read as {self.dtype} (the upper parts of its ids, all "
+                f"{'zero' if vocabulary <= 2**16 else 'small'}, would be separate ids). Use --data-args "
+                f"dtype={looks}, or dtype={self.dtype},check_type=false if it really is {self.dtype}"
             )
 
     def first_foreign(self, vocabulary: int, numbers: np.ndarray) -> Foreign | None:
-        """Find the first token id, in the file's order, that a vocabulary of this size does not have.
+        """Find the first token id, in the file's order, that is not in a vocabulary of this size.
 
         Args:
-            vocabulary: Number of tokens that the language model knows.
-            numbers: The sequences to look at, ascending.
+            vocabulary: Number of tokens in the language model's vocabulary.
+            numbers: The sequences to check, ascending.
         """
         if np.iinfo(self.rows.dtype).min == 0 and np.iinfo(self.rows.dtype).max < vocabulary:
             return None
@@ -129,31 +129,31 @@ class MemmapSequences:
                 continue
             sequence, offset = np.argwhere((rows < 0) | (rows >= vocabulary))[0]
             looks = narrower_type(self.bytes, self.dtype, vocabulary)
-            hint = f", and the file looks like {looks}: give --data-args dtype={looks}" if looks else ""
+            hint = f", and the file looks like {looks}: use --data-args dtype={looks}" if looks else ""
             return Foreign(int(rows[sequence, offset]), int(some[sequence]), int(offset), hint)
         return None
 
 
 def say_type(name: str, vocabulary: int) -> str:
-    """Return what to tell a user who has not said the type of ids that may be too many for the usual one."""
+    """Return the message for a file without a given type, if the vocabulary is too large for the default type."""
     return (
-        f"data set {name!r}: with {vocabulary:,} tokens in the vocabulary, say what the file holds: "
+        f"data set {name!r}: the vocabulary has {vocabulary:,} tokens, so the type of the file's ids is unclear. Set "
         "--data-args dtype=uint32 (or uint16)"
     )
 
 
 def wider_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | None:
-    """Name the wider type that a file clearly has, if any.
+    """Return the wider type that a file clearly has, if any.
 
-    An id of a wider type, read as several of a narrower one, is followed by the upper parts of itself: zeros, or
-    numbers up to `vocabulary / 2**16`. So if every group of ids in the file, read as one id, is in the vocabulary, each
-    second id is as small as that. Where the others are small too, padding for example, this shows nothing; a file is of
-    the wider type if at least `EVIDENT` groups, `DIFFERENT` of them unlike, begin with an id that is larger.
+    If an id of a wider type is read as several ids of a narrower type, its upper parts become ids: zeros, or numbers up
+    to `vocabulary / 2**16`. So if every group of ids in the file, read as one wide id, is in the vocabulary, all ids
+    but the first of each group are this small. That proves nothing if the first ids are small too, as in padding. The
+    file has the wider type if at least `EVIDENT` groups, `DIFFERENT` of them distinct, begin with a larger id.
 
     Args:
         content: The file, uint8.
-        dtype: The type that it is said to have.
-        vocabulary: Number of tokens that the language model knows.
+        dtype: The type as which it is read.
+        vocabulary: Number of tokens in the language model's vocabulary.
     """
     width = np.dtype(TYPES[dtype]).itemsize
     for name, code in reversed(UNSIGNED.items()):
@@ -176,18 +176,18 @@ def wider_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | None:
 
 
 def narrower_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | None:
-    """Name the narrower type that a file with ids beyond the vocabulary looks like, if any.
+    """Return the narrower type that a file with ids outside the vocabulary looks like, if any.
 
     Args:
         content: The file, uint8.
-        dtype: The type that it is said to have, as which it has ids that are not in the vocabulary.
-        vocabulary: Number of tokens that the language model knows.
+        dtype: The type as which it is read, and has ids outside the vocabulary.
+        vocabulary: Number of tokens in the language model's vocabulary.
     """
     said = np.dtype(TYPES[dtype])
     for name, code in reversed(UNSIGNED.items()):
         narrow = np.dtype(code)
         if narrow.itemsize < said.itemsize and all(_within(ids, vocabulary) for ids in _chunks(content, narrow)):
-            # Where every number of the narrow type is in the vocabulary, these can be the ids of another model as well.
+            # If every number of the narrow type is in the vocabulary, the ids may also be those of another model.
             shows_nothing = np.iinfo(narrow).max < vocabulary
             foreign = shows_nothing and all(_within(ids, NO_VOCABULARY) for ids in _chunks(content, said))
             return None if foreign else name
@@ -195,9 +195,9 @@ def narrower_type(content: np.ndarray, dtype: str, vocabulary: int) -> str | Non
 
 
 def other_content(file: Path, size: int) -> str | None:
-    """Say what a file clearly holds, if that is not token ids.
+    """Describe what a file contains if it is clearly not token ids, and otherwise return None.
 
-    Each kind is known by more than token ids could be by chance.
+    The checks are strict enough that token ids do not pass them by chance.
 
     Raises:
         OSError: If the file cannot be read.
@@ -207,13 +207,13 @@ def other_content(file: Path, size: int) -> str | None:
         stream.seek(max(0, size - 4))
         tail = stream.read(4)
     if head.startswith(b"\x93NUMPY"):
-        return "a NumPy array with a header (write it by `array.tofile`)"
+        return "a NumPy array with a header (write it with `array.tofile`)"
     if head.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
         return "a zip archive, as torch.save and numpy.savez write"
     if head.startswith(b"PAR1") and tail == b"PAR1":
         return "a parquet file (name it .parquet)"
     if head.startswith(b"\x28\xb5\x2f\xfd") or _is_gzip(head):
-        return "compressed data (unpack it: it is mapped into memory)"
+        return "compressed data (unpack it, since it is mapped into memory)"
     if _has_llm_c_header(head, size):
         return f"a header of {LLM_C_HEADER} bytes, as llm.c writes (cut it off: tail -c +{LLM_C_HEADER + 1})"
     return "text (name it .txt or .jsonl)" if _is_text(head) else None
@@ -229,7 +229,7 @@ def _is_gzip(head: bytes) -> bool:
 
 
 def _has_llm_c_header(head: bytes, size: int) -> bool:
-    """Tell whether the file begins with one of llm.c's numbers and, third, the number of ids that follow."""
+    """Return whether a file begins with llm.c's header: a magic number and, third, the number of ids that follow."""
     if len(head) < LLM_C_HEADER:
         return False
     numbers = np.frombuffer(head[:12], dtype="<i4")
@@ -237,11 +237,11 @@ def _has_llm_c_header(head: bytes, size: int) -> bool:
 
 
 def _is_text(head: bytes) -> bool:
-    """Tell whether bytes are text in UTF-8 and not by chance: many and different, with spaces or ends of lines."""
+    """Return whether bytes are UTF-8 text and not so by chance: many different ones, with spaces or line breaks."""
     if len(head) < LEAST_TEXT or len(set(head)) < LEAST_LETTERS or not set(head) & set(b" \n"):
         return False
     try:
-        text = head[:-4].decode()  # the last letter may be cut off
+        text = head[:-4].decode()  # the last character may be cut off
     except UnicodeDecodeError as error:
         if error.start < len(head) - 8:
             return False
@@ -250,20 +250,20 @@ def _is_text(head: bytes) -> bool:
 
 
 def _whole_number_of(size: int) -> str:
-    """Name the types of which a file of this size holds a whole number, as the end of a sentence."""
+    """Return the types of which a file of this size holds a whole number, as the end of a sentence."""
     fitting = [name for name, code in reversed(UNSIGNED.items()) if size % np.dtype(code).itemsize == 0]
     if not fitting:
-        return ": it is cut off, or no file of token ids"
-    return f", but of {' or '.join(fitting)}: give --data-args dtype={fitting[0]}"
+        return ": it is cut off, or not a file of token ids"
+    return f", but of {' or '.join(fitting)}: use --data-args dtype={fitting[0]}"
 
 
 def _chunks(content: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Read bytes as ids of a type, some at a time; bytes at the end that make no whole id are left out."""
+    """Yield bytes as ids of a type, a chunk at a time, without an incomplete id at the end."""
     whole = content[: len(content) // dtype.itemsize * dtype.itemsize].view(dtype)
     for start in range(0, len(whole), CHUNK):
         yield whole[start : start + CHUNK]
 
 
 def _within(ids: np.ndarray, vocabulary: int) -> bool:
-    """Tell whether all ids are in a vocabulary of this size."""
+    """Return whether all ids are in a vocabulary of this size."""
     return ids.size == 0 or (int(ids.max()) < vocabulary and int(ids.min()) >= 0)

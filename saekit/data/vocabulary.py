@@ -1,4 +1,4 @@
-"""Token ids that a language model does not know are found before anything is trained or evaluated on them."""
+"""Find token ids outside a language model's vocabulary before training or evaluating on them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from saekit.data.token_files import MISSING, MemmapSequences
 from saekit.errors import UserError
 
 _CHECKED: WeakKeyDictionary[Sequences, tuple[int, np.ndarray]] = WeakKeyDictionary()
-"""For which vocabulary, and which sequences of it, data was found good."""
+"""The vocabulary and the sequences for which data passed the check."""
 
 
 def check_tokens(
     data: Sequences, vocabulary: int, numbers: np.ndarray | None = None, what: str = "the data set"
 ) -> None:
-    """Check that all token ids that will be read are in a model's vocabulary; the second time this costs nothing.
+    """Check that all token ids that will be read are in a model's vocabulary. A repeated check costs nothing.
 
-    A file is read through its memory map, a data set as Arrow stores it. Of another kind of `Sequences`, a caller's
-    own, every batch is checked when it is read.
+    A file is read through its memory map, and a data set as Arrow stores it. For a caller's own kind of `Sequences`,
+    every batch is checked when it is read instead.
 
     Args:
         data: The sequences.
-        vocabulary: Number of tokens that the language model knows.
-        numbers: Which of the sequences will be read; by default all.
-        what: What to call the data.
+        vocabulary: Number of tokens in the language model's vocabulary.
+        numbers: The sequences that will be read. By default all.
+        what: The name of the data in messages.
 
     Raises:
-        UserError: If an id is not in the vocabulary, or a file is clearly of another type; it names the first place.
+        UserError: If an id is not in the vocabulary, or if a file clearly has another type.
     """
     numbers = np.arange(len(data)) if numbers is None else np.sort(numbers)
     while isinstance(data, Chosen):
@@ -47,6 +47,6 @@ def check_tokens(
         named = "a token without an id" if found.token_id == MISSING else f"token id {found.token_id:,}"
         raise UserError(
             f"{what} has {named} at token {found.offset:,} of sequence {found.sequence:,} (both counted from 0), but "
-            f"the model knows {vocabulary:,} tokens: it was tokenized for another model{found.hint}"
+            f"the model's vocabulary has {vocabulary:,} tokens: it was tokenized for another model{found.hint}"
         )
     _CHECKED[data] = (vocabulary, numbers)

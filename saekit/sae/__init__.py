@@ -1,9 +1,9 @@
-"""The sparse autoencoder itself: torch only, and no idea of ranks.
+"""The sparse autoencoder and its maths, in torch alone. Nothing here knows about ranks.
 
-Shape suffixes here and in the rest of the package: N tokens, D model width, M latents, K active latents, B sequences,
-T positions. `x_ND` is a tensor of N rows and D columns.
+Shape suffixes, here and in the rest of the package: N tokens, D model width, M latents, K active latents, B sequences,
+T positions. `x_ND` is a tensor with N rows and D columns.
 
-Internal: may change in any release; the API is what `saekit` names.
+Internal: may change in any release. The API is the names in `saekit`.
 """
 
 from saekit.sae.decoder import normalize_decoder_, project_decoder_gradient_

@@ -1,4 +1,4 @@
-"""Keeping decoder rows at norm 1: the part of the gradient that would leave it, scaling back, and what was not so."""
+"""Keep decoder rows at norm 1: project gradients, renormalize, and convert decoders with other norms."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def normalize_decoder_(sae: Sae) -> None:
 
 @torch.no_grad()
 def project_decoder_gradient_(sae: Sae) -> None:
-    """Take the part parallel to each decoder row out of its gradient, in place.
+    """Remove from each decoder row's gradient the component parallel to the row, in place.
 
-    Renormalizing would undo a step along the row anyway; without the projection that part would still enter Adam's
+    Renormalizing undoes a step along the row anyway, but without the projection that component would still enter Adam's
     moments (Bricken et al. 2023, "Towards Monosemanticity", appendix on training; Gao et al. 2024 do the same).
     """
     grad_MD = sae.W_dec.grad
@@ -29,10 +29,10 @@ def project_decoder_gradient_(sae: Sae) -> None:
 
 @torch.no_grad()
 def give_encoder_the_norms_(sae: Sae) -> None:
-    """Scale the rows of `W_dec` to norm 1, and the encoder's by as much in the other direction, in place.
+    """Divide each row of `W_dec` by its norm, and multiply the latent's encoder row and bias by it, in place.
 
-    What each latent adds to the reconstruction stays the same: `z_m W_dec[m]`. Which are the k largest may change. A
-    zero row stays zero, and its latent as it is.
+    Each latent's contribution to the reconstruction, `z_m W_dec[m]`, stays the same. Which latents are the k largest
+    can change. A latent with a zero decoder row stays as it is.
     """
     norms_M1 = row_norms(sae.W_dec)
     scale_M1 = torch.where(sae.W_dec.any(dim=1, keepdim=True), norms_M1, 1.0)

@@ -1,7 +1,6 @@
 """The training loss: a sum over tokens, divided by numbers that are fixed before the backward pass.
 
-Because of that, any split of a batch into chunks, micro-batches or ranks gives the same gradient: the pieces' losses
-simply add up.
+The losses of chunks, micro-batches and ranks therefore add up: any split of a batch gives the same gradient.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ class Losses(NamedTuple):
     """Terms of the loss, each a scalar: a sum over the chunk's tokens divided by `tokens · variance`."""
 
     total: Tensor
-    """The differentiated sum: `mse + nested + penalty + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
+    """The loss: `mse + nested + penalty + auxk_alpha · auxk + revive_alpha · revive + multi_topk / 8`."""
     mse: Tensor
     """`Σ_t ‖x_t − x̂_t‖² / (N σ²)`."""
     auxk: Tensor | None
-    """`Σ_t ‖e_t − ê_t‖² / (N v) · min(1, dead / k_aux)` with the detached residual `e = x − x̂`; v see `sae_losses`."""
+    """`Σ_t ‖e_t − ê_t‖² / (N v) · min(1, dead / k_aux)`, with the detached residual `e = x − x̂`; see `sae_losses`."""
     multi_topk: Tensor | None
-    """As `mse`, for the reconstruction from 4k latents."""
+    """Like `mse`, for the reconstruction from 4k latents."""
     nested: Tensor | None = None
-    """The sum of as many terms like `mse` as there are smaller prefixes of a Matryoshka."""
+    """The sum of a term like `mse` for each smaller prefix of a Matryoshka."""
     revive: Tensor | None = None
-    """`−(n / N) Σ_m b_enc,m / σ₁` over the dead latents m, for a chunk of n tokens; σ₁ see `sae_losses`."""
+    """`−(n / N) Σ_m b_enc,m / σ₁` over the dead latents m, for a chunk of n tokens. For σ₁ see `sae_losses`."""
     penalty: Tensor | None = None
-    """The selection's own term, a sum over tokens divided like `mse`."""
+    """The selection's own term: a sum over tokens, divided like `mse`."""
 
 
 def sae_losses(
@@ -51,29 +50,28 @@ def sae_losses(
 ) -> Losses:
     """Compute the loss terms of one chunk of tokens (Gao et al. 2024, sections 2.4 and 5.4, appendix A.2).
 
-    A dead latent gets no gradient from the reconstruction. The term `revive` raises its bias instead, until it is among
-    the k largest somewhere and learns again; a loss on dead latents' pre-activations is in Anthropic's "Circuits
-    Updates, January 2025", "Dictionary Learning Optimization Techniques". Under Adam, whose steps do not depend on a
-    gradient's size, the bias of a latent that stays dead rises by the biases' learning rate in every step.
+    A dead latent gets no gradient from the reconstruction. The term `revive` raises its bias instead, until the latent
+    is selected somewhere and learns again. Anthropic's "Circuits Updates, January 2025", section "Dictionary Learning
+    Optimization Techniques", has a similar loss on dead latents' pre-activations. Adam's steps do not depend on a
+    gradient's size, so the bias of a latent that stays dead rises by the biases' learning rate in every step.
 
-    Of a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, section 3) the reconstruction from each prefix of the
-    dictionary counts like the whole one.
+    For a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, section 3), the reconstruction from each prefix of the
+    dictionary has the same weight as the full one.
 
     Args:
-        x_ND: `[N, D]`, the SAE's input in the parameters' type.
-        out: What the SAE made of it.
-        scale: `1 / (N σ²)`, with N the tokens of the whole optimizer step over all ranks and σ² the target's total
+        x_ND: `[N, D]`, the target, which is an SAE's input, in the parameters' type.
+        out: The SAE's output for these tokens.
+        scale: `1 / (N σ²)`, with N the tokens of the whole optimizer step over all ranks, and σ² the target's total
             variance (trace of the covariance) from calibration. All scales are numbers or scalar tensors.
         auxk_alpha: Weight of the AuxK term.
-        num_dead: Latents that were dead when the step began.
-        auxk_scale: `1 / (N v)`, by which AuxK's loss is multiplied: v is σ², as by default, or what is left of it to
-            explain.
+        num_dead: Number of latents that were dead when the step began.
+        auxk_scale: `1 / (N v)`, the factor of AuxK's loss. v is σ² by default, or the variance left to explain.
         revive_alpha: Weight of the term that raises dead latents' biases.
         revive_scale: `1 / (N σ₁)`, with σ₁ the root mean square of the layer's centred activations, the biases' unit.
-        tokens: How many of the chunk's rows are tokens of the step; all by default.
+        tokens: How many of the chunk's rows are tokens of the step. By default all.
 
     Returns:
-        The terms; those that are off are None.
+        The terms. A term that is off is None.
     """
     tokens = len(x_ND) if tokens is None else tokens
     by = _in_type(scale, x_ND)
@@ -83,7 +81,7 @@ def sae_losses(
     auxk = None
     if out.aux_recon is not None:
         k_aux = x_ND.shape[-1] // 2
-        # Few dead latents cannot explain much of the residual: their loss counts less.
+        # A few dead latents cannot explain much of the residual, so their loss gets less weight.
         auxk = _squared_error((x_ND - out.recon).detach(), out.aux_recon) * (
             _in_type((scale if auxk_scale is None else auxk_scale) * min(1.0, num_dead / k_aux), x_ND)
         )
@@ -113,10 +111,10 @@ def sae_losses(
 
 
 def _squared_error(x_ND: Tensor, recon_ND: Tensor) -> Tensor:
-    """`Σ_t ‖x_t − x̂_t‖²`, in half the passes over memory that the three operations take with their gradients."""
+    """Compute `Σ_t ‖x_t − x̂_t‖²`, in half the memory passes of subtracting, squaring and summing with gradients."""
     return F.mse_loss(recon_ND, x_ND, reduction="sum")
 
 
 def _in_type(scale: float | Tensor, x_ND: Tensor) -> float | Tensor:
-    """A factor in the activations' type, as a Python number would be taken: scalars of float64 would widen the loss."""
+    """Cast a scalar tensor to the activations' type, as torch does with a Python number: float64 widens the loss."""
     return scale.to(x_ND.dtype) if isinstance(scale, Tensor) else scale

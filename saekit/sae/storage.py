@@ -1,15 +1,15 @@
-"""One SAE in a folder: `cfg.json` and `sae.safetensors`, in the format that sparsify and its readers use.
+"""Read and write one SAE's folder, `cfg.json` and `sae.safetensors`, in the format of sparsify.
 
-Names there (M latents, widths D and D_out): `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec [M, D_out]`, `b_dec
-[D_out]`; of a skip transcoder `W_skip [D_out, D]`. For an autoencoder D_out is D.
+Tensors in the file (M latents, widths D and D_out): `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec [M, D_out]`,
+`b_dec [D_out]`, and for a skip transcoder `W_skip [D_out, D]`. For an autoencoder D_out is D.
 
-sparsify has TopK and GroupMax, and reads no other `"activation"`: it refuses the name of another kind, where under the
-name of TopK it would give other codes. The kind's own entries are its `to_config`; where it comes from outside this
-package, `"plugin"` says from which file or package, for people to read: what a folder says never runs code.
-`saekit.sae.formats` has the other formats. `"max_norm"`, `"max_norm_out"`, `"d_out"`, `"reads"`, `"writes"` and
-`"trained_on"`, see `Sae`, are ours; sparsify does not look at them.
+sparsify knows the activations TopK and GroupMax. Other selections are written under their own names, which sparsify
+rejects; under the name of TopK it would compute different codes. `Selection.to_config` gives a selection's own entries.
+If a plug-in provides the selection, the entry `"plugin"` names its file or package. It is for people to read: saekit
+runs no code because of what a folder says. The entries `"max_norm"`, `"max_norm_out"`, `"d_out"`, `"reads"`, `"writes"`
+and `"trained_on"` (see `Sae`) are ours, and sparsify ignores them. `saekit.sae.formats` has the other formats.
 
-What is read and written here are plain sizes and tensors; `Sae` makes a module of them.
+This module reads and writes plain sizes and tensors. `Sae` makes a module of them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ WEIGHTS_FILE = "sae.safetensors"
 LATEST = "latest"
 """The link in a run's folder to its latest checkpoint."""
 SEARCH_DEPTH = 4
-"""Folders below a checkpoint in which SAEs are looked for."""
+"""Levels of folders below a checkpoint that are searched for SAEs."""
 SEARCH_LIMIT = 10_000
-"""Folders that are looked at for that: a home folder has more, a checkpoint a few hundred."""
+"""The most folders that are searched: a home folder has more, a checkpoint a few hundred."""
 FILE_NAMES = {
     "W_enc": "encoder.weight",
     "b_enc": "encoder.bias",
@@ -48,24 +48,24 @@ FILE_NAMES = {
     "b_dec": "b_dec",
     "W_skip": "W_skip",
 }
-"""Our parameter names and the file's."""
+"""Names in the file by our parameter names."""
 OF_TRANSCODERS = ("transcode", "d_out", "skip_connection", "max_norm_out", "reads", "writes")
-"""Entries of `cfg.json` that are arguments of `Sae` as they are, where they are there."""
+"""Optional entries of `cfg.json` that are passed to `Sae` unchanged."""
 IN, IN_FOLDER = ":in", "@in"
-"""The end of the name of a module's input, and of its SAE's folder: Windows allows no colon in a file's name."""
+"""Suffixes of the hookpoint of a module's input and of its SAE's folder. Windows allows no colon in a file's name."""
 
 
 def write_folder(
     path: str | Path, sizes: Mapping[str, Any], weights: Mapping[str, Tensor], trained_on: TrainedOn | None = None
 ) -> None:
-    """Write `cfg.json` and `sae.safetensors` into a folder, which is made if need be.
+    """Write `cfg.json` and `sae.safetensors` into a folder.
 
     Args:
-        path: The folder.
-        sizes: What `Sae.sizes` gives.
+        path: The folder. Created if it does not exist.
+        sizes: The result of `Sae.sizes`.
         weights: Whole tensors by parameter name (`W_enc`, ...).
-        trained_on: What an SAE that is saved by itself was trained on, if that is known; in a checkpoint, other files
-            say so.
+        trained_on: The model and hookpoint that an SAE saved by itself was trained on, if known. In a checkpoint, other
+            files record them.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,12 +105,12 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         The arguments of `Sae`, and its weights on the device by parameter name.
 
     Raises:
-        FileNotFoundError: If the folder or one of its two files is not there.
+        FileNotFoundError: If the folder or one of its two files is missing.
         ValueError: See `Sae.load_from_disk`.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no SAE folder at {folder}")
+        raise FileNotFoundError(f"there is no SAE folder {folder}")
     config = read_config(folder / CONFIG_FILE)
     num_latents = _num_latents(config)
     d_in, d_out = config["d_in"], config.get("d_out") or config["d_in"]
@@ -121,7 +121,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "b_dec": (d_out,),
         **({"W_skip": (d_out, d_in)} if config.get("skip_connection") else {}),
     }
-    # A coder with a part of its files ignored would be another one.
+    # Tensors that cfg.json does not describe are refused: ignoring them would give a different coder.
     tensors = read_tensors(folder / WEIGHTS_FILE, shapes, device, FILE_NAMES.values() - shapes.keys())
     kind: type[Selection] = SELECTIONS.get(config.get("activation", "topk"))
     try:
@@ -133,7 +133,7 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
         "num_latents": num_latents,
         "k": config["k"],
         "normalize_decoder": config.get("normalize_decoder", True),
-        # Only training looks at it, and only where there is a wider code; sparsify writes it for others, too.
+        # sparsify also writes it for activations without a wider code, where it has no effect.
         "multi_topk": config.get("multi_topk", False) and kind.multi_topk,
         "selection": selection,
         "max_norm": config.get("max_norm"),
@@ -143,11 +143,11 @@ def read_folder(path: str | Path, device: torch.device | str = "cpu") -> tuple[d
 
 
 def read_sizes(folder: Path) -> tuple[int, int, int | None]:
-    """Read M and D of one SAE folder, and D_out if it has a transcoder's.
+    """Read M and D of one SAE folder, and a transcoder's D_out (None for other coders).
 
     Raises:
-        FileNotFoundError: If it has no `cfg.json`.
-        ValueError: If that describes no SAE that saekit can compute.
+        FileNotFoundError: If the folder has no `cfg.json`.
+        ValueError: If `cfg.json` does not describe a coder that saekit can compute.
     """
     config = read_config(folder / CONFIG_FILE)
     d_in = config["d_in"]
@@ -160,7 +160,7 @@ def _num_latents(config: Mapping[str, Any]) -> int:
 
 
 def find_sae_folders(path: str | Path) -> dict[str, Path]:
-    """Find every SAE folder of a run (its latest checkpoint) or of one checkpoint, by hookpoint, naturally sorted.
+    """Find every SAE folder of a run (its latest checkpoint) or of one checkpoint, by hookpoint, in natural order.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -168,7 +168,7 @@ def find_sae_folders(path: str | Path) -> dict[str, Path]:
     folder = Path(path)
     found = sae_folders_below(folder / LATEST if (folder / LATEST).is_dir() else folder)
     if not found:
-        raise FileNotFoundError(f"no SAE in {path}: expected folders such as layers.0/ with a {WEIGHTS_FILE} in them")
+        raise FileNotFoundError(f"no SAE in {path}: expected folders such as layers.0/ that contain a {WEIGHTS_FILE}")
     return found
 
 
@@ -179,16 +179,16 @@ def _has_weights(folder: Path, files: Collection[str]) -> bool:
 def sae_folders_below(
     checkpoint: Path, holds_sae: Callable[[Path, Collection[str]], bool] = _has_weights
 ) -> dict[str, Path]:
-    """Find the SAE folders below a checkpoint, by hookpoint, naturally sorted; there may be none.
+    """Find the SAE folders below a checkpoint, by hookpoint, in natural order. The result may be empty.
 
-    `layers.2` comes before `layers.10`. Folders whose names begin with a dot are passed over, and so are links.
+    `layers.2` comes before `layers.10`. Links and folders whose names begin with a dot are skipped.
 
     Args:
         checkpoint: The folder.
-        holds_sae: Tells whether a folder with these files holds an SAE; by default one in our format.
+        holds_sae: Returns whether a folder with the given files holds an SAE. By default it looks for our format.
 
     Raises:
-        UserError: If there are more than `SEARCH_LIMIT` folders: this is no checkpoint.
+        UserError: If there are more than `SEARCH_LIMIT` folders, so that this cannot be a checkpoint.
     """
     found: dict[str, Path] = {}
     seen, level = 0, [checkpoint]
@@ -198,7 +198,7 @@ def sae_folders_below(
             seen += 1
             if seen > SEARCH_LIMIT:
                 raise UserError(
-                    f"{checkpoint} has more than {SEARCH_LIMIT:,} folders below it, too many to look for SAEs in: give "
+                    f"{checkpoint} has more than {SEARCH_LIMIT:,} folders below it, too many to search for SAEs: pass "
                     "a run, one of its checkpoints, or an SAE's folder"
                 )
             files, folders = _content(folder)
@@ -207,25 +207,25 @@ def sae_folders_below(
             elif depth < SEARCH_DEPTH:
                 below += folders
         level = below
-    # sparsify keeps its best SAEs in a folder inside the checkpoint; they are no further layers.
+    # sparsify also keeps its best SAEs in a folder inside the checkpoint: these are not further layers.
     if any("/" not in name for name in found):
         found = {name: folder for name, folder in found.items() if not name.startswith("best/")}
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
 
 def folder_name(hookpoint: str) -> str:
-    """Return the name of the folder that a hookpoint's SAE is in: `layers.3.mlp@in` for `layers.3.mlp:in`."""
+    """Return the name of the folder of a hookpoint's SAE: `layers.3.mlp@in` for `layers.3.mlp:in`."""
     return f"{hookpoint.removesuffix(IN)}{IN_FOLDER}" if hookpoint.endswith(IN) else hookpoint
 
 
 def hookpoint_name(folder: str) -> str:
-    """Return the hookpoint whose SAE is in a folder, the inverse of `folder_name`; sparsify's `/seed1` stays."""
+    """Return the hookpoint of the SAE in a folder, the inverse of `folder_name`. sparsify's suffix `/seed1` stays."""
     own, slash, seed = folder.partition("/")
     return f"{own.removesuffix(IN_FOLDER)}{IN}{slash}{seed}" if own.endswith(IN_FOLDER) else folder
 
 
 def _content(folder: Path) -> tuple[list[str], list[Path]]:
-    """Return the names of a folder's files, and its folders; neither of one that cannot be read."""
+    """List the names of a folder's files, and its folders. Both are empty if it cannot be read."""
     files: list[str] = []
     folders: list[Path] = []
     try:
@@ -241,7 +241,11 @@ def _content(folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -> Path:
-    """Download one SAE folder from the hub; the arguments are `Sae.load_from_hub`'s."""
+    """Download one SAE folder from the hub. `Sae.load_from_hub` documents the arguments.
+
+    Raises:
+        FileNotFoundError: If the repository is not in the cache, and the hub does not have it or does not answer.
+    """
     from huggingface_hub import snapshot_download
 
     own = folder_name(hookpoint or "")
@@ -249,7 +253,7 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
     try:
         with asking_hub(repo_id):
             folder = Path(snapshot_download(repo_id, **only, **kwargs))
-    except FileNotFoundError as error:  # it is not in the cache, and the hub was not asked or did not answer
+    except FileNotFoundError as error:  # not in the cache, and the hub was not asked or did not answer
         raise FileNotFoundError(f"{repo_id}: {why_not_found(repo_id)}") from error
     return folder / own if hookpoint else folder
 
@@ -257,16 +261,16 @@ def download_folder(repo_id: str, hookpoint: str | None = None, **kwargs: Any) -
 def layer_number(hookpoint: str) -> int | None:
     """Return the number in a hookpoint's path, such as 3 in `layers.3`, `transformer.h.3` or `layers.3.mlp:in`.
 
-    It is the first part of the path that is all digits; None where there is none. sparsify's `/seed1` at the end of a
-    folder's name is no part of the path.
+    This is the first component of the path that is all digits, or None if there is none. sparsify's suffix `/seed1` of
+    a folder's name is ignored.
     """
     path = hookpoint.partition("/")[0].partition(":")[0]
-    # No model has 10^9 layers, and Python makes no number of thousands of digits.
+    # No model has 10^9 layers, and int() raises an error for thousands of digits.
     return next((int(part) for part in path.split(".") if part.isascii() and part.isdigit() and len(part) < 10), None)
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key under which numbers inside names count as numbers: by their length, then by their digits."""
+    """Return a key for natural order: it compares numbers inside names by length, then by digits."""
     parts = re.split(r"([0-9]+)", name)
     keys = [(part.lstrip("0") if "0" <= part[0] <= "9" else None, part) for part in parts if part]
     return [(1, 0, part) if digits is None else (0, len(digits), digits) for digits, part in keys]

@@ -1,4 +1,4 @@
-"""The weights of a coder in a safetensors file: those that `cfg.json` describes, and no others."""
+"""Read a coder's weights from a safetensors file, and check that they are the ones that `cfg.json` describes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ WEIGHT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def read_tensors(
     file: Path, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str, absent: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file that have to be there, in the shapes that `cfg.json` gives them.
+    """Read the required tensors of a safetensors file and check their shapes and types.
 
     Args:
         file: The file.
-        shapes: By name.
+        shapes: The required tensors' shapes, by name, as `cfg.json` implies them.
         device: Where the tensors go.
-        absent: Names of tensors that only another kind of coder has.
+        absent: Names of tensors that must not be in the file, because only other kinds of coders have them.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, a tensor is missing, has another shape or holds no floating-point numbers,
-            or they are of several types; or if there is one that `cfg.json` excludes.
+        ValueError: If the file is damaged, if a tensor is missing, has another shape or is not floating-point, if the
+            tensors differ in type, or if the file has a tensor of `absent`.
     """
     tensors = _read_weights(file, device)
     for name in sorted(tensors.keys() & absent):
-        raise ValueError(f"{file} has a tensor {name!r}, which the coder that cfg.json describes does not have")
+        raise ValueError(f"{file} has a tensor {name!r}, but the coder described by cfg.json has none")
     for name, shape in shapes.items():
         if name not in tensors:
             raise ValueError(f"{file} has no tensor {name!r}; it has {', '.join(map(repr, sorted(tensors)))}")
@@ -43,7 +43,7 @@ def read_tensors(
             raise ValueError(f"{file}: {name} holds {_type(tensors[name])}, not float32, float64, float16 or bfloat16")
     if len({tensors[name].dtype for name in shapes}) > 1:
         types = ", ".join(f"{name} {_type(tensors[name])}" for name in shapes)
-        raise ValueError(f"{file} holds tensors of several types ({types}): an SAE's are all of one")
+        raise ValueError(f"{file} has tensors of different types ({types}): an SAE's tensors must have one type")
     return {name: tensors[name] for name in shapes}
 
 

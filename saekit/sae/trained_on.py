@@ -1,4 +1,4 @@
-"""What an SAE was trained on, and whether it is used there."""
+"""The language model and hookpoint that an SAE was trained on, and whether it is used there."""
 
 from __future__ import annotations
 
@@ -8,47 +8,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 TRAINED_ON = "trained_on"
-"""The entry of `cfg.json` in which an SAE that is saved by itself keeps it."""
+"""The entry of `cfg.json` for it, in an SAE that is saved by itself."""
 IN_CACHE = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
-"""A folder of the hub's cache, which has the repository's owner and name in its own."""
+"""Matches the name of a folder in the hub's cache, and captures the repository's owner and name."""
 
 
 class TrainedOn(NamedTuple):
-    """The language model and the place in it on whose activations an SAE was trained, as far as its files say."""
+    """The language model and hookpoint that an SAE was trained on, as far as its files say."""
 
     model: str | None
-    """A hub id or a folder."""
+    """The model's hub id or folder."""
     hookpoint: str | None
-    """As `saekit.activations.hookpoints` names it: `layers.3`."""
+    """The hookpoint's name, as in `saekit.activations.hookpoints`: `layers.3`."""
     other: str | None = None
-    """The second language model, if it is a crosscoder of two."""
+    """The second language model's hub id or folder, for a crosscoder of two models."""
 
     def is_at(self, hookpoint: str) -> bool:
-        """Tell whether a hookpoint may be the one; sparsify's `/seed1` at the end of a name does not matter."""
+        """Return whether the SAE may have been trained at this hookpoint. sparsify's suffix `/seed1` is ignored."""
         return self.hookpoint is None or self.hookpoint.partition("/")[0] == hookpoint.partition("/")[0]
 
     def is_of(self, name: str | None, kind: str) -> bool:
-        """Tell whether a language model may be the one.
+        """Return whether the SAE may have been trained on this language model.
 
         Args:
-            name: Its hub id or folder; empty for a model that was made in memory, which may be any.
-            kind: The name of its class, which stood for a model without a name in training.
+            name: The model's hub id or folder. Empty for a model made in memory, which may be any model.
+            kind: The name of the model's class. Training records it for a model without a name.
         """
         return self.model in (None, kind) or not name or same_model(str(self.model), name)
 
     def is_of_other(self, name: str | None, kind: str) -> bool:
-        """Tell whether a language model may be the second one; see `is_of`."""
+        """Return whether this language model may be the second one. See `is_of`."""
         return self.other in (None, kind) or not name or same_model(str(self.other), name)
 
     def entries(self) -> dict[str, str | None]:
-        """Return what a file keeps of it."""
+        """Return the entries for `cfg.json`."""
         return {name: value for name, value in self._asdict().items() if value is not None or name != "other"}
 
 
 def same_model(one: str, other: str) -> bool:
-    """Tell whether two names, hub ids or folders, may mean the same language model.
+    """Return whether two names, hub ids or folders, may mean the same language model.
 
-    A folder may have been moved or copied, and a hub id may be without its owner: then the last parts are compared.
+    A folder may have been moved or copied, and a hub id may lack its owner. In these cases only the last components of
+    the names are compared.
     """
     if one == other:
         return True
@@ -62,6 +63,6 @@ def same_model(one: str, other: str) -> bool:
 
 
 def _hub_id(name: str) -> str:
-    """Return the hub id that a folder of the hub's cache is of; other names without a slash at their end."""
+    """Return the hub id of a folder in the hub's cache, or any other name without its trailing slash."""
     cached = IN_CACHE.search(name)
     return f"{cached[1]}/{cached[2]}" if cached else name.rstrip("/")

@@ -25,13 +25,18 @@ for name, prefix, mlp, attention in (
     ("qwen3-moe", "layers", "mlp", "self_attn"),
     ("modernbert", "layers", "mlp", "attn"),
     ("falcon", "h", "mlp", "self_attention"),
-    ("qwen3-next", "layers", "mlp", "no one module that is its attention.*layers.{0-2}.linear_attn"),
-    ("mamba-2", "layers", "no one module that is its MLP.*layers.{0-2}.mixer", "no one module.*layers.{0-2}.mixer"),
+    ("qwen3-next", "layers", "mlp", "no single module that is its attention.*layers.{0-2}.linear_attn"),
+    (
+        "mamba-2",
+        "layers",
+        "no single module that is its MLP.*layers.{0-2}.mixer",
+        "no single module.*layers.{0-2}.mixer",
+    ),
     (
         "bert",
         "encoder.layer",
-        "no one module that is its MLP.*encoder.layer.{0-2}.output",
-        "no one module that is its att",
+        "no single module that is its MLP.*encoder.layer.{0-2}.output",
+        "no single module that is its att",
     ),
 ):
     MLP[name], ATTENTION[name] = (prefix, mlp), (prefix, attention)
@@ -49,7 +54,7 @@ def test_short_names_are_found_by_structure(name):
     assert choose(found, ["resid"]).hookpoints == chosen(TrainConfig(), shape_of(CONFIGS[name])).hookpoints
     for short, (prefix, path) in (("mlp", MLP[name]), ("attn", ATTENTION[name])):
         assert found.prefix == prefix
-        if "one module" in path:
+        if "single module" in path:
             with pytest.raises(UserError, match=path.replace("{", r"\{")):
                 matched(found, short)
         else:
@@ -80,17 +85,25 @@ def test_widths_and_order_are_those_of_a_run(name):
         (
             "qwen3-moe",
             "layers.*.mlp.experts",
-            r"layers.\{0-2\}.mlp.experts cannot be read: .* gives \[batch·tokens, 32\]",
+            r"layers.\{0-2\}.mlp.experts cannot be read: .* outputs \[batch·tokens, 32\]",
         ),
-        ("qwen3", "layers.*.self_attn.q_norm", r"q_norm gives \[batch, tokens, 4, 16\], not \[batch, tokens, width\]"),
-        ("gemma-3", "vision_tower.*", "is not run for text"),
+        (
+            "qwen3",
+            "layers.*.self_attn.q_norm",
+            r"q_norm outputs \[batch, tokens, 4, 16\], not \[batch, tokens, width\]",
+        ),
+        ("gemma-3", "vision_tower.*", "does not run for text"),
         ("llama", "layers", "layers cannot be read: layers is a list of modules"),
-        ("llama", "embed_tokens:in", "embed_tokens:in reads whole numbers"),
-        ("llama", "layers.*.mpl", r"there is no such module; there are layers.\{0-2\}.self_attn, layers.\{0-2\}.mlp"),
+        ("llama", "embed_tokens:in", "embed_tokens:in reads integers"),
+        (
+            "llama",
+            "layers.*.mpl",
+            r"there is no such module, but there are layers.\{0-2\}.self_attn, layers.\{0-2\}.mlp",
+        ),
         ("llama", "layers.{0-5}.mlp", r"layers.\{0-5\}.mlp \(layers.3.mlp\): there is no such module"),
-        ("llama", "resid_pre:in", "resid_pre is the blocks' input already"),
-        ("llama", "layers.0.mlp:out", "':out' is no side of a module: write :in for its input"),
-        ("llama", "layers.{0-2.mlp", "a brace has no partner"),
+        ("llama", "resid_pre:in", "resid_pre already is the blocks' input"),
+        ("llama", "layers.0.mlp:out", "':out' is not valid: write :in for a module's input"),
+        ("llama", "layers.{0-2.mlp", "braces are unbalanced or nested"),
         ("llama", "layers..mlp", "a part of the path is empty"),
         ("llama", "layers.{3-1}.mlp", "the range '3-1' is empty"),
     ],
@@ -198,7 +211,11 @@ def test_a_second_model_has_the_same_hookpoints_in_its_own_widths():
 @pytest.mark.parametrize(
     ("hookpoints", "other", "problem"),
     [
-        (None, "gpt2", "--crosscode-models b: it has no layers.0, its layers are h.0 to h.2; name what both models"),
+        (
+            None,
+            "gpt2",
+            "--crosscode-models b: it has no layers.0, its layers are h.0 to h.2. Choose hookpoints that both models",
+        ),
         (("mlp",), "mamba-2", "--crosscode-models b: it has no layers.0.mlp, its layers are layers.0 to layers.2"),
         (("layers.0.mlp.gate_proj",), "qwen3-moe", "--crosscode-models b: it has no layers.0.mlp.gate_proj, its"),
     ],

@@ -51,12 +51,12 @@ def test_tokens_at_the_end_of_one_are_accepted():
         ),
         ({}, {"normalizer": normalizers.Lowercase()}, "they normalize text differently"),
         ({}, {"splits": pre_tokenizers.Whitespace()}, "they split text differently"),
-        ({}, {"kind": "unigram"}, "they make tokens differently"),
+        ({}, {"kind": "unigram"}, "they tokenize differently"),
     ],
 )
 def test_others_are_refused(one, other, difference):
     assert difference in difference_of(made(**one), made(**other))
-    with pytest.raises(UserError, match="its tokenizer is another than the first model's: "):
+    with pytest.raises(UserError, match="its tokenizer differs from the first model's: "):
         check_same_tokens((made(**one), made(**other)), (9, 9), "b", pytest.fail)
 
 
@@ -66,6 +66,8 @@ def test_without_tokenizers_sizes_are_compared(known):
     tokenizers = tuple(made() if each else None for each in known)
     check_same_tokens(tokenizers, (9, 9), "b", said.append)
     whose = {(True, False): "b", (False, True): "the first model", (False, False): "either model"}[known]
-    assert said == [f"There is no tokenizer of {whose}: whether token ids mean the same to both models is not checked"]
-    with pytest.raises(UserError, match="and the vocabularies differ: 9 and 8 tokens"):
+    assert said == [
+        f"There is no tokenizer of {whose}, so saekit cannot check that token ids mean the same to both models"
+    ]
+    with pytest.raises(UserError, match="and the vocabularies differ in size: 9 and 8 tokens"):
         check_same_tokens(tokenizers, (9, 8), "b", said.append)

@@ -12,7 +12,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from saekit.activations import find_blocks, splice, start_behind
+from saekit.activations import find_blocks, splice, start_after
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 FED = {**SIZES, "intermediate_size": 32}
@@ -45,10 +45,10 @@ def test_the_rest_gives_what_the_whole_gives(model, layer):
         block.register_forward_pre_hook(lambda *_: counted.append(1))
         for block in (block.get_submodule(part) for block in find_blocks(model).modules for part in _parts(block))
     ]
-    with start_behind(model, name, seen["acts"]):
+    with start_after(model, name, seen["acts"]):
         assert torch.equal(model(input_ids=IDS).logits, whole)
     assert len(counted) == sum(len(_parts(block)) for block in list(find_blocks(model).modules)[layer + 1 :])
-    with start_behind(model, name, 2 * seen["acts"]):
+    with start_after(model, name, 2 * seen["acts"]):
         changed = model(input_ids=IDS).logits
     with splice(model, {name: lambda acts: 2 * acts}):
         assert torch.equal(model(input_ids=IDS).logits, changed)
@@ -67,7 +67,7 @@ def test_a_block_gets_its_own_forward_back():
     own = blocks[0].forward
     blocks[0].forward = lambda *args, **kwargs: own(*args, **kwargs)
     patched = blocks[0].forward
-    with pytest.raises(ZeroDivisionError), start_behind(model, "layers.1", torch.zeros(2, 10, 16)):
+    with pytest.raises(ZeroDivisionError), start_after(model, "layers.1", torch.zeros(2, 10, 16)):
         raise ZeroDivisionError
     assert blocks[0].__dict__["forward"] is patched
     assert "forward" not in blocks[1].__dict__

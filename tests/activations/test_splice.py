@@ -158,7 +158,10 @@ def test_gradients_flow_through(llama):
 def test_the_model_is_restored_whatever_happens(llama):
     with pytest.raises(RuntimeError, match="boom"), splice(llama, {"layers.0": torch.zeros_like}):
         raise RuntimeError("boom")
-    with pytest.raises(ValueError, match="no module"), splice(llama, {"layers.0": torch.zeros_like, "layers.9": abs}):
+    with (
+        pytest.raises(ValueError, match="not a module"),
+        splice(llama, {"layers.0": torch.zeros_like, "layers.9": abs}),
+    ):
         pass
     assert hooks(llama) == 0
 
@@ -166,10 +169,13 @@ def test_the_model_is_restored_whatever_happens(llama):
 @pytest.mark.parametrize(
     ("replacements", "says"),
     [
-        ({"layers.9": torch.zeros_like}, "'layers.9' is no module of LlamaModel: layers has 0 to 2"),
-        ({"layers.1.mpl": torch.zeros_like}, "'layers.1.mpl' is no module of LlamaModel: layers.1 has self_attn, mlp"),
-        ({"model.layers.1": torch.zeros_like}, "'model.layers.1' is no module of LlamaModel: it has embed_tokens, "),
-        ({"layers.1": 3}, "layers.1: a int cannot replace activations: give an Sae or a function"),
+        ({"layers.9": torch.zeros_like}, "'layers.9' is not a module of LlamaModel: layers has 0 to 2"),
+        (
+            {"layers.1.mpl": torch.zeros_like},
+            "'layers.1.mpl' is not a module of LlamaModel: layers.1 has self_attn, mlp",
+        ),
+        ({"model.layers.1": torch.zeros_like}, "'model.layers.1' is not a module of LlamaModel: it has embed_tokens, "),
+        ({"layers.1": 3}, "layers.1: a int cannot replace activations: pass an Sae or a function"),
         ({"layers.1": Sae(16, 32, 4)}, r"layers.1: the SAE is for a width of 16, .* of shape \[1, 2, 32\]"),
         (
             {"layers.1.mlp": transcoder("layers.1.mlp:in", "layers.1.mlp", d_in=16)},
@@ -181,21 +187,27 @@ def test_the_model_is_restored_whatever_happens(llama):
         ),
         (
             {"layers.1.mlp": transcoder("layers.2", "layers.1.mlp")},
-            "layers.1.mlp comes before layers.2, from which it is to be predicted",
+            "layers.1.mlp cannot be predicted from layers.2, which comes after it",
         ),
-        ({"layers.1.mlp": transcoder("layers.9", "layers.1.mlp")}, "'layers.9' is no module of LlamaModel"),
-        ({"layers.1.mlp:in": transcoder()}, "layers.1.mlp:in: a transcoder predicts a module's output, and its files"),
+        ({"layers.1.mlp": transcoder("layers.9", "layers.1.mlp")}, "'layers.9' is not a module of LlamaModel"),
+        (
+            {"layers.1.mlp:in": transcoder()},
+            "layers.1.mlp:in: a transcoder predicts a module's output, unless its files",
+        ),
         (
             {
                 "crosscoder": Sae(
                     64, 32, 4, reads={"layers.0": 32, "layers.1": 32}, writes={"layers.0": 32, "layers.1": 32}
                 )
             },
-            "crosscoder: a crosscoder reads later layers than it writes, .* `saekit eval` .* do it in two, ",
+            "crosscoder: a crosscoder reads later layers than it writes, .* Use saekit.evaluate, ",
         ),
-        ({"layers.1": lambda acts: acts[..., :3]}, r"layers.1: expected \[1, 2, 32\] .* of shape \[1, 2, 3\]"),
-        ({"layers.1": lambda acts: None}, "layers.1: expected .* got a NoneType"),
-        (["layers.1"], "replacements is a list: give what replaces which module by its name"),
+        (
+            {"layers.1": lambda acts: acts[..., :3]},
+            r"layers.1: the replacement must have shape \[1, 2, 32\], .* of shape \[1, 2, 3\]",
+        ),
+        ({"layers.1": lambda acts: None}, "layers.1: the replacement must have .* got a NoneType"),
+        (["layers.1"], "replacements is a list: pass a dict from modules' names"),
     ],
 )
 def test_what_cannot_be_spliced_in_is_one_sentence(llama, replacements, says):
@@ -221,6 +233,6 @@ def test_a_warning_where_an_sae_was_trained_elsewhere(llama):
     with splice(llama, {"layers.1": other}):
         pass
     llama.name_or_path = "some/llama"
-    with pytest.warns(UserWarning, match="at layers.1 was trained on some/other, and this model is some/llama"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="at layers.1 was trained on some/other, but this model is some/llama"):  # noqa: SIM117
         with splice(llama, {"layers.1": other}):
             pass

@@ -169,13 +169,13 @@ def test_the_model_is_restored_also_after_an_error(input_ids):
 @pytest.mark.parametrize(
     ("hookpoints", "says"),
     [
-        (["layers.0", "layers.99"], "'layers.99' is no module of LlamaModel: layers has 0 to 2"),
-        (["layers.1.mlq:in"], r"'layers.1.mlq' is no module of LlamaModel: layers.1 has self_attn, mlp, "),
-        (["rotary_emb"], r"rotary_emb is .*\[1, 8, 8\].*, not \[batch, tokens, width\]"),
-        (["embed_tokens:in"], r"embed_tokens:in is .*, not \[batch, tokens, width\]"),
-        (["norm.weight.x"], "'norm.weight.x' is no module of LlamaModel: norm has no modules"),
-        ([3], "3 is no module of LlamaModel: it has embed_tokens, layers, norm, rotary_emb"),
-        ("layers.1", r"hookpoints is the text 'layers.1': give a list, such as \['layers.1'\]"),
+        (["layers.0", "layers.99"], "'layers.99' is not a module of LlamaModel: layers has 0 to 2"),
+        (["layers.1.mlq:in"], r"'layers.1.mlq' is not a module of LlamaModel: layers.1 has self_attn, mlp, "),
+        (["rotary_emb"], r"rotary_emb cannot be read: .*\[1, 8, 8\], not \[batch, tokens, width\]"),
+        (["embed_tokens:in"], r"embed_tokens:in cannot be read: .*, not \[batch, tokens, width\]"),
+        (["norm.weight.x"], "'norm.weight.x' is not a module of LlamaModel: norm has no modules"),
+        ([3], "3 is not a module of LlamaModel: it has embed_tokens, layers, norm, rotary_emb"),
+        ("layers.1", r"hookpoints is the string 'layers.1': pass a list, such as \['layers.1'\]"),
         (["layers"], "layers did not run in the forward pass of LlamaModel"),
     ],
 )
@@ -189,7 +189,7 @@ def test_what_cannot_be_tapped_is_one_sentence(input_ids, hookpoints, says):
 
 def test_a_model_that_is_none_is_refused():
     for model in ("gpt2", torch.nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match="give a model of transformers that is loaded"), tap(model, ["layers.0"]):
+        with pytest.raises(ValueError, match="pass a loaded transformers model"), tap(model, ["layers.0"]):
             pass
 
 
@@ -244,7 +244,7 @@ def test_loading_says_nothing(model_dir, capfd):
 
 
 def test_eight_bits_need_a_gpu(model_dir):
-    with pytest.raises(UserError, match="needs a CUDA GPU, and the device is cpu"):
+    with pytest.raises(UserError, match="needs a CUDA GPU, but the device is cpu"):
         check_device(ModelConfig(str(model_dir), load_in_8bit=True), torch.device("cpu"))
 
 
@@ -265,7 +265,7 @@ def test_resolve_ctx_len():
         resolve_ctx_len(513, 512)
 
 
-def test_positions_that_start_behind_the_padding_are_not_counted():
+def test_positions_that_start_after_the_padding_are_not_counted():
     config = RobertaConfig(**SMALL, max_position_embeddings=66, pad_token_id=1)
     assert context_length(config) == 64
     model = build(config)

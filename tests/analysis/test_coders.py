@@ -179,7 +179,7 @@ def test_progress_comes_to_its_end_and_batches_do_not_matter(model, kind, object
     [
         (
             {"layers.1.mlp": coder(16, reads=["layers.2"], writes=["layers.1.mlp"], transcode=True)},
-            "layers.1.mlp reads layers.2, to which this model comes after layers.1.mlp, which it predicts",
+            "layers.1.mlp reads layers.2 and predicts layers.1.mlp, but this model computes layers.1.mlp first",
         ),
         (
             {"layers.1.mlp": coder(16, reads=["layers.7"], writes=["layers.1.mlp"], transcode=True)},
@@ -187,16 +187,16 @@ def test_progress_comes_to_its_end_and_batches_do_not_matter(model, kind, object
         ),
         (
             {"layers.1.mlp": coder(8, transcode=True)},
-            "transcoder of layers.1.mlp reads layers.1.mlp:in, which has a width of 8, and this model's is 16",
+            "transcoder of layers.1.mlp reads layers.1.mlp:in, which has a width of 8, but this model's is 16",
         ),
-        ({"layers.1.mlp": coder(16, 8, transcode=True)}, "of layers.1.mlp is for a width of 8, and this model's is 16"),
+        ({"layers.1.mlp": coder(16, 8, transcode=True)}, "of layers.1.mlp is for a width of 8, but this model's is 16"),
         (
             {"layers.1.mlp:in": coder(transcode=True)},
-            "layers.1.mlp:in: a transcoder predicts a module's output, and its files do not say",
+            "layers.1.mlp:in: a transcoder predicts a module's output, unless its files say",
         ),
         (
             {"layers.1/seed0": coder(), "layers.1/seed1": coder()},
-            "layers.1/seed0 and layers.1/seed1 both write layers.1, and all are to be spliced in together",
+            "layers.1/seed0 and layers.1/seed1 both write layers.1, so they cannot be spliced in together",
         ),
     ],
 )

@@ -107,8 +107,8 @@ def test_the_logit_lens_is_for_what_writes_to_the_residual_stream(subject):
     reasons = {name: off_stream(subject.model, name) for name in NAMES}
     assert reasons == {
         **dict.fromkeys(NAMES),
-        "layers.0.mlp.down_proj:in": "it is 32 wide, and the residual stream 16",
-        "layers.1.self_attn.o_proj:in": "it is not added to the residual stream as it is",
+        "layers.0.mlp.down_proj:in": "its width is 32, but that of the residual stream is 16",
+        "layers.1.self_attn.o_proj:in": "it is not added to the residual stream unchanged",
     }
     for layer in gather_features(subject, 10**3).layers:
         assert (layer.lens is None) == (layer.no_lens is not None) == (reasons[layer.hookpoint] is not None)
@@ -117,7 +117,7 @@ def test_the_logit_lens_is_for_what_writes_to_the_residual_stream(subject):
 def test_their_report_says_where_the_lens_is_left_out(run, tmp_path):
     page = tmp_path / "page.html"
     build_report(run, EvalOptions(max_tokens=256), page, Single(torch.device("cpu")), 20)
-    assert '"no_lens":"it is 32 wide, and the residual stream 16"' in page.read_text()
+    assert '"no_lens":"its width is 32, but that of the residual stream is 16"' in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -168,16 +168,16 @@ def test_transcoders_and_crosscoders_from_training_to_the_page(model_dir, text_f
         (layer,) = inspection.layers
         assert layer.sharing.by_variance
         assert sum(layer.sharing.latents) == layer.num_latents
-        with pytest.raises(ValueError, match="one forward pass cannot replace them"), saekit.splice(model, saes):
+        with pytest.raises(ValueError, match="one forward pass cannot splice it in"), saekit.splice(model, saes):
             model(ids)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("layers.0.mlp@in", "is for a width of 32, and this model's is 16"),
+        ("layers.0.mlp@in", "is for a width of 32, but this model's is 16"),
         ("layers.7", "does not belong to this model, whose layers are layers.0 to layers.2"),
-        ("rotary_emb", "rotary_emb gives .1, tokens, 8., not .batch, tokens, width."),
+        ("rotary_emb", "rotary_emb outputs .1, tokens, 8., not .batch, tokens, width."),
     ],
 )
 def test_saes_that_do_not_fit_are_refused(run, subject, tmp_path, name, says):

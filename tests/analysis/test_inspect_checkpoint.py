@@ -194,7 +194,7 @@ def test_a_spoilt_file_is_named(run, spoil, message):
         (lambda c: cut(c / "sae.safetensors"), r"sae\.safetensors is truncated or damaged"),
         (lambda c: (c / "sae.safetensors").write_bytes(b"version https://git-lfs"), r"sae\.safetensors is truncated"),
         (lambda c: (c / "cfg.json").unlink(), r"cfg\.json cannot be read: No such file"),
-        (lambda c: (c / "cfg.json").write_text('{"num_latents": 6}'), r"sae\.safetensors does not fit cfg\.json"),
+        (lambda c: (c / "cfg.json").write_text('{"num_latents": 6}'), r"sae\.safetensors does not match cfg\.json"),
         (lambda c: save_file({"b_dec": torch.zeros(2)}, c / "sae.safetensors"), r"has no tensor W_dec"),
     ],
 )

@@ -126,7 +126,11 @@ def test_a_crosscoder_s_scales_are_those_of_its_training(tmp_path):
     ("tensor", "value", "says"),
     [
         ("W_dec", torch.zeros(8, 5), "is damaged: encoder, decoder and b_dec have the shapes"),
-        ("W_skip", torch.zeros(5, 4), r"does not fit cfg.json: .* has a skip connection \[5, 4\], configured 6 from 4"),
+        (
+            "W_skip",
+            torch.zeros(5, 4),
+            r"does not match cfg.json: .* has a skip connection \[5, 4\], but cfg.json says 6 from 4",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, tensor, value, says):

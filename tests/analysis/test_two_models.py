@@ -118,7 +118,7 @@ def test_a_second_model_without_a_head_is_read_only(models, coders):
 
 
 def test_what_does_not_fit_is_refused(models, coders):
-    with pytest.raises(UserError, match=r"reads other\.layers\.1, which has a width of 24, and this model's is 16"):
+    with pytest.raises(UserError, match=r"reads other\.layers\.1, which has a width of 24, but this model's is 16"):
         evaluate(subject(models[0], coders, other=models[0], other_name="other"))
     says = "a crosscoder of two models reads both, so it cannot be spliced into one"
     with pytest.raises(ValueError, match=says), splice(models[0], coders):

@@ -98,7 +98,7 @@ def test_the_command_lines_of_the_reference(shown, model_dir, text_file, command
 def test_eight_bits_without_a_gpu_are_refused_in_one_sentence(train):
     result = train("--load_in_8bit")
     assert result.code == 2
-    assert "--load-in-8bit needs a CUDA GPU, and the device is cpu" in result.err
+    assert "--load-in-8bit needs a CUDA GPU, but the device is cpu" in result.err
 
 
 def test_no_data_set_is_taken_by_default(saekit):

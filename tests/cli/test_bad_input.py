@@ -35,7 +35,7 @@ def assert_refused(result, *says, folder=None):
         (["--activation", "relu"], ["--activation", "batchtopk"]),
         (["--activation", "batchtopk", "--multi-topk"], ["--multi-topk", "batchtopk"]),
         (["--max-norm-multiple", "0.5"], ["--max-norm-multiple 0.5", "at least 1"]),
-        (["--activation", "groupmax", "--k", "7"], ["--activation groupmax", "--k 7", "no multiple"]),
+        (["--activation", "groupmax", "--k", "7"], ["--activation groupmax", "--k 7", "not a multiple"]),
         (["--ctx-len", "65"], ["--ctx-len 65", "64 tokens"]),
         (["--batch-size", "1000"], ["64 sequences of 32 tokens", "1000", "--batch-size"]),
         (["--max-tokens", "100"], ["--max-tokens 100", "3 sequences"]),
@@ -55,15 +55,15 @@ def assert_refused(result, *says, folder=None):
         (["--hookpoints", "mlp", "--crosscode", "resid"], ["--hookpoints and --crosscode each say"]),
         (["--transcode", "--crosscode", "resid"], ["--transcode goes with --hookpoints, not with --crosscode"]),
         (["--transcode", "--reads", "mlp:in", "--writes", "mlp"], ["--transcode goes with --hookpoints, not with"]),
-        (["--transcode", "--hookpoints", "mlp:in"], ["--transcode --hookpoints mlp:in", "name the modules"]),
+        (["--transcode", "--hookpoints", "mlp:in"], ["--transcode --hookpoints mlp:in", "Name the modules"]),
         (
             ["--reads", "layers.1.mlp", "--writes", "layers.0.mlp", "--layers", "0-1"],
-            ["has to come before", "layers.0.mlp first"],
+            ["must come before", "layers.0.mlp first"],
         ),
-        (["--reads", "resid", "--writes", "resid"], ["both name layers.1", "use --hookpoints for SAEs"]),
+        (["--reads", "resid", "--writes", "resid"], ["both name layers.1", "use --hookpoints instead"]),
         (
             ["--reads", "mlp:in", "--writes", "layers.0.mlp", "--layers", "0-2"],
-            ["--reads names 3", "--writes 1", "they make pairs"],
+            ["--reads names 3", "--writes 1", "to form pairs"],
         ),
         (["--crosscode", "layers.*.mpl"], ["--crosscode layers.*.mpl: there is no such module"]),
         (["--finetune", "nosuch"], ["--finetune nosuch"]),
@@ -155,7 +155,7 @@ def test_a_model_without_some_weights(train, tmp_path, tmp_path_factory, model_d
     weights = load_file(broken / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(train(model=broken), "lacks weights", "layers.1.mlp.down_proj.weight", folder=tmp_path)
+    assert_refused(train(model=broken), "weights such as", "layers.1.mlp.down_proj.weight", folder=tmp_path)
 
 
 def test_existing_run(train, tmp_path):

@@ -89,7 +89,7 @@ def test_an_sae_that_was_trained_elsewhere_is_warned_of(run, saekit, tmp_path, m
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "saes" / EVAL_FILE).read_text("utf-8"))
     elsewhere = "the SAE that is evaluated at layers.2 was trained at layers.1"
-    another = f"the SAEs were trained on {model_dir}, and this model is {other}"
+    another = f"the SAEs were trained on {model_dir}, but this model is {other}"
     assert record["warnings"][:2] == [elsewhere, another]
     shown = " ".join(result.out.split())
     assert f"Warning: {elsewhere}" in shown
@@ -115,7 +115,7 @@ def test_training_data_is_not_called_held_out(train, saekit, tmp_path):
     assert train("--save-dir", tmp_path, "--run-name", "all", "--max-tokens", 10**9).code == 0
     result = saekit("eval", tmp_path / "all")
     assert result.code == 2
-    assert "would not be held out" in result.err
+    assert "too little is held out" in result.err
     result = saekit("eval", tmp_path / "all", "--include-training-data", "--max-tokens", 500)
     assert result.code == 0, result.err
     assert the_file(tmp_path / "all")["held_out"] is False
@@ -150,7 +150,7 @@ def test_another_split_that_overlaps(train, saekit, tmp_path):
     assert rest["layers"] == record["layers"]
     result = saekit("eval", tmp_path / "half", "--split", "train[:20%]")
     assert result.code == 2
-    assert "would not be held out" in result.err
+    assert "too little is held out" in result.err
 
 
 def test_saes_that_do_not_say_where_they_come_from(saekit, tmp_path, model_dir, text_file):
@@ -170,7 +170,7 @@ def test_an_sae_of_another_model(run, saekit, tmp_path, text_file, model_dir):
     Sae(12, 64, 4).save_to_disk(tmp_path / "saes" / "layers.0")
     result = saekit("eval", tmp_path / "saes", text_file, "--model", model_dir)
     assert result.code == 2
-    assert "for a width of 12, and this model's is 16" in result.err
+    assert "for a width of 12, but this model's is 16" in result.err
 
 
 def test_a_folder_that_cannot_be_written_to(run, saekit, monkeypatch):

@@ -40,7 +40,7 @@ def test_the_command_shows_modules_and_what_a_pattern_means(saekit, model_dir):
     assert lines[1:] == [
         "layers.{0-2}.mlp.down_proj:in 3 32",
         "layers.{0,2}.mlp 2 16 writes to the residual stream",
-        "rotary_emb cannot be read: it gives [1, tokens, 8], not [batch, tokens, width]",
+        "rotary_emb cannot be read: it outputs [1, tokens, 8], not [batch, tokens, width]",
     ]
     done = saekit("hookpoints", model_dir, "mlp:in", "--json")
     (first, *_) = json.loads(done.out)["matched"]
@@ -52,7 +52,7 @@ def test_the_command_shows_modules_and_what_a_pattern_means(saekit, model_dir):
     [
         (
             ["layers.*.mpl"],
-            "Error: --hookpoints layers.*.mpl: there is no such module; there are layers.{0-2}.self_attn",
+            "Error: --hookpoints layers.*.mpl: there is no such module, but there are layers.{0-2}.self_attn",
         ),
         ([""], "Error: --hookpoints"),
     ],

@@ -62,7 +62,7 @@ def test_without_it_a_checkpoint_says_what_is_missing(run, saekit, text_file, mo
     alone = shutil.copytree(run / "latest" / "layers.1", run.parent / "alone")  # nothing but what cfg.json says
     refused = saekit("eval", alone, text_file, "--model", model_dir, "--max-tokens", 500)
     assert refused.code == 2
-    assert "the plug-in abs_topk.py made it: name that file with --plugin" in refused.err
+    assert "pass the file of its plug-in, abs_topk.py, with --plugin" in refused.err
 
 
 def test_a_checkpoint_names_no_code_that_is_run(run, saekit, tmp_path):

@@ -40,7 +40,9 @@ def bare(model_dir, tmp_path_factory):
 def test_a_bin_file_of_another_type_trains_nothing(train, tmp_path, files, ids, really):
     ids.astype(really).tofile(files / "ids.bin")
     result = train(data=files / "ids.bin")
-    assert_refused(result, f"looks like {really} read as uint16", f"--data-args dtype={really}", folder=tmp_path)
+    assert_refused(
+        result, f"looks like {really}, but is read as uint16", f"--data-args dtype={really}", folder=tmp_path
+    )
     assert "Loading" not in result.err
     assert train("--data-args", f"dtype={really}", data=files / "ids.bin").code == 0
 
@@ -54,7 +56,7 @@ def test_foreign_ids_are_named_before_the_model_is_loaded(train, tmp_path, files
     else:
         Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(data)
     result = train("--max-tokens", 10**6, data=data)
-    assert_refused(result, "token id 257 at token 7 of sequence 150", "knows 257 tokens", folder=tmp_path)
+    assert_refused(result, "token id 257 at token 7 of sequence 150", "vocabulary has 257 tokens", folder=tmp_path)
     assert "Loading" not in result.err
     with_others = train("--max-tokens", 10**6, "--eval-every", 100, "--eval-dataset", data)
     assert_refused(with_others, "the data to evaluate on has token id 257", folder=tmp_path)
@@ -65,7 +67,7 @@ def test_foreign_ids_to_evaluate_on(train, saekit, files, ids):
     for dtype in ("uint16", "uint32"):
         ids.astype(dtype).tofile(files / f"{dtype}.bin")
     assert saekit("eval", "checkpoints/r", files / "uint16.bin", "--max-tokens", 320).code == 0
-    assert_refused(saekit("eval", "checkpoints/r", files / "uint32.bin"), "looks like uint32 read as uint16")
+    assert_refused(saekit("eval", "checkpoints/r", files / "uint32.bin"), "looks like uint32, but is read as uint16")
     ids[:, 3] = 300
     ids.astype("uint16").tofile(files / "foreign.bin")
     result = saekit("eval", "checkpoints/r", files / "foreign.bin")
@@ -116,10 +118,10 @@ def test_the_tokenizer_changes_nothing_else(train, files, ids, bare, model_dir, 
 
 
 def test_text_needs_a_tokenizer(train, saekit, tmp_path, files, ids, bare, text_file):
-    assert_refused(train(model=bare), "is text, and the model has no tokenizer", folder=tmp_path)
+    assert_refused(train(model=bare), "is text, but the model has no tokenizer", folder=tmp_path)
     ids.astype("uint16").tofile(files / "ids.bin")
     assert train("--run-name", "r", model=bare, data=files / "ids.bin").code == 0
-    assert_refused(saekit("eval", "checkpoints/r", text_file), "is text, and the model has no tokenizer")
+    assert_refused(saekit("eval", "checkpoints/r", text_file), "is text, but the model has no tokenizer")
 
 
 def test_a_plan_of_a_model_without_a_tokenizer(saekit, bare):

@@ -71,7 +71,7 @@ def test_on_other_data(train, tmp_path, way, text_file):
 @pytest.mark.parametrize("named", [[], ["--eval-split", "train"]], ids=["none", "own"])
 def test_nothing_left_unread_is_refused_before_the_model_is_loaded(train, tmp_path, named):
     result = train("--eval-every", 5, "--max-tokens", 10**9, *named)
-    says = ["left unread", "--eval-dataset", "--eval-split", "--max-tokens", "--eval-every"]
+    says = ["unread", "--eval-dataset", "--eval-split", "--max-tokens", "--eval-every"]
     assert_refused(result, *says, folder=tmp_path)
     assert "Loading" not in result.err
 

@@ -61,9 +61,9 @@ def test_loaded_models_train_the_same(run, model_dir, other_dir, text_file, tmp_
         torch.testing.assert_close(coder.W_dec, expected[name].W_dec, rtol=0.05, atol=0.01)
     for given, problem in (
         ({"other_model": str(other_dir)}, "other_model is a name"),
-        ({"other_model": models[1], "crosscode_models": "b"}, "both say which model"),
-        ({"other_tokenizer": AutoTokenizer.from_pretrained(other_dir)}, "a tokenizer is for a loaded model"),
-        ({"other_model": models[1], "dtype": "float32"}, "is about loading the model"),
+        ({"other_model": models[1], "crosscode_models": "b"}, "both name the second model"),
+        ({"other_tokenizer": AutoTokenizer.from_pretrained(other_dir)}, "a tokenizer needs a loaded model"),
+        ({"other_model": models[1], "dtype": "float32"}, "is for loading the model"),
     ):
         with pytest.raises(UserError, match=problem):
             package.train(models[0], str(text_file), **small, **given)
@@ -76,7 +76,7 @@ def test_another_tokenizer_is_refused_before_anything_is_read(train, other_dir, 
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (folder / "tokenizer.json").write_text(json.dumps(said))
     done = train("--crosscode-models", folder, "--save-dir", tmp_path / "runs")
-    assert_refused(done, "its tokenizer is another than the first model's")
+    assert_refused(done, "its tokenizer differs from the first model's")
     assert "tokenizing" not in done.err
     nowhere = train("--crosscode-models", tmp_path / "nowhere", "--save-dir", tmp_path / "runs")
     assert_refused(nowhere, f"model '{tmp_path / 'nowhere'}'")
@@ -149,4 +149,4 @@ def test_evaluating_while_training(train, saekit, other_dir, text_file, tmp_path
 def test_another_kind_of_run_has_no_second_model(train, saekit, other_dir, text_file, tmp_path):
     assert train("--save-dir", tmp_path, "--run-name", "run").code == 0
     refused = saekit("eval", tmp_path / "run", text_file, "--other-model", other_dir)
-    assert_refused(refused, "layers.1 is no crosscoder of two models: leave out --other-model")
+    assert_refused(refused, "layers.1 is not a crosscoder of two models: leave out --other-model")

@@ -103,12 +103,12 @@ def test_a_file_that_changes_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["a.txt", "b.jsonl"], r"a\.txt and b\.jsonl are of different formats: .*'.*/\*\.txt'"),
-        (["a.txt", "b.pdf"], r"b\.pdf is of no format that can be read: give files of one format"),
-        (["a.jsonl.gz", "b.parquet"], r"a\.jsonl\.gz and b\.parquet are of different formats"),
-        (["a.txt", "a.txt.gz"], r"a\.txt and a\.txt\.gz are one file, once compressed"),
-        (["a.txt.gz", "a.txt.zst"], "are one file, once compressed"),
-        (["a.txt", "b.bin"], r"b\.bin is of no format .*or one \.bin file, not compressed"),
+        (["a.txt", "b.jsonl"], r"a\.txt and b\.jsonl have different formats: .*'.*/\*\.txt'"),
+        (["a.txt", "b.pdf"], r"b\.pdf has an unknown format: pass files of one format"),
+        (["a.jsonl.gz", "b.parquet"], r"a\.jsonl\.gz and b\.parquet have different formats"),
+        (["a.txt", "a.txt.gz"], r"a\.txt and a\.txt\.gz are the same file, plain and compressed"),
+        (["a.txt.gz", "a.txt.zst"], "are the same file, plain and compressed"),
+        (["a.txt", "b.bin"], r"b\.bin has an unknown format: .*or one \.bin file, not compressed"),
     ],
 )
 def test_what_does_not_belong_together_is_named(tmp_path, names, says):
@@ -146,9 +146,9 @@ def test_splits_are_those_of_the_library(tmp_path, names):
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["a.txt", "the-test.txt"], r"by its name, a\.txt is of none of the splits that files are of \(test\)"),
-        (["a.txt", "train of thought.txt"], r"a\.txt is of none .*\(train\).*name the files to read by a glob"),
-        (["train-test.txt", "train-1.txt"], r"train-test\.txt is of several"),
+        (["a.txt", "the-test.txt"], r"by its name, a\.txt belongs to none of the splits \(test\)"),
+        (["a.txt", "train of thought.txt"], r"a\.txt belongs to none .*\(train\).*pass the files to read as a glob"),
+        (["train-test.txt", "train-1.txt"], r"train-test\.txt belongs to several"),
     ],
 )
 def test_names_that_leave_the_split_open(tmp_path, names, says):
@@ -188,7 +188,7 @@ def test_damaged_files_are_a_line(tmp_path, name, damage, streamed):
 def test_without_zstd_it_is_said(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", ["one"], ".zst")
     monkeypatch.setattr("pyarrow.Codec", SimpleNamespace(is_available=lambda name: False))
-    with pytest.raises(UserError, match=r"\.zst files, which this pyarrow cannot read: install"):
+    with pytest.raises(UserError, match=r"\.zst files, but this pyarrow cannot read them: install"):
         rows(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_a_compressed_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_pa
 
 
 def test_text_without_a_tokenizer(tmp_path, text_file):
-    with pytest.raises(UserError, match="is text, and the model has no tokenizer: give its tokenizer"):
+    with pytest.raises(UserError, match="is text, but the model has no tokenizer: add its tokenizer"):
         load_sequences(DataConfig(str(text_file)), None, 16)
 
 

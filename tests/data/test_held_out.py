@@ -120,7 +120,7 @@ def test_nothing_left_of_another_split(doubled, tokenizer):
     trained = DataConfig(dataset=doubled, split="train[:50%]")
     seen = np.arange(len(load_sequences(trained, tokenizer, CTX_LEN)))
     again = DataConfig(dataset=doubled, split="train[80%:]")  # the same documents as the first fifth
-    with pytest.raises(UserError, match=r"train\[80%:\].* left unread .* would not be held out"):
+    with pytest.raises(UserError, match=r"train\[80%:\].* unread, so too little is held out"):
         other_split(again, trained, tokenizer, CTX_LEN, seen)
 
 
@@ -142,7 +142,7 @@ def test_another_split_of_rows_without_documents(tmp_path, tokenizer):
 def test_nothing_left(text_file, tokenizer, ctx_len):
     cfg = DataConfig(dataset=str(text_file))
     seen = np.arange(len(load_sequences(cfg, tokenizer, ctx_len)))
-    with pytest.raises(UserError, match="would not be held out"):
+    with pytest.raises(UserError, match="too little is held out"):
         held_out(cfg, tokenizer, ctx_len, seen)
 
 

@@ -107,7 +107,7 @@ def test_a_bin_file_of_the_other_type_is_noticed(tmp_path, tokenizer):
 
 
 def test_not_tokenized():
-    with pytest.raises(UserError, match="no column input_ids but text"):
+    with pytest.raises(UserError, match="columns text, but no input_ids"):
         sequences(Dataset.from_dict({"text": ["a"]}))
 
 

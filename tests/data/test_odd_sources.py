@@ -42,7 +42,7 @@ def test_a_name_that_looks_like_a_glob(tmp_path, tokenizer, text_file):
 
 
 def test_a_column_that_is_no_text(tokenizer, text_file):
-    with pytest.raises(UserError, match="--text-column 'id' holds int64, not text"):
+    with pytest.raises(UserError, match="--text-column 'id' contains int64, not text"):
         tokens_of(tokenizer, text_file, text_column="id")
 
 

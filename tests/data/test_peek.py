@@ -53,7 +53,7 @@ def test_folders_know_how_many_rows_they_have(tmp_path, look, rows):
     DatasetDict(train=rows.select(range(3)), test=rows).save_to_disk(tmp_path / "two")
     assert look(tmp_path / "one").count == look(tmp_path / "two", split="test").count == len(rows)
     assert len(look(tmp_path / "two").first) == 3
-    with pytest.raises(UserError, match="no such split; it has train, test"):
+    with pytest.raises(UserError, match="no such split; the data set has train, test"):
         look(tmp_path / "two", split="dev")
 
 

@@ -47,7 +47,7 @@ def test_every_type_read_as_every_other(file, vocabulary, really, said):
 
 @pytest.mark.parametrize("really", ["uint32", "int64"])
 def test_the_usual_type_is_not_taken_for_granted(file, really):
-    with pytest.raises(UserError, match=f"looks like {really} read as uint16"):
+    with pytest.raises(UserError, match=f"looks like {really}, but is read as uint16"):
         opened(file, 50_257, random_ids(50_257), really)
 
 
@@ -91,7 +91,7 @@ def test_an_honest_file_is_never_refused(file, vocabulary, said, make):
 
 def test_a_user_who_knows_better(file):
     ids = np.stack([random_ids(200), np.zeros(4000)], axis=1).flatten()
-    with pytest.raises(UserError, match="dtype=uint16,check_type=false if it is uint16 all the same"):
+    with pytest.raises(UserError, match="dtype=uint16,check_type=false if it really is uint16"):
         opened(file, 200, ids)
     data = opened(file, 200, dtype="uint16", check_type=False)
     assert data.read(np.arange(len(data))).flatten().tolist() == ids.tolist()
@@ -100,7 +100,9 @@ def test_a_user_who_knows_better(file):
 def test_the_first_foreign_id_is_named(file):
     ids = random_ids(50_000)
     ids[[777, 2000]] = 50_500, 51_000
-    with pytest.raises(UserError, match=r"token id 50,500 at token 9 of sequence 48 .*knows 50,257 tokens: it was"):
+    with pytest.raises(
+        UserError, match=r"token id 50,500 at token 9 of sequence 48 .*vocabulary has 50,257 tokens: it was"
+    ):
         opened(file, 50_257, ids)
     with pytest.raises(UserError, match=r"token id -7 at token 3 of sequence 0 "):
         opened(file, 50_257, np.where(np.arange(4000) == 3, -7, ids), "int32", dtype="int32")
@@ -125,7 +127,7 @@ def test_a_file_is_looked_through_once(file, monkeypatch):
 
 
 def test_without_a_tokenizer_the_model_says_that_the_type_must_be_told(file):
-    with pytest.raises(UserError, match=r"128,000 tokens in the vocabulary, say .* dtype=uint32"):
+    with pytest.raises(UserError, match=r"vocabulary has 128,000 tokens, .* dtype=uint32"):
         opened(file, 128_000, random_ids(60_000))
     opened(file, 128_000, dtype="uint16")
 
@@ -133,10 +135,10 @@ def test_without_a_tokenizer_the_model_says_that_the_type_must_be_told(file):
 @pytest.mark.parametrize(
     ("size", "said", "part"),
     [
-        (66, "uint32", "66 bytes is not a whole number of uint32 token ids, but of uint16: give .*dtype=uint16"),
+        (66, "uint32", "66 bytes is not a whole number of uint32 token ids, but of uint16: use .*dtype=uint16"),
         (68, "int64", "not a whole number of int64 token ids, but of uint32 or uint16"),
         (67, "uint16", "not a whole number of uint16 token ids: it is cut off"),
-        (64, "uint8", "dtype=uint8: a .bin file holds uint16, uint32, int32, int64"),
+        (64, "uint8", "dtype=uint8: expected one of uint16, uint32, int32, int64"),
         (0, "uint16", "less than one sequence"),
     ],
 )
@@ -147,7 +149,7 @@ def test_sizes_and_types_that_are_not_possible(file, size, said, part):
 
 
 def test_an_argument_that_a_bin_file_does_not_have(file):
-    with pytest.raises(UserError, match=r"--data-args typ=\.\.\.: a \.bin file takes dtype and check_type only"):
+    with pytest.raises(UserError, match=r"--data-args typ=\.\.\.: a \.bin file takes only dtype and check_type"):
         opened(file, 257, random_ids(257), typ="uint32")
 
 
@@ -181,7 +183,7 @@ def zip_file(file, ids):
 )
 def test_other_content_is_named(file, write, part):
     write(file, random_ids(50_257).astype("<u2"))
-    with pytest.raises(UserError, match=rf"{file.name} holds .*{part}"):
+    with pytest.raises(UserError, match=rf"{file.name} contains .*{part}"):
         opened(file, 50_257)
 
 
@@ -189,13 +191,13 @@ def test_parquet_is_named(file):
     from datasets import Dataset
 
     Dataset.from_dict({"input_ids": [[1] * 16] * 100}).to_parquet(file)
-    with pytest.raises(UserError, match="holds a parquet file"):
+    with pytest.raises(UserError, match="contains a parquet file"):
         opened(file, 50_257)
 
 
 def test_a_glob_of_bin_files(tmp_path, file):
     opened(file, 257, random_ids(257))
-    with pytest.raises(UserError, match="named alone, not by a glob"):
+    with pytest.raises(UserError, match=r"pass one \.bin file, not a glob"):
         opened(tmp_path / "*.bin", 257)
-    with pytest.raises(UserError, match=r"folder with \.bin files: name one"):
+    with pytest.raises(UserError, match=r"folder with \.bin files: pass one"):
         opened(tmp_path, 257)

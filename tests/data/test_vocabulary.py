@@ -27,7 +27,9 @@ def test_the_first_foreign_id_is_named(feature, monkeypatch):
     good = sequences(Dataset.from_dict({"input_ids": rows()}, features=features))
     check_tokens(good, 100)
     bad = sequences(Dataset.from_dict({"input_ids": rows((2345, 2, 100))}, features=features))
-    with pytest.raises(UserError, match=r"^the data set has token id 100 at token 2 of sequence 2,345 .*knows 100 tok"):
+    with pytest.raises(
+        UserError, match=r"^the data set has token id 100 at token 2 of sequence 2,345 .*vocabulary has 100 tok"
+    ):
         check_tokens(bad, 100)
     check_tokens(bad, 101)
 

@@ -51,7 +51,7 @@ def test_route_hands_over_and_lets_go():
     assert not acts
 
 
-def test_what_is_not_finite_shows_in_gradients_that_are_left_to_the_step():
+def test_what_is_not_finite_shows_in_gradients_that_are_try_to_defer():
     placement, sae = place(1000)
     for number in (1.0, torch.nan, torch.inf):
         x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
@@ -62,7 +62,7 @@ def test_what_is_not_finite_shows_in_gradients_that_are_left_to_the_step():
     torch.testing.assert_close(placement.collect(), {"h.0": torch.zeros(())})
 
 
-def test_what_overflows_only_in_gradients_that_are_left_to_the_step_shows():
+def test_what_overflows_only_in_gradients_that_are_try_to_defer_shows():
     placement, sae = place(1000)
     x = torch.full((20, 8), 1e37)
     placement.backward("h.0", (1e3 * sae(x).recon).sum())

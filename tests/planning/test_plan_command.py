@@ -176,7 +176,7 @@ def test_where_nothing_fits(saekit, llama_3_8b):  # noqa: F811
         (["--gpus", 8, "--gpu-memory", "8G", "--num-processes", 2], "leave it out with --gpus"),
         (["--layers", "40"], "out of range"),
         (["--ctx-len", "10000"], "8192 tokens that this model can read"),
-        (["--gpus", 1, "--gpu-memory", "80GiB", "--select-dtype", "int8"], "selecting in int8 is for CPUs"),
+        (["--gpus", 1, "--gpu-memory", "80GiB", "--select-dtype", "int8"], "only CPUs can select in int8"),
     ],
 )
 def test_what_cannot_be_planned(saekit, llama_3_8b, options, message):  # noqa: F811

@@ -120,7 +120,7 @@ def test_the_threshold_goes_with_the_sizes():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"selection": "batchtopk", "multi_topk": True}, "multi_topk is for topk"),
+        ({"selection": "batchtopk", "multi_topk": True}, "multi_topk needs the selection topk"),
         ({"max_norm": -1.0}, "max_norm must be at least 0"),
         ({"max_norm": math.nan}, "max_norm must be at least 0"),
     ],

@@ -90,10 +90,12 @@ def test_a_folder_in_two_formats_needs_a_choice(sae, tmp_path, npz):
 
 def test_a_folder_in_no_format_says_what_was_looked_for(tmp_path):
     (tmp_path / "cfg.json").write_text('{"hidden_size": 8}')
-    said = r"neither it nor a folder below it has sae\.safetensors \(sparsify\), sae_weights\.safetensors \(saelens\)"
+    said = (
+        r"neither it nor a folder below it contains sae\.safetensors \(sparsify\), sae_weights\.safetensors \(saelens\)"
+    )
     with pytest.raises(UserError, match=said):
         saekit.load(tmp_path)
-    with pytest.raises(UserError, match=r"has sae_weights\.safetensors \(saelens\)$"):
+    with pytest.raises(UserError, match=r"contains sae_weights\.safetensors \(saelens\)$"):
         saekit.load(tmp_path, format="saelens")
 
 
@@ -109,10 +111,10 @@ def test_a_folder_without_its_weights_is_recognized_by_its_configuration(sae, tm
 @pytest.mark.parametrize(
     ("name", "kind", "metadata", "says"),
     [
-        ("sparsify", {}, {"model_name": "gpt2"}, r"no place for metadata \(model_name\)"),
-        ("saelens", {"selection": "groupmax"}, None, "no architecture that chooses latents as groupmax does"),
-        ("saelens", {"transcode": True}, None, "SAELens' transcoders keep all positive latents"),
-        ("saelens", {"reads": TWO, "writes": TWO}, None, "no crosscoders, and this one reads 2 hookpoints"),
+        ("sparsify", {}, {"model_name": "gpt2"}, r"cannot store metadata \(model_name\)"),
+        ("saelens", {"selection": "groupmax"}, None, "no architecture for groupmax"),
+        ("saelens", {"transcode": True}, None, "SAELens' transcoders cannot select latents"),
+        ("saelens", {"reads": TWO, "writes": TWO}, None, "no crosscoders, but this one reads 2 hookpoints"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused_before_anything_is_written(tmp_path, name, kind, metadata, says):
@@ -125,9 +127,9 @@ def test_a_format_may_be_for_writing_or_reading_only(sae, tmp_path, monkeypatch)
     saekit.save(sae, tmp_path)
     monkeypatch.delattr(FORMATS.get("sparsify"), "read")
     monkeypatch.delattr(FORMATS.get("sparsify"), "write")
-    with pytest.raises(UserError, match="writes the format sparsify, but does not read it"):
+    with pytest.raises(UserError, match="can write the format sparsify, but cannot read it"):
         saekit.load(tmp_path)
-    with pytest.raises(UserError, match="reads the format sparsify, but does not write it"):
+    with pytest.raises(UserError, match="can read the format sparsify, but cannot write it"):
         saekit.save(sae, tmp_path)
 
 
@@ -144,15 +146,18 @@ def cut_tensor(folder):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: (f / "cfg.json").unlink(), "cfg.json is missing, or holds no JSON object"),
-        (lambda f: (f / "cfg.json").write_text("[1]"), "cfg.json is missing, or holds no JSON object"),
-        (lambda f: change_config(f, architecture="gated"), "says architecture 'gated'; saekit reads 'topk' only"),
-        (lambda f: change_config(f, apply_b_dec_to_input=False), "apply_b_dec_to_input False; saekit reads True only"),
-        (lambda f: change_config(f, rescale_acts_by_decoder_norm=True), "rescale_acts_by_decoder_norm True"),
-        (lambda f: change_config(f, normalize_activations="layer_norm"), "normalize_activations 'layer_norm'"),
+        (lambda f: (f / "cfg.json").unlink(), "cfg.json is missing or is not a JSON object"),
+        (lambda f: (f / "cfg.json").write_text("[1]"), "cfg.json is missing or is not a JSON object"),
+        (lambda f: change_config(f, architecture="gated"), "architecture is 'gated', but saekit can read only 'topk'"),
+        (
+            lambda f: change_config(f, apply_b_dec_to_input=False),
+            "apply_b_dec_to_input is False, but saekit can read only True",
+        ),
+        (lambda f: change_config(f, rescale_acts_by_decoder_norm=True), "rescale_acts_by_decoder_norm is True"),
+        (lambda f: change_config(f, normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),
         (lambda f: change_config(f, d_sae="32"), "no whole number 'd_sae'"),
         (lambda f: change_config(f, k=M + 1), "larger than num_latents"),
-        (lambda f: change_config(f, metadata={"saekit_max_norm": -1}), "no number of at least 0 as 'saekit_max_norm'"),
+        (lambda f: change_config(f, metadata={"saekit_max_norm": -1}), "no number 'saekit_max_norm' of at least 0"),
         (cut_tensor, r"W_enc has shape \[32, 8\], but cfg.json says \[8, 32\]"),
     ],
 )
@@ -166,7 +171,7 @@ def test_what_saelens_computes_otherwise_is_refused(sae, tmp_path, damage, says)
 def test_a_jumprelu_is_written_and_not_read(tmp_path):
     made = Sae(D, M, K, selection=BatchTopK(K, M, 0.5))
     saekit.save(made, tmp_path, "saelens")
-    with pytest.raises(UserError, match="says architecture 'jumprelu'; saekit reads 'topk' only"):
+    with pytest.raises(UserError, match="architecture is 'jumprelu', but saekit can read only 'topk'"):
         saekit.load(tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_round_trip(tmp_path):
 
 
 def test_saelens_has_none(tmp_path):
-    with pytest.raises(ValueError, match="as groupmax does"):
+    with pytest.raises(ValueError, match="no architecture for groupmax"):
         save_as_saelens(make_sae(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -150,7 +150,7 @@ def test_saelens_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"k": 7}, "60 latents are no multiple of 7"),
+        ({"k": 7}, "60 latents are not a multiple of 7"),
         ({"multi_topk": True}, "groupmax has no code at 4k"),
     ],
 )
@@ -161,7 +161,7 @@ def test_what_cannot_be(options, says):
 
 def test_the_configuration_says_it_first():
     assert SaeConfig(activation="groupmax", num_latents=60, k=5).sizes(12, 60)["selection"] == "groupmax"
-    with pytest.raises(ValueError, match=r"--activation groupmax with --k 7: .* 60 latents are no multiple of 7"):
+    with pytest.raises(ValueError, match=r"--activation groupmax with --k 7: .* 60 latents are not a multiple of 7"):
         SaeConfig(activation="groupmax", num_latents=60, k=7)
     with pytest.raises(ValueError, match="under groupmax there is no code at 4k"):
         SaeConfig(activation="groupmax", multi_topk=True)

@@ -80,7 +80,7 @@ def test_normalization_keeps_directions_and_zero_rows():
     torch.testing.assert_close(sae.W_dec.detach(), directions)
 
 
-@pytest.mark.parametrize(("sizes", "says"), [((0, 4, 1), "positive"), ((4, 4, 5), "k = 5 is larger")])
+@pytest.mark.parametrize(("sizes", "says"), [((0, 4, 1), "at least 1"), ((4, 4, 5), "k = 5 is larger")])
 def test_impossible_sizes(sizes, says):
     with pytest.raises(ValueError, match=says):
         Sae(*sizes)

@@ -35,7 +35,7 @@ class TestBuilding:
         chosen, refused, why = said.splitlines()
         assert chosen == "cpu"
         assert "no C++ compiler" in refused
-        assert why == "no C++ compiler (no-such-compiler)"
+        assert why == "there is no C++ compiler (no-such-compiler)"
 
     def test_a_compiler_that_fails(self, tmp_path, in_a_new_process):
         broken = tmp_path / "c++"
@@ -71,7 +71,7 @@ class TestBuilding:
 
 
 def test_is_for_cpus():
-    with pytest.raises(ValueError, match="for CPUs"):
+    with pytest.raises(ValueError, match="need a CPU"):
         choose_kernels("native", "fp32", torch.device("cuda"))
 
 

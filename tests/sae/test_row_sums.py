@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saekit.sae.kernels import native_ops, torch_ops
-from saekit.sae.kernels.row_sums import RowSums, defer_gradient, left_to_the_step
+from saekit.sae.kernels.row_sums import RowSums, defer_gradient, try_to_defer
 from tests.sae.adam import adam_settings
 from tests.sae.native import needs_native
 
@@ -60,7 +60,7 @@ def test_a_token_that_is_not_there():
     sums.tokens_P[3] = 7
     moments = torch.zeros(33, 5), torch.zeros(33, 5)
     settings = adam_settings(1, unit_rows=True)
-    with pytest.raises(IndexError, match="not below 7"):
+    with pytest.raises(IndexError, match="out of range for 7 rows"):
         native_ops.adam_(torch.ones(33, 5), sums, *moments, **settings)
 
 
@@ -90,12 +90,12 @@ def test_the_bound_shows_sums_that_overflow():
 def test_only_what_saves_memory_is_deferred():
     sums, gradient = row_sums(7, 100, 50, 4)
     matrix = torch.ones_like(gradient)
-    assert not left_to_the_step(matrix, sums)
+    assert not try_to_defer(matrix, sums)
     deferred = defer_gradient(matrix)
-    assert left_to_the_step(matrix, sums)
+    assert try_to_defer(matrix, sums)
     assert deferred == [sums]
     for larger in (row_sums(100, 100, 50, 4), row_sums(7, 100, 50, 300)):  # as many tokens; many latents of each
-        assert not left_to_the_step(matrix, larger[0])
+        assert not try_to_defer(matrix, larger[0])
     assert deferred == [sums]
 
 
@@ -103,6 +103,6 @@ def test_without_whoever_steps_it_a_matrix_has_its_gradient_again():
     sums, gradient = row_sums(7, 100, 50, 4)
     matrix = torch.ones_like(gradient)
     deferred = defer_gradient(matrix)
-    assert left_to_the_step(matrix, sums)
+    assert try_to_defer(matrix, sums)
     del deferred
-    assert not left_to_the_step(matrix, sums)
+    assert not try_to_defer(matrix, sums)

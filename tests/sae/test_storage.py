@@ -69,7 +69,7 @@ def test_how_long_activations_may_be_is_kept_exactly(sae, tmp_path):
     sae.save_to_disk(tmp_path)
     assert Sae.load_from_disk(tmp_path).max_norm == 0.1 + 0.2
     damage_config(tmp_path, max_norm="long")
-    with pytest.raises(ValueError, match="no number of at least 0 as 'max_norm'"):
+    with pytest.raises(ValueError, match="no number 'max_norm' of at least 0"):
         Sae.load_from_disk(tmp_path)
 
 
@@ -77,7 +77,7 @@ def test_how_long_activations_may_be_is_kept_exactly(sae, tmp_path):
 def test_batchtopk_without_a_threshold_is_damaged(sae, tmp_path, threshold):
     sae.save_to_disk(tmp_path)
     damage_config(tmp_path, activation="batchtopk", threshold=threshold)
-    with pytest.raises(ValueError, match="'threshold', which BatchTopK needs"):
+    with pytest.raises(ValueError, match="BatchTopK needs a number 'threshold'"):
         Sae.load_from_disk(tmp_path)
 
 

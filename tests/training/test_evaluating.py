@@ -136,7 +136,7 @@ def test_a_model_without_a_head_is_reconstructed_only(train, tiny_llama, tmp_pat
     watcher = Recorder()
     train("bare", model=tiny_llama.model, eval_every=7, reporter=watcher)
     train("whole", eval_every=7)
-    assert any("none: the model's checkpoint has no language modelling head" in said for said in watcher.said)
+    assert any("none: the model's checkpoint has no language modeling head" in said for said in watcher.said)
     ((_, bare),), ((_, whole),) = evaluations_of(tmp_path / "bare"), evaluations_of(tmp_path / "whole")
     assert (bare["together"], bare["ce_clean"]) == (None, None)
     for found, expected in zip(bare["layers"], whole["layers"], strict=True):

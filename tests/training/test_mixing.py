@@ -130,7 +130,7 @@ def test_a_disk_without_room_is_said_in_one_line(tiny_llama, tokens, tmp_path, m
 
     monkeypatch.setattr("os.posix_fallocate", full)
     source = opened(tiny_llama, tokens, tmp_path=tmp_path, where="disk")
-    with source.open(), pytest.raises(UserError, match=r"--mix-in disk cannot make a file of .* No space left"):
+    with source.open(), pytest.raises(UserError, match=r"--mix-in disk cannot create a file of .*No space left"):
         rows(source, 0)
 
 

@@ -119,7 +119,7 @@ def test_both_models_must_be_able_to_read_the_data(tiny_llama, tokens, tmp_path)
         train(tiny_llama, None, tokens, tmp_path)
     for changed, problem in (
         ({"max_position_embeddings": CTX_LEN - 1}, "--ctx-len 12 is more than the 11 tokens"),
-        ({"vocab_size": 19}, "but the model knows 19 tokens"),
+        ({"vocab_size": 19}, "but the model's vocabulary has 19 tokens"),
     ):
         config = copy.deepcopy(tiny_llama.config)
         config.update(changed)

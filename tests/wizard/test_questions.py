@@ -113,7 +113,7 @@ def test_wrong_answers_are_told_as_train_tells_them(answer, model_dir, text_file
             ("dataset", "DATASET is missing"),
             ("dataset", "data set 'no-such.jsonl': there is no such file or folder"),
             ("hookpoints", "--hookpoints mlpx: there is no such module"),
-            ("hookpoints", "--hookpoints layers.{0: a brace has no partner"),
+            ("hookpoints", "--hookpoints layers.{0: braces are unbalanced or nested"),
             ("layers", "--layers 3,4,5,6,7,8,9: out of range; the model has 3 layers, 0 to 2"),
             ("layers", "--layers 'x': expected numbers and ranges"),
             ("dictionary", "dictionary size 'many': expected a whole number"),
@@ -236,7 +236,7 @@ def test_the_split_is_asked_for_only_where_there_is_no_train(answer, model_dir, 
     DatasetDict(dev=rows, test=rows).save_to_disk(tmp_path / "d")
     draft, asker = answer("1", str(model_dir), str(tmp_path / "d"), "train", "dev[:50%]", *ALL, *SIZES, "all", "1")
     assert ("split", "train") in asker.asked
-    assert "no such split; it has dev, test" in asker.problems[0][2]
+    assert "no such split; the data set has dev, test" in asker.problems[0][2]
     assert draft.values["split"] == "dev[:50%]"
     assert asker.told["split"][0] == "20 rows, columns text; the text is in text"
     assert "split" not in dict(answer("1", str(model_dir), str(tmp_path / "d"), split="test")[1].asked)
@@ -264,8 +264,8 @@ def test_token_ids_of_another_type_and_a_model_without_a_tokenizer(answer, model
         ids.astype(dtype).tofile(tmp_path / f"{dtype}.bin")
     ways = [str(text_file), str(tmp_path / "uint32.bin"), str(tmp_path / "uint16.bin")]
     _, asker = answer("1", str(bare), *ways, *ALL, *SIZES, "all", "1")
-    assert "is text, and the model has no tokenizer" in asker.problems[0][2]
-    assert "looks like uint32 read as uint16" in asker.problems[1][2]
+    assert "is text, but the model has no tokenizer" in asker.problems[0][2]
+    assert "looks like uint32, but is read as uint16" in asker.problems[1][2]
     shown = " ".join(str(each) for each in ids[:8])
     assert asker.told["dataset"][1] == f"│ {shown} …"
 

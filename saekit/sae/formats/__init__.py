@@ -1,4 +1,4 @@
-"""Files in which SAEs are kept: one module per format. `base` says what a format tells about itself."""
+"""File formats for SAEs, one module each. `base` has the protocol that a format implements."""
 
 from saekit.sae.formats.base import Format
 

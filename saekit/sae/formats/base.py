@@ -1,4 +1,4 @@
-"""The protocol of file formats, and which formats a folder is in."""
+"""The protocol of file formats, and the search for folders in a format."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from saekit.sae.storage import CONFIG_FILE, LATEST, sae_folders_below
 
 
 class Format:
-    """Keeps one SAE in a folder.
+    """Reads and writes one SAE in a folder.
 
-    A format is a subclass in a file of its own, registered under its `name` in `saekit.registry.FORMATS`. It must say
-    which folders it recognizes, and implement `read`, `write` or both. It has no state.
+    A format is a subclass in its own file, registered under its `name` in `saekit.registry.FORMATS`. It implements
+    `recognizes`, and `read`, `write` or both. It has no state.
     """
 
     name: ClassVar[str]
-    """As in `saekit.save(..., format=name)`."""
+    """The name in `saekit.save(..., format=name)`."""
     looks_for: ClassVar[str]
-    """The file or files by which it recognizes a folder, for messages: `sae.safetensors`."""
+    """The files by which it recognizes a folder, for messages: `sae.safetensors`."""
 
     def recognizes(self, folder: Path) -> bool:
-        """Tell whether a folder holds one SAE in this format.
+        """Return whether a folder holds one SAE in this format.
 
-        It looks at the names of files and at the keys of a small JSON file (`config_of`), and never runs what it finds.
-        A damaged folder should be recognized where that is possible: then `read` can say what is wrong with it.
+        Look only at the names of files and the keys of a small JSON file (`config_of`), and run no code from the
+        folder. If possible, recognize a damaged folder too, so that `read` can say what is wrong with it.
         """
         raise NotImplementedError(f"{type(self).__qualname__} does not say which folders it recognizes")
 
@@ -39,38 +39,42 @@ class Format:
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If a file is damaged, or describes something that an `Sae` cannot compute exactly.
+            ValueError: If a file is damaged, or describes an SAE that `Sae` cannot compute exactly.
         """
-        raise ValueError(f"saekit writes the format {self.name}, but does not read it")
+        raise ValueError(f"saekit can write the format {self.name}, but cannot read it")
 
     def write(self, sae: Sae, folder: Path, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write an SAE into a folder, which is made if necessary.
+        """Write an SAE into a folder.
 
         Args:
             sae: The SAE.
-            folder: Where the files go.
-            metadata: What readers should know besides, such as the language model's name: plain values.
+            folder: Where the files go. Created if it does not exist.
+            metadata: Further information for readers, such as the language model's name, as plain values.
 
         Raises:
-            ValueError: Before anything is written, if the format cannot say something; the message names it.
+            ValueError: If the format cannot express this SAE or its metadata. Nothing is written then.
         """
-        raise ValueError(f"saekit reads the format {self.name}, but does not write it")
+        raise ValueError(f"saekit can read the format {self.name}, but cannot write it")
 
 
 def formats(name: str | None = None) -> list[Format]:
-    """Return every format there is, or the one of that name.
+    """Return all formats, or only the one of this name.
 
     Raises:
-        UserError: If there is none of that name.
+        UserError: If there is no format of this name.
     """
     return [FORMATS.get(each)() for each in (FORMATS.names() if name is None else (name,))]
 
 
 def format_of(folder: Path, name: str | None = None) -> Format | None:
-    """Return the format that recognizes a folder; None if none does, or not the one of that name.
+    """Return the format that recognizes a folder, or None.
+
+    Args:
+        folder: The folder.
+        name: The only format to try. By default all.
 
     Raises:
-        ValueError: If several formats recognize it.
+        ValueError: If several formats recognize the folder.
     """
     found = [each for each in formats(name) if each.recognizes(folder)]
     if len(found) > 1:
@@ -80,14 +84,14 @@ def format_of(folder: Path, name: str | None = None) -> Format | None:
 
 
 def find_folders(path: Path, name: str | None = None) -> dict[str, Path]:
-    """Find every SAE folder of a run (its latest checkpoint) or below a folder, by hookpoint, naturally sorted.
+    """Find every SAE folder of a run (its latest checkpoint) or below a folder, by hookpoint, in natural order.
 
     Args:
         path: The folder.
-        name: Of the format to look for; by default any.
+        name: The only format to search for. By default all.
 
     Raises:
-        FileNotFoundError: If there is none; the message says what was looked for.
+        FileNotFoundError: If there is none.
     """
     wanted = formats(name)
     latest = path / LATEST
@@ -96,12 +100,12 @@ def find_folders(path: Path, name: str | None = None) -> dict[str, Path]:
     )
     if not found:
         files = ", ".join(f"{each.looks_for} ({each.name})" for each in wanted)
-        raise FileNotFoundError(f"no SAE in {path}: neither it nor a folder below it has {files}")
+        raise FileNotFoundError(f"no SAE in {path}: neither it nor a folder below it contains {files}")
     return found
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's `cfg.json`; empty if there is no such file, or no JSON object in it."""
+    """Return the content of a folder's `cfg.json`. Empty if the file is missing or is not a JSON object."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""One SAE in a folder as SAELens reads it: `cfg.json` and `sae_weights.safetensors` (sae-lens 6).
+"""The format of SAELens (sae-lens 6): a folder with `cfg.json` and `sae_weights.safetensors`.
 
-Names there (M latents, D model width): `W_enc [D, M]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`, and for its
+Tensors in the file (M latents, D model width): `W_enc [D, M]`, `b_enc [M]`, `W_dec [M, D]`, `b_dec [D]`, and for the
 architecture `jumprelu` (Rajamanoharan et al. 2024, arXiv 2407.14435) `threshold [M]`.
 """
 
@@ -23,32 +23,32 @@ from saekit.sae.tensors import read_tensors
 
 WEIGHTS_FILE = "sae_weights.safetensors"
 FORMAT_VERSION = "6.0.0"
-"""The first sae-lens with this format; it takes a configuration without a version for an older one."""
+"""The first sae-lens version with this format. It treats a configuration without a version as an older format."""
 MAX_NORM = "saekit_max_norm"
-"""SAELens has no `max_norm`; it is kept under this name in the metadata, which SAELens carries along."""
+"""The entry for `max_norm` in the metadata, which SAELens preserves. SAELens has no such limit itself."""
 INPUT = {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-"""The entries of `cfg.json` for an SAE that takes its input as ours do."""
+"""Entries of `cfg.json` for an SAE that treats its input as ours do."""
 READ = {"architecture": "topk", "rescale_acts_by_decoder_norm": False, **INPUT}
-"""Its entries for an SAE that computes what our TopK does."""
+"""Entries of `cfg.json` for an SAE that computes the same as our TopK."""
 UNIT = 1e-3
-"""Decoder rows whose norms are this close to 1 were kept at unit norm in training."""
+"""Decoder rows were kept at unit norm in training if their norms are this close to 1."""
 
 
 class SaeLens(Format):
-    """`cfg.json` and `sae_weights.safetensors`.
+    """Reads and writes `cfg.json` and `sae_weights.safetensors`.
 
-    An SAE is written in the architecture that its selection names (`Selection.to_saelens`): TopK is `topk`, BatchTopK
-    `jumprelu`. What is written gives the same codes and reconstructions. One thing JumpReLU cannot say: that a token
-    has 4k latents at most. Where more are above the threshold, SAELens keeps them all.
+    An SAE is written in the architecture that its selection names (`Selection.to_saelens`): TopK as `topk`, BatchTopK
+    as `jumprelu`. SAELens then computes the same codes and reconstructions, with one exception: JumpReLU has no limit
+    of 4k latents per token. If more are above the threshold, all are active.
 
-    Only `topk` is read, since saekit has no selection that computes the others exactly.
+    Only `topk` can be read, since no selection of saekit computes the other architectures exactly.
     """
 
     name: ClassVar[str] = "saelens"
     looks_for: ClassVar[str] = WEIGHTS_FILE
 
     def recognizes(self, folder: Path) -> bool:
-        """Look for `sae_weights.safetensors`, or for a `cfg.json` with the architecture and the size of SAELens."""
+        """Look for `sae_weights.safetensors`, or for a `cfg.json` with SAELens' keys for architecture and size."""
         return (folder / WEIGHTS_FILE).is_file() or {"architecture", "d_sae"} <= config_of(folder).keys()
 
     def read(self, folder: Path, device: torch.device | str = "cpu") -> Sae:
@@ -56,15 +56,15 @@ class SaeLens(Format):
 
         Raises:
             FileNotFoundError: If one of the two files is missing.
-            ValueError: If a file is damaged, or describes an SAE that computes something else than TopK does.
+            ValueError: If a file is damaged, or describes an SAE that is not TopK.
         """
         file = folder / CONFIG_FILE
         config = config_of(folder)
         if not config:
-            raise ValueError(f"{file} is missing, or holds no JSON object")
+            raise ValueError(f"{file} is missing or is not a JSON object")
         for key, value in READ.items():
             if config.get(key) != value:
-                raise ValueError(f"{file} says {key} {config.get(key)!r}; saekit reads {value!r} only")
+                raise ValueError(f"{file}: {key} is {config.get(key)!r}, but saekit can read only {value!r}")
         for key in ("d_in", "d_sae", "k"):
             if not is_count(config.get(key)):
                 raise ValueError(f"{file} has no whole number {key!r} of at least 1")
@@ -75,13 +75,13 @@ class SaeLens(Format):
         metadata = config.get("metadata")
         max_norm = metadata.get(MAX_NORM) if isinstance(metadata, dict) else None
         if max_norm is not None and not is_length(max_norm):
-            raise ValueError(f"{file} has no number of at least 0 as {MAX_NORM!r}")
+            raise ValueError(f"{file} has no number {MAX_NORM!r} of at least 0")
         return around(
             tensors,
             d_in=D,
             num_latents=M,
             k=config["k"],
-            # Training would renormalize the rows of an SAE that was trained without that, and so change it.
+            # If training did not keep the rows at unit norm, renormalizing them would change the SAE.
             normalize_decoder=bool(((tensors["W_dec"].float().norm(dim=1) - 1).abs() < UNIT).all()),
             max_norm=max_norm,
         )
@@ -90,15 +90,15 @@ class SaeLens(Format):
         """Write an SAE for SAELens' `SAE.load_from_disk`.
 
         Raises:
-            ValueError: If SAELens has nothing like its selection, such as GroupMax, it is a transcoder or a crosscoder,
-                or the metadata is no plain values.
+            ValueError: If SAELens has no architecture for its selection (such as GroupMax), if it is a transcoder or a
+                crosscoder, or if the metadata cannot be written as JSON.
         """
         _check_kind(sae)
         architecture, more = sae.selection.to_saelens()
         try:
             config = json.dumps(_config(sae, architecture, metadata or {}), indent=2)
         except TypeError as error:
-            raise ValueError(f"metadata goes into a JSON file, which cannot hold it ({error})") from None
+            raise ValueError(f"the metadata cannot be written as JSON ({error}): pass plain values") from None
         tensors: dict[str, Tensor] = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
         tensors |= {name: tensor.to(sae.dtype) for name, tensor in more.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,12 +109,11 @@ class SaeLens(Format):
 def _check_kind(sae: Sae) -> None:
     if sae.transcode:
         raise ValueError(
-            "SAELens' transcoders keep all positive latents, or those above a threshold, and not this one's: save it "
-            "without format, as sparsify reads it"
+            "SAELens' transcoders cannot select latents as this one does: save it without format, for sparsify"
         )
     if len(sae.reads) > 1:
         raise ValueError(
-            f"SAELens has no crosscoders, and this one reads {len(sae.reads)} hookpoints: save it without format"
+            f"SAELens has no crosscoders, but this one reads {len(sae.reads)} hookpoints: save it without format"
         )
 
 
@@ -133,22 +132,22 @@ def _config(sae: Sae, architecture: Mapping[str, Any], metadata: Mapping[str, An
 
 
 def save_as_saelens(sae: Sae, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write an SAE in SAELens' format; the same as `saekit.save(sae, folder, format="saelens")`.
+    """Write an SAE in SAELens' format, like `saekit.save(sae, folder, format="saelens")`.
 
-    SAELens does not know `max_norm`: what is measured there is of all tokens, attention sinks included.
+    SAELens ignores `max_norm`: its measurements include all tokens, attention sinks too.
 
     Args:
         sae: The SAE.
-        folder: Where to; it is made if need be.
-        metadata: What SAELens is to know besides, such as `{"model_name": "gpt2", "hook_name":
+        folder: Where the files go. Created if it does not exist.
+        metadata: Further information for SAELens, such as `{"model_name": "gpt2", "hook_name":
             "blocks.3.hook_resid_post", "context_size": 1024, "prepend_bos": False}`. That hook of TransformerLens is
-            the output of block 3, our `h.3` or `layers.3`. The model must be loaded there as HuggingFace's is
-            (`from_pretrained_no_processing`): by default its weights are changed, and with them the residual stream.
+            the output of block 3, our `h.3` or `layers.3`. Load the model in TransformerLens with
+            `from_pretrained_no_processing`: by default it changes the weights, and with them the residual stream.
 
     Raises:
-        ValueError: If it is no `Sae`, SAELens has nothing like its selection, such as GroupMax, it is a transcoder or a
-            crosscoder, or the metadata is no plain values.
+        ValueError: If `sae` is not an `Sae`, if SAELens has no architecture for its selection (such as GroupMax), if it
+            is a transcoder or a crosscoder, or if the metadata cannot be written as JSON.
     """
     if not isinstance(sae, Sae):
-        raise ValueError(f"sae is a {type(sae).__name__}: give an Sae, such as saekit.load returns")
+        raise ValueError(f"sae is a {type(sae).__name__}: pass an Sae, such as saekit.load returns")
     SaeLens().write(sae, Path(folder), metadata)

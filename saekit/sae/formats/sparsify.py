@@ -1,4 +1,4 @@
-"""sparsify's format, which is also ours: what checkpoints hold. `saekit.sae.storage` reads and writes its files."""
+"""The format of sparsify, which is also that of our checkpoints. `saekit.sae.storage` reads and writes the files."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from saekit.sae.storage import WEIGHTS_FILE
 
 
 class Sparsify(Format):
-    """`cfg.json` and `sae.safetensors`.
+    """Reads and writes `cfg.json` and `sae.safetensors`.
 
-    Every `Sae` can be written. sparsify itself reads those with TopK and GroupMax.
+    It can write every `Sae`. sparsify itself can read those with TopK and GroupMax.
     """
 
     name: ClassVar[str] = "sparsify"
     looks_for: ClassVar[str] = WEIGHTS_FILE
 
     def recognizes(self, folder: Path) -> bool:
-        """Look for `sae.safetensors`, or for a `cfg.json` with the sizes that sparsify has."""
+        """Look for `sae.safetensors`, or for a `cfg.json` with sparsify's keys for sizes."""
         if (folder / WEIGHTS_FILE).is_file():
             return True
         keys = config_of(folder).keys()
-        return {"d_in", "k"} <= keys and not keys & {"architecture", "d_sae"}  # those are SAELens'
+        return {"d_in", "k"} <= keys and not keys & {"architecture", "d_sae"}  # the latter are SAELens' keys
 
     def read(self, folder: Path, device: torch.device | str = "cpu") -> Sae:
-        """Read the files of saekit or of sparsify."""
+        """Read an SAE written by saekit or sparsify."""
         return Sae.load_from_disk(folder, device)
 
     def write(self, sae: Sae, folder: Path, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the files that a checkpoint has of an SAE.
+        """Write an SAE's files as in a checkpoint.
 
         Raises:
-            ValueError: If there is metadata, for which the format has no place.
+            ValueError: If metadata is given: the format has no place for it.
         """
         if metadata:
-            raise ValueError(f"the format sparsify has no place for metadata ({', '.join(metadata)}): leave it out")
+            raise ValueError(f"the format sparsify cannot store metadata ({', '.join(metadata)}): leave it out")
         sae.save_to_disk(folder)

@@ -1,9 +1,9 @@
-"""Where training an SAE spends its time, behind one switch: `eager`, `cpu`, `native`, `triton`.
+"""The operations that dominate an SAE's training time, in four backends: `eager`, `cpu`, `native`, `triton`.
 
 `eager` is plain autograd over the formulas. The others compute the same values and gradients without the dense
-`[N, M]` and `[N, K, D]` tensors that plain autograd makes; tests hold each of them to `eager`.
+`[N, M]` and `[N, K, D]` tensors of plain autograd. Tests compare each of them with `eager`.
 
-Internal: may change in any release; the API is what `saekit` names.
+Internal: may change in any release. The API is the names in `saekit`.
 """
 
 from saekit.sae.kernels.choose import (

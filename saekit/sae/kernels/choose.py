@@ -1,4 +1,4 @@
-"""Which kernels run where."""
+"""Choose the kernels for a device."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from saekit.sae.kernels.sparse import Sparse
 
 BACKENDS = ("eager", "cpu", "native", "triton")
 SELECT_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
-"""The type in which candidates are found, by its name in `--select-dtype`; None is the parameters' own type."""
+"""The type in which candidates are found, by its name in `--select-dtype`. None is the parameters' own type."""
 
 
 class Kernels(Protocol):
-    """The functions that compute an SAE; `eager` documents their results."""
+    """The functions that compute an SAE. `eager` documents their results."""
 
     @property
     def name(self) -> str:
-        """One of `BACKENDS`."""
+        """Return the backend's name, one of `BACKENDS`."""
 
     @property
     def select_dtype(self) -> torch.dtype | None:
-        """In what precision candidates are found; None is the parameters' own."""
+        """Return the type in which candidates are found. None is the parameters' own type."""
 
     def encode_topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
@@ -68,14 +68,14 @@ class Kernels(Protocol):
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """Compute `eager.adam_`; kernels that defer gradients take `RowSums` for a gradient."""
+        """Return a function that computes `eager.adam_`. Kernels that defer gradients also accept `RowSums`."""
 
     def sum_rows(self, sums: RowSums) -> Tensor:
         """Compute `RowSums.dense`."""
 
 
 class Eager:
-    """The oracle as `Kernels`."""
+    """The reference implementation as `Kernels`."""
 
     name = "eager"
     select_dtype = None
@@ -91,12 +91,12 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
     """Return the kernels for a device.
 
     Args:
-        backend: One of `BACKENDS`, or `auto`: see `auto_backend`.
-        select_dtype: One of `SELECT_DTYPES`, or `auto`: `likely_type`.
-        device: Where the SAE is.
+        backend: One of `BACKENDS`, or `auto` for `auto_backend`.
+        select_dtype: One of `SELECT_DTYPES`, or `auto` for `likely_type`.
+        device: The SAE's device.
 
     Raises:
-        ValueError: If the backend cannot run on that device, or cannot select in that precision.
+        ValueError: If the backend cannot run on this device or select in this precision.
     """
     if backend == "auto":
         backend = auto_backend(device)
@@ -114,32 +114,32 @@ def choose_kernels(backend: str, select_dtype: str, device: torch.device) -> Ker
 
 
 def auto_backend(device: torch.device) -> str:
-    """`triton` on a CUDA device that has it, `native` on a CPU that can compile it, else `cpu`."""
+    """Return `triton` on a CUDA device if it is installed, `native` on a CPU if it compiles, and otherwise `cpu`."""
     if device.type == "cuda":
         return "triton" if has_triton() else "cpu"
     return "native" if device.type == "cpu" and native_build.why_not() is None else "cpu"
 
 
 def likely_type(device: torch.device) -> str:
-    """Return the type that a device is likely to select in fastest, by what it is; `fastest` measures it on a CPU."""
+    """Return the type in which a device probably selects fastest, from its features. `fastest` measures it on a CPU."""
     return "bf16" if has_fast_bf16(device) else "int8" if has_fast_int8(device) else "fp32"
 
 
 def check_select_dtype(backend: str, select_dtype: str, device: torch.device) -> None:
-    """Check that a backend, which is not `auto`, can select in that precision on a device.
+    """Check that a backend (not `auto`) can select in this precision on a device.
 
     Raises:
         ValueError: If it cannot.
     """
     if backend == "eager" and select_dtype not in ("auto", "fp32"):
-        raise ValueError("the eager kernels select in the parameters' own precision only")
+        raise ValueError(f"the eager kernels cannot select in {select_dtype}: choose fp32 or other kernels")
     if select_dtype == "int8" and (backend == "triton" or device.type != "cpu"):
-        raise ValueError("selecting in int8 is for CPUs: choose bf16")
+        raise ValueError("only CPUs can select in int8: choose bf16")
 
 
 def _native_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a module
     if device.type != "cpu":
-        raise ValueError(f"the native kernels are for CPUs; this is {device.type}")
+        raise ValueError(f"the native kernels need a CPU, but the device is {device.type}")
     if (reason := native_build.why_not()) is not None:
         raise ValueError(f"the native kernels cannot be used: {reason}")
     return native_ops
@@ -147,22 +147,22 @@ def _native_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a modu
 
 def _triton_ops(device: torch.device):  # type: ignore[no-untyped-def]  # a module
     if not has_triton():
-        raise ValueError("the triton kernels need Triton, which is not installed: pip install triton")
+        raise ValueError("the triton kernels need Triton, but it is not installed: pip install triton")
     from saekit.sae.kernels import triton_ops
 
     if device.type != "cuda" and not triton_ops.INTERPRETED:
-        raise ValueError(f"the triton kernels need a CUDA device; this is {device.type}")
+        raise ValueError(f"the triton kernels need a CUDA device, but the device is {device.type}")
     return triton_ops
 
 
 def update_kernels(kernels: Kernels, device: torch.device) -> Kernels:
-    """Return the kernels that update parameters on a device, which need not be the one that computes the SAE.
+    """Return the kernels that update parameters on a device, which can differ from the device that computes the SAE.
 
-    Offloaded parameters lie on the CPU, where Triton can read nothing; the CPU's own kernels update them.
+    Triton cannot read offloaded parameters, which are on the CPU. The CPU's own kernels update them.
 
     Args:
-        kernels: The SAE's.
-        device: Where its parameters are while the optimizer steps.
+        kernels: The SAE's kernels.
+        device: Where its parameters are during the optimizer's step.
     """
     if kernels.name == "triton" and device.type == "cpu":
         from saekit.sae.kernels import triton_ops
@@ -174,21 +174,21 @@ def update_kernels(kernels: Kernels, device: torch.device) -> Kernels:
 
 @cache
 def default_kernels(device_type: str) -> Kernels:
-    """Return the kernels of an SAE for which none were chosen: exact selection, `auto` otherwise."""
+    """Return the kernels of an SAE for which none were chosen: the `auto` backend with exact selection."""
     return choose_kernels("auto", "fp32", torch.device(device_type))
 
 
 @cache
 def has_triton() -> bool:
-    """Tell whether Triton can be imported."""
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Tell whether a device multiplies bfloat16 matrices faster than float32 ones.
+    """Return whether a device multiplies bfloat16 matrices faster than float32 ones.
 
-    On a CPU that is known of AMX (Intel) and of AMD's AVX-512: measured 4.5 times the rate of float32. Intel's AVX-512
-    has the instructions, too, but without AMX half that rate only.
+    Among CPUs, those with AMX (Intel) and AMD's with AVX-512 do: 4.5 times the rate of float32 was measured. Intel's
+    AVX-512 also has the instructions, but without AMX only half that rate.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -198,7 +198,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def has_fast_int8(device: torch.device) -> bool:
-    """Tell whether a device is a CPU that multiplies 8-bit matrices faster than float32 (VNNI: 2 to 3.8 times)."""
+    """Return whether a device is a CPU that multiplies 8-bit matrices faster than float32 (VNNI: 2 to 3.8 times)."""
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 

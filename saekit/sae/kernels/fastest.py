@@ -1,7 +1,7 @@
-"""In which type a CPU selects fastest: measured once at a run's own shape, and remembered in the user's cache.
+"""Measure the type in which a CPU selects fastest, once per shape of a run, and cache it for the user.
 
-A CPU's flags tell which instructions it has, not how fast they are: of two CPUs that multiply bfloat16, one is faster
-in 8 bits. So `auto` times the real operation, an SAE's encoder, for some tenths of a second.
+A CPU's flags say which instructions it has, but not how fast they are. Of two CPUs that multiply bfloat16, one may be
+faster in 8 bits. `auto` therefore times the real operation, an SAE's encoder, for some tenths of a second.
 """
 
 from __future__ import annotations
@@ -24,84 +24,85 @@ from saekit.sae.kernels.sparse import least_latents, low_precision_pays
 
 FILE = "selecting.json"
 LEAST_WORK = 2**30
-"""Products of an encoder from which its type is measured; below, all take milliseconds."""
+"""The least number of products in an encoder that is measured. With fewer, every type takes only milliseconds."""
 WEIGHTS = 2**21
-"""Of the encoder that is timed, at most: a larger one takes proportionally longer in every type."""
+"""The most weights of the timed encoder. A larger one takes proportionally longer in every type."""
 FEW, MANY = 64, 512
-"""Tokens that are timed. What the weights cost once per call tells itself apart from what each token costs."""
+"""Numbers of tokens that are timed. Two of them separate the cost per call (the weights) from the cost per token."""
 ROUNDS = 4
 HOPELESS = 8
-"""A type that takes so much longer than the best is timed once: torch emulates what a CPU has no instruction for."""
+"""A type slower than the best by this factor is timed only once. torch emulates instructions that a CPU lacks."""
 CPU = torch.device("cpu")
 
 
 class Work(NamedTuple):
-    """What an SAE encodes at a time."""
+    """The shape of one call of an SAE's encoder."""
 
     tokens: int
     d_in: int
     num_latents: int
     k: int
-    """Latents per token that are to be found."""
+    """Latents to find per token."""
 
     @property
     def is_measured(self) -> bool:
-        """Whether the type matters: the work is not tiny, and candidates in low precision are worth their while."""
+        """Return whether the type matters: the work is large enough, and low precision can save time."""
         large = self.tokens * self.d_in * self.num_latents >= LEAST_WORK
         return large and low_precision_pays(self.k, self.num_latents)
 
     @property
     def layer(self) -> str:
-        """The coder's part of its name in the file, without the tokens."""
+        """Return the part of the key that describes the coder, without the number of tokens."""
         return f"D {self.d_in}, M {self.num_latents}, k {self.k}"
 
     @property
     def key(self) -> str:
-        """Its name in the file."""
+        """Return the key in the cache file."""
         return f"{self.layer}, N {self.tokens}"
 
 
 Seconds = dict[str, float]
-"""By type of selection, by its name in `--select-dtype`."""
+"""Seconds by type of selection, with its name in `--select-dtype`."""
 
 
 def cache_file() -> Path:
-    """Return the file that measurements are cached in. Without it, the next run measures again."""
+    """Return the file that caches measurements. Without it, the next run measures again."""
     return cache_folder() / FILE
 
 
 def seconds_by_type(backend: str, work: Work) -> Seconds:
-    """Return seconds of the encoder by type: those in the cache, or else measured now and kept.
+    """Return the encoder's time in seconds by type, from the cache or by measuring now.
 
     Args:
         backend: `cpu` or `native`.
-        work: The run's.
+        work: The shape of the run's encoder.
     """
     seconds = known(backend).get(work.key)
     if seconds is None:
         seconds = measure(backend, work)
-        _keep(backend, work, seconds)
+        _store(backend, work, seconds)
     return seconds
 
 
 def remembered(backend: str, work: Work) -> Seconds | None:
-    """Return what has been measured of such a coder, of another number of tokens if not of this one."""
+    """Return the cached measurement of such a coder, if necessary for another number of tokens. None without one."""
     found = known(backend)
     return found.get(work.key) or next((each for key, each in found.items() if key.startswith(f"{work.layer},")), None)
 
 
 def fastest(seconds: Mapping[str, float]) -> str:
-    """Return the type that takes the least time; of equals the most exact one."""
+    """Return the type that takes the least time. Among equals, return the most exact one."""
     return min(seconds, key=lambda name: seconds[name])
 
 
 def measure(backend: str, work: Work) -> Seconds:
     """Time the encoder in every type that this CPU has instructions for.
 
-    Types are timed in turn, so that a slow moment of the machine meets all, and the fastest round of each counts.
+    Each round times all types, so that a slow moment of the machine affects all of them. The fastest round of each
+    counts.
 
     Returns:
-        Seconds for `work.tokens` tokens and as many weights as are timed, by type.
+        Seconds by type, for `work.tokens` tokens and the weights of the timed encoder (`WEIGHTS`).
     """
     tokens, d_in, num_latents, k = work
     timed = max(least_latents(k), min(num_latents, WEIGHTS // d_in))
@@ -122,12 +123,12 @@ def measure(backend: str, work: Work) -> Seconds:
                     start = time.perf_counter()
                     kernels.encode_topk(x_ND[:count], W_MD, b_M, k)
                     spent = time.perf_counter() - start
-                    before[count] = spent if number < 2 else min(spent, before[count])  # the first warms up
-    return {name: _for_all(each, few, many, tokens) for name, each in best.items()}
+                    before[count] = spent if number < 2 else min(spent, before[count])  # the first round warms up
+    return {name: _extrapolate(each, few, many, tokens) for name, each in best.items()}
 
 
-def _for_all(spent: Mapping[int, float], few: int, many: int, tokens: int) -> float:
-    """Extrapolate: tokens beyond those that were timed cost what the last of them did."""
+def _extrapolate(spent: Mapping[int, float], few: int, many: int, tokens: int) -> float:
+    """Extrapolate linearly from the timed numbers of tokens, `few` and `many`, to all `tokens`, in seconds."""
     per_token = max(0.0, spent[many] - spent[few]) / (many - few) if many > few else 0.0
     return spent[many] + per_token * (tokens - many)
 
@@ -142,16 +143,16 @@ def types(device: torch.device = CPU) -> tuple[str, ...]:
 
 
 def known(backend: str) -> dict[str, Seconds]:
-    """Return what has been measured on this CPU with this process's number of threads: by `Work.key`.
+    """Return the cached measurements of this CPU with this process's number of threads, by `Work.key`.
 
-    A file that cannot be read counts as none: it is only a cache.
+    An unreadable cache file is treated like an empty one.
     """
     found = _read().get(_machine(backend), {})
     return {key: seconds for key, seconds in found.items() if set(seconds) == set(types())}
 
 
 def _machine(backend: str) -> str:
-    """Tell what a measurement depends on besides the work."""
+    """Describe everything that a measurement depends on other than the work."""
     has = {
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
@@ -173,8 +174,11 @@ def _read() -> dict[str, dict[str, Seconds]]:
         return {}
 
 
-def _keep(backend: str, work: Work, seconds: Seconds) -> None:
-    """Put a measurement into the file, if it can be written; another process's may be lost, and is measured again."""
+def _store(backend: str, work: Work, seconds: Seconds) -> None:
+    """Add a measurement to the cache file, if it is writable.
+
+    A measurement that another process adds at the same time may be lost, and is measured again.
+    """
     everything: dict[str, Any] = _read()
     everything.setdefault(_machine(backend), {})[work.key] = seconds
     file = cache_file()

@@ -1,8 +1,8 @@
-// The loops of the backend `native`: what torch's operations do in several passes over memory, in one.
+// The loops of the backend `native`. They do in one pass over memory what torch's operations do in several.
 //
-// `native_build.py` compiles this file on the machine that runs it, `native_ops.py` calls it, and the tests hold it to
-// `torch_ops.py` and `eager.py`. Every row is computed by one thread in a fixed order: results do not depend on the
-// number of threads. All matrices are contiguous and lie row by row.
+// `native_build.py` compiles this file on the machine that runs it, `native_ops.py` calls it, and the tests compare it
+// with `torch_ops.py` and `eager.py`. One thread computes each row in a fixed order, so results do not depend on the
+// number of threads. All matrices are contiguous and row-major.
 
 #include "native_rows.h"
 #include "native_topk.h"
@@ -35,8 +35,9 @@ void topk_int8(const int32_t* sums, const float* scale, const float* bias, const
          values, latents);
 }
 
-// Of C scores of each token the k largest, in order, and their latents; of each of `parts` equal parts of them k / parts.
-// Among equal ones the first. An element's place is the number of those before it: no branch, and C is small.
+// The k largest of each token's C scores, in order, and their latents: k / parts from each of `parts` equal parts.
+// Among equal scores, the first wins. An element's place is the number of larger ones, counted without a branch: C is
+// small.
 void best_of(const float* scores, const int64_t* latents, int64_t N, int64_t C, int64_t k, int64_t parts,
              int64_t threads, float* values, int64_t* indices) {
     const int64_t count = C / parts, k_each = k / parts;
@@ -58,8 +59,8 @@ void best_of(const float* scores, const int64_t* latents, int64_t N, int64_t C, 
     }
 }
 
-// Pairs (token, latent) in the order of latents, and of tokens within a latent: where each was, its token, and where
-// each latent's begin. Counted, not compared. `starts` has M + 1 numbers.
+// Counting sort of the pairs (latent, token) by latent, and by token within a latent: each pair's old position, its
+// token, and where each latent's pairs begin. `starts` has M + 1 numbers.
 void sort_pairs(const int64_t* latents, int64_t count, int64_t K, int64_t M, int64_t* order, int64_t* tokens,
                 int64_t* starts) {
     std::fill_n(starts, M + 1, 0);
@@ -74,9 +75,9 @@ void sort_pairs(const int64_t* latents, int64_t count, int64_t K, int64_t M, int
         }
 }
 
-// Whether all of them are numbers of rows; the sums below, and the sort above, trust that.
+// Whether all indices are valid row numbers. The sums below and the sort above do not check them.
 bool all_below(const int64_t* indices, int64_t count, int64_t rows) {
-    uint64_t largest = 0;  // a negative one is larger than any
+    uint64_t largest = 0;  // as unsigned, a negative index is larger than any valid one
     for (int64_t i = 0; i < count; i++) largest = std::max(largest, uint64_t(indices[i]));
     return count == 0 || largest < uint64_t(rows);
 }
@@ -100,7 +101,7 @@ void weighted_sums(const float* weights, const int64_t* indices, const int64_t* 
     for (int64_t s = 0; s < S; s++) sums.of(s, out + s * D);
 }
 
-// One step of Adam, as `eager.adam_` has it; with unit_rows on rows of D numbers, which stay at norm 1.
+// One step of Adam, as in `eager.adam_`. With unit_rows, the rows have D numbers and stay at norm 1.
 void adam(float* params, const float* grads, void* firsts, void* seconds, bool bfloat16, int64_t count, int64_t D,
           const double* numbers, float beta1, float beta2, float eps, bool unit_rows, int64_t threads) {
     const Adam adam = adam_of(numbers, beta1, beta2, eps);
@@ -112,7 +113,7 @@ void adam(float* params, const float* grads, void* firsts, void* seconds, bool b
     });
 }
 
-// The same with a gradient that is the sums of segments: each is there for as long as its row is stepped, in the cache.
+// The same for a gradient given as sums of segments. Each row of it is computed when it is needed, in the cache.
 void adam_of_sums(float* params, const float* weights, const int64_t* indices, const int64_t* starts, const float* rows,
                   void* firsts, void* seconds, bool bfloat16, int64_t M, int64_t D, const double* numbers, float beta1,
                   float beta2, float eps, bool unit_rows, int64_t threads) {

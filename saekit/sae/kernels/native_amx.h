@@ -1,7 +1,7 @@
-// The encoder with its top-k in one, for CPUs with AMX (Intel, from 2023 on): scores stay in the tiles' registers and
-// the cache of the core that makes them, and what cannot be among the k largest is forgotten at once.
+// The encoder fused with its top-k, for CPUs with AMX (Intel, since 2023). Scores stay in tile registers and in the
+// cache of the core that computes them, and those that cannot be among the k largest are dropped at once.
 //
-// Included by `native.cpp`. Scores are sums in float32 of products in bfloat16.
+// Included by `native.cpp`. Scores are float32 sums of bfloat16 products.
 
 #include <immintrin.h>
 #include <cstdlib>
@@ -11,14 +11,14 @@
 namespace amx {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr int64_t ROWS = 16;                // of a tile
-constexpr int64_t DEEP = 32;                // numbers in bfloat16 that a row of a tile has
-constexpr int64_t SIDE = 2 * ROWS;          // of the block of scores that is computed at a time, tokens by latents
-constexpr int64_t TOKENS = 8 * SIDE;        // that a core is busy with: they and their candidates stay in its cache
-constexpr int64_t SLAB = 16 * SIDE;         // latents whose scores stay in that cache, too
-constexpr int64_t STRIDE = SLAB + ROWS;     // scores from a token to the next: no power of two, for the cache's sake
-constexpr int64_t REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl
-constexpr int64_t MOST = 4;                 // times k that a token's best may be
+constexpr int64_t ROWS = 16;                // rows of a tile
+constexpr int64_t DEEP = 32;                // bfloat16 numbers in a row of a tile
+constexpr int64_t SIDE = 2 * ROWS;          // side of the square block of scores (tokens by latents) computed at a time
+constexpr int64_t TOKENS = 8 * SIDE;        // tokens per core at a time: they and their candidates stay in its cache
+constexpr int64_t SLAB = 16 * SIDE;         // latents whose scores also stay in that cache
+constexpr int64_t STRIDE = SLAB + ROWS;     // scores from one token to the next: not a power of two, for the cache
+constexpr int64_t REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arguments of arch_prctl
+constexpr int64_t MOST = 4;                 // a token has at most MOST * k candidates
 
 constexpr uint16_t UP_TO_31[SIDE] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                      16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
@@ -32,7 +32,7 @@ struct Config {
     uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
 };
 
-// Compilers take the two instructions on configurations to touch 8 bytes of them instead of 64.
+// Compilers assume that the two instructions for tile configurations access 8 bytes instead of 64.
 inline void memory_is_up_to_date() { asm volatile("" ::: "memory"); }
 
 inline __mmask16 first_of(int64_t count) { return count < ROWS ? __mmask16((1 << count) - 1) : __mmask16(-1); }
@@ -43,11 +43,11 @@ inline __m512i keys_of(__m512 scores) {
     return _mm512_mask_mov_epi32(keys, _mm512_cmp_ps_mask(scores, scores, _CMP_UNORD_Q), largest);
 }
 
-// The largest scores of a token so far: its k largest are among them, and whatever comes must be above `bound`.
+// A token's candidates so far. Its k largest scores are among them, and new candidates must exceed `bound`.
 struct Best {
     std::vector<int32_t> keys, latents;
     int64_t k, count = 0;
-    float bound = std::numeric_limits<float>::quiet_NaN();  // which everything passes
+    float bound = std::numeric_limits<float>::quiet_NaN();  // every score passes
 
     explicit Best(int64_t k_largest) : keys(MOST * k_largest + SLAB + ROWS), latents(keys.size()), k(k_largest) {}
 
@@ -56,7 +56,7 @@ struct Best {
         bound = std::numeric_limits<float>::quiet_NaN();
     }
 
-    // `size` scores from latent `first` on. Without a branch: which of them pass cannot be foreseen.
+    // Take `size` scores, from latent `first` on. Without a branch, since which of them pass is unpredictable.
     void take(const float* scores, int64_t first, int64_t size) {
         uint16_t passing[SLAB + SIDE];
         int64_t more = 0;
@@ -80,7 +80,7 @@ struct Best {
         if (count > MOST * k) reduce(k + k / 2);
     }
 
-    // Down to the k largest or a few more, `most` at most; among equal ones the smaller latents, which came first.
+    // Keep the k largest or a few more, at most `most`. Among equal scores, keep the smaller latents, which came first.
     void reduce(int64_t most) {
         if (count <= most) return;
         const int32_t cut = kth_largest(keys.data(), count, k, most);
@@ -90,14 +90,14 @@ struct Best {
             above += keys[i] > cut;
         }
         if (reach <= most) keep_from(cut);
-        else {  // too many are equal to it
+        else {  // too many scores equal it
             int64_t ties = k - above;
             for (int64_t i = 0; i < count; i++)
                 if (keys[i] == cut && ties-- <= 0) keys[i] = std::numeric_limits<int32_t>::min();
             keep_from(cut);
         }
         bound = number_of(cut);
-        if (bound != bound) bound = INFINITE;  // which only what is not a number passes
+        if (bound != bound) bound = INFINITE;  // only NaN passes
     }
 
     void keep_from(int32_t cut) {
@@ -115,7 +115,7 @@ struct Best {
     }
 };
 
-// Sums of 32 tokens by 32 latents; `coming` is read ahead on the way.
+// Compute the scores of 32 tokens by 32 latents, and prefetch `coming` meanwhile.
 inline void products(const uint16_t* x, const uint16_t* W, int64_t E, const uint16_t* coming, int64_t lines,
                      float* scores) {
     _tile_zero(0);
@@ -144,11 +144,11 @@ inline void products(const uint16_t* x, const uint16_t* W, int64_t E, const uint
 
 extern "C" {
 
-// Whether the operating system lets this process use the tiles.
+// Whether the operating system lets this process use tiles.
 bool amx_ready() { return syscall(SYS_arch_prctl, amx::REQUEST_PERMISSION, amx::TILE_DATA) == 0; }
 
-// Weights in bfloat16 as tiles take them, [M / 16, E / 2, 16, 2]: E is D + 2 filled up to whole tiles, the two are the
-// bias and what it loses by rounding.
+// Convert weights to bfloat16 in the layout of tiles, [M / 16, E / 2, 16, 2]. E is D + 2, padded to whole tiles. The
+// two extra columns are the bias and its rounding error.
 void amx_pack_weights(const float* W, const float* bias, int64_t M, int64_t D, int64_t E, int64_t threads,
                       uint16_t* packed) {
     using namespace amx;
@@ -162,7 +162,7 @@ void amx_pack_weights(const float* W, const float* bias, int64_t M, int64_t D, i
                 for (int64_t d = 0; d < D; d++) row[d] = rounded(W[m * D + d]);
                 row[D] = rounded(bias[m]);
                 const float lost = bias[m] - widened(row[D]);
-                row[D + 1] = lost == lost ? rounded(lost) : 0;  // of an infinite bias nothing is left
+                row[D + 1] = lost == lost ? rounded(lost) : 0;  // NaN for an infinite bias
             }
             uint16_t* const out = packed + m / ROWS * ROWS * E + m % ROWS * 2;
             for (int64_t e = 0; e < E; e += 2) std::memcpy(out + e * ROWS, &row[e], 4);
@@ -170,7 +170,7 @@ void amx_pack_weights(const float* W, const float* bias, int64_t M, int64_t D, i
     }
 }
 
-// Tokens in bfloat16, [N / 16, E / 32, 16, 32], with ones for the bias.
+// Convert tokens to bfloat16, [N / 16, E / 32, 16, 32], with ones for the bias.
 void amx_pack_tokens(const float* x, int64_t N, int64_t D, int64_t E, int64_t threads, uint16_t* packed) {
     using namespace amx;
 #pragma omp parallel num_threads(threads)
@@ -185,16 +185,16 @@ void amx_pack_tokens(const float* x, int64_t N, int64_t D, int64_t E, int64_t th
     }
 }
 
-// The k largest scores of N tokens and their latents, largest first if `in_order`; tokens and weights as packed above.
+// The k largest scores of each token and their latents, largest first if `in_order`. `x` and `W` are packed as above.
 void amx_topk(const uint16_t* x, const uint16_t* W, int64_t N, int64_t M, int64_t E, int64_t k, bool in_order,
               int64_t threads, float* values, int64_t* latents) {
     using namespace amx;
     const int64_t tokens = std::clamp(whole((N + threads - 1) / threads, SIDE), SIDE, TOKENS);
-    const int64_t lines = (SIDE * SIDE + tokens - 1) / tokens;  // of the cache, to read ahead with each pair of tiles
+    const int64_t lines = (SIDE * SIDE + tokens - 1) / tokens;  // cache lines to prefetch with each pair of tiles
 #pragma omp parallel num_threads(threads)
     {
         Config before, config;
-        _tile_storeconfig(&before);  // oneDNN's, whose threads these are
+        _tile_storeconfig(&before);  // oneDNN's configuration: it uses the same threads
         memory_is_up_to_date();
         _tile_loadconfig(&config);
         std::vector<Best> best(tokens, Best(k));

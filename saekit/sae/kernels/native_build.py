@@ -1,7 +1,7 @@
-"""Compiles `native.cpp` on the machine that runs it, once, and loads it.
+"""Compile `native.cpp` once on the machine that runs it, and load it.
 
-Compiled here rather than in a wheel, it uses every instruction that this CPU has. It shares the threads of torch's own
-OpenMP runtime: a pool of its own would fight with torch's, which spins for milliseconds after each operation.
+Compiling here rather than in a wheel lets it use every instruction of this CPU. It shares the threads of torch's OpenMP
+runtime. A second thread pool would compete with torch's, whose threads spin for milliseconds after each operation.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from saekit.machine import cache_folder
 
 SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("native_*.h")))
-"""It, and what it includes."""
+"""`native.cpp` and the files that it includes."""
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 THIS_CPU = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
-"""By architecture, the flag for all instructions of this CPU."""
+"""The compiler's flag for all instructions of this CPU, by architecture."""
 COMPILERS = ("c++", "g++", "clang++")
 RUNTIMES = ("libgomp", "libiomp5", "libomp")
-"""OpenMP runtimes that know the calls that compilers make; torch has loaded one of them."""
+"""OpenMP runtimes with the entry points that compilers call. torch has loaded one of them."""
 LONGEST_S = 120
+"""Seconds after which a compiler is stopped."""
 
 
 class NoNativeKernelsError(RuntimeError):
-    """The native kernels cannot be had here; says why."""
+    """Raised if the native kernels cannot be built or loaded on this machine. The message says why."""
 
 
 @cache
 def why_not() -> str | None:
-    """Why there are no native kernels here, or None where there are; the first call may compile for some seconds."""
+    """Return why the native kernels cannot be used here, or None if they can. The first call may compile them."""
     try:
         library()
     except NoNativeKernelsError as error:
@@ -49,10 +50,10 @@ def why_not() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Return the compiled kernels, from the cache if this CPU and compiler have compiled this source before.
+    """Return the compiled kernels, from the cache if this source was compiled before for this CPU and compiler.
 
     Raises:
-        NoNativeKernelsError: If there is no compiler, it fails, or torch's OpenMP runtime is none that is known.
+        NoNativeKernelsError: If there is no compiler, if it fails, or if torch uses an unknown OpenMP runtime.
     """
     runtime, compiler = _openmp_runtime(), _compiler()
     flags = (*FLAGS, THIS_CPU[platform.machine()]) if platform.machine() in THIS_CPU else FLAGS
@@ -61,26 +62,26 @@ def library() -> ctypes.CDLL:
     path = cache_folder() / f"native-{name.hexdigest()[:16]}.so"
     if not path.exists():
         _compile(compiler, flags, path)
-    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the kernels find their OpenMP calls there, and link to none
+    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # resolves the kernels' OpenMP calls; they link to no runtime
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise NoNativeKernelsError(f"compiled kernels cannot be loaded: {error}") from error
+        raise NoNativeKernelsError(f"the compiled kernels cannot be loaded: {error}") from error
     loaded.all_below.restype = loaded.amx_ready.restype = ctypes.c_bool
     return loaded
 
 
 def _openmp_runtime() -> str:
-    """Return the file of the runtime that torch's threads belong to; importing torch has loaded it."""
+    """Return the file of torch's OpenMP runtime, which importing torch has loaded."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        raise NoNativeKernelsError(f"native kernels are for Linux, this is {sys.platform}") from None
+        raise NoNativeKernelsError(f"native kernels need Linux, but this is {sys.platform}") from None
     loaded = {line.split(maxsplit=5)[5].strip() for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
     found = sorted(file for file in loaded if Path(file).name.startswith(RUNTIMES))
     torchs = [file for file in found if Path(file).is_relative_to(Path(torch.__file__).parent)] or found
     if not torchs:
-        raise NoNativeKernelsError("torch uses no OpenMP runtime that native kernels could share threads with")
+        raise NoNativeKernelsError("torch uses an OpenMP runtime that native kernels cannot share threads with")
     return torchs[0]
 
 
@@ -88,7 +89,7 @@ def _compiler() -> str:
     named = os.environ.get("CXX")
     found = next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
     if found is None:
-        raise NoNativeKernelsError(f"no C++ compiler ({named or ', '.join(COMPILERS)})")
+        raise NoNativeKernelsError(f"there is no C++ compiler ({named or ', '.join(COMPILERS)})")
     return found
 
 
@@ -100,17 +101,17 @@ def _version(compiler: str) -> str:
 
 
 def _cpu() -> str:
-    """Describe the CPU: machines that differ may share a cache in a home directory."""
+    """Describe the CPU, since different machines may share a cache in a home directory."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     telling = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Compile to `path` whole or not at all: other ranks may do the same at the same time."""
+    """Compile to `path` atomically, since other ranks may compile at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         object_file, shared = Path(directory, "native.o"), Path(directory, "native.so")
-        # Linked without -fopenmp, which would tie it to another runtime than torch's.
+        # Link without -fopenmp, which would bind the kernels to another runtime than torch's.
         for command in (
             [compiler, *flags, "-c", str(SOURCE), "-o", str(object_file)],
             [compiler, "-shared", str(object_file), "-o", str(shared)],

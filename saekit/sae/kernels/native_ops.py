@@ -1,6 +1,6 @@
-"""The sparse operations in C++ that is compiled on this machine (`native.cpp`): the backend `native`.
+"""The sparse operations in C++, compiled on this machine (`native.cpp`): the backend `native`.
 
-For contiguous float32 on a CPU, which is what SAEs are trained in, and moments in bfloat16; anything else goes to
+It handles contiguous float32 tensors on a CPU, as in training, and moments in bfloat16. Everything else goes to
 `torch_ops`.
 """
 
@@ -19,18 +19,18 @@ from saekit.sae.kernels.native_build import library
 from saekit.sae.kernels.row_sums import RowSums
 
 DEVICES = ("cpu", "meta")
-"""On the second nothing is computed, and what is allocated can be counted."""
+"""On the meta device nothing is computed, but allocations can be counted."""
 AMX_TILE = 32
-"""Tokens, latents and their dimensions come in multiples of this number in `native_amx.h`."""
+"""`native_amx.h` pads tokens, latents and dimensions to multiples of this number."""
 FEW = 192
-"""Up to this many scores `best_of` counts how many are before each; above, torch's `topk` is as fast."""
+"""The most scores per part for which the native `best_of` is used. Above, torch's `topk` is as fast."""
 TOPK = {torch.float32: "topk_float32", torch.bfloat16: "topk_bfloat16", torch.int8: "topk_int8"}
 
 
 def topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool = True, parts: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """As `torch_ops.topk`; scores are read once, as the matmul leaves them."""
+    """Compute `torch_ops.topk`, reading the scores of the matmul only once."""
     (N, D), M = x_ND.shape, len(W_MD)
     fit = W_MD.shape == (M, D) and b_M.shape == (M,) and 0 < k // parts <= M // parts
     if not (fit and _all_float32(x_ND, W_MD, b_M) and dtype in TOPK):
@@ -54,7 +54,7 @@ def topk(
 
 
 def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
-    """Return the same as scores are made, which are nowhere kept; in float32, of products in bfloat16."""
+    """Compute `topk` without storing the scores, which are float32 sums of bfloat16 products."""
     (N, D), M, threads = x_ND.shape, len(W_MD), torch.get_num_threads()
     E = -(-(D + 2) // AMX_TILE) * AMX_TILE
     x_low = x_ND.new_empty(-(-N // AMX_TILE) * AMX_TILE * E, dtype=torch.bfloat16)
@@ -67,15 +67,16 @@ def _topk_with_amx(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, in_order: bo
 
 
 class _Kept(threading.local):
-    """Memory for weights in low precision, the same for all SAEs and all steps.
+    """A buffer for weights in low precision, reused by all SAEs and steps.
 
-    From 32 MiB on, the C library would request it from the operating system each time: twice the time of packing them.
+    The C library requests buffers of 32 MiB or more from the operating system each time, which takes twice as long as
+    packing the weights.
     """
 
     memory: Tensor | None = None
 
     def numbers(self, count: int) -> Tensor:
-        """Return this many numbers in bfloat16, valid until the next call."""
+        """Return a buffer of `count` bfloat16 numbers, valid until the next call."""
         if self.memory is None or len(self.memory) < count:
             self.memory = torch.empty(count, dtype=torch.bfloat16)
         return self.memory
@@ -86,12 +87,12 @@ _kept = _Kept()
 
 @cache
 def has_amx() -> bool:
-    """Tell whether this CPU has matrix units for bfloat16, and the operating system lets this process use them."""
+    """Return whether this CPU has AMX for bfloat16 and the operating system lets this process use it."""
     return bool(library().amx_ready())
 
 
 def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tuple[Tensor, Tensor]:
-    """As `torch_ops.best_of`."""
+    """Compute `torch_ops.best_of`."""
     (N, C), latents_NC = scores_NC.shape, latents_NC.contiguous()
     fit = latents_NC.shape == (N, C) and latents_NC.dtype == torch.int64 and 0 < k // parts <= C // parts
     if not (fit and _all_float32(scores_NC) and C // parts <= FEW):
@@ -102,7 +103,7 @@ def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tu
 
 
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-    """As `torch_ops.gather_dot`."""
+    """Compute `torch_ops.gather_dot`."""
     (N, D), K = x_ND.shape, indices_NK.shape[1]
     if not (_all_float32(x_ND, W_MD) and W_MD.shape[1] == D and len(indices_NK) == N):
         return torch_ops.gather_dot(x_ND, W_MD, indices_NK)
@@ -112,7 +113,7 @@ def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
 
 
 def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-    """As `torch_ops.gather_sum`."""
+    """Compute `torch_ops.gather_sum`."""
     N, K = indices_NK.shape
     if not (_all_float32(weights_NK, W_MD) and weights_NK.shape == (N, K)):
         return torch_ops.gather_sum(weights_NK, indices_NK, W_MD)
@@ -121,7 +122,7 @@ def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
 
 
 def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-    """As `torch_ops.segment_sum`."""
+    """Compute `torch_ops.segment_sum`."""
     if not (_all_float32(weights_P, rows_ND) and weights_P.shape == tokens_P.shape):
         return torch_ops.segment_sum(weights_P, tokens_P, starts_M, rows_ND)
     M, D = len(starts_M) - 1, rows_ND.shape[1]
@@ -131,25 +132,25 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
 
 
 def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_ops.sort_pairs`."""
+    """Compute `torch_ops.sort_pairs`."""
     if indices_NK.device.type not in DEVICES:
         return torch_ops.sort_pairs(indices_NK, num_latents)
     indices_NK = _below(num_latents, indices_NK)
-    # Apart, since the tokens may live longer.
+    # Three tensors rather than one buffer, since the tokens may live longer than the others.
     order, tokens, starts = map(indices_NK.new_empty, (indices_NK.numel(), indices_NK.numel(), num_latents + 1))
     _call("sort_pairs", indices_NK, indices_NK.numel(), indices_NK.shape[1], num_latents, order, tokens, starts)
     return order, tokens, starts
 
 
 def _below(rows: int, indices: Tensor) -> Tensor:
-    """Numbers of rows as the loops in C++ read them, which trust that they are such.
+    """Return row indices as contiguous int64, and check them, since the loops in C++ do not.
 
     Raises:
-        IndexError: If one is none.
+        IndexError: If an index is negative or not below `rows`.
     """
     indices = indices.to(torch.int64).contiguous()
     if not indices.is_meta and not library().all_below(_as_c(indices), _as_c(indices.numel()), _as_c(rows)):
-        raise IndexError(f"an index is not below {rows}, the number of rows")
+        raise IndexError(f"an index is out of range for {rows} rows")
     return indices
 
 
@@ -166,9 +167,9 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, each row from its projection to its new norm while it is in the cache.
+    """Compute `eager.adam_`, with all operations on a row done while it is in the cache.
 
-    With a gradient of `RowSums` from the sum of its gradient on.
+    For a gradient of `RowSums` these include the sum of the row's gradient.
     """
     moments, bfloat16 = (exp_avg, exp_avg_sq), _all_of(torch.bfloat16, exp_avg, exp_avg_sq)
     settings = numbers, beta1, beta2, eps, unit_rows, torch.get_num_threads()
@@ -197,7 +198,7 @@ def _all_of(dtype: torch.dtype, *tensors: Tensor) -> bool:
 
 
 def _call(name: str, *arguments: Tensor | int | float | bool) -> None:
-    """Call a function of `native.cpp`: tensors as pointers, and numbers as its int64_t, float and bool."""
+    """Call a function of `native.cpp`, passing tensors as pointers, and numbers as int64_t, float and bool."""
     if not any(isinstance(each, Tensor) and each.is_meta for each in arguments):
         getattr(library(), name)(*map(_as_c, arguments))
 

@@ -1,4 +1,4 @@
-// Products with rows, sums of chosen ones, and a step of Adam on each.
+// Dot products with rows, sums of chosen rows, and a step of Adam on a row.
 //
 // Included by `native.cpp`.
 
@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int64_t CACHE_LINE = 16;  // floats
+constexpr int64_t CACHE_LINE = 16;  // in floats
 
-// The hardware reads ahead within a row; where the next row lies only the list of rows says.
+// Prefetch a row. The hardware only prefetches within a row, since it does not know which row is next.
 inline void fetch(const float* row, int64_t D) {
     for (int64_t d = 0; d < D; d += CACHE_LINE) __builtin_prefetch(row + d);
 }
@@ -26,7 +26,7 @@ inline float dot(const float* a, const float* b, int64_t D) {
     return sum;
 }
 
-// Sums of chosen rows, one per segment: weights[p] * rows[indices[p]] over p from starts[s] to starts[s + 1].
+// Weighted sums of chosen rows: segment s sums weights[p] * rows[indices[p]] for p from starts[s] to starts[s + 1] - 1.
 struct Sums {
     const float* weights;
     const int64_t* indices;
@@ -46,7 +46,7 @@ struct Sums {
     }
 };
 
-// In double precision, so that the square of a tiny row is not zero; at least the smallest normal number.
+// Computed in double precision, so that squares of tiny numbers are not zero. At least the smallest normal number.
 inline float norm_of(const float* row, int64_t D) {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -54,7 +54,7 @@ inline float norm_of(const float* row, int64_t D) {
     return std::max(float(std::sqrt(sum)), std::numeric_limits<float>::min());
 }
 
-// Numbers in bfloat16 have the upper half of a float32's bits.
+// A bfloat16 number is the upper half of a float32's bits.
 
 inline uint32_t bits_of(float number) {
     uint32_t bits;
@@ -62,7 +62,7 @@ inline uint32_t bits_of(float number) {
     return bits;
 }
 
-inline uint16_t rounded(float number) {  // to the nearest, ties to even
+inline uint16_t rounded(float number) {  // round to nearest, ties to even
     const uint32_t bits = bits_of(number);
     return number == number ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
 }
@@ -76,14 +76,14 @@ inline float widened(uint16_t number) {
 
 inline float widened(float number) { return number; }
 
-// `eager.round_stochastically`, bit for bit: up or down, with odds from the low bits of `noise` and the step's.
+// Equals `eager.round_stochastically` bit for bit: rounds up or down at random, by a hash of `noise` and `odds`.
 inline uint16_t rounded_by_odds(float number, float noise, uint32_t odds) {
     int32_t mixed = int32_t((bits_of(noise) ^ bits_of(number)) * 0x9e3779b1u + odds);
     mixed = int32_t(uint32_t(mixed ^ (mixed >> 15)) * 0x85ebca6bu);
     return uint16_t((bits_of(number) + ((uint32_t(mixed) >> 16) & 0xffff)) >> 16);
 }
 
-// Moments at rest: in float32 as they are, in bfloat16 the second by odds, since to the nearest it would stand still.
+// Store moments. To bfloat16, the second moment is rounded at random: to nearest, it would never change.
 
 inline void keep(float& first, float& second, float new_first, float new_second, float, uint32_t) {
     first = new_first;
@@ -96,13 +96,13 @@ inline void keep(uint16_t& first, uint16_t& second, float new_first, float new_s
 }
 
 struct Adam {
-    float step_size, beta1, beta2, scale2, eps;  // scale2: one over the second moment's correction
-    uint32_t odds;                               // what makes them differ from step to step
+    float step_size, beta1, beta2, scale2, eps;  // scale2: 1 / the second moment's bias correction
+    uint32_t odds;                               // differs from step to step, for rounding
 
-    // One step of a row, or of any few numbers in sequence; with `unit` it stays at norm 1.
+    // One step of a row, or of any D consecutive numbers. With `unit`, the row stays at norm 1.
     template <class Moment>
     void step(float* param, const float* grad, Moment* first, Moment* second, int64_t D, bool unit) const {
-        float along = 0;  // the gradient's part along the row, in units of the row
+        float along = 0;  // the gradient's component along the row, as a multiple of the row
         if (unit) {
             const float norm = norm_of(param, D);
             along = dot(grad, param, D) / norm / norm;
@@ -123,7 +123,7 @@ struct Adam {
     }
 };
 
-// From the numbers of this step, which are where `eager.adam_numbers` puts them.
+// Reads the numbers of this step, in the order of `eager.adam_numbers`.
 inline Adam adam_of(const double* numbers, float beta1, float beta2, float eps) {
     enum { STEP_SIZE, CORRECTION, ROOT, ODDS };
     return {float(numbers[STEP_SIZE]), beta1, beta2, 1 / float(numbers[CORRECTION]), eps, uint32_t(numbers[ODDS])};

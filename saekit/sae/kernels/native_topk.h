@@ -13,10 +13,10 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 4096;  // numbers that are taken at a time where nothing else says how many
+constexpr int64_t BLOCK = 4096;  // default for how many numbers are processed at a time
 
-// An integer that orders as the number with these bits does. What is not a number is the largest, so that it is chosen
-// and a step can refuse it.
+// An integer with the same order as the number with these bits. NaN is the largest, so that it is chosen and the step
+// can be skipped.
 template <class Key>
 inline Key key_of(Key bits, Key infinity) {
     constexpr Key LARGEST = std::numeric_limits<Key>::max();
@@ -30,7 +30,7 @@ inline int32_t key_of(float score) {
     return key_of<int32_t>(bits, 0x7f800000);
 }
 
-// The inverse.
+// The inverse of key_of.
 inline float number_of(int32_t key) {
     const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
     float number;
@@ -38,9 +38,9 @@ inline float number_of(int32_t key) {
     return number;
 }
 
-// Where scores come from: that of latent m, and its key.
+// Sources of scores: each returns the score of latent m, and its key.
 
-struct Float32 {  // a product without its bias
+struct Float32 {  // products without the bias
     using Key = int32_t;
     const float* row;
     const float* bias;
@@ -60,13 +60,13 @@ struct BFloat16 {
     Key key(int64_t m) const { return key_of<int16_t>(row[m], 0x7f80); }
 };
 
-struct Int8 {  // 32-bit sums of 8-bit products; all divided by the token's scale, which changes no order
+struct Int8 {  // 32-bit sums of 8-bit products. All are divided by the token's scale, which keeps their order.
     using Key = int32_t;
     const int32_t* row;
     const float* scale;
     const float* bias;
     float one_over_x;
-    // Fused by name, so that a score is the same number each time it is computed.
+    // An explicit fma, so that a score is the same number each time it is computed.
     float operator()(int64_t m) const { return std::fma(float(row[m]), scale[m], bias[m] * one_over_x); }
     Key key(int64_t m) const { return key_of((*this)(m)); }
 };
@@ -74,7 +74,7 @@ struct Int8 {  // 32-bit sums of 8-bit products; all divided by the token's scal
 struct Candidate {
     int32_t key;
     int32_t latent;
-    bool operator<(const Candidate& other) const {  // larger scores first; among equal ones smaller latents
+    bool operator<(const Candidate& other) const {  // larger scores first, and smaller latents among equal scores
         return key != other.key ? key > other.key : latent < other.latent;
     }
 };
@@ -85,7 +85,7 @@ struct Scratch {
     std::vector<Candidate> found, ties;
 };
 
-// A key that at least k of the keys reach, and no more than `most`; if there is none, the largest that k reach.
+// A key that at least k and at most `most` of the keys reach. If there is none, the largest key that k of them reach.
 template <class Key>
 Key kth_largest(const Key* keys, int64_t count, int64_t k, int64_t most) {
     Key smallest = keys[0], largest = keys[0];
@@ -98,7 +98,7 @@ Key kth_largest(const Key* keys, int64_t count, int64_t k, int64_t most) {
         const Key middle = Key((low + high + 1) >> 1);
         int64_t reach = 0;
         for (int64_t start = 0; start < count; start += BLOCK) {
-            Key some = 0;  // of the keys' type, so that a register counts as many as it holds
+            Key some = 0;  // in the keys' type, so that a vector register counts as many keys as it holds
             for (int64_t i = start; i < std::min(count, start + BLOCK); i++) some += keys[i] >= middle;
             reach += some;
         }
@@ -109,9 +109,9 @@ Key kth_largest(const Key* keys, int64_t count, int64_t k, int64_t most) {
     return Key(low);
 }
 
-// Latents first..first + count - 1 are dealt to lanes in turn. The k-th largest of the lanes' maxima is a lower bound
-// of the k-th largest score, and what reaches it lies in the few lanes whose maxima do: so each score is read once,
-// without a branch, and only some are read again. `found` then has the k largest in front.
+// Deal latents first..first + count - 1 to lanes in turn. The k-th largest of the lanes' maxima is a lower bound of the
+// k-th largest score, and only the few lanes whose maxima reach it have scores that do. So each score is read once,
+// without a branch, and only few are read again. Afterwards, `found` starts with the k largest.
 template <class Scores, class Key = typename Scores::Key>
 void topk_of_row(const Scores& scores, int64_t first, int64_t count, int64_t k, bool in_order, Scratch<Key>& scratch) {
     auto& [maxima, found, ties] = scratch;
@@ -141,7 +141,7 @@ void topk_of_row(const Scores& scores, int64_t first, int64_t count, int64_t k, 
     if (in_order) std::sort(found.begin(), found.begin() + k);
 }
 
-// Lanes per row: enough that few have two of the k largest, few enough that their maxima stay close at hand.
+// Lanes per row: enough that few have two of the k largest, but few enough that their maxima stay in the cache.
 int64_t lanes_for(int64_t count, int64_t k) {
     int64_t lanes = 64;
     while (lanes < 16 * k && lanes < count) lanes *= 2;

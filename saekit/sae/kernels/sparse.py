@@ -1,15 +1,17 @@
-"""Encode and decode whose forward and backward passes cost what a k-sparse code costs, plus one dense matmul.
+"""Encode and decode at the cost of a k-sparse code plus one dense matmul, in the forward and the backward pass.
 
-- The dense scores only *select*. In low precision, if asked, they name half as many candidates again as are wanted,
-  whose pre-activations are computed from their rows in the parameters' precision; the K largest of those are taken. So
-  low precision can cost a latent its place only where its error is larger than the distance to the last candidate.
-- Latents may be chosen in equal parts of the dictionary, as GroupMax does; low precision then names candidates in each.
+- The dense scores only *select*. If they are computed in low precision, they name 1.5 times as many candidates as
+  wanted. The candidates' pre-activations are then computed from their rows in the parameters' precision, and the K
+  largest are taken. Low precision can therefore drop a latent only if its error exceeds the distance to the last
+  candidate.
+- GroupMax chooses latents in equal parts of the dictionary. Low precision then names candidates in each part.
 - Both weight gradients are sums over the N·K pairs (latent, token) of a scalar times a row:
-  `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both, and each
-  gradient is a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product, in an
-  order that is fixed, so that the result is the same on every run. They may be left to the optimizer (`row_sums`).
+  `dW[m] = Σ_{(n,k): indices[n,k]=m} c[n,k] · rows[n]`. One stable sort groups the pairs by latent for both. Each
+  gradient is then a weighted sum of rows per group: N·K·D multiply-adds instead of the N·M·D of a dense product. The
+  order of the sums is fixed, so every run gives the same result. The sums can be deferred to the optimizer
+  (`row_sums`).
 
-What is computed is written here once; `Ops` are the loops over memory that it is made of, one set per backend.
+The computation is defined here once. Each backend provides `Ops`, the loops over memory that it consists of.
 """
 
 from __future__ import annotations
@@ -23,66 +25,64 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saekit.sae.kernels.eager import keep_above
-from saekit.sae.kernels.row_sums import RowSums, left_to_the_step
+from saekit.sae.kernels.row_sums import RowSums, try_to_defer
 
 LEAST_SPARE = 8
-"""Candidates beyond k that low precision names at least."""
+"""The least number of candidates beyond k."""
 WORTH_FROM = 32
-"""Latents per candidate from which low precision pays: to compute a candidate again costs 15 to 40 times what its share
-of a float32 matmul does. AuxK's many latents out of few dead ones are selected in float32."""
+"""The least number of latents per candidate for which low precision saves time. Computing a candidate again takes 15 to
+40 times as long as its share of a float32 matmul. AuxK, which selects many of few dead latents, therefore uses
+float32."""
 
 
 class Ops(Protocol):
-    """The loops that a backend provides; none knows of gradients. `torch_ops` says in full what they compute."""
+    """The loops that a backend provides. They know nothing of gradients. `torch_ops` documents them in full."""
 
     def topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, dtype: torch.dtype, in_order: bool, parts: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the k largest scores of each token and their latents, largest first if they are to be in order.
+        """Return the k largest scores of each token and their latents, largest first if `in_order`.
 
-        Of each of `parts` equal parts of the latents k / parts, part by part. For int8 only the latents mean anything.
+        With several parts, return the k / parts largest of each, part by part. For int8, only the latents are valid.
         """
 
     def best_of(self, scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest of each token's few scores, and their latents, largest first; part by part."""
+        """Return the k largest of each token's C scores and their latents, largest first, part by part."""
 
     def gather_dot(self, x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-        """Return each token's row times the rows chosen for it."""
+        """Compute the dot products of each token's row with the rows chosen for it."""
 
     def gather_sum(self, weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-        """Return the weighted sum of the rows chosen for each token."""
+        """Compute the weighted sum of the rows chosen for each token."""
 
     def segment_sum(self, weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-        """Return the weighted sum of the tokens' rows for each latent."""
+        """Compute the weighted sum of the tokens' rows for each latent."""
 
     def sort_pairs(self, indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pairs (latent, token), sorted by latent."""
+        """Sort the pairs (latent, token) by latent."""
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """One step of Adam, with projection and renormalization where rows have norm 1.
-
-        As `eager.adam_`, and from a gradient that is `RowSums`, too.
-        """
+        """Return a function that computes `eager.adam_` and also accepts a gradient of `RowSums`."""
 
 
 class Sparse(NamedTuple):
-    """The kernels over one set of `Ops`. Implements `Kernels`."""
+    """Implements `Kernels` with one backend's `Ops`."""
 
     name: str
     ops: Ops
     select_dtype: torch.dtype | None = None
-    """In what precision candidates are found; None: the parameters' own, which needs none."""
+    """The type in which candidates are found. None is the parameters' own, in which latents are selected directly."""
 
     def encode_topk(
         self, x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *, centre_D: Tensor | None = None, parts: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """As `eager.encode_topk`, with a backward pass over the K chosen latents only."""
+        """Compute `eager.encode_topk`, with a backward pass over only the K chosen latents."""
         acts_NK, indices_NK, _ = self._encode(x_ND, W_MD, b_M, k, centre_D, parts)
         return acts_NK, indices_NK
 
     def decode(self, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-        """As `eager.decode`, without an `[N, K, D]` tensor and with a backward pass over the chosen rows only."""
+        """Compute `eager.decode`, without an `[N, K, D]` tensor, with a backward pass over only the chosen rows."""
         return _Decode.apply(acts_NK, indices_NK, W_MD, _Pairs(indices_NK, W_MD.shape[0], self.ops), self.ops)
 
     def autoencode(
@@ -96,7 +96,7 @@ class Sparse(NamedTuple):
         threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `eager.autoencode`; both weight gradients come from one sort of the pairs."""
+        """Compute `eager.autoencode`, with one sort of the pairs for both weight gradients."""
         acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D, parts)
         acts_NK = keep_above(acts_NK, threshold)
         return _Decode.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops), acts_NK, indices_NK
@@ -113,7 +113,7 @@ class Sparse(NamedTuple):
         threshold: Tensor | None = None,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `eager.autoencode_nested`; its weight gradients cost what `autoencode`'s do."""
+        """Compute `eager.autoencode_nested`, with weight gradients as cheap as those of `autoencode`."""
         acts_NK, indices_NK, pairs = self._encode(x_ND, W_enc_MD, b_enc_M, k, centre_D, parts)
         acts_NK = keep_above(acts_NK, threshold)
         rows_GND = _DecodeNested.apply(acts_NK, indices_NK, W_dec_MD, pairs, self.ops, prefixes)
@@ -121,11 +121,11 @@ class Sparse(NamedTuple):
 
     @property
     def adam_(self) -> Callable[..., None]:
-        """As `eager.adam_`, in one pass over memory; of a gradient of `RowSums`, too."""
+        """Return a function that computes `eager.adam_` in one pass over memory, also for a gradient of `RowSums`."""
         return self.ops.adam_
 
     def sum_rows(self, sums: RowSums) -> Tensor:
-        """As `RowSums.dense`."""
+        """Compute `RowSums.dense`."""
         return self.ops.segment_sum(*sums)
 
     def _encode(
@@ -140,14 +140,14 @@ class Sparse(NamedTuple):
 
 
 def num_candidates(k: int, num_latents: int, parts: int = 1) -> int:
-    """Return the number of candidates that low precision names for `k` latents, equally many in each part."""
+    """Return how many candidates low precision names for `k` latents: the same number in each part."""
     each = k // parts
     spare = max(each // 2, LEAST_SPARE // parts, 1)
     return min(each + spare, num_latents // parts) * parts
 
 
 def low_precision_pays(k: int, num_latents: int, parts: int = 1) -> bool:
-    """Tell whether candidates for `k` latents are so few that to name them in low precision can save time."""
+    """Return whether the candidates for `k` latents are few enough for low precision to save time."""
     return num_candidates(k, num_latents, parts) * WORTH_FROM <= num_latents
 
 
@@ -157,7 +157,7 @@ def least_latents(k: int) -> int:
 
 
 class _Pairs:
-    """The pairs (latent, token) of a k-sparse code, sorted by latent once for all sums over them, when first needed."""
+    """The pairs (latent, token) of a k-sparse code. They are sorted by latent once, at the first sum over them."""
 
     def __init__(self, indices_NK: Tensor | None, num_latents: int, ops: Ops) -> None:
         self.indices_NK = indices_NK
@@ -170,15 +170,15 @@ class _Pairs:
         return self.ops.sort_pairs(self.indices_NK, self.num_latents)
 
     def sum(self, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None = None) -> Tensor:
-        """`out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n + shifts[n,k]]`: `[M, D]`."""
+        """Compute `out[m] = Σ_{(n,k): indices[n,k]=m} coefficients[n,k] · rows[n + shifts[n,k]]`, `[M, D]`."""
         return self.ops.segment_sum(*self._sums(coefficients_NK, rows_ND, shifts_NK))
 
     def gradient(
         self, W_MD: Tensor, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None = None
     ) -> Tensor | None:
-        """Return the same as the gradient of a matrix; None where that is left to the step."""
+        """Compute the same sum as the gradient of a matrix. None if the gradient is deferred to the optimizer."""
         sums = self._sums(coefficients_NK, rows_ND, shifts_NK)
-        return None if left_to_the_step(W_MD, sums) else self.ops.segment_sum(*sums)
+        return None if try_to_defer(W_MD, sums) else self.ops.segment_sum(*sums)
 
     def _sums(self, coefficients_NK: Tensor, rows_ND: Tensor, shifts_NK: Tensor | None) -> RowSums:
         order, tokens, starts_M = self._sorted
@@ -188,7 +188,7 @@ class _Pairs:
 
 
 class _EncodeTopK(torch.autograd.Function):
-    """Top-k of a ReLU-linear layer. The gradient passes where a chosen value is positive: that is ReLU's mask."""
+    """The top-k of a linear layer with ReLU. The gradient passes only where a chosen value is positive."""
 
     @staticmethod
     def forward(
@@ -211,7 +211,7 @@ class _EncodeTopK(torch.autograd.Function):
             _, candidates_NC = ops.topk(x_ND, W_MD, b_M, wanted, select_dtype, False, parts)
             exact_NC = ops.gather_dot(x_ND, W_MD, candidates_NC).add_(b_M[candidates_NC])
             values_NK, indices_NK = ops.best_of(exact_NC, candidates_NC, k, parts)
-        # ReLU after the choice gives the same values as before it, and touches K instead of M numbers per token.
+        # ReLU after the choice gives the same values as before it, but processes K instead of M numbers per token.
         acts_NK = values_NK.relu_()
         pairs.indices_NK = indices_NK
         ctx.save_for_backward(x_ND, W_MD, acts_NK, indices_NK)
@@ -230,15 +230,15 @@ class _EncodeTopK(torch.autograd.Function):
         dW_MD = pairs.gradient(W_MD, grad_NK, x_ND) if need_W else None
         db_M = None
         if need_b or need_centre:
-            # Not `index_add_`, which adds in any order on a GPU.
+            # Not `index_add_`, whose order of addition on a GPU varies.
             db_M = pairs.sum(grad_NK, x_ND.new_ones(x_ND.shape[0], 1)).squeeze(1)
-        # Summed over tokens first, the centre's gradient is a matrix times a vector; no token needs one of its own.
+        # Summing over tokens first makes the centre's gradient one matrix-vector product, without a gradient per token.
         dcentre_D = -(db_M @ W_MD) if need_centre else None
         return dx_ND, dW_MD, db_M if need_b else None, dcentre_D, None, None, None, None, None
 
 
 class _Decode(torch.autograd.Function):
-    """Sums of chosen rows."""
+    """Computes each token's weighted sum of its chosen rows."""
 
     @staticmethod
     def forward(ctx: Any, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor, pairs: _Pairs, ops: Ops) -> Tensor:
@@ -250,7 +250,7 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         acts_NK, indices_NK, W_MD = ctx.saved_tensors
-        grad_ND = grad_ND.contiguous()  # the gradient of a mere sum is an expanded scalar
+        grad_ND = grad_ND.contiguous()  # the gradient of `sum` is an expanded scalar
         need_acts, _, need_W, *_ = ctx.needs_input_grad
         dacts_NK = ctx.ops.gather_dot(grad_ND, W_MD, indices_NK) if need_acts else None
         dW_MD = ctx.pairs.gradient(W_MD, acts_NK, grad_ND) if need_W else None
@@ -258,14 +258,14 @@ class _Decode(torch.autograd.Function):
 
 
 class _DecodeNested(torch.autograd.Function):
-    """Sums of chosen rows, `[G, N, D]`: for each prefix, of those below it."""
+    """Computes for each prefix of the dictionary the weighted sum of the chosen rows in it, `[G, N, D]`."""
 
     @staticmethod
     def forward(
         ctx: Any, acts_NK: Tensor, indices_NK: Tensor, W_MD: Tensor, pairs: _Pairs, ops: Ops, prefixes: tuple[int, ...]
     ) -> Tensor:
-        # Which prefix is the first to hold a latent: the group it adds to, and to all groups behind.
-        # Compared one by one: a tensor of the prefixes would be brought to the device in every step.
+        # A latent's group is the first prefix that contains it. It contributes to this group and all later ones.
+        # Compare with one prefix at a time: a tensor of prefixes would be copied to the device in every step.
         groups_NK = torch.zeros_like(indices_NK)
         for prefix in prefixes[:-1]:
             groups_NK += indices_NK >= prefix
@@ -278,16 +278,16 @@ class _DecodeNested(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_GND: Tensor) -> tuple[Tensor | None, ...]:
         acts_NK, indices_NK, W_MD, groups_NK = ctx.saved_tensors
-        # What a latent of a group is told: the gradients of all sums that it is in.
-        told_GND = grad_GND.flip(0).cumsum_(0).flip(0)
+        # The gradient for a latent of each group is the sum of the gradients of all sums that the latent is in.
+        grads_GND = grad_GND.flip(0).cumsum_(0).flip(0)
         need_acts, _, need_W, *_ = ctx.needs_input_grad
         dacts_NK = dW_MD = None
         if need_acts:
             dacts_NK = torch.zeros_like(acts_NK)
-            for group, told_ND in enumerate(told_GND):
-                dots_NK = ctx.ops.gather_dot(told_ND, W_MD, indices_NK)
+            for group, grad_ND in enumerate(grads_GND):
+                dots_NK = ctx.ops.gather_dot(grad_ND, W_MD, indices_NK)
                 dacts_NK = torch.where(groups_NK == group, dots_NK, dacts_NK)
         if need_W:
-            shifts_NK = groups_NK * told_GND.shape[1]
-            dW_MD = ctx.pairs.gradient(W_MD, acts_NK, told_GND.flatten(0, 1), shifts_NK)
+            shifts_NK = groups_NK * grads_GND.shape[1]
+            dW_MD = ctx.pairs.gradient(W_MD, acts_NK, grads_GND.flatten(0, 1), shifts_NK)
         return dacts_NK, None, dW_MD, None, None, None

@@ -1,4 +1,4 @@
-"""The sparse operations out of what torch offers: the backend `cpu`, and what a GPU without Triton falls back to."""
+"""The sparse operations, written with torch's: the backend `cpu`, also used on a GPU without Triton."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from saekit.sae.kernels.row_sums import RowSums
 from saekit.sae.kernels.scores import GROUP
 
 ADAM_BYTES = 4 * 2**20
-"""Adam steps so much of a parameter at a time, so that what is read for the projection is still in the cache."""
+"""Bytes of a parameter that Adam processes at a time, so that they stay in the cache after the projection."""
 
 
 def topk(
@@ -31,11 +31,12 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Return the `k` largest scores `x Wᵀ + b` of each token, computed in `dtype`, largest first if `in_order`.
 
-    With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part.
-    The `[N, M]` scores never exist at once: chunks of tokens share one buffer.
+    With several parts, return the `k / parts` largest of each of `parts` equal parts of the latents, part by part. The
+    `[N, M]` scores never exist all at once: chunks of tokens share one buffer.
 
     Returns:
-        Scores `[N, K]` (in `dtype`; for int8 float32, and in a unit of each token's own) and latents `[N, K]`, int64.
+        Scores `[N, K]` in `dtype`, and latents `[N, K]`, int64. For int8, scores are float32 and each token's are
+        divided by a scale of its own.
     """
     N, M = x_ND.shape[0], W_MD.shape[0]
     rows = scores.chunk_rows(N, M, k, dtype, bytes_per_score=2 * 4 if dtype == torch.int8 else dtype.itemsize)
@@ -50,8 +51,9 @@ def topk(
     indices_NK = torch.empty(N, k, dtype=torch.int64, device=x_ND.device)
     for some in scores.pieces(N, rows, x_ND.device):
         scores_nM = scores_of(some)
-        # What is not a number is the largest to numbers, and may be the least to integers. In weights it meets every
-        # token, so that one tells; in a token it is in all scores, and so in those that were chosen.
+        # NaN sorts as the largest number, but its bits may sort as the smallest integer. A NaN in the weights shows up
+        # in every token, so checking one token is enough. A NaN in a token is in all its scores, so also in the chosen
+        # ones.
         topk_of = topk_of_bits if by_bits and not scores_nM[0].isnan().any() else topk_of_groups
         scores_nPm = scores_nM.unflatten(1, (parts, M // parts))
         values, within = topk_of(scores_nPm.flatten(0, 1), k // parts, in_order)
@@ -61,16 +63,16 @@ def topk(
 
 
 def topk_of_groups(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:
-    """As `scores.topk(k)`, largest first if `in_order`, in about half the time on a CPU if `k` is much smaller than M.
+    """Compute `scores.topk(k)` in about half the time on a CPU, if `k` is much smaller than M. Sorted if `in_order`.
 
-    The k largest numbers lie in the k groups whose maxima are largest, so those groups are found first, in the same
-    way, and then only their members are compared. Among equal numbers another may be chosen than by `topk`.
+    The k largest numbers are in the k groups with the largest maxima. So find these groups first, recursively, and then
+    compare only their members. Among equal numbers, the choice can differ from that of `topk`.
     """
     N, M = scores_NM.shape
     groups = M // GROUP
     if M % GROUP or groups < GROUP * k:
         return scores_NM.topk(k, dim=-1, sorted=in_order)
-    members_NGg = scores_NM.view(N, GROUP, groups)  # a group's members are far apart, so that the maximum is vectorised
+    members_NGg = scores_NM.view(N, GROUP, groups)  # a group's members are far apart, so that `amax` is vectorized
     _, best_NK = topk_of_groups(members_NGg.amax(1), k, in_order=False)
     candidates = members_NGg.gather(2, best_NK[:, None].expand(N, GROUP, k)).view(N, GROUP * k)
     values_NK, at_NK = candidates.topk(k, dim=-1, sorted=in_order)
@@ -79,10 +81,10 @@ def topk_of_groups(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Te
 
 
 def topk_of_bits(scores_NM: Tensor, k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:
-    """As `topk_of_groups`, of bfloat16 numbers whose bits are compared as integers, which takes two thirds of the time.
+    """Compute `topk_of_groups` for bfloat16 by comparing bits as integers, which takes two thirds of the time.
 
-    Those of positive numbers are in the numbers' order and above those of all others; where others were chosen, the
-    numbers themselves are compared.
+    For positive numbers, the bits have the same order as the numbers, and sort above all others. For tokens where other
+    numbers were chosen, compare the numbers themselves.
     """
     bits_NK, indices_NK = topk_of_groups(scores_NM.view(torch.int16), k, in_order)
     values_NK = bits_NK.view(scores_NM.dtype)
@@ -102,13 +104,13 @@ def best_of(scores_NC: Tensor, latents_NC: Tensor, k: int, parts: int = 1) -> tu
 
 
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-    """`out[n, k] = ⟨x[n], W[indices[n, k]]⟩`: `[N, K]`, without an `[N, K, D]` tensor."""
+    """Compute `out[n, k] = ⟨x[n], W[indices[n, k]]⟩`, `[N, K]`, without an `[N, K, D]` tensor."""
     N, K = indices_NK.shape
     if N * K == 0:
         return x_ND.new_zeros(N, K)
     starts = torch.arange(0, N * K + 1, K, device=x_ND.device)
     zeros = x_ND.new_zeros(N * K)
-    with warnings.catch_warnings():  # torch calls its CSR tensors beta, once per process
+    with warnings.catch_warnings():  # torch warns once per process that its CSR tensors are beta
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)  # torch 2.11
         pattern = torch.sparse_csr_tensor(
@@ -118,19 +120,19 @@ def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
 
 
 def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-    """`out[n] = Σ_k weights[n, k] · W[indices[n, k]]`: `[N, D]`."""
-    if indices_NK.numel() == 0:  # an empty chunk of tokens, or k = 0: the bag refuses both
+    """Compute `out[n] = Σ_k weights[n, k] · W[indices[n, k]]`, `[N, D]`."""
+    if indices_NK.numel() == 0:  # `embedding_bag` accepts neither an empty chunk of tokens nor k = 0
         return W_MD.new_zeros(indices_NK.shape[0], W_MD.shape[1])
     return F.embedding_bag(indices_NK, W_MD, per_sample_weights=weights_NK, mode="sum")
 
 
 def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-    """`out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m: `[M, D]`.
+    """Compute `out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m, `[M, D]`.
 
     Args:
         weights_P: `[P]`, one per pair (latent, token), sorted by latent.
-        tokens_P: `[P]`, int64.
-        starts_M: `[M + 1]`, int64: where each latent's pairs begin, and where the last one's end.
+        tokens_P: `[P]`, int64: the pairs' tokens.
+        starts_M: `[M + 1]`, int64: where each latent's pairs begin, and where the last latent's pairs end.
         rows_ND: `[N, D]`.
     """
     if len(tokens_P) == 0:
@@ -141,11 +143,11 @@ def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: 
 
 
 def sort_pairs(indices_NK: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the pairs (latent, token) of a k-sparse code in the order of latents, and of tokens within a latent.
+    """Sort the pairs (latent, token) of a k-sparse code by latent, and by token within a latent.
 
     Returns:
-        Where in the flat `indices` each of them is, and its token, both `[N·K]`; and `[M + 1]`, where each latent's
-        begin and the last one's end. All int64.
+        Each pair's position in the flattened `indices`, and its token, both `[N·K]`. Then `[M + 1]`, where each
+        latent's pairs begin and the last latent's pairs end. All int64.
     """
     latents, order = indices_NK.flatten().to(torch.int32).sort(stable=True)  # half the bytes to sort
     borders = torch.arange(num_latents + 1, dtype=torch.int32, device=latents.device)
@@ -166,7 +168,7 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, in one pass over memory: block by block of rows, project, step, renormalize.
+    """Compute `eager.adam_` in one pass over memory: project, step and renormalize one block of rows at a time.
 
     A gradient of `RowSums` is summed first.
     """
@@ -174,21 +176,21 @@ def adam_(
     width = param[0].numel() if param.ndim > 1 else 1
     on_cpu = param.device.type == "cpu"
     rows = max(1, ADAM_BYTES // (width * param.element_size())) if on_cpu else len(param)
-    # torch's kernel for CPUs reads a rate of any type, as a double; the one for CUDA takes it for float32 unseen.
+    # torch's CPU kernel reads a rate of any type as a double. The CUDA kernel assumes float32 without checking.
     lr = numbers[RATE] if on_cpu else numbers[RATE].float()
     for p, g, first, second in zip(*(each.split(rows) for each in (param, grad, exp_avg, exp_avg_sq)), strict=True):
         if unit_rows:
-            norms = row_norms(p)  # of a zero row so small that its square would be zero
-            along = (g * p).sum(1, keepdim=True)  # half of what `einsum` takes; the products stay in the cache
+            norms = row_norms(p)  # divide by it twice: for a zero row its square would underflow to zero
+            along = (g * p).sum(1, keepdim=True)  # takes half the time of `einsum`: the products stay in the cache
             g.addcmul_(p, along / norms / norms, value=-1)
-        first_moment, second_moment = first.to(p.dtype), second.to(p.dtype)  # the same tensors where they are float32
+        first_moment, second_moment = first.to(p.dtype), second.to(p.dtype)  # the same tensors if they are float32
         adam_of_torch(
             [p],
             [g],
             [first_moment],
             [second_moment],
             [],
-            [numbers[STEPS_BEFORE].float()],  # torch counts the step itself, in this tensor
+            [numbers[STEPS_BEFORE].float()],  # torch adds 1 to this tensor
             fused=True,
             amsgrad=False,
             beta1=beta1,

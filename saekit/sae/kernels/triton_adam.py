@@ -1,4 +1,4 @@
-"""Adam as a Triton kernel: projection, step and renormalization of a row while it is in registers."""
+"""Adam as a Triton kernel, which projects, steps and renormalizes a row while it is in registers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 from saekit.sae.kernels import eager
 
 FLAT = 1024
-"""Elements per program where rows do not matter."""
+"""Elements per program for parameters whose rows are not kept at norm 1."""
 OPTIONS = {"enable_fp_fusion": True}
-"""A product and the sum that it goes into are rounded once; Triton's default for this changes from release to release,
-and 3.9 warns where nothing is said."""
+"""Fuse multiplications and additions, which then round once. Set explicitly, because Triton's default varies between
+releases and 3.9 warns without it."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function with the device of its first argument as the current one: Triton launches on that, regardless."""
+    """Run a function with its first argument's device as the current one, which is where Triton launches kernels."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,8 +43,8 @@ def _rounded(values, noise, odds):
     return ((bits + ((mixed >> 16) & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
 
 
-# What changes from step to step is read from memory: nothing is compiled in the middle of a run, and a replayed CUDA
-# graph sees the new numbers.
+# The numbers that change from step to step are read from memory. So nothing is compiled in the middle of a run, and a
+# replayed CUDA graph sees the new numbers.
 @triton.jit
 def adam_rows(
     p_ptr,
@@ -65,11 +65,11 @@ def adam_rows(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row per program."""
+    """Step one row per program."""
     column = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * width + column
     mask = (column < width) & (at < size)
-    # All of them before the first sum over the row, which waits for all threads.
+    # Load everything before the first sum over the row, which waits for all threads.
     p = tl.load(p_ptr + at, mask=mask, other=0.0)
     g = tl.load(g_ptr + at, mask=mask, other=0.0)
     first = tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -106,7 +106,7 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """As `eager.adam_`, for a float32 parameter: every number is read once and written once. `grad` is only read."""
+    """Compute `eager.adam_` for a float32 parameter, reading and writing each number once. `grad` is not changed."""
     if param.numel() == 0:
         return
     width = param.shape[1] if unit_rows else FLAT
@@ -129,6 +129,6 @@ def adam_(
         UNIT_ROWS=unit_rows,
         HALF=exp_avg_sq.dtype == torch.bfloat16,
         BLOCK=block,
-        num_warps=min(32, max(4, block // 512)),  # 16 numbers a thread, of each of four tensors
+        num_warps=min(32, max(4, block // 512)),  # 16 numbers per thread, of each of four tensors
         **OPTIONS,
     )

@@ -1,8 +1,8 @@
-"""The sparse operations as Triton kernels: the backend `triton`. See `torch_ops` for what each of them computes.
+"""The sparse operations as Triton kernels: the backend `triton`. `torch_ops` documents what each of them computes.
 
-For CUDA devices of the Ampere generation or later (torch 2.11 to 2.13, Triton 3.6 to 3.9). They run in Triton's
-interpreter, where the tests hold them to the formulas, and are compiled for compute capabilities 8.0 to 10.0
-(tests/sae/test_triton_compiles.py). Sizes of blocks are the best of those tried on an H200 (docs/performance-gpu.md).
+They need a CUDA device of the Ampere generation or later (torch 2.11 to 2.13, Triton 3.6 to 3.9). The tests compare
+them with the formulas in Triton's interpreter, and compile them for compute capabilities 8.0 to 10.0
+(tests/sae/test_triton_compiles.py). Block sizes are the fastest of those tried on an H200 (docs/performance-gpu.md).
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ from saekit.sae.kernels.triton_adam import OPTIONS, adam_rows, on_its_device
 __all__ = ["INTERPRETED", "adam_", "best_of", "gather_dot", "gather_sum", "segment_sum", "sort_pairs", "topk"]
 
 INTERPRETED = not isinstance(adam_rows, triton.runtime.jit.JITFunction)
-"""Whether Triton runs these kernels in its interpreter, on any device; it decides so when it sees a kernel."""
+"""Whether Triton runs these kernels in its interpreter, on any device. Triton decides this at the first `jit`."""
 CHUNK_BYTES = 2**30
 """The largest size of the scores that are computed at a time."""
 GROUP = 32
-"""Latents that have a maximum."""
+"""Latents per group, each of which has one maximum."""
 MAXIMA_BLOCK, MAXIMA_WARPS = 8192, 8
-"""Scores that one program of `_maxima` reads, 32 a thread."""
+"""Scores that one program of `_maxima` reads, 32 per thread."""
 MEMBERS_BLOCK = 64
 """Groups that one program of `_members` reads."""
 SLICE = 64
-"""Columns that all tokens are done with before the next ones are read: those of 131,072 rows are 32 MiB and fit into
-the L2 cache of a data centre's GPU (40 MiB on an A100, 50 on an H100): memory need not be read for each token."""
+"""Columns that are processed for all tokens before the next columns are read. For 131,072 rows they take 32 MiB and fit
+into the L2 cache of a data center GPU (40 MiB on an A100, 50 on an H100), so memory is not read again for each
+token."""
 ROWS = 16
-"""That one program reads at a time of a slice."""
+"""Rows of a slice that one program reads at a time."""
 PARTIAL_BYTES = 2**28
 """The largest size of the slices' products before they are summed."""
 SEGMENT_BLOCK = 1024
-"""Numbers that one program of `segment_sum` reads at a time: 2 rows, where rows are long."""
+"""Numbers that one program of `segment_sum` reads at a time: 2 rows if rows are long."""
 
 
 @triton.jit(do_not_specialize=["M"])
 def _maxima(scores_ptr, b_ptr, maxima_ptr, M, padded_M, BLOCK: tl.constexpr, G: tl.constexpr):
-    """Compute the largest of each group of scores, with the bias."""
+    """Compute the largest score of each group, with the bias."""
     n, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scores = tl.load(scores_ptr + n * padded_M + m, mask=m < M, other=float("-inf")).to(tl.float32)
     scores += tl.load(b_ptr + m, mask=m < M, other=0.0).to(tl.float32)
-    # Of the rounded sums: a maximum must be one of those that are compared afterwards.
+    # Round the sums first: a maximum must equal one of the scores that `_members` computes.
     scores = scores.to(maxima_ptr.dtype.element_ty).to(tl.float32)
     maxima = tl.max(tl.reshape(scores, (BLOCK // G, G)), axis=1)
     g = tl.program_id(1) * (BLOCK // G) + tl.arange(0, BLOCK // G)
@@ -72,7 +73,7 @@ def _members(scores_ptr, b_ptr, groups_ptr, out_ptr, M, padded_M, K, BK: tl.cons
 
 @triton.jit(do_not_specialize=["K", "nK"])
 def _gather_dot(x_ptr, w_ptr, indices_ptr, out_ptr, K, nK, D, BK: tl.constexpr, BD: tl.constexpr):
-    """Products of a slice of columns."""
+    """Compute a slice of columns' share of the dot products."""
     n, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     out_ptr += tl.program_id(1).to(tl.int64) * nK + n * K
     x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -85,7 +86,7 @@ def _gather_dot(x_ptr, w_ptr, indices_ptr, out_ptr, K, nK, D, BK: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["K"])
 def _gather_sum(weights_ptr, indices_ptr, w_ptr, out_ptr, K, D, BK: tl.constexpr, BD: tl.constexpr):
-    """Compute a slice of the sums."""
+    """Compute a slice of columns of the sums."""
     n, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     sums = tl.zeros((BK, BD), dtype=tl.float32)
     for first in range(0, K, BK):
@@ -119,13 +120,13 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Return the `k` largest scores of each token, computed in `dtype` with float32 sums, and their latents.
 
-    The matmul is torch's. The `k` largest lie in the `k` groups with the largest maxima, which one pass over the
-    scores finds; behind it `k` groups per token are read again. The maxima could come out of a matmul of our own while
-    its tiles are in registers, but the best of those took longer than torch's and this pass (docs/performance-gpu.md).
-    Among equal scores any may be chosen. They come largest first if `in_order`.
+    The matmul is torch's. The `k` largest scores are in the `k` groups with the largest maxima. One pass over the
+    scores computes the maxima, and then only `k` groups per token are read again. A matmul of our own could compute the
+    maxima while its tiles are in registers, but the best one took longer than torch's plus this pass
+    (docs/performance-gpu.md). Scores are sorted, largest first, if `in_order`. Among equal scores any may be chosen.
 
-    With `parts` it is the `k / parts` largest of each of that many equal parts of the latents, part by part; the groups
-    may lie across the parts' borders, so all scores are read again.
+    With several parts, return the `k / parts` largest of each of `parts` equal parts of the latents, part by part.
+    Groups may cross the parts' borders, so in this case all scores are read again.
 
     Returns:
         Scores `[N, K]` in `dtype` and latents `[N, K]`, int64.
@@ -150,7 +151,7 @@ def topk(
 
 
 def _topk_of_groups(scores_NM: Tensor, b_M: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
-    """Of scores that the bias is still to be added to, in whole groups."""
+    """Return the `k` largest scores plus bias of each token, and their latents. Scores are padded to whole groups."""
     (N, padded), M = scores_NM.shape, len(b_M)
     groups = padded // GROUP
     if k >= groups:
@@ -172,7 +173,7 @@ def _topk_of_groups(scores_NM: Tensor, b_M: Tensor, k: int, in_order: bool) -> t
 
 @on_its_device
 def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-    """`out[n, k] = ⟨x[n], W[indices[n, k]]⟩`: `[N, K]`, summed in float32 in an order that is fixed."""
+    """Compute `out[n, k] = ⟨x[n], W[indices[n, k]]⟩`, `[N, K]`, summed in float32 in a fixed order."""
     (N, K), D = indices_NK.shape, W_MD.shape[1]
     if N * K == 0:
         return x_ND.new_empty(N, K)
@@ -192,7 +193,7 @@ def gather_dot(x_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
 
 @on_its_device
 def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
-    """`out[n] = Σ_k weights[n, k] · W[indices[n, k]]`: `[N, D]`, summed in float32 in an order that is fixed."""
+    """Compute `out[n] = Σ_k weights[n, k] · W[indices[n, k]]`, `[N, D]`, summed in float32 in a fixed order."""
     (N, K), D = indices_NK.shape, W_MD.shape[1]
     out_ND = W_MD.new_empty(N, D)
     if N:
@@ -206,10 +207,10 @@ def gather_sum(weights_NK: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Tensor:
 
 @on_its_device
 def segment_sum(weights_P: Tensor, tokens_P: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-    """`out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m: `[M, D]`, in an order that is fixed.
+    """Compute `out[m] = Σ_p weights[p] · rows[tokens[p]]` over the pairs of latent m, `[M, D]`, in a fixed order.
 
-    One program per latent and block of columns, without atomics: a latent that fires on every token is a long loop,
-    but a loop of each column block on its own, and the blocks of other latents run next to it.
+    Runs one program per latent and block of columns, without atomics. A latent that fires on every token is a long
+    loop, but each of its column blocks has its own program, and programs of other latents run at the same time.
     """
     M, D = len(starts_M) - 1, rows_ND.shape[1]
     out_MD = rows_ND.new_empty(M, D)
@@ -227,5 +228,5 @@ def _block(size: int, most: int) -> int:
 
 
 def adam_(param: Tensor, grad: Tensor | RowSums, *moments: Tensor, **settings: Any) -> None:
-    """As `triton_adam.adam_`; a gradient of `RowSums` is summed first."""
+    """Compute `triton_adam.adam_`. A gradient of `RowSums` is summed first."""
     triton_adam.adam_(param, segment_sum(*grad) if isinstance(grad, RowSums) else grad, *moments, **settings)

@@ -1,4 +1,4 @@
-"""Ways to choose a token's latents: one file each. `base` says what a kind tells about itself."""
+"""Selections: ways to choose a token's latents, one file each. `base` has the protocol that they implement."""
 
 from saekit.sae.selection.base import Selection
 

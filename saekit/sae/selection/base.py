@@ -14,32 +14,32 @@ from saekit.sae.kernels import Kernels
 
 
 class Selection:
-    """Chooses which latents of a token are active, and with what value.
+    """Chooses which latents of a token are active, and their values.
 
-    A kind is a subclass in a file of its own, registered under its `name` in `saekit.registry.SELECTIONS`. It must say
-    how it chooses (`encode`); everything else has a default. Each `Sae` has an instance of its own. An instance is no
-    module: what it learns between steps, such as a threshold, is a tensor that no gradient reaches.
+    A kind is a subclass in its own file, registered under its `name` in `saekit.registry.SELECTIONS`. It must implement
+    `encode`; everything else has a default. Each `Sae` has its own instance. An instance is not a module: what it
+    learns between steps, such as a threshold, is a tensor without a gradient.
 
     Args:
-        k: The number that `--k` sets: how many latents a token has, exactly or on average.
+        k: The value of `--k`: the number of active latents per token, exactly or on average.
         num_latents: M.
 
     Raises:
-        ValueError: If these sizes cannot be (`check`).
+        ValueError: If the selection does not allow these sizes (`check`).
     """
 
     name: ClassVar[str]
-    """As in `--activation` and `cfg.json`."""
+    """The name in `--activation` and `cfg.json`."""
     lr_factor: ClassVar[float] = 1.0
-    """Factor on Adam's default learning rate."""
+    """A factor on Adam's default learning rate."""
     multi_topk: ClassVar[bool] = False
-    """Whether there is a `wider` code, for Multi-TopK."""
+    """Whether the kind implements `wider`, for Multi-TopK."""
     num_sums: ClassVar[int] = 0
-    """The number of values that `sums` gives per token."""
+    """The number of values that `sums` returns per token."""
     fits: ClassVar[bool] = False
-    """Whether a kind defines `fit_`: only then is a sample of the first batch taken for it. Found out by itself."""
+    """Whether the kind implements `fit_`, which needs a sample of the first batch. Set automatically."""
     moves: ClassVar[bool] = False
-    """Whether a kind defines `move_`: only then are firings and `sums` added up over the ranks. Found out by itself."""
+    """Whether the kind implements `move_`, which needs firings and `sums` of all ranks. Set automatically."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -53,17 +53,17 @@ class Selection:
 
     @classmethod
     def check(cls, k: int, num_latents: int) -> None:
-        """Check that a dictionary of this size can be used with this k.
+        """Check that the selection allows these sizes.
 
         Raises:
-            ValueError: If it cannot.
+            ValueError: If it does not.
         """
         if k > num_latents:
             raise ValueError(f"k = {k} is larger than num_latents = {num_latents}: choose a smaller k or more latents")
 
     @property
     def max_active(self) -> int:
-        """Return K, the largest number of active latents of a token: the width of its code."""
+        """Return K, the largest number of active latents per token and the width of its code."""
         return self.k
 
     # The choice
@@ -77,14 +77,14 @@ class Selection:
             x_ND: `[N, D]`.
             W_enc_MD: `[M, D]`.
             b_enc_M: `[M]`.
-            centre_D: `[D]`; None subtracts nothing.
-            kernels: What to compute with, where it has what is needed.
+            centre_D: `[D]`, subtracted from `x`. None subtracts nothing.
+            kernels: The kernels to compute with, as far as they have what the selection needs.
 
         Returns:
-            Values and the latents' numbers (int64), both `[N, K]`. A place that is not used has the value 0. Gradients
-            reach `W_enc`, `b_enc` and `centre` by autograd.
+            Values and indices of the latents (int64), both `[N, K]`. Unused places have the value 0. Gradients reach
+            `W_enc`, `b_enc` and `centre` by autograd.
         """
-        raise NotImplementedError(f"{type(self).__qualname__} does not say how it chooses latents: define `encode`")
+        raise NotImplementedError(f"{type(self).__qualname__} does not implement encode, which chooses the latents")
 
     def autoencode(
         self,
@@ -96,20 +96,20 @@ class Selection:
         kernels: Kernels,
         prefixes: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode, then sum the chosen decoder rows; kinds for which there are fused kernels use them.
+        """Encode, then sum the chosen decoder rows. Kinds with fused kernels override this to use them.
 
         Args:
-            x_ND: As for `encode`, like those behind it.
+            x_ND: `[N, D]`.
             W_enc_MD: `[M, D]`.
             b_enc_M: `[M]`.
             W_dec_MD: `[M, D]`.
-            centre_D: `[D]`.
-            kernels: What to compute with.
-            prefixes: Sizes of a Matryoshka's nested dictionaries, ascending; empty for none.
+            centre_D: `[D]`, subtracted from `x`. None subtracts nothing.
+            kernels: The kernels to compute with.
+            prefixes: Sizes of a Matryoshka's nested dictionaries, ascending. Empty for none.
 
         Returns:
-            The sum `[N, D]`, or one sum for each prefix, of the chosen latents below it: `[G, N, D]`; values and
-            latents, both `[N, K]`.
+            The sum `[N, D]`, or with prefixes one sum of the chosen latents in each prefix, `[G, N, D]`. Then values
+            and indices of the latents, both `[N, K]`.
         """
         acts_NK, indices_NK = self.encode(x_ND, W_enc_MD, b_enc_M, centre_D, kernels)
         if not prefixes:
@@ -118,71 +118,70 @@ class Selection:
         return torch.stack(rows), acts_NK, indices_NK
 
     def wider(self) -> Selection:
-        """Return the selection of Multi-TopK's second code, whose first K latents are this one's.
+        """Return the selection of Multi-TopK's second code, whose first K latents are those of this selection.
 
         Raises:
-            NotImplementedError: If there is none: `multi_topk` is False.
+            NotImplementedError: If there is none (`multi_topk` is False).
         """
-        raise NotImplementedError(f"{self.name} has no wider code: see `multi_topk`")
+        raise NotImplementedError(f"{self.name} has no wider code (multi_topk is False)")
 
     def fired(self, acts: Tensor) -> Tensor:
-        """Tell which values count as firings, bool of the same shape; 0 never does."""
+        """Return which values count as firings, bool of the same shape. 0 never counts."""
         return acts > 0
 
     def penalty(self, acts: Tensor, indices: Tensor) -> Tensor | None:
-        """Return an extra term of the loss for each token, `[...]` from `[..., K]`; None for none.
+        """Compute an extra loss term for each token, `[...]` from `[..., K]`. None if the kind has no such term.
 
-        It is added up over tokens and divided by what the squared error is divided by, so that how a batch is split
-        changes nothing.
+        The loss sums it over tokens and divides it like the squared error, so the split of a batch changes nothing.
         """
         return None
 
     # What changes between steps
 
     def fit_(self, scores_RM: Tensor, rms: float) -> None:
-        """Fit a fresh selection to a sample of the first batch, in place.
+        """Fit a new selection to a sample of the first batch, in place.
 
         Args:
             scores_RM: `[R, M]`, float32: pre-activations of R tokens.
-            rms: The activations' root mean square, centred: the unit of pre-activations.
+            rms: The root mean square of the centred activations, which is the unit of pre-activations.
         """
 
     def before_fit(self) -> Selection:
-        """Return the selection with which initial weights are fitted, before this one is."""
+        """Return the selection used while initial weights are fitted, before `fit_`."""
         return self
 
     def sums(self, acts: Tensor) -> Tensor:
-        """Return the numbers that `move_` needs of each token's code, `[..., K]`: int64 `[..., num_sums]`."""
+        """Compute what `move_` needs of each token's code, `[..., K]`, as integers: int64 `[..., num_sums]`."""
         return acts.new_zeros(*acts.shape[:-1], self.num_sums, dtype=torch.int64)
 
     def move_(self, firings: Tensor, tokens: Tensor, sums: Tensor, rms: Tensor) -> None:
-        """Change what changes between steps, in place, after an optimizer step that counts.
+        """Update the selection's state in place, after an optimizer step that was not skipped.
 
-        Everything stays on the device: nothing is read on the host. The counts are whole numbers, so that all ranks
-        move alike. A bank moves all of its units of one kind at once: `state` is stacked then, and every argument has
-        units in front, so this must be made of operations on each unit by itself.
+        Compute everything on the device, without reading a value on the host. The counts are integers, so that all
+        ranks compute the same update. A bank updates all its units of one kind at once, with their `state` stacked and
+        a leading dimension of units in every argument. The operations must therefore act on each unit separately.
 
         Args:
             firings: How many latents fired in the step, over its tokens on all ranks: int64 `[...]`.
-            tokens: Tokens of the step over all ranks that count for this coder: int64 `[...]`.
-            sums: `sums` added up over these tokens: int64 `[..., num_sums]`.
+            tokens: Counted tokens of the step over all ranks: int64 `[...]`.
+            sums: The result of `sums`, added up over these tokens: int64 `[..., num_sums]`.
             rms: float64 `[...]`, as in `fit_`.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that change between steps, by attribute; they go where the SAE's parameters go."""
+        """Return the tensors that change between steps, by attribute. They move with the SAE's parameters."""
         return {}
 
     def load_(self, other: Selection) -> None:
-        """Take over the state of another selection of the same kind, in place."""
+        """Copy the state of another selection of the same kind, in place."""
         for name, tensor in other.state().items():
             self.state()[name].copy_(tensor)
 
     @staticmethod
     def stack_(selections: Sequence[Selection]) -> Selection:
-        """Make one selection whose state is that of several of one kind and k, `[units, ...]`; they become views of it.
+        """Stack the state of several selections of one kind and k, `[units, ...]`, in one selection.
 
-        Moving it moves them all.
+        The selections' own state becomes views of it, so that `move_` updates all of them.
         """
         whole = copy.copy(selections[0])
         for name in whole.state():
@@ -199,17 +198,17 @@ class Selection:
         return self
 
     def clone(self) -> Selection:
-        """Return an independent copy, on the CPU: small enough to be sent to other ranks."""
+        """Return an independent copy on the CPU, which can be sent to other ranks."""
         other = copy.copy(self)
         for name, tensor in self.state().items():
-            plain = tensor.detach()  # one on the meta device has nothing to copy
+            plain = tensor.detach()  # a tensor on the meta device has no data to copy
             setattr(other, name, plain if plain.is_meta else plain.to("cpu", copy=True))
         return other
 
     # Files and views
 
     def to_config(self) -> dict[str, Any]:
-        """Return its own entries of `cfg.json`, besides `activation` and `k`: plain values, exact to the last bit."""
+        """Return its entries of `cfg.json`, other than `activation` and `k`, as plain values without rounding."""
         return {}
 
     @classmethod
@@ -217,34 +216,34 @@ class Selection:
         """Make the selection that a `cfg.json` describes.
 
         Raises:
-            ValueError: If one of its entries is missing or cannot be.
+            ValueError: If one of its entries is missing or invalid.
         """
         return cls(k, num_latents)
 
     @classmethod
     def facts(cls, config: Mapping[str, Any]) -> list[tuple[str, float, str]]:
-        """Return numbers of a `cfg.json` that `saekit inspect` shows: name, value and a remark."""
+        """Return the numbers of a `cfg.json` that `saekit inspect` shows: name, value and a remark each."""
         return []
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' architecture for these codes: entries of its `cfg.json`, and tensors besides the weights.
+        """Return SAELens' architecture for this selection: entries of `cfg.json`, and tensors other than the weights.
 
         Raises:
-            ValueError: If it has none.
+            ValueError: If SAELens has no such architecture.
         """
-        raise ValueError(f"SAELens has no architecture that chooses latents as {self.name} does")
+        raise ValueError(f"SAELens has no architecture for {self.name}: save it without format")
 
     def __repr__(self) -> str:
-        """For `print(sae)`."""
+        """Return the name, for `print(sae)`."""
         return self.name
 
 
 def make_selection(kind: str | Selection, k: int, num_latents: int) -> Selection:
-    """Make a fresh selection from its name; an instance is taken as it is.
+    """Make a new selection from its name, or return the instance if one is given.
 
     Raises:
-        UserError: If there is none of that name.
-        ValueError: If the sizes cannot be, or are not the instance's.
+        UserError: If there is no selection of this name.
+        ValueError: If the selection does not allow these sizes, or the instance has others.
     """
     if isinstance(kind, str):
         made: Selection = SELECTIONS.get(kind)(k, num_latents)

@@ -1,4 +1,4 @@
-"""GroupMax: the largest latent of each of k groups, as sparsify has it."""
+"""GroupMax: the largest latent of each of k groups, as in sparsify."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from saekit.sae.selection.topk import TopK
 
 
 class GroupMax(TopK):
-    """The latents are k groups of M / k, in their order, and the largest of each group is active."""
+    """Splits the latents, in order, into k groups of M / k, and makes the largest of each group active."""
 
     name: ClassVar[str] = "groupmax"
     multi_topk: ClassVar[bool] = False
 
     @classmethod
     def check(cls, k: int, num_latents: int) -> None:
-        """Check that the latents can be divided into k groups of one size."""
+        """Check that the latents can be split into k groups of equal size."""
         super().check(k, num_latents)
         if num_latents % k:
-            raise ValueError(f"groupmax makes k groups of equal size: {num_latents} latents are no multiple of {k}")
+            raise ValueError(f"groupmax needs k groups of equal size: {num_latents} latents are not a multiple of {k}")
 
     @property
     def parts(self) -> int:
-        """One for each latent that is kept."""
+        """Return k: each part of the dictionary has one active latent."""
         return self.k
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Refuse: nothing there is like it."""
+        """Raise an error: SAELens has no such architecture."""
         return Selection.to_saelens(self)
