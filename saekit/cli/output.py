@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -134,6 +135,16 @@ def resumable() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             console.print(Text(f"Stopped after step {interruption.step}. Continue with:\n{shown}"), soft_wrap=True)
         leave(EXIT_INTERRUPTED if interruption.by_user else 0)
+
+
+def say_next(run_dir: Path) -> None:
+    """After a run, say how to look at it."""
+    if os.environ.get("RANK", "0") == "0":
+        console = messages()
+        near = os.path.relpath(run_dir)
+        shown = str(run_dir) if near.startswith(os.pardir) else near
+        lines = [command(["saekit", verb, shown], console, "  ") for verb in ("inspect", "eval", "report")]
+        console.print(Text("\n".join(["Look at it with:", *lines])), soft_wrap=True)
 
 
 class Bar:

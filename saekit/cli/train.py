@@ -81,7 +81,7 @@ def train(
     other modules, --transcode trains transcoders, --crosscode one crosscoder, and --crosscode-models crosscoders of two
     models.
     """
-    from saekit.cli.output import messages, resumable
+    from saekit.cli.output import messages, resumable, say_next
     from saekit.config import RunConfig
 
     typed, _ = options_given(None, {"model": model, "dataset": dataset, **options})
@@ -102,7 +102,8 @@ def train(
     with messages().status("Loading libraries"):
         from saekit.training.launch import train_from_config
     with resumable():
-        train_from_config(cfg)
+        last = train_from_config(cfg)
+    say_next(last.parent)
 
 
 def _of_cache(values: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def test_plain_lines_on_a_pipe(train):
     assert "\x1b" not in result.err
     assert "step 16/16" in result.err
     assert "layers.1" in result.err
+    looks = [f"  saekit {verb} checkpoints/r" for verb in ("inspect", "eval", "report")]
+    assert result.err.splitlines()[-4:] == ["Look at it with:", *looks]
 
 
 def test_inspect_text_and_json(saekit, train, tmp_path):
