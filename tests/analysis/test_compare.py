@@ -62,7 +62,7 @@ def test_other_limits_of_length_are_pointed_out(pair, capsys, limits, warned):
         config = json.loads(file.read_text())
         file.write_text(json.dumps(config if limit is None else {**config, "max_norm": limit}))
     comparison = compare(*(inspect_path(folder) for folder in pair))
-    assert ("exclude tokens of different norms" in " ".join(shown(comparison, capsys).split())) == warned
+    assert ("exclude tokens above different norms" in " ".join(shown(comparison, capsys).split())) == warned
 
 
 def shown(comparison, capsys):
@@ -97,7 +97,7 @@ def test_what_is_compared(pair, capsys):
     assert layer.of_first.share == 1
     assert 0.5 <= layer.of_second.share < 0.6
     text = shown(comparison, capsys)
-    for part in ("0.2500", "0.1250", "100.0% (1.00)", "32 latents, k 4", "64 latents, k 8", "With saekit eval of both"):
+    for part in ("0.2500", "0.1250", "100.0% (1.00)", "32 latents, k 4", "64 latents, k 8", "Run saekit eval on both"):
         assert part in text
     assert json.loads(json.dumps(comparison_to_json(comparison)))["layers"][0]["of_first"]["share"] == 1
 

@@ -100,7 +100,7 @@ def test_a_model_without_a_tokenizer(train, saekit, tmp_path, files, ids, bare, 
     result = saekit("report", "checkpoints/r", "--max-tokens", 320, "--latents", 8, "-o", "page.html")
     assert result.code == 0, result.err
     page = (tmp_path / "page.html").read_text("utf-8")
-    assert "tokens are shown by their ids" in page
+    assert "the page shows token ids" in page
     vocabulary = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["vocabulary"]
     assert vocabulary
     assert all(re.fullmatch(r"\[\d+\]", text) for text in vocabulary)
