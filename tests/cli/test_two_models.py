@@ -30,7 +30,9 @@ def other_dir(model_dir, tmp_path_factory):
 
 @pytest.fixture
 def run(train, other_dir, tmp_path):
-    done = train("--crosscode-models", other_dir, "--save-dir", tmp_path, "--run-name", "run", "--layers", "0,1")
+    where = ["--save-dir", tmp_path, "--run-name", "run", "--layers", "0,1"]
+    # The type of models that are loaded already, which `auto` need not be.
+    done = train("--crosscode-models", other_dir, "--dtype", "float32", *where)
     assert done.code == 0, done.err
     return tmp_path / "run", done
 
@@ -99,7 +101,7 @@ def test_evaluating_inspecting_and_the_page(run, saekit, train, other_dir, tmp_p
     assert str(other_dir) in shown.out
     words = " ".join(shown.out.split())
     assert "layer first's own shared other's own 0 0.5 1 layers.0" in words
-    assert "Crosscoders read and predict the hookpoint that they are named after in both models" in words
+    assert "Crosscoders read and predict the hookpoint of their name in both models" in words
     one = " ".join(saekit("inspect", folder, "--layer", 1).out.replace("│", " ").split())
     assert "relative decoder norm ‖other‖ / (‖first‖ + ‖other‖)" in one
     inspected = json.loads(saekit("inspect", folder, "--json").out)
