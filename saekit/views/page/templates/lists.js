@@ -5,11 +5,17 @@ let list = "densest";
 let found = NONE;
 const asked = { query: "", of: null, matches: null }; // the search whose result is shown
 
-async function byCount(layer, sign) {
-  const { latents, counts } = await source.columns(layer, ["latents", "counts"]);
-  const places = [...latents.values.keys()].filter((i) => counts.values[i] > 0);
-  return places.sort((a, b) => sign * (counts.values[a] - counts.values[b]));
-}
+// Places of the latents that fire: the rarest first, or with sign -1 the densest. One number says count and place,
+// because numbers sort many times faster than places by a comparison.
+const byCount = once(async (layer, sign) => {
+  const { values } = (await source.columns(layer, ["counts"])).counts;
+  const keys = new Float64Array(values.length);
+  let firing = 0;
+  values.forEach((number, place) => {
+    if (number > 0) keys[firing++] = (sign > 0 ? number : 2 ** 31 - number) * values.length + place;
+  });
+  return [...keys.subarray(0, firing).sort()].map((key) => key % values.length);
+});
 
 async function densest(layer) {
   const order = await byCount(layer, -1);
