@@ -42,6 +42,7 @@ MODULES = {
             *(
                 "app",
                 "arguments",
+                "cache",
                 "checkpoints",
                 "completion",
                 "config",
@@ -55,8 +56,10 @@ MODULES = {
                 "output",
                 "plan",
                 "reference",
+                "serving",
             ),
             "train",
+            "watch",
         )
     },
     "saekit.config": set(),
@@ -68,7 +71,7 @@ MODULES = {
 """What importing a module may bring along. The last two import all rooms below them, from `sae` to `training`."""
 LIGHT = "import pydantic, rich.console, typer, yaml, saekit.config"
 """What all commands import and may: other packages, and of ours what takes longest."""
-HELP = ("train", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor", "man")
+HELP = ("train", "cache", "eval", "inspect", "report", "demo", "config", "plan", "hookpoints", "doctor", "watch", "man")
 REFUSED = "import saekit\ntry:\n    saekit.train('m', 'd', nosuch=1)\nexcept saekit.UserError:\n    pass\n"
 HELPS = [(), *((name,) for name in HELP)]
 SMALL = ("--ctx-len", "32", "--max-tokens", "512", "--layers", "1", "--num-latents", "64", "--k", "4")

@@ -163,7 +163,7 @@ def test_a_signal_saves_and_says_how_to_go_on(saekit_train, tmp_path, name, numb
     ("options", "message"),
     [
         (["--distribute-layers", "--placement", "ddp"], "--distribute-layers contradicts --placement ddp"),
-        (["--distribute-layers"], "--placement layer-map, but this is one process"),
+        (["--distribute-layers"], "--placement layer-map needs several processes"),
     ],
 )
 def test_distribute_layers_is_the_layer_map(saekit_train, tmp_path, options, message):

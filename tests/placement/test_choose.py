@@ -37,10 +37,10 @@ def test_what_was_asked_for_and_how_it_was_launched(asked, environment, name):
 @pytest.mark.parametrize(
     ("asked", "environment", "parts"),
     [
-        ("ddp", {}, ["--placement ddp", "one process"]),
-        ("layer-map", {}, ["--placement layer-map", "one process"]),
+        ("ddp", {}, ["--placement ddp", "several processes"]),
+        ("layer-map", {}, ["--placement layer-map", "several processes"]),
         ("ddp", {**TORCHRUN, "ROLE_NAME": "layer-map"}, ["--placement ddp", "role: layer-map"]),
-        ("zero3", {}, ["--placement zero3", "one process"]),
+        ("zero3", {}, ["--placement zero3", "several processes"]),
         ("ddp", DEEPSPEED, ["--placement ddp", "DeepSpeed"]),
         ("layer-map", DEEPSPEED, ["--placement layer-map", "DeepSpeed"]),
         ("auto", {**DEEPSPEED, "ROLE_NAME": "layer-map"}, ["--placement layer-map", "DeepSpeed"]),

@@ -115,7 +115,7 @@ def test_where_nothing_helps(saekit, eight_layers):  # noqa: F811
     done = saekit("plan", eight_layers, *SHAPE, "--gpus", 1, "--gpu-memory", "1GiB")
     assert "single does not fit" in done.out
     assert "what to change" in done.out
-    assert "Nothing of this makes it fit, not even together." in done.out
+    assert "None of these changes makes it fit, not even all together." in done.out
 
 
 def test_offloading_leaves_the_gpu_the_layer_at_work(planned):

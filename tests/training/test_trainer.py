@@ -267,7 +267,7 @@ def test_the_model_is_left_as_it_was(make_trainer, tiny_llama):
 
 def test_foreign_token_ids_are_refused(make_trainer, tokens):
     foreign = concatenate_datasets([tokens, Dataset.from_dict({"input_ids": [[64] * CTX_LEN] * 8})])
-    with pytest.raises(UserError, match=r"token id 64 at token 0 of sequence 52 .*knows 64"):
+    with pytest.raises(UserError, match=r"token id 64 at token 0 of sequence 52 .*vocabulary has 64 tokens"):
         make_trainer(data=foreign, shuffle=False)
 
 

@@ -106,7 +106,7 @@ def test_two_copies_of_one_model_are_read_alike(tiny_llama, tokens):
         ({"transcode": True}, "--crosscode-models goes with --hookpoints, not with --transcode"),
         ({"reads": ("resid",), "writes": ("mlp",)}, "--crosscode-models goes with --hookpoints, not with --reads"),
         ({"crosscode_models": None}, "a second model is given without crosscode_models"),
-        ({"crosscode_models": None, "crosscode_revision": "step1"}, "--crosscode-revision is given without"),
+        ({"crosscode_models": None, "crosscode_revision": "step1"}, "--crosscode-revision needs --crosscode-models"),
     ],
 )
 def test_contradictions_are_refused(tiny_llama, other, tokens, tmp_path, given, problem):
