@@ -78,7 +78,7 @@ def train(
     Args:
         model: The language model: a hub id, a local folder, or a loaded model. A loaded model is not modified. It stays
             on its device; under a launcher it moves to the rank's device. Optional if `config` names it, and with
-            `resume`.
+            `resume` or `activations`.
         dataset: The text: a hub id, a local folder or file, or data in memory. Data in memory is a list of texts, or a
             `datasets.Dataset`, `IterableDataset` or `DatasetDict` with a column of text or a column `input_ids`.
             Optional like `model`.
@@ -116,6 +116,10 @@ def train(
     if unknown := unknown_options(given, option_names(*PARTS)):
         raise UserError("; ".join(unknown))
     values = all_options(given, None if config is None else Path(config))
+    if "activations" in values:
+        from saekit.training.cached import completed
+
+        values = completed(values)
     for name in ("model", "dataset"):
         if name not in values:
             raise UserError(f"{name} is missing: pass it, or a config that names it")

@@ -127,7 +127,8 @@ def _in_file(sizes: dict[str, int], folder: Path) -> dict[str, Tensor]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, total)
+            if hasattr(os, "posix_fallocate"):  # macOS has none, and finds a full disk only when it writes
+                os.posix_fallocate(file.fileno(), 0, total)
             room = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(total,)))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):

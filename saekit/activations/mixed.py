@@ -96,6 +96,7 @@ class Mixed(Source):
         source.begin(cfg, device, rank, world_size)
         self.name, self.other_name, self.data_name = source.name, source.other_name, source.data_name
         self.dtype, self.excluded = source.dtype, source.excluded
+        self.read_options, self.cache = source.read_options, source.cache
         self.hookpoints, self.sites = source.hookpoints, source.sites
         self.ctx_len, self.global_batch, self.num_sequences = source.ctx_len, source.global_batch, source.num_sequences
         self._device, self._seed = device, cfg.data_seed

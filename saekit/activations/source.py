@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,6 +68,13 @@ class Source(ABC):
     """The live model behind the activations, which evaluations between steps need. None if there is none."""
     excluded: Tensor = torch.zeros(0, dtype=torch.int64)
     """int64: ids of excluded tokens, saved with every checkpoint. Empty if the source has no token ids."""
+
+    read_options: Mapping[str, Any] = MappingProxyType({})
+    """Options in place of the run's own with which a live model would read all that this source reads. They are saved
+    with every checkpoint, so that an evaluation knows what was not read."""
+
+    cache: str | None = None
+    """A checksum that tells the cache of activations from others; None without one. A resumed run has the same."""
 
     hookpoints: tuple[Hookpoint, ...]
     """The hookpoints of every step. `begin` sets this attribute and those that follow."""

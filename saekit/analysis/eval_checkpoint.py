@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -144,7 +144,7 @@ def prepare(
         check_same_tokens((tokenizer, tokenizers[1]), (vocabularies[0], vocabularies[1]), models[1].model, status)
     status(f"Reading and tokenizing {cfg.data.dataset}")
     with placement.in_turn():  # the first rank tokenizes, and the others read its result from the cache
-        data, origin = _data(run, tokenizer, ctx_len, options)
+        data, origin = _data(run, _read_options(location.manifest), tokenizer, ctx_len, options)
         data = shuffled(data, DEFAULT_TOKENS if options.max_tokens is None else options.max_tokens)
         check_tokens(data, min(vocabularies), what="the data to evaluate on")
 
@@ -279,13 +279,21 @@ def _config(checkpoint: Path, options: EvalOptions) -> _Run:
     return _Run(RunConfig.from_flat({**values, **asked}), RunConfig.from_flat({**asked, **values}).data)
 
 
-def _data(run: _Run, tokenizer: Any, ctx_len: int, options: EvalOptions) -> tuple[Sequences, str]:
+def _read_options(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says in place of the run's options about what was read (`Source.read_options`)."""
+    data = manifest.get("data")
+    return dict(data.get("read_options", {})) if isinstance(data, Mapping) else {}
+
+
+def _data(
+    run: _Run, read_options: Mapping[str, Any], tokenizer: Any, ctx_len: int, options: EvalOptions
+) -> tuple[Sequences, str]:
     """Return the sequences to evaluate on, and their kind (`Prepared.origin`)."""
     cfg, trained = run
     token = cfg.model.token
     if trained is None or options.include_training_data:
         return load_sequences(cfg.data, tokenizer, ctx_len, token), OTHER if trained is None else SEEN
     # The sequences of the whole run, not only up to this checkpoint, so that all its checkpoints get the same tokens.
-    seen = numbers_read(cfg.train, load_sequences(trained, tokenizer, ctx_len, token))
+    seen = numbers_read(replace(cfg.train, **read_options), load_sequences(trained, tokenizer, ctx_len, token))
     origin = HELD_OUT if cfg.data.split == trained.split else OTHER_SPLIT
     return unread(cfg.data, trained, tokenizer, ctx_len, seen, token), origin

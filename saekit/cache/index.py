@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from pydantic import TypeAdapter, ValidationError
 
 from saekit.errors import UserError
 from saekit.runs.files import write_at_once
@@ -85,6 +87,17 @@ class Index:
         """Bytes of all shards, before compression."""
         return self.sequences * self.ctx_len * self.bytes_per_token
 
+    @property
+    def order_options(self) -> dict[str, Any]:
+        """Return the options of a run that visits the sequences in the cache's order."""
+        return {"shuffle": False} if self.data_seed is None else {"shuffle": True, "data_seed": self.data_seed}
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a checksum of what every shard depends on, which each shard repeats."""
+        known = {name: value for name, value in asdict(self).items() if name != "saekit_version"}
+        return xxhash.xxh3_64_hexdigest(json.dumps(known, sort_keys=True).encode())
+
     def places(self, shard: int) -> range:
         """Return the places, in the order of the cache, of a shard's sequences."""
         start = shard * self.shard_sequences
@@ -128,4 +141,25 @@ def read_index(folder: Path) -> Index:
     if values.keys() != known:
         wrong = ", ".join(sorted(values.keys() ^ known))
         raise UserError(f"{folder / INDEX} is damaged: {wrong} should be there, or should not")
-    return Index(**values)
+    try:
+        index: Index = TypeAdapter(Index).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / INDEX} is damaged: {name} is {first['input']!r}") from None
+    for name, fits in _conditions(index).items():
+        if not fits:
+            raise UserError(f"{folder / INDEX} is damaged: {name} is {getattr(index, name)!r}")
+    return index
+
+
+def _conditions(index: Index) -> dict[str, bool]:
+    """Tell which values can be used, beyond their types."""
+    counts = ("ctx_len", "sequences", "batch_size", "shard_sequences")
+    dtype = getattr(torch, index.dtype, None)
+    return {
+        **{name: getattr(index, name) > 0 for name in counts},
+        "hookpoints": bool(index.hookpoints) and all(width > 0 for width in index.hookpoints.values()),
+        "store": index.store in STORES,
+        "dtype": isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+    }

@@ -3,7 +3,7 @@
 For each hookpoint there is a tensor `[S, T, D]`, or, compressed, one of bytes that has a zstd frame for each sequence,
 and `NAME.ends` with the end of each frame. int8 adds `NAME.scale` `[S, T]`: what a token's numbers are multiplied by.
 `NAME.check` `[S]` has a checksum of each sequence, which is compared whenever it is read. `ids` `[S, T]` has the token
-ids.
+ids. The file's metadata names the cache and the shard, so a shard of another cache is not taken for one of this.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from saekit.errors import UserError
 from saekit.runs.files import flush
 
 IDS = "ids"
+SHARD = "shard"
+"""The entry of the metadata: `Index.fingerprint`, and the shard's number. A second one would make the order random."""
 
 
 def quantized(x_STD: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ class ShardWriter:
         file = shard_file(folder, self._shard)
         partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            save_file(out, partial)
+            save_file(out, partial, {SHARD: _mark(self._index, self._shard)})
             shutil.copymode(folder / INDEX, partial)  # safetensors lets nobody else read it
             flush(partial)
             os.replace(partial, file)
@@ -106,6 +108,10 @@ class ShardWriter:
                 raise OSError(*_of_safetensors(error)) from error
             raise
         flush(folder)
+
+
+def _mark(index: Index, shard: int) -> str:
+    return f"{index.fingerprint} {shard}"
 
 
 def _of_safetensors(error: Exception) -> tuple[int, str]:
@@ -161,6 +167,7 @@ class ShardReader:
         count = len(index.places(shard))
         try:
             self._open = safe_open(self._file, "pt")
+            mark = (self._open.metadata() or {}).get(SHARD)
             self._checks = {name: self._open.get_tensor(f"{name}.check") for name in (IDS, *index.hookpoints)}
             self._ends = {
                 name: [0, *self._open.get_tensor(f"{name}.ends").tolist()]
@@ -170,6 +177,8 @@ class ShardReader:
             raise UserError(f"{self._file} is missing: continue the cache with the saekit cache that made it") from None
         except (OSError, SafetensorError) as error:
             raise self._damaged(str(error)) from None
+        if mark != _mark(index, shard):
+            raise self._damaged(f"it is not shard {shard} of the cache that {INDEX} describes")
         if any(len(check) != count for check in self._checks.values()):
             raise self._damaged(f"it should have {count} sequences")
 

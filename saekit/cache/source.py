@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ class Micro(NamedTuple):
     """Of its sequences in the run's order."""
     ids: Tensor
     """int64 `[B, T]`."""
-    of: dict[str, Tensor]
-    """By hookpoint `[B, T, D]`, on the CPU."""
+    of: dict[str, Tensor] | None
+    """By hookpoint `[B, T, D]`, on the CPU; None if they are read when they are needed."""
 
 
 class Places:
@@ -50,6 +51,7 @@ class Places:
         self._folder, self._index, self._order = folder, index, order
         self.ctx_len = index.ctx_len
         self._shards: OrderedDict[int, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()  # a save asks for a step's checksum while a thread reads ahead
 
     def __len__(self) -> int:
         return len(self._order)
@@ -75,16 +77,19 @@ class Places:
             yield self._shard(shard), range(row, row + len(part))
 
     def _shard(self, number: int) -> ShardReader:
-        if number not in self._shards:
-            self._shards[number] = ShardReader(self._folder, self._index, number)
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(number)
-        return self._shards[number]
+        with self._lock:
+            if number not in self._shards:
+                self._shards[number] = ShardReader(self._folder, self._index, number)
+                if len(self._shards) > OPEN_SHARDS:
+                    self._shards.popitem(last=False)
+            self._shards.move_to_end(number)
+            return self._shards[number]
 
 
 class Cached(Source):
     """A cache of activations. A thread reads ahead of the training, so a step finds its activations in memory.
+
+    With `--mix` nothing but token ids is read ahead: the activations of a whole block would be in memory twice.
 
     Args:
         folder: The cache.
@@ -101,6 +106,7 @@ class Cached(Source):
         self.sites = sites
         self.hookpoints = hookpoints_of(sites)
         self.dtype = index.read_dtype
+        self.cache = index.fingerprint
         self.ctx_len = index.ctx_len
         self.language_model = language_model
 
@@ -112,19 +118,22 @@ class Cached(Source):
         """
         index = self.index
         self._device, self._cut = device, (rank, world_size, cfg.grad_acc_steps)
+        self._reads_ahead = cfg.mix == 1
         special = index.special_tokens if cfg.exclude_special_tokens else []
         self.excluded = torch.tensor(sorted({*cfg.exclude_tokens, *special}), dtype=torch.int64)
         self.global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
-        order = order_of(index, cfg.data_seed if cfg.shuffle else None)
+        order = order_of(index, seed_of(cfg))
+        self.read_options = read_options(index, cfg)
         self._places = Places(self._folder, index, order)
         self._batches = StepBatches(self._places, self.global_batch, None, cfg.max_tokens)
         self.num_sequences = self._batches.num_sequences
         needed = set((order[: self.num_sequences] // index.shard_sequences).tolist())
         if missing := sorted(needed.intersection(missing_shards(self._folder, index))):
             whole = missing[0] * index.shard_sequences * index.ctx_len
+            part = f", or read its first --max-tokens {whole}" if whole and not self.read_options else ""
             raise UserError(
                 f"{self._folder} is incomplete: {plural(len(missing), 'shard')} of {index.num_shards} missing. "
-                f"Continue it with the same saekit cache, or read its first --max-tokens {whole}"
+                f"Continue it with the same saekit cache{part}"
             )
         if self.language_model is not None:
             self.language_model.begin(cfg, device, rank, world_size)
@@ -133,10 +142,13 @@ class Cached(Source):
         """Read this rank's activations of a step from disk."""
         found = []
         for places in self._batches.shares(step, *self._cut):
-            numbers = np.arange(places.start, places.stop)
-            of = {each.name: self._places.acts(numbers, each.name) for each in self.hookpoints}
-            found.append(Micro(places, self._places.read(numbers), of))
+            of = self._acts(places) if self._reads_ahead else None
+            found.append(Micro(places, self._places.read(np.arange(places.start, places.stop)), of))
         return found
+
+    def _acts(self, places: range) -> dict[str, Tensor]:
+        numbers = np.arange(places.start, places.stop)
+        return {each.name: self._places.acts(numbers, each.name) for each in self.hookpoints}
 
     def checksum(self, step: int) -> str:
         """Return a checksum of the step's token ids."""
@@ -156,13 +168,30 @@ class Cached(Source):
     def __call__(self, batch: Micro) -> Activations:
         """Give the activations of the tokens that are not excluded."""
         rows_N = self._counted(batch).flatten().nonzero().squeeze(1)
-        chosen = {name: x_BTD.flatten(0, 1).index_select(0, rows_N) for name, x_BTD in batch.of.items()}
+        acts = self._acts(batch.places) if batch.of is None else batch.of
+        chosen = {name: x_BTD.flatten(0, 1).index_select(0, rows_N) for name, x_BTD in acts.items()}
         return Activations({name: to_device(x_ND, self._device) for name, x_ND in chosen.items()})
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Nothing has to be held: shards are opened as they are read."""
         yield
+
+
+def read_options(index: Index, cfg: TrainConfig) -> dict[str, Any]:
+    """Return the options with which a run without a cache reads all that a run on the cache reads.
+
+    In the cache's order these are the run's own. In another order the run can visit any of the cache's sequences, which
+    are not those that the same seed draws from the whole data set.
+    """
+    if seed_of(cfg) == index.data_seed:
+        return {}
+    return {**index.order_options, "max_tokens": index.sequences * index.ctx_len}
+
+
+def seed_of(cfg: TrainConfig) -> int | None:
+    """Return the seed of the order of a run's sequences; None for the data set's own order."""
+    return cfg.data_seed if cfg.shuffle else None
 
 
 def order_of(index: Index, seed: int | None) -> np.ndarray:

@@ -87,12 +87,16 @@ def plan(
     from saekit.config import RunConfig
 
     _, values = options_given(config, {"model": model, "dataset": dataset, **options})
+    if "activations" in values:
+        from saekit.training.cached import completed
+
+        values = completed(values)
     if not measure:
         require(values, ("model",), "saekit plan MODEL")
     values.setdefault("dataset", "")  # nothing is read of it
     _check_machine(gpus, gpu_memory, num_processes, use_this=use_this, measure=measure)
     cfg = RunConfig.from_flat(values) if "model" in values else None
-    if cfg is not None:
+    if cfg is not None and cfg.train.activations is None:
         for named in (cfg.model, cfg.other_model):
             if named is not None:
                 check_names(named.model, revision=named.revision)

@@ -85,7 +85,7 @@ _DEVICE = (
 _SEED = "--init-seed sets the seed of the weights, --data-seed that of the order of the data"
 _SCHEDULE = "the learning rate rises for --lr-warmup-steps and then falls linearly to zero"
 _BUFFER = "--mix keeps the activations of N steps and mixes their tokens; --shuffle shuffles the sequences"
-_CACHED = "saekit computes activations while it trains: live is the only built-in --source"
+_CACHED = "saekit cache writes activations to disk, and --activations DIR trains on them"
 _TYPES = "--dtype sets the type of the language model's weights; the SAEs are float32"
 _PROJECT = "with --log-with wandb, --run-name names the run; wandb itself reads WANDB_ENTITY, WANDB_MODE, ..."
 

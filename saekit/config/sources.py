@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from saekit.config.inputs import DATA
@@ -57,3 +58,12 @@ class SourceConfig:
         unit="tokens",
         ge=1,
     )
+
+    @model_validator(mode="after")
+    def _check_source(self) -> SourceConfig:
+        if self.activations is not None and self.source not in ("live", "cached"):
+            raise ValueError(
+                f"--activations {self.activations} and --source {self.source} both say where activations come from: "
+                "give one of them"
+            )
+        return self

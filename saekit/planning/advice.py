@@ -111,6 +111,8 @@ def _micro_batches(start: Attempt, _: Plan) -> Iterator[Attempt]:
 def _eight_bits(start: Attempt, plan: Plan) -> Iterator[Attempt]:
     """Yield the language model in 8 bits, which needs a GPU and excludes sharding."""
     model = start.cfg.model
+    if start.cfg.train.activations is not None:  # other weights than the cache's
+        return
     if plan.job.machine.on_gpu and not model.load_in_8bit and not start.cfg.train.shard_lm:
         attempt = start.with_option("--load-in-8bit")
         yield attempt._replace(cfg=replace(start.cfg, model=replace(model, load_in_8bit=True)))
@@ -136,6 +138,8 @@ def _fewer_layers(start: Attempt, plan: Plan) -> Iterator[Attempt]:
     train, layers = start.cfg.train, plan.job.layers
     outside = any(each.site.layer is None for each in plan.job.units)
     if train.layer_map is not None or outside:  # a layer map names all layers, so fewer would not fit it
+        return
+    if train.activations is not None:  # it need not hold whole layers
         return
     for stride in range(2, len(layers) + 1):
         if train.layers is None:

@@ -12,7 +12,7 @@ from torch import nn
 from saekit.activations import ModelShape, auto_with_head, find_blocks, tap
 from saekit.activations.lm import cut_config
 from saekit.activations.on_device import PLAIN_ATTENTION_UP_TO
-from saekit.planning.meter import Bytes, Meter, StandIn, all_of, sized
+from saekit.planning.meter import NOTHING, Bytes, Meter, StandIn, all_of, sized
 
 WHOLE_UP_TO = 10_000
 """Tensors with at most this many elements stay whole in `saekit.placement.deepspeed.load_sharded`."""
@@ -39,6 +39,8 @@ class LmCost:
     """Bytes per number."""
 
 
+NO_MODEL = LmCost(NOTHING, NOTHING, 0.0, NOTHING, 0, 0, 0)
+"""Of a run on a cache of activations."""
 KNOWN: dict[tuple[object, ...], LmCost] = {}
 """A cache of results, since advice plans the same model many times."""
 

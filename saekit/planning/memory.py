@@ -39,6 +39,8 @@ class Demand:
     """Bytes of activations that wait for their step (`--mix`)."""
     mixed_away: bool
     """Whether these are in the machine's memory although there is a GPU."""
+    read_ahead: int
+    """Bytes of activations that a thread reads from a cache ahead of the training, in the machine's memory."""
     lm: LmCost
     banks: tuple[LayerCost, ...]
     """By unit, the cost for a chunk of the tokens that it trains on under this placement."""
@@ -79,7 +81,7 @@ class RankMemory:
     moments: tuple[Moment, ...]
     """The moments that are compared."""
     host: int = 0
-    """Bytes in the machine's memory although there is a GPU: offloaded tensors, or mixed activations."""
+    """Bytes in the machine's memory although there is a GPU: offloaded tensors, or activations mixed or read ahead."""
 
     @property
     def heap(self) -> int:
@@ -117,13 +119,14 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: S
         language_model=demand.lm.weights,
         parameters=all_of(bank.parameters for bank in banks).times(share),
         optimizer_state=all_of(bank.state for bank in banks).times(share),
-        activations=NOTHING if demand.mixed_away else sized(demand.mixed, demand.on_gpu),
+        activations=_waiting(demand),
         working=all_of(bank.counters for bank in banks),
     )
     if demand.shard_lm:
         held = replace(held, language_model=_sharded(demand, world_size))
     gradients = all_of(bank.gradients for bank in banks).times(share)
     host = demand.mixed if demand.mixed_away else 0
+    host += demand.read_ahead if demand.on_gpu else 0
     update = _most(bank.update for bank in banks)
     if demand.offload.optimizer:
         gradients = gradients.times(2)  # DeepSpeed keeps one copy to sum into and one for the optimizer
@@ -145,6 +148,12 @@ def rank_memory(kind: type[Placement], demand: Demand, world_size: int, owned: S
     return RankMemory(moments, host)
 
 
+def _waiting(demand: Demand) -> Bytes:
+    """Return the activations of other steps that are in the same memory as those of this step."""
+    mixed = NOTHING if demand.mixed_away else sized(demand.mixed, demand.on_gpu)
+    return mixed if demand.on_gpu else mixed + sized(demand.read_ahead, on_gpu=False)
+
+
 def _sharded(demand: Demand, world_size: int) -> Bytes:
     """Return the bytes of a sharded language model at the moment when most of it is gathered.
 
@@ -157,7 +166,7 @@ def _sharded(demand: Demand, world_size: int) -> Bytes:
 
 
 def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
-    """Return the moment of the language model's forward pass.
+    """Return the moment of the language model's forward pass, or of reading a cache.
 
     At its end, the activations of all layers are in memory, and they are copied one by one. On a GPU, the next step's
     forward pass starts before the optimizer's step, while the gradients are still in memory.
@@ -167,7 +176,8 @@ def _forward(demand: Demand, held: Moment, gradients: Bytes) -> Moment:
     working = demand.lm.forward.maximum(captured + one) - captured
     if demand.on_gpu or demand.grad_acc_steps > 1:
         held = replace(held, gradients=gradients)
-    return _with(held, "the language model's forward pass", activations=captured, working=working)
+    name = "the language model's forward pass" if demand.lm.blocks else "taking the activations"
+    return _with(held, name, activations=captured, working=working)
 
 
 def _passes(

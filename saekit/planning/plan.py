@@ -152,6 +152,7 @@ def _choice(job: Job, kind: type[Placement], offload: Offload) -> Choice:
         micro_acc_steps=train.micro_acc_steps,
         mixed=0 if train.mix_in == "disk" else job.mixed,
         mixed_away=machine.on_gpu and not stays_on_device(train.mix_in, job.mixed, machine.memory),
+        read_ahead=job.read_ahead,
         lm=job.lm,
         banks=tuple(banks[each.size] for each in job.units),
         on_gpu=machine.on_gpu,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,11 @@ from saekit.activations import find_blocks, model_shape
 from saekit.activations.live import LiveModel
 from saekit.activations.lm import excluded_tokens
 from saekit.cache.index import INDEX, MODEL, Index, missing_shards, read_index
-from saekit.cache.shard import ShardWriter, remove_partial
+from saekit.cache.shard import ShardReader, ShardWriter, remove_partial
 from saekit.config import ModelConfig, RunConfig
 from saekit.errors import UserError
 from saekit.placement import Placement
+from saekit.runs.lock import InUse, RunLock
 from saekit.training.live import InMemory, open_live
 from saekit.units import duration, size
 
@@ -63,23 +65,36 @@ def write_cache(
     train = replace(
         cfg.train, exclude_tokens=(), exclude_special_tokens=False, eval_every=None, grad_acc_steps=1, mix=1
     )
-    live = open_live(replace(cfg, train=train), placement, say, InMemory())
-    live.begin(train, placement.device, 0, 1)
-    index = _index(cfg, live, store, compressed, shard_bytes)
-    failed = None
-    if placement.rank == 0:
-        try:
-            _begin(out, index, cfg.model, say)
-        except (UserError, OSError) as error:
-            failed = str(error)
-    failed = placement.gather(failed)[0]
-    if failed is not None:
-        raise UserError(failed)
-    mine = [shard for shard in missing_shards(out, index) if shard % placement.world_size == placement.rank]
-    remove_partial(out, mine)
-    _write(out, index, live, mine, say)
-    placement.gather(None)
+    _on_first_rank(placement, out, lambda: _check_folder(out))
+    with _locked(out, placement):
+        live = open_live(replace(cfg, train=train), placement, say, InMemory())
+        live.begin(train, placement.device, 0, 1)
+        index = _index(cfg, live, store, compressed, shard_bytes)
+        _on_first_rank(placement, out, lambda: _begin(out, index, live, cfg.model, say))
+        mine = [shard for shard in missing_shards(out, index) if shard % placement.world_size == placement.rank]
+        remove_partial(out, mine)
+        _write(out, index, live, mine, say)
+        placement.gather(None)
     return index
+
+
+@contextmanager
+def _locked(out: Path, placement: Placement) -> Iterator[None]:
+    """Hold the lock of a cache's folder for all ranks: two commands would delete each other's unfinished shards."""
+    lock = RunLock(out.resolve())
+
+    def take() -> None:
+        try:
+            lock.acquire()
+        except InUse as other:
+            raise UserError(f"{out} is in use: {other}; wait until it ends, or stop it") from None
+
+    _on_first_rank(placement, out, take)
+    try:
+        yield
+    finally:
+        if placement.rank == 0:
+            lock.release()
 
 
 def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool, shard_bytes: int) -> Index:
@@ -118,17 +133,41 @@ MAY_DIFFER = ("saekit_version",)
 """Entries of the index that may differ between the saekit that began a cache and the one that continues it."""
 
 
-def _begin(out: Path, index: Index, model: ModelConfig, say: Say) -> None:
-    """Make the folder with its index, or check that an existing folder holds the same cache."""
+def _on_first_rank(placement: Placement, out: Path, work: Callable[[], None]) -> None:
+    """Do something on one rank; its error is raised on all of them. Collective."""
+    failed = None
+    if placement.rank == 0:
+        try:
+            work()
+        except UserError as error:
+            failed = str(error)
+        except OSError as error:
+            failed = f"{out} cannot be used ({error.strerror or error}): give another --out"
+    failed = placement.gather(failed)[0]
+    if failed is not None:
+        raise UserError(failed)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot become a cache, before data and model are loaded."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give another --out")
+    # A process that was killed before the index was there leaves the model's config, and a lock.
+    began = {MODEL, f"{INDEX}.tmp"}
+    there = {each.name for each in out.iterdir() if not each.name.startswith(".")} if out.exists() else set()
+    if there - began and INDEX not in there:
+        raise UserError(f"{out} is no cache, and not empty: give another --out")
+
+
+def _begin(out: Path, index: Index, live: LiveModel, model: ModelConfig, say: Say) -> None:
+    """Write the index, or check that an existing folder holds the same cache."""
     if (out / INDEX).exists():
         there = read_index(out)
         names = [name for name in vars(index) if name not in MAY_DIFFER and vars(index)[name] != vars(there)[name]]
         if names:
             changed = "; ".join(f"{name} was {vars(there)[name]!r} and is {vars(index)[name]!r}" for name in names)
             raise UserError(f"{out} is a cache of something else ({changed}): give another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is no cache, and not empty: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
+        _check_tokens(out, there, live)
     left = len(missing_shards(out, index)) / index.num_shards
     needed, free = round(index.total_bytes * left), shutil.disk_usage(out).free
     compressed = ", less after compression" if index.compressed else ""
@@ -143,6 +182,20 @@ def _begin(out: Path, index: Index, model: ModelConfig, say: Say) -> None:
     if not (out / INDEX).exists():
         model_shape(model).config.save_pretrained(out / MODEL)
         index.write(out)
+
+
+def _check_tokens(out: Path, index: Index, live: LiveModel) -> None:
+    """Compare the token ids of the first and the last shard that are there with those that would be written now."""
+    missing = set(missing_shards(out, index))
+    there = [shard for shard in range(index.num_shards) if shard not in missing]
+    for shard in sorted({*there[:1], *there[-1:]}):
+        places = index.places(shard)
+        (batch,) = live.read(places.start // index.batch_size)
+        if not ShardReader(out, index, shard).ids(range(len(batch.ids))).equal(batch.ids):
+            raise UserError(
+                f"{out} has other tokens in shard {shard} than {index.dataset} has now: give another --out, or delete "
+                "the cache"
+            )
 
 
 def _write(out: Path, index: Index, live: LiveModel, mine: Sequence[int], say: Say) -> None:

@@ -177,6 +177,8 @@ class RunPlan:
                 "next_sequence": min(step * source.global_batch, source.num_sequences),
                 "sequences": source.num_sequences,
                 "checksum_of_last_step": source.checksum(step - 1),
+                "read_options": dict(source.read_options),
+                "cache": source.cache,
             },
             "schedule": {
                 "lr": lr,

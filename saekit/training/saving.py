@@ -31,7 +31,7 @@ HARMLESS = frozenset(
     | {"eval_every", "eval_tokens", "eval_dataset", "eval_split"}
     | {"micro_acc_steps", "finetune", "run_name", "hf_token"}
     | {"save_best_effort", "max_bad_steps", "grace", "plugin"}
-    | {"mix_in"}
+    | {"mix_in", "activations"}
     | {"placement", "layer_map", "shard_lm", "batch_size", "grad_acc_steps", "kernels", "select_dtype"}
 )
 """Options that a resumed run may change, because the training does not depend on them.
@@ -39,7 +39,7 @@ HARMLESS = frozenset(
 How the global batch is split does not matter; `RunPlan.resolved` holds its size."""
 
 
-NOT_YET = {"mix": 1, "activations": None}
+NOT_YET = {"mix": 1}
 """The values of options in checkpoints that are older than the options."""
 DERIVED = frozenset(
     {"lr", "lr_warmup_steps", "decoder_lr_ratio", "encoder_bias_lr_ratio", "dead_feature_threshold", "num_latents"}
@@ -216,6 +216,8 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     changed = differences(given | (resolved.keys() - DERIVED))
     if index["excluded_tokens"] != plan.source.excluded.tolist():
         changed.append("the excluded tokens differ")
+    if index["data"].get("cache") != plan.source.cache:  # wherever it is
+        changed.append(f"--activations {config['activations'] or '(not given)'} has other activations than the run had")
     steps = index["schedule"]["total_steps"]
     if not changed and steps != plan.total_steps:
         changed.append(f"the data gave {steps} steps and now gives {plan.total_steps}")

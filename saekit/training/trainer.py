@@ -140,6 +140,8 @@ class SaeTrainer:
     ) -> None:
         self.cfg = checked(cfg)
         if source is None:
+            if cfg.activations is not None:
+                raise UserError(f"activations={str(cfg.activations)!r} is for saekit.train: give SaeTrainer a source")
             if model is None or dataset is None:
                 raise UserError("SaeTrainer needs a data set and a language model, or a source of activations")
             source = LiveModel(

@@ -1,7 +1,10 @@
 """Caches of activations: what comes from disk trains as what the language model makes, and damage is found."""
 
 import errno
+import json
 import shutil
+import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,19 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saekit.cache import read_index
+import saekit
+from saekit.activations.hookpoints import Hookpoint
+from saekit.activations.sites import autoencoder
+from saekit.analysis.eval_checkpoint import EvalOptions, prepare
+from saekit.cache import Cached, read_index
 from saekit.cache.index import missing_shards, shard_file
 from saekit.cache.shard import quantized
 from saekit.cache.source import Places, order_of
 from saekit.config import RunConfig
-from saekit.errors import UserError
+from saekit.config.flat import read_yaml
+from saekit.errors import Interrupted, UserError
 from saekit.placement import Single
+from saekit.registry import SOURCES
 from saekit.report import Reporters
+from saekit.runs.lock import RunLock
 from saekit.runs.metrics import EVALUATION, read_metrics
 from saekit.training import caching, live
-from saekit.training.cached import completed
+from saekit.training.cached import completed, open_cached
 from saekit.training.caching import write_cache
 from saekit.training.launch import train_from_config
+from saekit.training.live import InMemory
+from tests.training.conftest import StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 
 T, SEQUENCES, BATCH = 16, 51, 4
@@ -54,11 +66,11 @@ def make(model_dir, bin_file, tmp_path):
 
 @pytest.fixture
 def train(model_dir, bin_file, tmp_path):
-    def run(run_name, **options):
+    def run(run_name, reporter=None, **options):
         values = {"save_dir": str(tmp_path), "run_name": run_name, **SIZES, **options}
         if "activations" not in options:
             values |= {"model": str(model_dir), "dataset": str(bin_file)}
-        train_from_config(RunConfig.from_flat(completed(values)), Reporters())
+        train_from_config(RunConfig.from_flat(completed(values)), reporter or Reporters())
         return tmp_path / run_name
 
     return run
@@ -248,7 +260,187 @@ def test_evaluations_load_the_model_and_compare_its_weights(make, train, tmp_pat
         for run in (run, train("live", **options))
     ]
     assert evaluations[0] == evaluations[1] != []
+    shutil.copytree(model_dir, tmp_path / "moved")
+    train("moved-model", activations=str(folder), model=str(tmp_path / "moved"), **options)
     index = read_index(folder)
     replace(index, weights="other").write(folder)
     with pytest.raises(UserError, match="has other weights now"):
         train("other", activations=str(folder), **options)
+
+
+def test_an_index_of_other_values_is_damaged(make):
+    """Types, and what cannot be: each in one line. What fits is found by the shards."""
+    folder = make()
+    index = json.loads((folder / "index.json").read_text())
+    wrong = {
+        "sequences": "51",
+        "ctx_len": 0,
+        "hookpoints": {"layers.0": None},
+        "store": "zip",
+        "dtype": "nn",
+        "data": 3,
+    }
+    for name, value in wrong.items():
+        (folder / "index.json").write_text(json.dumps({**index, name: value}))
+        with pytest.raises(UserError, match=rf"^[^\n]*index\.json is damaged: {name}[^\n]*$"):
+            read_index(folder)
+    (folder / "index.json").write_text(json.dumps({**index, "data_seed": 43}))
+    with pytest.raises(UserError, match=r"it is not shard 0 of the cache that index\.json describes"):
+        Places(folder, read_index(folder), np.arange(1)).read(np.arange(1))
+
+
+def test_a_shard_of_another_cache_is_refused(make, train):
+    folder, other = make(), make("other", data_seed=7)
+    shutil.copy(shard_file(other, 1), shard_file(folder, 1))
+    with pytest.raises(UserError, match=r"shard_000001\.safetensors is damaged \(it is not shard 1"):
+        train("foreign", activations=str(folder))
+
+
+def test_changed_data_do_not_continue_a_cache(make, tmp_path):
+    tokens = tmp_path / "tokens.bin"
+    for seed in (0, 1):
+        np.random.default_rng(seed).integers(0, 10, SEQUENCES * T, dtype=np.uint16).tofile(tokens)
+        if seed == 0:
+            shard_file(make(dataset=str(tokens)), 3).unlink()
+    with pytest.raises(UserError, match=r"has other tokens in shard 0 than .* has now"):
+        make(dataset=str(tokens))
+
+
+def test_a_cache_that_was_killed_before_its_index_is_begun_again(make, tmp_path):
+    folder = make("killed")
+    for file in folder.glob("*.*"):
+        file.unlink()
+    (folder / "index.json.tmp").write_text("{")
+    assert not missing_shards(make("killed"), read_index(folder))
+
+
+def test_folders_that_cannot_be_used_are_said_before_the_model_is_loaded(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "open_live", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file: give another --out"):
+        make("file")
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("saekit.runs.lock.write_lease", read_only)
+    with pytest.raises(UserError, match=r"cannot be used \(Read-only file system\): give another --out"):
+        make()
+
+
+def test_one_process_writes_a_cache(make, tmp_path):
+    lock = RunLock(tmp_path / "cache")
+    lock.acquire()
+    with pytest.raises(UserError, match=r"cache is in use: .*; wait until it ends, or stop it"):
+        make()
+    lock.release()
+    make()
+
+
+def test_the_order_is_the_caches_unless_another_is_asked_for(make):
+    folder = str(make(data_seed=7))
+    assert completed({"activations": folder})["data_seed"] == 7
+    assert completed({"activations": folder, "data_seed": 3})["data_seed"] == 3
+    assert "shuffle" not in completed({"activations": folder, "data_seed": 3})
+    folder = str(make("own", shuffle=False))
+    assert completed({"activations": folder})["shuffle"] is False
+
+
+def test_two_threads_read_shards(make):
+    """A save asks for a checksum while the next step is read."""
+    folder = make()
+    index = read_index(folder)
+    places = Places(folder, index, np.arange(SEQUENCES))
+    expected = places.read(np.arange(SEQUENCES))
+    failed = []
+
+    def read(seed):
+        try:
+            for number in np.random.default_rng(seed).integers(0, SEQUENCES, 300):
+                assert places.read(np.array([number])).equal(expected[number : number + 1])
+        except (KeyError, AssertionError, UserError) as error:
+            failed.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saekit.cache.source.OPEN_SHARDS", 1)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        sys.setswitchinterval(interval)
+    assert not failed
+
+
+def test_an_incomplete_cache_suggests_no_beginning_where_there_is_none(make, train):
+    folder = make()
+    shard_file(folder, 0).unlink()
+    for options in ({}, {"data_seed": 7}):
+        with pytest.raises(UserError, match=r"missing\. Continue it with the same saekit cache$"):
+            train("short", activations=str(folder), **options)
+
+
+def test_mixing_does_not_hold_a_block_twice(make):
+    index = read_index(folder := make())
+    cfg = RunConfig.from_flat(completed({"activations": str(folder), **SIZES, "mix": 3})).train
+    source = Cached(folder, index, tuple(autoencoder(Hookpoint(name, 64)) for name in ("layers.0",)))
+    source.begin(cfg, CPU, 0, 1)
+    assert [each.of for each in source.read(0)] == [None]
+
+
+def test_a_resumed_run_reads_the_same_cache_wherever_it_is(make, train, tmp_path):
+    folder, other = make(), make("other", store="int8")
+    options = {"layers": "0", "mix": 2}
+    whole = train("whole", activations=str(folder), **options)
+    with pytest.raises(Interrupted):
+        train("stopped", StopAfter(5), activations=str(folder), **options)
+    folder.rename(tmp_path / "moved")
+    for wrong in ({"activations": str(other)}, {}):
+        with pytest.raises(UserError, match="has other activations than the run had"):
+            train("stopped", resume="auto", **{**options, **wrong})
+    found = train("stopped", activations=str(tmp_path / "moved"), resume="auto", **options)
+    assert_same_tensors(tensors_of(found / "latest"), tensors_of(whole / "latest"))
+
+
+def test_the_python_api_needs_no_names(make, model_dir, tmp_path):
+    """A path that is spelled in another way is the same model."""
+    folder = make()
+    options = {"save_dir": tmp_path, "reporter": Reporters(), **SIZES, "layers": "0"}
+    last = saekit.train(activations=folder, run_name="one", **options)
+    other = saekit.train(f"{model_dir}/../{model_dir.name}/", activations=folder, run_name="other", **options)
+    assert_same_tensors(tensors_of(last), tensors_of(other))
+
+
+def test_two_sources_are_refused(monkeypatch):
+    monkeypatch.setitem(SOURCES._registered, "other", None)
+    values = {"model": "m", "dataset": "d", "activations": "a"}
+    with pytest.raises(UserError, match=r"is for saekit\.train: give SaeTrainer a source"):
+        saekit.SaeTrainer(RunConfig.from_flat(values).train, dataset=[], model=torch.nn.Identity())
+    with pytest.raises(UserError, match="--activations a and --source other both say where"):
+        RunConfig.from_flat({**values, "source": "other"})
+
+
+def test_what_a_run_in_another_order_reads_is_not_held_out(make, train):
+    """Its seed would draw other sequences from the whole data set than the cache has."""
+    folder = make(max_tokens=30 * T)
+    options = {"activations": str(folder), "layers": "0", "max_tokens": 16 * T, "eval_tokens": 4000}
+    cached = as_set(Places(folder, read_index(folder), np.arange(30)))
+    for seed, others in ((42, SEQUENCES - 16), (7, SEQUENCES - 30)):
+        run = train(f"seed-{seed}", data_seed=seed, **options)
+        prepared = prepare(run, EvalOptions(max_tokens=4000), Single(CPU))
+        source = open_cached(configured(run, eval_every=100), Single(CPU), lambda _: None, InMemory())
+        for data in (prepared.subject.data, source.language_model.eval_data):
+            assert len(data) == others
+            assert seed == 42 or not as_set(data) & cached
+
+
+def as_set(data):
+    """The sequences of a data set."""
+    return {tuple(ids) for ids in data.read(np.arange(len(data))).tolist()}
+
+
+def configured(run, **options):
+    """The configuration of a run that was trained."""
+    return RunConfig.from_flat({**read_yaml(run / "config.yaml"), **options})

@@ -124,6 +124,13 @@ def test_where_a_block_is_kept_changes_nothing(tiny_llama, tokens, tmp_path):
             assert acts.equal(found["disk"][step][name])
 
 
+def test_a_system_without_posix_fallocate_has_the_file(tiny_llama, tokens, tmp_path, monkeypatch):
+    monkeypatch.delattr("os.posix_fallocate")
+    source = opened(tiny_llama, tokens, tmp_path=tmp_path, where="disk")
+    with source.open():
+        assert rows(source, 0)["layers.0"].isfinite().all()
+
+
 def test_a_disk_without_room_is_said_in_one_line(tiny_llama, tokens, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
