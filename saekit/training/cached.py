@@ -33,7 +33,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: If there is no cache.
     """
-    if values.get("activations") is None:
+    if not isinstance(values.get("activations"), str | os.PathLike):  # none, or what the configuration will refuse
         return dict(values)
     index = read_index(Path(values["activations"]).expanduser())
     known = {"model": index.model, "revision": index.revision, "dataset": index.dataset, **index.data}

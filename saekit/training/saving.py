@@ -217,7 +217,9 @@ def refuse_other_run(index: dict[str, Any], plan: RunPlan) -> None:
     if index["excluded_tokens"] != plan.source.excluded.tolist():
         changed.append("the excluded tokens differ")
     if index["data"].get("cache") != plan.source.cache:  # wherever it is
-        changed.append(f"--activations {config['activations'] or '(not given)'} has other activations than the run had")
+        changed.append(
+            f"--activations {config.get('activations', '(not given)')} has other activations than the run had"
+        )
     steps = index["schedule"]["total_steps"]
     if not changed and steps != plan.total_steps:
         changed.append(f"the data gave {steps} steps and now gives {plan.total_steps}")
