@@ -226,6 +226,8 @@ def become(request: dict, files: list[int]) -> Callable[[], object]:
     for target, source in enumerate(standard):
         os.dup2(source, target)
         os.close(source)
+    # A shell that starts the tests in the background has Ctrl-C ignored, and a process inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(line_buffering=output.isatty(), write_through=bool(request.get("unbuffered")))
     os.environ.clear()

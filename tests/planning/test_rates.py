@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_one_line(cache):
 def test_calibrate_is_kept_reported_and_used(saekit, model_dir, cache, monkeypatch):  # noqa: F811
     small = ["--num-latents", 256, "--k", 4, "--ctx-len", 32]
     before = saekit("plan", model_dir, *small)
-    assert "Tokens/s are unknown until --calibrate" in before.out
+    assert "Tokens/s are unknown until saekit plan --calibrate" in before.out
     monkeypatch.setattr(
         calibration,
         "shapes",
@@ -93,7 +93,7 @@ def test_calibrate_is_kept_reported_and_used(saekit, model_dir, cache, monkeypat
     assert all(each["tokens_per_second"] > 0 for each in placements.values())
     assert "tokens/s, expected" in saekit("plan", model_dir, *small).out
     three = saekit("plan", model_dir, *small, "--num-processes", 3)
-    assert "Tokens/s are unknown until --calibrate" in three.out  # a network between three was not measured
+    assert "Tokens/s are unknown until saekit plan --calibrate" in three.out  # a network between three was not measured
     described = saekit("plan", model_dir, *small, "--gpus", 2, "--gpu-memory", "8GiB")
     assert "tokens/s, expected" not in described.out
     assert "Tokens/s are known of this machine only" in described.out
