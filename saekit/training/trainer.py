@@ -174,7 +174,6 @@ class SaeTrainer:
         file = self.plan.run_dir / METRICS_FILE
         return JsonlReporter(file, self.report.status if self.cfg.save_best_effort else None)
 
-    @torch.enable_grad()  # a notebook may have turned gradients off
     def fit(self) -> Path:
         """Train to the end of the data and return the folder of the last checkpoint.
 
@@ -187,6 +186,7 @@ class SaeTrainer:
         """
         cfg, plan, source, report = self.cfg, self.plan, self.source, self.report
         with (
+            torch.enable_grad(),  # a notebook may have turned gradients off
             report,
             one_writer(cfg, plan.run_dir, self.placement, report.status) as check_lock,
             graceful_interrupt(cfg.grace, self._last_words) as interruption,
