@@ -96,7 +96,7 @@ def test_calibrate_is_kept_reported_and_used(saekit, model_dir, cache, monkeypat
     assert "Tokens/s are unknown until saekit plan --calibrate" in three.out  # a network between three was not measured
     described = saekit("plan", model_dir, *small, "--gpus", 2, "--gpu-memory", "8GiB")
     assert "tokens/s, expected" not in described.out
-    assert "Tokens/s are known of this machine only" in described.out
+    assert "Tokens/s are known for this machine only" in described.out
 
 
 @pytest.mark.parametrize(
