@@ -170,6 +170,7 @@ def served(command: list[str]) -> Iterator[tuple[str, psutil.Process, float]]:
         assert found is not None
         yield found[0], psutil.Process(process.pid), time.perf_counter() - start
         process.send_signal(signal.SIGINT)
+        process.stdout.read()  # what it still says, or closing the pipe would make it fail
     if process.returncode:
         raise RuntimeError(f"saekit report --serve ended with code {process.returncode}")
 

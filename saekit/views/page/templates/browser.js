@@ -108,4 +108,4 @@ window.addEventListener("hashchange", () => {
 });
 
 const address = parseAddress();
-go(address?.layer ?? 0, address?.latent ?? null, address !== null);
+go(address?.layer ?? 0, address?.latent ?? null, address !== null).then(showCharts);

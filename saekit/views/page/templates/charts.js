@@ -29,8 +29,14 @@ const near = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "400px" });
 const watch = () => charts.forEach((element) => near.observe(element));
-if (window.Plotly) watch();
-else document.getElementById("plotly").addEventListener("load", watch); // a served page does not wait for its charts
+
+// A served page shows its first latent before it reads the charts' library, which takes longer than all the rest.
+function showCharts() {
+  if (window.Plotly) return watch();
+  const library = make("script", { src: `${page.build}/plotly.js` });
+  library.addEventListener("load", watch);
+  document.head.append(library);
+}
 
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
 let theme = null; // the reader's own choice, if there is one
