@@ -134,8 +134,8 @@ def train(
     if rows is not None and cfg.train.eval_every is not None and cfg.data.eval_dataset in (None, cfg.data.dataset):
         raise UserError("eval_every needs an eval_dataset: saekit holds out no part of data in memory")
 
+    from saekit.training.early import InMemory
     from saekit.training.launch import train_from_config
-    from saekit.training.live import InMemory
 
     return train_from_config(cfg, reporter, InMemory(loaded, tokenizer, rows, eval_rows, other_model, other_tokenizer))
 

@@ -157,7 +157,7 @@ class LiveModel(Source):
         return int(self.counted(batch.ids).sum())
 
     @property
-    def language_model(self) -> LiveModel:  # type: ignore[override]
+    def language_model(self) -> LiveModel:
         """Return itself."""
         return self
 

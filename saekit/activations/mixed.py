@@ -103,7 +103,7 @@ class Mixed(Source):
         self._rows_per_step = cfg.batch_size * cfg.grad_acc_steps * self.ctx_len
 
     @property
-    def language_model(self) -> LiveModel | None:  # type: ignore[override]
+    def language_model(self) -> LiveModel | None:
         """Return the other source's live model."""
         return self.source.language_model
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from saekit.activations.sites import Site
 from saekit.config import TrainConfig
 from saekit.data import read_ahead
 from saekit.errors import UserError
-
-if TYPE_CHECKING:
-    from saekit.activations.live import LiveModel
 
 Batch = Any
 """One micro-batch of a rank, as a source reads it: token ids, or anything else that identifies the activations."""
@@ -64,8 +61,8 @@ class Source(ABC):
     """The data set's name."""
     dtype: torch.dtype = torch.float32
     """The activations' type."""
-    language_model: LiveModel | None = None
-    """The live model behind the activations, which evaluations between steps need. None if there is none."""
+    language_model: Any = None
+    """The `LiveModel` behind the activations, which evaluations between steps need. None if there is none."""
     excluded: Tensor = torch.zeros(0, dtype=torch.int64)
     """int64: ids of excluded tokens, saved with every checkpoint. Empty if the source has no token ids."""
 

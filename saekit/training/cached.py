@@ -21,8 +21,8 @@ from saekit.errors import UserError
 from saekit.hub import is_path, path_of
 from saekit.placement import Placement
 from saekit.training.caching import weights_checksum
-from saekit.training.early import check_units
-from saekit.training.live import InMemory, open_live
+from saekit.training.early import InMemory, check_units
+from saekit.training.live import open_live
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from saekit.config import ModelConfig, RunConfig
 from saekit.errors import UserError
 from saekit.placement import Placement
 from saekit.runs.lock import InUse, RunLock
-from saekit.training.live import InMemory, open_live
+from saekit.training.early import InMemory
+from saekit.training.live import open_live
 from saekit.units import duration, size
 
 if TYPE_CHECKING:

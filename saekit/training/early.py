@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +26,24 @@ from saekit.training.optimizers import check_optimizer, import_bitsandbytes
 from saekit.training.plan import costs_of, default_run_name
 
 if TYPE_CHECKING:
-    from saekit.training.live import InMemory
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Objects that the caller has loaded already. The configuration holds only names for them."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """That model's tokenizer. None: loaded from where the model was loaded from."""
+    rows: Any = None
+    """The data to train on, see `saekit.data.load.rows_in_memory`."""
+    eval_rows: Any = None
+    """The data to evaluate on every `eval_every` steps."""
+    other_model: PreTrainedModel | None = None
+    """The second model, for crosscoders of two models."""
+    other_tokenizer: PreTrainedTokenizerBase | None = None
+    """The second model's tokenizer. None: as for the first model."""
 
 
 def check_early(cfg: TrainConfig, run_dir: Path, placement: Placement) -> None:

@@ -15,8 +15,7 @@ from saekit.placement.launcher import launcher_warnings
 from saekit.registry import SOURCES
 from saekit.report import Reporter, Reporters, terminal_reporter
 from saekit.runs.folder import run_folder, way_on
-from saekit.training.early import check_early
-from saekit.training.live import InMemory
+from saekit.training.early import InMemory, check_early
 from saekit.training.plan import default_run_name
 from saekit.training.run_folder import one_writer
 from saekit.training.trainer import SaeTrainer

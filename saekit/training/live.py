@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,28 +27,11 @@ from saekit.config import ModelConfig, RunConfig, TrainConfig
 from saekit.data import Sequences, check_tokens, load_sequences, numbers_read
 from saekit.errors import UserError
 from saekit.placement import Placement
-from saekit.training.early import check_inputs, check_units
+from saekit.training.early import InMemory, check_inputs, check_units
 from saekit.training.evaluating import load_eval_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Objects that the caller has loaded already. The configuration holds only names for them."""
-
-    model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """That model's tokenizer. None: loaded from where the model was loaded from."""
-    rows: Any = None
-    """The data to train on, see `saekit.data.load.rows_in_memory`."""
-    eval_rows: Any = None
-    """The data to evaluate on every `eval_every` steps."""
-    other_model: PreTrainedModel | None = None
-    """The second model, for crosscoders of two models."""
-    other_tokenizer: PreTrainedTokenizerBase | None = None
-    """The second model's tokenizer. None: as for the first model."""
 
 
 def open_live(cfg: RunConfig, placement: Placement, say: Callable[[str], None], have: InMemory) -> LiveModel:

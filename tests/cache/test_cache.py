@@ -31,8 +31,8 @@ from saekit.runs.metrics import EVALUATION, read_metrics
 from saekit.training import caching, live
 from saekit.training.cached import completed, open_cached
 from saekit.training.caching import write_cache
+from saekit.training.early import InMemory
 from saekit.training.launch import train_from_config
-from saekit.training.live import InMemory
 from tests.training.conftest import StopAfter
 from tests.training.runs import assert_same_tensors, metrics_of, tensors_of
 

@@ -10,8 +10,7 @@ from saekit import RunConfig, UserError
 from saekit.activations.hookpoints import Hookpoint
 from saekit.activations.sites import autoencoder
 from saekit.placement.layer_map import LayerMap
-from saekit.training.early import check_inputs, check_units
-from saekit.training.live import InMemory
+from saekit.training.early import InMemory, check_inputs, check_units
 from tests.cli.test_bad_input import assert_refused
 
 
