@@ -82,7 +82,7 @@ def commands(text):
             if PROGRAM.match(line):
                 yield line
             else:
-                assert language not in SHELLS or not line or line.startswith("#"), f"what does {line!r} run?"
+                assert language not in SHELLS or not line or line.startswith("#"), f"no test runs {line!r}"
 
 
 SHOWN = {line: page.name for page in PAGES for line in commands(text_of(page))}
@@ -146,5 +146,5 @@ def test_no_exception_is_left_over():
 def test_commands_are_found():
     text = "    saekit train M D      trains\n\n```\n$ saekit eval R  # says\nprose\n```\n\n    saekits\n\n"
     assert list(commands(text + "```python\nsaekit x\n```\n")) == ["saekit eval R", "saekit train M D"]
-    with pytest.raises(AssertionError, match="what does 'nosuch x' run"):
+    with pytest.raises(AssertionError, match="no test runs 'nosuch x'"):
         list(commands("```bash\nnosuch x\n```\n"))

@@ -117,7 +117,7 @@ class LiveModel(Source):
             excluded.update(excluded_tokens(cfg, model, tokenizer))
         self.excluded = torch.tensor(sorted(excluded), dtype=torch.int64)
         global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
-        self.batches = StepBatches(data, global_batch, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens)
+        self.batches = StepBatches(data, global_batch, cfg.order_seed, cfg.max_tokens)
         self.global_batch = global_batch
         self.num_sequences = self.batches.num_sequences
         check_tokens(data, self.vocabulary, self.batches.order)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,10 @@ from torch import Tensor
 from saekit.activations.held import Held, hold
 from saekit.activations.source import Activations, Batch, Source, Tokens
 from saekit.config import TrainConfig
+from saekit.config.sources import MixIn
 
 if TYPE_CHECKING:
     from saekit.activations.live import LiveModel
-
-MixIn = Literal["auto", "device", "host", "disk"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Micro:
     """A rank's micro-batch of one step, as a part of its block."""
 
     batch: Batch
+    start: int
+    """The row of the block's buffer where its rows begin."""
     order_N: Tensor
     """int64 `[N]`: the rows of its activations, sorted by the step of the block that trains on them."""
     bounds: tuple[int, ...]
@@ -131,17 +132,23 @@ class Mixed(Source):
         first = number * self._steps
         steps = range(first, min(first + self._steps, self.num_steps))
         sizes = [min(self.global_batch, self.num_sequences - step * self.global_batch) for step in steps]
-        read = [self.source.read(step) for step in steps]
-        return Block(number, tuple(tuple(self._micro(batch, sizes) for batch in batches) for batches in read))
+        start, columns = 0, []
+        for step in steps:
+            micros = []
+            for batch in self.source.read(step):
+                micros.append(self._micro(batch, sizes, start))
+                start += len(micros[-1].order_N)
+            columns.append(tuple(micros))
+        return Block(number, tuple(columns))
 
-    def _micro(self, batch: Batch, sizes: Sequence[int]) -> Micro:
+    def _micro(self, batch: Batch, sizes: Sequence[int], start: int) -> Micro:
         tokens: Tokens = self.source.tokens(batch)
         steps_BT = shares(tokens.places, self.ctx_len, sizes, self._seed)
         of_rows = steps_BT[tokens.rows]
         counts = torch.bincount(of_rows, minlength=len(sizes)).tolist()
         order_N = of_rows.argsort(stable=True)
         counted_N = None if tokens.counted is None else tokens.counted[tokens.rows][order_N]
-        return Micro(batch, order_N, (0, *accumulate(counts)), counted_N)
+        return Micro(batch, start, order_N, (0, *accumulate(counts)), counted_N)
 
     def checksum(self, step: int) -> str:
         """Return a checksum of the block's data and of the step's share in it."""
@@ -186,7 +193,6 @@ class Mixed(Source):
         """Run the source on the whole block, and store the rows of each micro-batch sorted by step."""
         if self._held is not None:
             self._held.block = None  # it is being overwritten
-        start = 0
         for micro in (each for micros in block.micros for each in micros):
             acts = self.source(micro.batch)
             if self._held is None:
@@ -194,8 +200,7 @@ class Mixed(Source):
                 self._held = hold(self._where, self.hookpoints, dtypes, self._capacity, self._device, self._folder)
             order_N = micro.order_N.to(self._device)
             for name in list(acts.of):
-                self._held.put(name, start, acts.of.pop(name), order_N)
-            start += len(order_N)
+                self._held.put(name, micro.start, acts.of.pop(name), order_N)
         assert self._held is not None, "a block has a step"
         self._held.finish()
         self._held.block = block
@@ -203,14 +208,9 @@ class Mixed(Source):
     def _take(self, batch: Share) -> Activations:
         """Gather a micro-batch's activations from the buffer."""
         assert self._held is not None, "filled"
-        spans, start = [], 0
-        for micros in batch.block.micros:
-            for number, micro in enumerate(micros):
-                share = micro.share(batch.part)
-                if number == batch.micro:
-                    spans.append(slice(start + share.start, start + share.stop))
-                start += len(micro.order_N)
-        counted = [each.counted_N[each.share(batch.part)] for each in _column(batch) if each.counted_N is not None]
+        own = [(each, each.share(batch.part)) for each in _column(batch)]
+        spans = [slice(each.start + share.start, each.start + share.stop) for each, share in own]
+        counted = [each.counted_N[share] for each, share in own if each.counted_N is not None]
         of = {each.name: self._held.take(each.name, spans) for each in self.hookpoints}
         return Activations(of, torch.cat(counted).to(self._device) if counted else None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +121,7 @@ class Cached(Source):
         special = index.special_tokens if cfg.exclude_special_tokens else []
         self.excluded = torch.tensor(sorted({*cfg.exclude_tokens, *special}), dtype=torch.int64)
         self.global_batch = cfg.batch_size * cfg.grad_acc_steps * world_size
-        order = order_of(index, seed_of(cfg))
+        order = order_of(index, cfg.order_seed)
         self.read_options = read_options(index, cfg)
         self._places = Places(self._folder, index, order)
         self._batches = StepBatches(self._places, self.global_batch, None, cfg.max_tokens)
@@ -172,11 +171,6 @@ class Cached(Source):
         chosen = {name: x_BTD.flatten(0, 1).index_select(0, rows_N) for name, x_BTD in acts.items()}
         return Activations({name: to_device(x_ND, self._device) for name, x_ND in chosen.items()})
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Nothing has to be held: shards are opened as they are read."""
-        yield
-
 
 def read_options(index: Index, cfg: TrainConfig) -> dict[str, Any]:
     """Return the options with which a run without a cache reads all that a run on the cache reads.
@@ -184,14 +178,9 @@ def read_options(index: Index, cfg: TrainConfig) -> dict[str, Any]:
     In the cache's order these are the run's own. In another order the run can visit any of the cache's sequences, which
     are not those that the same seed draws from the whole data set.
     """
-    if seed_of(cfg) == index.data_seed:
+    if cfg.order_seed == index.data_seed:
         return {}
     return {**index.order_options, "max_tokens": index.sequences * index.ctx_len}
-
-
-def seed_of(cfg: TrainConfig) -> int | None:
-    """Return the seed of the order of a run's sequences; None for the data set's own order."""
-    return cfg.data_seed if cfg.shuffle else None
 
 
 def order_of(index: Index, seed: int | None) -> np.ndarray:

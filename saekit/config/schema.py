@@ -274,6 +274,11 @@ class TrainConfig(SourceConfig, CodersConfig):
         return cfg
 
     @property
+    def order_seed(self) -> int | None:
+        """Return the seed of the order of the sequences; None for the data set's own order."""
+        return self.data_seed if self.shuffle else None
+
+    @property
     def revives(self) -> bool:
         """Tell whether a loss reaches dead latents."""
         return self.revive_alpha > 0 or self.auxk_alpha > 0

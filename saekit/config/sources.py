@@ -11,6 +11,9 @@ from pydantic.dataclasses import dataclass
 from saekit.config.inputs import DATA
 from saekit.config.options import CONFIG, SourceName, in_one_sentence, option
 
+MixIn = Literal["auto", "device", "host", "disk"]
+"""Where `--mix` keeps activations."""
+
 
 @in_one_sentence
 @dataclass(frozen=True, config=CONFIG)
@@ -36,7 +39,7 @@ class SourceConfig:
         unit="optimizer steps",
         ge=1,
     )
-    mix_in: Literal["auto", "device", "host", "disk"] = option(
+    mix_in: MixIn = option(
         "auto",
         "Where --mix keeps activations: on the device, in the machine's memory (host), or in a file in --save-dir that "
         "has no name and vanishes with the process (disk). auto chooses the first of them that has room.",

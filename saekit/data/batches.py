@@ -216,7 +216,7 @@ class StepBatches:
 
 def numbers_read(cfg: TrainConfig, data: Sequences) -> np.ndarray:
     """Return the numbers of the sequences that a run reads, in its order, without repeats."""
-    return StepBatches(data, 1, cfg.data_seed if cfg.shuffle else None, cfg.max_tokens).order
+    return StepBatches(data, 1, cfg.order_seed, cfg.max_tokens).order
 
 
 def read_ahead(read: Callable[[int], list[Tensor]], start: int, stop: int) -> Generator[tuple[int, list[Tensor]]]:

@@ -25,7 +25,7 @@ KIND = re.compile(rb'\{"kind": "(\w+)"')
 
 @dataclass
 class News:
-    """What is new in a metrics file."""
+    """The new records of a metrics file."""
 
     replaced: bool = False
     """Whether it is another file than before, or shorter: what was read before is void."""

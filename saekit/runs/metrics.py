@@ -121,7 +121,7 @@ def _as_line(record: Mapping[str, Any]) -> str:
 
 
 def as_start(info: RunInfo, now: float) -> dict[str, Any]:
-    """What is known of a run when a process begins to train it, as JSON types.
+    """Describe a run at the moment a process begins to train it, as JSON types.
 
     Args:
         info: The run.

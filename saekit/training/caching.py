@@ -111,7 +111,7 @@ def _index(cfg: RunConfig, live: LiveModel, store: str, compressed: bool, shard_
         data={name: getattr(cfg.data, name) for name in OF_DATA},
         ctx_len=live.ctx_len,
         sequences=live.num_sequences,
-        data_seed=train.data_seed if train.shuffle else None,
+        data_seed=train.order_seed,
         batch_size=batch,
         shard_sequences=batch,
         hookpoints={each.name: each.width for each in live.hookpoints},
@@ -163,18 +163,19 @@ def _check_folder(out: Path) -> None:
 def _begin(out: Path, index: Index, live: LiveModel, model: ModelConfig, say: Say) -> None:
     """Write the index, or check that an existing folder holds the same cache."""
     if (out / INDEX).exists():
-        there = read_index(out)
-        names = [name for name in vars(index) if name not in MAY_DIFFER and vars(index)[name] != vars(there)[name]]
+        before, now = vars(read_index(out)), vars(index)
+        names = [name for name in now if name not in MAY_DIFFER and now[name] != before[name]]
         if names:
-            changed = "; ".join(f"{name} was {vars(there)[name]!r} and is {vars(index)[name]!r}" for name in names)
+            changed = "; ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names)
             raise UserError(f"{out} is a cache of something else ({changed}): give another --out")
-        _check_tokens(out, there, live)
-    left = len(missing_shards(out, index)) / index.num_shards
+        _check_tokens(out, index, live)
+    there = index.num_shards - len(missing_shards(out, index))
+    left = 1 - there / index.num_shards
     needed, free = round(index.total_bytes * left), shutil.disk_usage(out).free
     compressed = ", less after compression" if index.compressed else ""
     say(f"{index.sequences * index.ctx_len:,} tokens of {len(index.hookpoints)} hookpoints: {size(needed)}{compressed}")
-    if left < 1:
-        say(f"Continuing: {index.num_shards - len(missing_shards(out, index))} of {index.num_shards} shards are there")
+    if there:
+        say(f"Continuing: {there} of {index.num_shards} shards are there")
     if needed > free and not index.compressed:
         raise UserError(
             f"{out} needs {size(needed)}, and its disk has {size(free)} free: store less with --max-tokens, fewer "

@@ -186,7 +186,7 @@ class RunPlan:
                 "warmup_steps": self.warmup,
                 "total_steps": self.total_steps,
             },
-            "seeds": {"init": self.cfg.init_seed, "data": self.cfg.data_seed if self.cfg.shuffle else None},
+            "seeds": {"init": self.cfg.init_seed, "data": self.cfg.order_seed},
         }
 
     def about(self) -> dict[str, Any]:
